@@ -1,0 +1,153 @@
+"""Grain iterators whose state is a few numbers: imports Grain, so only the pipelines import it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from layercomb.data.packing import Arrays, encode_checked, window
+from layercomb.data.tokenizers import Tokenizer
+
+
+class PackedDocuments(grain.IterDataset):
+    """Windows of the endless text eos, document, eos, document, …, each `length` long.
+
+    Yields (inputs, targets, loss_weights), (L,) int32, int32 and float32. The state is where the
+    next window starts, a document and an offset, so resuming reads one document again. (Grain's
+    own concatenation keeps tuples in its state; they come back from JSON as lists, and it then
+    loses a document.)
+
+    Attributes:
+      documents: text by random access, shuffled and repeated as wanted.
+      length: of a window.
+      tokenizer: what encodes the documents.
+    """
+
+    def __init__(self, documents: grain.MapDataset, length: int, tokenizer: Tokenizer):
+        super().__init__(documents)
+        self.documents, self.length, self.tokenizer = documents, length, tokenizer
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackedIterator(self)
+
+
+class _PackedIterator(grain.DatasetIterator):
+    def __init__(self, dataset: PackedDocuments):
+        super().__init__()
+        self._dataset = dataset
+        self._document = self._offset = 0
+        self._encoded: tuple[int, np.ndarray] | None = None
+
+    def __next__(self) -> Arrays:
+        parts: list[np.ndarray] = []
+        missing = self._dataset.length + 1
+        while self._document <= len(self._dataset.documents):
+            part = self._piece(self._document)[self._offset :][:missing]
+            parts.append(part)
+            missing -= part.size
+            if not missing:
+                self._offset += part.size - 1  # the next window starts at this one's last token
+                break
+            self._document, self._offset = self._document + 1, 0
+        tokens = np.concatenate([np.zeros(0, np.int32), *parts])
+        if tokens.size <= 1:
+            raise StopIteration
+        return window(tokens, self._dataset.length)
+
+    def _piece(self, document: int) -> np.ndarray:
+        """The separator and the document after it; after the last document, the separator."""
+        if self._encoded is None or self._encoded[0] != document:
+            text = (
+                self._dataset.documents[document]
+                if document < len(self._dataset.documents)
+                else b''
+            )
+            eos = np.array([self._dataset.tokenizer.eos_id], np.int32)
+            ids = encode_checked(text, self._dataset.tokenizer)
+            self._encoded = document, np.concatenate([eos, ids])
+        return self._encoded[1]
+
+    def get_state(self) -> dict[str, Any]:
+        return {'document': self._document, 'offset': self._offset}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._document, self._offset = state['document'], state['offset']
+
+
+class Buckets(grain.IterDataset):
+    """Batches of examples of about the same length.
+
+    An example goes to the first bucket that is long enough, or is cut to the last one; a bucket
+    that is full leaves as a batch, padded with zeros to its boundary. When the examples end, what
+    is left in the buckets leaves from the shortest to the longest, padded with empty rows. The
+    state is the next example and the numbers of those that wait: they are fetched again on
+    resuming.
+
+    Attributes:
+      examples: tuples of 1-D arrays by random access, of which the last is the loss weights.
+      boundaries: the lengths of the buckets, increasing.
+      batch_sizes: rows in a batch of each bucket.
+    """
+
+    def __init__(
+        self, examples: grain.MapDataset, boundaries: Sequence[int], batch_sizes: Sequence[int]
+    ):
+        super().__init__(examples)
+        self.examples, self.boundaries, self.batch_sizes = examples, boundaries, batch_sizes
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _BucketIterator(self)
+
+
+class _BucketIterator(grain.DatasetIterator):
+    def __init__(self, dataset: Buckets):
+        super().__init__()
+        self._dataset = dataset
+        self._next = 0
+        self._waiting: list[list[int]] = [[] for _ in dataset.boundaries]
+        self._fetched: dict[int, Arrays] = {}
+
+    def __next__(self) -> Arrays:
+        while self._next < len(self._dataset.examples):
+            bucket = self._bucket_of(self._fetch(self._next))
+            self._waiting[bucket].append(self._next)
+            self._next += 1
+            if len(self._waiting[bucket]) == self._dataset.batch_sizes[bucket]:
+                return self._leave(bucket)
+        for bucket, waiting in enumerate(self._waiting):
+            if waiting:
+                return self._leave(bucket)
+        raise StopIteration
+
+    def _fetch(self, index: int) -> Arrays:
+        if index not in self._fetched:
+            self._fetched[index] = self._dataset.examples[index]
+        return self._fetched[index]
+
+    def _bucket_of(self, example: Arrays) -> int:
+        length = max(x.size for x in example)
+        bucket = int(np.searchsorted(self._dataset.boundaries, length))
+        return min(bucket, len(self._dataset.boundaries) - 1)
+
+    def _leave(self, bucket: int) -> Arrays:
+        examples = [self._fetch(index) for index in self._waiting[bucket]]
+        for index in self._waiting[bucket]:
+            del self._fetched[index]
+        self._waiting[bucket] = []
+        shape = self._dataset.batch_sizes[bucket], self._dataset.boundaries[bucket]  # (B, L)
+        batch = tuple(np.zeros(shape, x.dtype) for x in examples[0])
+        for row, example in enumerate(examples):
+            for padded, x in zip(batch, example, strict=True):
+                padded[row, : x.size] = x[: shape[1]]
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {'next': self._next, 'waiting': [list(waiting) for waiting in self._waiting]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._next = state['next']
+        self._waiting = [list(waiting) for waiting in state['waiting']]
+        self._fetched = {}

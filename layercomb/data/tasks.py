@@ -1,0 +1,125 @@
+"""Tasks made on the fly: example i depends on the seed and on i alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from layercomb.data import checks
+
+Example = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def duplication(
+    length: int = 1024, vocab_size: int = 128, n_examples: int = 1_000_000, seed: int = 0
+) -> Sequence[Example]:
+    """Returns examples `0 w 0 w` of Reformer's duplication task.
+
+    The word w has length / 2 − 1 symbols, each uniform in 1 … vocab_size − 1. Targets are the
+    inputs one position later (and 0 after the last); the weight is 1 where the target lies in the
+    second half, which can be told from the first, and 0 elsewhere.
+
+    Args:
+      length: of the whole sequence, even, at least 4.
+      vocab_size: number of symbols, 0 included.
+      n_examples: how many there are.
+      seed: another seed gives other examples.
+
+    Returns:
+      A sequence of (inputs, targets, loss_weights), each (length,), int32, int32 and float32.
+
+    Raises:
+      TypeError: if an argument is no integer.
+      ValueError: if one is out of range.
+
+    References:
+      Kitaev, Kaiser and Levskaya 2020, Reformer, section 5, https://arxiv.org/abs/2001.04451
+
+    >>> inputs, targets, loss_weights = duplication(length=8, vocab_size=4)[0]
+    >>> bool((inputs[:4] == inputs[4:]).all()), loss_weights
+    (True, array([0., 0., 0., 1., 1., 1., 1., 0.], dtype=float32))
+    """
+    checks.integer('length', length, 4)
+    checks.integer('vocab_size', vocab_size, 2)
+    if length % 2:
+        raise ValueError(f'length={length}: give an even number, for two equal halves')
+    return _generated(partial(_duplicate, length // 2, vocab_size), n_examples, seed)
+
+
+def copy(
+    max_length: int = 64,
+    vocab_size: int = 128,
+    min_length: int = 1,
+    n_examples: int = 1_000_000,
+    seed: int = 0,
+) -> Sequence[Example]:
+    """Returns examples `w 1 w` of copying words of many lengths.
+
+    The length of w is uniform in min_length … max_length, its symbols in 2 … vocab_size − 1; 1 ends
+    the word to be copied, 0 pads. The weight is 1 where the target lies in the copy.
+
+    Args:
+      max_length: of a word.
+      vocab_size: number of symbols, 0 and 1 included.
+      min_length: of a word.
+      n_examples: how many there are.
+      seed: another seed gives other examples.
+
+    Returns:
+      A sequence of (inputs, targets, loss_weights), each (2 max_length,), int32, int32 and float32.
+
+    Raises:
+      TypeError: if an argument is no integer.
+      ValueError: if one is out of range.
+
+    >>> inputs, targets, loss_weights = copy(max_length=3, min_length=3)[0]
+    >>> int(inputs[3]), bool((targets[3:] == inputs[:3]).all()), loss_weights
+    (1, True, array([0., 0., 0., 1., 1., 1.], dtype=float32))
+    """
+    checks.integer('max_length', max_length, 1)
+    checks.integer('min_length', min_length, 1, max_length)
+    checks.integer('vocab_size', vocab_size, 3)
+    return _generated(partial(_copy, min_length, max_length, vocab_size), n_examples, seed)
+
+
+@dataclass(frozen=True)
+class _Generated(Sequence[Example]):
+    make: Callable[[np.random.Generator], Example]
+    n_examples: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.n_examples
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -self.n_examples <= index < self.n_examples:
+            raise IndexError(f'example {index} of {self.n_examples}')
+        return self.make(np.random.default_rng((self.seed, index % self.n_examples)))
+
+
+def _generated(
+    make: Callable[[np.random.Generator], Example], n_examples: int, seed: int
+) -> _Generated:
+    return _Generated(make, checks.integer('n_examples', n_examples, 1), checks.seed(seed))
+
+
+def _duplicate(half: int, vocab_size: int, rng: np.random.Generator) -> Example:
+    tokens = np.zeros(2 * half + 1, np.int32)
+    tokens[1:half] = tokens[half + 1 : -1] = rng.integers(1, vocab_size, half - 1)
+    weights = np.zeros(2 * half, np.float32)
+    weights[half - 1 : -1] = 1
+    return tokens[:-1], tokens[1:], weights
+
+
+def _copy(shortest: int, longest: int, vocab_size: int, rng: np.random.Generator) -> Example:
+    n = int(rng.integers(shortest, longest + 1))
+    tokens = np.zeros(2 * longest + 1, np.int32)
+    tokens[:n] = tokens[n + 1 : 2 * n + 1] = rng.integers(2, vocab_size, n)
+    tokens[n] = 1
+    weights = np.zeros(2 * longest, np.float32)
+    weights[n : 2 * n] = 1
+    return tokens[:-1], tokens[1:], weights
