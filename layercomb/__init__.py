@@ -1,0 +1,41 @@
+"""Pure layers composed on a data stack, in JAX.
+
+>>> import layercomb as lc
+>>> from layercomb import tl
+>>> net = tl.Serial(tl.Embedding(256, 32), tl.Residual(tl.LayerNorm(), tl.Dense(32)), tl.Dense(256))
+>>> model = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'))
+>>> model.n_weights
+17760
+"""
+
+from layercomb import layers as tl
+from layercomb import losses, models, transforms, trees
+from layercomb.errors import UsageError
+from layercomb.layers.base import Fn, Layer, Mode, init_state
+from layercomb.model import Model
+from layercomb.shapes import describe, shape_dtype, signature_of
+from layercomb.summary import summary
+from layercomb.transforms import cast, rewrite, unstack
+from layercomb.version import __version__
+
+__all__ = [
+    'Fn',
+    'Layer',
+    'Mode',
+    'Model',
+    'UsageError',
+    '__version__',
+    'cast',
+    'describe',
+    'init_state',
+    'losses',
+    'models',
+    'rewrite',
+    'shape_dtype',
+    'signature_of',
+    'summary',
+    'tl',
+    'transforms',
+    'trees',
+    'unstack',
+]

@@ -1,0 +1,418 @@
+"""A layer is a value: `Mode`, `Layer`, `Fn`, and the notes that say where an error arose."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers import fields
+from layercomb.shapes import Signature, describe, signature_of
+
+Arrays = tuple[jax.Array, ...]
+Tree = dict[str, Any]
+L = TypeVar('L', bound='Layer')
+
+DECISIONS = 'decisions'
+
+
+class Mode(enum.Enum):
+    """What a layer is applied for. Static: a description trains, evaluates and decodes.
+
+    ``TRAIN``: dropout on, statistics updated, soft decisions sampled. ``EVAL``: deterministic.
+    ``PREDICT``: incremental, inputs are the next positions and state carries caches. ``RECORD``:
+    as ``TRAIN``, and the returned state also holds each discrete decision taken. ``REPLAY``: as
+    ``TRAIN``, taking the decisions found in the state.
+    """
+
+    TRAIN = 'train'
+    EVAL = 'eval'
+    PREDICT = 'predict'
+    RECORD = 'record'
+    REPLAY = 'replay'
+
+    @property
+    def is_training(self) -> bool:
+        """Whether dropout is on and statistics are updated."""
+        return self in (Mode.TRAIN, Mode.RECORD, Mode.REPLAY)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=False)
+@dataclasses.dataclass(frozen=True, repr=False)
+class Layer:
+    """An immutable, hashable, array-free description of a function with weights and state.
+
+    A subclass is made a frozen dataclass by being one: annotate its fields, write `init` where it
+    has weights or state, and `apply`. Fields are checked against their annotations and lists
+    become tuples. Two equal descriptions are interchangeable; nothing is ever stored on one.
+
+    >>> class Scale(Layer):
+    ...     factor: float = 1.0
+    ...
+    ...     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    ...         (x,) = inputs
+    ...         return (self.factor * x,), state
+    >>> Scale(2.0), Scale(2.0) == Scale(2.0), Scale(2.0).n_in
+    (Scale(2.0), True, 1)
+
+    Attributes:
+      name: the key of its weights in the combinator around it; None takes the class's name.
+      n_in: how many values it takes off the stack.
+      n_out: how many it puts back.
+      float32: whether `transforms.cast` leaves it in float32 (norms, losses, sums of streams).
+      mixes_positions: whether an output position depends on other positions, so that `Chunk` must
+        not cut it.
+    """
+
+    name: str | None = dataclasses.field(default=None, kw_only=True)
+
+    # Without annotations, so that a subclass may make fields of them, in its own order.
+    n_in = 1
+    n_out = 1
+    float32: ClassVar[bool] = False
+    mixes_positions: ClassVar[bool] = False
+    _variadic: ClassVar[bool] = False  # the class writes its own __init__(*layers, …)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True, repr=False, init=not cls._variadic)(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _set(self, field.name, fields.frozen(getattr(self, field.name)))
+        fields.check_fields(self)
+        if self.name is not None and ('/' in self.name or self.name == DECISIONS or not self.name):
+            raise ValueError(
+                f'{type(self).__name__}: a layer cannot be named {self.name!r}: names have no "/" '
+                f'and {DECISIONS!r} is reserved'
+            )
+
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
+        """Initial weights and state.
+
+        Args:
+          signature: of the inputs, a tuple of `jax.ShapeDtypeStruct`.
+          rng: a typed key, from `jax.random.key`.
+          mode: weights do not depend on it; state may: in ``PREDICT`` it holds caches as long as
+            the signature.
+
+        Returns:
+          Two nested dicts of arrays, empty where there is nothing.
+        """
+        del signature, rng, mode
+        return {}, {}
+
+    def apply(
+        self,
+        weights: Tree,
+        state: Tree,
+        inputs: Arrays,
+        *,
+        rng: jax.Array | None = None,
+        mode: Mode = Mode.EVAL,
+    ) -> tuple[Arrays, Tree]:
+        """The function itself: pure, from weights, state and inputs to outputs and new state.
+
+        Args:
+          weights: as `init` gives them.
+          state: as `init` or an earlier `apply` gives it.
+          inputs: a tuple of `n_in` arrays.
+          rng: a typed key; only layers that draw (dropout) need one, and only in training.
+          mode: see `Mode`.
+
+        Returns:
+          A tuple of `n_out` arrays, and the new state.
+        """
+        raise NotImplementedError(f'{type(self).__name__} has no apply')
+
+    def output_signature(self, signature: Any, mode: Mode = Mode.TRAIN) -> Signature:
+        """The signature of the outputs, for inputs of `signature`; nothing is computed.
+
+        >>> from layercomb import tl, shape_dtype
+        >>> tl.Dense(3).output_signature(shape_dtype((2, 5)))
+        (ShapeDtypeStruct(shape=(2, 3), dtype=float32),)
+        """
+        signature = signature_of(signature)
+
+        def outputs(rng: jax.Array) -> Arrays:
+            made, _, _ = self._build(signature, rng, mode)
+            return tuple(jnp.zeros(s.shape, s.dtype) for s in made)
+
+        return jax.eval_shape(outputs, jax.eval_shape(jax.random.key, 0))
+
+    @property
+    def sublayers(self) -> tuple[Layer, ...]:
+        """The layers that this one holds."""
+        return ()
+
+    def with_sublayers(self: L, sublayers: tuple[Layer, ...]) -> L:
+        """The same layer around other sublayers, as many as there are."""
+        if sublayers:
+            raise ValueError(f'{type(self).__name__} holds no layers, {len(sublayers)} were given')
+        return self
+
+    def replace(self: L, **changes: Any) -> L:
+        """The same layer with other values in some fields.
+
+        >>> from layercomb import tl
+        >>> tl.Dense(4).replace(name='head')
+        Dense(4, name='head')
+        """
+        return dataclasses.replace(self, **changes)
+
+    def _build(
+        self, signature: Signature, rng: jax.Array, mode: Mode
+    ) -> tuple[Signature, Tree, Tree]:
+        """Outputs' signature, weights and state in one pass, so that nesting costs nothing."""
+        check_inputs(self, signature)
+        weights, state = self.init(signature, rng, mode)
+
+        def outputs(weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array) -> Arrays:
+            made = self.apply(weights, state, inputs, rng=rng, mode=mode)[0]
+            return check_outputs(self, made)
+
+        return jax.eval_shape(outputs, weights, state, signature, rng), weights, state
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a description holds no weights.
+
+        Raises:
+          TypeError: always, naming the fix.
+        """
+        raise TypeError(
+            f'{type(self).__name__} is a description and holds no weights: bind it first, '
+            'lc.Model(layer).init(x)(x), or call layer.apply(weights, state, (x,))'
+        )
+
+    def __repr__(self) -> str:
+        parts, positional = [], True
+        name, *own = dataclasses.fields(self)
+        for field in (*own, name):
+            value = getattr(self, field.name)
+            if self._shows(field, value):
+                bare = positional and not field.kw_only
+                parts.append(_show(value) if bare else f'{field.name}={_show(value)}')
+            positional = positional and field.default is dataclasses.MISSING
+        return _call_text(type(self).__name__, parts)
+
+    def _shows(self, field: dataclasses.Field[Any], value: Any) -> bool:
+        """A field is worth showing if leaving it out would make another layer."""
+        if field.default is dataclasses.MISSING:
+            return True
+        if value == field.default:
+            return False
+        return field.name == 'name' or self.replace(**{field.name: field.default}) != self
+
+
+class Fn(Layer):
+    """A function of arrays as a layer: ``Fn('Sum', lambda x, y: x + y)``.
+
+    Equal functions make equal layers, and every ``lambda`` is a function of its own: name a
+    module-level function where the model is to equal itself when built again.
+
+    Attributes:
+      label: what `repr` and the paths call it.
+      f: a function of `n_in` arrays that gives an array, or a tuple of `n_out`.
+      n_in: by default the number of required positional parameters of `f`.
+      n_out: how many arrays `f` gives.
+
+    >>> import jax.numpy as jnp
+    >>> Fn('Max', jnp.maximum).n_in
+    2
+    """
+
+    label: str
+    f: Callable[..., Any]
+    n_in: int | None = None  # type: ignore[misc]
+    n_out: int = 1  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_in is None:
+            _set(self, 'n_in', _required_parameters(self.label, self.f))
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        made = self.f(*inputs)
+        return made if isinstance(made, tuple) else (made,), state
+
+    def __repr__(self) -> str:
+        return f'Fn({self.label!r}, {_show(self.f)})'
+
+
+class Wrapper(Layer):
+    """A layer around one other, which adds no level to the paths of the weights."""
+
+    layer: Layer
+
+    n_in = property(lambda self: self.layer.n_in)
+    n_out = property(lambda self: self.layer.n_out)
+
+    @property
+    def sublayers(self) -> tuple[Layer, ...]:
+        """The one layer inside."""
+        return (self.layer,)
+
+    def with_sublayers(self: Any, sublayers: tuple[Layer, ...]) -> Any:
+        """The same wrapper around another layer."""
+        (layer,) = sublayers
+        return self.replace(layer=layer)
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        """The inner layer's weights and state."""
+        return self.layer.init(signature, rng, mode)
+
+
+def init_state(layer: Layer, signature: Any, mode: Mode = Mode.PREDICT) -> Tree:
+    """A fresh state alone: `init` under `jit`, its unused weights never computed.
+
+    Args:
+      layer: any layer.
+      signature: of its inputs, or example inputs. In ``PREDICT`` caches are as long as it.
+      mode: what the state is for.
+    """
+    signature = signature_of(signature)
+    return jax.jit(lambda rng: layer.init(signature, rng, mode)[1])(jax.random.key(0))
+
+
+def take_decisions(state: Tree) -> tuple[Tree, Tree]:
+    """Separates a state from the decisions recorded in it, both with their paths."""
+    plain, found = {}, {}
+    for key, value in state.items():
+        if key == DECISIONS:
+            found[key] = value
+        elif isinstance(value, dict):
+            inner_plain, inner_found = take_decisions(value)
+            if inner_plain or not inner_found:
+                plain[key] = inner_plain
+            if inner_found:
+                found[key] = inner_found
+        else:
+            plain[key] = value
+    return plain, found
+
+
+def put_decisions(state: Tree, found: Tree) -> Tree:
+    """The inverse of `take_decisions`."""
+    out = dict(state)
+    for key, value in found.items():
+        out[key] = value if key == DECISIONS else put_decisions(out.get(key, {}), value)
+    return out
+
+
+def check_inputs(layer: Layer, inputs: tuple[Any, ...]) -> None:
+    """Raises a TypeError that says what `layer` takes if `inputs` are too few or too many."""
+    if len(inputs) != layer.n_in:
+        there = f': {describe(inputs)}' if inputs else ''
+        raise TypeError(
+            f'{type(layer).__name__} takes {_values(layer.n_in)} off the stack, '
+            f'{"only " if len(inputs) < layer.n_in else ""}{len(inputs)} '
+            f'{"was" if len(inputs) == 1 else "were"} there{there}'
+        )
+
+
+def check_outputs(layer: Layer, outputs: Any) -> Arrays:
+    """`outputs`, if they are a tuple of as many arrays as `layer.n_out` promises."""
+    if not isinstance(outputs, tuple):
+        raise TypeError(
+            f'{type(layer).__name__}.apply must return a tuple of outputs and the state, its '
+            f'outputs were {type(outputs).__name__}: write return (y,), state'
+        )
+    if len(outputs) != layer.n_out:
+        raise TypeError(
+            f'{type(layer).__name__} promises n_out={layer.n_out} and returned '
+            f'{_values(len(outputs))}: set n_out, or return as many'
+        )
+    return outputs
+
+
+class where:
+    """Adds to an error that leaves the block a note that says in which sublayer it arose."""
+
+    def __init__(self, parent: Layer, key: str, layer: Layer, values: tuple[Any, ...]):
+        self._parent, self._key, self._layer, self._values = parent, key, layer, values
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None:
+            note = f'in {type(self._parent).__name__}.{self._key}'
+            if not self._layer.sublayers:
+                one_line = re.sub(r'\s*\n\s*', ' ', repr(self._layer))
+                note += f': {one_line}({describe(self._values)})'
+            error.add_note(note)
+
+
+def snake_case(name: str) -> str:
+    """A class's name as a key.
+
+    >>> snake_case('LSHSelfAttention'), snake_case('LayerNorm'), snake_case('Conv1D')
+    ('lsh_self_attention', 'layer_norm', 'conv1d')
+    """
+    return re.sub(
+        r'(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[0-9])(?=[A-Z][a-z])', '_', name
+    ).lower()
+
+
+def given_name(layer: Layer) -> str | None:
+    """The name a person gave to a layer, or to the layer that a wrapper is around."""
+    if layer.name is None and isinstance(layer, Wrapper):
+        return given_name(layer.layer)
+    return layer.name
+
+
+def default_name(layer: Layer) -> str:
+    """The key of a layer without a name: its class's, through wrappers, in snake_case."""
+    if isinstance(layer, Wrapper):
+        return default_name(layer.layer)
+    return snake_case(layer.label if isinstance(layer, Fn) else type(layer).__name__)
+
+
+def fold(rng: jax.Array | None, i: Any) -> jax.Array | None:
+    """The key of the i-th sublayer; no key where there is none."""
+    return None if rng is None else jax.random.fold_in(rng, i)
+
+
+def _set(layer: Layer, field: str, value: Any) -> None:
+    object.__setattr__(layer, field, value)
+
+
+def _values(n: int) -> str:
+    return '1 value' if n == 1 else f'{n} values'
+
+
+def _required_parameters(label: str, f: Callable[..., Any]) -> int:
+    if isinstance(f, jnp.ufunc):  # jnp.add and its like: their signature is *args
+        return f.nin
+    parameters = inspect.signature(f).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        raise TypeError(f'Fn({label!r}): the function takes *args: say how many with n_in=')
+    wanted = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in wanted and p.default is p.empty for p in parameters)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple) and any(isinstance(v, Layer) for v in value):
+        return _call_text('', [_show(v) for v in value])
+    if inspect.isfunction(value) or isinstance(value, (jnp.ufunc, functools.partial)):
+        return getattr(value, '__qualname__', getattr(value, '__name__', repr(value)))
+    if not isinstance(value, Layer) and callable(value):
+        return getattr(value, '__name__', repr(value))
+    return repr(value)
+
+
+def _call_text(function: str, parts: list[str]) -> str:
+    one_line = f'{function}({", ".join(parts)})'
+    if len(one_line) <= 80 and '\n' not in one_line:
+        return one_line
+    inside = ',\n'.join(parts).replace('\n', '\n    ')
+    return f'{function}(\n    {inside},\n)'

@@ -1,0 +1,103 @@
+"""Caches of keys and values for decoding, with a position for each row.
+
+A cache is as long as the signature that `init` was given. Rows count their own positions, so that
+prompts of different lengths may share a batch: ingest them padded at the end, set `position` to
+their lengths, and what the padding left behind is overwritten before it is seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layercomb.layers.base import Tree
+from layercomb.layers.positional import POSITION
+
+
+def init_cache(
+    k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct, masked: bool, length: int | None = None
+) -> Tree:
+    """An empty cache for keys and values of these signatures, (B, H, L, K) and (B, H, L, V).
+
+    Args:
+      k: the keys' signature.
+      v: the values'.
+      masked: whether to keep which positions are real, too.
+      length: how many positions to keep room for; by default L.
+    """
+    length = k.shape[2] if length is None else length
+
+    def room(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros((*x.shape[:2], length, x.shape[3]), x.dtype)
+
+    cache = {'k': room(k), 'v': room(v), POSITION: jnp.zeros(k.shape[0], jnp.int32)}
+    return cache | {'mask': jnp.zeros((k.shape[0], length), bool)} if masked else cache
+
+
+def append(cache: Tree, values: Tree, start: jax.Array) -> Tree:
+    """Writes the next T positions of each row and moves the rows' positions on.
+
+    Args:
+      cache: as `init_cache` makes it.
+      values: new ``k`` and ``v`` (B, H, T, …), and ``mask`` (B, T) if the cache has one.
+      start: (B,) int32, the index in the cache at which each row's go.
+
+    Returns:
+      The cache; its ``position`` has grown by T.
+    """
+    length = values['k'].shape[2]
+    written = {
+        name: _write(cache[name], new.astype(cache[name].dtype), start)
+        for name, new in values.items()
+    }
+    return {**written, POSITION: cache[POSITION] + length}
+
+
+def refuse_overflow(position: jax.Array, length: int, room: int) -> None:
+    """Raises a ValueError where it is known that the next positions do not fit.
+
+    Inside `jit` positions are not known; `poison_overflow` then makes the outputs NaN.
+    """
+    known = not isinstance(position, jax.core.Tracer)
+    reached = int(np.asarray(position).max(initial=0)) if known else 0
+    if reached + length > room:
+        raise ValueError(
+            f'the cache holds {room} positions, {reached} are taken and {length} more were given: '
+            'make the state with a longer signature, or give fewer'
+        )
+
+
+def poison_overflow(y: jax.Array, position: jax.Array, length: int, room: int) -> jax.Array:
+    """`y` (B, …), with NaN in the rows whose next positions did not fit into the cache."""
+    fits = position + length <= room
+    return jnp.where(fits.reshape(-1, *[1] * (y.ndim - 1)), y, jnp.nan)
+
+
+def set_positions(state: Tree, lengths: jax.Array) -> Tree:
+    """A decoding state in which each row stands at a position of its own.
+
+    Args:
+      state: any state of ``PREDICT``, of a whole model.
+      lengths: (B,) int32.
+    """
+    out: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            out[key] = set_positions(value, lengths)
+        else:
+            out[key] = jnp.asarray(lengths, jnp.int32) if key == POSITION else value
+    return out
+
+
+def _write(room: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    axis = 2 if new.ndim == 4 else 1  # (B, H, T, K), or a mask (B, T)
+    if new.shape[0] == 1:
+        return jax.lax.dynamic_update_slice_in_dim(room, new, start[0], axis)
+
+    def one(room: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(room, new, start, axis - 1)
+
+    return jax.vmap(one)(room, new, start)

@@ -1,0 +1,291 @@
+"""Layers that loop: over depth (`Repeat`), over positions (`Chunk`), over values (`Map`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.base import (
+    DECISIONS,
+    Arrays,
+    Layer,
+    Mode,
+    Tree,
+    Wrapper,
+    check_inputs,
+    check_outputs,
+    fold,
+    put_decisions,
+    take_decisions,
+)
+from layercomb.layers.fields import Size
+from layercomb.shapes import Signature, describe
+
+
+class Repeat(Wrapper):
+    """A block n times in series, as one `lax.scan` over weights stacked on a leading axis.
+
+    Compile time and program size do not grow with `n`. In ``PREDICT`` it runs block by block, and
+    its state is one subtree a block (``'0'``, ``'1'`` …), because a scan would copy the caches;
+    `transforms.unstack` gives the same model with one weight subtree a block as well.
+
+    Attributes:
+      layer: the block; it must put back as many values as it takes, of the same shapes and dtypes.
+      n: how many times.
+      shared: one set of weights for all (as in ALBERT, or the Universal Transformer).
+
+    >>> from layercomb import tl, shape_dtype
+    >>> import jax
+    >>> weights, _ = tl.Repeat(tl.Dense(4), 3).init((shape_dtype((2, 4)),), jax.random.key(0))
+    >>> weights['kernel'].shape
+    (3, 4, 4)
+    """
+
+    n: Size = 1
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer.n_in != self.layer.n_out:
+            raise TypeError(
+                f'Repeat: a block must put back as many values as it takes, this one takes '
+                f'{self.layer.n_in} and puts back {self.layer.n_out}'
+            )
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        """Weights stacked on a leading axis (not if shared); state stacked, or one a block."""
+        return self._build(signature, rng, mode)[1:]
+
+    def _build(
+        self, signature: Signature, rng: jax.Array, mode: Mode
+    ) -> tuple[Signature, Tree, Tree]:
+        made = []
+
+        def one(key: jax.Array) -> tuple[Tree, Tree]:
+            outputs, weights, state = self.layer._build(signature, key, mode)
+            made.append(outputs)
+            return weights, state
+
+        if self.shared:
+            first, rest = jax.random.split(rng)
+            weights = self.layer._build(signature, first, mode)[1]
+            _, state = jax.vmap(one)(jax.random.split(rest, self.n))
+        else:
+            weights, state = jax.vmap(one)(jax.random.split(rng, self.n))
+        if describe(made[0]) != describe(signature):
+            raise TypeError(
+                f'Repeat: a block must keep shapes and dtypes, this one turns '
+                f'({describe(signature)}) into ({describe(made[0])})'
+            )
+        if mode is Mode.PREDICT and state:
+            state = {str(i): jax.tree.map(lambda x, i=i: x[i], state) for i in range(self.n)}
+        return signature, weights, state
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Runs the blocks in order; block `i` draws from `rng` folded with `i`."""
+        if mode is Mode.PREDICT:
+            return self._apply_one_by_one(weights, state, inputs, rng)
+
+        def step(values: Arrays, xs: Any) -> tuple[Arrays, Tree]:
+            its_weights, its_state, i = xs
+            its_weights = weights if self.shared else its_weights
+            return self.layer.apply(its_weights, its_state, values, rng=fold(rng, i), mode=mode)
+
+        scanned = None if self.shared else weights
+        return jax.lax.scan(step, tuple(inputs), (scanned, state, jnp.arange(self.n)))
+
+    def _apply_one_by_one(
+        self, weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array | None
+    ) -> tuple[Arrays, Tree]:
+        new_state, values = dict(state), tuple(inputs)
+        for i in range(self.n):
+            values, new = self.layer.apply(
+                self.block_weights(weights, i),
+                state.get(str(i), {}),
+                values,
+                rng=fold(rng, i),
+                mode=Mode.PREDICT,
+            )
+            if new:
+                new_state[str(i)] = new
+        return values, new_state
+
+    def block_weights(self, weights: Tree, i: int) -> Tree:
+        """The weights of block `i`."""
+        return weights if self.shared else jax.tree.map(lambda w: w[i], weights)
+
+
+class Remat(Wrapper):
+    """Computes its layer again in the backward pass instead of keeping what is inside.
+
+    Under `Repeat` this makes the memory of training grow with depth by the block's inputs alone.
+    """
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Applies the layer under `jax.checkpoint`."""
+
+        def run(weights: Tree, state: Tree, inputs: Arrays, rng: Any) -> tuple[Arrays, Tree]:
+            return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
+
+        return jax.checkpoint(run)(weights, state, tuple(inputs), rng)
+
+
+class Map(Wrapper):
+    """One layer, with one set of weights, on each of `n` groups of values.
+
+    State (running statistics) is threaded from one to the next; in ``PREDICT`` each has its own.
+
+    >>> from layercomb import tl
+    >>> tl.Map(tl.Dense(4), 3).n_in
+    3
+    """
+
+    n: Size = 1
+
+    n_in = property(lambda self: self.n * self.layer.n_in)
+    n_out = property(lambda self: self.n * self.layer.n_out)
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        """The layer's weights, from the first group; every group must have the same signature."""
+        groups = self._groups(signature)
+        for group in groups[1:]:
+            if describe(group) != describe(groups[0]):
+                raise TypeError(
+                    f'Map: one layer on values of one shape, got ({describe(groups[0])}) and '
+                    f'({describe(group)})'
+                )
+        weights, state = self.layer.init(groups[0], rng, mode)
+        if mode is Mode.PREDICT and state:
+            state = {str(i): jax.tree.map(jnp.copy, state) for i in range(self.n)}
+        return weights, state
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Applies the layer to each group; group `i` draws from `rng` folded with `i`."""
+        check_inputs(self, inputs)
+        apart = mode is Mode.PREDICT
+        found = state.get(DECISIONS, {})
+        state = {k: v for k, v in state.items() if k != DECISIONS}
+        outputs: Arrays = ()
+        kept: Tree = {}
+        decisions: Tree = {}
+        for i, group in enumerate(self._groups(inputs)):
+            its_state = put_decisions(
+                state.get(str(i), {}) if apart else state, found.get(str(i), {})
+            )
+            made, new = self.layer.apply(weights, its_state, group, rng=fold(rng, i), mode=mode)
+            outputs += check_outputs(self.layer, made)
+            new, its_decisions = take_decisions(new)
+            if apart and new:
+                kept[str(i)] = new
+            if not apart:
+                state = new
+            if its_decisions:
+                decisions[str(i)] = its_decisions
+        new_state = kept if apart else state
+        if mode is Mode.RECORD and decisions:
+            new_state = {**new_state, DECISIONS: decisions}
+        return outputs, new_state
+
+    def _groups(self, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        k = self.layer.n_in
+        return [values[i * k : (i + 1) * k] for i in range(self.n)]
+
+
+class Chunk(Wrapper):
+    """Runs a position-wise layer a piece at a time along the length (axis 1), in constant memory.
+
+    The forward pass holds what is inside the layer for one piece only, and so does the backward,
+    which computes each piece again. What `chunk_len` does not divide runs as a shorter last piece.
+
+    Attributes:
+      layer: works on each position by itself, as feed-forwards, norms, dropout and losses do.
+      chunk_len: the length of a piece.
+
+    Raises:
+      TypeError: if the layer mixes positions (attention, convolution, batch norm).
+
+    References:
+      Kitaev et al., Reformer, 2020, section 3, https://arxiv.org/abs/2001.04451
+    """
+
+    chunk_len: Size = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mixer = _find_mixer(self.layer)
+        if mixer is not None:
+            raise TypeError(
+                f'Chunk: {type(mixer).__name__} mixes positions, so its result would depend on '
+                'where the pieces end: chunk only what works on each position by itself'
+            )
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Applies the layer piece by piece; piece `i` draws from `rng` folded with `i`."""
+        length = self._length(inputs)
+        if length <= self.chunk_len:
+            return self.layer.apply(weights, state, tuple(inputs), rng=rng, mode=mode)
+        n = length // self.chunk_len
+        pieces, rest = _cut(tuple(inputs), n, self.chunk_len)
+        found = state.get(DECISIONS, {})
+        state = {k: v for k, v in state.items() if k != DECISIONS}
+
+        def one(state: Tree, weights: Tree, xs: Any) -> tuple[Tree, Any]:
+            values, i, decisions = xs
+            outputs, new = self.layer.apply(
+                weights, put_decisions(state, decisions), values, rng=fold(rng, i), mode=mode
+            )
+            new, decisions = take_decisions(new)
+            return new, (outputs, decisions)
+
+        again = jax.checkpoint(one, prevent_cse=False)  # a scan separates the passes by itself
+        state, (outputs, decisions) = jax.lax.scan(
+            lambda state, xs: again(state, weights, xs),
+            state,
+            (pieces, jnp.arange(n), found.get('pieces', {})),
+        )
+        taken = {'pieces': decisions} if decisions else {}
+        outputs = jax.tree.map(_join, outputs)
+        if rest is not None:
+            xs = (rest, jnp.int32(n), found.get('rest', {}))
+            state, (tail, decisions) = jax.checkpoint(one)(state, weights, xs)
+            if decisions:
+                taken['rest'] = decisions
+            outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), outputs, tail)
+        if mode is Mode.RECORD and taken:
+            state = {**state, DECISIONS: taken}
+        return outputs, state
+
+    def _length(self, inputs: Arrays) -> int:
+        lengths = {x.shape[1] if x.ndim > 1 else None for x in inputs}
+        if len(lengths) != 1 or None in lengths:
+            raise ValueError(
+                f'Chunk cuts axis 1 of all its inputs, which must be of one length, got '
+                f'({describe(inputs)})'
+            )
+        return lengths.pop()
+
+
+def _cut(values: Arrays, n: int, chunk_len: int) -> tuple[Arrays, Arrays | None]:
+    """n pieces of chunk_len on a leading axis, and what is left over."""
+    whole = n * chunk_len
+
+    def pieces(x: jax.Array) -> jax.Array:
+        x = x[:, :whole].reshape(x.shape[0], n, chunk_len, *x.shape[2:])  # (B, n, C, …)
+        return jnp.moveaxis(x, 1, 0)  # (n, B, C, …)
+
+    rest = tuple(x[:, whole:] for x in values) if whole < values[0].shape[1] else None
+    return tuple(pieces(x) for x in values), rest
+
+
+def _join(pieces: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(pieces, 0, 1)  # (B, n, C, …)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])  # (B, n·C, …)
+
+
+def _find_mixer(layer: Layer) -> Layer | None:
+    """The first layer inside whose outputs mix positions."""
+    if layer.mixes_positions:
+        return layer
+    return next((m for m in map(_find_mixer, layer.sublayers) if m is not None), None)

@@ -1,0 +1,221 @@
+"""Convolutions over one and two axes, and pooling. Channels come last."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.base import Layer, Mode
+from layercomb.layers.fields import Size
+from layercomb.layers.initializers import Initializer, he_normal, zeros
+
+
+class Conv1D(Layer):
+    """A convolution along the length: (B, L, D) → (B, L', n_units).
+
+    y[t] = Σ_j x[stride·t + dilation·j − pad] W[j] + b. With padding 'causal' an output depends on
+    no later input, and in ``PREDICT`` the state keeps the last inputs, so that single positions
+    give what the whole sequence gives.
+
+    Weights: ``kernel`` (width, D / groups, n_units), ``bias`` (n_units,).
+
+    Attributes:
+      n_units: output channels.
+      width: of the kernel.
+      stride: every stride-th output is computed.
+      padding: 'same', 'valid' or 'causal'.
+      dilation: the distance between taps.
+      groups: channels are cut into so many groups, each with a kernel of its own.
+      use_bias: whether b is there.
+
+    Raises:
+      ValueError: in ``PREDICT``, unless the padding is causal and the stride 1.
+    """
+
+    n_units: Size
+    width: Size = 3
+    stride: Size = 1
+    padding: str = 'same'
+    dilation: Size = 1
+    groups: Size = 1
+    use_bias: bool = True
+    kernel_init: Initializer = he_normal()
+    bias_init: Initializer = zeros()
+
+    mixes_positions = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.padding not in ('same', 'valid', 'causal'):
+            raise ValueError(
+                f"Conv1D: padding is 'same', 'valid' or 'causal', got {self.padding!r}"
+            )
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_rank('Conv1D', x, '(batch, length, channels)', 3)
+        weights = _weights(self, (self.width,), x.shape[-1], rng)
+        if mode is not Mode.PREDICT:
+            return weights, {}
+        if self.padding != 'causal' or self.stride != 1:
+            raise ValueError(
+                "Conv1D decodes step by step only with padding='causal' and stride=1, this one has "
+                f'padding={self.padding!r} and stride={self.stride}'
+            )
+        return weights, {'last': jnp.zeros((x.shape[0], self._reach, x.shape[-1]), x.dtype)}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        padding: Any = self.padding.upper()
+        if self.padding == 'causal':
+            if mode is Mode.PREDICT:
+                x = jnp.concatenate([state['last'], x], 1)
+                state = {'last': x[:, x.shape[1] - self._reach :]}
+            else:
+                x = jnp.pad(x, ((0, 0), (self._reach, 0), (0, 0)))
+            padding = 'VALID'
+        y = jax.lax.conv_general_dilated(
+            x,
+            weights['kernel'],
+            window_strides=(self.stride,),
+            padding=padding,
+            rhs_dilation=(self.dilation,),
+            dimension_numbers=('NWC', 'WIO', 'NWC'),
+            feature_group_count=self.groups,
+        )
+        return (y + weights['bias'] if self.use_bias else y,), state
+
+    @property
+    def _reach(self) -> int:
+        """How many positions back the kernel sees."""
+        return self.dilation * (self.width - 1)
+
+
+class Conv2D(Layer):
+    """A convolution over height and width: (B, H, W, D) → (B, H', W', n_units).
+
+    Weights: ``kernel`` (kh, kw, D / groups, n_units), ``bias`` (n_units,).
+
+    Attributes:
+      n_units: output channels.
+      kernel_size: (kh, kw).
+      strides: along height and width.
+      padding: 'same' or 'valid'.
+      groups: channels are cut into so many groups, each with a kernel of its own.
+      use_bias: whether a bias is there.
+    """
+
+    n_units: Size
+    kernel_size: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
+    padding: str = 'same'
+    groups: Size = 1
+    use_bias: bool = True
+    kernel_init: Initializer = he_normal()
+    bias_init: Initializer = zeros()
+
+    mixes_positions = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_padding('Conv2D', self.padding)
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_rank('Conv2D', x, '(batch, height, width, channels)', 4)
+        return _weights(self, self.kernel_size, x.shape[-1], rng), {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        y = jax.lax.conv_general_dilated(
+            x,
+            weights['kernel'],
+            window_strides=self.strides,
+            padding=self.padding.upper(),
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            feature_group_count=self.groups,
+        )
+        return (y + weights['bias'] if self.use_bias else y,), state
+
+
+class Pool(Layer):
+    """A reduction over windows of height and width: (B, H, W, D) → (B, H', W', D)."""
+
+    window: tuple[int, int] = (2, 2)
+    strides: tuple[int, int] | None = None
+    padding: str = 'valid'
+
+    mixes_positions = True
+    start: ClassVar[float]
+    combine: ClassVar[Any]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_padding(type(self).__name__, self.padding)
+
+    def reduce(self, x: jax.Array) -> jax.Array:
+        """Combines the entries of each window."""
+        return jax.lax.reduce_window(
+            x,
+            jnp.asarray(self.start, x.dtype),
+            self.combine,
+            (1, *self.window, 1),
+            (1, *(self.strides or self.window), 1),
+            self.padding.upper(),
+        )
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_rank(type(self).__name__, x, '(batch, height, width, channels)', 4)
+        return {}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        return (self.reduce(x),), state
+
+
+class MaxPool(Pool):
+    """The largest entry of each window."""
+
+    start = -jnp.inf
+    combine = staticmethod(jax.lax.max)
+
+
+class AvgPool(Pool):
+    """The mean of each window; what lies in the padding does not count."""
+
+    start = 0.0
+    combine = staticmethod(jax.lax.add)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        return (self.reduce(x) / self.reduce(jnp.ones_like(x)),), state
+
+
+def check_rank(owner: str, x: jax.ShapeDtypeStruct, wanted: str, rank: int) -> None:
+    """Raises a ValueError unless a signature has `rank` axes."""
+    if len(x.shape) != rank:
+        raise ValueError(f'{owner} takes {wanted}, got the shape {tuple(x.shape)}')
+
+
+def check_padding(owner: str, padding: str) -> None:
+    """Raises a ValueError unless the padding is 'same' or 'valid'."""
+    if padding not in ('same', 'valid'):
+        raise ValueError(f"{owner}: padding is 'same' or 'valid', got {padding!r}")
+
+
+def _weights(layer: Any, size: tuple[int, ...], channels: int, rng: jax.Array) -> dict[str, Any]:
+    if channels % layer.groups or layer.n_units % layer.groups:
+        raise ValueError(
+            f'{type(layer).__name__}: groups={layer.groups} must divide the {channels} input '
+            f'channels and n_units={layer.n_units}; groups={math.gcd(channels, layer.n_units)} does'
+        )
+    kernel_key, bias_key = jax.random.split(rng)
+    shape = (*size, channels // layer.groups, layer.n_units)
+    weights = {'kernel': layer.kernel_init(kernel_key, shape)}
+    if layer.use_bias:
+        weights['bias'] = layer.bias_init(bias_key, (layer.n_units,))
+    return weights

@@ -1,0 +1,198 @@
+"""The plainest leaves: `Dense`, `Embedding`, `Dropout`, `Flatten`, `Mean`."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.fields import Rate, Size
+from layercomb.layers.initializers import Initializer, Normal, glorot_uniform, zeros
+from layercomb.shapes import is_float
+
+
+class Dense(Layer):
+    """y = x W + b over the last axis.
+
+    Weights: ``kernel`` (D_in, n_units) and, unless `use_bias` is false, ``bias`` (n_units,).
+
+    Attributes:
+      n_units: the width of the output; None keeps the input's.
+      use_bias: whether b is there.
+      kernel_init: of W.
+      bias_init: of b.
+
+    >>> from layercomb import tl, shape_dtype
+    >>> tl.Dense(3).output_signature(shape_dtype((2, 5)))
+    (ShapeDtypeStruct(shape=(2, 3), dtype=float32),)
+    """
+
+    n_units: Size | None = None
+    use_bias: bool = True
+    kernel_init: Initializer = glorot_uniform()
+    bias_init: Initializer = zeros()
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        if not x.shape or not is_float(x):
+            raise TypeError(
+                f'Dense takes floating-point vectors along the last axis, got {x.dtype}'
+                f'{list(x.shape)}: embed integers first, with tl.Embedding'
+            )
+        d = x.shape[-1]
+        n = self.n_units or d
+        kernel_key, bias_key = jax.random.split(rng)
+        weights = {'kernel': self.kernel_init(kernel_key, (d, n))}
+        if self.use_bias:
+            weights['bias'] = self.bias_init(bias_key, (n,))
+        return weights, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        return (dense(weights, x),), state
+
+
+def dense(weights: Tree, x: jax.Array) -> jax.Array:
+    """x W + b in x's dtype, summed in float32.
+
+    Args:
+      weights: ``kernel`` (D_in, D_out), ``bias`` (D_out,) or none.
+      x: (…, D_in).
+
+    Returns:
+      (…, D_out).
+
+    Raises:
+      ValueError: if the widths do not fit.
+    """
+    kernel = weights['kernel']
+    if x.shape[-1] != kernel.shape[0]:
+        raise ValueError(
+            f'the input is {x.shape[-1]} wide and the kernel was made for {kernel.shape[0]}: give '
+            'the shape that the model was initialised with'
+        )
+    y = jnp.dot(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+    return y + weights['bias'] if 'bias' in weights else y
+
+
+class Embedding(Layer):
+    """Rows of a table: integers (…) → vectors (…, d_model).
+
+    Weights: ``table`` (vocab_size, d_model). Out of the vocabulary there is nothing to look up: an
+    id outside raises where values are known, and gives NaN inside `jit`, where they are not.
+
+    Attributes:
+      vocab_size: ids run from 0 to vocab_size − 1.
+      d_model: the width of a row.
+      table_init: of the table.
+    """
+
+    vocab_size: Size
+    d_model: Size
+    table_init: Initializer = Normal(1.0)
+
+    float32 = True
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (ids,) = signature
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(
+                f'Embedding takes integers, got {ids.dtype}{list(ids.shape)}: give token ids as '
+                'int32'
+            )
+        return {'table': self.table_init(rng, (self.vocab_size, self.d_model))}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (ids,) = inputs
+        self.check_ids(ids)
+        return (jnp.take(weights['table'], ids, axis=0, mode='fill', fill_value=jnp.nan),), state
+
+    def check_ids(self, ids: jax.Array) -> None:
+        """Raises a ValueError if a known id lies outside the vocabulary; a traced one passes."""
+        if isinstance(ids, jax.core.Tracer) or ids.size == 0:
+            return
+        known = np.asarray(ids)  # not jnp: inside jit even constants would be traced
+        low, high = int(known.min()), int(known.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f'token id {high if high >= self.vocab_size else low} is outside the vocabulary of '
+                f'{self.vocab_size}: ids run from 0 to {self.vocab_size - 1}; check the tokenizer, '
+                'or raise vocab_size'
+            )
+
+
+class Dropout(Layer):
+    """Zeroes entries with probability `rate` in training, and scales the others by 1 / (1 − rate).
+
+    Attributes:
+      rate: the probability, 0 ≤ rate < 1.
+      shared_axes: axes along which all entries are dropped or kept together, e.g. (1,) for one
+        mask over all positions, which saves drawing it.
+
+    Raises:
+      ValueError: in training, without a key.
+
+    References:
+      Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html
+    """
+
+    rate: Rate
+    shared_axes: tuple[int, ...] = ()
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        if not mode.is_training or self.rate == 0:
+            return (x,), state
+        if rng is None:
+            raise ValueError(
+                f'Dropout({self.rate}) draws in training: pass rng=jax.random.key(…) to apply'
+            )
+        shape = list(x.shape)
+        for axis in self.shared_axes:
+            shape[axis] = 1
+        kept = jax.random.bernoulli(rng, 1 - self.rate, shape)
+        return (jnp.where(kept, x / (1 - self.rate), 0),), state
+
+
+class Flatten(Layer):
+    """Joins all axes from `first_axis` on into one: (B, H, W, C) → (B, H·W·C)."""
+
+    first_axis: Size = 1
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        return (
+            x.reshape(*x.shape[: self.first_axis], math.prod(x.shape[self.first_axis :])),
+        ), state
+
+
+class Mean(Layer):
+    """The mean over `axis`, weighted by a mask where `masked`.
+
+    With `masked`, a second input (B, L) boolean says which positions of axis 1 are real; a row
+    without any gives zeros.
+    """
+
+    axis: int = 1
+    masked: bool = False
+
+    mixes_positions = True
+    float32 = True
+    n_in = property(lambda self: 1 + self.masked)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.masked and self.axis != 1:
+            raise ValueError(f'Mean: a mask (B, L) runs along axis 1, got axis={self.axis}')
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        x = inputs[0]
+        if not self.masked:
+            return (x.mean(self.axis),), state
+        real = inputs[1].astype(x.dtype)  # (B, L)
+        total = jnp.einsum('bl...,bl->b...', x, real)
+        count = jnp.maximum(real.sum(1), 1)
+        return (total / count.reshape(-1, *[1] * (total.ndim - 1)),), state

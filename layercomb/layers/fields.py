@@ -1,0 +1,144 @@
+"""What a layer's field may hold: checked once, when a layer is made, from its annotation.
+
+Configurations bind values without looking at their types (``Dense.n_units = '512'``), and a wrong
+one would otherwise surface far away, inside a trace. A field annotated ``int``, ``float | None``,
+``Layer``, `Size`, `Rate` … is checked here, so that no layer repeats such checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A number's range: ``low <= value``, and ``value < below`` where there is a limit."""
+
+    low: float
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` lies in the range."""
+        return value >= self.low and (self.below is None or value < self.below)
+
+    def __str__(self) -> str:
+        return f'at least {self.low:g}' + (f' and below {self.below:g}' if self.below else '')
+
+
+Size = Annotated[int, Bound(1)]
+Rate = Annotated[float, Bound(0, 1)]
+
+
+def frozen(value: Any) -> Any:
+    """Lists as tuples, all the way down: a layer's fields are hashable."""
+    return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def check_fields(instance: Any) -> None:
+    """Checks every field of a layer against its annotation.
+
+    Raises:
+      TypeError: if a field holds something of another type, or something unhashable.
+      ValueError: if a number is out of its range.
+    """
+    owner = type(instance).__name__
+    hints = _hints(type(instance))
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        hint = hints.get(field.name, Any)
+        if not _matches(value, hint):
+            got = f'got {value!r}' + (
+                f', a class: call it, {value.__name__}(…)' if isinstance(value, type) else ''
+            )
+            raise TypeError(f'{owner}: {field.name} must be {_words(hint)}, {got}')
+        bound = _bound(hint)
+        if bound and isinstance(value, (int, float)) and not bound.holds(value):
+            raise ValueError(f'{owner}: {field.name} must be {bound}, got {value!r}')
+        try:
+            hash(value)
+        except TypeError:
+            raise TypeError(
+                f'{owner}: {field.name} holds {type(value).__name__}, which is not hashable: '
+                'a layer describes, arrays belong in its weights or state'
+            ) from None
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls, include_extras=True)
+    except NameError:  # a class whose annotations name what only a type checker imports
+        return {}
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the hint alone."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(p for h in typing.get_args(hint) for p in _parts(h))
+    return (hint,)
+
+
+def _bound(hint: Any) -> Bound | None:
+    for part in _parts(hint):
+        if typing.get_origin(part) is Annotated:
+            return next((m for m in typing.get_args(part)[1:] if isinstance(m, Bound)), None)
+    return None
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    return any(_matches_one(value, part) for part in _parts(hint))
+
+
+def _matches_one(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _matches(value, typing.get_args(hint)[0])
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, (bool, np.bool_))
+    if hint is int:
+        return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
+    if origin is tuple:
+        inner = typing.get_args(hint)
+        return isinstance(value, tuple) and (
+            all(_matches(v, inner[0]) for v in value)
+            if inner[1:] == (Ellipsis,)
+            else len(value) == len(inner) and all(map(_matches, value, inner))
+        )
+    if Callable in (hint, origin):
+        return callable(value)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    """A hint in words.
+
+    >>> _words(int | None)
+    'an int or None'
+    """
+    return ' or '.join(_words_one(part) for part in _parts(hint))
+
+
+def _words_one(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _words(typing.get_args(hint)[0])
+    if hint is None or hint is type(None):
+        return 'None'
+    if origin is tuple:
+        inner = typing.get_args(hint)
+        return f'a tuple of {inner[0].__name__}' if inner[1:] == (Ellipsis,) else 'a tuple'
+    name = getattr(hint, '__name__', str(hint))
+    if name == 'Callable':
+        return 'a function'
+    return f'{"an" if name[0].lower() in "aeiou" else "a"} {name}'

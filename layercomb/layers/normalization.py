@@ -1,0 +1,105 @@
+"""Normalization: `LayerNorm`, `RMSNorm`, `BatchNorm`. All compute in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.base import Layer, Mode
+
+
+class LayerNorm(Layer):
+    """y = (x − mean(x)) / √(var(x) + epsilon) · scale + bias, over the last axis.
+
+    Weights: ``scale`` and ``bias`` (D,).
+
+    References:
+      Ba et al. 2016, https://arxiv.org/abs/1607.06450
+    """
+
+    epsilon: float = 1e-6
+    use_bias: bool = True
+
+    float32 = True
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        d = x.shape[-1]
+        weights = {'scale': jnp.ones(d)}
+        return (weights | {'bias': jnp.zeros(d)} if self.use_bias else weights), {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        h = x.astype(jnp.float32)
+        h = h - h.mean(-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.epsilon)
+        h = h * weights['scale']
+        return ((h + weights['bias'] if self.use_bias else h).astype(x.dtype),), state
+
+
+class RMSNorm(Layer):
+    """y = x / √(mean(x²) + epsilon) · scale, over the last axis.
+
+    Weights: ``scale`` (D,).
+
+    References:
+      Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
+    """
+
+    epsilon: float = 1e-6
+
+    float32 = True
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        return {'scale': jnp.ones(x.shape[-1])}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.epsilon)
+        return ((h * weights['scale']).astype(x.dtype),), state
+
+
+class BatchNorm(Layer):
+    """Normalizes each feature over the batch (all axes but the last).
+
+    y = (x − mean) / √(var + epsilon) · scale + bias, with the batch's statistics in training and
+    their running means elsewhere: running ← momentum · running + (1 − momentum) · batch.
+
+    Weights: ``scale`` and ``bias`` (D,). State: ``mean`` and ``var`` (D,).
+
+    References:
+      Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167
+    """
+
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+
+    float32 = True
+    mixes_positions = True
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        d = x.shape[-1]
+        return (
+            {'scale': jnp.ones(d), 'bias': jnp.zeros(d)},
+            {'mean': jnp.zeros(d), 'var': jnp.ones(d)},
+        )
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        h = x.astype(jnp.float32)
+        mean, var = state['mean'], state['var']
+        if mode.is_training:
+            axes = tuple(range(h.ndim - 1))
+            mean, var = h.mean(axes), h.var(axes)
+            state = {
+                'mean': self._running(state['mean'], mean),
+                'var': self._running(state['var'], var),
+            }
+        h = (h - mean) * jax.lax.rsqrt(var + self.epsilon)
+        return ((h * weights['scale'] + weights['bias']).astype(x.dtype),), state
+
+    def _running(self, old: jax.Array, new: jax.Array) -> jax.Array:
+        return self.momentum * old + (1 - self.momentum) * jax.lax.stop_gradient(new)

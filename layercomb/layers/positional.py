@@ -1,0 +1,147 @@
+"""Where a position learns where it is: sinusoidal, learned and rotary positions.
+
+In ``PREDICT`` each holds ``position`` (B,) int32, how many positions of each row have gone by, so
+rows of one batch may stand at different places (ragged prompts).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.fields import Size
+from layercomb.layers.initializers import Initializer, Normal
+from layercomb.shapes import Signature
+
+POSITION = 'position'
+
+
+class SinusoidalPositions(Layer):
+    """x + P, with P[t, i] = sin(t ω_i) and P[t, D/2 + i] = cos(t ω_i), ω_i = period^(−2i/D).
+
+    x is (B, L, D) with D even; no weights, and no largest length.
+
+    References:
+      Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762
+    """
+
+    period: float = 10000.0
+
+    float32 = True
+    mixes_positions = True  # a piece of a sequence does not know where it begins
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_even('SinusoidalPositions', x.shape[-1])
+        return {}, init_position(signature, mode)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        where, state = next_positions(state, x.shape[1], mode)  # (B or 1, L)
+        angles = where[..., None].astype(jnp.float32) * frequencies(x.shape[-1], self.period)
+        table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)  # (B or 1, L, D)
+        return (x + table.astype(x.dtype),), state
+
+
+class LearnedPositions(Layer):
+    """x + table[t], one learned row a position.
+
+    Weights: ``table`` (max_len, D).
+
+    Attributes:
+      max_len: the longest sequence; a longer one is refused, and where only the running program
+        knows how far a row has come, positions past the end give NaN.
+      table_init: of the table.
+    """
+
+    max_len: Size
+    table_init: Initializer = Normal(0.02)
+
+    float32 = True
+    mixes_positions = True  # a piece of a sequence does not know where it begins
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        self._check_length(x.shape[1])
+        table = self.table_init(rng, (self.max_len, x.shape[-1]))
+        return {'table': table}, init_position(signature, mode)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        length = x.shape[1]
+        self._check_length(length)
+        if mode is not Mode.PREDICT:
+            return (x + weights['table'][:length].astype(x.dtype),), state
+        where, state = next_positions(state, length, mode)  # (B, L)
+        rows = jnp.take(weights['table'], where, axis=0, mode='fill', fill_value=jnp.nan)
+        return (x + rows.astype(x.dtype),), state
+
+    def _check_length(self, length: int) -> None:
+        if length > self.max_len:
+            raise ValueError(
+                f'LearnedPositions: the sequence is {length} long and max_len={self.max_len}: '
+                'shorten it, or make the model with a larger max_len'
+            )
+
+
+class RotaryPositions(Layer):
+    """Rotates pairs of features of queries and keys by angles that grow with the position.
+
+    (q, k) → (R_t q, R_t k): features i and i + K/2 of position t are rotated by t·period^(−2i/K),
+    so that q·k depends on the distance of the two positions alone. Both are (B, H, L, K), K even.
+
+    References:
+      Su et al., RoFormer, 2021, https://arxiv.org/abs/2104.09864
+    """
+
+    period: float = 10000.0
+
+    n_in = 2
+    n_out = 2
+    float32 = True
+    mixes_positions = True  # a piece of a sequence does not know where it begins
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        check_even('RotaryPositions', signature[0].shape[-1])
+        return {}, init_position(signature, mode)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        q, k = inputs
+        where, state = next_positions(state, q.shape[2], mode)  # (B or 1, L)
+        angles = where[..., None].astype(jnp.float32) * frequencies(q.shape[-1], self.period)
+        sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]  # (B or 1, 1, L, K/2)
+        return (rotate(q, sin, cos), rotate(k, sin, cos)), state
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """Rotates features i and i + K/2 of x (…, K) by the angle whose sine and cosine are given."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)  # (…, K/2)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def frequencies(depth: int, period: float) -> jax.Array:
+    """period^(−2i/depth) for i = 0 … depth/2 − 1, (depth/2,) float32."""
+    return period ** (-jnp.arange(0, depth, 2, dtype=jnp.float32) / depth)
+
+
+def init_position(signature: Signature, mode: Mode) -> Tree:
+    """The state of a layer that counts positions: zeros (B,) in ``PREDICT``, else nothing."""
+    if mode is not Mode.PREDICT:
+        return {}
+    return {POSITION: jnp.zeros(signature[0].shape[0], jnp.int32)}
+
+
+def next_positions(state: Tree, length: int, mode: Mode) -> tuple[jax.Array, Tree]:
+    """The next `length` positions of each row, (B, L) or (1, L) int32, and the state after them."""
+    steps = jnp.arange(length, dtype=jnp.int32)[None]
+    if mode is not Mode.PREDICT:
+        return steps, state
+    start = state[POSITION]
+    return start[:, None] + steps, {**state, POSITION: start + length}
+
+
+def check_even(owner: str, depth: int) -> None:
+    """Raises a ValueError unless features come in pairs."""
+    if depth % 2:
+        raise ValueError(f'{owner} works on pairs of features, got {depth}: use an even number')

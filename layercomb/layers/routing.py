@@ -1,0 +1,139 @@
+"""Leaves that move, join and split values and compute nothing else: `Select`, `Dup`, `Drop` …"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from layercomb.layers.base import Arrays, Layer, Mode, _set
+from layercomb.layers.fields import Size
+
+
+class Rearrange(Layer):
+    """A layer whose outputs are its inputs, rearranged; subclasses write `pick`."""
+
+    float32 = True
+
+    def pick(self, values: Arrays) -> Arrays:
+        """The outputs, of the inputs."""
+        raise NotImplementedError
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        return self.pick(tuple(inputs)), state
+
+
+class Select(Rearrange):
+    """Takes `n_in` values off the stack and puts back those at `indices`, in their order.
+
+    ``Select([1, 0])`` swaps, ``Select([0, 0])`` duplicates, ``Select([], n_in=1)`` drops.
+
+    Attributes:
+      indices: positions from the top of the stack.
+      n_in: how many values to take; by default as many as `indices` reach.
+    """
+
+    indices: tuple[int, ...]
+    n_in: int | None = None  # type: ignore[misc]
+
+    n_out = property(lambda self: len(self.indices))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        reach = max(self.indices, default=-1) + 1
+        if self.n_in is None:
+            _set(self, 'n_in', reach)
+        if min(self.indices, default=0) < 0 or reach > self.n_in:
+            raise ValueError(
+                f'Select: indices {list(self.indices)} must lie between 0 and n_in - 1 = '
+                f'{self.n_in - 1}'
+            )
+
+    def pick(self, values: Arrays) -> Arrays:
+        return tuple(values[i] for i in self.indices)
+
+    def __repr__(self) -> str:
+        reach = max(self.indices, default=-1) + 1
+        more = '' if self.n_in == reach else f', n_in={self.n_in}'
+        return f'Select({list(self.indices)}{more})'
+
+
+class Dup(Rearrange):
+    """Duplicates the top `n` values of the stack: (a, b) → (a, b, a, b) for n = 2."""
+
+    n: Size = 1
+
+    n_in = property(lambda self: self.n)
+    n_out = property(lambda self: 2 * self.n)
+
+    def pick(self, values: Arrays) -> Arrays:
+        return values + values
+
+
+class Drop(Rearrange):
+    """Drops the top `n` values of the stack."""
+
+    n: Size = 1
+
+    n_in = property(lambda self: self.n)
+    n_out = 0
+
+    def pick(self, values: Arrays) -> Arrays:
+        return ()
+
+
+class Swap(Rearrange):
+    """Swaps the top two values of the stack."""
+
+    n_in = 2
+    n_out = 2
+
+    def pick(self, values: Arrays) -> Arrays:
+        return values[1], values[0]
+
+
+class Multiply(Layer):
+    """a · b, elementwise, for gates."""
+
+    n_in = 2
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        a, b = inputs
+        return (a * b,), state
+
+
+class Concatenate(Layer):
+    """Joins `n_items` values along `axis`; the first is the top of the stack.
+
+    >>> from layercomb import tl, shape_dtype
+    >>> tl.Concatenate().output_signature((shape_dtype((2, 3)), shape_dtype((2, 5))))
+    (ShapeDtypeStruct(shape=(2, 8), dtype=float32),)
+    """
+
+    n_items: Size = 2
+    axis: int = -1
+
+    n_in = property(lambda self: self.n_items)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        return (jnp.concatenate(inputs, self.axis),), state
+
+
+class Split(Layer):
+    """Cuts a value into `n_items` equal parts along `axis`, the first on top of the stack.
+
+    Raises:
+      ValueError: when applied to an axis whose length `n_items` does not divide.
+    """
+
+    n_items: Size = 2
+    axis: int = -1
+
+    n_out = property(lambda self: self.n_items)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        if x.shape[self.axis] % self.n_items:
+            raise ValueError(
+                f'Split: {self.n_items} does not divide the length {x.shape[self.axis]} of axis '
+                f'{self.axis}'
+            )
+        return tuple(jnp.split(x, self.n_items, self.axis)), state

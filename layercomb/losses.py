@@ -1,0 +1,97 @@
+"""How a loss is attached to a model, without the logits of a whole sequence ever existing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from layercomb.layers.base import Layer, Mode, Wrapper, fold
+from layercomb.layers.combinators import Serial
+from layercomb.layers.control import Chunk
+from layercomb.layers.metrics import Metric
+from layercomb.transforms import Tied
+
+
+class Scored(Wrapper):
+    """A head, and losses of its output: (x, targets, weights) → (values, weights, …).
+
+    The losses have no weights and stand beside the head, so its paths stay what they are.
+
+    Attributes:
+      layer: the head, from which the logits come.
+      losses: metrics, each of which gives values and weights.
+    """
+
+    losses: tuple[Metric, ...]
+
+    n_in = property(lambda self: self.layer.n_in + 2)
+    n_out = property(lambda self: 2 * len(self.losses))
+
+    @property
+    def sublayers(self) -> tuple[Layer, ...]:
+        """The head, then the losses."""
+        return (self.layer, *self.losses)
+
+    def with_sublayers(self, sublayers: tuple[Layer, ...]) -> Any:
+        """The same with another head and other losses."""
+        return self.replace(layer=sublayers[0], losses=tuple(sublayers[1:]))
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        head = signature[: self.layer.n_in]
+        logits, weights, state = self.layer._build(head, rng, mode)
+        for loss in self.losses:
+            loss.init((*logits, *signature[self.layer.n_in :]), rng, mode)
+        return weights, state
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        k = self.layer.n_in
+        logits, state = self.layer.apply(weights, state, inputs[:k], rng=fold(rng, 0), mode=mode)
+        outputs: tuple[jax.Array, ...] = ()
+        for loss in self.losses:
+            outputs += loss.apply({}, {}, (*logits, *inputs[k:]), mode=mode)[0]
+        return outputs, state
+
+
+def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None = None) -> Layer:
+    """A model with its loss: (inputs, targets, weights) → (values, weights), a position each.
+
+    A language model is ``Serial(body…, head)``. What comes out is ``Serial(body…, Chunk(head and
+    loss))`` with the same paths, so weights fit both. With `chunk_len`, logits exist for so many
+    positions at a time and (B, L, V) never does.
+
+    Args:
+      net: gives logits (…, V).
+      loss: one metric, or several; several give two outputs each, in order.
+      chunk_len: the length of a piece, or None for no pieces.
+
+    Returns:
+      A layer with ``n_in = net.n_in + 2``.
+
+    Raises:
+      TypeError: if `loss` is not made of metrics, or `net` has more outputs than logits.
+
+    >>> from layercomb import tl, losses
+    >>> net = tl.Serial(tl.Embedding(16, 8), tl.Dense(16))
+    >>> losses.attach(net, tl.CrossEntropyLoss(), chunk_len=4).n_in
+    3
+    """
+    wanted = tuple(loss) if isinstance(loss, (tuple, list)) else (loss,)
+    for metric in wanted:
+        if not isinstance(metric, Metric):
+            raise TypeError(
+                f'attach: a loss is a metric such as tl.CrossEntropyLoss(), got {metric!r}'
+            )
+    if net.n_out != 1:
+        raise TypeError(f'attach: the model must give logits alone, it has {net.n_out} outputs')
+    return _attach(net, wanted, chunk_len)
+
+
+def _attach(net: Layer, losses: tuple[Metric, ...], chunk_len: int | None) -> Layer:
+    if isinstance(net, Tied):
+        return net.replace(layer=_attach(net.layer, losses, chunk_len))
+    if type(net) is Serial and net.layers:
+        named = [layer.replace(name=key) for key, layer in zip(net.keys, net.layers, strict=True)]
+        return Serial(*named[:-1], _attach(named[-1], losses, chunk_len), name=net.name)
+    scored = Scored(net, losses)
+    return scored if chunk_len is None else Chunk(scored, chunk_len)

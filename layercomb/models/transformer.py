@@ -1,0 +1,198 @@
+"""The Transformer, as a language model and as an encoder for classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from layercomb import layers as tl
+
+
+def TransformerLM(
+    vocab_size: int,
+    d_model: int = 512,
+    d_ff: int = 2048,
+    n_layers: int = 6,
+    n_heads: int = 8,
+    max_len: int = 2048,
+    dropout: float = 0.0,
+    attention: tl.Layer | Sequence[tl.Layer] | None = None,
+    *,
+    activation: str | tl.Layer = 'gelu',
+    positions: str = 'learned',
+    norm: tl.Layer = tl.LayerNorm(),
+    ff_chunk_len: int | None = None,
+    remat: bool = False,
+) -> tl.Serial:
+    """A decoder-only language model: token ids (B, L) → logits (B, L, vocab_size).
+
+    Blocks are pre-norm::
+
+        x = x + Dropout(Attention(Norm(x)))
+        x = x + Dropout(FeedForward(Norm(x)))
+
+    Args:
+      vocab_size: V.
+      d_model: D, the width of the stream.
+      d_ff: the width inside the feed-forwards.
+      n_layers: how many blocks.
+      n_heads: of the default attention; it must divide `d_model`.
+      max_len: the longest sequence.
+      dropout: the rate on the embeddings and on what each sublayer adds.
+      attention: a layer (B, L, D) → (B, L, D), or several that alternate over depth, e.g.
+        ``(tl.LocalSelfAttention(8, 64), tl.SelfAttention(8))``; by default causal
+        `SelfAttention`.
+      activation: of the feed-forwards, a name or a layer.
+      positions: 'learned', 'sinusoidal', 'rotary' (in the default attention alone) or 'none'.
+      norm: the normalization.
+      ff_chunk_len: computes feed-forwards so many positions at a time, if given.
+      remat: computes each block again in the backward pass instead of keeping what is inside.
+
+    Returns:
+      ``Serial(embedding, positions, Repeat(block), norm, head)``.
+
+    Raises:
+      ValueError: if the attention pattern does not divide `n_layers`, or for unknown positions.
+
+    References:
+      Radford et al., GPT-2, 2019.
+
+    >>> TransformerLM(256, 64, 128, n_layers=2, n_heads=4, max_len=32).n_out
+    1
+    """
+    pattern = attention_pattern(attention, n_layers, n_heads, True, positions, False)
+    block = [
+        [
+            residual(norm, layer, dropout),
+            residual(norm, feed_forward(d_ff, d_model, activation, ff_chunk_len), dropout),
+        ]
+        for layer in pattern
+    ]
+    inner: tl.Layer = tl.Serial(*block, name='block')
+    return tl.Serial(
+        tl.Embedding(vocab_size, d_model, table_init=tl.Normal(0.02)),
+        position_layer(positions, max_len),
+        tl.Dropout(dropout) if dropout else None,
+        tl.Repeat(tl.Remat(inner) if remat else inner, n_layers // len(pattern)),
+        norm.replace(name='norm'),
+        tl.Dense(vocab_size, name='head'),
+    )
+
+
+def TransformerEncoder(
+    vocab_size: int,
+    n_classes: int = 10,
+    d_model: int = 512,
+    d_ff: int = 2048,
+    n_layers: int = 6,
+    n_heads: int = 8,
+    max_len: int = 2048,
+    dropout: float = 0.0,
+    attention: tl.Layer | Sequence[tl.Layer] | None = None,
+    *,
+    masked: bool = False,
+    activation: str | tl.Layer = 'gelu',
+    positions: str = 'learned',
+    norm: tl.Layer = tl.LayerNorm(),
+) -> tl.Serial:
+    """An encoder for classification: token ids (B, L) → logits (B, n_classes).
+
+    The blocks of `TransformerLM` with bidirectional attention, and the mean over positions.
+
+    Args:
+      vocab_size: V.
+      n_classes: the width of the logits.
+      masked: whether a second input (B, L) boolean says which positions are real.
+      attention: a layer, or several that alternate over depth; with `masked` they must take a
+        mask, as ``tl.SelfAttention(8, causal=False, masked=True)`` does.
+      d_model, d_ff, n_layers, n_heads, max_len, dropout: as in `TransformerLM`.
+      activation, positions, norm: as in `TransformerLM`.
+
+    Returns:
+      A layer with ``n_in = 1 + masked``.
+
+    Raises:
+      ValueError: as `TransformerLM`.
+
+    >>> TransformerEncoder(256, 2, 64, 128, 2, 4, 32, masked=True).n_in
+    2
+    """
+    pattern = attention_pattern(attention, n_layers, n_heads, False, positions, masked)
+    block = [
+        [
+            tl.Select([0, 1, 1]) if masked else None,
+            residual(norm, layer, dropout),
+            residual(norm, feed_forward(d_ff, d_model, activation, None), dropout),
+        ]
+        for layer in pattern
+    ]
+    return tl.Serial(
+        tl.Embedding(vocab_size, d_model, table_init=tl.Normal(0.02)),
+        position_layer(positions, max_len),
+        tl.Dropout(dropout) if dropout else None,
+        tl.Repeat(tl.Serial(*block, name='block'), n_layers // len(pattern)),
+        norm.replace(name='norm'),
+        tl.Mean(masked=masked),
+        tl.Dense(n_classes, name='head'),
+    )
+
+
+def residual(norm: tl.Layer, layer: tl.Layer, dropout: float) -> tl.Residual:
+    """x + Dropout(layer(norm(x)))."""
+    return tl.Residual(norm, layer, tl.Dropout(dropout) if dropout else None)
+
+
+def feed_forward(
+    d_ff: int, d_model: int, activation: str | tl.Layer, chunk_len: int | None
+) -> tl.Layer:
+    """Dense to `d_ff`, an activation, and Dense back, a piece at a time if `chunk_len` says so."""
+    layers = tl.Serial(
+        tl.Dense(d_ff), tl.activation(activation), tl.Dense(d_model), name='feed_forward'
+    )
+    return layers if chunk_len is None else tl.Chunk(layers, chunk_len)
+
+
+def position_layer(positions: str, max_len: int) -> tl.Layer | None:
+    """What adds positions to the embeddings, if anything does.
+
+    Raises:
+      ValueError: for an unknown kind, listing the known.
+    """
+    kinds = {
+        'learned': tl.LearnedPositions(max_len),
+        'sinusoidal': tl.SinusoidalPositions(),
+        'rotary': None,
+        'none': None,
+    }
+    if positions not in kinds:
+        raise ValueError(f'no positions {positions!r}: there are {", ".join(kinds)}')
+    return kinds[positions]
+
+
+def attention_pattern(
+    attention: tl.Layer | Sequence[tl.Layer] | None,
+    n_layers: int,
+    n_heads: int,
+    causal: bool,
+    positions: str,
+    masked: bool,
+) -> tuple[tl.Layer, ...]:
+    """The attention layers that alternate over depth.
+
+    Raises:
+      ValueError: if their number does not divide `n_layers`, naming the nearest that it does.
+    """
+    if attention is None:
+        rotary = tl.RotaryPositions() if positions == 'rotary' else None
+        attention = tl.SelfAttention(n_heads, causal, masked=masked, rotary=rotary)
+    pattern = (attention,) if isinstance(attention, tl.Layer) else tuple(attention)
+    for layer in pattern:
+        if not isinstance(layer, tl.Layer):
+            raise TypeError(f'attention must be a layer or a tuple of layers, got {layer!r}')
+    n = len(pattern)
+    if not n or n_layers % n or n_layers < 1:
+        nearest = max(1, round(n_layers / max(n, 1))) * n
+        raise ValueError(
+            f'n_layers={n_layers} is no multiple of the {n} attention layers of the pattern: use '
+            f'{nearest}'
+        )
+    return pattern

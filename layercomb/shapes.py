@@ -1,0 +1,73 @@
+"""Signatures: what shape and dtype a value has, without the value.
+
+A signature is a tuple of `jax.ShapeDtypeStruct`, one a value on the stack. Layers are initialised
+from signatures alone, so a model of any size can be described, counted and checked before a byte
+of it exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Signature = tuple[jax.ShapeDtypeStruct, ...]
+
+
+def shape_dtype(shape: Iterable[int], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    """The signature of one value.
+
+    >>> shape_dtype((2, 64), 'int32')
+    ShapeDtypeStruct(shape=(2, 64), dtype=int32)
+    """
+    return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+
+
+def signature_of(values: Any) -> Signature:
+    """The signature of a value or of a tuple of values.
+
+    Args:
+      values: an array, a `jax.ShapeDtypeStruct`, or a tuple or list of these. Arrays are anything
+        with a shape and a dtype; Python numbers and nested lists of numbers are converted.
+
+    Returns:
+      A tuple of `jax.ShapeDtypeStruct`, one a value.
+
+    Raises:
+      TypeError: if a value is none of these.
+
+    >>> signature_of(jnp.zeros((2, 3)))
+    (ShapeDtypeStruct(shape=(2, 3), dtype=float32),)
+    """
+    if not isinstance(values, (tuple, list)):
+        values = (values,)
+    return tuple(_one(v) for v in values)
+
+
+def describe(signature: Iterable[Any]) -> str:
+    """A signature as people write it.
+
+    >>> describe([shape_dtype((2, 5, 8)), shape_dtype((2, 5), bool)])
+    'float32[2,5,8], bool[2,5]'
+    """
+    return ', '.join(f'{x.dtype}[{",".join(map(str, x.shape))}]' for x in signature)
+
+
+def is_float(x: Any) -> bool:
+    """Whether `x`, an array or a signature, holds floating-point numbers."""
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _one(value: Any) -> jax.ShapeDtypeStruct:
+    if hasattr(value, 'shape') and hasattr(value, 'dtype'):
+        return jax.ShapeDtypeStruct(tuple(value.shape), value.dtype)
+    array = np.asarray(value)
+    if array.dtype == object or not jnp.issubdtype(array.dtype, jnp.number):
+        raise TypeError(
+            f'a signature is made of arrays or jax.ShapeDtypeStruct, got {value!r}: '
+            f'pass e.g. lc.shape_dtype((batch, length), "int32")'
+        )
+    return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))

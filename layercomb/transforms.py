@@ -1,0 +1,175 @@
+"""What varies is a rewrite, not a flag: functions from a description to a description.
+
+Precision, tying and unstacking change no layer's code and keep every path. All are built on one
+bottom-up `rewrite`, which reaches every layer, inside combinators and wrappers alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb import trees
+from layercomb.layers.base import Layer, Mode, Tree, Wrapper, default_name, given_name
+from layercomb.layers.combinators import Combinator, Serial
+from layercomb.layers.control import Repeat
+from layercomb.shapes import is_float
+
+
+def rewrite(net: Layer, fn: Callable[[Layer], Layer]) -> Layer:
+    """Applies `fn` to every layer, from the leaves up, and puts its results in their places.
+
+    Args:
+      net: any layer.
+      fn: gets a layer whose sublayers are rewritten already, and returns it or another one.
+
+    >>> from layercomb import tl, transforms
+    >>> def wider(layer):
+    ...     return layer.replace(n_units=8) if isinstance(layer, tl.Dense) else layer
+    >>> transforms.rewrite(tl.Serial(tl.Dense(4), tl.Relu()), wider)
+    Serial(Dense(8), Relu())
+    """
+    if net.sublayers:
+        net = net.with_sublayers(tuple(rewrite(layer, fn) for layer in net.sublayers))
+    return fn(net)
+
+
+class Cast(Wrapper):
+    """Computes a layer in another dtype: weights and inputs are cast on the way in.
+
+    The weights that are kept, and their gradients, stay as they are (float32); what comes out is
+    of the given dtype.
+
+    Attributes:
+      layer: what to compute.
+      dtype: the name of a floating-point dtype.
+    """
+
+    dtype: str = 'bfloat16'
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'dtype', jnp.dtype(self.dtype).name)
+        super().__post_init__()
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f'Cast: dtype must be floating-point, got {self.dtype!r}')
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        narrow = tuple(
+            jax.ShapeDtypeStruct(x.shape, jnp.dtype(self.dtype)) if is_float(x) else x
+            for x in signature
+        )
+        return self.layer.init(narrow, rng, mode)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        narrow_weights, narrow_inputs = self._cast(weights), self._cast(tuple(inputs))
+        return self.layer.apply(narrow_weights, state, narrow_inputs, rng=rng, mode=mode)
+
+    def _cast(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(self.dtype) if is_float(x) else x, tree)
+
+
+def cast(net: Layer, dtype: Any = 'bfloat16') -> Layer:
+    """Computes a model in `dtype`, with float32 weights, norms, softmaxes, losses and streams.
+
+    Leaves that say ``float32 = True`` are left alone; attention and matrix products sum in float32
+    whatever they are given.
+
+    Args:
+      net: any layer.
+      dtype: a floating-point dtype or its name.
+
+    >>> from layercomb import tl, transforms
+    >>> transforms.cast(tl.Serial(tl.LayerNorm(), tl.Dense(4)))
+    Serial(LayerNorm(), Cast(Dense(4)))
+    """
+    name = jnp.dtype(dtype).name
+    return rewrite(
+        net, lambda layer: layer if layer.sublayers or layer.float32 else Cast(layer, name)
+    )
+
+
+class Tied(Wrapper):
+    """A model in which one weight is another one: there is no weight at `target`.
+
+    Attributes:
+      layer: the model.
+      source: the path of the weight that is there, e.g. ``'embedding/table'``.
+      target: the path of the weight that it also serves as, e.g. ``'head/kernel'``.
+      via: a module-level function from the one to the other, e.g. ``jnp.transpose``.
+
+    Raises:
+      KeyError: at `init`, if one of the paths does not exist.
+      ValueError: at `init`, if the shapes do not fit.
+
+    References:
+      Press & Wolf 2017, https://arxiv.org/abs/1608.05859
+    """
+
+    source: str
+    target: str
+    via: Callable[..., Any] | None = None
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        return self._build(signature, rng, mode)[1:]
+
+    def _build(self, signature: Any, rng: jax.Array, mode: Mode) -> Any:
+        outputs, weights, state = self.layer._build(signature, rng, mode)
+        target, source = trees.get(weights, self.target), trees.get(weights, self.source)
+        given = jax.eval_shape(self.via, source) if self.via else source
+        if given.shape != target.shape:
+            raise ValueError(
+                f'Tied: {self.source!r} gives {tuple(given.shape)} and {self.target!r} is '
+                f'{tuple(target.shape)}: choose another via='
+            )
+        return outputs, trees.drop(weights, self.target), state
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        value = trees.get(weights, self.source)
+        value = self.via(value) if self.via else value
+        weights = trees.put(weights, self.target, value)
+        return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
+
+
+def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
+    """The same model with one subtree of weights a layer where `Repeat` had stacked them.
+
+    For decoding: slicing stacked weights copies them at every token. Do it once, before the first.
+    The state in ``PREDICT`` is the same for both models. A state stacked like the weights (running
+    statistics) is unstacked by the same call.
+
+    Args:
+      net: any layer.
+      weights: its weights.
+
+    Returns:
+      A layer in which each `Repeat` has become a `Serial` with keys ``'0'``, ``'1'`` …, and
+      weights to match; a shared block's are referred to n times, not copied.
+
+    >>> from layercomb import tl, transforms
+    >>> net, _ = transforms.unstack(tl.Repeat(tl.Dense(4), 2), {})
+    >>> net
+    Serial(Dense(4, name='0'), Dense(4, name='1'), name='dense')
+    """
+    if isinstance(net, Repeat):
+        blocks, parts = [], {}
+        for i in range(net.n):
+            block, part = unstack(net.layer, net.block_weights(weights, i))
+            blocks.append(block.replace(name=str(i)))
+            if part:
+                parts[str(i)] = part
+        return Serial(*blocks, name=given_name(net) or default_name(net)), parts
+    if isinstance(net, Combinator):
+        children, parts = [], dict(weights)
+        for key, layer in zip(net.keys, net.sublayers, strict=True):
+            child, part = unstack(layer, weights.get(key, {}))
+            children.append(child if child == layer else child.replace(name=key))
+            if part:
+                parts[key] = part
+        return net.with_sublayers(tuple(children)), parts
+    if isinstance(net, Wrapper):
+        inner, weights = unstack(net.layer, weights)
+        return net.with_sublayers((inner, *net.sublayers[1:])), weights
+    return net, weights

@@ -1,0 +1,167 @@
+"""Named trees: weights and state are nested dicts, and a path names a place in them.
+
+A path such as ``'block/residual/dense/kernel'`` is the one address space of the library:
+checkpoints, decay masks, frozen weights, sharding rules and conversions all speak it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = dict[str, Any]
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict as one flat dict from paths to leaves, in sorted order of keys.
+
+    >>> flatten({'dense': {'kernel': 1, 'bias': 2}, 'scale': 3})
+    {'dense/bias': 2, 'dense/kernel': 1, 'scale': 3}
+    """
+    flat = {}
+    for key in sorted(tree):
+        value = tree[key]
+        if isinstance(value, Mapping):
+            flat.update({f'{key}/{path}': leaf for path, leaf in flatten(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+    """The inverse of `flatten`.
+
+    >>> unflatten({'dense/bias': 2, 'scale': 3})
+    {'dense': {'bias': 2}, 'scale': 3}
+    """
+    tree: Tree = {}
+    for path, leaf in flat.items():
+        tree = put(tree, path, leaf)
+    return tree
+
+
+def get(tree: Mapping[str, Any], path: str) -> Any:
+    """What stands at `path`, a leaf or a subtree.
+
+    Raises:
+      KeyError: if there is nothing there; the message lists what there is at the deepest level
+        that exists.
+    """
+    here: Any = tree
+    for depth, key in enumerate(path.split('/')):
+        if not isinstance(here, Mapping) or key not in here:
+            found = sorted(here) if isinstance(here, Mapping) else ['a leaf']
+            where = '/'.join(path.split('/')[:depth]) or 'the root'
+            raise KeyError(f'no {path!r} in the tree: at {where} there is {", ".join(found)}')
+        here = here[key]
+    return here
+
+
+def put(tree: Mapping[str, Any], path: str, value: Any) -> Tree:
+    """A copy of `tree` with `value` at `path`, where nothing may stand yet.
+
+    Raises:
+      ValueError: if two weights would stand under one path.
+
+    >>> put({'a': {'x': 1}}, 'a/y', 2)
+    {'a': {'x': 1, 'y': 2}}
+    """
+    head, _, rest = path.partition('/')
+    out = dict(tree)
+    if not rest:
+        if head in out:
+            raise ValueError(f'two weights under one path, {path!r}: give one of them a name')
+        out[head] = value
+    else:
+        below = out.get(head, {})
+        if not isinstance(below, Mapping):
+            raise ValueError(f'a weight and a subtree under one path, {head!r}: rename one')
+        out[head] = put(below, rest, value)
+    return out
+
+
+def drop(tree: Mapping[str, Any], path: str) -> Tree:
+    """A copy of `tree` without what stands at `path`; a subtree left empty goes too.
+
+    >>> drop({'a': {'x': 1}, 'b': 2}, 'a/x')
+    {'b': 2}
+    """
+    get(tree, path)
+    head, _, rest = path.partition('/')
+    out = dict(tree)
+    below = drop(out[head], rest) if rest else {}
+    if below:
+        out[head] = below
+    else:
+        del out[head]
+    return out
+
+
+def map_with_path(fn: Callable[..., Any], tree: Mapping[str, Any], *rest: Any) -> Tree:
+    """`fn(path, leaf, ...)` at every leaf; a leaf of `None` counts as absent and stays.
+
+    >>> map_with_path(lambda path, x: f'{path}={x}', {'a': {'b': 1}})
+    {'a': {'b': 'a/b=1'}}
+    """
+
+    def name(keys: tuple[Any, ...]) -> str:
+        return '/'.join(str(k.key) for k in keys)
+
+    return jax.tree_util.tree_map_with_path(lambda k, *xs: fn(name(k), *xs), tree, *rest)
+
+
+def count(tree: Any) -> int:
+    """How many numbers the arrays (or signatures) of `tree` hold."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def n_bytes(tree: Any) -> int:
+    """How many bytes the arrays (or signatures) of `tree` take; keys of random generators none."""
+    leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+NOT_DECAYED = ('bias', 'scale')
+
+
+def decay_mask(weights: Tree) -> Tree:
+    """True at the weights that weight decay should shrink: all but biases and scales.
+
+    Goes by the leaf's name, since a bias under `Repeat` is stacked and has two axes. Made for
+    ``optax.adamw(..., mask=trees.decay_mask)``.
+
+    >>> decay_mask({'dense': {'kernel': 1.0, 'bias': 0.0}})
+    {'dense': {'bias': False, 'kernel': True}}
+    """
+    return map_with_path(lambda path, _: path.split('/')[-1] not in NOT_DECAYED, weights)
+
+
+def partition(weights: Tree, trainable: Callable[[str], bool] | None = None) -> tuple[Tree, Tree]:
+    """Separates weights that train from frozen and integer ones.
+
+    Args:
+      weights: a nested dict of arrays.
+      trainable: a predicate on paths; None lets every floating-point weight train.
+
+    Returns:
+      Two trees of the structure of `weights`, with None where the leaf is in the other one. JAX
+      takes None for "no leaf", so the first can be differentiated and given to an optimizer.
+    """
+
+    def trains(path: str, x: Any) -> bool:
+        return jnp.issubdtype(x.dtype, jnp.floating) and (trainable is None or trainable(path))
+
+    yes = map_with_path(lambda path, x: x if trains(path, x) else None, weights)
+    no = map_with_path(lambda path, x: None if trains(path, x) else x, weights)
+    return yes, no
+
+
+def merge(first: Tree, second: Tree) -> Tree:
+    """The inverse of `partition`: at each place whichever of the two leaves is there."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None
+    )
