@@ -15,8 +15,6 @@ import numpy as np
 
 from layercomb.errors import UsageError, require
 
-SPLITS = ('train', 'valid', 'test')
-
 # Linux distributions leave the tests out: without them the data is nearly the same everywhere.
 _NOT_LIBRARY = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
 
@@ -54,6 +52,7 @@ def python_stdlib(split: str = 'train') -> TextFiles:
       ValueError: if there is no such split.
       UsageError: if this Python keeps no sources.
     """
+    _check_split(split)
     root = sysconfig.get_paths()['stdlib']
     files = [path for path in _walk(root, skip=_NOT_LIBRARY) if path.endswith('.py')]
     chosen = [path for path in _split(files, root, split) if _is_utf8(_read(path))]
@@ -81,6 +80,8 @@ def text_files(pattern: str, split: str | None = None) -> TextFiles:
     """
     if not isinstance(pattern, (str, os.PathLike)):
         raise TypeError(f"pattern={pattern!r}: give a glob pattern, e.g. 'texts/**/*.txt'")
+    if split is not None:
+        _check_split(split)
     where = os.path.expanduser(os.fspath(pattern))
     if os.path.isdir(where):
         root, files = where, [path for path in _walk(where) if _looks_like_text(path)]
@@ -208,9 +209,10 @@ def _records(name: str, split: str, data_dir: str | None) -> Any:
         raise UsageError(
             f'{name!r} in {builder.data_dir} is no ArrayRecord: remove it and run {build}'
         ) from None
-    except ValueError as e:
+    except ValueError:
         raise UsageError(
-            f'{_first_line(e)} Give one of {", ".join(builder.info.splits)}, or a slice of it'
+            f'{name!r} has no split {split!r}: '
+            f'give one of {", ".join(builder.info.splits)}, or a slice of it'
         ) from None
 
 
@@ -235,9 +237,12 @@ def _walk(root: str, skip: Iterable[str] = ()) -> list[str]:
     return sorted(found)
 
 
-def _split(files: Iterable[str], root: str, split: str) -> list[str]:
-    if split not in SPLITS:
+def _check_split(split: str) -> None:
+    if split not in ('train', 'valid', 'test'):
         raise ValueError(f"split={split!r}: choose 'train', 'valid' or 'test'")
+
+
+def _split(files: Iterable[str], root: str, split: str) -> list[str]:
     return [path for path in files if _split_of(os.path.relpath(path, root)) == split]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ def duplication(
     checks.integer('vocab_size', vocab_size, 2)
     if length % 2:
         raise ValueError(f'length={length}: give an even number, for two equal halves')
-    return _generated(partial(_duplicate, length // 2, vocab_size), n_examples, seed)
+    return _Generated(_duplicate, (length // 2, vocab_size), n_examples, seed)
 
 
 def copy(
@@ -83,14 +82,19 @@ def copy(
     checks.integer('max_length', max_length, 1)
     checks.integer('min_length', min_length, 1, max_length)
     checks.integer('vocab_size', vocab_size, 3)
-    return _generated(partial(_copy, min_length, max_length, vocab_size), n_examples, seed)
+    return _Generated(_copy, (min_length, max_length, vocab_size), n_examples, seed)
 
 
 @dataclass(frozen=True)
 class _Generated(Sequence[Example]):
-    make: Callable[[np.random.Generator], Example]
+    make: Callable[..., Example]
+    sizes: tuple[int, ...]
     n_examples: int
     seed: int
+
+    def __post_init__(self) -> None:
+        checks.integer('n_examples', self.n_examples, 1)
+        checks.seed(self.seed)
 
     def __len__(self) -> int:
         return self.n_examples
@@ -98,13 +102,8 @@ class _Generated(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         if not -self.n_examples <= index < self.n_examples:
             raise IndexError(f'example {index} of {self.n_examples}')
-        return self.make(np.random.default_rng((self.seed, index % self.n_examples)))
-
-
-def _generated(
-    make: Callable[[np.random.Generator], Example], n_examples: int, seed: int
-) -> _Generated:
-    return _Generated(make, checks.integer('n_examples', n_examples, 1), checks.seed(seed))
+        rng = np.random.default_rng((self.seed, index % self.n_examples))
+        return self.make(*self.sizes, rng)
 
 
 def _duplicate(half: int, vocab_size: int, rng: np.random.Generator) -> Example:
