@@ -1,0 +1,7 @@
+"""Training: tasks, the loop, evaluation, checkpoints and reports."""
+
+from layercomb.supervised.evaluation import evaluate
+from layercomb.supervised.tasks import EvalTask, TrainTask
+from layercomb.supervised.training import Loop
+
+__all__ = ['EvalTask', 'Loop', 'TrainTask', 'evaluate']

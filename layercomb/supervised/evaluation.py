@@ -1,0 +1,73 @@
+"""Metrics of a model over held-out data."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from layercomb import losses
+from layercomb.errors import UsageError
+from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.metrics import weighted_sum
+from layercomb.supervised.tasks import EvalTask
+
+Sums = tuple[tuple[jax.Array, jax.Array], ...]  # Σ wv and Σ w, for each metric
+
+
+def evaluate(net: Layer, weights: Tree, state: Tree, tasks: Sequence[EvalTask]) -> dict[str, float]:
+    """Measures a model, which is left as it is: nothing is random and no state is kept.
+
+    Args:
+      net: gives logits.
+      weights: its weights.
+      state: its state.
+      tasks: what to measure; each goes through its data from the start.
+
+    Returns:
+      'task/metric' -> the metric of the weighted mean over all positions of all batches.
+
+    Raises:
+      UsageError: if there is no batch.
+    """
+    measured = {}
+    for task in tasks:
+        step = compiled(net, task.metrics, task.loss_chunk_len)
+        sums = _run(task, lambda batch, step=step: step(weights, state, batch))
+        for metric, (total, weight) in zip(task.metrics, sums, strict=True):
+            mean = total / weight if weight else 0.0
+            measured[f'{task.name}/{metric.label}'] = float(metric.finish(mean))
+    return measured
+
+
+@functools.lru_cache(maxsize=16)
+def compiled(net: Layer, metrics: tuple[Any, ...], chunk_len: int | None) -> Callable[..., Sums]:
+    """A jitted function of (weights, state, batch), one for equal arguments."""
+    scored = losses.attach(net, metrics, chunk_len)
+
+    def step(weights: Tree, state: Tree, batch: tuple[Any, ...]) -> Sums:
+        outputs, _ = scored.apply(weights, state, batch, mode=Mode.EVAL)
+        return tuple(weighted_sum(v, w) for v, w in zip(outputs[::2], outputs[1::2], strict=True))
+
+    return jax.jit(step)
+
+
+def _run(task: EvalTask, step: Callable[[Any], Sums]) -> list[tuple[float, float]]:
+    """Sums over batches, in double precision, one batch always being computed meanwhile."""
+    batches: Iterable[Any] = itertools.islice(iter(task.data), task.n_batches)
+    per_batch: list[Any] = []
+    for batch in batches:
+        per_batch.append(step(tuple(batch)))
+        if len(per_batch) > 1:
+            per_batch[-2] = jax.device_get(per_batch[-2])
+    if not per_batch:
+        raise UsageError(f'EvalTask {task.name!r}: the data holds no batch: check its source')
+    columns = zip(*jax.device_get(per_batch), strict=True)
+    return [
+        (math.fsum(float(t) for t, _ in column), math.fsum(float(w) for _, w in column))
+        for column in columns
+    ]

@@ -1,0 +1,127 @@
+"""How far a run is: a live bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from layercomb.errors import require
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Throughput:
+    """Tokens and steps a second, over the time spent training alone.
+
+    The clock starts after the first step, which compiles, and stands still in `pause`.
+    """
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+        self._seconds = self._reported = 0.0
+        self._tokens = self._steps = 0
+        self._total_steps = 0
+
+    def step(self, tokens: int) -> None:
+        """Counts a finished step."""
+        now = time.perf_counter()
+        if self._started is not None:
+            self._seconds += now - self._started
+            self._tokens, self._steps = self._tokens + tokens, self._steps + 1
+            self._total_steps += 1
+        self._started = now
+
+    def pause(self) -> None:
+        """Stops the clock until the next step is done, which is not counted."""
+        self._started = None
+
+    def tokens_per_second(self) -> float | None:
+        """Since this was asked last; None if no step was timed since."""
+        seconds, tokens = self._seconds - self._reported, self._tokens
+        if not self._steps:
+            return None
+        self._reported, self._tokens, self._steps = self._seconds, 0, 0
+        return tokens / max(seconds, 1e-9)
+
+    def seconds_left(self, steps: int) -> float | None:
+        """How long that many steps will take, at the mean speed so far."""
+        return steps * self._seconds / self._total_steps if self._total_steps else None
+
+
+class Progress:
+    """Shows steps, loss, tokens a second and the time left.
+
+    Args:
+      step: where the run starts.
+      n_steps: where it ends.
+      out: a text stream, by default standard error; False shows nothing. A bar is drawn if it is a
+        terminal; else a line appears every ten seconds, and for the first and last row.
+    """
+
+    def __init__(self, step: int, n_steps: int, out: TextIO | bool | None = None) -> None:
+        self._step, self._n_steps = step, n_steps
+        self._out = None if out is False else sys.stderr if out in (None, True) else out
+        self._bar: Any = None
+        self._last_line = -_SECONDS_BETWEEN_LINES
+        if self._out is not None and self._out.isatty():
+            tqdm = require('tqdm', 'train').tqdm
+            self._bar = tqdm(
+                total=n_steps, initial=step, unit='step', file=self._out, dynamic_ncols=True,
+                bar_format='{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}',
+            )  # fmt: skip
+
+    def step(self) -> None:
+        """Counts a finished step."""
+        self._step += 1
+        if self._bar is not None:
+            self._bar.update()
+
+    def row(self, row: Mapping[str, Any], seconds_left: float | None = None) -> None:
+        """Shows a row of metrics; measurements of evaluation always get a line of their own."""
+        if self._out is None:
+            return
+        evaluated = [n for n in row if n != 'step' and not n.startswith('train/')]
+        text = _training(row, seconds_left)
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+            if evaluated:
+                self._bar.write(_evaluation(row, evaluated, self._n_steps), file=self._out)
+        elif evaluated or self._due(row['step']):
+            print(f'step {row["step"]:,}/{self._n_steps:,}  {text}', file=self._out, flush=True)
+            self._last_line = time.monotonic()
+            if evaluated:
+                print(_evaluation(row, evaluated, self._n_steps), file=self._out, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _due(self, step: int) -> bool:
+        recently = time.monotonic() - self._last_line < _SECONDS_BETWEEN_LINES
+        return step == self._n_steps or not recently
+
+
+def _training(row: Mapping[str, Any], seconds_left: float | None) -> str:
+    parts = []
+    if 'train/loss' in row:
+        parts.append(f'loss {row["train/loss"]:.4f}')
+    if row.get('train/tokens_per_second') is not None:
+        parts.append(f'{row["train/tokens_per_second"]:,.0f} tokens/s')
+    if seconds_left is not None:
+        parts.append(f'{_clock(seconds_left)} left')
+    return '  '.join(parts)
+
+
+def _evaluation(row: Mapping[str, Any], names: list[str], n_steps: int) -> str:
+    values = '  '.join(f'{name} {row[name]:.4f}' for name in names)
+    return f'step {row["step"]:,}/{n_steps:,}  {values}'
+
+
+def _clock(seconds: float) -> str:
+    """1:02:03, or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

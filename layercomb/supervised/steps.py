@@ -1,0 +1,166 @@
+"""The jitted step of training: gradient, accumulation, clipping, update."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from layercomb import losses, trees
+from layercomb.errors import require
+from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.metrics import Metric, weighted_sum
+
+Batch = tuple[Any, ...]
+Metrics = dict[str, jax.Array]
+
+AUX_LOSS = 'aux_loss'
+METRICS = ('loss', 'grad_norm', 'learning_rate')  # of a step, in the order of reports
+
+
+class Carry(NamedTuple):
+    """What a step takes, donates and gives back.
+
+    Attributes:
+      trainable: the weights that train, None where there is another.
+      state: the model's state.
+      opt_state: the optimizer's.
+      step: int32 (), how many steps have been taken.
+    """
+
+    trainable: Tree
+    state: Tree
+    opt_state: Any
+    step: jax.Array
+
+
+@functools.lru_cache(maxsize=16)
+def compiled(
+    net: Layer, loss: Metric, optimizer: Any, accumulate: int, chunk_len: int | None
+) -> Callable[..., tuple[Carry, Metrics]]:
+    """A jitted function of (carry, frozen weights, key, batch), one for equal arguments.
+
+    The carry is donated. The key of a step is that of the run with the step folded in.
+    """
+    optax = require('optax', 'train')
+    scored = losses.attach(net, loss, chunk_len)
+    gradient = _whole(scored) if accumulate == 1 else _accumulated(scored, accumulate)
+
+    def step(carry: Carry, frozen: Tree, key: jax.Array, batch: Batch) -> tuple[Carry, Metrics]:
+        key = jax.random.fold_in(key, carry.step)
+        value, state, grads = gradient(carry.trainable, frozen, carry.state, key, batch)
+        norm = _norm(grads)
+        with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
+            updates, opt_state = optimizer.update(grads, carry.opt_state, carry.trainable)
+            trainable = optax.apply_updates(carry.trainable, updates)
+        metrics = {'loss': value, 'grad_norm': norm, **_learning_rate(opt_state)}
+        return Carry(trainable, state, opt_state, carry.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def aux_loss(state: Tree) -> jax.Array | None:
+    """The sum of what stands under `aux_loss` in a state; None if nothing does."""
+    found = [
+        jnp.sum(leaf).astype(jnp.float32)
+        for path, leaf in trees.flatten(state).items()
+        if AUX_LOSS in path.split('/')
+    ]
+    return sum(found[1:], found[0]) if found else None
+
+
+def _whole(scored: Layer) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
+    """(loss, state, gradient) of a batch at once."""
+
+    def mean(trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch) -> Any:
+        total, weight, aux, state = _sums(scored, trainable, frozen, state, key, batch)
+        value = total / _positive(weight)
+        return value if aux is None else value + aux, state
+
+    def gradient(*args: Any) -> tuple[jax.Array, Tree, Tree]:
+        (value, state), grads = jax.value_and_grad(mean, has_aux=True)(*args)
+        return value, state, grads
+
+    return gradient
+
+
+def _accumulated(scored: Layer, n: int) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
+    """The same from `n` micro batches: sums of losses and weights, divided once.
+
+    An auxiliary loss counts for each micro batch as much as its weights do.
+    """
+
+    def total(trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch) -> Any:
+        total, weight, aux, state = _sums(scored, trainable, frozen, state, key, batch)
+        return total if aux is None else total + aux * weight, (weight, state)
+
+    def gradient(
+        trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, Tree, Tree]:
+        def add(carry: Any, micro: Any) -> Any:
+            value, weight, state, grads = carry
+            i, rows = micro
+            (v, (w, state)), g = jax.value_and_grad(total, has_aux=True)(
+                trainable, frozen, state, jax.random.fold_in(key, i), rows
+            )
+            grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, g)
+            return (value + v, weight + w, state, grads), None
+
+        zero = jnp.zeros((), jnp.float32)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _at_least_float32(x)), trainable)
+        micros = (jnp.arange(n), tuple(_cut(x, n) for x in batch))
+        (value, weight, state, grads), _ = jax.lax.scan(add, (zero, zero, state, zeros), micros)
+        scale = 1 / _positive(weight)
+        grads = jax.tree.map(
+            lambda g, x: (g * scale.astype(g.dtype)).astype(x.dtype), grads, trainable
+        )
+        return value * scale, state, grads
+
+    return gradient
+
+
+def _sums(
+    scored: Layer, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array | None, Tree]:
+    weights = trees.merge(trainable, frozen)
+    (values, loss_weights), state = scored.apply(weights, state, batch, rng=key, mode=Mode.TRAIN)
+    total, weight = weighted_sum(values, loss_weights)
+    return total, jax.lax.stop_gradient(weight), aux_loss(state), state
+
+
+def _cut(x: jax.Array, n: int) -> jax.Array:
+    """Every n-th row to one micro batch, so that each spreads over all devices the batch is on."""
+    if x.shape[0] % n:
+        raise ValueError(
+            f'accumulate={n} does not divide a batch of {x.shape[0]} rows: '
+            'choose a batch size that it divides'
+        )
+    return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)  # (n, B / n, …)
+
+
+def _positive(weight: jax.Array) -> jax.Array:
+    """A batch without a weight has the loss 0, not 0 / 0."""
+    return jnp.where(weight == 0, 1, weight)
+
+
+def _at_least_float32(x: jax.Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _norm(grads: Tree) -> jax.Array:
+    """√ Σ g², over all gradients."""
+    squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
+    return jnp.sqrt(sum(squares[1:], squares[0]))
+
+
+def _learning_rate(opt_state: Any) -> Metrics:
+    """The learning rate, where `optax.inject_hyperparams` keeps it."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        if jax.tree_util.keystr(path, simple=True, separator='/').endswith(
+            'hyperparams/learning_rate'
+        ):
+            return {'learning_rate': leaf}
+    return {}

@@ -1,0 +1,147 @@
+"""What to train on, and what to measure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.errors import require
+from layercomb.layers.metrics import Metric
+from layercomb.supervised.batches import Batch, check_data
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainTask:
+    """What a `Loop` trains on: data, a loss, an optimizer.
+
+    Attributes:
+      data: an iterable whose iterators yield batches (inputs…, targets, loss_weights) of numpy
+        arrays, the first axis of which is the batch. Positions of loss weight 0 do not count. It
+        must start anew each time it is gone through. A Grain data set's position is saved; with
+        any other, a resumed run skips the batches it has seen, so they must be the same again.
+      loss: a metric, such as `tl.CrossEntropyLoss()`, of the model's output. The step minimises
+        Σ wv / Σ w over all positions of a batch.
+      optimizer: an `optax.GradientTransformation`.
+      accumulate: into how many micro batches a batch is cut, each run by itself, to save memory.
+        Losses and weights are summed and divided once, so the gradient is that of the whole batch.
+      clip_norm: gradients of a greater global norm are scaled down to it.
+      loss_chunk_len: how many positions of logits exist at a time; None for all.
+      trainable: a predicate on paths of weights; None trains all. The rest are neither
+        differentiated nor given optimizer state, and integer weights never are.
+
+    Raises:
+      TypeError, ValueError: at construction, for an argument that cannot be right.
+    """
+
+    data: Iterable[Batch]
+    loss: Metric
+    optimizer: Any
+    accumulate: int = 1
+    clip_norm: float | None = None
+    loss_chunk_len: int | None = None
+    trainable: Callable[[str], bool] | None = None
+
+    def __post_init__(self) -> None:
+        check_data('TrainTask', self.data)
+        _check_metric('TrainTask', 'loss', self.loss)
+        check_optimizer(self.optimizer)
+        check_count('TrainTask', 'accumulate', self.accumulate)
+        check_count('TrainTask', 'loss_chunk_len', self.loss_chunk_len, optional=True)
+        if self.clip_norm is not None:
+            if isinstance(self.clip_norm, bool) or not isinstance(self.clip_norm, (int, float)):
+                raise TypeError(f'TrainTask: clip_norm={self.clip_norm!r}: give a number or None')
+            if not self.clip_norm > 0:
+                raise ValueError(f'TrainTask: clip_norm={self.clip_norm}: it must be above 0')
+        if self.trainable is not None and not callable(self.trainable):
+            raise TypeError(
+                f'TrainTask: trainable={self.trainable!r}: give a function of a path, such as '
+                "lambda path: path.endswith('bias')"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvalTask:
+    """What a `Loop` measures now and then: metrics over held-out data.
+
+    Attributes:
+      data: as for `TrainTask`; each evaluation goes through it from the start.
+      metrics: one metric, or several.
+      name: what comes before the `/` in reports: `valid/loss`.
+      n_batches: how many batches to go through; None for all, and then the data must end.
+      loss_chunk_len: how many positions of logits exist at a time; None for all.
+
+    Raises:
+      TypeError, ValueError: at construction, for an argument that cannot be right.
+    """
+
+    data: Iterable[Batch]
+    metrics: Metric | tuple[Metric, ...]
+    name: str = 'valid'
+    n_batches: int | None = None
+    loss_chunk_len: int | None = None
+
+    def __post_init__(self) -> None:
+        metrics = self.metrics if isinstance(self.metrics, (tuple, list)) else (self.metrics,)
+        object.__setattr__(self, 'metrics', tuple(metrics))
+        check_data('EvalTask', self.data)
+        if not metrics:
+            raise ValueError('EvalTask: metrics is empty: give one, e.g. tl.CrossEntropyLoss()')
+        for metric in metrics:
+            _check_metric('EvalTask', 'metrics', metric)
+        labels = [metric.label for metric in metrics]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f'EvalTask: two metrics have one label in {labels}: give one a name=')
+        if not isinstance(self.name, str) or not self.name or '/' in self.name:
+            raise ValueError(f'EvalTask: name={self.name!r}: give a word without "/"')
+        if self.name == 'train':
+            raise ValueError("EvalTask: the name 'train' is that of training: choose another")
+        check_count('EvalTask', 'n_batches', self.n_batches, optional=True)
+        check_count('EvalTask', 'loss_chunk_len', self.loss_chunk_len, optional=True)
+
+
+def check_count(owner: str, name: str, value: Any, optional: bool = False) -> None:
+    """Raises TypeError or ValueError unless `value` is a positive integer, or None if optional."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        wanted = 'a positive integer' + (' or None' if optional else '')
+        raise TypeError(f'{owner}: {name}={value!r}: give {wanted}')
+    if value < 1:
+        raise ValueError(f'{owner}: {name}={value}: it must be at least 1')
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises a TypeError unless `optimizer` is one, and can take a step.
+
+    What an optax constructor was given shows only when it is used, so this traces one step on a
+    weight or two. Masks and labels that fit the real weights alone are left to the Loop.
+    """
+    optax = require('optax', 'train')
+    if not isinstance(optimizer, optax.GradientTransformation):
+        said = getattr(optimizer, '__name__', None) or repr(optimizer)
+        raise TypeError(
+            f'TrainTask: optimizer={said} is no optax.GradientTransformation: '
+            'give e.g. optax.adamw(1e-3)'
+        )
+    weights = {'kernel': jnp.zeros((2, 2)), 'bias': jnp.zeros(2)}
+    try:
+        with jax.numpy_dtype_promotion('standard'):
+            jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), weights)
+    except TypeError as e:
+        cause = str(e).strip().splitlines()[0][:120].rstrip(' .')
+        raise TypeError(
+            f'TrainTask: the optimizer cannot take a step ({cause}): its learning rate and other '
+            'arguments must be numbers or schedules, not strings or None'
+        ) from None
+    except Exception:
+        return
+
+
+def _check_metric(owner: str, name: str, metric: Any) -> None:
+    if not isinstance(metric, Metric):
+        said = getattr(metric, '__name__', None) or repr(metric)
+        raise TypeError(f'{owner}: {name}: {said} is no metric: give e.g. tl.CrossEntropyLoss()')
