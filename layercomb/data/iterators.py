@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -10,6 +11,32 @@ import numpy as np
 
 from layercomb.data.packing import Arrays, encode_checked, window
 from layercomb.data.tokenizers import Tokenizer
+
+_AHEAD = 8  # elements read before they are asked for
+
+
+class _ReadAhead:
+    """The elements of a data set by index, the next few of them read in a thread.
+
+    Unlike a daemon thread, which the interpreter may kill inside Grain's C++ when it exits (and
+    then aborts), the thread of an executor is waited for.
+    """
+
+    def __init__(self, dataset: grain.MapDataset):
+        self._dataset = dataset
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix='read-ahead')
+        self._futures: dict[int, Future[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        ahead = range(index, min(index + _AHEAD, len(self)))
+        self._futures = {
+            i: self._futures.get(i) or self._pool.submit(self._dataset.__getitem__, i)
+            for i in ahead
+        }
+        return self._futures[index].result()
 
 
 class PackedDocuments(grain.IterDataset):
@@ -37,14 +64,15 @@ class PackedDocuments(grain.IterDataset):
 class _PackedIterator(grain.DatasetIterator):
     def __init__(self, dataset: PackedDocuments):
         super().__init__()
-        self._dataset = dataset
+        self._length, self._tokenizer = dataset.length, dataset.tokenizer
+        self._documents = _ReadAhead(dataset.documents)
         self._document = self._offset = 0
         self._encoded: tuple[int, np.ndarray] | None = None
 
     def __next__(self) -> Arrays:
         parts: list[np.ndarray] = []
-        missing = self._dataset.length + 1
-        while self._document <= len(self._dataset.documents):
+        missing = self._length + 1
+        while self._document <= len(self._documents):
             part = self._piece(self._document)[self._offset :][:missing]
             parts.append(part)
             missing -= part.size
@@ -55,18 +83,14 @@ class _PackedIterator(grain.DatasetIterator):
         tokens = np.concatenate([np.zeros(0, np.int32), *parts])
         if tokens.size <= 1:
             raise StopIteration
-        return window(tokens, self._dataset.length)
+        return window(tokens, self._length)
 
     def _piece(self, document: int) -> np.ndarray:
         """The separator and the document after it; after the last document, the separator."""
         if self._encoded is None or self._encoded[0] != document:
-            text = (
-                self._dataset.documents[document]
-                if document < len(self._dataset.documents)
-                else b''
-            )
-            eos = np.array([self._dataset.tokenizer.eos_id], np.int32)
-            ids = encode_checked(text, self._dataset.tokenizer)
+            text = self._documents[document] if document < len(self._documents) else b''
+            eos = np.array([self._tokenizer.eos_id], np.int32)
+            ids = encode_checked(text, self._tokenizer)
             self._encoded = document, np.concatenate([eos, ids])
         return self._encoded[1]
 
@@ -105,39 +129,35 @@ class Buckets(grain.IterDataset):
 class _BucketIterator(grain.DatasetIterator):
     def __init__(self, dataset: Buckets):
         super().__init__()
-        self._dataset = dataset
+        self._boundaries, self._batch_sizes = dataset.boundaries, dataset.batch_sizes
+        self._examples, self._ahead = dataset.examples, _ReadAhead(dataset.examples)
         self._next = 0
         self._waiting: list[list[int]] = [[] for _ in dataset.boundaries]
         self._fetched: dict[int, Arrays] = {}
 
     def __next__(self) -> Arrays:
-        while self._next < len(self._dataset.examples):
-            bucket = self._bucket_of(self._fetch(self._next))
+        while self._next < len(self._examples):
+            example = self._fetched[self._next] = self._ahead[self._next]
+            bucket = self._bucket_of(example)
             self._waiting[bucket].append(self._next)
             self._next += 1
-            if len(self._waiting[bucket]) == self._dataset.batch_sizes[bucket]:
+            if len(self._waiting[bucket]) == self._batch_sizes[bucket]:
                 return self._leave(bucket)
         for bucket, waiting in enumerate(self._waiting):
             if waiting:
                 return self._leave(bucket)
         raise StopIteration
 
-    def _fetch(self, index: int) -> Arrays:
-        if index not in self._fetched:
-            self._fetched[index] = self._dataset.examples[index]
-        return self._fetched[index]
-
     def _bucket_of(self, example: Arrays) -> int:
         length = max(x.size for x in example)
-        bucket = int(np.searchsorted(self._dataset.boundaries, length))
-        return min(bucket, len(self._dataset.boundaries) - 1)
+        bucket = int(np.searchsorted(self._boundaries, length))
+        return min(bucket, len(self._boundaries) - 1)
 
     def _leave(self, bucket: int) -> Arrays:
-        examples = [self._fetch(index) for index in self._waiting[bucket]]
-        for index in self._waiting[bucket]:
-            del self._fetched[index]
-        self._waiting[bucket] = []
-        shape = self._dataset.batch_sizes[bucket], self._dataset.boundaries[bucket]  # (B, L)
+        waiting, self._waiting[bucket] = self._waiting[bucket], []
+        # Those that waited when the run was stopped are fetched again.
+        examples = [self._fetched.pop(i, None) or self._examples[i] for i in waiting]
+        shape = self._batch_sizes[bucket], self._boundaries[bucket]  # (B, L)
         batch = tuple(np.zeros(shape, x.dtype) for x in examples[0])
         for row, example in enumerate(examples):
             for padded, x in zip(batch, example, strict=True):

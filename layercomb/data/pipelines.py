@@ -183,14 +183,11 @@ def bucketed(
     _check_tokenizer(tokenizer)
     index, count = checks.shard(shard)
     documents = _in_order(checks.source(source), seed, shuffle, num_epochs)
-    grain = require('grain', 'train')
     from layercomb.data import iterators  # needs grain
 
     examples = documents.map(partial(_as_example, tokenizer=tokenizer))
     dataset = iterators.Buckets(examples, boundaries, [count * n for n in batch_sizes])
-    return grain.experimental.ThreadPrefetchIterDataset(
-        dataset.map(partial(_rows, index, count)), prefetch_buffer_size=_AHEAD
-    )
+    return dataset.map(partial(_rows, index, count))
 
 
 def _in_order(
@@ -221,9 +218,7 @@ def _streamed(
     rows = batch_size * count
     fill = partial(grain.experimental.batch_and_pad, batch_size=rows)
     dataset = iterators.PackedDocuments(documents, length, tokenizer).batch(rows, batch_fn=fill)
-    return grain.experimental.ThreadPrefetchIterDataset(
-        dataset.map(partial(_rows, index, count)), prefetch_buffer_size=_AHEAD
-    )
+    return dataset.map(partial(_rows, index, count))
 
 
 def _rows(index: int, count: int, batch: Arrays) -> Arrays:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,6 +220,20 @@ def test_a_long_document_is_resumed_in_its_middle(streaming):
     fresh = iter(make())
     fresh.set_state(json.loads(json.dumps(iterator.get_state())))
     assert same(take(iterator, 60), take(fresh, 60))
+
+
+@every_pipeline
+def test_the_process_ends_quietly(make, tmp_path):
+    """A thread that reads ahead must not be killed in the middle of Grain's C++."""
+    name = next(name for name, value in PIPELINES.items() if value is make)
+    script = tmp_path / 'script.py'
+    script.write_text(
+        f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n'
+        f'import test_pipelines; iterator = iter(test_pipelines.PIPELINES[{name!r}]())\n'
+        'print(len([next(iterator) for _ in range(9)]))'
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ('9\n', 0), done.stderr
 
 
 # Hosts
