@@ -1,0 +1,286 @@
+"""Exact attention as array functions, in memory linear in the length.
+
+They take and give arrays (B, H, L, K): batch, heads, length, depth of a head. The layers around
+them are in `attention`; how the work is done, in `blockwise` and `chunkwise`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers import blockwise, chunkwise, tiles
+
+# Queries and keys of a block, at most: a block of four heads' scores is four megabytes.
+BLOCK_LEN = 512
+# Pairs of a query and a key that one head's tile of chunks holds, about.
+PAIRS_IN_TILE = 1 << 18
+
+
+def dot_product_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = False,
+    mask: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    rng: jax.Array | None = None,
+    block_len: int | None = None,
+) -> jax.Array:
+    """Softmax attention, block by block: no (Lq, Lk) matrix exists, forward or backward.
+
+    ::
+
+        y[t] = Σ_c p[t, c] v[c]      p[t, ·] = softmax of scale · q[t]·k[c] over the visible c
+
+    A causal query at position t sees the keys 0 … t; blocks that no query sees are not computed.
+    Scores and sums are float32 whatever the inputs are. On an NVIDIA GPU, where dtypes and
+    depths allow it, cuDNN's kernel does the work. A single query meets all keys at once.
+
+    Args:
+      q: (B, H, Lq, K), floating.
+      k: (B, H, Lk, K).
+      v: (B, H, Lk, D); D need not be K.
+      causal: whether a query sees only keys at its own position and before.
+      mask: (B, Lk) bool, True = a real key. A query that sees no real key gives zeros.
+      offset: (B,) int32: query t of row b stands at position offset[b] + t, and the keys at 0,
+        1, …; zero by default. What decoding needs: few queries against a cache of keys.
+      scale: factor of the scores, 1/√K by default.
+      dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow by
+        1 / (1 − dropout_rate).
+      rng: the key of dropout, needed where the rate is not zero.
+      block_len: queries and keys in a block, at most; chosen by default.
+
+    Returns:
+      (B, H, Lq, D), in the dtype of v.
+
+    Raises:
+      ValueError: where shapes, dtypes or the rate do not fit together.
+
+    >>> q = jnp.ones((1, 2, 5, 8))
+    >>> dot_product_attention(q, q, q, causal=True).shape
+    (1, 2, 5, 8)
+
+    References:
+      FlashAttention (Dao et al., 2022), https://arxiv.org/abs/2205.14135
+    """
+    check(q, k, v, mask, offset, dropout_rate, rng)
+    rng = rng if dropout_rate else None
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if q.shape[2] == 1:
+        return one_query(q, k, v, causal, None, mask, offset, scale, dropout_rate, rng)
+    if mask is None and offset is None and rng is None and cudnn_applies(q, k, v, causal):
+        return cudnn_attention(q, k, v, causal, scale)
+    plan = blockwise.Plan(
+        n_queries=q.shape[2],
+        n_keys=k.shape[2],
+        q_block=even_block(q.shape[2], block_len or BLOCK_LEN),
+        k_block=even_block(k.shape[2], block_len or BLOCK_LEN),
+        scale=scale,
+        causal=bool(causal),
+        dropout_rate=dropout_rate,
+    )
+    return blockwise.attend(plan, q, k, v, mask, offset, rng)
+
+
+def local_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    chunk_len: int,
+    look_back: int = 1,
+    look_ahead: int = 0,
+    causal: bool = True,
+    mask: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    rng: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention of each chunk to itself and its neighbours: linear in the length.
+
+    With C = chunk_len, a query at position t sees, of the keys c that exist::
+
+        (⌊t/C⌋ − look_back)·C  ≤  c  ≤  t                                    causal
+        (⌊t/C⌋ − look_back)·C  ≤  c  <  (⌊t/C⌋ + 1 + look_ahead)·C           not causal
+
+    Args:
+      q: (B, H, Lq, K), floating.
+      k: (B, H, Lk, K); Lk = Lq unless there is an `offset`.
+      v: (B, H, Lk, D).
+      chunk_len: positions in a chunk; the length need not be a multiple.
+      look_back: chunks seen before a query's own.
+      look_ahead: chunks seen after it; 0 where causal.
+      causal: whether a query sees only keys at its own position and before.
+      mask: (B, Lk) bool, True = a real key. A query that sees no real key gives zeros.
+      offset: (B,) int32: query t of row b stands at position offset[b] + t, and the keys, of a
+        cache, at 0, 1, …; causal only.
+      scale: factor of the scores, 1/√K by default.
+      dropout_rate: as of `dot_product_attention`.
+      rng: the key of dropout.
+
+    Returns:
+      (B, H, Lq, D), in the dtype of v.
+
+    Raises:
+      ValueError: where shapes, dtypes or sizes do not fit together.
+    """
+    check(q, k, v, mask, offset, dropout_rate, rng)
+    check_chunks(q, k, chunk_len, look_back, look_ahead, causal, offset)
+    rng = rng if dropout_rate else None
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if offset is not None:
+        window = chunk_len, look_back
+        if q.shape[2] == 1:
+            return one_query(q, k, v, causal, window, mask, offset, scale, dropout_rate, rng)
+        plan = blockwise.Plan(
+            n_queries=q.shape[2],
+            n_keys=k.shape[2],
+            q_block=even_block(q.shape[2], BLOCK_LEN),
+            k_block=even_block(k.shape[2], BLOCK_LEN),
+            scale=scale,
+            causal=causal,
+            window=window,
+            dropout_rate=dropout_rate,
+        )
+        return blockwise.attend(plan, q, k, v, mask, offset, rng)
+    pairs = chunk_len * chunk_len * (look_back + 1 + look_ahead)
+    n_chunks = -(-q.shape[2] // chunk_len)
+    chunks = chunkwise.Plan(
+        length=q.shape[2],
+        chunk_len=chunk_len,
+        look_back=min(look_back, n_chunks - 1),
+        look_ahead=min(look_ahead, n_chunks - 1),
+        n_together=min(n_chunks, max(1, PAIRS_IN_TILE // pairs)),
+        scale=scale,
+        causal=causal,
+        dropout_rate=dropout_rate,
+    )
+    return chunkwise.attend(chunks, q, k, v, mask, rng)
+
+
+def even_block(length: int, block_len: int) -> int:
+    """The block that covers `length` most evenly in as few blocks as `block_len` needs."""
+    n_blocks = -(-length // block_len)
+    if n_blocks <= 1:
+        return max(1, length)
+    return -(-length // (16 * n_blocks)) * 16
+
+
+def one_query(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    causal: bool,
+    window: tuple[int, int] | None,
+    mask: jax.Array | None,
+    offset: jax.Array | None,
+    scale: float,
+    dropout_rate: float,
+    rng: jax.Array | None,
+) -> jax.Array:
+    """Attention of a single query a row, (B, H, 1, K), to all keys at once."""
+    n_keys = k.shape[2]
+    plan = blockwise.Plan(1, n_keys, 1, n_keys, scale, causal, window)
+    start = jnp.zeros((1,), jnp.int32) if offset is None else offset
+    seen = jax.vmap(lambda t: blockwise.visible(plan, 0, 0, None, t)[0])(start)  # (B or 1, Lk)
+    seen = seen[:, None] if mask is None else (seen & mask)[:, None]  # (B or 1, 1, Lk)
+    q_1 = q[:, :, 0].astype(jnp.float32) * scale  # (B, H, K)
+    scores = jnp.where(seen, tiles.dot('bhk,bhck->bhc', q_1, k), -tiles.FAR)
+    p = jnp.exp(scores - scores.max(-1, keepdims=True, initial=-tiles.FAR))
+    p = jnp.where(seen, p, 0.0)
+    total = p.sum(-1, keepdims=True)
+    p = tiles.drop(dropout_rate, rng, 0, p / jnp.where(total > 0, total, 1.0))
+    return tiles.dot('bhc,bhcd->bhd', p, v)[:, :, None].astype(v.dtype)  # (B, H, 1, D)
+
+
+@functools.cache
+def has_cudnn() -> bool:
+    """Whether arrays live on an NVIDIA GPU that cuDNN's attention runs on (Ampere or later)."""
+    if jax.default_backend() != 'gpu':
+        return False
+    device = jax.local_devices()[0]
+    return 'NVIDIA' in device.device_kind and float(device.compute_capability) >= 8
+
+
+def cudnn_applies(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> bool:
+    """Whether cuDNN's kernel computes just this."""
+    narrow = q.dtype in (jnp.float16, jnp.bfloat16) and q.dtype == k.dtype == v.dtype
+    depth = q.shape[-1]
+    fits = depth == v.shape[-1] and depth % 8 == 0 and depth <= 128
+    return narrow and fits and (not causal or q.shape[2] == k.shape[2]) and has_cudnn()
+
+
+def cudnn_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, scale: float
+) -> jax.Array:
+    """Attention by cuDNN, which wants (B, L, H, K)."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, L, H, K)
+    y = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation='cudnn')
+    return y.swapaxes(1, 2)  # (B, H, L, D)
+
+
+def check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    offset: jax.Array | None,
+    dropout_rate: float,
+    rng: jax.Array | None,
+) -> None:
+    """Raises ValueError where the arguments do not fit together."""
+    shapes = f'q {q.shape}, k {k.shape}, v {v.shape}'
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f'attention takes arrays (batch, heads, length, depth), got {shapes}')
+    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+        raise ValueError(f'q, k and v must agree in batch and heads, got {shapes}')
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f'q and k must have the same depth, got {shapes}')
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f'k and v must have the same length, got {shapes}')
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k, v)):
+        raise ValueError(f'attention takes floats, got q {q.dtype}, k {k.dtype}, v {v.dtype}')
+    expected = (k.shape[0], k.shape[2])
+    if mask is not None and (mask.dtype != jnp.bool_ or mask.shape != expected):
+        raise ValueError(f'mask must be bool{expected}, got {mask.dtype}{mask.shape}')
+    integer = offset is None or jnp.issubdtype(offset.dtype, jnp.integer)
+    if offset is not None and not (integer and offset.shape == q.shape[:1]):
+        raise ValueError(f'offset must be int32{q.shape[:1]}, got {offset.dtype}{offset.shape}')
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
+    if dropout_rate and rng is None:
+        raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
+
+
+def check_chunks(
+    q: jax.Array,
+    k: jax.Array,
+    chunk_len: int,
+    look_back: int,
+    look_ahead: int,
+    causal: bool,
+    offset: jax.Array | None,
+) -> None:
+    """Raises ValueError where local attention has no meaning."""
+    chunk_len, look_back, look_ahead = map(operator.index, (chunk_len, look_back, look_ahead))
+    if chunk_len < 1 or look_back < 0 or look_ahead < 0:
+        raise ValueError(
+            'chunk_len must be positive, look_back and look_ahead not negative, '
+            f'got {chunk_len}, {look_back} and {look_ahead}'
+        )
+    if causal and look_ahead:
+        raise ValueError(f'look_ahead={look_ahead} looks into the future: pass causal=False')
+    if offset is not None and not causal:
+        raise ValueError('local attention with an offset is causal: pass causal=True')
+    if offset is None and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f'local attention of one sequence to another needs an offset: q {q.shape}, k {k.shape}'
+        )
