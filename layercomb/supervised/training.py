@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from layercomb import trees
 from layercomb.errors import UsageError, require
 from layercomb.layers.base import Layer, Tree
 from layercomb.model import Model, check_tokens
+from layercomb.shapes import Signature
 from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, Batches
 from layercomb.supervised.evaluation import evaluate
@@ -142,12 +144,8 @@ class Loop:
     def _begin(self, model: Layer | Model) -> None:
         """Sets the carry: from the last checkpoint, from the Model given, or from the seed."""
         signature = _signature(self._net, self._batches.peek())
-
-        def init(key: jax.Array) -> tuple[Tree, Tree]:
-            return self._net.init(signature, key)
-
         init_key, self._key = jax.random.split(jax.random.key(self._seed))
-        weights, state = jax.eval_shape(init, init_key)
+        weights, state = jax.eval_shape(lambda key: self._net.init(signature, key), init_key)
         trainable, _ = trees.partition(weights, self._task.trainable)
         if not jax.tree.leaves(trainable):
             raise ValueError('TrainTask: no weight trains: check the predicate trainable')
@@ -159,7 +157,7 @@ class Loop:
         elif isinstance(model, Model) and model.weights is not None:
             weights, state = model.weights, jax.tree.map(jnp.copy, model.state)
         else:
-            weights, state = jax.jit(init)(init_key)
+            weights, state = _init(self._net, signature, init_key)
         trainable, self._frozen = trees.partition(weights, self._task.trainable)
         if weights is getattr(model, 'weights', None):
             trainable = jax.tree.map(jnp.copy, trainable)  # donating would take the Model's own
@@ -286,6 +284,11 @@ class _Run:
         self._progress.row(self.row, self._throughput.seconds_left(self._n_steps - step))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(net: Layer, signature: Signature, key: jax.Array) -> tuple[Tree, Tree]:
+    return net.init(signature, key)
+
+
 def _optimizer(task: TrainTask) -> Any:
     """The task's optimizer, behind clipping where that is asked for."""
     if task.clip_norm is None:
@@ -294,7 +297,7 @@ def _optimizer(task: TrainTask) -> Any:
     return optax.chain(optax.clip_by_global_norm(task.clip_norm), task.optimizer)
 
 
-def _signature(net: Layer, batch: Batch) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _signature(net: Layer, batch: Batch) -> Signature:
     """The signature of the inputs in a batch, as they are on the device."""
     if len(batch) != net.n_in + 2:
         raise TypeError(
