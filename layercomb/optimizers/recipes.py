@@ -1,0 +1,96 @@
+"""AdamW with the schedule that most Transformers are trained with, checked argument by argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from layercomb import trees
+from layercomb.errors import require
+
+
+def warmup_cosine(
+    learning_rate: float, steps: int, warmup_steps: int = 0, final_fraction: float = 0.1
+) -> Callable[[Any], Any]:
+    """A schedule: up in a line, down along a cosine.
+
+    Args:
+      learning_rate: the peak.
+      steps: when it arrives at its end, warm-up included.
+      warmup_steps: how many steps go up.
+      final_fraction: what part of the peak is left at the end.
+
+    Returns:
+      An optax schedule, from a step to a learning rate.
+
+    Raises:
+      TypeError, ValueError: for an argument of another type, or out of its range.
+    """
+    _check('learning_rate', learning_rate, low=0)
+    _check('steps', steps, low=1, whole=True)
+    _check('warmup_steps', warmup_steps, low=0, whole=True)
+    _check('final_fraction', final_fraction, low=0, high=1)
+    if warmup_steps >= steps:
+        raise ValueError(f'warmup_steps={warmup_steps} must be below steps={steps}')
+    optax = require('optax', 'train')
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup_steps else learning_rate,
+        peak_value=learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=steps,
+        end_value=learning_rate * final_fraction,
+    )
+
+
+def adamw(
+    learning_rate: float | Callable[[Any], Any] = 1e-3,
+    b1: float = 0.9,
+    b2: float = 0.98,
+    epsilon: float = 1e-9,
+    weight_decay: float = 0.0,
+) -> Any:
+    """AdamW, whose decay spares biases and scales, and whose learning rate shows in reports.
+
+    Args:
+      learning_rate: a number, or a schedule such as `warmup_cosine` gives.
+      b1: of the mean of gradients.
+      b2: of the mean of their squares.
+      epsilon: added to the root.
+      weight_decay: decoupled, times the learning rate.
+
+    Returns:
+      An `optax.GradientTransformation`.
+
+    Raises:
+      TypeError, ValueError: for an argument of another type, or out of its range.
+
+    References:
+      Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101
+    """
+    if not callable(learning_rate):
+        _check('learning_rate', learning_rate, low=0)
+    for name, value in (('b1', b1), ('b2', b2)):
+        _check(name, value, low=0, high=1)
+    _check('epsilon', epsilon, low=0)
+    _check('weight_decay', weight_decay, low=0)
+    optax = require('optax', 'train')
+    return optax.inject_hyperparams(optax.adamw, static_args=('b1', 'b2', 'eps', 'mask'))(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=epsilon,
+        weight_decay=weight_decay,
+        mask=trees.decay_mask,
+    )
+
+
+def _check(
+    name: str, value: Any, low: float, high: float | None = None, whole: bool = False
+) -> None:
+    kinds: tuple[type, ...] = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        wanted = 'a whole number' if whole else 'a number'
+        raise TypeError(f'{name} must be {wanted}, got {value!r}')
+    if value < low or (high is not None and value > high):
+        limit = f'at least {low:g}' + (f' and at most {high:g}' if high is not None else '')
+        raise ValueError(f'{name} must be {limit}, got {value!r}')

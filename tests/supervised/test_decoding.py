@@ -1,0 +1,128 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import layercomb as lc
+from layercomb import Mode, UsageError, tl
+from layercomb.supervised import decoding
+
+V = 17
+
+
+def make(attention=None, positions='learned', **more):
+    net = lc.models.TransformerLM(
+        V,
+        16,
+        32,
+        n_layers=2,
+        n_heads=2,
+        max_len=48,
+        attention=attention,
+        positions=positions,
+        **more,
+    )
+    return lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'), 3)
+
+
+ATTENTION = {
+    'dense': None,
+    'local': tl.LocalSelfAttention(2, 4),
+    'both': (tl.LocalSelfAttention(2, 4, look_back=2), tl.SelfAttention(2, d_head=3)),
+}
+
+
+def recompute(model, prompt, n_tokens):
+    """Greedy decoding without any cache: the whole sequence again for every token."""
+    tokens = np.zeros((1, 24), np.int32)  # of one length, so that it compiles once: it is causal
+    tokens[0, : len(prompt)] = prompt
+    for i in range(len(prompt), len(prompt) + n_tokens):
+        tokens[0, i] = jnp.argmax(model(tokens)[0, i - 1])
+    return tokens[0, len(prompt) : len(prompt) + n_tokens].tolist()
+
+
+@pytest.mark.parametrize('attention', ATTENTION)
+def test_cache_equals_recomputing_with_ragged_prompts(attention):
+    model = make(ATTENTION[attention], 'rotary' if attention == 'both' else 'learned')
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [3], [9, 9, 2, 11]]
+    made = decoding.generate(model, prompts, 12, temperature=0)
+    for prompt, row in zip(prompts, made, strict=True):
+        assert recompute(model, prompt, 12) == row.tolist()
+
+
+def test_batch_and_stream_make_the_same_sample():
+    model = make()
+    prompts = [[1, 2, 3], [4]]
+    how = {'temperature': 0.8, 'top_k': 9, 'top_p': 0.9, 'rng': 5}
+    both = decoding.generate(model, prompts, 10, **how)
+    alone = decoding.generate(model, prompts[:1], 10, **how)
+    streamed = np.stack(list(decoding.stream(model, prompts, 10, **how)), 1)
+    np.testing.assert_array_equal(both[:1], alone)
+    np.testing.assert_array_equal(both, streamed)
+    assert not np.array_equal(both, decoding.generate(model, prompts, 10, **how | {'rng': 6}))
+
+
+def test_eos_ends_rows():
+    model = make()
+    greedy = decoding.generate(model, [[1, 2, 3], [4]], 10, temperature=0)
+    eos = int(greedy[0, 3])
+    made = decoding.generate(model, [[1, 2, 3], [4]], 10, temperature=0, eos_id=eos)
+    for row, free in zip(made, greedy, strict=True):
+        end = free.tolist().index(eos) if eos in free else len(free)
+        np.testing.assert_array_equal(row[: end + 1], free[: end + 1])
+        assert (row[end:] == eos).all()
+    streamed = list(decoding.stream(model, [[1, 2, 3]], 10, temperature=0, eos_id=eos))
+    assert len(streamed) == greedy[0].tolist().index(eos) + 1
+
+
+def test_sampler_draws_only_what_it_may():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 0)
+
+    def shares(**how):
+        keys = jax.random.split(jax.random.key(0), 4000)
+        drawn = decoding.Sampler(**how)(logits, keys)
+        return np.bincount(np.asarray(drawn), minlength=4) / 4000
+
+    np.testing.assert_allclose(shares(), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    np.testing.assert_allclose(shares(top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(shares(top_p=0.75), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(shares(top_p=0.1), [1, 0, 0, 0])
+    np.testing.assert_allclose(shares(temperature=0), [1, 0, 0, 0])
+    hot = np.array([0.5, 0.3, 0.15, 0.05]) ** 0.5
+    np.testing.assert_allclose(shares(temperature=2), hot / hot.sum(), atol=0.03)
+
+
+def test_running_statistics_reach_the_decoder():
+    net = tl.Serial(
+        tl.Embedding(V, 8), tl.Repeat(tl.Residual(tl.BatchNorm(), tl.Dense(8)), 2), tl.Dense(V)
+    )
+    model = lc.Model(net).init(lc.shape_dtype((4, 8), 'int32'))
+    tokens = jax.random.randint(jax.random.key(1), (4, 8), 0, V)
+    for _ in range(3):
+        model(tokens, mode=Mode.TRAIN)
+    assert (
+        recompute(model, [1, 2], 5)
+        == decoding.generate(model, [[1, 2]], 5, temperature=0)[0].tolist()
+    )
+
+
+def test_errors():
+    model = make()
+    with pytest.raises(UsageError, match=r'40 tokens and 20 new ones make 60, .* max_len is 48'):
+        decoding.generate(model, [[1] * 40], 20)
+    with pytest.raises(UsageError, match=r'token id 17 is outside the vocabulary of 17'):
+        decoding.stream(model, [[1, 17]], 2)
+    with pytest.raises(UsageError, match='sequence of at least one token id'):
+        decoding.generate(model, [[]], 2)
+    with pytest.raises(UsageError, match='sequence of at least one token id'):
+        decoding.generate(model, ['text'], 2)
+    with pytest.raises(ValueError, match='temperature must be at least 0'):
+        decoding.generate(model, [[1]], 2, temperature='hot')
+    with pytest.raises(ValueError, match='top_p must be above 0'):
+        decoding.generate(model, [[1]], 2, top_p=0.0)
+    with pytest.raises(ValueError, match='top_k must be a whole number'):
+        decoding.generate(model, [[1]], 2, top_k=0)
+    with pytest.raises(TypeError, match='an lc.Model with weights'):
+        decoding.generate(lc.Model(model.layer), [[1]], 2)
+    with pytest.raises(ValueError, match='n_tokens must be'):
+        decoding.generate(model, [[1]], 0)
