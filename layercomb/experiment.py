@@ -1,0 +1,98 @@
+"""An experiment: a model, what it trains on, what is measured, and what is shown at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb import trees
+from layercomb.layers.base import Layer, Mode
+from layercomb.shapes import Signature, signature_of
+from layercomb.supervised import steps
+from layercomb.supervised.tasks import EvalTask, TrainTask, check_count
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """What a configuration describes, as plain values.
+
+    Attributes:
+      model: a layer that gives logits.
+      train_task: data, loss and optimizer.
+      eval_tasks: what to measure.
+      steps: how many steps to train.
+      seed, eval_every, checkpoint_every, log_every, keep: as for `Loop`.
+      tokenizer: turns text into tokens and back; None where the data is no text.
+      sample_prompt: what to continue as a sample, once trained; None for no sample.
+      sample_tokens: the sample's length.
+      sample_temperature: how it is drawn.
+      baseline_text: training and validation text, two sources of documents, on which byte models
+        that count are measured beside the trained model; None for no comparison.
+    """
+
+    model: Layer
+    train_task: TrainTask
+    eval_tasks: Sequence[EvalTask] = ()
+    steps: int = 1000
+    seed: int = 0
+    eval_every: int | None = 500
+    checkpoint_every: int | None = 500
+    log_every: int = 10
+    keep: int = 3
+    tokenizer: Any = None
+    sample_prompt: str | None = None
+    sample_tokens: int = 300
+    sample_temperature: float = 0.8
+    baseline_text: tuple[Any, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, Layer):
+            raise TypeError(f'train.model must be a layer, got {self.model!r}')
+        if not isinstance(self.train_task, TrainTask):
+            raise TypeError(f'train.train_task must be a TrainTask, got {self.train_task!r}')
+        check_count('train', 'steps', self.steps)
+        check_count('train', 'sample_tokens', self.sample_tokens)
+        if self.sample_prompt is not None and self.tokenizer is None:
+            raise ValueError('train.sample_prompt needs train.tokenizer = @data.ByteTokenizer()')
+
+    def batch_signature(self) -> Signature:
+        """Of a batch: inputs, targets and weights."""
+        batch = next(iter(self.train_task.data))
+        signature = signature_of(tuple(batch))
+        return tuple(
+            jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in signature
+        )
+
+    def abstract(self, signature: Signature) -> tuple[Any, Any]:
+        """Weights and state as `jax.ShapeDtypeStruct`, for inputs of a signature."""
+        return jax.eval_shape(
+            lambda rng: self.model.init(signature, rng, Mode.TRAIN),
+            jax.eval_shape(jax.random.key, 0),
+        )
+
+    def training_bytes(self) -> dict[str, int]:
+        """What a training step takes, by compiling it and asking the compiler; nothing is run.
+
+        Returns:
+          Bytes of 'weights', 'optimizer' and 'temporaries' (activations and gradients).
+        """
+        task, signature = self.train_task, self.batch_signature()
+        weights, state = self.abstract(signature[: self.model.n_in])
+        trainable, frozen = trees.partition(weights, task.trainable)
+        with jax.numpy_dtype_promotion('standard'):
+            opt_state = jax.eval_shape(task.optimizer.init, trainable)
+        carry = steps.Carry(trainable, state, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
+        step = steps.compiled(
+            self.model, task.loss, task.optimizer, task.accumulate, task.loss_chunk_len
+        )
+        key = jax.eval_shape(jax.random.key, 0)
+        memory = step.lower(carry, frozen, key, signature).compile().memory_analysis()
+        return {
+            'weights': trees.n_bytes(weights),
+            'optimizer': trees.n_bytes(opt_state),
+            'temporaries': memory.temp_size_in_bytes,
+        }
