@@ -74,7 +74,7 @@ def dot_product_attention(
     rng = rng if dropout_rate else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.shape[2] == 1:
-        return one_query(q, k, v, causal, None, mask, offset, scale, dropout_rate, rng)
+        return one_query(q, k, v, causal, mask, offset, scale, dropout_rate, rng)
     if mask is None and offset is None and rng is None and cudnn_applies(q, k, v, causal):
         return cudnn_attention(q, k, v, causal, scale)
     plan = blockwise.Plan(
@@ -99,7 +99,6 @@ def local_attention(
     look_ahead: int = 0,
     causal: bool = True,
     mask: jax.Array | None = None,
-    offset: jax.Array | None = None,
     scale: float | None = None,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
@@ -112,45 +111,28 @@ def local_attention(
         (⌊t/C⌋ − look_back)·C  ≤  c  <  (⌊t/C⌋ + 1 + look_ahead)·C           not causal
 
     Args:
-      q: (B, H, Lq, K), floating.
-      k: (B, H, Lk, K); Lk = Lq unless there is an `offset`.
-      v: (B, H, Lk, D).
+      q: (B, H, L, K), floating.
+      k: (B, H, L, K).
+      v: (B, H, L, D).
       chunk_len: positions in a chunk; the length need not be a multiple.
       look_back: chunks seen before a query's own.
       look_ahead: chunks seen after it; 0 where causal.
       causal: whether a query sees only keys at its own position and before.
-      mask: (B, Lk) bool, True = a real key. A query that sees no real key gives zeros.
-      offset: (B,) int32: query t of row b stands at position offset[b] + t, and the keys, of a
-        cache, at 0, 1, …; causal only.
+      mask: (B, L) bool, True = a real key. A query that sees no real key gives zeros.
       scale: factor of the scores, 1/√K by default.
       dropout_rate: as of `dot_product_attention`.
       rng: the key of dropout.
 
     Returns:
-      (B, H, Lq, D), in the dtype of v.
+      (B, H, L, D), in the dtype of v.
 
     Raises:
       ValueError: where shapes, dtypes or sizes do not fit together.
     """
-    check(q, k, v, mask, offset, dropout_rate, rng)
-    check_chunks(q, k, chunk_len, look_back, look_ahead, causal, offset)
+    check(q, k, v, mask, None, dropout_rate, rng)
+    check_chunks(q, k, chunk_len, look_back, look_ahead, causal)
     rng = rng if dropout_rate else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if offset is not None:
-        window = chunk_len, look_back
-        if q.shape[2] == 1:
-            return one_query(q, k, v, causal, window, mask, offset, scale, dropout_rate, rng)
-        plan = blockwise.Plan(
-            n_queries=q.shape[2],
-            n_keys=k.shape[2],
-            q_block=even_block(q.shape[2], BLOCK_LEN),
-            k_block=even_block(k.shape[2], BLOCK_LEN),
-            scale=scale,
-            causal=causal,
-            window=window,
-            dropout_rate=dropout_rate,
-        )
-        return blockwise.attend(plan, q, k, v, mask, offset, rng)
     pairs = chunk_len * chunk_len * (look_back + 1 + look_ahead)
     n_chunks = -(-q.shape[2] // chunk_len)
     chunks = chunkwise.Plan(
@@ -179,7 +161,6 @@ def one_query(
     k: jax.Array,
     v: jax.Array,
     causal: bool,
-    window: tuple[int, int] | None,
     mask: jax.Array | None,
     offset: jax.Array | None,
     scale: float,
@@ -188,7 +169,7 @@ def one_query(
 ) -> jax.Array:
     """Attention of a single query a row, (B, H, 1, K), to all keys at once."""
     n_keys = k.shape[2]
-    plan = blockwise.Plan(1, n_keys, 1, n_keys, scale, causal, window)
+    plan = blockwise.Plan(1, n_keys, 1, n_keys, scale, causal)
     start = jnp.zeros((1,), jnp.int32) if offset is None else offset
     seen = jax.vmap(lambda t: blockwise.visible(plan, 0, 0, None, t)[0])(start)  # (B or 1, Lk)
     seen = seen[:, None] if mask is None else (seen & mask)[:, None]  # (B or 1, 1, Lk)
@@ -267,7 +248,6 @@ def check_chunks(
     look_back: int,
     look_ahead: int,
     causal: bool,
-    offset: jax.Array | None,
 ) -> None:
     """Raises ValueError where local attention has no meaning."""
     chunk_len, look_back, look_ahead = map(operator.index, (chunk_len, look_back, look_ahead))
@@ -278,9 +258,7 @@ def check_chunks(
         )
     if causal and look_ahead:
         raise ValueError(f'look_ahead={look_ahead} looks into the future: pass causal=False')
-    if offset is not None and not causal:
-        raise ValueError('local attention with an offset is causal: pass causal=True')
-    if offset is None and q.shape[2] != k.shape[2]:
+    if q.shape[2] != k.shape[2]:
         raise ValueError(
-            f'local attention of one sequence to another needs an offset: q {q.shape}, k {k.shape}'
+            f'local attention is of a sequence to itself, got q {q.shape}, k {k.shape}'
         )

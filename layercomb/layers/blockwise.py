@@ -38,8 +38,6 @@ class Plan:
       k_block: keys in a block.
       scale: factor s of the scores.
       causal: whether a query sees only keys at its own position and before.
-      window: `(chunk_len, look_back)` or None: a query sees no key before the chunks that
-        precede its own by `look_back`.
       dropout_rate: share of the probabilities set to zero.
     """
 
@@ -49,7 +47,6 @@ class Plan:
     k_block: int
     scale: float
     causal: bool = False
-    window: tuple[int, int] | None = None
     dropout_rate: float = 0.0
 
     @property
@@ -66,56 +63,50 @@ class Plan:
 def visible(plan: Plan, i: Any, j: Any, mask: Any, start: Any) -> jax.Array:
     """Which keys of block j each query of block i sees, (q or 1, c)."""
     key = j * plan.k_block + jnp.arange(plan.k_block)
-    seen = (key < plan.n_keys)[None]
+    seen = (key < plan.n_keys)[None]  # (1, c)
     if mask is not None:
         seen = seen & mask[j]
-    query = start + i * plan.q_block + jnp.arange(plan.q_block)[:, None]
     if plan.causal:
+        query = start + i * plan.q_block + jnp.arange(plan.q_block)[:, None]
         seen = seen & (key <= query)
-    if plan.window:
-        chunk_len, look_back = plan.window
-        seen = seen & (key >= (query // chunk_len - look_back) * chunk_len)
     return seen
 
 
-def key_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any) -> tuple[Any, Any, Any]:
-    """Blocks of keys for the i-th block of queries: (low, middle, high).
+def key_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any) -> tuple[Any, Any]:
+    """Blocks of keys for the i-th block of queries: (middle, high).
 
-    Every query sees every key of the blocks from low to middle; those from middle to high need
-    `visible`; the others are seen by nobody. `starts` are the least and the greatest position
-    of a first query in the batch, since the bounds serve all rows together.
+    Every query sees every key of the blocks before middle; those from middle to high need
+    `visible`; nobody sees the others. `starts` are the least and the greatest position of a
+    first query in the batch, since the bounds serve all rows together.
     """
-    low, high = 0, plan.n_k_blocks
-    middle = 0 if masked or plan.window else plan.n_keys // plan.k_block
-    first = starts[0] + i * plan.q_block
+    middle, high = 0 if masked else plan.n_keys // plan.k_block, plan.n_k_blocks
     if plan.causal:
-        middle = tiles.least(middle, (first + 1) // plan.k_block)
+        first = starts[0] + i * plan.q_block
         last = starts[1] + (i + 1) * plan.q_block - 1
+        middle = tiles.least(middle, (first + 1) // plan.k_block)
         high = tiles.least(high, last // plan.k_block + 1)
-    if plan.window:
-        chunk_len, look_back = plan.window
-        low = tiles.most(0, (first // chunk_len - look_back) * chunk_len // plan.k_block)
-    return low, tiles.most(low, middle), high
+    return middle, high
 
 
-def query_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any) -> tuple[Any, Any, Any]:
-    """Blocks of queries for the j-th block of keys: (low, middle, high).
+def query_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any) -> tuple[Any, Any]:
+    """Blocks of queries for the j-th block of keys: (low, middle).
 
-    Those from low to middle need `visible`; the queries from middle to high see every key.
+    Those from low to middle need `visible`; the queries from middle on see every key; those
+    before low see none.
     """
     low = middle = 0
-    high, k_block = plan.n_q_blocks, plan.k_block
+    high = plan.n_q_blocks
     if plan.causal:
-        low = tiles.most(0, (j * k_block - starts[1]) // plan.q_block)
-        low = tiles.least(low, high)
-        middle = -((starts[0] - (j + 1) * k_block + 1) // plan.q_block)
+        first, after = j * plan.k_block, (j + 1) * plan.k_block
+        low = tiles.least(tiles.most(0, (first - starts[1]) // plan.q_block), high)
+        middle = -((starts[0] + 1 - after) // plan.q_block)
         middle = tiles.least(tiles.most(low, middle), high)
-    n_whole = 0 if masked or plan.window else plan.n_keys // k_block
+    n_whole = 0 if masked else plan.n_keys // plan.k_block
     if n_whole == 0:
         middle = high
     elif n_whole < plan.n_k_blocks:
-        middle = jnp.where(j < n_whole, middle, high)
-    return low, middle, high
+        middle = jnp.where(j < n_whole, middle, high)  # type: ignore[assignment]
+    return low, middle
 
 
 def forward_head(plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, start: Any, rng: Any):
@@ -138,10 +129,10 @@ def forward_head(plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, sta
 
     def queries(_, i):
         q_i = q[i].astype(jnp.float32) * plan.scale
-        low, middle, high = key_blocks(plan, mask is not None, starts, i)
+        middle, high = key_blocks(plan, mask is not None, starts, i)
         zeros = jnp.zeros((plan.q_block, 1), jnp.float32)
         carry = (zeros - tiles.FAR, zeros, jnp.zeros((plan.q_block, v.shape[-1]), jnp.float32))
-        carry = tiles.loop(low, middle, functools.partial(block, i, q_i, False), carry)
+        carry = tiles.loop(0, middle, functools.partial(block, i, q_i, False), carry)
         m, total, out = tiles.loop(middle, high, functools.partial(block, i, q_i, True), carry)
         some = total > 0
         total = jnp.where(some, total, 1.0)
@@ -184,11 +175,13 @@ def backward_head(
         return lax.dynamic_update_index_in_dim(d_q, d_q_i, i, 0), d_k, d_v
 
     def keys(d_q, j):
-        low, middle, high = query_blocks(plan, mask is not None, starts, j)
+        low, middle = query_blocks(plan, mask is not None, starts, j)
         d_k = jnp.zeros((k.shape[2], k.shape[1]), jnp.float32)
         d_v = jnp.zeros((v.shape[2], v.shape[1]), jnp.float32)
         carry = tiles.loop(low, middle, functools.partial(block, j, True), (d_q, d_k, d_v))
-        d_q, d_k, d_v = tiles.loop(middle, high, functools.partial(block, j, False), carry)
+        d_q, d_k, d_v = tiles.loop(
+            middle, plan.n_q_blocks, functools.partial(block, j, False), carry
+        )
         return d_q, ((d_k * plan.scale).astype(k.dtype), d_v.astype(v.dtype))
 
     d_q, (d_k, d_v) = tiles.each(keys, jnp.zeros(q.shape, jnp.float32), plan.n_k_blocks)
@@ -225,7 +218,6 @@ def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: An
     return starts, (q, k, v, mask, start, rng)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(
     plan: Plan,
@@ -253,6 +245,7 @@ def attend(
     return attend_forward(plan, q, k, v, mask, offset, rng)[0]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any) -> Any:
     """The output, and what the backward pass needs."""
     starts, heads = per_head(plan, q, k, v, mask, offset, rng)
@@ -262,6 +255,7 @@ def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, r
     return out, (q, k, v, mask, offset, rng, out, z)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     """The gradients of q, k and v; None for what has none."""
     q, k, v, mask, offset, rng, out, z = kept
@@ -275,4 +269,4 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     return d_q, d_k, d_v, None, None, None
 
 
-attend.__wrapped__.defvjp(attend_forward, attend_backward)
+attend.defvjp(attend_forward, attend_backward)

@@ -182,7 +182,6 @@ def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> Any:
     return cut(plan, q), surround(plan, k), surround(plan, v), real, rng
 
 
-@functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(
     plan: Plan,
@@ -213,6 +212,7 @@ def n_pairs(plan: Plan) -> int:
     return plan.tile_len * plan.window_len
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> Any:
     """The output, and what the backward pass needs."""
     f = functools.partial(forward_head, plan)
@@ -221,6 +221,7 @@ def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> A
     return out, (q, k, v, mask, rng, out, z)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     """The gradients of q, k and v; None for what has none."""
     q, k, v, mask, rng, out, z = kept
@@ -230,4 +231,4 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     return join(plan, d_q), centre(plan, d_k), centre(plan, d_v), None, None
 
 
-attend.__wrapped__.defvjp(attend_forward, attend_backward)
+attend.defvjp(attend_forward, attend_backward)
