@@ -54,7 +54,9 @@ class MetricsLog:
         if self._events is None:
             tensorboard = require('tensorboardX', 'train')
             self._events = tensorboard.SummaryWriter(
-                str(self.directory), purge_step=self._step + 1 if self._step else None
+                str(self.directory),
+                purge_step=self._step + 1 if self._step else None,
+                filename_suffix=f'.{self._step}',  # names have seconds, and runs may be shorter
             )
         for name, value in row.items():
             if name != 'step':

@@ -38,7 +38,7 @@ def test_the_loss_falls_and_the_last_metrics_come_back(tmp_path):
     assert row['valid/accuracy'] > 0.9
     assert row['valid/bits_per_byte'] == pytest.approx(row['valid/loss'] / np.log(2))
     first = read_metrics(tmp_path)[0]
-    assert first['train/loss'] == pytest.approx(np.log(16), rel=0.2)
+    assert first['train/loss'] == pytest.approx(np.log(16), rel=0.3)
     assert row['train/loss'] < first['train/loss'] / 2
     assert row['train/learning_rate'] == pytest.approx(1e-2)
     assert row['train/tokens_per_second'] > 0
@@ -99,7 +99,7 @@ def test_clipping_bounds_the_step():
 
 
 def test_frozen_weights_stay_and_have_no_optimizer_state():
-    trained = loop(task={'trainable': lambda path: path.startswith('dense')})
+    trained = loop(net=STILL, task={'trainable': lambda path: path.startswith('dense')})
     before = jax.tree.map(np.array, trained.weights)
     trained.run(3)
     assert leaves_equal(trained.weights['embedding'], before['embedding'])
@@ -180,6 +180,7 @@ def test_killed_while_saving_and_resumed(tmp_path):
             if len(complete) >= 3 and len(names) > len(complete):
                 break
             assert process.poll() is None
+            time.sleep(0.005)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -250,7 +251,7 @@ def test_tokens_outside_the_vocabulary():
     with pytest.raises(UsageError, match='the batch of step 1: token id 16 is outside the vocab'):
         loop(data=[(x + (x == 15), y, w)]).run(1)
     with pytest.raises(UsageError, match=r'the loss is nan .*: target 16 is none of the 16 logits'):
-        loop(data=[(x, y + (y == 15), np.ones_like(w))]).run(1)
+        loop(data=[(x, np.where(y == y.max(), 16, y), np.ones_like(w))]).run(1)
 
 
 def test_data_that_ends():
@@ -313,7 +314,7 @@ def test_keeps_the_last_checkpoints(tmp_path):
 
 def test_an_optimizer_that_keeps_the_weights():
     kept = optax.contrib.schedule_free(optax.sgd(0.1), 0.1, b1=0.9)
-    assert loop(optimizer=kept).run(2)['step'] == 2
+    assert loop(net=STILL, optimizer=kept).run(2)['step'] == 2
 
 
 def test_no_cost_beside_the_plain_step():

@@ -30,7 +30,7 @@ def example(i):
 
 def grain_data(batch_size=B):
     dataset = grain.MapDataset.range(40).shuffle(seed=1).map(example).repeat()
-    return dataset.batch(batch_size).to_iter_dataset()
+    return dataset.batch(batch_size).to_iter_dataset(grain.ReadOptions(1, 2))
 
 
 class PlainData:
