@@ -13,14 +13,17 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from layercomb.errors import UsageError, require
 
-ocp = require('orbax.checkpoint', 'train')
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+else:
+    ocp = require('orbax.checkpoint', 'train')
 
 Tree = Any  # nested containers of arrays, or of jax.ShapeDtypeStruct
 Kinds = dict[str, str]  # path -> 'float32[4,5]'

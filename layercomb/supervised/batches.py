@@ -31,7 +31,7 @@ class Batches:
     """
 
     def __init__(self, data: Iterable[Batch]) -> None:
-        self._iterator = iter(data)
+        self._iterator: Any = iter(data)
         self._peeked: Batch | None = None
         self.taken = 0
 

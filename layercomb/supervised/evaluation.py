@@ -6,14 +6,14 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 
 from layercomb import losses
 from layercomb.errors import UsageError
 from layercomb.layers.base import Layer, Mode, Tree
-from layercomb.layers.metrics import weighted_sum
+from layercomb.layers.metrics import Metric, weighted_sum
 from layercomb.supervised.tasks import EvalTask
 
 Sums = tuple[tuple[jax.Array, jax.Array], ...]  # Σ wv and Σ w, for each metric
@@ -36,16 +36,17 @@ def evaluate(net: Layer, weights: Tree, state: Tree, tasks: Sequence[EvalTask]) 
     """
     measured = {}
     for task in tasks:
-        step = compiled(net, task.metrics, task.loss_chunk_len)
-        sums = _run(task, lambda batch, step=step: step(weights, state, batch))
-        for metric, (total, weight) in zip(task.metrics, sums, strict=True):
+        metrics = cast(tuple[Metric, ...], task.metrics)  # made one by the task
+        step = compiled(net, metrics, task.loss_chunk_len)
+        sums = _run(task, functools.partial(step, weights, state))
+        for metric, (total, weight) in zip(metrics, sums, strict=True):
             mean = total / weight if weight else 0.0
             measured[f'{task.name}/{metric.label}'] = float(metric.finish(mean))
     return measured
 
 
 @functools.lru_cache(maxsize=16)
-def compiled(net: Layer, metrics: tuple[Any, ...], chunk_len: int | None) -> Callable[..., Sums]:
+def compiled(net: Layer, metrics: tuple[Metric, ...], chunk_len: int | None) -> Callable[..., Sums]:
     """A jitted function of (weights, state, batch), one for equal arguments."""
     scored = losses.attach(net, metrics, chunk_len)
 

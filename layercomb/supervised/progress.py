@@ -62,7 +62,9 @@ class Progress:
 
     def __init__(self, step: int, n_steps: int, out: TextIO | bool | None = None) -> None:
         self._step, self._n_steps = step, n_steps
-        self._out = None if out is False else sys.stderr if out in (None, True) else out
+        self._out: TextIO | None = None
+        if out is not False:
+            self._out = sys.stderr if out is None or out is True else out
         self._bar: Any = None
         self._last_line = -_SECONDS_BETWEEN_LINES
         if self._out is not None and self._out.isatty():

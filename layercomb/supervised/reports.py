@@ -188,7 +188,8 @@ def _plot(axes: Axes, label: str, lines: Mapping[str, tuple[list[int], list[floa
         axes.set_title(said.split()[-1], loc='right', fontsize=9.5, color=color, pad=8)
     if label in _LOGARITHMIC and all(min(values) > 0 for _, values in lines.values()):
         axes.set_yscale('log')
-        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        ticker = require('matplotlib.ticker', 'train')
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter('')
     if label == 'tokens_per_second':
         axes.set_ylim(bottom=0)
@@ -205,7 +206,8 @@ def _dress(axes: Axes, label: str, last_step: int, wide: bool) -> None:
     axes.spines['bottom'].set_color(_GRID)
     axes.tick_params(which='both', colors=_FAINT, labelsize=8.5, length=0)
     axes.set_xlim(-0.015 * last_step, 1.015 * last_step)
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=10 if wide else 5)
+    ticker = require('matplotlib.ticker', 'train')
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(10 if wide else 5, integer=True))
     axes.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
     axes.yaxis.set_major_formatter(lambda y, _: _short(y))
     if wide:

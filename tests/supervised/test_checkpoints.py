@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from layercomb.checkpoints import load_tree, save_tree
 from layercomb.errors import UsageError
-from layercomb.supervised.checkpoints import Checkpoints, latest_weights, load_tree, save_tree
+from layercomb.supervised.checkpoints import Checkpoints, latest_weights
 
 
 def trees():
