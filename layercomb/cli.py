@@ -21,7 +21,10 @@ from layercomb.errors import UsageError, require
 from layercomb.version import __version__
 
 CONFIG = 'config.gin'
-_RESUMABLE = ('steps', 'keep', 'log_every', 'eval_every', 'checkpoint_every', 'eval_tasks')
+# What may change between the parts of one run: how long it is, and what is shown of it.
+_MAY_CHANGE = re.compile(
+    r'cli\.train\.(steps|keep|\w+_every|eval_tasks|sample_\w+|baseline_text)$|.*EvalTask\.'
+)
 
 
 def train(
@@ -96,6 +99,7 @@ def run_train(options: argparse.Namespace) -> None:
         experiment = config.build()
         _check_directory(directory, config.text)
         with mistakes_of_the_person():
+            experiment.check()  # before anything is written
             loop = Loop(
                 experiment.model,
                 experiment.train_task,
@@ -141,6 +145,8 @@ def run_generate(options: argparse.Namespace) -> None:
     from layercomb.supervised.checkpoints import latest_weights
 
     prompt = _prompt(options)
+    if not prompt:
+        raise UsageError('the prompt is empty: give at least one character to continue')
     text = _run_config(options.run_dir)
     with configured(text, options.gin_param, options.run_dir) as config:
         net, tokenizer = config.value('model'), config.value('tokenizer')
@@ -326,17 +332,21 @@ def _check_directory(directory: Path, text: str) -> None:
                 f'{old.get(changed[0], "not bound")} there, {new.get(changed[0], "not bound")} '
                 'here): choose another --output_dir, or delete it'
             )
-    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    elif directory.exists() and not _is_empty(directory):
         raise UsageError(
             f'{str(directory)!r} is not empty and holds no run: choose another --output_dir'
         )
+
+
+def _is_empty(directory: Path) -> bool:
+    return directory.is_dir() and not any(directory.iterdir())
 
 
 def _bindings(text: str) -> dict[str, str]:
     """What a configuration binds, without what may change between the parts of one run."""
     joined = re.sub(r'\\\n\s*', '', text)
     found = re.findall(r'^([\w./]+) = (.*(?:\n[ \t].*)*)', joined, re.MULTILINE)
-    return {name: value for name, value in found if name.split('.')[-1] not in _RESUMABLE}
+    return {name: value for name, value in found if not _MAY_CHANGE.match(name)}
 
 
 def _run_config(run_dir: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb import trees
+from layercomb import losses, trees
 from layercomb.layers.base import Layer, Mode
 from layercomb.shapes import Signature, signature_of
 from layercomb.supervised import steps
@@ -73,6 +73,26 @@ class Experiment:
             lambda rng: self.model.init(signature, rng, Mode.TRAIN),
             jax.eval_shape(jax.random.key, 0),
         )
+
+    def check(self) -> None:
+        """Traces the model, its losses and its optimizer, and computes nothing.
+
+        Raises:
+          TypeError, ValueError: if they do not fit together, or not to the data.
+        """
+        signature = self.batch_signature()
+        if len(signature) != self.model.n_in + 2:
+            raise TypeError(
+                f'the model takes {self.model.n_in} inputs, so a batch is {self.model.n_in + 2} '
+                f'arrays (inputs…, targets, weights), and the data gives {len(signature)}'
+            )
+        for task in (self.train_task, *self.eval_tasks):
+            metrics = task.metrics if isinstance(task, EvalTask) else task.loss
+            losses.attach(self.model, metrics, task.loss_chunk_len).output_signature(signature)
+        weights, _ = self.abstract(signature[: self.model.n_in])
+        trainable, _ = trees.partition(weights, self.train_task.trainable)
+        with jax.numpy_dtype_promotion('standard'):
+            jax.eval_shape(self.train_task.optimizer.init, trainable)
 
     def training_bytes(self) -> dict[str, int]:
         """What a training step takes, by compiling it and asking the compiler; nothing is run.

@@ -20,24 +20,31 @@ POSITION = 'position'
 class SinusoidalPositions(Layer):
     """x + P, with P[t, i] = sin(t ω_i) and P[t, D/2 + i] = cos(t ω_i), ω_i = period^(−2i/D).
 
-    x is (B, L, D) with D even; no weights, and no largest length.
+    x is (B, L, D) with D even; no weights.
+
+    Attributes:
+      period: of the slowest wave, times 2π.
+      max_len: the longest sequence that is taken; None takes any.
 
     References:
       Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762
     """
 
     period: float = 10000.0
+    max_len: Size | None = None
 
     float32 = True
     mixes_positions = True  # a piece of a sequence does not know where it begins
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
+        check_length('SinusoidalPositions', x.shape[1], self.max_len)
         check_even('SinusoidalPositions', x.shape[-1])
         return {}, init_position(signature, mode)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_length('SinusoidalPositions', x.shape[1], self.max_len)
         where, state = next_positions(state, x.shape[1], mode)  # (B or 1, L)
         angles = where[..., None].astype(jnp.float32) * frequencies(x.shape[-1], self.period)
         table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)  # (B or 1, L, D)
@@ -63,26 +70,19 @@ class LearnedPositions(Layer):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
-        self._check_length(x.shape[1])
+        check_length('LearnedPositions', x.shape[1], self.max_len)
         table = self.table_init(rng, (self.max_len, x.shape[-1]))
         return {'table': table}, init_position(signature, mode)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         length = x.shape[1]
-        self._check_length(length)
+        check_length('LearnedPositions', length, self.max_len)
         if mode is not Mode.PREDICT:
             return (x + weights['table'][:length].astype(x.dtype),), state
         where, state = next_positions(state, length, mode)  # (B, L)
         rows = jnp.take(weights['table'], where, axis=0, mode='fill', fill_value=jnp.nan)
         return (x + rows.astype(x.dtype),), state
-
-    def _check_length(self, length: int) -> None:
-        if length > self.max_len:
-            raise ValueError(
-                f'LearnedPositions: the sequence is {length} long and max_len={self.max_len}: '
-                'shorten it, or make the model with a larger max_len'
-            )
 
 
 class RotaryPositions(Layer):
@@ -91,11 +91,16 @@ class RotaryPositions(Layer):
     (q, k) → (R_t q, R_t k): features i and i + K/2 of position t are rotated by t·period^(−2i/K),
     so that q·k depends on the distance of the two positions alone. Both are (B, H, L, K), K even.
 
+    Attributes:
+      period: of the slowest rotation, over 2π.
+      max_len: the longest sequence that is taken; None takes any.
+
     References:
       Su et al., RoFormer, 2021, https://arxiv.org/abs/2104.09864
     """
 
     period: float = 10000.0
+    max_len: Size | None = None
 
     n_in = 2
     n_out = 2
@@ -103,11 +108,13 @@ class RotaryPositions(Layer):
     mixes_positions = True  # a piece of a sequence does not know where it begins
 
     def init(self, signature, rng, mode=Mode.TRAIN):
+        check_length('RotaryPositions', signature[0].shape[2], self.max_len)
         check_even('RotaryPositions', signature[0].shape[-1])
         return {}, init_position(signature, mode)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         q, k = inputs
+        check_length('RotaryPositions', q.shape[2], self.max_len)
         where, state = next_positions(state, q.shape[2], mode)  # (B or 1, L)
         angles = where[..., None].astype(jnp.float32) * frequencies(q.shape[-1], self.period)
         sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]  # (B or 1, 1, L, K/2)
@@ -139,6 +146,15 @@ def next_positions(state: Tree, length: int, mode: Mode) -> tuple[jax.Array, Tre
         return steps, state
     start = state[POSITION]
     return start[:, None] + steps, {**state, POSITION: start + length}
+
+
+def check_length(owner: str, length: int, max_len: int | None) -> None:
+    """Raises a ValueError if a sequence is longer than `max_len`."""
+    if max_len is not None and length > max_len:
+        raise ValueError(
+            f'{owner}: the sequence is {length} long and max_len={max_len}: shorten it, or make '
+            'the model with a larger max_len'
+        )
 
 
 def check_even(owner: str, depth: int) -> None:

@@ -59,7 +59,8 @@ def TransformerLM(
     >>> TransformerLM(256, 64, 128, n_layers=2, n_heads=4, max_len=32).n_out
     1
     """
-    pattern = attention_pattern(attention, n_layers, n_heads, True, positions, False)
+    default = tl.SelfAttention(n_heads, rotary=rotary_positions(positions, max_len))
+    pattern = attention_pattern(default if attention is None else attention, n_layers)
     block = [
         [
             residual(norm, layer, dropout),
@@ -116,7 +117,10 @@ def TransformerEncoder(
     >>> TransformerEncoder(256, 2, 64, 128, 2, 4, 32, masked=True).n_in
     2
     """
-    pattern = attention_pattern(attention, n_layers, n_heads, False, positions, masked)
+    default = tl.SelfAttention(
+        n_heads, causal=False, masked=masked, rotary=rotary_positions(positions, max_len)
+    )
+    pattern = attention_pattern(default if attention is None else attention, n_layers)
     block = [
         [
             tl.Select([0, 1, 1]) if masked else None,
@@ -159,7 +163,7 @@ def position_layer(positions: str, max_len: int) -> tl.Layer | None:
     """
     kinds = {
         'learned': tl.LearnedPositions(max_len),
-        'sinusoidal': tl.SinusoidalPositions(),
+        'sinusoidal': tl.SinusoidalPositions(max_len=max_len),
         'rotary': None,
         'none': None,
     }
@@ -168,29 +172,27 @@ def position_layer(positions: str, max_len: int) -> tl.Layer | None:
     return kinds[positions]
 
 
+def rotary_positions(positions: str, max_len: int) -> tl.RotaryPositions | None:
+    """What turns queries and keys, if positions are rotary."""
+    return tl.RotaryPositions(max_len=max_len) if positions == 'rotary' else None
+
+
 def attention_pattern(
-    attention: tl.Layer | Sequence[tl.Layer] | None,
-    n_layers: int,
-    n_heads: int,
-    causal: bool,
-    positions: str,
-    masked: bool,
+    attention: tl.Layer | Sequence[tl.Layer], n_layers: int
 ) -> tuple[tl.Layer, ...]:
     """The attention layers that alternate over depth.
 
     Raises:
+      TypeError: if they are not layers.
       ValueError: if their number does not divide `n_layers`, naming the nearest that it does.
     """
-    if attention is None:
-        rotary = tl.RotaryPositions() if positions == 'rotary' else None
-        attention = tl.SelfAttention(n_heads, causal, masked=masked, rotary=rotary)
     pattern = (attention,) if isinstance(attention, tl.Layer) else tuple(attention)
     for layer in pattern:
         if not isinstance(layer, tl.Layer):
             raise TypeError(f'attention must be a layer or a tuple of layers, got {layer!r}')
     n = len(pattern)
     if not n or n_layers % n or n_layers < 1:
-        nearest = max(1, round(n_layers / max(n, 1))) * n
+        nearest = max(1, round(n_layers / max(n, 1))) * max(n, 1)
         raise ValueError(
             f'n_layers={n_layers} is no multiple of the {n} attention layers of the pattern: use '
             f'{nearest}'

@@ -21,7 +21,6 @@ from layercomb import trees
 from layercomb.errors import UsageError
 from layercomb.layers.base import Layer, Mode, Tree, init_state
 from layercomb.layers.caches import set_positions
-from layercomb.layers.positional import LearnedPositions
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import shape_dtype
 from layercomb.transforms import unstack
@@ -141,10 +140,9 @@ def stream(
 
 
 def max_len(layer: Layer) -> int | None:
-    """The longest sequence that a model's learned positions reach, or None if nothing limits it."""
-    own = [layer.max_len] if isinstance(layer, LearnedPositions) else []
-    limits = own + [n for n in map(max_len, layer.sublayers) if n is not None]
-    return min(limits, default=None)
+    """The longest sequence that a model's positions reach, or None if nothing limits it."""
+    limits = [getattr(layer, 'max_len', None), *map(max_len, layer.sublayers)]
+    return min((n for n in limits if n is not None), default=None)
 
 
 @functools.partial(
