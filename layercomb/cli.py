@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.run(parsed)
     except UsageError as e:
-        print(f'layercomb: {e}', file=sys.stderr)
+        print(f'layercomb: {_one_line(e)}', file=sys.stderr)  # gin adds lines of its own
         return 2
     except KeyboardInterrupt:
         print(
@@ -428,6 +428,8 @@ def _one_line(error: BaseException) -> str:
 def _nearest(error: BaseException) -> str:
     """': did you mean …?' for a misspelt name of a module, a layer or a parameter."""
     text = str(error)
+    if 'was not provided by an import' in text:
+        return ': write the name in full, as the file does, e.g. models.TransformerLM'
     attribute = re.search(r"<module '([\w.]+)'.*> has no attribute (\w+)", text)
     if attribute is None:
         return ''

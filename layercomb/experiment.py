@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from layercomb import losses, trees
 from layercomb.layers.base import Layer, Mode
+from layercomb.model import check_tokens
 from layercomb.shapes import Signature, signature_of
 from layercomb.supervised import steps
 from layercomb.supervised.tasks import EvalTask, TrainTask, check_count
@@ -61,8 +62,7 @@ class Experiment:
 
     def batch_signature(self) -> Signature:
         """Of a batch: inputs, targets and weights."""
-        batch = next(iter(self.train_task.data))
-        signature = signature_of(tuple(batch))
+        signature = signature_of(self._first_batch())
         return tuple(
             jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in signature
         )
@@ -75,7 +75,7 @@ class Experiment:
         )
 
     def check(self) -> None:
-        """Traces the model, its losses and its optimizer, and computes nothing.
+        """Looks at the first batch, traces model, losses and optimizer, and computes nothing.
 
         Raises:
           TypeError, ValueError: if they do not fit together, or not to the data.
@@ -89,6 +89,7 @@ class Experiment:
         for task in (self.train_task, *self.eval_tasks):
             metrics = task.metrics if isinstance(task, EvalTask) else task.loss
             losses.attach(self.model, metrics, task.loss_chunk_len).output_signature(signature)
+        check_tokens(self.model, self._first_batch())
         weights, _ = self.abstract(signature[: self.model.n_in])
         trainable, _ = trees.partition(weights, self.train_task.trainable)
         with jax.numpy_dtype_promotion('standard'):
@@ -116,3 +117,6 @@ class Experiment:
             'optimizer': trees.n_bytes(opt_state),
             'temporaries': memory.temp_size_in_bytes,
         }
+
+    def _first_batch(self) -> tuple[Any, ...]:
+        return tuple(next(iter(self.train_task.data)))
