@@ -1,0 +1,430 @@
+"""Every public layer, through what every layer promises."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layercomb import losses, tl, transforms, trees
+from layercomb.layers.base import Layer, Mode
+from layercomb.shapes import describe, is_float, shape_dtype, signature_of
+
+B, L, D = 2, 4, 8
+
+
+def stream(*shape: int) -> jax.ShapeDtypeStruct:
+    return shape_dtype(shape or (B, L, D))
+
+
+def tokens() -> jax.ShapeDtypeStruct:
+    return shape_dtype((B, L), 'int32')
+
+
+def mask() -> jax.ShapeDtypeStruct:
+    return shape_dtype((B, L), bool)
+
+
+def heads() -> jax.ShapeDtypeStruct:
+    return shape_dtype((B, 2, L, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A layer and what it promises.
+
+    Attributes:
+      make: builds the layer.
+      signature: of its inputs.
+      axes: of positions in each input, None for one that is given whole at every step; empty for
+        a layer that does not decode.
+      out: the axis of positions in the outputs.
+      draws: whether training needs a key.
+      opaque: why `repr` cannot be evaluated, if it cannot.
+    """
+
+    make: Callable[[], Layer]
+    signature: tuple[jax.ShapeDtypeStruct, ...] = (stream(),)
+    axes: tuple[int | None, ...] | None = None
+    out: int = 1
+    draws: bool = False
+    opaque: str = ''
+
+    @property
+    def steps(self) -> tuple[int | None, ...]:
+        return (1,) * len(self.signature) if self.axes is None else self.axes
+
+
+def scaled(x: jax.Array, y: jax.Array) -> jax.Array:
+    return x * (1 + jnp.tanh(y))
+
+
+def feed_forward() -> Layer:
+    return tl.Serial(tl.Dense(D), tl.Relu(), tl.Dropout(0.2))
+
+
+SCORES = (stream(B, L, 7), tokens(), stream(B, L))
+IMAGE = (stream(B, 4, 4, 4),)
+QKV = (heads(), heads(), heads())
+TWO = (stream(), stream())
+
+ROWS: dict[str, Row] = {
+    'Accuracy': Row(tl.Accuracy, SCORES),
+    'Add': Row(tl.Add, TWO),
+    'AvgPool': Row(tl.AvgPool, IMAGE, ()),
+    'AvgPool same': Row(lambda: tl.AvgPool((3, 3), (2, 2), 'same'), IMAGE, ()),
+    'BatchNorm': Row(tl.BatchNorm),
+    'BitsPerByte': Row(lambda: tl.BitsPerByte(bytes_per_token=3.5), SCORES),
+    'Branch': Row(lambda: tl.Branch(tl.Dense(4), tl.Add()), TWO),
+    'Chunk': Row(lambda: tl.Chunk(feed_forward(), 3), draws=True),
+    'Concatenate': Row(tl.Concatenate, TWO),
+    'Conv1D': Row(lambda: tl.Conv1D(4), axes=()),
+    'Conv1D causal': Row(lambda: tl.Conv1D(4, padding='causal', dilation=2, groups=2)),
+    'Conv2D': Row(lambda: tl.Conv2D(6, strides=(2, 1), groups=2), IMAGE, ()),
+    'CrossAttention': Row(lambda: tl.CrossAttention(2), (stream(), stream(B, 3, D)), (1, None)),
+    'CrossAttention masked': Row(
+        lambda: tl.CrossAttention(2, d_head=3, masked=True),
+        (stream(), stream(B, L, 6), mask()),
+        (1, None, None),
+    ),
+    'CrossEntropyLoss': Row(lambda: tl.CrossEntropyLoss(label_smoothing=0.1), SCORES),
+    'Dense': Row(lambda: tl.Dense(4)),
+    'Dense as wide': Row(lambda: tl.Dense(use_bias=False, kernel_init=tl.Normal(0.1))),
+    'DotProductAttention': Row(tl.DotProductAttention, QKV, (2, 2, 2), 2),
+    'DotProductAttention masked': Row(
+        lambda: tl.DotProductAttention(dropout=0.1, masked=True),
+        (*QKV, mask()),
+        (2, 2, 2, 1),
+        2,
+        draws=True,
+    ),
+    'Drop': Row(tl.Drop),
+    'Dropout': Row(lambda: tl.Dropout(0.5, (1,)), draws=True),
+    'Dup': Row(lambda: tl.Dup(2), TWO),
+    'Elu': Row(tl.Elu),
+    'Embedding': Row(lambda: tl.Embedding(7, D), (tokens(),)),
+    'ExactGelu': Row(tl.ExactGelu),
+    'Flatten': Row(lambda: tl.Flatten(2), IMAGE),
+    'Fn': Row(lambda: tl.Fn('Scaled', scaled), TWO, opaque='holds a function'),
+    'Gelu': Row(tl.Gelu),
+    'HardSigmoid': Row(tl.HardSigmoid),
+    'LayerNorm': Row(lambda: tl.LayerNorm(epsilon=1e-5)),
+    'LeakyRelu': Row(tl.LeakyRelu),
+    'LearnedPositions': Row(lambda: tl.LearnedPositions(L)),
+    'LocalAttention': Row(lambda: tl.LocalAttention(2), QKV, (2, 2, 2), 2),
+    'LocalSelfAttention': Row(
+        lambda: tl.LocalSelfAttention(2, 2, masked=True), (stream(), mask()), (1, 1)
+    ),
+    'LocalSelfAttention both ways': Row(
+        lambda: tl.LocalSelfAttention(2, 2, causal=False, look_ahead=1), axes=()
+    ),
+    'LogSoftmax': Row(tl.LogSoftmax),
+    'Map': Row(lambda: tl.Map(tl.Serial(tl.BatchNorm(), tl.Dense(4)), 2), TWO),
+    'MaxPool': Row(lambda: tl.MaxPool(padding='same'), IMAGE, ()),
+    'Mean': Row(tl.Mean, axes=()),
+    'Mean masked': Row(lambda: tl.Mean(masked=True), (stream(), mask()), ()),
+    'MergeHeads': Row(tl.MergeHeads, (heads(), stream()), (2, 1)),
+    'Multiply': Row(tl.Multiply, TWO),
+    'Parallel': Row(lambda: tl.Parallel(tl.Dense(4), None, [tl.Relu()]), TWO),
+    'Perplexity': Row(tl.Perplexity, SCORES),
+    'RMSNorm': Row(tl.RMSNorm),
+    'Relu': Row(tl.Relu),
+    'Relu2': Row(tl.Relu2),
+    'Remat': Row(lambda: tl.Remat(feed_forward()), draws=True),
+    'Repeat': Row(
+        lambda: tl.Repeat(tl.Residual(tl.SelfAttention(2), tl.Dropout(0.2)), 2), draws=True
+    ),
+    'Repeat shared': Row(lambda: tl.Repeat(tl.Serial(tl.BatchNorm(), tl.Dense(D)), 2, shared=True)),
+    'Residual': Row(lambda: tl.Residual(tl.Dense(4), shortcut=tl.Dense(4), name='step')),
+    'RotaryPositions': Row(tl.RotaryPositions, (heads(), heads()), (2, 2), 2),
+    'Select': Row(lambda: tl.Select([1, 0, 1], n_in=3), (*TWO, stream())),
+    'SelfAttention': Row(lambda: tl.SelfAttention(2, rotary=tl.RotaryPositions())),
+    'SelfAttention both ways': Row(
+        lambda: tl.SelfAttention(2, causal=False, masked=True, output=tl.MergeHeads(False)),
+        (stream(), mask()),
+        (),
+    ),
+    'Serial': Row(
+        lambda: tl.Serial(tl.Dup(), tl.Dense(), tl.Multiply(), tl.Dropout(0.1)), draws=True
+    ),
+    'Serial of nothing': Row(tl.Serial),
+    'Sigmoid': Row(tl.Sigmoid),
+    'Silu': Row(tl.Silu),
+    'SinusoidalPositions': Row(tl.SinusoidalPositions),
+    'Softmax': Row(tl.Softmax),
+    'Softplus': Row(tl.Softplus),
+    'Split': Row(lambda: tl.Split(4)),
+    'SplitHeads': Row(lambda: tl.SplitHeads(2, 3), out=2),
+    'Swap': Row(tl.Swap, TWO),
+    'Tanh': Row(tl.Tanh),
+    'Cast': Row(lambda: transforms.Cast(tl.Dense(4), 'float16')),
+    'Tied': Row(
+        lambda: transforms.Tied(
+            tl.Serial(tl.Embedding(7, D), tl.Dense(7, name='head')),
+            'embedding/table',
+            'head/kernel',
+            jnp.transpose,
+        ),
+        (tokens(),),
+        opaque='holds a function',
+    ),
+    'Scored': Row(
+        lambda: losses.attach(tl.Dense(7), (tl.CrossEntropyLoss(), tl.Accuracy()), chunk_len=3),
+        (stream(), tokens(), stream(B, L)),
+    ),
+}
+
+ABSTRACT = {Layer, tl.Wrapper, tl.Combinator, tl.Activation, tl.Metric}
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _compiled_in_a_hurry():
+    """Hundreds of tiny programs are compiled here and each runs once."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
+every_row = pytest.mark.parametrize('row', ROWS.values(), ids=list(ROWS))
+
+
+def rng() -> jax.Array:
+    """A fresh key each time: to use one twice is an error."""
+    return jax.random.key(7)
+
+
+def example(signature: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    made = np.random.default_rng(0)
+
+    def one(x: Any) -> jax.Array:
+        if x.dtype == bool:
+            return jnp.asarray(made.random(x.shape) < 0.7).at[:, 0].set(True)
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.asarray(made.integers(0, 7, x.shape), x.dtype)
+        return jnp.asarray(made.normal(size=x.shape), x.dtype)
+
+    return tuple(map(one, signature))
+
+
+def everything(layer: Layer, signature: Any, inputs: Any, rngs: Any) -> Any:
+    """Weights and state, what training gives of them, gradients, and what EVAL gives."""
+    weights, state = layer.init(signature, rngs[0])
+
+    def total(weights: Any) -> Any:
+        outputs, new = layer.apply(weights, state, inputs, rng=rngs[1], mode=Mode.TRAIN)
+        floats = [jnp.sum(y.astype(jnp.float32)) for y in outputs if is_float(y)]
+        return sum(floats, jnp.float32(0)), (outputs, new)
+
+    (_, trained), grads = jax.value_and_grad(total, has_aux=True)(weights)
+    evaluated = layer.apply(weights, state, inputs, mode=Mode.EVAL)
+    return weights, state, trained, grads, evaluated
+
+
+def decoded(layer: Layer, signature: Any, pieces: Any, rng: Any) -> Any:
+    """Outputs and state after each piece."""
+    weights, state = layer.init(signature, rng, Mode.PREDICT)
+    made = []
+    for piece in pieces:
+        outputs, state = layer.apply(weights, state, piece, mode=Mode.PREDICT)
+        made.append((outputs, state))
+    return made
+
+
+@functools.cache
+def computed(row: Row) -> Any:
+    """The layer, its inputs, and what `everything` gives of them, compiled once."""
+    layer, inputs = row.make(), example(row.signature)
+    run = jax.jit(everything, static_argnums=(0, 1))
+    return layer, inputs, *run(layer, row.signature, inputs, (rng(), rng()))
+
+
+def assert_close(got: Any, wanted: Any, tolerance: float = 1e-5) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=tolerance, atol=tolerance
+        )
+
+
+def shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+def leaves_inside(value: Any) -> Iterator[Layer]:
+    """Layers that hold no layers, found through fields alone, without `sublayers`."""
+    if isinstance(value, tuple):
+        for v in value:
+            yield from leaves_inside(v)
+    elif isinstance(value, Layer):
+        below = [
+            leaf
+            for f in dataclasses.fields(value)
+            for leaf in leaves_inside(getattr(value, f.name))
+        ]
+        yield from below or [value]
+
+
+def test_every_public_layer_has_a_row():
+    public = {
+        v for v in map(tl.__dict__.get, tl.__all__) if isinstance(v, type) and issubclass(v, Layer)
+    }
+    tested = {type(row.make()) for row in ROWS.values()}
+    assert public - tested == ABSTRACT
+
+
+@every_row
+def test_compiled_equals_eager(row):
+    layer, inputs, weights, state, trained, _, evaluated = computed(row)
+    tolerance = 1e-2 if isinstance(layer, transforms.Cast) else 1e-5
+    if row.draws or state:
+        eager = layer.apply(weights, state, inputs, rng=rng(), mode=Mode.TRAIN)
+        assert_close(eager, trained, tolerance)
+    else:
+        eager = layer.apply(weights, state, inputs, mode=Mode.EVAL)
+        assert_close(eager, evaluated, tolerance)
+    assert all(np.isfinite(np.asarray(y, np.float32)).all() for y in jax.tree.leaves(evaluated))
+
+
+@every_row
+def test_draws_only_where_it_says(row):
+    layer, *_, trained, _, evaluated = computed(row)
+    same = all(np.array_equal(a, b) for a, b in zip(trained[0], evaluated[0], strict=True))
+    if row.draws:
+        assert not same
+    elif not any(isinstance(leaf, tl.BatchNorm) for leaf in leaves_inside(layer)):
+        assert_close(trained, evaluated, 1e-5)
+
+
+@every_row
+def test_outputs_are_as_announced(row):
+    layer, _, _, state, (outputs, new_state), _, evaluated = computed(row)
+    assert layer.n_in == len(row.signature)
+    assert layer.n_out == len(outputs)
+    for mode, made in ((Mode.TRAIN, outputs), (Mode.EVAL, evaluated[0])):
+        assert describe(layer.output_signature(row.signature, mode)) == describe(made)
+    assert shapes(new_state) == shapes(state) == shapes(evaluated[1])
+
+
+@every_row
+def test_init_is_abstract_and_weights_know_no_mode(row):
+    layer, _, weights, state, *_ = computed(row)
+    for mode in Mode:
+        if mode is not Mode.PREDICT or row.steps:
+            init = functools.partial(layer.init, row.signature, mode=mode)
+            abstract = jax.eval_shape(init, rng())
+            assert shapes(abstract[0]) == shapes(weights)
+            assert mode is Mode.PREDICT or shapes(abstract[1]) == shapes(state)
+
+
+@every_row
+def test_decoding_step_by_step_is_evaluation(row):
+    if not row.steps:
+        pytest.skip('does not decode')
+    layer, inputs, *_, (wanted, _) = computed(row)
+    pieces = [
+        tuple(
+            x if axis is None else jax.lax.slice_in_dim(x, *span, axis=axis)
+            for x, axis in zip(inputs, row.steps, strict=True)
+        )
+        for span in ((0, L - 2), (L - 2, L - 1), (L - 1, L))
+    ]
+    run = jax.jit(decoded, static_argnums=(0, 1))
+    outputs, states = zip(*run(layer, row.signature, pieces, rng()), strict=True)
+    start = jax.eval_shape(lambda: layer.init(row.signature, rng(), Mode.PREDICT)[1])
+    assert all(shapes(state) == shapes(start) for state in states)
+    for parts, whole in zip(zip(*outputs, strict=True), wanted, strict=True):
+        tolerance = 1e-2 if whole.dtype == jnp.float16 else 1e-5
+        got = np.concatenate(parts, row.out)
+        np.testing.assert_allclose(got, whole, rtol=tolerance, atol=tolerance)
+
+
+@every_row
+def test_computes_in_bfloat16_with_float32_weights(row):
+    layer, inputs, weights, state, *_ = computed(row)
+    if isinstance(layer, transforms.Cast):
+        pytest.skip('is cast already')
+    narrow = transforms.cast(layer)
+    inputs = tuple(x.astype(jnp.bfloat16) if is_float(x) else x for x in inputs)
+    its_weights, its_state = jax.eval_shape(
+        functools.partial(narrow.init, signature_of(inputs)), rng()
+    )
+    assert shapes(its_weights) == shapes(weights)
+    assert shapes(its_state) == shapes(state)
+
+    @jax.jit
+    def run(weights, state, inputs, rng):
+        return narrow.apply(weights, state, inputs, rng=rng, mode=Mode.TRAIN)
+
+    outputs, new_state = run(weights, state, inputs, rng())
+    assert shapes(new_state) == shapes(state)
+    assert all(np.isfinite(np.asarray(y, np.float32)).all() for y in outputs)
+
+
+@every_row
+def test_is_a_value(row):
+    one, two = row.make(), row.make()
+    assert one == two and hash(one) == hash(two) and one is not two
+    named = one.replace(name='another')
+    assert named != one and named.replace(name=one.name) == one
+    assert named.name == 'another' and type(named) is type(one)
+    for copied in (pickle.loads(pickle.dumps(one)), copy.copy(one), copy.deepcopy(one)):
+        assert copied == one and hash(copied) == hash(one)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.name = 'other'
+    with pytest.raises(TypeError, match='is a description and holds no weights: bind it first'):
+        one(*example(row.signature))
+
+
+@every_row
+def test_repr_reads_like_the_code_that_made_it(row):
+    for layer in (row.make(), row.make().replace(name='another')):
+        text = repr(layer)
+        assert text.startswith(type(layer).__name__ + '(')
+        assert layer.name is None or f'name={layer.name!r}' in text
+        if not row.opaque:
+            names = {**vars(tl), **vars(transforms), **vars(losses)}
+            assert eval(text, names) == layer
+    if row.opaque:
+        pytest.skip(row.opaque)
+
+
+@every_row
+def test_gradients_of_weights_are_finite(row):
+    _, _, weights, _, _, grads, _ = computed(row)
+    assert shapes(grads) == shapes(weights)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@every_row
+def test_a_rewrite_reaches_every_layer(row):
+    layer = row.make()
+    assert layer.with_sublayers(layer.sublayers) == layer
+    assert transforms.rewrite(layer, lambda x: x) == layer
+    n = iter(range(100))
+
+    def mark(layer: Layer) -> Layer:
+        return layer if layer.sublayers else layer.replace(name=f'seen{next(n)}')
+
+    marked = transforms.rewrite(layer, mark)
+    found = list(leaves_inside(marked))
+    assert all(leaf.name and leaf.name.startswith('seen') for leaf in found)
+    assert len(found) == len(list(leaves_inside(layer)))
+    with pytest.raises(ValueError, match='layer'):
+        layer.with_sublayers((*layer.sublayers, tl.Dense(3)))
+
+
+@every_row
+def test_weights_lie_under_unique_paths(row):
+    _, _, weights, state, *_ = computed(row)
+    paths = list(trees.flatten(weights))
+    assert len(paths) == len(jax.tree.leaves(weights))
+    assert not any('decisions' in p for p in (*paths, *trees.flatten(state)))
