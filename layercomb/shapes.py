@@ -61,6 +61,15 @@ def is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
+def check_float(owner: str, x: Any) -> None:
+    """Raises a TypeError unless `x` is floating-point and has a last axis."""
+    if not x.shape or not is_float(x):
+        raise TypeError(
+            f'{owner} takes floating-point vectors along the last axis, got {describe([x])}: '
+            'embed integers first, with tl.Embedding'
+        )
+
+
 def _one(value: Any) -> jax.ShapeDtypeStruct:
     if hasattr(value, 'shape') and hasattr(value, 'dtype'):
         return jax.ShapeDtypeStruct(tuple(value.shape), value.dtype)

@@ -44,7 +44,7 @@ class Cast(Wrapper):
     of the given dtype.
 
     Attributes:
-      layer: what to compute.
+      layer: what to compute: a leaf, or a wrapper around one.
       dtype: the name of a floating-point dtype.
     """
 
@@ -53,6 +53,11 @@ class Cast(Wrapper):
     def __post_init__(self) -> None:
         object.__setattr__(self, 'dtype', jnp.dtype(self.dtype).name)
         super().__post_init__()
+        if isinstance(self.layer, Combinator):
+            raise TypeError(
+                f'Cast computes a leaf, not a {type(self.layer).__name__}: transforms.cast(net) '
+                'reaches every leaf inside'
+            )
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f'Cast: dtype must be floating-point, got {self.dtype!r}')
 
@@ -86,9 +91,12 @@ def cast(net: Layer, dtype: Any = 'bfloat16') -> Layer:
     Serial(LayerNorm(), Cast(Dense(4)))
     """
     name = jnp.dtype(dtype).name
-    return rewrite(
-        net, lambda layer: layer if layer.sublayers or layer.float32 else Cast(layer, name)
-    )
+
+    def one(layer: Layer) -> Layer:
+        routes = layer.sublayers or isinstance(layer, Combinator)  # Serial() has none
+        return layer if routes or layer.float32 else Cast(layer, name)
+
+    return rewrite(net, one)
 
 
 class Tied(Wrapper):

@@ -91,14 +91,14 @@ class Softmax(Activation):
     """Softmax over the last axis, in float32."""
 
     float32 = True
-    function = staticmethod(jax.nn.softmax)
+    function = staticmethod(lambda x: jax.nn.softmax(x.astype(jnp.float32)).astype(x.dtype))
 
 
 class LogSoftmax(Activation):
     """Logarithm of the softmax over the last axis, in float32."""
 
     float32 = True
-    function = staticmethod(jax.nn.log_softmax)
+    function = staticmethod(lambda x: jax.nn.log_softmax(x.astype(jnp.float32)).astype(x.dtype))
 
 
 NAMES: dict[str, type[Activation]] = {

@@ -22,6 +22,7 @@ from layercomb.layers.combinators import Combinator
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.initializers import Initializer, glorot_uniform
 from layercomb.layers.positional import POSITION
+from layercomb.shapes import check_float
 
 
 class SplitHeads(Layer):
@@ -42,6 +43,7 @@ class SplitHeads(Layer):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
+        check_float('SplitHeads', x)
         d = x.shape[-1]
         if self.d_head is None and d % self.n_heads:
             fitting = [h for h in range(1, d + 1) if d % h == 0]
@@ -238,7 +240,26 @@ class LocalAttention(Layer):
         return jax.vmap(take)(y, at)
 
 
-class SelfAttention(Combinator):
+class MultiHead(Combinator):
+    """What multi-head layers share: parts that nobody chose follow the other fields."""
+
+    def parts(self) -> dict[str, Layer]:
+        """The query, key, value, core and output of the other fields' making."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        for field, part in self.parts().items():
+            if getattr(self, field) is None:
+                _set(self, field, part)
+        super().__post_init__()
+
+    def replace(self, **changes: Any) -> Any:
+        """The same layer with other values in some fields, and in the parts made from these."""
+        made = {f: None for f, part in self.parts().items() if getattr(self, f) == part}
+        return super().replace(**{**made, **changes})
+
+
+class SelfAttention(MultiHead):
     """Multi-head attention of a sequence to itself: (B, L, D) → (B, L, D).
 
     y = concat_h(softmax(q_h k_hᵀ / √K) v_h) W_o, with q_h, k_h, v_h projections of x.
@@ -271,16 +292,15 @@ class SelfAttention(Combinator):
 
     n_in = property(lambda self: 1 + self.masked)
 
-    def __post_init__(self) -> None:
-        fill_heads(self, DotProductAttention(self.causal, self.dropout, self.masked))
-        super().__post_init__()
+    def parts(self) -> dict[str, Layer]:
+        return heads(self, DotProductAttention(self.causal, self.dropout, self.masked))
 
     def route(self, call, stack):
         x, *mask = stack[: self.n_in]
         return attend(self, call, x, x, *mask) + stack[self.n_in :]
 
 
-class LocalSelfAttention(Combinator):
+class LocalSelfAttention(MultiHead):
     """Multi-head attention of a sequence to the chunks around each position: (B, L, D) → (B, L, D).
 
     As `SelfAttention`, with `LocalAttention` for a core: linear in the length.
@@ -311,26 +331,25 @@ class LocalSelfAttention(Combinator):
 
     n_in = property(lambda self: 1 + self.masked)
 
-    def __post_init__(self) -> None:
+    def parts(self) -> dict[str, Layer]:
         core = LocalAttention(
             self.chunk_len, self.look_back, self.look_ahead, self.causal, self.dropout, self.masked
         )
-        fill_heads(self, core)
-        super().__post_init__()
+        return heads(self, core)
 
     def route(self, call, stack):
         x, *mask = stack[: self.n_in]
         return attend(self, call, x, x, *mask) + stack[self.n_in :]
 
 
-class CrossAttention(Combinator):
+class CrossAttention(MultiHead):
     """Multi-head attention to another sequence: (B, L, D), (B, M, E) → (B, L, D).
 
     Queries come from the first value, keys and values from the second, the memory.
 
     Attributes:
       n_heads: H.
-      d_head: K, by default D / H.
+      d_head: K, by default D / H, which needs a memory as wide as the sequence.
       masked: whether a third input (B, M) boolean says which positions of the memory are real.
       dropout: the rate at which probabilities are dropped in training.
     """
@@ -349,22 +368,18 @@ class CrossAttention(Combinator):
     rotary = None  # positions of two sequences have no distance
     n_in = property(lambda self: 2 + self.masked)
 
-    def __post_init__(self) -> None:
-        fill_heads(self, DotProductAttention(False, self.dropout, self.masked))
-        super().__post_init__()
+    def parts(self) -> dict[str, Layer]:
+        return heads(self, DotProductAttention(False, self.dropout, self.masked))
 
     def route(self, call, stack):
         x, memory, *mask = stack[: self.n_in]
         return attend(self, call, x, memory, *mask) + stack[self.n_in :]
 
 
-def fill_heads(layer: Any, core: Layer) -> None:
-    """Fills the parts of a multi-head layer that nobody chose: three projections, core, output."""
-    heads = SplitHeads(layer.n_heads, layer.d_head)
-    parts = {'query': heads, 'key': heads, 'value': heads, 'core': core, 'output': MergeHeads()}
-    for field, part in parts.items():
-        if getattr(layer, field) is None:
-            _set(layer, field, part)
+def heads(layer: Any, core: Layer) -> dict[str, Layer]:
+    """The usual parts around a core: three projections to heads, and one from them."""
+    split = SplitHeads(layer.n_heads, layer.d_head)
+    return {'query': split, 'key': split, 'value': split, 'core': core, 'output': MergeHeads()}
 
 
 def attend(layer: Any, call: Any, x: Any, memory: Any, *mask: Any) -> tuple[Any, ...]:
@@ -372,6 +387,12 @@ def attend(layer: Any, call: Any, x: Any, memory: Any, *mask: Any) -> tuple[Any,
     at = layer.keys.index
     (q,) = call(at('query'), (x,))
     (k,) = call(at('key'), (memory,))
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f'{type(layer).__name__}: queries of a sequence {x.shape[-1]} wide and keys of one '
+            f'{memory.shape[-1]} wide have {q.shape[-1]} and {k.shape[-1]} features a '
+            'head: say d_head='
+        )
     (v,) = call(at('value'), (memory,))
     if layer.rotary is not None:
         q, k = call(at('rotary'), (q, k))

@@ -156,8 +156,7 @@ class Layer:
 
     def with_sublayers(self: L, sublayers: tuple[Layer, ...]) -> L:
         """The same layer around other sublayers, as many as there are."""
-        if sublayers:
-            raise ValueError(f'{type(self).__name__} holds no layers, {len(sublayers)} were given')
+        check_sublayers(self, sublayers)
         return self
 
     def replace(self: L, **changes: Any) -> L:
@@ -210,7 +209,12 @@ class Layer:
             return True
         if value == field.default:
             return False
-        return field.name == 'name' or self.replace(**{field.name: field.default}) != self
+        if field.name == 'name':
+            return True
+        try:
+            return self.replace(**{field.name: field.default}) != self
+        except (TypeError, ValueError):  # the default does not go with the other fields
+            return True
 
 
 class Fn(Layer):
@@ -238,14 +242,23 @@ class Fn(Layer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n_in is None:
-            _set(self, 'n_in', _required_parameters(self.label, self.f))
+            counted = _count_parameters(self.f)
+            if counted is None:
+                raise TypeError(
+                    f'Fn({self.label!r}): the function takes *args: say how many with n_in='
+                )
+            _set(self, 'n_in', counted)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         made = self.f(*inputs)
-        return made if isinstance(made, tuple) else (made,), state
+        return tuple(made) if isinstance(made, (tuple, list)) else (made,), state
 
     def __repr__(self) -> str:
-        return f'Fn({self.label!r}, {_show(self.f)})'
+        parts = [repr(self.label), _show(self.f)]
+        if self.n_in != _count_parameters(self.f):
+            parts.append(f'n_in={self.n_in}')
+        parts += [f'n_out={self.n_out}'] if self.n_out != 1 else []
+        return _call_text('Fn', [*parts, *_named(self)])
 
 
 class Wrapper(Layer):
@@ -263,8 +276,8 @@ class Wrapper(Layer):
 
     def with_sublayers(self: Any, sublayers: tuple[Layer, ...]) -> Any:
         """The same wrapper around another layer."""
-        (layer,) = sublayers
-        return self.replace(layer=layer)
+        check_sublayers(self, sublayers)
+        return self.replace(layer=sublayers[0])
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         """The inner layer's weights and state."""
@@ -334,6 +347,15 @@ def check_outputs(layer: Layer, outputs: Any) -> Arrays:
     return outputs
 
 
+def check_sublayers(layer: Layer, sublayers: tuple[Layer, ...]) -> None:
+    """Raises a ValueError unless `sublayers` are as many as `layer` holds."""
+    if len(sublayers) != len(layer.sublayers):
+        raise ValueError(
+            f'{type(layer).__name__} holds {len(layer.sublayers)} layers, {len(sublayers)} were '
+            'given: give one for each of layer.sublayers'
+        )
+
+
 class where:
     """Adds to an error that leaves the block a note that says in which sublayer it arose."""
 
@@ -390,14 +412,19 @@ def _values(n: int) -> str:
     return '1 value' if n == 1 else f'{n} values'
 
 
-def _required_parameters(label: str, f: Callable[..., Any]) -> int:
+def _count_parameters(f: Callable[..., Any]) -> int | None:
+    """How many positional parameters a function requires; None if it takes any number."""
     if isinstance(f, jnp.ufunc):  # jnp.add and its like: their signature is *args
         return f.nin
     parameters = inspect.signature(f).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        raise TypeError(f'Fn({label!r}): the function takes *args: say how many with n_in=')
+        return None
     wanted = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in wanted and p.default is p.empty for p in parameters)
+
+
+def _named(layer: Layer) -> list[str]:
+    return [] if layer.name is None else [f'name={layer.name!r}']
 
 
 def _show(value: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import jax
 
 from layercomb.layers.base import (
+    DECISIONS,
     Layer,
     Mode,
     Tree,
@@ -24,6 +25,7 @@ from layercomb.layers.base import (
     _show,
     check_inputs,
     check_outputs,
+    check_sublayers,
     default_name,
     fold,
     given_name,
@@ -72,6 +74,7 @@ class Combinator(Layer):
 
     def with_sublayers(self, sublayers: tuple[Layer, ...]) -> Any:
         """The same combinator around other sublayers, as many as there are."""
+        check_sublayers(self, sublayers)
         rest = iter(sublayers)
         changes: dict[str, Any] = {}
         for field, value in self._layer_fields():
@@ -112,7 +115,6 @@ class Combinator(Layer):
         def call(i: int, values: Stack) -> Stack:
             key, layer = self._children[i]
             with where(self, key, layer, values):
-                check_inputs(layer, values)
                 seed = jax.random.fold_in(rng, zlib.crc32(key.encode()))
                 outputs, its_weights, its_state = layer._build(values, seed, mode)
             if its_weights:
@@ -121,9 +123,10 @@ class Combinator(Layer):
                 state[key] = its_state
             return outputs
 
-        if len(signature) > self.n_in:
+        runs_short_inside = isinstance(self, Variadic) and self.layers
+        if len(signature) > self.n_in or not runs_short_inside:
             check_inputs(self, signature)
-        outputs = self.route(call, tuple(signature))  # a stack that is short is named in there
+        outputs = self.route(call, tuple(signature))  # a layer that finds too few says so in there
         check_inputs(self, signature)
         return check_outputs(self, outputs), weights, state
 
@@ -144,7 +147,7 @@ class Combinator(Layer):
             raise ValueError(
                 f'{type(self).__name__}: two sublayers are named {min(twice)!r}: rename one'
             )
-        used = set(taken)
+        used = {DECISIONS, *taken}
         for field, value in groups:
             for layer in value if isinstance(value, tuple) else ():
                 key = base = given_name(layer) or default_name(layer)
@@ -183,7 +186,13 @@ class Variadic(Combinator):
 
     def replace(self, **changes: Any) -> Any:
         """The same layer with other values in some fields."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        unknown = sorted(changes.keys() - values.keys())
+        if unknown:
+            raise TypeError(
+                f'{type(self).__name__} has no field {unknown[0]!r}: there are {", ".join(values)}'
+            )
+        values |= changes
         made = object.__new__(type(self))
         for field, value in values.items():
             _set(made, field, value)

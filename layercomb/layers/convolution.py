@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layercomb.layers.base import Layer, Mode
 from layercomb.layers.fields import Size
@@ -160,7 +161,7 @@ class Pool(Layer):
         """Combines the entries of each window."""
         return jax.lax.reduce_window(
             x,
-            jnp.asarray(self.start, x.dtype),
+            np.asarray(self.start, x.dtype),  # jnp's would be traced, and lose the gradient
             self.combine,
             (1, *self.window, 1),
             (1, *(self.strides or self.window), 1),

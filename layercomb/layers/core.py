@@ -11,7 +11,7 @@ import numpy as np
 from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.initializers import Initializer, Normal, glorot_uniform, zeros
-from layercomb.shapes import is_float
+from layercomb.shapes import check_float
 
 
 class Dense(Layer):
@@ -37,11 +37,7 @@ class Dense(Layer):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
-        if not x.shape or not is_float(x):
-            raise TypeError(
-                f'Dense takes floating-point vectors along the last axis, got {x.dtype}'
-                f'{list(x.shape)}: embed integers first, with tl.Embedding'
-            )
+        check_float('Dense', x)
         d = x.shape[-1]
         n = self.n_units or d
         kernel_key, bias_key = jax.random.split(rng)
@@ -108,6 +104,7 @@ class Embedding(Layer):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (ids,) = inputs
         self.check_ids(ids)
+        ids = jnp.where(ids < 0, self.vocab_size, ids)  # or −1 would take the last row
         return (jnp.take(weights['table'], ids, axis=0, mode='fill', fill_value=jnp.nan),), state
 
     def check_ids(self, ids: jax.Array) -> None:
@@ -141,6 +138,18 @@ class Dropout(Layer):
 
     rate: Rate
     shared_axes: tuple[int, ...] = ()
+
+    float32 = True  # it keeps the dtype of a stream
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        for axis in self.shared_axes:
+            if not -len(x.shape) <= axis < len(x.shape):
+                raise ValueError(
+                    f'Dropout: shared_axes={self.shared_axes} are axes of the input, which has '
+                    f'the shape {tuple(x.shape)}'
+                )
+        return {}, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs

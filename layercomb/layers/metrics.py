@@ -125,7 +125,8 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
       (…) float32; NaN where the target is outside the vocabulary.
     """
     # A comparison instead of a gather: its gradient is elementwise, where a gather's is a scatter.
-    ids = jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    targets = targets.astype(jnp.int32)  # bytes, uint8, cannot hold a vocabulary's size
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), -1)
     inside = (targets >= 0) & (targets < logits.shape[-1])
     return jnp.where(inside, jax.nn.logsumexp(logits, -1) - picked, jnp.nan)

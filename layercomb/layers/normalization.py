@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.base import Layer, Mode
+from layercomb.shapes import check_float
 
 
 class LayerNorm(Layer):
@@ -24,6 +25,7 @@ class LayerNorm(Layer):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
+        check_float('LayerNorm', x)
         d = x.shape[-1]
         weights = {'scale': jnp.ones(d)}
         return (weights | {'bias': jnp.zeros(d)} if self.use_bias else weights), {}
@@ -52,6 +54,7 @@ class RMSNorm(Layer):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
+        check_float('RMSNorm', x)
         return {'scale': jnp.ones(x.shape[-1])}, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
@@ -81,6 +84,7 @@ class BatchNorm(Layer):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
+        check_float('BatchNorm', x)
         d = x.shape[-1]
         return (
             {'scale': jnp.ones(d), 'bias': jnp.zeros(d)},

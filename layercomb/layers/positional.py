@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, Normal
-from layercomb.shapes import Signature
+from layercomb.shapes import Signature, check_float
 
 POSITION = 'position'
 
@@ -38,6 +38,7 @@ class SinusoidalPositions(Layer):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
+        check_float('SinusoidalPositions', x)
         check_length('SinusoidalPositions', x.shape[1], self.max_len)
         check_even('SinusoidalPositions', x.shape[-1])
         return {}, init_position(signature, mode)
@@ -70,6 +71,7 @@ class LearnedPositions(Layer):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
+        check_float('LearnedPositions', x)
         check_length('LearnedPositions', x.shape[1], self.max_len)
         table = self.table_init(rng, (self.max_len, x.shape[-1]))
         return {'table': table}, init_position(signature, mode)

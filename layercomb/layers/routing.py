@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from layercomb.layers.base import Arrays, Layer, Mode, _set
+from layercomb.layers.base import Arrays, Layer, Mode, _call_text, _named, _set
 from layercomb.layers.fields import Size
 
 
@@ -52,8 +52,8 @@ class Select(Rearrange):
 
     def __repr__(self) -> str:
         reach = max(self.indices, default=-1) + 1
-        more = '' if self.n_in == reach else f', n_in={self.n_in}'
-        return f'Select({list(self.indices)}{more})'
+        more = [] if self.n_in == reach else [f'n_in={self.n_in}']
+        return _call_text('Select', [repr(list(self.indices)), *more, *_named(self)])
 
 
 class Dup(Rearrange):
