@@ -33,6 +33,4 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as e:
         if e.name is None or e.name.split('.')[0] != module.split('.')[0]:
             raise
-        raise UsageError(
-            f'{module} is not installed: pip install "layercomb[{extra}]"'
-        ) from None
+        raise UsageError(f'{module} is not installed: pip install "layercomb[{extra}]"') from None

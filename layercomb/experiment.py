@@ -86,14 +86,15 @@ class Experiment:
                 f'the model takes {self.model.n_in} inputs, so a batch is {self.model.n_in + 2} '
                 f'arrays (inputs…, targets, weights), and the data gives {len(signature)}'
             )
-        for task in (self.train_task, *self.eval_tasks):
-            metrics = task.metrics if isinstance(task, EvalTask) else task.loss
-            losses.attach(self.model, metrics, task.loss_chunk_len).output_signature(signature)
+        task = self.train_task
+        losses.attach(self.model, task.loss, task.loss_chunk_len).output_signature(signature)
+        for each in self.eval_tasks:
+            losses.attach(self.model, each.metrics, each.loss_chunk_len).output_signature(signature)
         check_tokens(self.model, self._first_batch())
         weights, _ = self.abstract(signature[: self.model.n_in])
-        trainable, _ = trees.partition(weights, self.train_task.trainable)
+        trainable, _ = trees.partition(weights, task.trainable)
         with jax.numpy_dtype_promotion('standard'):
-            jax.eval_shape(self.train_task.optimizer.init, trainable)
+            jax.eval_shape(task.optimizer.init, trainable)
 
     def training_bytes(self) -> dict[str, int]:
         """What a training step takes, by compiling it and asking the compiler; nothing is run.
@@ -106,8 +107,9 @@ class Experiment:
         trainable, frozen = trees.partition(weights, task.trainable)
         with jax.numpy_dtype_promotion('standard'):
             opt_state = jax.eval_shape(task.optimizer.init, trainable)
-        carry = steps.Carry(trainable, state, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
-        step = steps.compiled(
+        step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        carry = steps.Carry(trainable, state, opt_state, step_number)
+        step: Any = steps.compiled(
             self.model, task.loss, task.optimizer, task.accumulate, task.loss_chunk_len
         )
         key = jax.eval_shape(jax.random.key, 0)

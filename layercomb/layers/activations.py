@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from layercomb.layers.base import Layer, Mode, snake_case
 class Activation(Layer):
     """An elementwise function without weights; subclasses say which."""
 
-    function: ClassVar[Callable[[jax.Array], jax.Array]]
+    function: ClassVar[Any]  # an array to an array
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs

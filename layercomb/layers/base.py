@@ -78,11 +78,11 @@ class Layer:
     n_out = 1
     float32: ClassVar[bool] = False
     mixes_positions: ClassVar[bool] = False
-    _variadic: ClassVar[bool] = False  # the class writes its own __init__(*layers, …)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:
+        """Makes the class a frozen dataclass; ``init=False`` leaves the constructor it has."""
         super().__init_subclass__(**kwargs)
-        dataclasses.dataclass(frozen=True, repr=False, init=not cls._variadic)(cls)
+        dataclasses.dataclass(frozen=True, repr=False, init=init)(cls)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -236,8 +236,8 @@ class Fn(Layer):
 
     label: str
     f: Callable[..., Any]
-    n_in: int | None = None  # type: ignore[misc]
-    n_out: int = 1  # type: ignore[misc]
+    n_in: int | None = None  # type: ignore[assignment]
+    n_out: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

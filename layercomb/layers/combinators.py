@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 
@@ -126,9 +126,12 @@ class Combinator(Layer):
         runs_short_inside = isinstance(self, Variadic) and self.layers
         if len(signature) > self.n_in or not runs_short_inside:
             check_inputs(self, signature)
-        outputs = self.route(call, tuple(signature))  # a layer that finds too few says so in there
+        outputs: Any = self.route(
+            call, tuple(signature)
+        )  # a layer that finds too few says so in there
         check_inputs(self, signature)
-        return check_outputs(self, outputs), weights, state
+        check_outputs(self, outputs)
+        return outputs, weights, state
 
     def _layer_fields(self) -> Iterator[tuple[str, Any]]:
         """The fields that hold a layer or a tuple of layers."""
@@ -165,13 +168,11 @@ class Combinator(Layer):
         self._children  # noqa: B018  names that clash are an error now, not at the first call
 
 
-class Variadic(Combinator):
+class Variadic(Combinator, init=False):
     """A combinator that is made of any number of layers: ``Serial(layer, layer, …)``.
 
     Lists of layers are flattened, and None is left out.
     """
-
-    _variadic: ClassVar[bool] = True
 
     layers: tuple[Layer, ...] = ()
 
@@ -208,7 +209,7 @@ class Variadic(Combinator):
         return _call_text(type(self).__name__, parts)
 
 
-class Serial(Variadic):
+class Serial(Variadic, init=False):
     """Layers one after the other on a data stack.
 
     Each layer takes its `n_in` values off the top of the stack and puts its `n_out` back::
@@ -236,7 +237,7 @@ class Serial(Variadic):
         return serial_route(self.layers, call, stack)
 
 
-class Parallel(Variadic):
+class Parallel(Variadic, init=False):
     """Layers side by side, each on values of its own: the first takes the top of the stack.
 
     >>> from layercomb import tl
@@ -255,7 +256,7 @@ class Parallel(Variadic):
         return outputs + stack
 
 
-class Branch(Variadic):
+class Branch(Variadic, init=False):
     """Layers side by side on the same values: each gets the top of the stack, none moves it.
 
     >>> from layercomb import tl
@@ -292,7 +293,7 @@ class Add(Layer):
         return (a + b.astype(a.dtype),), state
 
 
-class Residual(Variadic):
+class Residual(Variadic, init=False):
     """x + f(x), where f is the layers in series.
 
     The layers may take more values than one; the first is what they are added to. The sum is made

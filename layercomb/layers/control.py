@@ -258,8 +258,8 @@ class Chunk(Wrapper):
         return outputs, state
 
     def _length(self, inputs: Arrays) -> int:
-        lengths = {x.shape[1] if x.ndim > 1 else None for x in inputs}
-        if len(lengths) != 1 or None in lengths:
+        lengths = {x.shape[1] if x.ndim > 1 else -1 for x in inputs}
+        if len(lengths) != 1 or -1 in lengths:
             raise ValueError(
                 f'Chunk cuts axis 1 of all its inputs, which must be of one length, got '
                 f'({describe(inputs)})'

@@ -71,7 +71,7 @@ def check_fields(instance: Any) -> None:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls, include_extras=True)
     except NameError:  # a class whose annotations name what only a type checker imports

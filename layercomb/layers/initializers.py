@@ -85,10 +85,8 @@ class VarianceScaling(Initializer):
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         """See `Initializer`."""
-        make = jax.nn.initializers.variance_scaling(
-            self.scale, f'fan_{self.fan}', self.distribution
-        )
-        return make(key, shape, dtype)
+        how: Any = (self.scale, f'fan_{self.fan}', self.distribution)
+        return jax.nn.initializers.variance_scaling(*how)(key, shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,20 +32,19 @@ class Select(Rearrange):
     """
 
     indices: tuple[int, ...]
-    n_in: int | None = None  # type: ignore[misc]
+    n_in: int | None = None  # type: ignore[assignment]
 
     n_out = property(lambda self: len(self.indices))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         reach = max(self.indices, default=-1) + 1
-        if self.n_in is None:
-            _set(self, 'n_in', reach)
-        if min(self.indices, default=0) < 0 or reach > self.n_in:
+        n_in = reach if self.n_in is None else self.n_in
+        if min(self.indices, default=0) < 0 or reach > n_in:
             raise ValueError(
-                f'Select: indices {list(self.indices)} must lie between 0 and n_in - 1 = '
-                f'{self.n_in - 1}'
+                f'Select: indices {list(self.indices)} must lie between 0 and n_in - 1 = {n_in - 1}'
             )
+        _set(self, 'n_in', n_in)
 
     def pick(self, values: Arrays) -> Arrays:
         return tuple(values[i] for i in self.indices)

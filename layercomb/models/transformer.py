@@ -123,7 +123,7 @@ def TransformerEncoder(
     pattern = attention_pattern(default if attention is None else attention, n_layers)
     block = [
         [
-            tl.Select([0, 1, 1]) if masked else None,
+            tl.Select((0, 1, 1)) if masked else None,
             residual(norm, layer, dropout),
             residual(norm, feed_forward(d_ff, d_model, activation, None), dropout),
         ]

@@ -87,8 +87,7 @@ def adamw(
 def _check(
     name: str, value: Any, low: float, high: float | None = None, whole: bool = False
 ) -> None:
-    kinds: tuple[type, ...] = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         wanted = 'a whole number' if whole else 'a number'
         raise TypeError(f'{name} must be {wanted}, got {value!r}')
     if value < low or (high is not None and value > high):

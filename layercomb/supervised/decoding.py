@@ -207,7 +207,7 @@ def _pad(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
 def _carry_over(trained: Tree, fresh: Tree) -> Tree:
     """A fresh decoding state with what training left, e.g. running statistics."""
     kept = trees.flatten(trained)
-    return trees.map_with_path(lambda path, x: jnp.copy(kept.get(path, x)), fresh)
+    return trees.map_with_path(lambda path, x: jnp.copy(kept[path]) if path in kept else x, fresh)
 
 
 def _row_keys(rng: jax.Array | int, n: int) -> jax.Array:
