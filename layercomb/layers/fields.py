@@ -48,8 +48,8 @@ def check_fields(instance: Any) -> None:
       TypeError: if a field holds something of another type, or something unhashable.
       ValueError: if a number is out of its range.
     """
-    owner = type(instance).__name__
-    hints = _hints(type(instance))
+    cls: Any = type(instance)
+    owner, hints = cls.__name__, _hints(cls)
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         hint = hints.get(field.name, Any)
