@@ -9,6 +9,8 @@ import pytest
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_debug_key_reuse', True)
+# Tests compile far more than they compute. What is about compiled programs asks for `optimized`.
+jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture
@@ -17,8 +19,9 @@ def key():
     return jax.random.key(0)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _drop_compiled_programs():
-    """Compiled programs of one file are of no use to the next, and take memory."""
+@pytest.fixture
+def optimized():
+    """Compiles as users' programs are compiled: for tests of memory, FLOPs and programs."""
+    jax.config.update('jax_disable_most_optimizations', False)
     yield
-    jax.clear_caches()
+    jax.config.update('jax_disable_most_optimizations', True)

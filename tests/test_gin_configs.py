@@ -1,0 +1,57 @@
+"""Every configuration that comes with the library: whole when traced, and running when tiny."""
+
+import importlib.resources
+from pathlib import Path
+
+import pytest
+
+from layercomb import cli
+
+FOLDER = Path(str(importlib.resources.files('layercomb.gin_configs')))
+CONFIGS = sorted(path.stem for path in FOLDER.glob('*.gin'))
+
+# Sizes alone, so that two steps take seconds.
+TINY = {
+    'transformer_python': (
+        'models.TransformerLM.d_model = 16',
+        'models.TransformerLM.d_ff = 16',
+        'models.TransformerLM.n_layers = 1',
+        'LENGTH = 16',
+        'train/data.packed.batch_size = 2',
+        'valid/data.packed.batch_size = 2',
+        'supervised.EvalTask.n_batches = 1',
+        'cli.train.sample_tokens = 4',
+    ),
+}
+
+
+def test_every_config_has_a_row():
+    assert set(TINY) == set(CONFIGS)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_full_size_is_traced(name):
+    text = cli.find_config(name).read_text()
+    with cli.configured(text, (), name) as config:
+        experiment = config.build()
+        experiment.check()
+        weights, _ = experiment.abstract(experiment.batch_signature()[: experiment.model.n_in])
+    assert weights
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_tiny_runs_two_steps(name, tmp_path, capsys):
+    bindings = [x for b in (*TINY[name], 'train.steps = 2') for x in ('--gin_param', b)]
+    assert cli.main(['train', name, '--output_dir', str(tmp_path / 'run'), *bindings]) == 0
+    assert 'step 2: ' in capsys.readouterr().out
+    assert (tmp_path / 'run' / 'report.png').exists()
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_equal_when_built_twice(name):
+    text = cli.find_config(name).read_text()
+    built = []
+    for _ in range(2):
+        with cli.configured(text, (), name) as config:
+            built.append(config.value('model'))
+    assert built[0] == built[1] and hash(built[0]) == hash(built[1])
