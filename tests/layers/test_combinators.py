@@ -138,7 +138,11 @@ leaves = st.one_of(
     st.just(tl.Swap()),
     st.just(tl.Add()),
     st.just(tl.Multiply()),
-    st.builds(lambda n, more: tl.Select([i % n for i in more], n), st.integers(1, 3), st.lists(st.integers(0, 5), max_size=3)),
+    st.builds(
+        lambda n, more: tl.Select([i % n for i in more], n),
+        st.integers(1, 3),
+        st.lists(st.integers(0, 5), max_size=3),
+    ),
 )
 
 
@@ -153,7 +157,9 @@ def combined(inner):
         some.map(lambda layers: tl.Parallel(*layers)),
         some.map(lambda layers: tl.Branch(*layers)),
         some.map(lambda layers: tl.Residual(*layers)).filter(has_output),
-        st.builds(lambda a, b: tl.Residual(a, shortcut=b), inner, st.integers(1, 9).map(Plus)).filter(has_output),
+        st.builds(
+            lambda a, b: tl.Residual(a, shortcut=b), inner, st.integers(1, 9).map(Plus)
+        ).filter(has_output),
     )
 
 
@@ -235,7 +241,7 @@ def test_two_explicit_names_clash():
 
 @pytest.mark.parametrize('name', ['a/b', 'decisions', ''])
 def test_names_that_would_break_paths_are_refused(name):
-    with pytest.raises(ValueError, match="cannot be named .*'decisions' is reserved"):
+    with pytest.raises(ValueError, match=r"cannot be named .*'decisions' is reserved"):
         tl.Dense(4, name=name)
 
 
@@ -277,7 +283,9 @@ def test_residual_of_nothing_to_add_is_refused():
 
 
 def test_residual_that_changes_the_width_says_how_to_keep_it():
-    with pytest.raises(ValueError, match=r'cannot add \(2, 5, 4\) to \(2, 5, 8\).*Dense\(8\).*shortcut='):
+    with pytest.raises(
+        ValueError, match=r'cannot add \(2, 5, 4\) to \(2, 5, 8\).*Dense\(8\).*shortcut='
+    ):
         tl.Residual(tl.Dense(4)).output_signature(X)
     assert tl.Residual(tl.Dense(4), shortcut=tl.Dense(4)).output_signature(X)[0].shape == (2, 5, 4)
 
@@ -350,7 +358,7 @@ def test_a_stack_that_runs_short_names_the_layer_and_what_was_there():
 def test_too_many_inputs_are_refused():
     with pytest.raises(TypeError, match=r'^Serial takes 1 value off the stack, 2 were there: fl'):
         tl.Serial(tl.Dense(4)).init((X, X), jax.random.key(0))
-    with pytest.raises(TypeError, match='^Serial takes 1 value off the stack, only 0 were there$'):
+    with pytest.raises(TypeError, match=r'^Serial takes 1 value off the stack, only 0 were there$'):
         tl.Serial().init((), jax.random.key(0))
     with pytest.raises(TypeError, match='SelfAttention takes 2 values off the stack, only 1 was'):
         tl.SelfAttention(2, masked=True).init((X,), jax.random.key(0))
@@ -368,7 +376,9 @@ def test_notes_lead_to_the_layer():
 
 
 def test_outputs_that_do_not_match_n_out():
-    with pytest.raises(TypeError, match='Liar promises n_out=2 and returned 1 value: set n_out') as e:
+    with pytest.raises(
+        TypeError, match='Liar promises n_out=2 and returned 1 value: set n_out'
+    ) as e:
         tl.Serial(Liar()).init((X,), jax.random.key(0))
     assert our_notes(e.value) == ['in Serial.liar: Liar()(float32[2,5,8])']
     with pytest.raises(TypeError, match='Fn promises n_out=1 and returned 2 values'):

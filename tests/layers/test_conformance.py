@@ -185,14 +185,6 @@ ROWS: dict[str, Row] = {
 ABSTRACT = {Layer, tl.Wrapper, tl.Combinator, tl.Activation, tl.Metric}
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _compiled_in_a_hurry():
-    """Hundreds of tiny programs are compiled here and each runs once."""
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
-
-
 every_row = pytest.mark.parametrize('row', ROWS.values(), ids=list(ROWS))
 
 
