@@ -83,7 +83,7 @@ def key_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any) -> tup
     if plan.causal:
         first = starts[0] + i * plan.q_block
         last = starts[1] + (i + 1) * plan.q_block - 1
-        middle = tiles.least(middle, (first + 1) // plan.k_block)
+        middle = middle and tiles.least(middle, (first + 1) // plan.k_block)
         high = tiles.least(high, last // plan.k_block + 1)
     return middle, high
 
@@ -212,8 +212,7 @@ def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: An
     if mask is not None:
         mask = jnp.broadcast_to(mask[:, None], (n_rows, n_heads, plan.n_keys))
         mask = cut(mask, plan.k_block)  # (B, H, Nk, c)
-    if rng is not None:
-        rng = jax.random.split(rng, (n_rows, n_heads))  # (B, H)
+    rng = tiles.key_per_head(rng, (n_rows, n_heads))
     q, k, v = cut(q, plan.q_block), cut(k, plan.k_block), cut(v, plan.k_block)
     return starts, (q, k, v, mask, start, rng)
 

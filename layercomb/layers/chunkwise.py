@@ -177,8 +177,7 @@ def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> Any:
     rows = q.shape[:2]
     real = jnp.ones((1, 1, 1), bool) if mask is None else mask[:, None]
     real = surround(plan, jnp.broadcast_to(real, (*rows, plan.length)))  # (B, H, P)
-    if rng is not None:
-        rng = jax.random.split(rng, rows)  # (B, H)
+    rng = tiles.key_per_head(rng, rows)
     return cut(plan, q), surround(plan, k), surround(plan, v), real, rng
 
 

@@ -51,6 +51,14 @@ def over_heads(f: Callable[..., Any], heads: tuple[Any, ...], n_pairs: int) -> A
     return jax.tree.map(lambda x: x.reshape(n_rows, n_heads, *x.shape[1:]), out)
 
 
+def key_per_head(rng: jax.Array | None, rows: tuple[int, int]) -> jax.Array | None:
+    """A key for every head of every row, (B, H); folded in, so that a backward pass may do it too."""
+    if rng is None:
+        return None
+    numbers = jnp.arange(rows[0] * rows[1]).reshape(rows)  # (B, H)
+    return jax.vmap(jax.vmap(lambda n: jax.random.fold_in(rng, n)))(numbers)
+
+
 def drop(rate: float, rng: jax.Array | None, tile: Any, probabilities: jax.Array) -> jax.Array:
     """Sets a share of the probabilities to zero and scales up the others; none without a key.
 
