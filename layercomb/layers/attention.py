@@ -8,7 +8,6 @@ K head depth, M memory length or room in a cache, T new positions.
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY
 from typing import Any
 
@@ -176,9 +175,8 @@ class LocalAttention(Layer):
         _, k, v, *_ = signature
         if mode is not Mode.PREDICT or not self.causal:
             return {}, {}
-        # Chunks of padding in front and one behind: a window then never begins outside.
-        chunks = self.look_back + math.ceil(k.shape[2] / self.chunk_len) + 1
-        return {}, init_cache(k, v, masked=True, length=chunks * self.chunk_len)
+        front, behind = self._padding
+        return {}, init_cache(k, v, masked=True, length=front + k.shape[2] + behind)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         q, k, v, *mask = inputs
@@ -205,8 +203,8 @@ class LocalAttention(Layer):
     def _extend(self, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, *mask: jax.Array):
         """Attends from new positions, on a piece of the cache that begins where a chunk does."""
         c, length = self.chunk_len, q.shape[2]
-        front = self.look_back * c
-        position, room = cache[POSITION], cache['k'].shape[2] - front - c
+        front, behind = self._padding
+        position, room = cache[POSITION], cache['k'].shape[2] - front - behind
         refuse_overflow(position, length, room)
         real = mask[0] if mask else jnp.ones((q.shape[0], length), bool)
         cache = append(cache, {'k': k, 'v': v, 'mask': real}, position + front)
@@ -224,6 +222,11 @@ class LocalAttention(Layer):
         else:
             y = self._attend_aligned(q, keys, values, seen, front + within)
         return (poison_overflow(y, position, length, room),), cache
+
+    @property
+    def _padding(self) -> tuple[int, int]:
+        """How much a cache holds before and after the positions: no window then ends outside."""
+        return self.look_back * self.chunk_len, 2 * self.chunk_len - 1
 
     def _attend_aligned(self, q: Any, k: Any, v: Any, seen: Any, at: jax.Array) -> jax.Array:
         """Puts T queries where their keys stand, (B, H, size, K), and takes their outputs back."""

@@ -1,0 +1,280 @@
+"""Attention layers against sums written out from their weights, and the caches of decoding."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layercomb import init_state, tl
+from layercomb.layers import caches
+from layercomb.layers.base import Mode
+from layercomb.shapes import signature_of
+
+B, L, D = 2, 7, 8
+
+
+def values(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@functools.cache
+def made(layer, *shapes):
+    """Weights with biases that are not zero, for inputs of these shapes and a mask where needed."""
+    inputs = [jnp.zeros(s) for s in shapes]
+    if layer.n_in > len(inputs):
+        inputs.append(jnp.ones(shapes[-1][:2], bool))
+    signature = signature_of(tuple(inputs))
+    weights, _ = jax.jit(functools.partial(layer.init, signature))(jax.random.key(1))
+    for i, part in enumerate(('query', 'key', 'value', 'output')):
+        weights[part]['bias'] += 0.1 * values(*weights[part]['bias'].shape, seed=i)
+    return weights
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def apply(layer, weights, state, inputs, mode=Mode.EVAL):
+    return layer.apply(weights, state, inputs, mode=mode)
+
+
+def run(layer, *inputs, weights=None):
+    if weights is None:
+        weights = made(layer, *(x.shape for x in inputs if x.ndim == 3))
+    return np.asarray(apply(layer, weights, {}, inputs)[0][0])
+
+
+def rotated(x, t):
+    """x (K,) at position t."""
+    half = len(x) // 2
+    angles = t * 10000.0 ** (-np.arange(half) / half)
+    a, b = x[:half], x[half:]
+    return np.concatenate(
+        [a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)]
+    )
+
+
+def slow(weights, x, memory, sees, rotary=False):
+    """A query, a head, a key at a time; sees(b, t, s) says whether query t sees key s."""
+    weights = jax.tree.map(np.asarray, weights)
+    q, k, v = (
+        np.einsum('bld,dhk->bhlk', z, weights[p]['kernel']) + weights[p]['bias'][:, None]
+        for p, z in (('query', x), ('key', memory), ('value', memory))
+    )
+    y = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b, h, t in np.ndindex(q.shape[:3]):
+        seen = [s for s in range(k.shape[2]) if sees(b, t, s)]
+        if not seen:
+            continue
+        at = (
+            (rotated(q[b, h, t], t), [rotated(k[b, h, s], s) for s in seen])
+            if rotary
+            else (
+                q[b, h, t],
+                [k[b, h, s] for s in seen],
+            )
+        )
+        scores = np.array([at[0] @ one for one in at[1]]) / np.sqrt(q.shape[-1])
+        p = np.exp(scores - scores.max())
+        y[b, h, t] = (p / p.sum()) @ v[b, h, seen]
+    out = weights['output']
+    return np.einsum('bhlk,hkd->bld', y, out['kernel']) + out['bias']
+
+
+MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 0]], bool)
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [
+        tl.SelfAttention(2),
+        tl.SelfAttention(2, d_head=6, rotary=tl.RotaryPositions(), masked=True),
+        tl.SelfAttention(4, causal=False, masked=True),
+    ],
+)
+def test_self_attention(layer):
+    x = values(B, L, D)
+    mask = (MASK,) if layer.masked else ()
+
+    def sees(b, t, s):
+        return (not layer.causal or s <= t) and (not mask or MASK[b, s])
+
+    wanted = slow(made(layer, x.shape), x, x, sees, layer.rotary is not None)
+    np.testing.assert_allclose(run(layer, x, *mask), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [
+        tl.LocalSelfAttention(2, 3),
+        tl.LocalSelfAttention(2, 2, look_back=2, masked=True),
+        tl.LocalSelfAttention(2, 2, causal=False, look_ahead=1),
+    ],
+)
+def test_local_self_attention(layer):
+    x, c = values(B, L, D), layer.chunk_len
+    mask = (MASK,) if layer.masked else ()
+
+    def sees(b, t, s):
+        first = (t // c - layer.look_back) * c
+        last = t if layer.causal else (t // c + 1 + layer.look_ahead) * c - 1
+        return first <= s <= last and (not mask or MASK[b, s])
+
+    wanted = slow(made(layer, x.shape), x, x, sees)
+    np.testing.assert_allclose(run(layer, x, *mask), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_cross_attention():
+    layer = tl.CrossAttention(2, d_head=3, masked=True)
+    x, memory = values(B, 4, D), values(B, L, 6, seed=1)
+    wanted = slow(made(layer, x.shape, memory.shape), x, memory, lambda b, t, s: MASK[b, s])
+    np.testing.assert_allclose(run(layer, x, memory, MASK), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_cross_attention_to_another_width_asks_for_the_depth_of_heads():
+    with pytest.raises(ValueError, match=r'sequence 8 wide and keys of one 6 wide .* say d_head='):
+        tl.CrossAttention(2).output_signature(signature_of((values(B, 4, D), values(B, L, 6))))
+
+
+def test_heads_that_do_not_divide_the_width():
+    with pytest.raises(
+        ValueError, match='3 heads do not divide the width 8: use 2, or say d_head='
+    ):
+        tl.SelfAttention(3).output_signature(signature_of(values(B, L, D)))
+    layer = tl.SelfAttention(3, d_head=5)
+    assert layer.output_signature(signature_of(values(B, L, D)))[0].shape == (B, L, D)
+
+
+@pytest.mark.parametrize('layer', [tl.SelfAttention(2), tl.LocalSelfAttention(2, 2)])
+def test_what_comes_later_changes_nothing_before(layer):
+    x = values(B, L, D)
+    y = run(layer, x)
+    for t in (1, 4):
+        edited = x.copy()
+        edited[:, t:] = values(B, L - t, D, seed=9)
+        changed = run(layer, edited)
+        np.testing.assert_array_equal(changed[:, :t], y[:, :t])
+        assert (changed[:, t:] != y[:, t:]).any(-1).all()
+
+
+def test_dropout_of_probabilities_needs_a_key():
+    layer = tl.SelfAttention(2, dropout=0.5)
+    x, weights = values(B, L, D), made(tl.SelfAttention(2), (B, L, D))
+    with pytest.raises(
+        ValueError, match=r'attention with dropout=0.5 draws in training: pass rng='
+    ):
+        layer.apply(weights, {}, (x,), mode=Mode.TRAIN)
+    np.testing.assert_array_equal(run(layer, x, weights=weights), run(tl.SelfAttention(2), x))
+
+
+# Parts.
+
+
+def test_parts_can_be_replaced():
+    x = values(B, L, D)
+    shared = tl.SelfAttention(2, key=tl.SplitHeads(2, use_bias=False))
+    assert 'bias' not in shared.init(signature_of(x), jax.random.key(0))[0]['key']
+    assert repr(shared) == 'SelfAttention(2, key=SplitHeads(2, use_bias=False))'
+    assert shared.keys == ('query', 'key', 'value', 'core', 'output')
+
+
+def test_parts_that_nobody_chose_follow_the_other_fields():
+    layer = tl.SelfAttention(2, output=tl.MergeHeads(False)).replace(causal=False, n_heads=4)
+    assert layer == tl.SelfAttention(4, causal=False, output=tl.MergeHeads(False))
+    assert layer.core == tl.DotProductAttention(causal=False)
+    assert layer.query == tl.SplitHeads(4)
+    local = tl.LocalSelfAttention(2, 4).replace(chunk_len=8, look_back=0)
+    assert local.core == tl.LocalAttention(8, look_back=0)
+    assert tl.CrossAttention(2).replace(masked=True).core.masked
+
+
+def test_repr_of_what_the_default_does_not_go_with():
+    layer = tl.LocalSelfAttention(2, 4, causal=False, look_ahead=1)
+    assert repr(layer) == 'LocalSelfAttention(2, 4, False, look_ahead=1)'
+    assert eval(repr(layer), vars(tl)) == layer
+
+
+# Caches.
+
+
+def decode(layer, x, prompt, state=None, weights=None, steps=None):
+    """A prompt, then single positions; (B, L, D)."""
+    weights = made(layer, x.shape) if weights is None else weights
+    state = init_state(layer, signature_of(x)) if state is None else state
+    pieces = [(0, prompt), *((t, t + 1) for t in range(prompt, x.shape[1]))]
+    out = []
+    for start, stop in pieces:
+        (y,), state = apply(layer, weights, state, (x[:, start:stop],), Mode.PREDICT)
+        out.append(y)
+    return np.concatenate(out, 1), state
+
+
+DECODERS = [
+    tl.SelfAttention(2, rotary=tl.RotaryPositions()),
+    tl.LocalSelfAttention(2, 2, rotary=tl.RotaryPositions()),
+]
+
+
+@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
+def test_decoding_equals_evaluation_from_any_prompt(layer):
+    x = values(B, L, D)
+    for prompt in (1, 4):
+        y, state = decode(layer, x, prompt)
+        np.testing.assert_allclose(y, run(layer, x), rtol=1e-4, atol=1e-4)
+        assert state['core']['position'].tolist() == [L, L]
+
+
+@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
+def test_rows_stand_at_positions_of_their_own(layer):
+    x, lengths = values(B, L, D), np.array([2, 4])
+    weights = made(layer, x.shape)
+    padded = x[:, :4].copy()
+    padded[0, 2:] = 99.0
+    state = init_state(layer, signature_of(x))
+    _, state = apply(layer, weights, state, (padded,), Mode.PREDICT)
+    state = caches.set_positions(state, lengths)
+    wanted = run(layer, x)
+    for step in range(3):
+        now = lengths + step
+        (y,), state = apply(layer, weights, state, (x[np.arange(B), now][:, None],), Mode.PREDICT)
+        np.testing.assert_allclose(y[:, 0], wanted[np.arange(B), now], rtol=1e-4, atol=1e-4)
+    assert state['core']['position'].tolist() == [5, 7]
+
+
+@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
+def test_running_past_the_cache_is_refused(layer):
+    x, weights = jnp.asarray(values(B, 3, D)), made(layer, (B, 3, D))
+    state = caches.set_positions(init_state(layer, signature_of(x)), jnp.array([1, 2]))
+    wanted = r'the cache holds 3 positions, 2 are taken and 2 more were given: make the state with'
+    with pytest.raises(ValueError, match=wanted) as e:
+        layer.apply(weights, state, (x[:, :2],), mode=Mode.PREDICT)
+    notes = [n for n in e.value.__notes__ if n.startswith('in ')]
+    assert len(notes) == 1 and notes[0].startswith(f'in {type(layer).__name__}.core: ')
+
+
+@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
+def test_running_past_the_cache_is_nan_in_the_rows_concerned(layer):
+    x, weights = values(B, 3, D), made(layer, (B, 3, D))
+    state = caches.set_positions(init_state(layer, signature_of(x)), jnp.array([1, 3]))
+    (y,), _ = apply(layer, weights, state, (x[:, :1],), Mode.PREDICT)
+    assert np.isnan(y).all((1, 2)).tolist() == [False, True]
+    assert np.isfinite(y[0]).all()
+
+
+def test_masked_decoding_equals_evaluation():
+    layer, x = tl.SelfAttention(2, masked=True), values(B, L, D)
+    weights, wanted = made(layer, x.shape), run(layer, x, MASK)
+    state, out = init_state(layer, signature_of((x, jnp.asarray(MASK)))), []
+    for start, stop in ((0, 3), (3, 4), (4, 5)):
+        inputs = x[:, start:stop], MASK[:, start:stop]
+        (y,), state = apply(layer, weights, state, inputs, Mode.PREDICT)
+        out.append(y)
+    np.testing.assert_allclose(np.concatenate(out, 1), wanted[:, :5], rtol=1e-4, atol=1e-4)
+
+
+def test_set_positions_reaches_every_position():
+    state = {'a': {'position': jnp.zeros(2, jnp.int32), 'k': 1}, 'b': {'0': {'position': 0}}}
+    moved = caches.set_positions(state, np.array([3, 4]))
+    assert moved['a']['position'].tolist() == moved['b']['0']['position'].tolist() == [3, 4]
+    assert moved['a']['k'] == 1 and moved['a']['position'].dtype == jnp.int32
