@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.base import Layer, Mode
+from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.caches import poison_overflow, refuse_overflow
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, he_normal, zeros
+from layercomb.layers.positional import POSITION, init_position
 
 
 class Conv1D(Layer):
     """A convolution along the length: (B, L, D) → (B, L', n_units).
 
     y[t] = Σ_j x[stride·t + dilation·j − pad] W[j] + b. With padding 'causal' an output depends on
-    no later input, and in ``PREDICT`` the state keeps the last inputs, so that single positions
-    give what the whole sequence gives.
+    no later input, and in ``PREDICT`` the state keeps the inputs, so that single positions give
+    what the whole sequence gives.
 
     Weights: ``kernel`` (width, D / groups, n_units), ``bias`` (n_units,).
 
@@ -66,15 +68,16 @@ class Conv1D(Layer):
                 "Conv1D decodes step by step only with padding='causal' and stride=1, this one has "
                 f'padding={self.padding!r} and stride={self.stride}'
             )
-        return weights, {'last': jnp.zeros((x.shape[0], self._reach, x.shape[-1]), x.dtype)}
+        batch, length, channels = x.shape
+        past = jnp.zeros((batch, self._reach + length, channels), x.dtype)
+        return weights, {'past': past, **init_position(signature, mode)}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         padding: Any = self.padding.upper()
         if self.padding == 'causal':
             if mode is Mode.PREDICT:
-                x = jnp.concatenate([state['last'], x], 1)
-                state = {'last': x[:, x.shape[1] - self._reach :]}
+                x, state = self._with_past(x, state)
             else:
                 x = jnp.pad(x, ((0, 0), (self._reach, 0), (0, 0)))
             padding = 'VALID'
@@ -88,6 +91,22 @@ class Conv1D(Layer):
             feature_group_count=self.groups,
         )
         return (y + weights['bias'] if self.use_bias else y,), state
+
+    def _with_past(self, x: jax.Array, state: Tree) -> tuple[jax.Array, Tree]:
+        """The next inputs behind those that the kernel still sees, each row at its position."""
+        position, length = state[POSITION], x.shape[1]
+        room = state['past'].shape[1] - self._reach
+        refuse_overflow(position, length, room)
+
+        def one(past: jax.Array, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+            past = jax.lax.dynamic_update_slice_in_dim(past, x, position + self._reach, 0)
+            return past, jax.lax.dynamic_slice_in_dim(past, position, self._reach + length, 0)
+
+        past, x = jax.vmap(one)(state['past'], x, position)
+        return poison_overflow(x, position, length, room), {
+            'past': past,
+            POSITION: position + length,
+        }
 
     @property
     def _reach(self) -> int:
