@@ -77,6 +77,8 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
     3
     """
     wanted = tuple(loss) if isinstance(loss, (tuple, list)) else (loss,)
+    if not wanted:
+        raise TypeError('attach: give at least one metric, such as tl.CrossEntropyLoss()')
     for metric in wanted:
         if not isinstance(metric, Metric):
             raise TypeError(

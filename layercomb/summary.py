@@ -64,9 +64,14 @@ def _walk(
     if isinstance(layer, Wrapper) and len(layer.sublayers) == 1 and layer.layer.sublayers:
         return _walk(layer.layer, signature, path, how, weights, found)
     outputs = layer.output_signature(signature)
-    name = how + type(layer).__name__
+    name = how + _class_name(layer)
     found.append(Row(path or '.', name, outputs, trees.count(weights), trees.n_bytes(weights)))
     return outputs
+
+
+def _class_name(layer: Layer) -> str:
+    name = type(layer).__name__
+    return f'{name}({_class_name(layer.layer)})' if isinstance(layer, Wrapper) else name
 
 
 def _join(path: str, key: str) -> str:

@@ -93,6 +93,8 @@ def cast(net: Layer, dtype: Any = 'bfloat16') -> Layer:
     name = jnp.dtype(dtype).name
 
     def one(layer: Layer) -> Layer:
+        if isinstance(layer, Cast):
+            return layer.layer  # cast anew, inside
         routes = layer.sublayers or isinstance(layer, Combinator)  # Serial() has none
         return layer if routes or layer.float32 else Cast(layer, name)
 

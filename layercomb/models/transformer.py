@@ -184,15 +184,18 @@ def attention_pattern(
 
     Raises:
       TypeError: if they are not layers.
-      ValueError: if their number does not divide `n_layers`, naming the nearest that it does.
+      ValueError: if there are none, or their number does not divide `n_layers`, naming the
+        nearest that it does.
     """
-    pattern = (attention,) if isinstance(attention, tl.Layer) else tuple(attention)
+    pattern = tuple(attention) if isinstance(attention, (list, tuple)) else (attention,)
+    if not pattern:
+        raise ValueError('attention is empty: give a layer, or several that alternate over depth')
     for layer in pattern:
         if not isinstance(layer, tl.Layer):
             raise TypeError(f'attention must be a layer or a tuple of layers, got {layer!r}')
     n = len(pattern)
-    if not n or n_layers % n or n_layers < 1:
-        nearest = max(1, round(n_layers / max(n, 1))) * max(n, 1)
+    if n_layers % n or n_layers < 1:
+        nearest = max(1, round(n_layers / n)) * n
         raise ValueError(
             f'n_layers={n_layers} is no multiple of the {n} attention layers of the pattern: use '
             f'{nearest}'

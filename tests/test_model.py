@@ -1,0 +1,177 @@
+"""Model and summary: what people at a prompt see."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import layercomb as lc
+from layercomb import UsageError, tl, transforms
+from layercomb.layers.base import Mode
+
+
+def net():
+    return tl.Serial(tl.Dense(8), tl.BatchNorm(momentum=0.5), tl.Relu(), tl.Dense(3, name='head'))
+
+
+def x():
+    return np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+
+
+def test_init_from_an_example_or_a_signature():
+    one = lc.Model(net()).init(x())
+    two = lc.Model(net()).init(lc.shape_dtype((4, 5)), 0)
+    assert one.n_weights == two.n_weights == 5 * 8 + 8 + 16 + 8 * 3 + 3
+    assert (one.weights['head']['kernel'] == two.weights['head']['kernel']).all()
+    three = lc.Model(net()).init(x(), jax.random.key(1))
+    assert (three.weights['head']['kernel'] != one.weights['head']['kernel']).any()
+    assert one.init(x()) is one
+
+
+def test_call_keeps_the_state():
+    model = lc.Model(net()).init(x())
+    before = model.state['batch_norm']['mean']
+    y = model(x())
+    assert y.shape == (4, 3) and (model.state['batch_norm']['mean'] == before).all()
+    model(x(), mode=Mode.TRAIN)
+    assert (model.state['batch_norm']['mean'] != before).any()
+    pair = lc.Model(tl.Dup()).init(x())(x())
+    assert isinstance(pair, tuple) and len(pair) == 2
+
+
+def test_call_decodes():
+    model = lc.Model(tl.SelfAttention(2)).init(lc.shape_dtype((1, 4, 6)), mode=Mode.PREDICT)
+    z = np.random.default_rng(0).normal(size=(1, 4, 6)).astype(np.float32)
+    whole = lc.Model(tl.SelfAttention(2), model.weights)(z)
+    parts = [model(z[:, :2], mode=Mode.PREDICT), model(z[:, 2:3], mode=Mode.PREDICT)]
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole[:, :3], rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_at_the_prompt_needs_a_key():
+    model = lc.Model(tl.Dropout(0.5)).init(x())
+    with pytest.raises(ValueError, match=r'draws in training: pass rng='):
+        model(x(), mode=Mode.TRAIN)
+    assert model(x(), mode=Mode.TRAIN, rng=jax.random.key(0)).shape == (4, 5)
+
+
+def test_save_and_load(tmp_path):
+    model = lc.Model(net()).init(x(), 1)
+    model(x(), mode=Mode.TRAIN)
+    wanted = model(x())
+    model.save(tmp_path / 'one')
+    again = lc.Model(net()).init(x(), 2).load(tmp_path / 'one')
+    assert (again(x()) == wanted).all()
+    with pytest.raises(UsageError, match='is not empty: save to a new directory, or empty it'):
+        model.save(tmp_path / 'one')
+    other = lc.Model(tl.Serial(tl.Dense(7), tl.BatchNorm(), tl.Relu(), tl.Dense(3, name='head')))
+    with pytest.raises(UsageError) as e:
+        other.init(x()).load(tmp_path / 'one')
+    assert '\n' not in str(e.value) and 'one' in str(e.value)
+    with pytest.raises(UsageError, match='holds no saved weights: check the path'):
+        again.load(tmp_path / 'none')
+
+
+def test_a_model_without_weights_says_how_to_get_some(tmp_path):
+    model = lc.Model(net())
+    assert model.n_weights == 0 and repr(model).endswith('# no weights yet')
+    with pytest.raises(ValueError, match=r'no weights yet: call model.init\(x\), or model.load'):
+        model(x())
+    with pytest.raises(UsageError, match=r'no weights to save: call model.init\(x\) first'):
+        model.save(tmp_path / 'new')
+    with pytest.raises(ValueError, match=r'init the model first: model.init\(x\).load\(dir\)'):
+        model.load(tmp_path / 'new')
+    with pytest.raises(TypeError, match=r'Model binds a layer such as tl.Dense\(4\), got <class'):
+        lc.Model(tl.Dense)
+
+
+def test_calling_a_bare_layer_names_the_fix():
+    with pytest.raises(TypeError) as e:
+        tl.Dense(4)(x())
+    assert str(e.value) == (
+        'Dense is a description and holds no weights: bind it first, '
+        'lc.Model(layer).init(x)(x), or call layer.apply(weights, state, (x,))'
+    )
+
+
+def test_too_few_inputs_and_wrong_shapes():
+    model = lc.Model(net()).init(x())
+    with pytest.raises(
+        TypeError, match='Serial takes 1 value off the stack, 2 were there: float32'
+    ):
+        model(x(), x())
+    with pytest.raises(ValueError, match='the input is 6 wide and the kernel was made for 5'):
+        model(np.zeros((4, 6), np.float32))
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [
+        tl.Embedding(7, 4),
+        tl.Serial(tl.Embedding(7, 4), tl.Dense(7)),
+        transforms.Tied(
+            tl.Serial(tl.Serial(tl.Embedding(7, 4)), tl.Dense(7)),
+            'serial/embedding/table',
+            'dense/kernel',
+            jnp.transpose,
+        ),
+    ],
+)
+def test_tokens_outside_the_vocabulary(layer):
+    model = lc.Model(layer).init(lc.shape_dtype((1, 3), 'int32'))
+    with pytest.raises(
+        ValueError, match='token id 7 is outside the vocabulary of 7: ids run from 0'
+    ):
+        model(np.array([[0, 7, 1]], np.int32))
+    assert model(np.array([[0, 6, 1]], np.int32)).shape[:2] == (1, 3)
+
+
+def test_repr():
+    assert repr(lc.Model(tl.Dense(3)).init(x())) == 'Model(Dense(3))  # 18 weights'
+
+
+# summary.
+
+
+def test_summary_is_a_table_with_totals():
+    block = tl.Residual(tl.Dense(8), tl.Dropout(0.1))
+    layer = tl.Serial(
+        tl.Embedding(16, 8), tl.Repeat(block, 3), tl.Chunk(tl.Dense(16, name='head'), 4)
+    )
+    table = lc.summary(layer, lc.shape_dtype((2, 4), 'int32'))
+    assert table == (
+        'path              layer         output           weights  bytes\n'
+        'embedding         Embedding     float32[2,4,8]       128    512\n'
+        'residual/dense    3 × Dense     float32[2,4,8]       216    864\n'
+        'residual/dropout  3 × Dropout   float32[2,4,8]         0      0\n'
+        'residual/add      3 × Add       float32[2,4,8]         0      0\n'
+        'head              Chunk(Dense)  float32[2,4,16]      144    576\n'
+        'total                                                488  1,952'
+    )
+    assert lc.summary(lc.Model(layer), np.zeros((2, 4), np.int32)) == table
+
+
+def test_summary_of_a_model_in_bfloat16_names_the_layers():
+    table = lc.summary(lc.cast(tl.Serial(tl.LayerNorm(), tl.Dense(4))), lc.shape_dtype((2, 4)))
+    assert [line.split()[1] for line in table.splitlines()[1:3]] == ['LayerNorm', 'Cast(Dense)']
+
+
+def test_summary_counts_a_tied_weight_once():
+    body = tl.Serial(tl.Embedding(16, 8), tl.Dense(16, use_bias=False, name='head'))
+    layer = transforms.Tied(body, 'embedding/table', 'head/kernel', jnp.transpose)
+    lines = lc.summary(layer, lc.shape_dtype((2, 4), 'int32')).splitlines()
+    assert lines[-2].split()[0] == 'head' and lines[-2].split()[-2:] == ['0', '0']
+    assert lines[-1].split() == ['total', '128', '512']
+
+
+def test_summary_is_of_shapes_alone():
+    layer = lc.models.TransformerLM(50_000, 8192, 65536, 96, 64, 4096)
+    assert '96 × ' in lc.summary(layer, lc.shape_dtype((64, 4096), 'int32'))
+
+
+def test_layers_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tl.Dense(4).n_units = 5

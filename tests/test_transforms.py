@@ -1,0 +1,236 @@
+"""Rewrites: precision, ties, and one subtree a layer for decoding."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layercomb import init_state, models, tl, transforms, trees
+from layercomb.layers.base import Mode
+from layercomb.shapes import describe, shape_dtype, signature_of
+
+TOKENS = (shape_dtype((2, 6), 'int32'),)
+
+
+def tokens():
+    return jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 6)), jnp.int32)
+
+
+def init(layer, signature=TOKENS, mode=Mode.TRAIN):
+    return jax.jit(functools.partial(layer.init, signature, mode=mode))(jax.random.key(0))
+
+
+def lm(**changes):
+    return models.TransformerLM(11, 8, 16, n_layers=2, n_heads=2, max_len=8, **changes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def apply(layer, weights, state, inputs, mode):
+    return layer.apply(weights, state, inputs, mode=mode)
+
+
+def assert_close(got, wanted, tolerance=1e-5):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+# rewrite.
+
+
+def test_rewrite_goes_from_the_leaves_up():
+    seen = []
+    net = tl.Serial(tl.Dense(4), tl.Residual(tl.Repeat(tl.Remat(tl.Relu()), 2)))
+    transforms.rewrite(net, lambda layer: seen.append(type(layer).__name__) or layer)
+    assert seen == ['Dense', 'Relu', 'Remat', 'Repeat', 'Add', 'Residual', 'Serial']
+
+
+# cast.
+
+
+def test_cast_leaves_norms_sums_and_losses_alone():
+    net = tl.Serial(
+        tl.Embedding(11, 8),
+        tl.Dropout(0.1),
+        tl.Residual(tl.LayerNorm(), tl.Dense(8), tl.Serial()),
+        tl.Softmax(),
+    )
+    assert repr(transforms.cast(net)) == (
+        'Serial(\n    Embedding(11, 8),\n    Dropout(0.1),\n'
+        '    Residual(LayerNorm(), Cast(Dense(8)), Serial()),\n    Softmax(),\n)'
+    )
+    assert transforms.cast(tl.CrossEntropyLoss()) == tl.CrossEntropyLoss()
+    assert transforms.cast(transforms.cast(net, 'float16')) == transforms.cast(net)
+
+
+@pytest.fixture(scope='module')
+def narrow():
+    net = lm(dropout=0.1)
+    return net, transforms.cast(net), *init(net)
+
+
+def test_cast_keeps_weights_and_their_gradients_in_float32(narrow):
+    _, cast, weights, _ = narrow
+    abstract = jax.eval_shape(functools.partial(cast.init, TOKENS), jax.random.key(0))[0]
+    assert describe(jax.tree.leaves(abstract)) == describe(jax.tree.leaves(weights))
+    assert jax.tree.structure(abstract) == jax.tree.structure(weights)
+
+    def loss(weights):
+        rng = jax.random.key(0)
+        (y,), _ = cast.apply(weights, {}, (tokens(),), rng=rng, mode=Mode.TRAIN)
+        return y.astype(jnp.float32).sum()
+
+    grads = jax.eval_shape(jax.grad(loss), weights)
+    assert describe(jax.tree.leaves(grads)) == describe(jax.tree.leaves(weights))
+
+
+def test_cast_multiplies_in_bfloat16_and_adds_streams_in_float32(narrow):
+    _, cast, weights, _ = narrow
+    streams, products = [], []
+    block = cast.layers[-3].layer
+
+    def run(weights, x):
+        return block.apply(weights, {}, (x,))[0]
+
+    x = shape_dtype((2, 6, 8))
+    its_weights = jax.tree.map(lambda w: shape_dtype(w.shape[1:]), weights['block'])
+    jaxpr = jax.make_jaxpr(run)(its_weights, x)
+    for eqn in jaxpr.eqns:
+        dtypes = {v.aval.dtype.name for v in eqn.invars}
+        if eqn.primitive.name == 'dot_general':
+            products.append(dtypes)
+        if eqn.primitive.name == 'rsqrt':
+            streams.append(dtypes)
+    assert len(products) == 6 and all(d == {'bfloat16'} for d in products)
+    assert len(streams) == 2 and all(d == {'float32'} for d in streams)
+    assert [y.dtype for y in jaxpr.out_avals] == [jnp.float32]
+
+
+def test_cast_is_close_and_decodes(narrow):
+    net, cast, weights, _ = narrow
+    (wanted,), _ = apply(net, weights, {}, (tokens(),), Mode.EVAL)
+    (y,), _ = apply(cast, weights, {}, (tokens(),), Mode.EVAL)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float32), wanted, rtol=0.1, atol=0.05)
+    state = init_state(cast, TOKENS)
+    assert state['block']['0']['residual']['self_attention']['core']['k'].dtype == jnp.bfloat16
+    (z,), _ = apply(cast, weights, state, (tokens(),), Mode.PREDICT)
+    np.testing.assert_allclose(np.asarray(z, np.float32), wanted, rtol=0.1, atol=0.05)
+
+
+def test_cast_says_what_it_takes():
+    with pytest.raises(
+        TypeError, match=r'Cast computes a leaf, not a Serial: transforms.cast\(net\)'
+    ):
+        transforms.Cast(tl.Serial(tl.Dense(4)))
+    with pytest.raises(ValueError, match="dtype must be floating-point, got 'int8'"):
+        transforms.Cast(tl.Dense(4), 'int8')
+    assert transforms.Cast(tl.Dense(4), jnp.float16) == transforms.Cast(tl.Dense(4), 'float16')
+
+
+# Tied.
+
+
+def tied(via=jnp.transpose, source='embedding/table', target='head/kernel'):
+    net = tl.Serial(tl.Embedding(11, 8), tl.Dense(8), tl.Dense(11, name='head'))
+    return net, transforms.Tied(net, source, target, via)
+
+
+def test_tied_is_one_weight_in_two_places():
+    net, layer = tied()
+    weights, _ = init(layer)
+    assert list(trees.flatten(weights)) == [
+        'dense/bias', 'dense/kernel', 'embedding/table', 'head/bias',
+    ]  # fmt: skip
+    full = trees.put(weights, 'head/kernel', weights['embedding']['table'].T)
+    wanted = apply(net, full, {}, (tokens(),), Mode.EVAL)
+    assert_close(apply(layer, weights, {}, (tokens(),), Mode.EVAL), wanted)
+
+    def loss(layer, weights):
+        return jnp.sin(layer.apply(weights, {}, (tokens(),))[0][0]).sum()
+
+    grads, apart = (
+        jax.grad(functools.partial(loss, m))(w) for m, w in ((layer, weights), (net, full))
+    )
+    both = apart['embedding']['table'] + apart['head']['kernel'].T
+    assert_close(grads['embedding']['table'], both)
+
+
+def test_tied_says_what_does_not_fit():
+    with pytest.raises(
+        ValueError, match=r"'embedding/table' gives \(11, 8\) and 'head/kernel' is \(8,"
+    ):
+        init(tied(via=None)[1])
+    with pytest.raises(
+        KeyError, match="no 'tail/kernel' in the tree: at the root there is dense, emb"
+    ):
+        init(tied(target='tail/kernel')[1])
+    with pytest.raises(
+        KeyError, match="no 'embedding/kernel' in the tree: at embedding there is table"
+    ):
+        init(tied(source='embedding/kernel')[1])
+
+
+# unstack.
+
+
+def nested():
+    inner = tl.Repeat(tl.Residual(tl.Conv1D(8, 2, padding='causal'), name='inner'), 2)
+    shared = tl.Repeat(tl.Residual(tl.Dense(8), name='same'), 2, shared=True)
+    return tl.Serial(
+        tl.Embedding(11, 8),
+        tl.Dense(8),
+        tl.Repeat(tl.Remat(tl.Serial(tl.Dense(8), inner, tl.BatchNorm(), name='outer')), 2),
+        tl.Dense(8),
+        tl.Chunk(shared, 4),
+    )
+
+
+def test_unstack_keeps_names_values_and_state():
+    net = nested()
+    weights, state = init(net)
+    flat_net, flat = transforms.unstack(net, weights)
+    _, flat_state = transforms.unstack(net, state)
+    assert flat_net.keys == net.keys == ('embedding', 'dense', 'outer', 'dense_1', 'same')
+    kernel = weights['outer']['inner']['conv1d']['kernel']
+    assert (flat['outer']['1']['inner']['1']['conv1d']['kernel'] == kernel[1, 1]).all()
+    assert flat['same']['0']['dense']['kernel'] is flat['same']['1']['dense']['kernel']
+    own, own_state = jax.eval_shape(lambda: init(flat_net))
+    assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, flat)
+    assert jax.tree.map(jnp.shape, own_state) == jax.tree.map(jnp.shape, flat_state)
+
+    inputs = (tokens(),)
+    wanted = apply(net, weights, state, inputs, Mode.EVAL)[0]
+    assert_close(apply(flat_net, flat, flat_state, inputs, Mode.EVAL)[0], wanted)
+    cache = init_state(net, TOKENS)
+    flat_cache = jax.eval_shape(lambda: init_state(flat_net, TOKENS))
+    assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, flat_cache)
+    one, after = apply(net, weights, cache, inputs, Mode.PREDICT)
+    two, flat_after = apply(flat_net, flat, cache, inputs, Mode.PREDICT)
+    assert_close(two, one)
+    assert_close(flat_after, after)
+
+
+def test_unstack_of_what_has_no_repeat_is_the_same():
+    net = tl.Serial(tl.Dense(4), tl.Residual(tl.Dense(4)))
+    assert transforms.unstack(net, {'dense': {'kernel': 1}}) == (net, {'dense': {'kernel': 1}})
+    _, layer = tied()
+    assert transforms.unstack(layer, {})[0] == layer
+
+
+def test_unstack_reaches_inside_wrappers():
+    block = tl.Residual(tl.Dense(8), name='block')
+    body = tl.Serial(tl.Embedding(11, 8), tl.Repeat(block, 2), tl.Dense(11, name='head'))
+    net = transforms.cast(transforms.Tied(body, 'embedding/table', 'head/kernel', jnp.transpose))
+    weights, _ = init(net)
+    flat_net, flat = transforms.unstack(net, weights)
+    assert list(flat['block']) == ['0', '1'] and isinstance(flat_net, transforms.Tied)
+    inputs = (tokens(),)
+    wanted = net.output_signature(signature_of(inputs))
+    assert describe(flat_net.output_signature(signature_of(inputs))) == describe(wanted)
+    got = flat_net.apply(flat, {}, inputs)[0][0]
+    assert (got == net.apply(weights, {}, inputs)[0][0]).all()
