@@ -1,5 +1,5 @@
 """Optimizers: recipes over optax, and what optax lacks."""
 
-from layercomb.optimizers.recipes import adamw, warmup_cosine
+from layercomb.optimizers.recipes import adamw, muon, warmup_cosine
 
-__all__ = ['adamw', 'warmup_cosine']
+__all__ = ['adamw', 'muon', 'warmup_cosine']

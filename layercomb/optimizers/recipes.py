@@ -1,7 +1,11 @@
-"""AdamW with the schedule that most Transformers are trained with, checked argument by argument."""
+"""Optimizers of optax as Transformers are trained with, checked argument by argument.
+
+They know the tree of weights: biases and scales are not decayed, and Muon finds its matrices.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +86,89 @@ def adamw(
         weight_decay=weight_decay,
         mask=trees.decay_mask,
     )
+
+
+def muon(
+    learning_rate: float | Callable[[Any], Any] = 0.02,
+    adam_fraction: float = 0.25,
+    momentum: float = 0.95,
+    b1: float = 0.9,
+    b2: float = 0.98,
+    weight_decay: float = 0.0,
+) -> Any:
+    """Muon on the matrices inside a model, Nesterov's Adam on tables, head, biases and scales.
+
+    A matrix W moves along the momentum M of its gradient, made orthogonal: W ← W − η U Vᵀ √max(1,
+    out / in), where M = U S Vᵀ, to the precision of five Newton–Schulz steps.
+
+    Args:
+      learning_rate: η, a number or a schedule.
+      adam_fraction: Adam's learning rate as a part of it.
+      momentum: of M.
+      b1, b2: of Adam.
+      weight_decay: of the matrices, times the learning rate.
+
+    Returns:
+      An `optax.GradientTransformation`.
+
+    Raises:
+      TypeError, ValueError: for an argument of another type, or out of its range.
+
+    References:
+      Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
+    """
+    if not callable(learning_rate):
+        _check('learning_rate', learning_rate, low=0)
+    _check('adam_fraction', adam_fraction, low=0)
+    for name, value in (('momentum', momentum), ('b1', b1), ('b2', b2)):
+        _check(name, value, low=0, high=1)
+    _check('weight_decay', weight_decay, low=0)
+    optax = require('optax', 'train')
+
+    def adam_rate(step: Any) -> Any:
+        rate = learning_rate(step) if callable(learning_rate) else learning_rate
+        return adam_fraction * rate
+
+    changing = ('learning_rate', 'adam_learning_rate')
+    fixed = set(inspect.signature(optax.contrib.muon).parameters) - set(changing)
+    return optax.inject_hyperparams(optax.contrib.muon, static_args=tuple(fixed))(
+        learning_rate=learning_rate,
+        beta=momentum,
+        weight_decay=weight_decay,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_learning_rate=adam_rate,
+        muon_weight_dimension_numbers=matrices,
+    )
+
+
+def matrices(weights: Any) -> Any:
+    """Which axes of each weight are a matrix's rows and columns, as optax's Muon asks for them.
+
+    Kernels are matrices, except the head's. The last axes are what a layer made, and `Repeat` puts
+    one before them: (D, H, K) of queries, keys and values, (H, K, D) of their output, (in, out)
+    of all else.
+
+    Args:
+      weights: a nested dict of arrays.
+
+    Returns:
+      A tree of `optax.contrib.MuonDimensionNumbers`, None where Adam is to do the work.
+    """
+    optax = require('optax', 'train')
+
+    def axes(path: str, weight: Any) -> Any:
+        *_, layer, leaf = ('', *path.split('/'))
+        if leaf != 'kernel' or layer == 'head':
+            return None
+        n = weight.ndim
+        if layer in ('query', 'key', 'value'):
+            return optax.contrib.MuonDimensionNumbers((n - 3,), (n - 2, n - 1))
+        if layer == 'output':
+            return optax.contrib.MuonDimensionNumbers((n - 3, n - 2), (n - 1,))
+        return optax.contrib.MuonDimensionNumbers((n - 2,), (n - 1,))
+
+    return trees.map_with_path(axes, weights)
 
 
 def _check(

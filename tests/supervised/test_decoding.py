@@ -28,6 +28,7 @@ def make(attention=None, positions='learned', **more):
 ATTENTION = {
     'dense': None,
     'local': tl.LocalSelfAttention(2, 4),
+    'convolution': (tl.Conv1D(16, 3, padding='causal', dilation=2), tl.SelfAttention(2)),
     'both': (tl.LocalSelfAttention(2, 4, look_back=2), tl.SelfAttention(2, d_head=3)),
 }
 

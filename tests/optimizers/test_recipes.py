@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import layercomb as lc
+from layercomb import optimizers, tl
+
+
+def test_warmup_cosine_goes_up_and_down():
+    rate = optimizers.warmup_cosine(1.0, steps=100, warmup_steps=10, final_fraction=0.1)
+    assert float(rate(0)) == 0
+    np.testing.assert_allclose([rate(5), rate(10), rate(100)], [0.5, 1.0, 0.1], rtol=1e-6)
+    assert float(optimizers.warmup_cosine(1.0, steps=10)(0)) == 1.0
+
+
+def test_adamw_is_optax_without_decay_of_biases():
+    weights = {'dense': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}}
+    grads = jax.tree.map(lambda x: 0.5 * x, weights)
+    with jax.numpy_dtype_promotion('standard'):
+        ours = optimizers.adamw(0.1, weight_decay=0.3)
+        theirs = optax.adamw(0.1, 0.9, 0.98, 1e-9, weight_decay=0.3, mask=lc.trees.decay_mask)
+        a, _ = ours.update(grads, ours.init(weights), weights)
+        b, _ = theirs.update(grads, theirs.init(weights), weights)
+    jax.tree.map(np.testing.assert_allclose, a, b)
+    assert abs(a['dense']['kernel'][0, 0]) > abs(a['dense']['bias'][0])
+
+
+def test_muon_makes_each_matrix_of_a_stack_orthogonal():
+    block = tl.Serial(tl.Residual(tl.SelfAttention(2)), tl.Residual(tl.Dense()))
+    net = tl.Serial(tl.Embedding(5, 8), tl.Repeat(block, 3), tl.Dense(5, name='head'))
+    signature = lc.signature_of(lc.shape_dtype((1, 4), 'int32'))
+    weights, _ = net.init(signature, jax.random.key(0))
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), weights)
+    optimizer = optimizers.muon(1.0, adam_fraction=0.5)
+    with jax.numpy_dtype_promotion('standard'):
+        moved, _ = optimizer.update(grads, optimizer.init(weights), weights)
+    attention = moved['serial']['residual']['self_attention']
+    found = [
+        attention['query']['kernel'].reshape(3, 8, 8),
+        attention['output']['kernel'].reshape(3, 8, 8),
+        moved['serial']['residual_1']['dense']['kernel'],
+    ]
+    for stack in found:
+        values = np.linalg.svd(np.asarray(stack), compute_uv=False)
+        assert values.min() > 0.4 and values.max() < 1.6  # what five Newton–Schulz steps leave
+    for path in ('embedding/table', 'head/kernel', 'serial/residual_1/dense/bias'):
+        step = np.abs(lc.trees.get(moved, path))
+        # Adam's first step is the same everywhere: its rate, times what Nesterov looks ahead.
+        assert np.ptp(step) < 1e-3 and 0.5 < step.mean() < 1.0
+
+
+@pytest.mark.parametrize('make', [optimizers.adamw, optimizers.muon])
+def test_mistakes(make):
+    with pytest.raises(TypeError, match="learning_rate must be a number, got 'abc'"):
+        make(learning_rate='abc')
+    with pytest.raises(ValueError, match='b2 must be at least 0 and at most 1, got 2'):
+        make(b2=2)
+    with pytest.raises(TypeError, match=r'steps must be a whole number, got 0\.5'):
+        optimizers.warmup_cosine(1.0, steps=0.5)
+    with pytest.raises(ValueError, match='warmup_steps=9 must be below steps=5'):
+        optimizers.warmup_cosine(1.0, steps=5, warmup_steps=9)
