@@ -37,8 +37,10 @@ Rate = Annotated[float, Bound(0, 1)]
 
 
 def frozen(value: Any) -> Any:
-    """Lists as tuples, all the way down: a layer's fields are hashable."""
-    return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
+    """Lists as tuples, NumPy's numbers as Python's, all the way down: fields are plain values."""
+    if isinstance(value, (list, tuple)):
+        return tuple(frozen(v) for v in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_fields(instance: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from layercomb import tl
 from layercomb.layers.base import Layer, Mode
+from layercomb.layers.caches import set_positions
 from layercomb.shapes import shape_dtype, signature_of
 
 
@@ -236,6 +237,20 @@ def test_conv1d_says_what_it_takes():
         init(tl.Conv1D(6, groups=3), values(1, 5, 4))
     with pytest.raises(ValueError, match=r"only with padding='causal' and stride=1, this one has"):
         init(tl.Conv1D(4), values(1, 5, 4), mode=Mode.PREDICT)
+
+
+def test_conv1d_decodes_rows_that_stand_at_positions_of_their_own():
+    layer, x = tl.Conv1D(3, 3, padding='causal', dilation=2), values(2, 8, 4)
+    weights, state = init(layer, x, mode=Mode.PREDICT)
+    prompt = x[:, :5].copy()
+    prompt[0, 2:] = 99.0  # padding
+    _, state = run(layer, prompt, weights=weights, state=state, mode=Mode.PREDICT)
+    state = set_positions(state, jnp.array([2, 5]))
+    wanted = np.asarray(run(layer, x, weights=weights))
+    for now in (np.array([2, 5]), np.array([3, 6])):
+        piece = x[np.arange(2), now][:, None]
+        y, state = run(layer, piece, weights=weights, state=state, mode=Mode.PREDICT)
+        assert_close(y[:, 0], wanted[np.arange(2), now])
 
 
 @pytest.mark.parametrize(
@@ -476,7 +491,7 @@ def test_lists_become_tuples_and_arrays_are_refused():
 
 
 def test_numpy_numbers_are_numbers():
-    assert tl.Dense(np.int64(4)) == tl.Dense(4)
+    assert repr(tl.Dense(np.int64(4))) == 'Dense(4)' and tl.Dense(np.int64(4)) == tl.Dense(4)
     assert tl.Dropout(np.float32(0.5)) == tl.Dropout(0.5)
     assert tl.Dropout(0).rate == 0
 
