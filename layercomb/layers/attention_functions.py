@@ -14,10 +14,8 @@ import jax.numpy as jnp
 
 from layercomb.layers import blockwise, chunkwise, tiles
 
-# Queries and keys of a block, at most: a block of four heads' scores is four megabytes.
-BLOCK_LEN = 512
 # Pairs of a query and a key that one head's tile of chunks holds, about.
-PAIRS_IN_TILE = 1 << 18
+PAIRS_IN_TILE = 1 << 17
 
 
 def dot_product_attention(
@@ -80,8 +78,8 @@ def dot_product_attention(
     plan = blockwise.Plan(
         n_queries=q.shape[2],
         n_keys=k.shape[2],
-        q_block=even_block(q.shape[2], block_len or BLOCK_LEN),
-        k_block=even_block(k.shape[2], block_len or BLOCK_LEN),
+        q_block=even_block(q.shape[2], block_len or tiles.block_len()),
+        k_block=even_block(k.shape[2], block_len or tiles.block_len()),
         scale=scale,
         causal=bool(causal),
         dropout_rate=dropout_rate,

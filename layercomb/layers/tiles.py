@@ -12,8 +12,11 @@ from jax import lax
 
 # Large and finite: differences of two of them are zero, where infinities would give NaN.
 FAR = 1e30
-# (query, key) pairs taken together on the CPU: four megabytes a temporary, which caches hold.
-CPU_PAIRS = 1 << 20
+# Queries and keys of a block. On the CPU a block of one head's scores is 64 kB, which the second
+# cache holds, and one core computes it; elsewhere large products pay.
+CPU_BLOCK_LEN, BLOCK_LEN = 128, 512
+# (query, key) pairs taken together on the CPU, from as many heads as it takes.
+CPU_PAIRS = CPU_BLOCK_LEN**2
 
 
 def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -24,6 +27,11 @@ def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """
     dtype = jnp.float32 if jax.default_backend() == 'cpu' else y.dtype
     return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def block_len() -> int:
+    """The length of blocks where nobody says another."""
+    return CPU_BLOCK_LEN if jax.default_backend() == 'cpu' else BLOCK_LEN
 
 
 def over_heads(f: Callable[..., Any], heads: tuple[Any, ...], n_pairs: int) -> Any:
@@ -52,7 +60,7 @@ def over_heads(f: Callable[..., Any], heads: tuple[Any, ...], n_pairs: int) -> A
 
 
 def key_per_head(rng: jax.Array | None, rows: tuple[int, int]) -> jax.Array | None:
-    """A key for every head of every row, (B, H); folded in, so that a backward pass may do it too."""
+    """A key for every head of every row, (B, H): folded in, as often as a pass needs them."""
     if rng is None:
         return None
     numbers = jnp.arange(rows[0] * rows[1]).reshape(rows)  # (B, H)
