@@ -95,11 +95,13 @@ def run_train(options: argparse.Namespace) -> None:
 
     source = find_config(options.config)
     directory = Path(options.output_dir or Path('runs') / source.stem)
-    with configured(source.read_text(), options.gin_param, source.name) as config:
+    with configured(_read(source), options.gin_param, source.name) as config:
         experiment = config.build()
         _check_directory(directory, config.text)
         with mistakes_of_the_person():
             experiment.check()  # before anything is written
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / CONFIG).write_text(config.text)
             loop = Loop(
                 experiment.model,
                 experiment.train_task,
@@ -111,7 +113,6 @@ def run_train(options: argparse.Namespace) -> None:
                 log_every=experiment.log_every,
                 keep=experiment.keep,
             )
-        (directory / CONFIG).write_text(config.text)
         row = loop.run(experiment.steps)
         _conclude(experiment, loop, row, directory)
 
@@ -124,6 +125,8 @@ def run_eval(options: argparse.Namespace) -> None:
     text = _run_config(options.run_dir)
     with configured(text, options.gin_param, options.run_dir) as config:
         experiment = config.build()
+        with mistakes_of_the_person():
+            experiment.check()
         if not experiment.eval_tasks:
             raise UsageError('the configuration measures nothing: bind train.eval_tasks')
         with mistakes_of_the_person():
@@ -179,7 +182,7 @@ def run_inspect(options: argparse.Namespace) -> None:
         text, name = _run_config(options.config), options.config
     else:
         source = find_config(options.config)
-        text, name = source.read_text(), source.name
+        text, name = _read(source), source.name
     with configured(text, options.gin_param, name) as config:
         experiment = config.build()
         with mistakes_of_the_person():
@@ -202,7 +205,14 @@ class Config:
     def build(self) -> Any:
         """The experiment."""
         with mistakes_of_the_person():
-            return self._gin.get_configurable(train)()
+            try:
+                make = self._gin.get_configurable(train)
+            except KeyError:
+                raise UsageError(
+                    'the configuration trains nothing: write "from layercomb import cli" and bind '
+                    'cli.train.model and cli.train.train_task'
+                ) from None
+            return make()
 
     def value(self, name: str) -> Any:
         """One argument of `train` alone, without building the others."""
@@ -355,7 +365,14 @@ def _run_config(run_dir: str) -> str:
         raise UsageError(
             f'{run_dir!r} holds no run ({CONFIG} is missing): give the output_dir of one'
         )
-    return path.read_text()
+    return _read(path)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f'cannot read {str(path)!r} ({e}): check the path') from None
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -363,10 +380,7 @@ def _prompt(options: argparse.Namespace) -> str:
         raise UsageError("give either --prompt TEXT (or '-' for standard input) or --prompt_file")
     if options.prompt_file is None:
         return sys.stdin.read() if options.prompt == '-' else options.prompt
-    try:
-        return Path(options.prompt_file).read_text()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f'cannot read {options.prompt_file!r} ({e}): check the path') from None
+    return _read(Path(options.prompt_file))
 
 
 def _abstract(net: Any, example: Any) -> tuple[Any, Any]:
@@ -436,7 +450,3 @@ def _nearest(error: BaseException) -> str:
     names = [n for n in dir(sys.modules[attribute[1]]) if not n.startswith('_')]
     close = difflib.get_close_matches(attribute[2], names, n=3)
     return f': did you mean {" or ".join(close)}?' if close else f': there are {", ".join(names)}'
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import losses, trees
+from layercomb.errors import UsageError
 from layercomb.layers.base import Layer, Mode
 from layercomb.model import check_tokens
 from layercomb.shapes import Signature, signature_of
@@ -62,10 +63,7 @@ class Experiment:
 
     def batch_signature(self) -> Signature:
         """Of a batch: inputs, targets and weights."""
-        signature = signature_of(self._first_batch())
-        return tuple(
-            jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in signature
-        )
+        return _on_device(_first_batch(self.train_task.data))
 
     def abstract(self, signature: Signature) -> tuple[Any, Any]:
         """Weights and state as `jax.ShapeDtypeStruct`, for inputs of a signature."""
@@ -87,10 +85,19 @@ class Experiment:
                 f'arrays (inputs…, targets, weights), and the data gives {len(signature)}'
             )
         task = self.train_task
+        rows = signature[0].shape[0]
+        if rows % task.accumulate:
+            raise ValueError(
+                f'accumulate={task.accumulate} does not divide a batch of {rows} rows: choose a '
+                'batch size that it divides'
+            )
         losses.attach(self.model, task.loss, task.loss_chunk_len).output_signature(signature)
         for each in self.eval_tasks:
-            losses.attach(self.model, each.metrics, each.loss_chunk_len).output_signature(signature)
-        check_tokens(self.model, self._first_batch())
+            batch = _first_batch(each.data)
+            check_tokens(self.model, batch)
+            scored = losses.attach(self.model, each.metrics, each.loss_chunk_len)
+            scored.output_signature(_on_device(batch))
+        check_tokens(self.model, _first_batch(task.data))
         weights, _ = self.abstract(signature[: self.model.n_in])
         trainable, _ = trees.partition(weights, task.trainable)
         with jax.numpy_dtype_promotion('standard'):
@@ -120,5 +127,17 @@ class Experiment:
             'temporaries': memory.temp_size_in_bytes,
         }
 
-    def _first_batch(self) -> tuple[Any, ...]:
-        return tuple(next(iter(self.train_task.data)))
+
+def _first_batch(data: Any) -> tuple[Any, ...]:
+    batch = next(iter(data), None)
+    if batch is None:
+        raise UsageError('the data has no batch: give more text, or a smaller batch_size or length')
+    return tuple(batch)
+
+
+def _on_device(batch: tuple[Any, ...]) -> Signature:
+    """The signature of a batch once it is an array of JAX's."""
+    return tuple(
+        jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+        for x in signature_of(batch)
+    )

@@ -77,9 +77,7 @@ class Model:
             the vocabulary.
         """
         if self.weights is None:
-            raise ValueError(
-                'this model has no weights yet: call model.init(x), or model.load(dir)'
-            )
+            raise ValueError('this model has no weights yet: call model.init(x) first')
         arrays = tuple(jnp.asarray(x) for x in inputs)
         check_inputs(self.layer, arrays)
         check_tokens(self.layer, arrays)

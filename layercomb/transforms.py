@@ -179,7 +179,21 @@ def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
             if part:
                 parts[key] = part
         return net.with_sublayers(tuple(children)), parts
+    if isinstance(net, Tied) and _moved(net, weights):
+        value = trees.get(weights, net.source)
+        whole = trees.put(weights, net.target, net.via(value) if net.via else value)
+        return unstack(net.layer, whole)
     if isinstance(net, Wrapper):
         inner, weights = unstack(net.layer, weights)
         return net.with_sublayers((inner, *net.sublayers[1:])), weights
     return net, weights
+
+
+def _moved(net: Tied, weights: Tree) -> bool:
+    """Whether unstacking moves an end of a tie, so that its paths would lead nowhere."""
+    if net.source not in trees.flatten(weights):
+        return False  # a state, in which nothing is tied
+    _, parts = unstack(net.layer, weights)
+    there = trees.flatten(parts)
+    beside = net.target.rpartition('/')[0]
+    return net.source not in there or not any(path.startswith(f'{beside}/') for path in there)

@@ -142,6 +142,7 @@ MISTAKES = {
     "train.steps='3'": "train: steps='3': give a positive integer",
     "text_files.pattern='nothing/*.txt'": "no file matches 'nothing/\\*.txt'|nothing",
     'data.packed.batch_size=0': 'batch_size=0',
+    'TrainTask.accumulate=3': 'accumulate=3 does not divide a batch of 2 rows',
     'TransformerLM.max_len=4': 'the sequence is 8 long and max_len=4: shorten it',
     'TransformerLM.vocab_size=50': r'token id \d+ is outside the vocabulary of 50',
     'train.train_task=@tl.CrossEntropyLoss()': 'train.train_task must be a TrainTask',

@@ -78,7 +78,7 @@ def test_save_and_load(tmp_path):
 def test_a_model_without_weights_says_how_to_get_some(tmp_path):
     model = lc.Model(net())
     assert model.n_weights == 0 and repr(model).endswith('# no weights yet')
-    with pytest.raises(ValueError, match=r'no weights yet: call model.init\(x\), or model.load'):
+    with pytest.raises(ValueError, match=r'no weights yet: call model.init\(x\) first'):
         model(x())
     with pytest.raises(UsageError, match=r'no weights to save: call model.init\(x\) first'):
         model.save(tmp_path / 'new')

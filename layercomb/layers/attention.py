@@ -20,7 +20,7 @@ from layercomb.layers.caches import append, init_cache, poison_overflow, refuse_
 from layercomb.layers.combinators import Combinator
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.initializers import Initializer, glorot_uniform
-from layercomb.layers.positional import POSITION
+from layercomb.layers.positional import position_of
 from layercomb.shapes import check_float
 
 
@@ -132,7 +132,7 @@ class DotProductAttention(Layer):
         return (y,), state
 
     def _extend(self, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, *mask: jax.Array):
-        position, length, room = cache[POSITION], q.shape[2], cache['k'].shape[2]
+        position, length, room = position_of(cache), q.shape[2], cache['k'].shape[2]
         refuse_overflow(position, length, room)
         new = {'k': k, 'v': v, **({'mask': mask[0]} if mask else {})}
         cache = append(cache, new, position)
@@ -204,7 +204,7 @@ class LocalAttention(Layer):
         """Attends from new positions, on a piece of the cache that begins where a chunk does."""
         c, length = self.chunk_len, q.shape[2]
         front, behind = self._padding
-        position, room = cache[POSITION], cache['k'].shape[2] - front - behind
+        position, room = position_of(cache), cache['k'].shape[2] - front - behind
         refuse_overflow(position, length, room)
         real = mask[0] if mask else jnp.ones((q.shape[0], length), bool)
         cache = append(cache, {'k': k, 'v': v, 'mask': real}, position + front)

@@ -292,8 +292,12 @@ def init_state(layer: Layer, signature: Any, mode: Mode = Mode.PREDICT) -> Tree:
       signature: of its inputs, or example inputs. In ``PREDICT`` caches are as long as it.
       mode: what the state is for.
     """
-    signature = signature_of(signature)
-    return jax.jit(lambda rng: layer.init(signature, rng, mode)[1])(jax.random.key(0))
+    return _state(layer, signature_of(signature), mode)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _state(layer: Layer, signature: Signature, mode: Mode) -> Tree:
+    return layer.init(signature, jax.random.key(0), mode)[1]
 
 
 def take_decisions(state: Tree) -> tuple[Tree, Tree]:

@@ -13,7 +13,7 @@ from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.caches import poison_overflow, refuse_overflow
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, he_normal, zeros
-from layercomb.layers.positional import POSITION, init_position
+from layercomb.layers.positional import POSITION, init_position, position_of
 
 
 class Conv1D(Layer):
@@ -94,7 +94,7 @@ class Conv1D(Layer):
 
     def _with_past(self, x: jax.Array, state: Tree) -> tuple[jax.Array, Tree]:
         """The next inputs behind those that the kernel still sees, each row at its position."""
-        position, length = state[POSITION], x.shape[1]
+        position, length = position_of(state), x.shape[1]
         room = state['past'].shape[1] - self._reach
         refuse_overflow(position, length, room)
 

@@ -141,12 +141,26 @@ def init_position(signature: Signature, mode: Mode) -> Tree:
     return {POSITION: jnp.zeros(signature[0].shape[0], jnp.int32)}
 
 
+def position_of(state: Tree) -> jax.Array:
+    """Where the rows of a decoding state stand, (B,) int32.
+
+    Raises:
+      ValueError: if the state was not made for ``PREDICT``.
+    """
+    if POSITION not in state:
+        raise ValueError(
+            'this state holds no caches: make one with lc.init_state(net, signature), or '
+            'model.init(x, mode=Mode.PREDICT)'
+        )
+    return state[POSITION]
+
+
 def next_positions(state: Tree, length: int, mode: Mode) -> tuple[jax.Array, Tree]:
     """The next `length` positions of each row, (B, L) or (1, L) int32, and the state after them."""
     steps = jnp.arange(length, dtype=jnp.int32)[None]
     if mode is not Mode.PREDICT:
         return steps, state
-    start = state[POSITION]
+    start = position_of(state)
     return start[:, None] + steps, {**state, POSITION: start + length}
 
 

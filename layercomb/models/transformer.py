@@ -42,7 +42,7 @@ def TransformerLM(
         ``(tl.LocalSelfAttention(8, 64), tl.SelfAttention(8))``; by default causal
         `SelfAttention`.
       activation: of the feed-forwards, a name or a layer.
-      positions: 'learned', 'sinusoidal', 'rotary' (in the default attention alone) or 'none'.
+      positions: 'learned', 'sinusoidal', 'rotary' (put into the attention layers) or 'none'.
       norm: the normalization.
       ff_chunk_len: computes feed-forwards so many positions at a time, if given.
       remat: computes each block again in the backward pass instead of keeping what is inside.
@@ -61,6 +61,7 @@ def TransformerLM(
     """
     default = tl.SelfAttention(n_heads, rotary=rotary_positions(positions, max_len))
     pattern = attention_pattern(default if attention is None else attention, n_layers)
+    pattern = with_rotary(pattern, rotary_positions(positions, max_len))
     block = [
         [
             residual(norm, layer, dropout),
@@ -121,6 +122,7 @@ def TransformerEncoder(
         n_heads, causal=False, masked=masked, rotary=rotary_positions(positions, max_len)
     )
     pattern = attention_pattern(default if attention is None else attention, n_layers)
+    pattern = with_rotary(pattern, rotary_positions(positions, max_len))
     block = [
         [
             tl.Select((0, 1, 1)) if masked else None,
@@ -175,6 +177,20 @@ def position_layer(positions: str, max_len: int) -> tl.Layer | None:
 def rotary_positions(positions: str, max_len: int) -> tl.RotaryPositions | None:
     """What turns queries and keys, if positions are rotary."""
     return tl.RotaryPositions(max_len=max_len) if positions == 'rotary' else None
+
+
+def with_rotary(
+    pattern: tuple[tl.Layer, ...], rotary: tl.RotaryPositions | None
+) -> tuple[tl.Layer, ...]:
+    """The layers that can turn queries and keys and do not yet, made to do so."""
+    if rotary is None:
+        return pattern
+    return tuple(
+        layer.replace(rotary=rotary)
+        if isinstance(layer, (tl.SelfAttention, tl.LocalSelfAttention)) and layer.rotary is None
+        else layer
+        for layer in pattern
+    )
 
 
 def attention_pattern(

@@ -19,6 +19,7 @@ import numpy as np
 
 from layercomb import trees
 from layercomb.errors import UsageError
+from layercomb.layers.attention import LocalSelfAttention, SelfAttention
 from layercomb.layers.base import Layer, Mode, Tree, init_state
 from layercomb.layers.caches import set_positions
 from layercomb.model import Model, check_tokens
@@ -166,24 +167,38 @@ def _start(model: Model, prompts: Prompts, n_tokens: int) -> _Start:
         raise TypeError('decoding needs an lc.Model with weights: init, load or train it first')
     if not isinstance(n_tokens, int) or n_tokens < 1:
         raise ValueError(f'n_tokens must be a whole number of at least 1, got {n_tokens!r}')
+    _refuse_looking_ahead(model.layer)
     tokens, lengths = _pad(prompts)
+    longest = tokens.shape[1]
     try:
         check_tokens(model.layer, (tokens,))
     except ValueError as e:
         raise UsageError(f'the prompt does not fit the model: {e}') from None
-    needed, limit = tokens.shape[1] + n_tokens, max_len(model.layer)
+    needed, limit = longest + n_tokens, max_len(model.layer)
     if limit is not None and needed > limit:
         raise UsageError(
-            f'the prompt of {tokens.shape[1]} tokens and {n_tokens} new ones make {needed}, and '
+            f'the prompt of {longest} tokens and {n_tokens} new ones make {needed}, and '
             f"the model's max_len is {limit}: shorten the prompt, or ask for fewer"
         )
-    room = -(-needed // _ROOM) * _ROOM
-    signature = shape_dtype((len(tokens), room if limit is None else min(room, limit)), 'int32')
+    room = _round_up(needed) if limit is None else min(_round_up(needed), limit)
+    signature = shape_dtype((len(tokens), room), 'int32')
+    tokens = np.pad(tokens, ((0, 0), (0, min(_round_up(longest), room) - longest)))
     net, weights = unstack(model.layer, model.weights)
     _, trained = unstack(model.layer, model.state)
     fresh = init_state(net, signature, Mode.PREDICT)
-    state = _carry_over(trained, fresh)
+    state = _carry_over(net, trained, fresh, signature)
     return _Start(net, weights, state, jnp.asarray(tokens), jnp.asarray(lengths))
+
+
+def _refuse_looking_ahead(layer: Layer) -> None:
+    """Raises a UsageError if self-attention sees later positions, which decoding does not have."""
+    if isinstance(layer, (SelfAttention, LocalSelfAttention)) and not layer.causal:
+        raise UsageError(
+            f'{type(layer).__name__} with causal=False sees later positions, so it cannot make '
+            'them one by one: decode a model with causal attention'
+        )
+    for each in layer.sublayers:
+        _refuse_looking_ahead(each)
 
 
 def _pad(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
@@ -204,9 +219,16 @@ def _pad(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
-def _carry_over(trained: Tree, fresh: Tree) -> Tree:
-    """A fresh decoding state with what training left, e.g. running statistics."""
-    kept = trees.flatten(trained)
+def _round_up(length: int) -> int:
+    return -(-length // _ROOM) * _ROOM
+
+
+def _carry_over(net: Layer, trained: Tree, fresh: Tree, signature: Any) -> Tree:
+    """A fresh decoding state with what training left: running statistics, but no caches."""
+    key = jax.eval_shape(jax.random.key, 0)
+    made = jax.eval_shape(lambda key: net.init((signature,), key, Mode.TRAIN)[1], key)
+    of_training = trees.flatten(made)
+    kept = {path: x for path, x in trees.flatten(trained).items() if path in of_training}
     return trees.map_with_path(lambda path, x: jnp.copy(kept[path]) if path in kept else x, fresh)
 
 

@@ -29,7 +29,7 @@ ATTENTION = {
     'dense': None,
     'local': tl.LocalSelfAttention(2, 4),
     'convolution': (tl.Conv1D(16, 3, padding='causal', dilation=2), tl.SelfAttention(2)),
-    'both': (tl.LocalSelfAttention(2, 4, look_back=2), tl.SelfAttention(2, d_head=3)),
+    'both': (tl.LocalSelfAttention(2, 4, look_back=2), tl.SelfAttention(2, d_head=4)),
 }
 
 
@@ -107,8 +107,20 @@ def test_running_statistics_reach_the_decoder():
     )
 
 
+def test_ties_inside_repeated_blocks_decode():
+    block = tl.Residual(tl.Dense(8, name='a'), tl.Tanh(), tl.Dense(8, name='b'), name='block')
+    net = tl.Serial(tl.Embedding(V, 8), tl.Repeat(block, 2), tl.Dense(V, name='head'))
+    tied = lc.transforms.Tied(net, 'block/a/kernel', 'block/b/kernel')
+    model = lc.Model(tied).init(lc.shape_dtype((1, 8), 'int32'))
+    made = decoding.generate(model, [[1, 2]], 5, temperature=0)[0].tolist()
+    assert recompute(model, [1, 2], 5) == made
+
+
 def test_errors():
     model = make()
+    ahead = make(tl.SelfAttention(2, causal=False))
+    with pytest.raises(UsageError, match='causal=False sees later positions'):
+        decoding.generate(ahead, [[1]], 2)
     with pytest.raises(UsageError, match=r'40 tokens and 20 new ones make 60, .* max_len is 48'):
         decoding.generate(model, [[1] * 40], 20)
     with pytest.raises(UsageError, match=r'token id 17 is outside the vocabulary of 17'):
@@ -123,7 +135,7 @@ def test_errors():
         decoding.generate(model, [[1]], 2, top_p=0.0)
     with pytest.raises(ValueError, match='top_k must be a whole number'):
         decoding.generate(model, [[1]], 2, top_k=0)
-    with pytest.raises(TypeError, match='an lc.Model with weights'):
+    with pytest.raises(TypeError, match='with weights: init, load or train'):
         decoding.generate(lc.Model(model.layer), [[1]], 2)
     with pytest.raises(ValueError, match='n_tokens must be'):
         decoding.generate(model, [[1]], 0)
