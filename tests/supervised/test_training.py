@@ -171,6 +171,7 @@ def test_killed_while_saving_and_resumed(tmp_path):
     run_dir = tmp_path / 'killed'
     checkpoints = run_dir / 'checkpoints'
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
+    environment['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # the same programs as in this process
     process = subprocess.Popen([sys.executable, tiny_run.__file__, run_dir], env=environment)
     try:
         deadline = time.monotonic() + 120
