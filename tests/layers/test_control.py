@@ -149,11 +149,11 @@ def test_repeat_refuses_blocks_that_change_the_stack():
 
 
 def wide() -> Layer:
-    return tl.Serial(tl.Dense(64), tl.Tanh(), tl.Dense(64), tl.Tanh(), tl.Dense(D), tl.Dropout(0.1))
+    return tl.Serial(tl.Dense(64), tl.Tanh(), tl.Dense(D), tl.Dropout(0.1))
 
 
-def test_remat_has_the_same_gradients_in_less_memory(optimized):
-    plain, again = tl.Repeat(wide(), 6), tl.Repeat(tl.Remat(wide()), 6)
+def test_remat_has_the_same_gradients():
+    plain, again = tl.Repeat(wide(), 2), tl.Repeat(tl.Remat(wide()), 2)
     weights, state = init(plain)
     x = values(B, L, D)
 
@@ -166,8 +166,11 @@ def test_remat_has_the_same_gradients_in_less_memory(optimized):
         return jax.grad(loss)(weights)
 
     assert_equal(grads(again, weights), grads(plain, weights), 1e-5)
-    shape = (2, 64, D)
-    assert temporaries(again, *shape) < 0.6 * temporaries(plain, *shape)
+
+
+def test_remat_takes_less_memory_under_repeat(optimized):
+    plain, again = (temporaries(tl.Repeat(b, 6), 2, 64, D) for b in (wide(), tl.Remat(wide())))
+    assert again < 0.6 * plain
 
 
 # Map.
