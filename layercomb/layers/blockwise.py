@@ -128,7 +128,7 @@ def forward_head(plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, sta
         return m_new, total, out * shrink + tiles.dot('qc,cd->qd', p, v[j])
 
     def queries(_, i):
-        q_i = q[i].astype(jnp.float32) * plan.scale
+        q_i = q[i]
         middle, high = key_blocks(plan, mask is not None, starts, i)
         zeros = jnp.zeros((plan.q_block, 1), jnp.float32)
         carry = (zeros - tiles.FAR, zeros, jnp.zeros((plan.q_block, v.shape[-1]), jnp.float32))
@@ -162,8 +162,7 @@ def backward_head(
     def block(j, edge, i, carry):
         d_q, d_k, d_v = carry
         number = i * plan.n_k_blocks + j
-        q_i = q[i].astype(jnp.float32) * plan.scale
-        p = jnp.exp(tiles.dot('qk,ck->qc', q_i, k[j]) - z[i][:, None])
+        p = jnp.exp(tiles.dot('qk,ck->qc', q[i], k[j]) - z[i][:, None])
         if edge:
             p = jnp.where(visible(plan, i, j, mask, start), p, 0.0)
         d_p = tiles.dot('qd,cd->qc', d_out[i], v[j])
@@ -182,10 +181,10 @@ def backward_head(
         d_q, d_k, d_v = tiles.loop(
             middle, plan.n_q_blocks, functools.partial(block, j, False), carry
         )
-        return d_q, ((d_k * plan.scale).astype(k.dtype), d_v.astype(v.dtype))
+        return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
 
     d_q, (d_k, d_v) = tiles.each(keys, jnp.zeros(q.shape, jnp.float32), plan.n_k_blocks)
-    return (d_q * plan.scale).astype(q.dtype), d_k, d_v
+    return d_q * plan.scale, d_k, d_v
 
 
 def cut(x: jax.Array, block: int) -> jax.Array:
@@ -202,7 +201,7 @@ def join(x: jax.Array, length: int) -> jax.Array:
 
 
 def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any) -> Any:
-    """The arguments of `forward_head`, each with leading axes (B, H), and the bounds `starts`."""
+    """The bounds `starts`, and the arguments of `forward_head`: axes (B, H) first, q times s."""
     n_rows, n_heads = q.shape[:2]
     starts: tuple[Any, Any] = (0, 0)
     start = jnp.zeros((n_rows, n_heads), jnp.int32)
@@ -213,6 +212,7 @@ def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: An
         mask = jnp.broadcast_to(mask[:, None], (n_rows, n_heads, plan.n_keys))
         mask = cut(mask, plan.k_block)  # (B, H, Nk, c)
     rng = tiles.key_per_head(rng, (n_rows, n_heads))
+    q = q.astype(jnp.float32) * plan.scale
     q, k, v = cut(q, plan.q_block), cut(k, plan.k_block), cut(v, plan.k_block)
     return starts, (q, k, v, mask, start, rng)
 
@@ -265,7 +265,7 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     d_q, d_k, d_v = tiles.over_heads(f, heads, plan.q_block * plan.k_block)
     d_k, d_v = d_k.swapaxes(3, 4), d_v.swapaxes(3, 4)  # (B, H, Nk, c, K)
     d_q, d_k, d_v = join(d_q, plan.n_queries), join(d_k, plan.n_keys), join(d_v, plan.n_keys)
-    return d_q, d_k, d_v, None, None, None
+    return d_q.astype(q.dtype), d_k, d_v, None, None, None
 
 
 attend.defvjp(attend_forward, attend_backward)
