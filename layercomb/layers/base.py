@@ -21,6 +21,8 @@ Tree = dict[str, Any]
 L = TypeVar('L', bound='Layer')
 
 DECISIONS = 'decisions'
+AUX_LOSS = 'aux_loss'
+RESERVED = (DECISIONS, AUX_LOSS)  # what a state may hold beside the states of sublayers
 
 
 class Mode(enum.Enum):
@@ -88,10 +90,10 @@ class Layer:
         for field in dataclasses.fields(self):
             _set(self, field.name, fields.frozen(getattr(self, field.name)))
         fields.check_fields(self)
-        if self.name is not None and ('/' in self.name or self.name == DECISIONS or not self.name):
+        if self.name is not None and ('/' in self.name or self.name in (*RESERVED, '')):
             raise ValueError(
                 f'{type(self).__name__}: a layer cannot be named {self.name!r}: names have no "/" '
-                f'and {DECISIONS!r} is reserved'
+                f'and {" and ".join(map(repr, RESERVED))} are reserved'
             )
 
     def init(

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from layercomb.layers.base import (
-    DECISIONS,
+    RESERVED,
     Layer,
     Mode,
     Tree,
@@ -150,7 +150,7 @@ class Combinator(Layer):
             raise ValueError(
                 f'{type(self).__name__}: two sublayers are named {min(twice)!r}: rename one'
             )
-        used = {DECISIONS, *taken}
+        used = {*RESERVED, *taken}
         for field, value in groups:
             for layer in value if isinstance(value, tuple) else ():
                 key = base = given_name(layer) or default_name(layer)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.base import (
+    AUX_LOSS,
     DECISIONS,
     Arrays,
     Layer,
@@ -135,7 +136,8 @@ class Remat(Wrapper):
 class Map(Wrapper):
     """One layer, with one set of weights, on each of `n` groups of values.
 
-    State (running statistics) is threaded from one to the next; in ``PREDICT`` each has its own.
+    State (running statistics) is threaded from one to the next, and auxiliary losses are summed; in
+    ``PREDICT`` each has its own.
 
     >>> from layercomb import tl
     >>> tl.Map(tl.Dense(4), 3).n_in
@@ -167,6 +169,7 @@ class Map(Wrapper):
         apart = mode is Mode.PREDICT
         found = state.get(DECISIONS, {})
         state = {k: v for k, v in state.items() if k != DECISIONS}
+        state = state if apart else _add_aux({}, state, 0.0)
         outputs: Arrays = ()
         kept: Tree = {}
         decisions: Tree = {}
@@ -180,7 +183,7 @@ class Map(Wrapper):
             if apart and new:
                 kept[str(i)] = new
             if not apart:
-                state = new
+                state = _add_aux(state, new, 1.0)
             if its_decisions:
                 decisions[str(i)] = its_decisions
         new_state = kept if apart else state
@@ -198,6 +201,7 @@ class Chunk(Wrapper):
 
     The forward pass holds what is inside the layer for one piece only, and so does the backward,
     which computes each piece again. What `chunk_len` does not divide runs as a shorter last piece.
+    An auxiliary loss is the mean of the pieces', each by its share of the positions.
 
     Attributes:
       layer: works on each position by itself, as feed-forwards, norms, dropout and losses do.
@@ -229,7 +233,7 @@ class Chunk(Wrapper):
         n = length // self.chunk_len
         pieces, rest = _cut(tuple(inputs), n, self.chunk_len)
         found = state.get(DECISIONS, {})
-        state = {k: v for k, v in state.items() if k != DECISIONS}
+        state = _add_aux({}, {k: v for k, v in state.items() if k != DECISIONS}, 0.0)
 
         def one(state: Tree, weights: Tree, xs: Any) -> tuple[Tree, Any]:
             values, i, decisions = xs
@@ -237,7 +241,8 @@ class Chunk(Wrapper):
                 weights, put_decisions(state, decisions), values, rng=fold(rng, i), mode=mode
             )
             new, decisions = take_decisions(new)
-            return new, (outputs, decisions)
+            share = values[0].shape[1] / length
+            return _add_aux(state, new, share), (outputs, decisions)
 
         again = jax.checkpoint(one, prevent_cse=False)  # a scan separates the passes by itself
         state, (outputs, decisions) = jax.lax.scan(
@@ -282,6 +287,19 @@ def _cut(values: Arrays, n: int, chunk_len: int) -> tuple[Arrays, Arrays | None]
 def _join(pieces: jax.Array) -> jax.Array:
     x = jnp.moveaxis(pieces, 0, 1)  # (B, n, C, …)
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])  # (B, n·C, …)
+
+
+def _add_aux(state: Tree, new: Tree, share: float) -> Tree:
+    """`new`, with its auxiliary losses times `share` and added to those in `state`."""
+    out = {}
+    for key, value in new.items():
+        if key == AUX_LOSS:
+            scaled = jax.tree.map(lambda x: share * x, value)
+            out[key] = jax.tree.map(jnp.add, state[key], scaled) if key in state else scaled
+        else:
+            nested = isinstance(value, dict)
+            out[key] = _add_aux(state.get(key, {}), value, share) if nested else value
+    return out
 
 
 def _find_mixer(layer: Layer) -> Layer | None:

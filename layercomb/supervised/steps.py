@@ -11,13 +11,12 @@ import jax.numpy as jnp
 
 from layercomb import losses, trees
 from layercomb.errors import require
-from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.base import AUX_LOSS, Layer, Mode, Tree
 from layercomb.layers.metrics import Metric, weighted_sum
 
 Batch = tuple[Any, ...]
 Metrics = dict[str, jax.Array]
 
-AUX_LOSS = 'aux_loss'
 METRICS = ('loss', 'grad_norm', 'learning_rate')  # of a step, in the order of reports
 
 

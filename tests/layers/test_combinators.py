@@ -239,9 +239,11 @@ def test_two_explicit_names_clash():
         tl.Residual(tl.Dense(4, name='shortcut'), shortcut=tl.Dense(4))
 
 
-@pytest.mark.parametrize('name', ['a/b', 'decisions', ''])
+@pytest.mark.parametrize('name', ['a/b', 'decisions', 'aux_loss', ''])
 def test_names_that_would_break_paths_are_refused(name):
-    with pytest.raises(ValueError, match=r"cannot be named .*'decisions' is reserved"):
+    with pytest.raises(
+        ValueError, match=r"cannot be named .*'decisions' and 'aux_loss' are reserved"
+    ):
         tl.Dense(4, name=name)
 
 

@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from layercomb import init_state, tl
-from layercomb.layers.base import DECISIONS, Layer, Mode, put_decisions, take_decisions
+from layercomb.layers.base import (
+    AUX_LOSS,
+    DECISIONS,
+    Layer,
+    Mode,
+    put_decisions,
+    take_decisions,
+)
 from layercomb.shapes import shape_dtype
+from layercomb.supervised.steps import aux_loss
 
 B, L, D = 2, 6, 4
 
@@ -42,6 +50,16 @@ class Count(Layer):
         length = inputs[0].shape[1]
         calls, positions = state['calls'] + 1, state['positions'] + length
         return inputs, {'calls': calls, 'positions': positions}
+
+
+class Balance(Layer):
+    """Leaves the mean square of its input as an auxiliary loss."""
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        return {}, {AUX_LOSS: {'square': jnp.zeros(())}}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        return inputs, {AUX_LOSS: {'square': jnp.mean(jnp.square(inputs[0]))}}
 
 
 def values(*shape: int, seed: int = 0) -> jax.Array:
@@ -264,6 +282,37 @@ def test_chunk_wants_inputs_of_one_length():
         tl.Chunk(tl.Add()).apply({}, {}, (values(2, 6, 4), values(2, 5, 4)))
     with pytest.raises(ValueError, match=r'Chunk cuts axis 1 of all its inputs'):
         tl.Chunk(tl.Relu()).apply({}, {}, (values(2),))
+
+
+# Auxiliary losses.
+
+
+def balanced(net: Layer, weights, *inputs: jax.Array, stale: float = 9.0):
+    """The sum of the auxiliary losses, and its gradient."""
+
+    def loss(weights):
+        state = jax.tree.map(lambda x: x + stale, init_state(net, inputs, Mode.TRAIN))
+        return aux_loss(net.apply(weights, state, inputs, mode=Mode.TRAIN)[1])
+
+    return jax.jit(jax.value_and_grad(loss))(weights)
+
+
+@pytest.mark.parametrize('length', [3, 8, 10])
+def test_chunk_leaves_the_auxiliary_loss_of_the_whole(length):
+    inner = tl.Repeat(tl.Serial(tl.Dense(D), Balance()), 2)
+    weights, _ = init(inner)
+    x = values(B, length, D)
+    chunked = balanced(tl.Chunk(inner, 4), weights, x)
+    assert_equal(chunked, balanced(inner, weights, x), 1e-5)
+
+
+def test_map_sums_auxiliary_losses():
+    inner = tl.Serial(tl.Dense(D), Balance())
+    weights, _ = init(inner)
+    a, b = values(B, L, D), values(B, L, D, seed=1)
+    one, two = balanced(inner, weights, a), balanced(inner, weights, b)
+    both = balanced(tl.Map(inner, 2), weights, a, b)
+    assert_equal(both, jax.tree.map(jnp.add, one, two), 1e-5)
 
 
 # Decisions.
