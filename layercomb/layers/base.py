@@ -22,6 +22,7 @@ L = TypeVar('L', bound='Layer')
 
 DECISIONS = 'decisions'
 AUX_LOSS = 'aux_loss'
+POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
 RESERVED = (DECISIONS, AUX_LOSS)  # what a state may hold beside the states of sublayers
 
 
@@ -78,8 +79,8 @@ class Layer:
     # Without annotations, so that a subclass may make fields of them, in its own order.
     n_in = 1
     n_out = 1
+    mixes_positions = False
     float32: ClassVar[bool] = False
-    mixes_positions: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:
         """Makes the class a frozen dataclass; ``init=False`` leaves the constructor it has."""

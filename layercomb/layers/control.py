@@ -208,7 +208,8 @@ class Chunk(Wrapper):
       chunk_len: the length of a piece.
 
     Raises:
-      TypeError: if the layer mixes positions (attention, convolution, batch norm).
+      TypeError: if the layer mixes positions (attention, convolution, batch norm; also joining,
+        cutting or sharing a dropout mask along axis 1 of (B, L, D), counted from either end).
 
     References:
       Kitaev et al., Reformer, 2020, section 3, https://arxiv.org/abs/2001.04451

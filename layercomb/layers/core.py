@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.base import POSITION_AXES, Layer, Mode, Tree
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.initializers import Initializer, Normal, glorot_uniform, zeros
 from layercomb.shapes import check_float
@@ -140,6 +140,7 @@ class Dropout(Layer):
     shared_axes: tuple[int, ...] = ()
 
     float32 = True  # it keeps the dtype of a stream
+    mixes_positions = property(lambda self: any(a in POSITION_AXES for a in self.shared_axes))
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -170,6 +171,8 @@ class Flatten(Layer):
     """Joins all axes from `first_axis` on into one: (B, H, W, C) → (B, H·W·C)."""
 
     first_axis: Size = 1
+
+    mixes_positions = property(lambda self: self.first_axis == 1)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from layercomb.layers.base import Arrays, Layer, Mode, _call_text, _named, _set
+from layercomb.layers.base import POSITION_AXES, Arrays, Layer, Mode, _call_text, _named, _set
 from layercomb.layers.fields import Size
 
 
@@ -111,6 +111,7 @@ class Concatenate(Layer):
     axis: int = -1
 
     n_in = property(lambda self: self.n_items)
+    mixes_positions = property(lambda self: self.axis in POSITION_AXES)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         return (jnp.concatenate(inputs, self.axis),), state
@@ -127,6 +128,7 @@ class Split(Layer):
     axis: int = -1
 
     n_out = property(lambda self: self.n_items)
+    mixes_positions = property(lambda self: self.axis in POSITION_AXES)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs

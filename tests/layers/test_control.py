@@ -269,12 +269,22 @@ def test_chunk_draws_for_each_piece_anew():
         (tl.Conv1D(4), 'Conv1D'),
         (tl.Mean(), 'Mean'),
         (tl.LearnedPositions(8), 'LearnedPositions'),
+        (tl.Concatenate(axis=1), 'Concatenate'),
+        (tl.Split(axis=-2), 'Split'),
+        (tl.Dropout(0.1, shared_axes=(0, 1)), 'Dropout'),
+        (tl.Flatten(), 'Flatten'),
         (tl.Residual(tl.Repeat(tl.Remat(tl.Serial(tl.Dense(4), tl.BatchNorm())), 2)), 'BatchNorm'),
     ],
 )
 def test_chunk_refuses_what_mixes_positions(mixer, name):
     with pytest.raises(TypeError, match=f'Chunk: {name} mixes positions.*chunk only what works'):
         tl.Chunk(mixer)
+
+
+def test_chunk_takes_what_works_on_features():
+    inner = tl.Serial(tl.Split(), tl.Concatenate(), tl.Dropout(0.5, (2,)), tl.Flatten(2))
+    got, _ = apply(tl.Chunk(inner, 4), {}, {}, values(B, L, D))
+    assert_equal(got, (values(B, L, D),))
 
 
 def test_chunk_wants_inputs_of_one_length():
