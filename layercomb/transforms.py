@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from layercomb import trees
 from layercomb.layers.base import Layer, Mode, Tree, Wrapper, default_name, given_name
-from layercomb.layers.combinators import Combinator, Serial
-from layercomb.layers.control import Repeat
+from layercomb.layers.combinators import Combinator, Parallel, Serial
+from layercomb.layers.control import Map, Repeat
 from layercomb.shapes import is_float
 
 
@@ -144,33 +144,33 @@ class Tied(Wrapper):
 
 
 def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
-    """The same model with one subtree of weights a layer where `Repeat` had stacked them.
+    """The same model with one subtree of weights a layer where `Repeat` or `Map` had one for all.
 
     For decoding: slicing stacked weights copies them at every token. Do it once, before the first.
-    The state in ``PREDICT`` is the same for both models. A state stacked like the weights (running
-    statistics) is unstacked by the same call.
+    The state in ``PREDICT`` is the same for both models; `unstack_state` unstacks training's.
 
     Args:
       net: any layer.
       weights: its weights.
 
     Returns:
-      A layer in which each `Repeat` has become a `Serial` with keys ``'0'``, ``'1'`` …, and
-      weights to match; a shared block's are referred to n times, not copied.
+      A layer in which each `Repeat` has become a `Serial`, and each `Map` a `Parallel`, with keys
+      ``'0'``, ``'1'`` …, and weights to match; shared ones are referred to n times, not copied.
 
     >>> from layercomb import tl, transforms
     >>> net, _ = transforms.unstack(tl.Repeat(tl.Dense(4), 2), {})
     >>> net
     Serial(Dense(4, name='0'), Dense(4, name='1'), name='dense')
     """
-    if isinstance(net, Repeat):
+    if isinstance(net, (Repeat, Map)):
         blocks, parts = [], {}
         for i in range(net.n):
             block, part = unstack(net.layer, net.block_weights(weights, i))
             blocks.append(block.replace(name=str(i)))
             if part:
                 parts[str(i)] = part
-        return Serial(*blocks, name=given_name(net) or default_name(net)), parts
+        kind = Serial if isinstance(net, Repeat) else Parallel
+        return kind(*blocks, name=given_name(net) or default_name(net)), parts
     if isinstance(net, Combinator):
         children, parts = [], dict(weights)
         for key, layer in zip(net.keys, net.sublayers, strict=True):
@@ -189,10 +189,37 @@ def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
     return net, weights
 
 
+def unstack_state(net: Layer, state: Tree) -> Tree:
+    """The state of training (running statistics) for the model that `unstack` gives.
+
+    Args:
+      net: the layer before it was unstacked.
+      state: its state in ``TRAIN`` or ``EVAL``.
+
+    Returns:
+      One subtree a layer, as `unstack` arranges weights; what `Map` threads is in each of its own.
+
+    >>> import jax.numpy as jnp
+    >>> from layercomb import tl, transforms
+    >>> net = tl.Repeat(tl.BatchNorm(), 2, shared=True)
+    >>> transforms.unstack_state(net, {'mean': jnp.zeros((2, 4))})['1']['mean'].shape
+    (4,)
+    """
+    if isinstance(net, (Repeat, Map)):
+        blocks = range(net.n) if state else ()
+        return {str(i): unstack_state(net.layer, net.block_state(state, i)) for i in blocks}
+    if isinstance(net, Combinator):
+        inner = dict(zip(net.keys, net.sublayers, strict=True))
+        return {
+            key: unstack_state(inner[key], x) if key in inner else x for key, x in state.items()
+        }
+    return unstack_state(net.layer, state) if isinstance(net, Wrapper) else state
+
+
 def _moved(net: Tied, weights: Tree) -> bool:
     """Whether unstacking moves an end of a tie, so that its paths would lead nowhere."""
     if net.source not in trees.flatten(weights):
-        return False  # a state, in which nothing is tied
+        return False  # the description alone is wanted
     _, parts = unstack(net.layer, weights)
     there = trees.flatten(parts)
     beside = net.target.rpartition('/')[0]

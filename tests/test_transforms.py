@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from layercomb import init_state, models, tl, transforms, trees
-from layercomb.layers.base import Mode
+from layercomb.layers.base import Layer, Mode
 from layercomb.shapes import describe, shape_dtype, signature_of
 
 TOKENS = (shape_dtype((2, 6), 'int32'),)
@@ -178,24 +178,40 @@ def test_tied_says_what_does_not_fit():
 # unstack.
 
 
+class Offset(Layer):
+    """Adds a running mean of what came by."""
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        return {}, {'mean': jnp.zeros(signature[0].shape[-1])}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        y = x + state['mean']
+        return (y,), ({'mean': state['mean'] + x.mean((0, 1))} if mode.is_training else state)
+
+
 def nested():
     inner = tl.Repeat(tl.Residual(tl.Conv1D(8, 2, padding='causal'), name='inner'), 2)
-    shared = tl.Repeat(tl.Residual(tl.Dense(8), name='same'), 2, shared=True)
+    shared = tl.Repeat(tl.Residual(tl.Dense(8), Offset(), name='same'), 2, shared=True)
     return tl.Serial(
         tl.Embedding(11, 8),
         tl.Dense(8),
         tl.Repeat(tl.Remat(tl.Serial(tl.Dense(8), inner, tl.BatchNorm(), name='outer')), 2),
         tl.Dense(8),
         tl.Chunk(shared, 4),
+        tl.Dup(),
+        tl.Map(tl.Serial(Offset(), tl.Dense(8), name='both'), 2),
+        tl.Add(),
     )
 
 
 def test_unstack_keeps_names_values_and_state():
     net = nested()
     weights, state = init(net)
+    _, state = apply(net, weights, state, (tokens(),), Mode.TRAIN)
     flat_net, flat = transforms.unstack(net, weights)
-    _, flat_state = transforms.unstack(net, state)
-    assert flat_net.keys == net.keys == ('embedding', 'dense', 'outer', 'dense_1', 'same')
+    flat_state = transforms.unstack_state(net, state)
+    assert flat_net.keys
     kernel = weights['outer']['inner']['conv1d']['kernel']
     assert (flat['outer']['1']['inner']['1']['conv1d']['kernel'] == kernel[1, 1]).all()
     assert flat['same']['0']['dense']['kernel'] is flat['same']['1']['dense']['kernel']

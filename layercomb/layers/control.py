@@ -117,6 +117,10 @@ class Repeat(Wrapper):
         """The weights of block `i`."""
         return weights if self.shared else jax.tree.map(lambda w: w[i], weights)
 
+    def block_state(self, state: Tree, i: int) -> Tree:
+        """The state of block `i` in training's, which is stacked even where weights are shared."""
+        return jax.tree.map(lambda x: x[i], state)
+
 
 class Remat(Wrapper):
     """Computes its layer again in the backward pass instead of keeping what is inside.
@@ -190,6 +194,14 @@ class Map(Wrapper):
         if mode is Mode.RECORD and decisions:
             new_state = {**new_state, DECISIONS: decisions}
         return outputs, new_state
+
+    def block_weights(self, weights: Tree, i: int) -> Tree:
+        """The weights for group `i`: one set for all."""
+        return weights
+
+    def block_state(self, state: Tree, i: int) -> Tree:
+        """The state for group `i` in training's: what was threaded through all."""
+        return state
 
     def _groups(self, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         k = self.layer.n_in

@@ -24,7 +24,7 @@ from layercomb.layers.base import Layer, Mode, Tree, init_state
 from layercomb.layers.caches import set_positions
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import shape_dtype
-from layercomb.transforms import unstack
+from layercomb.transforms import unstack, unstack_state
 
 Prompts = Any  # (B, P) integers, or a list of sequences of them, of any lengths
 
@@ -184,7 +184,7 @@ def _start(model: Model, prompts: Prompts, n_tokens: int) -> _Start:
     signature = shape_dtype((len(tokens), room), 'int32')
     tokens = np.pad(tokens, ((0, 0), (0, min(_round_up(longest), room) - longest)))
     net, weights = unstack(model.layer, model.weights)
-    _, trained = unstack(model.layer, model.state)
+    trained = unstack_state(model.layer, model.state)
     fresh = init_state(net, signature, Mode.PREDICT)
     state = _carry_over(net, trained, fresh, signature)
     return _Start(net, weights, state, jnp.asarray(tokens), jnp.asarray(lengths))

@@ -93,10 +93,16 @@ def test_sampler_draws_only_what_it_may():
     np.testing.assert_allclose(shares(temperature=2), hot / hot.sum(), atol=0.03)
 
 
-def test_running_statistics_reach_the_decoder():
-    net = tl.Serial(
-        tl.Embedding(V, 8), tl.Repeat(tl.Residual(tl.BatchNorm(), tl.Dense(8)), 2), tl.Dense(V)
-    )
+NORMED = {
+    'Repeat': tl.Repeat(tl.Residual(tl.BatchNorm(0.1), tl.Dense(8)), 2),
+    'shared': tl.Repeat(tl.Residual(tl.BatchNorm(0.1), tl.Dense(8)), 2, shared=True),
+    'Map': tl.Serial(tl.Dup(), tl.Map(tl.Serial(tl.BatchNorm(0.1), tl.Dense(8)), 2), tl.Add()),
+}
+
+
+@pytest.mark.parametrize('normed', NORMED.values(), ids=list(NORMED))
+def test_running_statistics_reach_the_decoder(normed):
+    net = tl.Serial(tl.Embedding(V, 8), normed, tl.Dense(V))
     model = lc.Model(net).init(lc.shape_dtype((4, 8), 'int32'))
     tokens = jax.random.randint(jax.random.key(1), (4, 8), 0, V)
     for _ in range(3):
