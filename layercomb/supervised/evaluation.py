@@ -14,6 +14,7 @@ from layercomb import losses
 from layercomb.errors import UsageError
 from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.metrics import Metric, weighted_sum
+from layercomb.model import check_tokens
 from layercomb.supervised.tasks import EvalTask
 
 Sums = tuple[tuple[jax.Array, jax.Array], ...]  # Σ wv and Σ w, for each metric
@@ -32,16 +33,17 @@ def evaluate(net: Layer, weights: Tree, state: Tree, tasks: Sequence[EvalTask]) 
       'task/metric' -> the metric of the weighted mean over all positions of all batches.
 
     Raises:
-      UsageError: if there is no batch.
+      UsageError: if there is no batch, a token is outside the vocabulary, a metric's sum is not
+        finite, or its weights are all 0.
     """
     measured = {}
     for task in tasks:
         metrics = cast(tuple[Metric, ...], task.metrics)  # made one by the task
         step = compiled(net, metrics, task.loss_chunk_len)
-        sums = _run(task, functools.partial(step, weights, state))
+        sums = _run(task, net, functools.partial(step, weights, state))
         for metric, (total, weight) in zip(metrics, sums, strict=True):
-            mean = total / weight if weight else 0.0
-            measured[f'{task.name}/{metric.label}'] = float(metric.finish(mean))
+            name = f'{task.name}/{metric.label}'
+            measured[name] = float(metric.finish(_mean(name, total, weight)))
     return measured
 
 
@@ -57,18 +59,36 @@ def compiled(net: Layer, metrics: tuple[Metric, ...], chunk_len: int | None) -> 
     return jax.jit(step)
 
 
-def _run(task: EvalTask, step: Callable[[Any], Sums]) -> list[tuple[float, float]]:
+def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[tuple[float, float]]:
     """Sums over batches, in double precision, one batch always being computed meanwhile."""
     batches: Iterable[Any] = itertools.islice(iter(task.data), task.n_batches)
     per_batch: list[Any] = []
-    for batch in batches:
-        per_batch.append(step(tuple(batch)))
+    for i, batch in enumerate(map(tuple, batches), 1):
+        try:
+            check_tokens(net, batch[: net.n_in])
+        except ValueError as e:
+            raise UsageError(f'EvalTask {task.name!r}, batch {i}: {e}') from None
+        per_batch.append(step(batch))
         if len(per_batch) > 1:
             per_batch[-2] = jax.device_get(per_batch[-2])
     if not per_batch:
         raise UsageError(f'EvalTask {task.name!r}: the data holds no batch: check its source')
     columns = zip(*jax.device_get(per_batch), strict=True)
-    return [
-        (math.fsum(float(t) for t, _ in column), math.fsum(float(w) for _, w in column))
-        for column in columns
-    ]
+    return [(_sum([t for t, _ in column]), _sum([w for _, w in column])) for column in columns]
+
+
+def _sum(values: Sequence[Any]) -> float:
+    numbers = [float(x) for x in values]  # fsum refuses infinities of both signs
+    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else sum(numbers)
+
+
+def _mean(name: str, total: float, weight: float) -> float:
+    """A weighted mean, or a UsageError where there is none."""
+    if not (math.isfinite(total) and math.isfinite(weight)):
+        raise UsageError(
+            f'{name}: the sum over the data is {total} and of its weights {weight}: look at the '
+            'targets and weights of the data, or train with a lower learning rate'
+        )
+    if weight == 0:
+        raise UsageError(f'{name}: all loss weights are 0, so there is no mean: check the data')
+    return total / weight
