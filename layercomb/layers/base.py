@@ -22,6 +22,7 @@ L = TypeVar('L', bound='Layer')
 
 DECISIONS = 'decisions'
 AUX_LOSS = 'aux_loss'
+POSITION = 'position'
 POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
 RESERVED = (DECISIONS, AUX_LOSS)  # what a state may hold beside the states of sublayers
 
@@ -177,6 +178,8 @@ class Layer:
         """Outputs' signature, weights and state in one pass, so that nesting costs nothing."""
         check_inputs(self, signature)
         weights, state = self.init(signature, rng, mode)
+        if mode is Mode.REPLAY:  # shapes alone are asked for, and there is nothing to replay yet
+            mode = Mode.TRAIN
 
         def outputs(weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array) -> Arrays:
             made = self.apply(weights, state, inputs, rng=rng, mode=mode)[0]

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.base import Tree
-from layercomb.layers.positional import POSITION
+from layercomb.layers.base import POSITION, Tree
 
 
 def init_cache(
@@ -56,13 +55,18 @@ def append(cache: Tree, values: Tree, start: jax.Array) -> Tree:
     return {**written, POSITION: cache[POSITION] + length}
 
 
+def taken(position: jax.Array) -> int:
+    """How many positions the furthest row has taken; 0 inside `jit`, where it is not known."""
+    known = not isinstance(position, jax.core.Tracer)
+    return int(np.asarray(position).max(initial=0)) if known else 0
+
+
 def refuse_overflow(position: jax.Array, length: int, room: int) -> None:
     """Raises a ValueError where it is known that the next positions do not fit.
 
     Inside `jit` positions are not known; `poison_overflow` then makes the outputs NaN.
     """
-    known = not isinstance(position, jax.core.Tracer)
-    reached = int(np.asarray(position).max(initial=0)) if known else 0
+    reached = taken(position)
     if reached + length > room:
         raise ValueError(
             f'the cache holds {room} positions, {reached} are taken and {length} more were given: '

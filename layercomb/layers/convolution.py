@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.base import POSITION, Layer, Mode, Tree
 from layercomb.layers.caches import poison_overflow, refuse_overflow
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, he_normal, zeros
-from layercomb.layers.positional import POSITION, init_position, position_of
+from layercomb.layers.positional import init_position, position_of
 
 
 class Conv1D(Layer):

@@ -1,20 +1,22 @@
 """Where a position learns where it is: sinusoidal, learned and rotary positions.
 
 In ``PREDICT`` each holds ``position`` (B,) int32, how many positions of each row have gone by, so
-rows of one batch may stand at different places (ragged prompts).
+rows of one batch may stand at different places (ragged prompts). Past `max_len` it raises where
+values are known, and gives NaN inside `jit`, where they are not.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.base import POSITION, Layer, Mode, Tree
+from layercomb.layers.caches import taken
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, Normal
 from layercomb.shapes import Signature, check_float
-
-POSITION = 'position'
 
 
 class SinusoidalPositions(Layer):
@@ -45,10 +47,9 @@ class SinusoidalPositions(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
-        check_length('SinusoidalPositions', x.shape[1], self.max_len)
-        where, state = next_positions(state, x.shape[1], mode)  # (B or 1, L)
-        angles = where[..., None].astype(jnp.float32) * frequencies(x.shape[-1], self.period)
-        table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)  # (B or 1, L, D)
+        where, state = next_positions(self, state, x.shape[1], mode)  # (B or 1, L)
+        angle = angles(where, x.shape[-1], self.period, self.max_len)  # (B or 1, L, D/2)
+        table = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)  # (B or 1, L, D)
         return (x + table.astype(x.dtype),), state
 
 
@@ -58,8 +59,7 @@ class LearnedPositions(Layer):
     Weights: ``table`` (max_len, D).
 
     Attributes:
-      max_len: the longest sequence; a longer one is refused, and where only the running program
-        knows how far a row has come, positions past the end give NaN.
+      max_len: the longest sequence.
       table_init: of the table.
     """
 
@@ -79,10 +79,9 @@ class LearnedPositions(Layer):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         length = x.shape[1]
-        check_length('LearnedPositions', length, self.max_len)
+        where, state = next_positions(self, state, length, mode)  # (B or 1, L)
         if mode is not Mode.PREDICT:
             return (x + weights['table'][:length].astype(x.dtype),), state
-        where, state = next_positions(state, length, mode)  # (B, L)
         rows = jnp.take(weights['table'], where, axis=0, mode='fill', fill_value=jnp.nan)
         return (x + rows.astype(x.dtype),), state
 
@@ -116,10 +115,9 @@ class RotaryPositions(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         q, k = inputs
-        check_length('RotaryPositions', q.shape[2], self.max_len)
-        where, state = next_positions(state, q.shape[2], mode)  # (B or 1, L)
-        angles = where[..., None].astype(jnp.float32) * frequencies(q.shape[-1], self.period)
-        sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]  # (B or 1, 1, L, K/2)
+        where, state = next_positions(self, state, q.shape[2], mode)  # (B or 1, L)
+        angle = angles(where, q.shape[-1], self.period, self.max_len)  # (B or 1, L, K/2)
+        sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]  # (B or 1, 1, L, K/2)
         return (rotate(q, sin, cos), rotate(k, sin, cos)), state
 
 
@@ -132,6 +130,13 @@ def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 def frequencies(depth: int, period: float) -> jax.Array:
     """period^(−2i/depth) for i = 0 … depth/2 − 1, (depth/2,) float32."""
     return period ** (-jnp.arange(0, depth, 2, dtype=jnp.float32) / depth)
+
+
+def angles(where: jax.Array, depth: int, period: float, max_len: int | None) -> jax.Array:
+    """t·ω_i for the positions t in `where` (…, L), (…, L, depth/2) float32; NaN past `max_len`."""
+    t = where[..., None].astype(jnp.float32)
+    t = t if max_len is None else jnp.where(t < max_len, t, jnp.nan)
+    return t * frequencies(depth, period)
 
 
 def init_position(signature: Signature, mode: Mode) -> Tree:
@@ -155,12 +160,18 @@ def position_of(state: Tree) -> jax.Array:
     return state[POSITION]
 
 
-def next_positions(state: Tree, length: int, mode: Mode) -> tuple[jax.Array, Tree]:
-    """The next `length` positions of each row, (B, L) or (1, L) int32, and the state after them."""
-    steps = jnp.arange(length, dtype=jnp.int32)[None]
+def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[jax.Array, Tree]:
+    """The next `length` positions of each row, (B, L) or (1, L) int32, and the state after them.
+
+    Raises:
+      ValueError: where they are known to pass the layer's `max_len`.
+    """
+    owner, steps = type(layer).__name__, jnp.arange(length, dtype=jnp.int32)[None]
     if mode is not Mode.PREDICT:
+        check_length(owner, length, layer.max_len)
         return steps, state
     start = position_of(state)
+    check_length(owner, taken(start) + length, layer.max_len)
     return start[:, None] + steps, {**state, POSITION: start + length}
 
 

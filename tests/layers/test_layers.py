@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -359,16 +360,31 @@ def test_learned_positions():
         run(layer, values(2, 7, 3), weights=weights)
     with pytest.raises(ValueError, match=wanted):
         init(layer, values(2, 7, 3))
-
-
-def test_learned_positions_past_the_end_are_nan_inside_a_program():
-    layer, x = tl.LearnedPositions(4), values(2, 2, 3)
-    weights, state = init(layer, x, mode=Mode.PREDICT)
     state = {'position': jnp.array([1, 3], jnp.int32)}
-    y, state = run(layer, x, weights=weights, state=state, mode=Mode.PREDICT)
-    assert np.isnan(y).any(-1).tolist() == [[False, False], [False, True]]
-    assert_close(y[0], x[0] + weights['table'][1:3])
+    y, state = run(layer, x[:, :2], weights=weights, state=state, mode=Mode.PREDICT)
+    assert_close(y, x[:, :2] + np.stack([weights['table'][1:3], weights['table'][3:5]]))
     assert state['position'].tolist() == [3, 5]
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [
+        tl.SinusoidalPositions(max_len=4),
+        tl.LearnedPositions(4),
+        tl.Serial(tl.Dup(), tl.RotaryPositions(max_len=4), tl.Drop()),
+    ],
+)
+def test_positions_stop_at_max_len(layer):
+    x = values(2, 1, 2, 4) if isinstance(layer, tl.Serial) else values(2, 2, 4)
+    weights, state = init(layer, x, mode=Mode.PREDICT)
+    state = set_positions(state, jnp.array([1, 3]))
+    with pytest.raises(
+        ValueError, match='Positions: the sequence is 5 long and max_len=4: shorten'
+    ):
+        layer.apply(weights, state, (x,), mode=Mode.PREDICT)
+    (y,), _ = jax.jit(functools.partial(layer.apply, mode=Mode.PREDICT))(weights, state, (x,))
+    gone = np.isnan(y).any(-1).reshape(2, 2)
+    assert gone.tolist() == [[False, False], [False, True]]
 
 
 def test_rotary_products_depend_on_the_distance_alone():
