@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layercomb import trees
 from layercomb.errors import UsageError
-from layercomb.layers.base import Layer, Mode, Tree, check_inputs
+from layercomb.layers.base import POSITION, Layer, Mode, Tree, check_inputs
 from layercomb.layers.core import Embedding
-from layercomb.shapes import signature_of
+from layercomb.shapes import is_float, signature_of
 
 
 class Model:
@@ -74,14 +75,17 @@ class Model:
 
         Raises:
           ValueError: before `init`; for a shape that does not fit; for a token id that is not in
-            the vocabulary.
+            the vocabulary; in ``PREDICT``, for positions past the end of a cache (the state stays).
         """
         if self.weights is None:
             raise ValueError('this model has no weights yet: call model.init(x) first')
         arrays = tuple(jnp.asarray(x) for x in inputs)
         check_inputs(self.layer, arrays)
         check_tokens(self.layer, arrays)
-        outputs, self.state = _apply(self.layer, self.weights, self.state, arrays, rng, mode)
+        outputs, state = _apply(self.layer, self.weights, self.state, arrays, rng, mode)
+        if mode is Mode.PREDICT and any(is_float(y) and jnp.isnan(y).any() for y in outputs):
+            refuse_full(self.layer, self.weights, self.state, arrays)
+        self.state = state
         return outputs[0] if len(outputs) == 1 else outputs
 
     @property
@@ -127,6 +131,28 @@ def _apply(
     layer: Layer, weights: Tree, state: Tree, inputs: Any, rng: jax.Array | None, mode: Mode
 ) -> Any:
     return layer.apply(weights, state, inputs, rng=rng, mode=mode)
+
+
+def refuse_full(layer: Layer, weights: Tree, state: Tree, inputs: tuple[Any, ...]) -> None:
+    """Raises a layer's own ValueError if the next positions do not fit into its caches.
+
+    Compiled code cannot raise, and gives NaN: this traces the layer once more, on positions that
+    are known. Nothing is computed.
+
+    Args:
+      layer: the model.
+      weights: its weights.
+      state: its state in ``PREDICT``, before the inputs.
+      inputs: the next positions.
+    """
+    known = trees.map_with_path(
+        lambda path, x: np.asarray(x) if path.split('/')[-1] == POSITION else x, state
+    )
+
+    def run(weights: Tree, inputs: tuple[Any, ...]) -> Any:
+        return layer.apply(weights, known, inputs, mode=Mode.PREDICT)[0]
+
+    jax.eval_shape(run, weights, inputs)
 
 
 def first_embedding(layer: Layer) -> Embedding | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,37 @@ def test_call_decodes():
     whole = lc.Model(tl.SelfAttention(2), model.weights)(z)
     parts = [model(z[:, :2], mode=Mode.PREDICT), model(z[:, 2:3], mode=Mode.PREDICT)]
     np.testing.assert_allclose(np.concatenate(parts, 1), whole[:, :3], rtol=1e-5, atol=1e-5)
+
+
+FULL = {
+    'cache': (tl.SelfAttention(2), 'in SelfAttention.core', 'the cache holds 4'),
+    'local': (tl.LocalSelfAttention(2, 2), 'in LocalSelfAttention.core', 'the cache holds 4'),
+    'convolution': (tl.Conv1D(6, 3, padding='causal'), '', 'the cache holds 4'),
+    'positions': (tl.SinusoidalPositions(max_len=4), '', 'is 5 long and max_len=4'),
+    'deep': (
+        tl.Repeat(tl.Remat(tl.Residual(tl.LayerNorm(), tl.SelfAttention(2))), 2),
+        'in Residual.self_attention',
+        'the cache holds 4 positions, 4 are taken and 1 more were given: make the state with',
+    ),
+}
+
+
+@pytest.mark.parametrize(('layer', 'where', 'cause'), FULL.values(), ids=list(FULL))
+def test_decoding_past_the_end_says_so(layer, where, cause):
+    model = lc.Model(layer).init(lc.shape_dtype((1, 4, 6)), mode=Mode.PREDICT)
+    z = np.ones((1, 4, 6), np.float32)
+    model(z[:, :3], mode=Mode.PREDICT)
+    model(z[:, :1], mode=Mode.PREDICT)
+    full = model.state
+    with pytest.raises(ValueError, match=cause) as error:
+        model(z[:, :1], mode=Mode.PREDICT)
+    assert re.search(where, ' '.join(getattr(error.value, '__notes__', [])))
+    assert model.state is full
+
+
+def test_decoding_passes_nan_on():
+    model = lc.Model(tl.SelfAttention(2)).init(lc.shape_dtype((1, 4, 6)), mode=Mode.PREDICT)
+    assert jnp.isnan(model(np.full((1, 1, 6), np.nan, np.float32), mode=Mode.PREDICT)).all()
 
 
 def test_dropout_at_the_prompt_needs_a_key():

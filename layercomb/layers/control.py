@@ -129,7 +129,9 @@ class Remat(Wrapper):
     """
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        """Applies the layer under `jax.checkpoint`."""
+        """Applies the layer under `jax.checkpoint`, unless there is no backward pass."""
+        if mode is Mode.PREDICT:
+            return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
 
         def run(weights: Tree, state: Tree, inputs: Arrays, rng: Any) -> tuple[Arrays, Tree]:
             return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
