@@ -39,6 +39,7 @@ from layercomb.layers.combinators import (
 from layercomb.layers.control import Chunk, Map, Remat, Repeat
 from layercomb.layers.convolution import AvgPool, Conv1D, Conv2D, MaxPool
 from layercomb.layers.core import Dense, Dropout, Embedding, Flatten, Mean
+from layercomb.layers.hashing import lsh_buckets
 from layercomb.layers.initializers import (
     Constant,
     Initializer,
@@ -52,6 +53,7 @@ from layercomb.layers.initializers import (
     ones,
     zeros,
 )
+from layercomb.layers.lsh import LSHAttention, LSHSelfAttention, lsh_attention
 from layercomb.layers.metrics import (
     Accuracy,
     BitsPerByte,
@@ -102,6 +104,8 @@ __all__ = [
     'Gelu',
     'HardSigmoid',
     'Initializer',
+    'LSHAttention',
+    'LSHSelfAttention',
     'Layer',
     'LayerNorm',
     'LeakyRelu',
@@ -149,6 +153,8 @@ __all__ = [
     'he_normal',
     'lecun_normal',
     'local_attention',
+    'lsh_attention',
+    'lsh_buckets',
     'ones',
     'weighted_mean',
     'zeros',

@@ -102,6 +102,8 @@ def _matches_one(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin is Annotated:
         return _matches(value, typing.get_args(hint)[0])
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
     if hint is None or hint is type(None):
         return value is None
     if hint is bool:
@@ -135,6 +137,8 @@ def _words_one(hint: Any) -> str:
     origin = typing.get_origin(hint)
     if origin is Annotated:
         return _words(typing.get_args(hint)[0])
+    if origin is typing.Literal:
+        return ' or '.join(map(repr, typing.get_args(hint)))
     if hint is None or hint is type(None):
         return 'None'
     if origin is tuple:

@@ -114,6 +114,16 @@ ROWS: dict[str, Row] = {
     'Fn': Row(lambda: tl.Fn('Scaled', scaled), TWO, opaque='holds a function'),
     'Gelu': Row(tl.Gelu),
     'HardSigmoid': Row(tl.HardSigmoid),
+    'LSHAttention': Row(
+        lambda: tl.LSHAttention(n_hashes=2, chunk_len=2, n_buckets=2, masked=True),
+        (heads(), heads(), mask()),
+        (2, 2, 1),
+        2,
+        draws=True,
+    ),
+    'LSHSelfAttention': Row(
+        lambda: tl.LSHSelfAttention(2, n_hashes=2, chunk_len=2, max_len=L, dropout=0.1), draws=True
+    ),
     'LayerNorm': Row(lambda: tl.LayerNorm(epsilon=1e-5)),
     'LeakyRelu': Row(tl.LeakyRelu),
     'LearnedPositions': Row(lambda: tl.LearnedPositions(L)),

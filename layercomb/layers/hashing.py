@@ -1,0 +1,112 @@
+"""Locality-sensitive hashing by random rotations: near vectors fall into the same bucket, mostly.
+
+Shape letters: B batch, H heads, L length, K depth of a head, R rounds; T positions at a time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Positions that are hashed at a time, so that no (L, R·buckets) array exists.
+POSITIONS_TOGETHER = 1024
+# One hash of n buckets costs n / 2 products a position, two factors cost about √n.
+FACTORED_FROM = 256
+
+
+def automatic_buckets(length: int, chunk_len: int) -> tuple[int, ...]:
+    """Numbers of buckets, in factors, that make a bucket half a chunk long on average.
+
+    Args:
+      length: L, the length that the model is made for.
+      chunk_len: C.
+
+    Returns:
+      One even number near 2·L / C, or two of about its square root where that is 256 and more.
+
+    >>> automatic_buckets(4096, 64), automatic_buckets(65536, 64), automatic_buckets(64, 64)
+    ((128,), (64, 32), (2,))
+    """
+    n = max(2, 2 * length // chunk_len)
+    if n < FACTORED_FROM:
+        return (n + n % 2,)
+    first = 2 ** math.ceil(math.log2(n) / 2)
+    second = -(-n // first)
+    return first, second + second % 2
+
+
+def check_buckets(n_buckets: int | tuple[int, ...]) -> None:
+    """Raises ValueError unless every number of buckets is 1 or even and positive."""
+    for n in n_buckets if isinstance(n_buckets, tuple) else (n_buckets,):
+        if n != 1 and (n < 1 or n % 2):
+            raise ValueError(
+                f'n_buckets={n_buckets!r}: a rotation and its negative make buckets in pairs, so '
+                f'each number must be even, or 1 for a single bucket: use {max(2, n + n % 2)}'
+            )
+
+
+def lsh_buckets(
+    x: jax.Array, rng: jax.Array, *, n_buckets: int | tuple[int, ...], n_hashes: int
+) -> jax.Array:
+    """The bucket of every vector in every round: h(x) = argmax [x R; −x R].
+
+    R (K, n_buckets / 2) is Gaussian, drawn for each head and round, the same for all rows of the
+    batch; round r is the same however many follow. Several factors (f₁, f₂, …) are hashed apart and
+    combined, h = (h₁ f₂ + h₂) …, so that many buckets cost little.
+
+    Args:
+      x: (B, H, L, K), floating; no gradient flows.
+      rng: a key.
+      n_buckets: 1 or an even number, or a tuple of such.
+      n_hashes: R, at least 1.
+
+    Returns:
+      (B, H, R, L) int32, from 0 to the product of the factors, exclusive.
+
+    References:
+      Andoni et al. 2015, https://arxiv.org/abs/1509.02897
+      Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
+    """
+    check_buckets(n_buckets)
+    factors = n_buckets if isinstance(n_buckets, tuple) else (n_buckets,)
+    b, h, length, k = x.shape
+    x = lax.stop_gradient(x).astype(jnp.float32)
+    halves = [f // 2 for f in factors]
+
+    def rotation(head: jax.Array, r: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(rng, r), head)
+        return jax.random.normal(key, (k, sum(halves)))
+
+    rounds = jnp.arange(n_hashes)
+    rotations = jax.vmap(lambda i: jax.vmap(lambda r: rotation(i, r))(rounds))(jnp.arange(h))
+
+    def hash_piece(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, head = piece  # (T, K), ()
+        y = jnp.einsum('tk,rkf->rtf', x, rotations[head])
+        bucket, start = jnp.zeros(y.shape[:2], jnp.int32), 0
+        for factor, half in zip(factors, halves, strict=True):
+            if factor > 1:
+                bucket = bucket * factor + nearest(y[..., start : start + half])
+                start += half
+        return bucket  # (R, T)
+
+    t = min(length, POSITIONS_TOGETHER)
+    n = -(-length // t)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, n * t - length), (0, 0)])
+    heads = jnp.broadcast_to(jnp.arange(h)[:, None], (b, h, n)).reshape(-1)
+    pieces = lax.map(hash_piece, (x.reshape(b * h * n, t, k), heads))  # (B·H·n, R, T)
+    buckets = pieces.reshape(b, h, n, n_hashes, t).swapaxes(2, 3)  # (B, H, R, n, T)
+    return buckets.reshape(b, h, n_hashes, n * t)[..., :length]
+
+
+def nearest(y: jax.Array) -> jax.Array:
+    """argmax [y; −y] over the last axis: a maximum and its first place, much faster than argmax."""
+    half = y.shape[-1]
+    high, low = y.max(-1), y.min(-1)
+    positive = high >= -low
+    extreme = jnp.where(positive, high, low)
+    places = jnp.where(y == extreme[..., None], jnp.arange(half, dtype=jnp.int32), half)
+    return places.min(-1) + jnp.where(positive, 0, half).astype(jnp.int32)

@@ -1,0 +1,336 @@
+"""LSH self-attention: each position sees the nearest of its own bucket, exactly causally.
+
+Queries serve as keys too, so that near positions share a bucket. How the work is done is in
+`bucketwise`, the hash in `hashing`. Shape letters: B batch, H heads, L length, D d_model or depth
+of values, K head depth, R hash rounds, C chunk, T new positions.
+
+References:
+    Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers import bucketwise, tiles
+from layercomb.layers.attention import MergeHeads, MultiHead, SplitHeads, dropout_arguments
+from layercomb.layers.attention_functions import PAIRS_IN_TILE
+from layercomb.layers.base import DECISIONS, Layer, Mode
+from layercomb.layers.caches import append, init_cache, poison_overflow, refuse_overflow
+from layercomb.layers.fields import Rate, Size
+from layercomb.layers.hashing import automatic_buckets, check_buckets, lsh_buckets
+from layercomb.layers.positional import position_of
+
+
+def lsh_attention(
+    q: jax.Array,
+    v: jax.Array,
+    buckets: jax.Array,
+    *,
+    n_buckets: int,
+    chunk_len: int,
+    causal: bool = True,
+    mask: jax.Array | None = None,
+    neighbourhood: Literal['bucket', 'chunk'] = 'bucket',
+    duplicates: Literal['count', 'once'] = 'count',
+    dropout_rate: float = 0.0,
+    rng: jax.Array | None = None,
+    n_together: int | None = None,
+) -> jax.Array:
+    """Softmax attention of each position to its neighbours in its buckets.
+
+    With k = q / ‖q‖ and s[t, c] = q[t]·k[c], but −100 for t = c, so that a position sees itself
+    only where it sees nothing else::
+
+        y[t] = Σ_r Σ_{c ∈ W_r(t)} exp(s[t, c] − z[t]) v[c]
+        z[t] = log Σ_r Σ_{c ∈ W_r(t)} exp s[t, c]
+
+    In round r positions are sorted by (bucket, position). W_r(t) are the positions c of t's bucket
+    fewer than C places from t, and if causal not after t. No later position changes which those
+    are, unlike in other implementations: the function is exactly causal. Time grows as R·L·C.
+
+    Args:
+      q: (B, H, L, K), floating; queries, and keys.
+      v: (B, H, L, D).
+      buckets: (B, H, R, L), integers from 0 to n_buckets, exclusive, as `lsh_buckets` makes them.
+      n_buckets: how many there are.
+      chunk_len: C; L need not be a multiple.
+      causal: whether t sees only itself and positions before.
+      mask: (B, L) bool, True = a real position; others see nothing, are not seen, and give zeros.
+      neighbourhood: ``'bucket'``, or ``'chunk'`` for what was trained with other implementations:
+        all that stands in t's chunk of the sorted sequence and the one before it (and the one
+        after, if not causal), whatever its bucket. That leaks: a later token moves the chunks'
+        borders, and so changes which earlier positions an earlier query sees.
+      duplicates: ``'count'``: what meets in N rounds counts N times; ``'once'``: it counts once
+        (log N is subtracted, at R more comparisons a pair).
+      dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow.
+      rng: the key of dropout, needed where the rate is not zero.
+      n_together: chunks computed together; by default what fits a cache.
+
+    Returns:
+      (B, H, L, D), in the dtype of v.
+
+    Raises:
+      ValueError: where shapes, dtypes or sizes do not fit together.
+
+    >>> q = jnp.ones((1, 2, 50, 8))
+    >>> buckets = lsh_buckets(q, jax.random.key(0), n_buckets=4, n_hashes=3)
+    >>> lsh_attention(q, q, buckets, n_buckets=4, chunk_len=16).shape
+    (1, 2, 50, 8)
+    """
+    _check(q, v, buckets, mask, chunk_len, n_buckets, neighbourhood, duplicates)
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
+    if dropout_rate and rng is None:
+        raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
+    length = q.shape[2]
+    n_chunks = -(-length // chunk_len)
+    n_seen = 2 if causal else 3
+    together = n_together or max(1, PAIRS_IN_TILE // (chunk_len * chunk_len * n_seen))
+    n_tiles = -(-n_chunks // together)
+    plan = bucketwise.Plan(
+        length=length,
+        chunk_len=chunk_len,
+        look_back=1,
+        look_ahead=0 if causal else 1,
+        n_together=-(-n_chunks // n_tiles),
+        scale=1.0,
+        causal=causal,
+        dropout_rate=dropout_rate,
+        n_buckets=n_buckets,
+        value_depth=v.shape[-1],
+        by_bucket=neighbourhood == 'bucket',
+        once=duplicates == 'once' and buckets.shape[2] > 1,
+    )
+    return bucketwise.attend(plan, q, v, buckets, mask, rng if dropout_rate else None)
+
+
+class LSHAttention(Layer):
+    """LSH attention of queries that are keys too: q (B, H, L, K), v (B, H, L, D) → (B, H, L, D).
+
+    As `lsh_attention`. Rotations are drawn afresh from `rng` in ``TRAIN`` and made from `seed` in
+    ``EVAL`` and ``PREDICT``. The buckets are a decision: ``RECORD`` keeps them, ``REPLAY`` takes
+    them.
+
+    In ``PREDICT`` a causal one keeps queries, values and buckets as long as the signature given to
+    `init`, and sees what ``EVAL`` sees.
+
+    Attributes:
+      n_hashes: R; may be changed after training.
+      chunk_len: C.
+      n_buckets: 1, an even number, or a tuple of such, its factors; None makes buckets half a chunk
+        long at `max_len` positions.
+      max_len: the length that automatic buckets are made for; None takes that of the input, and
+        then a longer input changes what precedes it.
+      causal: whether position t sees positions up to t only.
+      masked: whether a third input (B, L) boolean says which positions are real.
+      dropout: the rate at which probabilities are dropped in training.
+      neighbourhood, duplicates: as of `lsh_attention`.
+      seed: of the rotations in ``EVAL`` and ``PREDICT``.
+    """
+
+    _: KW_ONLY
+    n_hashes: Size = 4
+    chunk_len: Size = 64
+    n_buckets: int | tuple[int, ...] | None = None
+    max_len: Size | None = None
+    causal: bool = True
+    masked: bool = False
+    dropout: Rate = 0.0
+    neighbourhood: Literal['bucket', 'chunk'] = 'bucket'
+    duplicates: Literal['count', 'once'] = 'count'
+    seed: int = 0
+
+    mixes_positions = True
+    n_in = property(lambda self: 2 + self.masked)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_buckets is not None:
+            check_buckets(self.n_buckets)
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        q, v, *_ = signature
+        b, h, length, _ = q.shape
+        if mode is not Mode.PREDICT or not self.causal:
+            return {}, {}
+        buckets = jnp.zeros((b, h, length, self.n_hashes), self._dtype(length))
+        return {}, {**init_cache(q, v, masked=True), 'buckets': buckets}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        q, v, *mask = inputs
+        if mode is Mode.PREDICT and self.causal:
+            return self._extend(state, q, v, *mask)
+        key = rng
+        if not mode.is_training:
+            key = jax.random.key(self.seed)
+        elif rng is None:
+            raise ValueError(
+                'LSHAttention draws rotations in training: pass rng=jax.random.key(…) to apply'
+            )
+        else:
+            key, rng = jax.random.split(rng)
+        if mode is Mode.REPLAY:
+            buckets = state[DECISIONS]['buckets']
+        else:
+            buckets = self._hash(q, key, q.shape[2])
+        y = self._attend(q, v, buckets, *mask, **dropout_arguments(self.dropout, rng, mode))
+        if mode is Mode.RECORD:
+            state = {**state, DECISIONS: {'buckets': buckets}}
+        return (y,), state
+
+    def _factors(self, length: int) -> tuple[int, ...]:
+        """The numbers of buckets that multiply up to all of them."""
+        if self.n_buckets is None:
+            return automatic_buckets(self.max_len or length, self.chunk_len)
+        return self.n_buckets if isinstance(self.n_buckets, tuple) else (self.n_buckets,)
+
+    def _dtype(self, length: int) -> Any:
+        """The smallest integers that hold a bucket."""
+        n = math.prod(self._factors(length))
+        return next((t for t in (jnp.uint8, jnp.uint16) if n <= jnp.iinfo(t).max), jnp.int32)
+
+    def _hash(self, q: jax.Array, rng: Any, length: int) -> jax.Array:
+        buckets = lsh_buckets(q, rng, n_buckets=self._factors(length), n_hashes=self.n_hashes)
+        return buckets.astype(self._dtype(length))
+
+    def _attend(self, q: Any, v: Any, buckets: Any, mask: Any = None, **dropout: Any) -> jax.Array:
+        return lsh_attention(
+            q,
+            v,
+            buckets,
+            n_buckets=math.prod(self._factors(q.shape[2])),
+            chunk_len=self.chunk_len,
+            causal=self.causal,
+            mask=mask,
+            neighbourhood=self.neighbourhood,
+            duplicates=self.duplicates,
+            **dropout,
+        )
+
+    def _extend(self, cache: Any, q: jax.Array, v: jax.Array, mask: Any = None):
+        position, length, room = position_of(cache), q.shape[2], cache['k'].shape[2]
+        refuse_overflow(position, length, room)
+        real = jnp.ones((q.shape[0], length), bool) if mask is None else mask
+        buckets = self._hash(q, jax.random.key(self.seed), room).swapaxes(2, 3)  # (B, H, T, R)
+        cache = append(cache, {'k': q, 'v': v, 'mask': real, 'buckets': buckets}, position)
+        filled = jnp.arange(room) < (position + length)[:, None]
+        seen = cache['mask'] & filled  # (B, L)
+        if length == 1 and self.neighbourhood == 'bucket':
+            y = self._next(cache, seen, q, buckets, position)
+            y = jnp.where(real[:, None, :, None], y, 0)
+        else:
+            y = self._attend(cache['k'], cache['v'], cache['buckets'].swapaxes(2, 3), seen)
+            y = jax.vmap(lambda y, at: jax.lax.dynamic_slice_in_dim(y, at, length, 1))(y, position)
+        return (poison_overflow(y, position, length, room),), cache
+
+    def _next(self, cache: Any, seen: Any, q: Any, buckets: Any, position: Any) -> jax.Array:
+        """Attention of one position a row, (B, H, 1, D), to its neighbours among those `seen`."""
+        same = (cache['buckets'] == buckets) & seen[:, None, :, None]  # (B, H, L, R)
+        since = jnp.cumsum(same[:, :, ::-1], 2, jnp.int32)[:, :, ::-1]
+        count = (same & (since <= self.chunk_len)).sum(-1, dtype=jnp.float32)  # (B, H, L)
+        count = jnp.minimum(count, 1) if self.duplicates == 'once' else count
+        s = tiles.dot('bhk,bhlk->bhl', q[:, :, 0], bucketwise.unit(cache['k']))
+        own = jnp.arange(s.shape[2]) == position[:, None, None]
+        s = jnp.where(count > 0, jnp.where(own, bucketwise.SELF, s), -tiles.FAR)
+        p = count * jnp.exp(s - s.max(-1, keepdims=True))
+        total = p.sum(-1, keepdims=True)
+        p = p / jnp.where(total > 0, total, 1.0)
+        return tiles.dot('bhl,bhld->bhd', p, cache['v'])[:, :, None].astype(cache['v'].dtype)
+
+
+class LSHSelfAttention(MultiHead):
+    """Multi-head LSH attention of a sequence to itself: (B, L, D) → (B, L, D).
+
+    One projection makes queries and keys, another values, around an `LSHAttention`.
+
+    Attributes:
+      n_heads: H.
+      n_hashes: R, 1 to 16 as a rule; may be changed after training.
+      chunk_len: C.
+      n_buckets, max_len, neighbourhood, duplicates, seed: as of `LSHAttention`.
+      causal: whether position t sees positions up to t only.
+      d_head: K, by default D / H.
+      masked: whether a second input (B, L) boolean says which positions are real.
+      dropout: the rate at which probabilities are dropped in training.
+      rotary: positions put into queries, e.g. `RotaryPositions()`.
+      query, value, core, output: the parts, to be replaced.
+
+    References:
+      Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
+    """
+
+    n_heads: Size
+    _: KW_ONLY
+    n_hashes: Size = 4
+    chunk_len: Size = 64
+    n_buckets: int | tuple[int, ...] | None = None
+    max_len: Size | None = None
+    causal: bool = True
+    d_head: Size | None = None
+    masked: bool = False
+    dropout: Rate = 0.0
+    neighbourhood: Literal['bucket', 'chunk'] = 'bucket'
+    duplicates: Literal['count', 'once'] = 'count'
+    seed: int = 0
+    rotary: Layer | None = None
+    query: Layer | None = None
+    value: Layer | None = None
+    core: Layer | None = None
+    output: Layer | None = None
+
+    n_in = property(lambda self: 1 + self.masked)
+
+    def parts(self) -> dict[str, Layer]:
+        split = SplitHeads(self.n_heads, self.d_head)
+        shared = ('n_hashes', 'chunk_len', 'n_buckets', 'max_len', 'causal', 'masked', 'dropout')
+        names = (*shared, 'neighbourhood', 'duplicates', 'seed')
+        core = LSHAttention(**{name: getattr(self, name) for name in names})
+        return {'query': split, 'value': split, 'core': core, 'output': MergeHeads()}
+
+    def route(self, call, stack):
+        x, *mask = stack[: self.n_in]
+        at = self.keys.index
+        (q,) = call(at('query'), (x,))
+        (v,) = call(at('value'), (x,))
+        if self.rotary is not None:
+            q, _ = call(at('rotary'), (q, q))
+        (y,) = call(at('core'), (q, v, *mask))
+        return call(at('output'), (y, x)) + stack[self.n_in :]
+
+
+def _check(
+    q: Any,
+    v: Any,
+    buckets: Any,
+    mask: Any,
+    chunk_len: int,
+    n_buckets: int,
+    neighbourhood: str,
+    duplicates: str,
+) -> None:
+    """Raises ValueError where the arguments do not fit together."""
+    shapes = f'q {q.shape}, v {v.shape}, buckets {buckets.shape}'
+    if not q.ndim == v.ndim == buckets.ndim == 4 or q.shape[:3] != v.shape[:3]:
+        raise ValueError(f'LSH attention takes q (B, H, L, K) and v (B, H, L, D), got {shapes}')
+    if (*buckets.shape[:2], buckets.shape[3]) != q.shape[:3] or not buckets.shape[2]:
+        raise ValueError(f'buckets must be (B, H, R, L), got {shapes}')
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, v)):
+        raise ValueError(f'LSH attention takes floats, got q {q.dtype}, v {v.dtype}')
+    if not jnp.issubdtype(buckets.dtype, jnp.integer):
+        raise ValueError(f'buckets must be integers, got {buckets.dtype}')
+    expected = (q.shape[0], q.shape[2])
+    if mask is not None and (mask.dtype != jnp.bool_ or mask.shape != expected):
+        raise ValueError(f'mask must be bool{expected}, got {mask.dtype}{mask.shape}')
+    if chunk_len < 1 or n_buckets < 1:
+        raise ValueError(f'chunk_len and n_buckets must be positive, got {chunk_len}, {n_buckets}')
+    if neighbourhood not in ('bucket', 'chunk') or duplicates not in ('count', 'once'):
+        raise ValueError(
+            "neighbourhood is 'bucket' or 'chunk', duplicates is 'count' or 'once', "
+            f'got {neighbourhood!r} and {duplicates!r}'
+        )

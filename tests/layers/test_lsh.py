@@ -1,0 +1,282 @@
+"""LSH attention beside a slow reference from the equations; exactly causal, masks, decoding."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import layercomb as lc
+from layercomb import tl
+from layercomb.layers.base import Mode
+from layercomb.layers.bucketwise import SELF
+from layercomb.layers.hashing import automatic_buckets, lsh_buckets
+from layercomb.layers.lsh import lsh_attention
+
+
+def windows(buckets, chunk_len, causal, mask, neighbourhood):
+    """(R, L, L) bool: whom each query of one head sees in each round, a query at a time."""
+    n_rounds, length = buckets.shape
+    seen = np.zeros((n_rounds, length, length), bool)
+    for r in range(n_rounds):
+        order = sorted(range(length), key=lambda t: (not mask[t], buckets[r, t], t))
+        place = {t: i for i, t in enumerate(order)}
+        for t in range(length):
+            for c in range(length):
+                if not (mask[t] and mask[c]) or (causal and c > t):
+                    continue
+                if neighbourhood == 'bucket':
+                    near = abs(place[t] - place[c]) < chunk_len
+                    seen[r, t, c] = near and buckets[r, t] == buckets[r, c]
+                else:
+                    apart = place[t] // chunk_len - place[c] // chunk_len
+                    seen[r, t, c] = apart in ((0, 1) if causal else (-1, 0, 1))
+    return seen
+
+
+def reference(q, v, count):
+    """One head: a softmax over a multiset, in which pair (t, c) is there count[t, c] times."""
+    k = q / jnp.linalg.norm(q, axis=-1, keepdims=True)
+    s = jnp.where(np.eye(len(q), dtype=bool), SELF, q @ k.T)
+    s = jnp.where(count > 0, s, -1e30)
+    p = count * jnp.exp(s - s.max(-1, keepdims=True))
+    total = p.sum(-1, keepdims=True)
+    return p / jnp.where(total > 0, total, 1) @ v
+
+
+def case(length, n_hashes, n_buckets, seed=0, heads=2, depth=4):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    q = 3 * jax.random.normal(keys[0], (1, heads, length, depth))
+    v = jax.random.normal(keys[1], (1, heads, length, depth + 1))
+    return q, v, lsh_buckets(q, keys[2], n_buckets=n_buckets, n_hashes=n_hashes)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    length=st.sampled_from([1, 7, 24, 37]),
+    chunk_len=st.sampled_from([1, 3, 8]),
+    n_hashes=st.sampled_from([1, 2, 4]),
+    n_buckets=st.sampled_from([1, 2, 6]),
+    causal=st.booleans(),
+    masked=st.booleans(),
+    neighbourhood=st.sampled_from(['bucket', 'chunk']),
+    duplicates=st.sampled_from(['count', 'once']),
+    n_together=st.sampled_from([None, 2]),
+    seed=st.integers(0, 3),
+)
+def test_output_and_gradient_are_the_equations(
+    length,
+    chunk_len,
+    n_hashes,
+    n_buckets,
+    causal,
+    masked,
+    neighbourhood,
+    duplicates,
+    n_together,
+    seed,
+):
+    q, v, buckets = case(length, n_hashes, n_buckets, seed)
+    mask = jax.random.bernoulli(jax.random.key(seed), 0.7, (1, length)) if masked else None
+    real = np.ones(length, bool) if mask is None else np.asarray(mask[0])
+    counts = []
+    for head in np.asarray(buckets[0]):
+        count = windows(head, chunk_len, causal, real, neighbourhood).sum(0)
+        counts.append(np.minimum(count, 1) if duplicates == 'once' else count)
+
+    def fast(q, v):
+        return lsh_attention(
+            q,
+            v,
+            buckets,
+            n_buckets=n_buckets,
+            chunk_len=chunk_len,
+            causal=causal,
+            mask=mask,
+            neighbourhood=neighbourhood,
+            duplicates=duplicates,
+            n_together=n_together,
+        )
+
+    def slow(q, v):
+        heads = [reference(q[0, h], v[0, h], counts[h].astype(np.float32)) for h in range(2)]
+        return jnp.stack(heads)[None]
+
+    y, pull = jax.vjp(fast, q, v)
+    expected, pull_slow = jax.vjp(slow, q, v)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-5)
+    ct = jax.random.normal(jax.random.key(5), y.shape)
+    for ours, theirs in zip(pull(ct), pull_slow(ct), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=5e-5)
+
+
+def test_one_bucket_and_one_chunk_is_dense_attention_with_shared_queries_and_keys():
+    q, v, buckets = case(40, 3, 1)
+    y = lsh_attention(q, v, buckets, n_buckets=1, chunk_len=40)
+    causal = np.tril(np.ones((40, 40), np.float32))
+    for h in range(2):
+        np.testing.assert_allclose(y[0, h], reference(q[0, h], v[0, h], causal), atol=1e-5)
+
+
+@pytest.mark.parametrize('n_hashes', [1, 4])
+def test_no_later_position_moves_an_earlier_output(n_hashes):
+    q, v, _ = case(50, n_hashes, 6)
+    hashed = functools.partial(lsh_buckets, rng=jax.random.key(1), n_buckets=6, n_hashes=n_hashes)
+    attend = functools.partial(lsh_attention, n_buckets=6, chunk_len=8)
+    before = attend(q, v, hashed(q))
+    for t in (1, 17, 33):
+        q_2, v_2 = q.at[:, :, t:].add(1.5), v.at[:, :, t:].multiply(-2)
+        after = attend(q_2, v_2, hashed(q_2))
+        np.testing.assert_allclose(after[:, :, :t], before[:, :, :t], atol=1e-6)
+        longer = jnp.concatenate([q_2, q_2], 2), jnp.concatenate([v_2, v_2], 2)
+        after = attend(*longer, hashed(longer[0]))
+        np.testing.assert_allclose(after[:, :, :t], before[:, :, :t], atol=1e-6)
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_padding_is_neither_seen_nor_seeing(causal):
+    q, v, buckets = case(30, 2, 4)
+    mask = jnp.arange(30)[None] % 3 != 1
+    attend = functools.partial(
+        lsh_attention, n_buckets=4, chunk_len=8, causal=causal, mask=mask, buckets=buckets
+    )
+    before = attend(q, v)
+    hidden = ~mask[:, None, :, None]
+    after = attend(jnp.where(hidden, 9.0, q), jnp.where(hidden, -9.0, v))
+    np.testing.assert_allclose(after, before, atol=1e-6)
+    assert not before[:, :, 1::3].any()
+
+
+def test_dropout_has_the_gradient_of_what_it_computes():
+    q, v, buckets = case(24, 2, 4)
+
+    def f(q, v):
+        y = lsh_attention(
+            q, v, buckets, n_buckets=4, chunk_len=8, dropout_rate=0.3, rng=jax.random.key(0)
+        )
+        return (y * y[:, :, ::-1]).sum()
+
+    step = 1e-2
+    d_q, d_v = jax.grad(f, (0, 1))(q, v)
+    along = jax.random.normal(jax.random.key(9), q.shape)
+    slope = (f(q + step * along, v) - f(q - step * along, v)) / (2 * step)
+    np.testing.assert_allclose((d_q * along).sum(), slope, rtol=2e-2)
+    along = jax.random.normal(jax.random.key(9), v.shape)
+    slope = (f(q, v + step * along) - f(q, v - step * along)) / (2 * step)
+    np.testing.assert_allclose((d_v * along).sum(), slope, rtol=2e-2)
+
+
+def test_more_rounds_keep_the_first_ones():
+    q, _, _ = case(20, 1, 4)
+    few = lsh_buckets(q, jax.random.key(3), n_buckets=(4, 2), n_hashes=2)
+    many = lsh_buckets(q, jax.random.key(3), n_buckets=(4, 2), n_hashes=5)
+    np.testing.assert_array_equal(few, many[:, :, :2])
+    assert few.max() < 8 and few.min() >= 0
+
+
+def test_buckets_are_the_argmax_of_the_rotation_and_its_negative():
+    q, _, _ = case(1500, 1, 4, heads=1)
+    got = lsh_buckets(q, jax.random.key(3), n_buckets=6, n_hashes=2)
+    for r in range(2):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), r), 0)
+        y = q[0, 0] @ jax.random.normal(key, (4, 3))
+        expected = jnp.argmax(jnp.concatenate([y, -y], -1), -1)
+        assert (got[0, 0, r] == expected).mean() > 0.999
+
+
+def test_automatic_buckets_are_even_and_enough():
+    for length in (1, 64, 1000, 4096, 65536, 1 << 20):
+        factors = automatic_buckets(length, 64)
+        assert all(f % 2 == 0 for f in factors)
+        assert np.prod(factors) >= 2 * length // 64
+
+
+@pytest.mark.parametrize('neighbourhood', ['bucket', 'chunk'])
+@pytest.mark.parametrize('duplicates', ['count', 'once'])
+def test_a_prompt_and_single_positions_see_what_the_whole_sees(neighbourhood, duplicates):
+    layer = tl.LSHSelfAttention(
+        2,
+        n_hashes=3,
+        chunk_len=4,
+        n_buckets=4,
+        neighbourhood=neighbourhood,
+        duplicates=duplicates,
+        masked=True,
+    )
+    x = jax.random.normal(jax.random.key(1), (2, 23, 8))
+    mask = jnp.ones((2, 23), bool).at[1, 2:5].set(False)
+    signature = lc.signature_of((x, mask))
+    weights, state = layer.init(signature, jax.random.key(0), Mode.PREDICT)
+    outputs, at = [], 0
+    step = jax.jit(functools.partial(layer.apply, mode=Mode.PREDICT))
+    for length in (9, 1, 1, 5, *[1] * 7):
+        piece = x[:, at : at + length], mask[:, at : at + length]
+        (y,), state = step(weights, state, piece)
+        outputs.append(y)
+        at += length
+    for t in (9, 10, 11, 16, 23) if neighbourhood == 'chunk' else (23,):
+        (expected,), _ = layer.apply(weights, {}, (x[:, :t], mask[:, :t]), mode=Mode.EVAL)
+        got = jnp.concatenate(outputs, 1)[:, :t]
+        where = slice(t - 1, t) if neighbourhood == 'chunk' else slice(0, t)
+        np.testing.assert_allclose(got[:, where], expected[:, where], atol=1e-5)
+    with pytest.raises(ValueError, match='the cache holds 23 positions, 23 are taken and 1 more'):
+        layer.apply(weights, state, (x[:, :1], mask[:, :1]), mode=Mode.PREDICT)
+
+
+def test_recorded_buckets_are_replayed():
+    layer = tl.LSHAttention(chunk_len=4, n_buckets=4)
+    q, v, _ = case(16, 1, 4)
+
+    def apply(state, mode):
+        return layer.apply({}, state, (q, v), rng=jax.random.key(2), mode=mode)
+
+    (y,), recorded = apply({}, Mode.RECORD)
+    assert recorded['decisions']['buckets'].dtype == jnp.uint8
+    (trained,), plain = apply({}, Mode.TRAIN)
+    assert not plain
+    np.testing.assert_array_equal(trained, y)
+    flipped = {'decisions': {'buckets': recorded['decisions']['buckets'][..., ::-1]}}
+    (replayed,), _ = apply(recorded, Mode.REPLAY)
+    (other,), _ = apply(flipped, Mode.REPLAY)
+    np.testing.assert_array_equal(replayed, y)
+    assert not np.allclose(other, y)
+
+
+def test_temporaries_grow_with_the_length_alone(optimized):
+    def step(q, v, buckets):
+        f = functools.partial(lsh_attention, n_buckets=64, chunk_len=64)
+        return jax.grad(lambda q: f(q, v, buckets).sum())(q)
+
+    sizes = []
+    for length in (2048, 4096):
+        shapes = [(1, 2, length, 32)] * 2 + [(1, 2, 4, length)]
+        dtypes = [jnp.float32] * 2 + [jnp.int32]
+        args = map(jax.ShapeDtypeStruct, shapes, dtypes)
+        memory = jax.jit(step).lower(*args).compile().memory_analysis()
+        sizes.append(memory.temp_size_in_bytes)
+    assert sizes[1] < 2.2 * sizes[0]
+    assert sizes[1] < 24 * 4096 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ('make', 'error', 'message'),
+    [
+        (
+            lambda: tl.LSHSelfAttention(4, n_buckets=7),
+            ValueError,
+            'or 1 for a single bucket: use 8',
+        ),
+        (lambda: tl.LSHSelfAttention(4, n_buckets=(8, 3)), ValueError, 'n_buckets=.8, 3.'),
+        (lambda: tl.LSHSelfAttention(4, chunk_len=0), ValueError, 'chunk_len'),
+        (lambda: tl.LSHSelfAttention(4, n_hashes=0), ValueError, 'n_hashes'),
+        (lambda: tl.LSHAttention(neighbourhood='near'), (ValueError, TypeError), 'neighbourhood'),
+    ],
+)
+def test_bad_fields_are_refused_when_a_layer_is_made(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
