@@ -46,6 +46,9 @@ class Cast(Wrapper):
     Attributes:
       layer: what to compute: a leaf, or a wrapper around one.
       dtype: the name of a floating-point dtype.
+
+    Raises:
+      TypeError: if there is a combinator inside, or a layer that stays in float32 (a norm).
     """
 
     dtype: str = 'bfloat16'
@@ -53,10 +56,11 @@ class Cast(Wrapper):
     def __post_init__(self) -> None:
         object.__setattr__(self, 'dtype', jnp.dtype(self.dtype).name)
         super().__post_init__()
-        if isinstance(self.layer, Combinator):
+        wrong = _uncastable(self.layer)
+        if wrong is not None:
             raise TypeError(
-                f'Cast computes a leaf, not a {type(self.layer).__name__}: transforms.cast(net) '
-                'reaches every leaf inside'
+                f'Cast computes a leaf, not a {type(wrong).__name__}: transforms.cast(net) '
+                'reaches every leaf inside, and leaves alone what stays in float32'
             )
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f'Cast: dtype must be floating-point, got {self.dtype!r}')
@@ -74,6 +78,13 @@ class Cast(Wrapper):
 
     def _cast(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(self.dtype) if is_float(x) else x, tree)
+
+
+def _uncastable(layer: Layer) -> Layer | None:
+    """The first layer inside that must not be computed in another dtype as a whole."""
+    if isinstance(layer, Combinator) or layer.float32:
+        return layer
+    return next((found for found in map(_uncastable, layer.sublayers) if found is not None), None)
 
 
 def cast(net: Layer, dtype: Any = 'bfloat16') -> Layer:

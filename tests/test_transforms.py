@@ -127,6 +127,12 @@ def test_cast_says_what_it_takes():
         TypeError, match=r'Cast computes a leaf, not a Serial: transforms.cast\(net\)'
     ):
         transforms.Cast(tl.Serial(tl.Dense(4)))
+    for wrapped in (tl.Remat(tl.LayerNorm()), tl.Map(tl.Chunk(tl.RMSNorm(), 4), 2)):
+        assert transforms.cast(wrapped) == wrapped
+        with pytest.raises(TypeError, match=r'not a (Layer|RMS)Norm: .* stays in float32'):
+            transforms.Cast(wrapped)
+    with pytest.raises(TypeError, match='Cast computes a leaf, not a Serial'):
+        transforms.Cast(tl.Remat(tl.Serial(tl.LayerNorm(), tl.Dense(4))))
     with pytest.raises(ValueError, match="dtype must be floating-point, got 'int8'"):
         transforms.Cast(tl.Dense(4), 'int8')
     assert transforms.Cast(tl.Dense(4), jnp.float16) == transforms.Cast(tl.Dense(4), 'float16')
