@@ -70,6 +70,7 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
 
     Raises:
       TypeError: if `loss` is not made of metrics, or `net` has more outputs than logits.
+      ValueError: if the logits are not what the last layer puts back.
 
     >>> from layercomb import tl, losses
     >>> net = tl.Serial(tl.Embedding(16, 8), tl.Dense(16))
@@ -95,5 +96,10 @@ def _attach(net: Layer, losses: tuple[Metric, ...], chunk_len: int | None) -> La
     if type(net) is Serial and net.layers:
         named = [layer.replace(name=key) for key, layer in zip(net.keys, net.layers, strict=True)]
         return Serial(*named[:-1], _attach(named[-1], losses, chunk_len), name=net.name)
+    if net.n_out != 1:
+        raise ValueError(
+            f'attach: the last layer, {type(net).__name__}, puts back {net.n_out} values and must '
+            'put back the logits alone: move it before the layer that makes them'
+        )
     scored = Scored(net, losses)
     return scored if chunk_len is None else Chunk(scored, chunk_len)

@@ -151,5 +151,8 @@ def test_what_is_no_loss_or_no_model_of_logits():
         losses.attach(lm(), tl.CrossEntropyLoss)
     with pytest.raises(TypeError, match='must give logits alone, it has 2 outputs'):
         losses.attach(tl.Dup(), tl.CrossEntropyLoss())
+    beneath = tl.Serial(tl.Dup(), tl.Dense(4), tl.Swap(), tl.Drop())
+    with pytest.raises(ValueError, match=r'last layer, Drop, puts back 0 values .* before the lay'):
+        losses.attach(beneath, tl.CrossEntropyLoss())
     with pytest.raises(TypeError, match='at least one metric'):
         losses.attach(lm(), ())
