@@ -48,12 +48,12 @@ def signature_of(values: Any) -> Signature:
 
 
 def describe(signature: Iterable[Any]) -> str:
-    """A signature as people write it.
+    """A signature as people write it; what is no array, by its type.
 
     >>> describe([shape_dtype((2, 5, 8)), shape_dtype((2, 5), bool)])
     'float32[2,5,8], bool[2,5]'
     """
-    return ', '.join(f'{x.dtype}[{",".join(map(str, x.shape))}]' for x in signature)
+    return ', '.join(map(_describe_one, signature))
 
 
 def is_float(x: Any) -> bool:
@@ -68,6 +68,12 @@ def check_float(owner: str, x: Any) -> None:
             f'{owner} takes floating-point vectors along the last axis, got {describe([x])}: '
             'embed integers first, with tl.Embedding'
         )
+
+
+def _describe_one(x: Any) -> str:
+    if not (hasattr(x, 'shape') and hasattr(x, 'dtype')):
+        return type(x).__name__
+    return f'{x.dtype}[{",".join(map(str, x.shape))}]'
 
 
 def _one(value: Any) -> jax.ShapeDtypeStruct:

@@ -32,6 +32,10 @@ def test_signature_of_values(values, text):
     assert describe(signature_of(values)) == text
 
 
+def test_what_is_no_array_is_described_by_its_type():
+    assert describe([np.zeros(2, np.int8), None, 3.0]) == 'int8[2], NoneType, float'
+
+
 @pytest.mark.parametrize('value', ['text', None, object(), {'a': 1}])
 def test_what_has_no_shape_is_refused(value):
     with pytest.raises(

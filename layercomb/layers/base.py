@@ -251,7 +251,8 @@ class Fn(Layer):
             counted = _count_parameters(self.f)
             if counted is None:
                 raise TypeError(
-                    f'Fn({self.label!r}): the function takes *args: say how many with n_in='
+                    f'Fn({self.label!r}): {_show(self.f)} does not say how many arguments it takes '
+                    '(*args, or a builtin): say how many with n_in='
                 )
             _set(self, 'n_in', counted)
 
@@ -423,10 +424,13 @@ def _values(n: int) -> str:
 
 
 def _count_parameters(f: Callable[..., Any]) -> int | None:
-    """How many positional parameters a function requires; None if it takes any number."""
+    """How many positional parameters a function requires; None if it does not say."""
     if isinstance(f, jnp.ufunc):  # jnp.add and its like: their signature is *args
         return f.nin
-    parameters = inspect.signature(f).parameters.values()
+    try:
+        parameters = inspect.signature(f).parameters.values()
+    except ValueError:  # a builtin without a signature
+        return None
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     wanted = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -439,7 +443,8 @@ def _named(layer: Layer) -> list[str]:
 
 def _show(value: Any) -> str:
     if isinstance(value, tuple) and any(isinstance(v, Layer) for v in value):
-        return _call_text('', [_show(v) for v in value])
+        parts = [_show(v) for v in value]
+        return f'({parts[0]},)' if len(parts) == 1 else _call_text('', parts)
     if inspect.isfunction(value) or isinstance(value, (jnp.ufunc, functools.partial)):
         return getattr(value, '__qualname__', getattr(value, '__name__', repr(value)))
     if not isinstance(value, Layer) and callable(value):

@@ -377,6 +377,12 @@ def test_notes_lead_to_the_layer():
     ]
 
 
+def test_notes_describe_what_is_no_array():
+    with pytest.raises(AttributeError) as e:
+        tl.Serial(tl.Dense(4)).apply({'dense': {'kernel': X}}, {}, (None,))
+    assert our_notes(e.value) == ['in Serial.dense: Dense(4)(NoneType)']
+
+
 def test_outputs_that_do_not_match_n_out():
     with pytest.raises(
         TypeError, match='Liar promises n_out=2 and returned 1 value: set n_out'
@@ -413,8 +419,15 @@ def test_fn_counts_required_parameters():
     assert tl.Fn('Add', jnp.add).n_in == 2
     assert run(tl.Fn('Both', lambda x, y: [y, x], n_out=2), 1, 2) == (2, 1)
     assert tl.Fn('Sum', lambda *xs: sum(xs), n_in=3).n_in == 3
-    with pytest.raises(TypeError, match=r"Fn\('Sum'\): the function takes \*args: say .* n_in="):
+    with pytest.raises(
+        TypeError, match=r"Fn\('Sum'\): .* does not say .* \(\*args.*\): say .* n_in="
+    ):
         tl.Fn('Sum', lambda *xs: sum(xs))
+    with pytest.raises(
+        TypeError, match=r"Fn\('Max'\): max does not say .* say how many with n_in="
+    ):
+        tl.Fn('Max', max)
+    assert repr(tl.Fn('Max', max, n_in=2)) == "Fn('Max', max, n_in=2)"
 
 
 def test_fn_shows_all_that_makes_it():
@@ -422,6 +435,14 @@ def test_fn_shows_all_that_makes_it():
     assert repr(tl.Fn('Two', to_float32, n_in=3, n_out=2)) == (
         "Fn('Two', to_float32, n_in=3, n_out=2)"
     )
+
+
+def test_a_tuple_of_one_layer_shows_its_comma():
+    class Held(Layer):
+        layers: tuple[Layer, ...] = ()
+
+    assert repr(Held((tl.Relu(),))) == 'Held((Relu(),))'
+    assert repr(Held((tl.Relu(), tl.Tanh()))) == 'Held((Relu(), Tanh()))'
 
 
 def test_long_reprs_are_indented():
