@@ -27,6 +27,7 @@ from layercomb.layers.attention import (
     SplitHeads,
 )
 from layercomb.layers.attention_functions import dot_product_attention, local_attention
+from layercomb.layers.axial import AxialPositions
 from layercomb.layers.base import Fn, Layer, Mode, Wrapper
 from layercomb.layers.combinators import (
     Add,
@@ -80,6 +81,7 @@ __all__ = [
     'Activation',
     'Add',
     'AvgPool',
+    'AxialPositions',
     'BatchNorm',
     'BitsPerByte',
     'Branch',

@@ -81,6 +81,7 @@ ROWS: dict[str, Row] = {
     'Add': Row(tl.Add, TWO),
     'AvgPool': Row(tl.AvgPool, IMAGE, ()),
     'AvgPool same': Row(lambda: tl.AvgPool((3, 3), (2, 2), 'same'), IMAGE, ()),
+    'AxialPositions': Row(lambda: tl.AxialPositions((2, 2))),
     'BatchNorm': Row(tl.BatchNorm),
     'BitsPerByte': Row(lambda: tl.BitsPerByte(bytes_per_token=3.5), SCORES),
     'Branch': Row(lambda: tl.Branch(tl.Dense(4), tl.Add()), TWO),
