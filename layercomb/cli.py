@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from layercomb.errors import UsageError, require
+from layercomb.errors import UsageError, of_the_machine, require
 from layercomb.version import __version__
 
 CONFIG = 'config.gin'
@@ -114,7 +114,8 @@ def run_train(options: argparse.Namespace) -> None:
                 keep=experiment.keep,
             )
         row = loop.run(experiment.steps)
-        _conclude(experiment, loop, row, directory)
+        with of_the_machine('it is trained and saved; put that right, and run the same again'):
+            _conclude(experiment, loop, row, directory)
 
 
 def run_eval(options: argparse.Namespace) -> None:

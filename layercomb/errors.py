@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import re
+from collections.abc import Iterator
 from types import ModuleType
 
 
@@ -34,3 +38,33 @@ def require(module: str, extra: str) -> ModuleType:
         if e.name is None or e.name.split('.')[0] != module.split('.')[0]:
             raise
         raise UsageError(f'{module} is not installed: pip install "layercomb[{extra}]"') from None
+
+
+@contextlib.contextmanager
+def of_the_machine(cure: str) -> Iterator[None]:
+    """Turns what the operating system refuses, such as a write to a full disk, into a UsageError.
+
+    Args:
+      cure: what a person can do about it.
+
+    Raises:
+      UsageError: for an OSError, and for the ValueError that TensorStore makes of one. A closed
+        pipe is no error of the machine and stays as it is.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as e:
+        raise UsageError(f'{_refusal(e)}: {cure}') from e
+
+
+def _refusal(error: OSError | ValueError) -> str:
+    """What the operating system said; an error of another origin is raised again."""
+    if isinstance(error, OSError):
+        where = f' ({error.filename})' if error.filename else ''
+        return (error.strerror or str(error) or type(error).__name__).splitlines()[0] + where
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code is None:
+        raise error
+    return os.strerror(int(code[1]))

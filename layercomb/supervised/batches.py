@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,6 +19,30 @@ def check_data(owner: str, data: Any) -> None:
             f'{owner}: data must be iterable more than once, and {kind} is not: give a Grain '
             'dataset, a list of batches, or an object whose __iter__ starts anew'
         )
+
+
+@contextlib.contextmanager
+def shaped_unlike(first: Batch, batch: Batch, where: str) -> Iterator[None]:
+    """Blames the data where a model that took the first batch refuses one of another shape.
+
+    Args:
+      first: a batch that the model takes.
+      batch: the one it is given.
+      where: how to call that one.
+
+    Raises:
+      UsageError: for a ValueError, if the shapes differ.
+    """
+    try:
+        yield
+    except ValueError as e:
+        if [x.shape for x in batch] == [x.shape for x in first]:
+            raise
+        cause = str(e).strip().splitlines()[0]
+        raise UsageError(
+            f'{where} has shape {batch[0].shape}, the first one {first[0].shape}, and does not fit '
+            f'the model: {cause}'
+        ) from e
 
 
 class Batches:

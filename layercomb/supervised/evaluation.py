@@ -15,6 +15,7 @@ from layercomb.errors import UsageError
 from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.metrics import Metric, weighted_sum
 from layercomb.model import check_tokens
+from layercomb.supervised.batches import Batch, shaped_unlike
 from layercomb.supervised.tasks import EvalTask
 
 Sums = tuple[tuple[jax.Array, jax.Array], ...]  # Σ wv and Σ w, for each metric
@@ -34,7 +35,7 @@ def evaluate(net: Layer, weights: Tree, state: Tree, tasks: Sequence[EvalTask]) 
 
     Raises:
       UsageError: if there is no batch, a token is outside the vocabulary, a metric's sum is not
-        finite, or its weights are all 0.
+        finite, its weights are all 0, or a later batch's shape does not fit the model.
     """
     measured = {}
     for task in tasks:
@@ -63,12 +64,16 @@ def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[tuple[
     """Sums over batches, in double precision, one batch always being computed meanwhile."""
     batches: Iterable[Any] = itertools.islice(iter(task.data), task.n_batches)
     per_batch: list[Any] = []
+    first: Batch = ()
     for i, batch in enumerate(map(tuple, batches), 1):
+        where = f'EvalTask {task.name!r}, batch {i}'
         try:
             check_tokens(net, batch[: net.n_in])
         except ValueError as e:
-            raise UsageError(f'EvalTask {task.name!r}, batch {i}: {e}') from None
-        per_batch.append(step(batch))
+            raise UsageError(f'{where}: {e}') from None
+        first = first or batch
+        with shaped_unlike(first, batch, where):
+            per_batch.append(step(batch))
         if len(per_batch) > 1:
             per_batch[-2] = jax.device_get(per_batch[-2])
     if not per_batch:

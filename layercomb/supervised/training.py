@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb import trees
-from layercomb.errors import UsageError, require
+from layercomb.errors import UsageError, of_the_machine, require
 from layercomb.layers.base import Layer, Tree
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import Signature
 from layercomb.supervised import steps
-from layercomb.supervised.batches import Batch, Batches
+from layercomb.supervised.batches import Batch, Batches, shaped_unlike
 from layercomb.supervised.evaluation import evaluate
 from layercomb.supervised.progress import Progress, Throughput
 from layercomb.supervised.reports import MetricsLog, Row, read_metrics, write_report
@@ -125,25 +125,28 @@ class Loop:
           The metrics of the last step: 'step', 'train/loss', …, 'valid/loss', …
 
         Raises:
-          UsageError: if a loss is not finite, a token is outside the vocabulary, or the data ends.
+          UsageError: if a loss is not finite, a token is outside the vocabulary, a later batch's
+            shape does not fit the model, the data ends, or the disk is full.
         """
         check_count('Loop.run', 'n_steps', n_steps)
         if self.step >= n_steps:
             rows = [] if self._directory is None else read_metrics(self._directory)
             return next((r for r in rows if r['step'] == self.step), {'step': self.step})
-        run = _Run(self, n_steps)
-        try:
-            while self.step < n_steps:
-                run.advance()
-        finally:
-            run.close()
-        if self._directory is not None:
-            write_report(self._directory)
+        with of_the_machine('put that right, and run again to go on from the last checkpoint'):
+            run = _Run(self, n_steps)
+            try:
+                while self.step < n_steps:
+                    run.advance()
+            finally:
+                run.close()
+            if self._directory is not None:
+                write_report(self._directory)
         return run.row
 
     def _begin(self, model: Layer | Model) -> None:
         """Sets the carry: from the last checkpoint, from the Model given, or from the seed."""
-        signature = _signature(self._net, self._batches.peek())
+        self._first = self._batches.peek()
+        signature = _signature(self._net, self._first)
         init_key, self._key = jax.random.split(jax.random.key(self._seed))
         weights, state = jax.eval_shape(lambda key: self._net.init(signature, key), init_key)
         trainable, _ = trees.partition(weights, self._task.trainable)
@@ -193,12 +196,13 @@ class Loop:
 
     def _advance(self) -> tuple[steps.Metrics, Batch]:
         """Sets off a step; its metrics are arrays still being computed."""
-        batch = self._batches.take()
+        batch, where = self._batches.take(), f'the batch of step {self.step + 1}'
         try:
             check_tokens(self._net, batch[: self._net.n_in])
         except ValueError as e:
-            raise UsageError(f'the batch of step {self.step + 1}: {e}') from None
-        self._carry, metrics = self._compiled(self._carry, self._frozen, self._key, batch)
+            raise UsageError(f'{where}: {e}') from None
+        with shaped_unlike(self._first, batch, where):
+            self._carry, metrics = self._compiled(self._carry, self._frozen, self._key, batch)
         self.step += 1
         return metrics, batch
 

@@ -42,3 +42,18 @@ def test_no_weight_at_all(measure):
     x, y, w = next(iter(PlainData()))
     with pytest.raises(UsageError, match=r'^valid/loss: all loss weights are 0.*: check the data'):
         measure([(x, y, 0 * w)])
+
+
+def test_a_later_batch_that_the_model_refuses():
+    net = tl.Serial(tl.Embedding(16, 8), tl.LearnedPositions(6), tl.Dense(16))
+    weights, state = net.init((shape_dtype((4, 6), 'int32'),), jax.random.key(0))
+    short = next(iter(PlainData()))
+    long = tuple(np.concatenate([x, x], 1) for x in short)
+    said = (
+        r"EvalTask 'valid', batch 2 has shape \(4, 12\), the first one \(4, 6\), and does not fit "
+        r'the model: .*12 .*6'
+    )
+    with pytest.raises(UsageError, match=said):
+        evaluate(net, weights, state, [EvalTask([short, long], LOSS)])
+    with pytest.raises(ValueError, match='12'):
+        evaluate(net, weights, state, [EvalTask([long], LOSS)])

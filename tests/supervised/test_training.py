@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -407,3 +408,47 @@ def test_the_memory_of_a_run_is_donated():
     before = trained.weights
     trained.run(1)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+
+
+def test_a_later_batch_that_the_model_refuses():
+    net = tl.Serial(tl.Embedding(16, 8), tl.LearnedPositions(6), tl.Dense(16))
+    short = next(iter(PlainData()))
+    long = tuple(np.concatenate([x, x], 1) for x in short)
+    said = r'the batch of step 2 has shape \(4, 12\), the first one \(4, 6\), and does not fit the'
+    with pytest.raises(UsageError, match=said):
+        loop(net=net, data=[short, long]).run(2)
+    with pytest.raises(ValueError, match='12'):
+        loop(net=net, data=[long])
+
+
+def test_what_the_machine_refuses_is_one_line(tmp_path, monkeypatch):
+    cure = ': put that right, and run again to go on from the last checkpoint'
+
+    def as_tensorstore_says(*_):
+        raise ValueError(
+            'OUT_OF_RANGE: Error writing "count/0" in OCDBT database at local file "x/": Failed '
+            f"to write 92118 bytes to file 15: File too large [os_error_code='{errno.EFBIG}']"
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr('layercomb.supervised.checkpoints.Checkpoints.wait', as_tensorstore_says)
+        with pytest.raises(UsageError) as error:
+            loop(tmp_path / 'a', net=STILL).run(1)
+    assert str(error.value) == os.strerror(errno.EFBIG) + cure
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'metrics.jsonl')
+
+    monkeypatch.setattr('layercomb.supervised.training.MetricsLog.write', full)
+    with pytest.raises(UsageError) as error:
+        loop(tmp_path / 'b', net=STILL).run(1)
+    assert str(error.value) == f'{os.strerror(errno.ENOSPC)} (metrics.jsonl){cure}'
+
+
+def test_errors_of_programming_stay_what_they_are(monkeypatch):
+    def wrong(*_):
+        raise ValueError('no error of the machine')
+
+    monkeypatch.setattr('layercomb.supervised.training.Progress.row', wrong)
+    with pytest.raises(ValueError, match='no error of the machine'):
+        loop(net=STILL).run(1)
