@@ -42,7 +42,7 @@ def train(
     sample_prompt: str | None = None,
     sample_tokens: int = 300,
     sample_temperature: float = 0.8,
-    baseline_text: tuple[Any, Any] | None = None,
+    baseline_text: Any = None,
 ) -> Any:
     """What a configuration binds: the fields of an `Experiment`, which it returns."""
     from layercomb.experiment import Experiment
@@ -411,9 +411,10 @@ def _conclude(experiment: Any, loop: Any, row: dict[str, Any], directory: Path) 
     numbers = [f'{k} {v:.4g}' for k, v in row.items() if k != 'step']
     print(f'\nstep {row["step"]}: ' + ', '.join(numbers))
     if experiment.baseline_text is not None:
-        from layercomb.data import witten_bell_bits_per_byte
+        from layercomb.data import witten_bell_bits_on_batches
 
-        bits = witten_bell_bits_per_byte(*experiment.baseline_text)
+        same_text = experiment.eval_tasks[0].batches()
+        bits = witten_bell_bits_on_batches(experiment.baseline_text, same_text)
         orders = ' / '.join(map(str, bits))
         values = ' / '.join(f'{b:.2f}' for b in bits.values())
         print(f'beside it, Witten–Bell byte models of order {orders}: {values} bits per byte')

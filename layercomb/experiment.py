@@ -32,8 +32,9 @@ class Experiment:
       sample_prompt: what to continue as a sample, once trained; None for no sample.
       sample_tokens: the sample's length.
       sample_temperature: how it is drawn.
-      baseline_text: training and validation text, two sources of documents, on which byte models
-        that count are measured beside the trained model; None for no comparison.
+      baseline_text: training text, a source of documents, on which byte models count what they
+        predict with. They are measured beside the trained model, on the batches of the first of
+        `eval_tasks`; None for no comparison.
     """
 
     model: Layer
@@ -49,7 +50,7 @@ class Experiment:
     sample_prompt: str | None = None
     sample_tokens: int = 300
     sample_temperature: float = 0.8
-    baseline_text: tuple[Any, Any] | None = None
+    baseline_text: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, Layer):
@@ -60,6 +61,8 @@ class Experiment:
         check_count('train', 'sample_tokens', self.sample_tokens)
         if self.sample_prompt is not None and self.tokenizer is None:
             raise ValueError('train.sample_prompt needs train.tokenizer = @data.ByteTokenizer()')
+        if self.baseline_text is not None and not self.eval_tasks:
+            raise ValueError('train.baseline_text needs train.eval_tasks to be measured on')
 
     def batch_signature(self) -> Signature:
         """Of a batch: inputs, targets and weights."""

@@ -97,6 +97,19 @@ def test_train_again_is_finished_and_more_steps_go_on(files, capsys):
     assert steps == sorted(set(steps)) and steps[-1] == 5
 
 
+def test_byte_models_are_measured_on_the_batches_of_the_eval_task(files, capsys):
+    _, config, run = files
+    wanted = 'train.baseline_text=@data.text_files()'
+    said = []
+    for n_batches in (1, 3):
+        params = ('--gin_param', wanted, '--gin_param', f'EvalTask.n_batches={n_batches}')
+        assert cli.main(['train', str(config), '--output_dir', str(run), *params]) == 0
+        line = re.search(r'beside it, Witten–Bell .*', capsys.readouterr().out)
+        assert line is not None
+        said.append(line[0])
+    assert said[0] != said[1]
+
+
 def test_eval(files, capsys):
     _, _, run = files
     assert cli.main(['eval', str(run), '--gin_param', 'EvalTask.n_batches=2']) == 0

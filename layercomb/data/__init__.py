@@ -5,7 +5,7 @@ pipeline turns a source into a `grain.IterDataset` of batches of numpy arrays, w
 stopped and resumed exactly.
 """
 
-from layercomb.data.ngrams import witten_bell_bits_per_byte
+from layercomb.data.ngrams import witten_bell_bits_on_batches, witten_bell_bits_per_byte
 from layercomb.data.pipelines import batches, bucketed, packed
 from layercomb.data.sources import python_stdlib, text_files, tfds
 from layercomb.data.tasks import copy, duplication
@@ -21,5 +21,6 @@ __all__ = [
     'python_stdlib',
     'text_files',
     'tfds',
+    'witten_bell_bits_on_batches',
     'witten_bell_bits_per_byte',
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from layercomb.data.packing import token_stream
 from layercomb.data.tokenizers import ByteTokenizer
+from layercomb.errors import UsageError
 
 _MAX_ORDER = 3  # a context and the byte after it fit in 32 bits
 
@@ -46,16 +48,90 @@ def witten_bell_bits_per_byte(
     >>> witten_bell_bits_per_byte(['abab' * 99], ['abababab'], orders=[1])[1] < 1.5
     True
     """
+    _check_orders(orders)
+    asked = _padded_stream('valid', valid)
+    wanted, times = np.unique(_grams(asked, _MAX_ORDER), return_counts=True)
+    known = np.full(wanted.shape, _MAX_ORDER)
+    return _bits(_padded_stream('train', train), wanted, known, times, orders)
+
+
+def witten_bell_bits_on_batches(
+    train: Sequence[str | bytes],
+    batches: Iterable[tuple[Any, ...]],
+    orders: Sequence[int] = (1, 2, 3),
+) -> dict[int, float]:
+    """Returns the bits per byte of the same models on the targets of batches, and on no others.
+
+    Just what a neural model is measured on: a target's context is what its row holds before it, so
+    the first ones of a row are predicted by models of lower order.
+
+    Args:
+      train: documents to count.
+      batches: (inputs, targets, loss_weights), (B, L) bytes, bytes and weights.
+      orders: numbers of context bytes, 0 … 3.
+
+    Returns:
+      Weighted mean of the bits per byte for each order.
+
+    Raises:
+      ValueError: if an order is not in 0 … 3, or `train` holds no byte.
+      UsageError: if the batches are not of bytes, or no target counts.
+
+    >>> batch = np.array([[97, 98, 97]]), np.array([[98, 97, 98]]), np.ones((1, 3))
+    >>> witten_bell_bits_on_batches(['abab' * 99], [batch], orders=[1])[1] < 0.2
+    True
+    """
+    _check_orders(orders)
+    columns = [_grams_of_batch(batch) for batch in batches]
+    if not any(times.size for _, _, times in columns):
+        raise UsageError('no target in the batches counts: byte models have nothing to predict')
+    wanted, known, times = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return _bits(_padded_stream('train', train), wanted, known, times, orders)
+
+
+def _check_orders(orders: Sequence[int]) -> None:
     if not orders or any(type(n) is not int or not 0 <= n <= _MAX_ORDER for n in orders):
         raise ValueError(f'orders={orders!r}: give numbers of context bytes from 0 to {_MAX_ORDER}')
-    seen, asked = (_padded_stream(name, s) for name, s in (('train', train), ('valid', valid)))
-    wanted, times = np.unique(_grams(asked, _MAX_ORDER), return_counts=True)
+
+
+def _bits(
+    seen: np.ndarray,
+    wanted: np.ndarray,
+    known: np.ndarray,
+    times: np.ndarray,
+    orders: Sequence[int],
+) -> dict[int, float]:
+    """Mean bits of grams, of whose context bytes `known` are known and that count `times`."""
     p = np.full(wanted.shape, 1 / 256)
     bits = {}
     for order in range(max(orders) + 1):
-        p = _interpolate(_grams(seen, order), _last_bytes(wanted, order), p)
+        higher = _interpolate(_grams(seen, order), _last_bytes(wanted, order), p)
+        p = np.where(known >= order, higher, p)
         bits[order] = float(-(times * np.log2(p)).sum() / times.sum())
     return {order: bits[order] for order in orders}
+
+
+def _grams_of_batch(batch: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every target that counts with the bytes before it, how many these are, and its weight."""
+    if len(batch) != 3 or not all(_are_bytes(np.asarray(x)) for x in batch[:2]):
+        raise UsageError(
+            'byte models need batches (inputs, targets, loss_weights) of bytes, as a ByteTokenizer '
+            'makes: leave out train.baseline_text'
+        )
+    inputs, targets, weights = (np.asarray(x) for x in batch)
+    n, length = inputs.shape
+    before = np.concatenate([np.zeros((n, _MAX_ORDER - 1), np.uint32), inputs.astype(np.uint32)], 1)
+    grams = np.zeros((n, length), np.uint32)
+    for start in range(_MAX_ORDER):
+        grams = (grams << np.uint32(8)) | before[:, start : start + length]
+    grams = (grams << np.uint32(8)) | targets.astype(np.uint32)
+    known = np.broadcast_to(np.minimum(np.arange(length) + 1, _MAX_ORDER), grams.shape)
+    counts = weights != 0
+    return grams[counts], known[counts], weights[counts]
+
+
+def _are_bytes(tokens: np.ndarray) -> bool:
+    return bool(tokens.ndim == 2 and tokens.dtype.kind in 'iu' and (tokens & 255 == tokens).all())
 
 
 def _padded_stream(name: str, source: Sequence[str | bytes]) -> np.ndarray:

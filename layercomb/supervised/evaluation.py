@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -62,10 +61,9 @@ def compiled(net: Layer, metrics: tuple[Metric, ...], chunk_len: int | None) -> 
 
 def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[tuple[float, float]]:
     """Sums over batches, in double precision, one batch always being computed meanwhile."""
-    batches: Iterable[Any] = itertools.islice(iter(task.data), task.n_batches)
     per_batch: list[Any] = []
     first: Batch = ()
-    for i, batch in enumerate(map(tuple, batches), 1):
+    for i, batch in enumerate(task.batches(), 1):
         where = f'EvalTask {task.name!r}, batch {i}'
         try:
             check_tokens(net, batch[: net.n_in])

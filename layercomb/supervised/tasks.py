@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -101,6 +102,10 @@ class EvalTask:
             raise ValueError("EvalTask: the name 'train' is that of training: choose another")
         check_count('EvalTask', 'n_batches', self.n_batches, optional=True)
         check_count('EvalTask', 'loss_chunk_len', self.loss_chunk_len, optional=True)
+
+    def batches(self) -> Iterator[Batch]:
+        """What an evaluation goes through: the same batches each time, `n_batches` of them."""
+        return map(tuple, itertools.islice(iter(self.data), self.n_batches))
 
 
 def check_count(owner: str, name: str, value: Any, optional: bool = False) -> None:
