@@ -146,9 +146,10 @@ def meetings(plan: Plan, places: Any, buckets: Any, round_: Round, i: Any) -> ja
 
 def scores(plan: Plan, q: Any, k: Any, rounds: Any, round_: Round, i: Any) -> tuple[Any, Any]:
     """Scores (G, C, W) of tile i, and which of them are seen."""
-    s = jnp.where(distance(plan) == 0, SELF, tiles.dot('gqk,gwk->gqw', q, k))
+    s: jax.Array = jnp.where(distance(plan) == 0, SELF, tiles.dot('gqk,gwk->gqw', q, k))
     if plan.once:
-        s = s - jnp.log(meetings(plan, *rounds, round_, i))
+        places, buckets = rounds
+        s = s - jnp.log(meetings(plan, places, buckets, round_, i))
     return s, visible(plan, round_, i)
 
 
