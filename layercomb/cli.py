@@ -21,6 +21,7 @@ from layercomb.errors import UsageError, of_the_machine, require
 from layercomb.version import __version__
 
 CONFIG = 'config.gin'
+OPERATIVE = 'operative_config.gin'
 # What may change between the parts of one run: how long it is, and what is shown of it.
 _MAY_CHANGE = re.compile(
     r'cli\.train\.(steps|keep|\w+_every|eval_tasks|sample_\w+|baseline_text)$|.*EvalTask\.'
@@ -101,7 +102,7 @@ def run_train(options: argparse.Namespace) -> None:
         with mistakes_of_the_person():
             experiment.check()  # before anything is written
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / CONFIG).write_text(config.text)
+            config.write(directory)
             loop = Loop(
                 experiment.model,
                 experiment.train_task,
@@ -214,6 +215,14 @@ class Config:
                     'cli.train.model and cli.train.train_task'
                 ) from None
             return make()
+
+    def write(self, directory: Path) -> None:
+        """Keeps the bindings, by which runs are compared, and beside them all that is in force.
+
+        The latter has what nobody bound, too: the defaults of everything built so far.
+        """
+        (directory / CONFIG).write_text(self.text, encoding='utf-8')
+        (directory / OPERATIVE).write_text(self._gin.operative_config_str(), encoding='utf-8')
 
     def value(self, name: str) -> Any:
         """One argument of `train` alone, without building the others."""

@@ -63,6 +63,8 @@ class Experiment:
             raise ValueError('train.sample_prompt needs train.tokenizer = @data.ByteTokenizer()')
         if self.baseline_text is not None and not self.eval_tasks:
             raise ValueError('train.baseline_text needs train.eval_tasks to be measured on')
+        if self.baseline_text is not None and not isinstance(self.baseline_text[0], (str, bytes)):
+            raise TypeError('train.baseline_text must be one source of documents, str or bytes')
 
     def batch_signature(self) -> Signature:
         """Of a batch: inputs, targets and weights."""

@@ -85,6 +85,14 @@ def test_run_directory_describes_itself(files):
     assert list(run.glob('events.out.tfevents*'))
 
 
+def test_the_operative_config_names_defaults_too(files):
+    _, _, run = files
+    bound, operative = ((run / name).read_text() for name in ('config.gin', 'operative_config.gin'))
+    for name in ('models.TransformerLM.d_model = 8', "models.TransformerLM.positions = 'learned'"):
+        assert name in operative
+    assert 'cli.train.keep = 3' in operative and 'keep' not in bound
+
+
 def test_train_again_is_finished_and_more_steps_go_on(files, capsys):
     _, config, run = files
     again = ['train', str(config), '--output_dir', str(run)]
@@ -172,7 +180,8 @@ def test_mistakes_in_a_binding(files, capsys, binding):
 
 def test_mistakes_with_files(files, capsys, tmp_path):
     folder, config, run = files
-    assert 'one of transformer_python' in refused(capsys, 'train', 'no_such_config')
+    said = refused(capsys, 'train', 'no_such_config')
+    assert re.search('one of .*transformer_python', said), said
     assert 'holds another experiment (models.TransformerLM.d_ff is 8 there, 16 here)' in refused(
         capsys, *train(files, 'TransformerLM.d_ff=16', directory='run')
     )
