@@ -20,11 +20,13 @@ import numpy as np
 from layercomb import trees
 from layercomb.errors import UsageError
 from layercomb.layers.attention import LocalSelfAttention, SelfAttention
-from layercomb.layers.base import Layer, Mode, Tree, init_state
+from layercomb.layers.base import Layer, Mode, Tree, Wrapper, init_state
 from layercomb.layers.caches import set_positions
+from layercomb.layers.combinators import Serial
+from layercomb.layers.core import Dense
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import shape_dtype
-from layercomb.transforms import unstack, unstack_state
+from layercomb.transforms import Tied, unstack, unstack_state
 
 Prompts = Any  # (B, P) integers, or a list of sequences of them, of any lengths
 
@@ -116,7 +118,8 @@ def generate(
     start = _start(model, prompts, n_tokens)
     sampler = Sampler(temperature, top_k, top_p)
     keys = _row_keys(rng, len(start.tokens))
-    return np.asarray(_generate(start, sampler, n_tokens, eos_id, keys))
+    start, state = dataclasses.replace(start, state={}), start.state
+    return np.asarray(_generate(start, sampler, n_tokens, eos_id, state, keys)[0])
 
 
 def stream(
@@ -243,9 +246,43 @@ def _fold_each(keys: jax.Array, i: Any) -> jax.Array:
 
 def _ingest(start: _Start, state: Tree) -> tuple[jax.Array, Tree]:
     """Runs the prompts: logits (B, V) after each, and the state with each row at its length."""
-    (logits,), state = start.net.apply(start.weights, state, (start.tokens,), mode=Mode.PREDICT)
-    last = jnp.take_along_axis(logits, (start.lengths - 1)[:, None, None], axis=1)[:, 0]
-    return last, set_positions(state, start.lengths)
+    at, short = start.lengths - 1, _at_one_position(start.net)
+    if short is None:
+        (logits,), state = start.net.apply(start.weights, state, (start.tokens,), mode=Mode.PREDICT)
+        logits = _take(logits, at)
+    else:
+        inputs = (start.tokens, at)
+        (logits,), state = short.apply(start.weights, state, inputs, mode=Mode.PREDICT)
+    return logits[:, 0], set_positions(state, start.lengths)
+
+
+class _AtPosition(Wrapper):
+    """A head at one position of each row: (x (B, L, D), positions (B,)) → (B, 1, V)."""
+
+    n_in = property(lambda self: 2)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        x = _take(*inputs)
+        return self.layer.apply(weights, state, (x,), rng=rng, mode=mode)
+
+
+def _at_one_position(net: Layer) -> Layer | None:
+    """The model with positions (B,) as a second input and logits (B, 1, V) there alone.
+
+    With the same paths. None if it does not end with a `Dense`, which sees each position by itself.
+    """
+    if isinstance(net, Tied):
+        inner = _at_one_position(net.layer)
+        return None if inner is None else net.replace(layer=inner)
+    if type(net) is Serial and net.layers:
+        named = [layer.replace(name=key) for key, layer in zip(net.keys, net.layers, strict=True)]
+        last = _at_one_position(named[-1])
+        return None if last is None else Serial(*named[:-1], last, name=net.name)
+    return _AtPosition(net) if type(net) is Dense else None
+
+
+def _take(x: jax.Array, at: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, at[:, None, None], axis=1)  # (B, L, D) → (B, 1, D)
 
 
 def _advance(start: _Start, state: Tree, token: jax.Array) -> tuple[jax.Array, Tree]:
@@ -254,11 +291,11 @@ def _advance(start: _Start, state: Tree, token: jax.Array) -> tuple[jax.Array, T
     return logits[:, 0], state
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), donate_argnums=4)
 def _generate(
-    start: _Start, sampler: Sampler, n_tokens: int, eos_id: int | None, keys: jax.Array
-) -> jax.Array:
-    logits, state = _ingest(start, start.state)
+    start: _Start, sampler: Sampler, n_tokens: int, eos_id: int | None, state: Tree, keys: jax.Array
+) -> tuple[jax.Array, Tree]:
+    logits, state = _ingest(start, state)
     first = sampler(logits, _fold_each(keys, 0))
     made = jnp.full((len(first), n_tokens), 0 if eos_id is None else eos_id, jnp.int32)
     made = made.at[:, 0].set(first)
@@ -277,7 +314,9 @@ def _generate(
         return i + 1, token, done, state, jax.lax.dynamic_update_slice(made, token[:, None], (0, i))
 
     done = first == eos_id if eos_id is not None else jnp.zeros(first.shape, bool)
-    return jax.lax.while_loop(unfinished, step, (jnp.int32(1), first, done, state, made))[-1]
+    carry = (jnp.int32(1), first, done, state, made)
+    *_, state, made = jax.lax.while_loop(unfinished, step, carry)
+    return made, state  # the state, so that the caches given are the ones that are written to
 
 
 def _stream(

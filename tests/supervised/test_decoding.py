@@ -145,3 +145,29 @@ def test_errors():
         decoding.generate(lc.Model(model.layer), [[1]], 2)
     with pytest.raises(ValueError, match='n_tokens must be'):
         decoding.generate(model, [[1]], 0)
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_prompts_take_logits_at_their_ends_alone(tied, monkeypatch):
+    net = make().layer
+    if tied:
+        net = lc.transforms.Tied(net, 'head/kernel', 'embedding/table', jnp.transpose)
+    model = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'), 3)
+    start = decoding._start(model, [[1, 2, 3], [4]], 5)
+    of_all = f'2,{start.tokens.shape[1]},{V}]'
+    assert of_all not in str(jax.make_jaxpr(decoding._ingest)(start, start.state))
+    few, state = decoding._ingest(start, start.state)
+    monkeypatch.setattr(decoding, '_at_one_position', lambda net: None)
+    assert of_all in str(jax.make_jaxpr(lambda *x: decoding._ingest(*x))(start, start.state))
+    whole, same_state = decoding._ingest(start, start.state)
+    np.testing.assert_allclose(few, whole, rtol=1e-5, atol=1e-6)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state, same_state))
+
+
+def test_a_model_that_does_not_end_with_a_dense_decodes():
+    model = make()
+    ended = lc.Model(tl.Serial(model.layer.replace(name='lm'), tl.LogSoftmax()))
+    ended.weights, ended.state = {'lm': model.weights}, {}
+    assert decoding._at_one_position(ended.layer) is None
+    both = (decoding.generate(m, [[1, 2], [3]], 4, temperature=0) for m in (model, ended))
+    np.testing.assert_array_equal(*both)
