@@ -12,6 +12,27 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob('*.gin'))
 
 # Sizes alone, so that two steps take seconds.
 TINY = {
+    'reformer_duplication': (
+        'models.ReformerLM.d_model = 16',
+        'models.ReformerLM.d_ff = 16',
+        'LENGTH = 16',
+        'models.ReformerLM.chunk_len = 4',
+        'train/data.batches.batch_size = 2',
+        'valid/data.batches.batch_size = 2',
+        'supervised.EvalTask.n_batches = 1',
+    ),
+    'reformer_python': (
+        'models.ReformerLM.d_model = 16',
+        'models.ReformerLM.d_ff = 16',
+        'models.ReformerLM.n_layers = 2',
+        'LENGTH = 16',
+        'tl.LocalSelfAttention.chunk_len = 4',
+        'tl.LSHSelfAttention.chunk_len = 4',
+        'train/data.packed.batch_size = 2',
+        'valid/data.packed.batch_size = 2',
+        'supervised.EvalTask.n_batches = 1',
+        'cli.train.sample_tokens = 4',
+    ),
     'transformer_python': (
         'models.TransformerLM.d_model = 16',
         'models.TransformerLM.d_ff = 16',

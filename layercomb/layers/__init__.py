@@ -66,6 +66,13 @@ from layercomb.layers.metrics import (
 )
 from layercomb.layers.normalization import BatchNorm, LayerNorm, RMSNorm
 from layercomb.layers.positional import LearnedPositions, RotaryPositions, SinusoidalPositions
+from layercomb.layers.reversible import (
+    ReversibleHalfResidual,
+    ReversibleRepeat,
+    ReversibleSelect,
+    ReversibleSerial,
+    ReversibleSwap,
+)
 from layercomb.layers.routing import (
     Concatenate,
     Drop,
@@ -132,6 +139,11 @@ __all__ = [
     'Remat',
     'Repeat',
     'Residual',
+    'ReversibleHalfResidual',
+    'ReversibleRepeat',
+    'ReversibleSelect',
+    'ReversibleSerial',
+    'ReversibleSwap',
     'RotaryPositions',
     'Select',
     'SelfAttention',

@@ -1,6 +1,7 @@
 """Models: functions that return layers."""
 
 from layercomb.models.mlp import MLP
+from layercomb.models.reformer import ReformerLM
 from layercomb.models.transformer import TransformerEncoder, TransformerLM
 
-__all__ = ['MLP', 'TransformerEncoder', 'TransformerLM']
+__all__ = ['MLP', 'ReformerLM', 'TransformerEncoder', 'TransformerLM']

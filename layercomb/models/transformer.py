@@ -187,7 +187,8 @@ def with_rotary(
         return pattern
     return tuple(
         layer.replace(rotary=rotary)
-        if isinstance(layer, (tl.SelfAttention, tl.LocalSelfAttention)) and layer.rotary is None
+        if isinstance(layer, (tl.SelfAttention, tl.LocalSelfAttention, tl.LSHSelfAttention))
+        and layer.rotary is None
         else layer
         for layer in pattern
     )

@@ -151,6 +151,21 @@ ROWS: dict[str, Row] = {
     ),
     'Repeat shared': Row(lambda: tl.Repeat(tl.Serial(tl.BatchNorm(), tl.Dense(D)), 2, shared=True)),
     'Residual': Row(lambda: tl.Residual(tl.Dense(4), shortcut=tl.Dense(4), name='step')),
+    'ReversibleHalfResidual': Row(
+        lambda: tl.ReversibleHalfResidual(feed_forward()), TWO, draws=True
+    ),
+    'ReversibleRepeat': Row(
+        lambda: tl.ReversibleRepeat(tl.ReversibleHalfResidual(feed_forward()), 2), TWO, draws=True
+    ),
+    'ReversibleSelect': Row(lambda: tl.ReversibleSelect((1, 0)), TWO),
+    'ReversibleSerial': Row(
+        lambda: tl.ReversibleSerial(
+            tl.ReversibleHalfResidual(tl.LSHSelfAttention(2, chunk_len=2, n_buckets=2)),
+            tl.ReversibleSwap(),
+        ),
+        TWO,
+        draws=True,
+    ),
     'RotaryPositions': Row(tl.RotaryPositions, (heads(), heads()), (2, 2), 2),
     'Select': Row(lambda: tl.Select([1, 0, 1], n_in=3), (*TWO, stream())),
     'SelfAttention': Row(lambda: tl.SelfAttention(2, rotary=tl.RotaryPositions())),

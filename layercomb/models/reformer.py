@@ -1,0 +1,150 @@
+"""The Reformer: reversible blocks, LSH attention, chunked feed-forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from layercomb import layers as tl
+from layercomb.layers.axial import nearest_grid
+from layercomb.models.transformer import (
+    attention_pattern,
+    feed_forward,
+    position_layer,
+    rotary_positions,
+    with_rotary,
+)
+
+
+def ReformerLM(
+    vocab_size: int,
+    d_model: int = 512,
+    d_ff: int = 2048,
+    n_layers: int = 6,
+    n_heads: int = 8,
+    max_len: int = 65536,
+    dropout: float = 0.0,
+    attention: tl.Layer | Sequence[tl.Layer] | None = None,
+    *,
+    n_hashes: int = 4,
+    chunk_len: int = 64,
+    activation: str | tl.Layer = 'gelu',
+    positions: str = 'axial',
+    axial_shape: tuple[int, int] | None = None,
+    axial_depths: tuple[int, int] | None = None,
+    norm: tl.Layer = tl.LayerNorm(),
+    ff_chunk_len: int | None = 1024,
+) -> tl.Serial:
+    """A language model of long sequences: token ids (B, L) → logits (B, L, vocab_size).
+
+    Two streams start as the embeddings and pass through blocks that can be run backwards::
+
+        x₁ = x₁ + Dropout(Attention(Norm(x₂)))
+        x₂ = x₂ + Dropout(FeedForward(Norm(x₁)))
+
+    so that training keeps no activations of any block: its memory does not grow with depth. The
+    head reads both streams, concatenated.
+
+    Args:
+      vocab_size: V.
+      d_model: D, the width of each stream.
+      d_ff: the width inside the feed-forwards.
+      n_layers: how many blocks.
+      n_heads: of the default attention; it must divide `d_model`.
+      max_len: the longest sequence; the numbers of buckets follow from it, never from the length
+        of an input, so that a longer input changes nothing before it.
+      dropout: the rate on the embeddings and on what each half of a block adds.
+      attention: a layer (B, L, D) → (B, L, D), or several that alternate over depth, e.g.
+        ``(tl.LocalSelfAttention(8, 64), tl.LSHSelfAttention(8))``; by default causal
+        `LSHSelfAttention`. Where an LSH layer says neither ``n_buckets`` nor ``max_len``, it gets
+        this `max_len`.
+      n_hashes: rounds of the default attention.
+      chunk_len: of the default attention.
+      activation: of the feed-forwards, a name or a layer.
+      positions: 'axial', 'rotary' (put into the attention layers), 'learned', 'sinusoidal' or
+        'none'.
+      axial_shape: of the grid of axial positions; it must cover `max_len`. By default the squarest
+        of powers of two.
+      axial_depths: how D is divided among its two axes; by default into halves.
+      norm: the normalization.
+      ff_chunk_len: positions that a feed-forward takes at a time; None takes all.
+
+    Returns:
+      ``Serial(embedding, positions, Dup, ReversibleRepeat(block), Concatenate, norm, head)``.
+
+    Raises:
+      ValueError: if the attention pattern does not divide `n_layers`, the axial shape does not
+        cover `max_len`, or for unknown positions.
+
+    References:
+      Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
+
+    >>> ReformerLM(256, 64, 128, n_layers=2, n_heads=4, max_len=1024).n_out
+    1
+    """
+    default = tl.LSHSelfAttention(
+        n_heads, n_hashes=n_hashes, chunk_len=chunk_len, max_len=max_len, dropout=0.0
+    )
+    pattern = attention_pattern(default if attention is None else attention, n_layers)
+    pattern = with_rotary(with_max_len(pattern, max_len), rotary_positions(positions, max_len))
+    block = [
+        [
+            half(norm, layer, dropout),
+            tl.ReversibleSwap(),
+            half(norm, feed_forward(d_ff, d_model, activation, None), dropout, ff_chunk_len),
+            tl.ReversibleSwap(),
+        ]
+        for layer in pattern
+    ]
+    flat = [layer for layers in block for layer in layers]
+    if positions == 'axial':
+        place: tl.Layer | None = axial_positions(max_len, axial_shape, axial_depths)
+    else:
+        place = position_layer(positions, max_len)
+    return tl.Serial(
+        tl.Embedding(vocab_size, d_model, table_init=tl.Normal(0.02)),
+        place,
+        tl.Dropout(dropout) if dropout else None,
+        tl.Dup(),
+        tl.ReversibleRepeat(tl.ReversibleSerial(*flat, name='block'), n_layers // len(pattern)),
+        tl.Concatenate(),
+        norm.replace(name='norm'),
+        tl.Dense(vocab_size, name='head'),
+    )
+
+
+def half(
+    norm: tl.Layer, layer: tl.Layer, dropout: float, chunk_len: int | None = None
+) -> tl.ReversibleHalfResidual:
+    """(x₁, x₂) → (x₁ + Dropout(layer(norm(x₂))), x₂), in pieces of `chunk_len` if it says so."""
+    layers = [norm, layer, *([tl.Dropout(dropout)] if dropout else [])]
+    if chunk_len is None:
+        return tl.ReversibleHalfResidual(*layers)
+    return tl.ReversibleHalfResidual(tl.Chunk(tl.Serial(*layers, name='feed_forward'), chunk_len))
+
+
+def with_max_len(pattern: tuple[tl.Layer, ...], max_len: int) -> tuple[tl.Layer, ...]:
+    """The LSH layers that leave their number of buckets open, told how long sequences may be."""
+    return tuple(
+        layer.replace(max_len=max_len)
+        if isinstance(layer, tl.LSHSelfAttention) and layer.n_buckets is None is layer.max_len
+        else layer
+        for layer in pattern
+    )
+
+
+def axial_positions(
+    max_len: int, shape: tuple[int, int] | None, depths: tuple[int, int] | None
+) -> tl.AxialPositions:
+    """Axial positions for `max_len`.
+
+    Raises:
+      ValueError: if `shape` does not cover it.
+    """
+    grid = nearest_grid(max_len)
+    layer = tl.AxialPositions(grid if shape is None else tuple(shape), depths)
+    if layer.max_len < max_len:
+        raise ValueError(
+            f'axial_shape={layer.shape} covers {layer.max_len} positions, max_len is {max_len}: '
+            f'use {grid}'
+        )
+    return layer
