@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import trees
-from layercomb.layers.base import Layer, Mode, Tree, Wrapper, default_name, given_name
+from layercomb.layers.base import Layer, Mode, Tree, Wrapper, default_name, given_name, vjp
 from layercomb.layers.combinators import Combinator, Parallel, Serial
 from layercomb.layers.control import Map, Repeat
 from layercomb.shapes import is_float
@@ -75,6 +75,25 @@ class Cast(Wrapper):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         narrow_weights, narrow_inputs = self._cast(weights), self._cast(tuple(inputs))
         return self.layer.apply(narrow_weights, state, narrow_inputs, rng=rng, mode=mode)
+
+    def apply_and_grad(
+        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
+    ):
+        """The layer's own, on what is cast; gradients are cast back."""
+        given = weights, tuple(inputs)
+        outputs, d_inputs, d_weights = self.layer.apply_and_grad(
+            self._cast(weights),
+            state,
+            self._cast(tuple(inputs)),
+            cts,
+            rng=rng,
+            mode=mode,
+            state_cts=state_cts,
+        )
+        d_weights, d_inputs = jax.tree.map(
+            lambda x, ct: None if ct is None else ct.astype(x.dtype), given, (d_weights, d_inputs)
+        )
+        return outputs, d_inputs, d_weights
 
     def _cast(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(self.dtype) if is_float(x) else x, tree)
@@ -148,10 +167,23 @@ class Tied(Wrapper):
         return outputs, trees.drop(weights, self.target), state
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        return self.layer.apply(self._untied(weights), state, inputs, rng=rng, mode=mode)
+
+    def apply_and_grad(
+        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
+    ):
+        """The layer's own; the weight gets the gradients of both its places."""
+        whole, pull = vjp(self._untied, weights)
+        outputs, d_inputs, d_whole = self.layer.apply_and_grad(
+            whole, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
+        )
+        (d_weights,) = pull(d_whole)
+        return outputs, d_inputs, d_weights
+
+    def _untied(self, weights: Tree) -> Tree:
+        """The weights with one at `target` too."""
         value = trees.get(weights, self.source)
-        value = self.via(value) if self.via else value
-        weights = trees.put(weights, self.target, value)
-        return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
+        return trees.put(weights, self.target, self.via(value) if self.via else value)
 
 
 def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:

@@ -23,12 +23,15 @@ from layercomb.layers.base import (
     _call_text,
     _set,
     _show,
+    add_cts,
     check_inputs,
     check_outputs,
     check_sublayers,
     default_name,
     fold,
     given_name,
+    matched,
+    vjp,
     where,
 )
 from layercomb.shapes import Signature
@@ -91,6 +94,13 @@ class Combinator(Layer):
         """Routes `inputs`; sublayer `i` draws from `rng` folded with `i`."""
         check_inputs(self, inputs)
         new_state = dict(state)
+        call = self._caller(weights, state, new_state, rng, mode)
+        return self.route(call, tuple(inputs)), new_state
+
+    def _caller(
+        self, weights: Tree, state: Tree, new_state: Tree, rng: jax.Array | None, mode: Mode
+    ) -> Call:
+        """What `route` calls when arrays flow; it writes new states into `new_state`."""
 
         def call(i: int, values: Stack) -> Stack:
             key, layer = self._children[i]
@@ -104,7 +114,7 @@ class Combinator(Layer):
                 new_state[key] = new
             return outputs
 
-        return self.route(call, tuple(inputs)), new_state
+        return call
 
     def _build(
         self, signature: Signature, rng: jax.Array, mode: Mode
@@ -236,6 +246,12 @@ class Serial(Variadic, init=False):
     def route(self, call: Call, stack: Stack) -> Stack:
         return serial_route(self.layers, call, stack)
 
+    def apply_and_grad(
+        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
+    ):
+        """Handed to the last layer, whose outputs are the whole's."""
+        return serial_apply_and_grad(self, weights, state, inputs, cts, rng, mode, state_cts)
+
 
 class Parallel(Variadic, init=False):
     """Layers side by side, each on values of its own: the first takes the top of the stack.
@@ -327,6 +343,23 @@ class Residual(Variadic, init=False):
         x = call(n, stack[: self.shortcut.n_in]) if self.shortcut else stack
         return call(n + bool(self.shortcut), (x[0], y)) + tuple(more) + stack[self.n_in :]
 
+    def apply_and_grad(
+        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
+    ):
+        """Handed to the last layer: what it adds has the sum's cotangent."""
+        if self.shortcut is not None or not isinstance(self.add, Add):
+            return super().apply_and_grad(
+                weights, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
+            )
+        n = serial_arity(self.layers)[0]
+        (y, *more), d_inputs, d_weights = serial_apply_and_grad(
+            self, weights, state, inputs[:n], cts, rng, mode, state_cts
+        )
+        x = inputs[0]
+        d_x, *d_beside = d_inputs or (None,)  # layers that make values of nothing have none
+        y = x + y.astype(x.dtype)
+        return (y, *more), (add_cts(d_x, cts[0]), *d_beside), d_weights
+
 
 def serial_arity(layers: Iterable[Layer]) -> tuple[int, int]:
     """How many values layers in series need, and how many they leave of these.
@@ -350,6 +383,48 @@ def serial_route(layers: Iterable[Layer], call: Call, stack: Stack) -> Stack:
     for i, layer in enumerate(layers):
         stack = call(i, stack[: layer.n_in]) + stack[layer.n_in :]
     return stack
+
+
+def serial_apply_and_grad(
+    owner: Variadic,
+    weights: Tree,
+    state: Tree,
+    inputs: Stack,
+    cts: Stack,
+    rng: jax.Array | None,
+    mode: Mode,
+    state_cts: Tree | None,
+) -> tuple[Stack, Stack, Tree]:
+    """`Layer.apply_and_grad` of the layers of `owner` in series: `vjp` of all but the last."""
+    if not owner.layers:
+        return tuple(inputs), tuple(cts), {}
+    *layers, last = owner.layers
+    n, key = len(layers), owner.keys[len(layers)]
+
+    def head(weights: Tree, inputs: Stack) -> tuple[Stack, Tree]:
+        new_state: Tree = {}
+        call = owner._caller(weights, state, new_state, rng, mode)
+        return serial_route(layers, call, inputs), new_state
+
+    before = {k: w for k, w in weights.items() if k != key}
+    (stack, new_state), pull = vjp(head, before, tuple(inputs))
+    values, below = stack[: last.n_in], stack[last.n_in :]
+    with where(owner, key, last, values):
+        check_inputs(last, values)
+        outputs, d_values, d_last = last.apply_and_grad(
+            weights.get(key, {}),
+            state.get(key, {}),
+            values,
+            tuple(cts[: last.n_out]),
+            rng=fold(rng, n),
+            mode=mode,
+            state_cts=(state_cts or {}).get(key),
+        )
+    d_stack = tuple(d_values) + tuple(cts[last.n_out :])
+    d_weights, d_inputs = pull((d_stack, matched(state_cts, new_state)))
+    if key in weights:
+        d_weights[key] = d_last
+    return tuple(outputs) + below, d_inputs, d_weights
 
 
 def _flatten(owner: str, layers: Any) -> Iterator[Layer]:

@@ -20,6 +20,7 @@ from layercomb.layers.base import (
     fold,
     put_decisions,
     take_decisions,
+    zero_cts,
 )
 from layercomb.layers.fields import Size
 from layercomb.shapes import Signature, describe
@@ -51,8 +52,8 @@ class Repeat(Wrapper):
         super().__post_init__()
         if self.layer.n_in != self.layer.n_out:
             raise TypeError(
-                f'Repeat: a block must put back as many values as it takes, this one takes '
-                f'{self.layer.n_in} and puts back {self.layer.n_out}'
+                f'{type(self).__name__}: a block must put back as many values as it takes, this '
+                f'one takes {self.layer.n_in} and puts back {self.layer.n_out}'
             )
 
     def init(self, signature, rng, mode=Mode.TRAIN):
@@ -77,7 +78,7 @@ class Repeat(Wrapper):
             weights, state = jax.vmap(one)(jax.random.split(rng, self.n))
         if describe(made[0]) != describe(signature):
             raise TypeError(
-                f'Repeat: a block must keep shapes and dtypes, this one turns '
+                f'{type(self).__name__}: a block must keep shapes and dtypes, this one turns '
                 f'({describe(signature)}) into ({describe(made[0])})'
             )
         if mode is Mode.PREDICT and state:
@@ -137,6 +138,14 @@ class Remat(Wrapper):
             return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
 
         return jax.checkpoint(run)(weights, state, tuple(inputs), rng)
+
+    def apply_and_grad(
+        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
+    ):
+        """The layer's own: in one pass there is nothing to compute again."""
+        return self.layer.apply_and_grad(
+            weights, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
+        )
 
 
 class Map(Wrapper):
@@ -277,6 +286,46 @@ class Chunk(Wrapper):
             state = {**state, DECISIONS: taken}
         return outputs, state
 
+    def apply_and_grad(
+        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
+    ):
+        """Outputs and gradients of one piece after the other, each computed once."""
+        length = self._length(inputs)
+        given = {'rng': rng, 'mode': mode, 'state_cts': state_cts}
+        if length <= self.chunk_len:
+            return self.layer.apply_and_grad(weights, state, inputs, cts, **given)
+        found = state.get(DECISIONS, {})
+        plain = {k: v for k, v in state.items() if k != DECISIONS}
+        if _passes_on(plain):  # a piece needs the new state of the one before
+            return super().apply_and_grad(weights, state, inputs, cts, **given)
+        n = length // self.chunk_len
+        pieces, rest = _cut((tuple(inputs), tuple(cts)), n, self.chunk_len)
+
+        def one(total: Tree, xs: Any) -> tuple[Tree, Any]:
+            (values, its_cts), i, decisions = xs
+            share = values[0].shape[1] / length
+            outputs, d_values, d = self.layer.apply_and_grad(
+                weights,
+                put_decisions(plain, decisions),
+                values,
+                its_cts,
+                rng=fold(rng, i),
+                mode=mode,
+                state_cts=jax.tree.map(lambda ct: share * ct, state_cts),
+            )
+            return jax.tree.map(jnp.add, total, d), (outputs, d_values)
+
+        total, made = jax.lax.scan(
+            one, zero_cts(weights), (pieces, jnp.arange(n), found.get('pieces', {}))
+        )
+        outputs, d_inputs = jax.tree.map(_join, made)
+        if rest is not None:
+            total, tail = one(total, (rest, jnp.int32(n), found.get('rest', {})))
+            outputs, d_inputs = jax.tree.map(
+                lambda a, b: jnp.concatenate([a, b], 1), (outputs, d_inputs), tail
+            )
+        return outputs, d_inputs, total
+
     def _length(self, inputs: Arrays) -> int:
         lengths = {x.shape[1] if x.ndim > 1 else -1 for x in inputs}
         if len(lengths) != 1 or -1 in lengths:
@@ -287,16 +336,17 @@ class Chunk(Wrapper):
         return lengths.pop()
 
 
-def _cut(values: Arrays, n: int, chunk_len: int) -> tuple[Arrays, Arrays | None]:
-    """n pieces of chunk_len on a leading axis, and what is left over."""
+def _cut(values: Any, n: int, chunk_len: int) -> tuple[Any, Any]:
+    """A tree's n pieces of chunk_len on a leading axis, and what is left over."""
     whole = n * chunk_len
 
     def pieces(x: jax.Array) -> jax.Array:
         x = x[:, :whole].reshape(x.shape[0], n, chunk_len, *x.shape[2:])  # (B, n, C, …)
         return jnp.moveaxis(x, 1, 0)  # (n, B, C, …)
 
-    rest = tuple(x[:, whole:] for x in values) if whole < values[0].shape[1] else None
-    return tuple(pieces(x) for x in values), rest
+    is_rest = whole < jax.tree.leaves(values)[0].shape[1]
+    rest = jax.tree.map(lambda x: x[:, whole:], values) if is_rest else None
+    return jax.tree.map(pieces, values), rest
 
 
 def _join(pieces: jax.Array) -> jax.Array:
@@ -315,6 +365,14 @@ def _add_aux(state: Tree, new: Tree, share: float) -> Tree:
             nested = isinstance(value, dict)
             out[key] = _add_aux(state.get(key, {}), value, share) if nested else value
     return out
+
+
+def _passes_on(state: Tree) -> bool:
+    """Whether a state holds more than auxiliary losses, which are only summed."""
+    return any(
+        key != AUX_LOSS and (not isinstance(value, dict) or _passes_on(value))
+        for key, value in state.items()
+    )
 
 
 def _find_mixer(layer: Layer) -> Layer | None:
