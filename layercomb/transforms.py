@@ -16,6 +16,7 @@ from layercomb import trees
 from layercomb.layers.base import Layer, Mode, Tree, Wrapper, default_name, given_name, vjp
 from layercomb.layers.combinators import Combinator, Parallel, Serial
 from layercomb.layers.control import Map, Repeat
+from layercomb.layers.reversible import ReversibleRepeat, ReversibleSerial
 from layercomb.shapes import is_float
 
 
@@ -212,7 +213,8 @@ def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
             blocks.append(block.replace(name=str(i)))
             if part:
                 parts[str(i)] = part
-        kind = Serial if isinstance(net, Repeat) else Parallel
+        kind = Parallel if isinstance(net, Map) else Serial
+        kind = ReversibleSerial if isinstance(net, ReversibleRepeat) else kind
         return kind(*blocks, name=given_name(net) or default_name(net)), parts
     if isinstance(net, Combinator):
         children, parts = [], dict(weights)

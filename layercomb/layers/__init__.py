@@ -67,6 +67,8 @@ from layercomb.layers.metrics import (
 from layercomb.layers.normalization import BatchNorm, LayerNorm, RMSNorm
 from layercomb.layers.positional import LearnedPositions, RotaryPositions, SinusoidalPositions
 from layercomb.layers.reversible import (
+    Reversible,
+    ReversibleConcatenatePair,
     ReversibleHalfResidual,
     ReversibleRepeat,
     ReversibleSelect,
@@ -139,6 +141,8 @@ __all__ = [
     'Remat',
     'Repeat',
     'Residual',
+    'Reversible',
+    'ReversibleConcatenatePair',
     'ReversibleHalfResidual',
     'ReversibleRepeat',
     'ReversibleSelect',

@@ -1,144 +1,245 @@
 """Layers that run backwards: training keeps no activations, its memory does not grow with depth.
 
-A reversible layer also computes its inputs from its outputs. `ReversibleSerial` and
-`ReversibleRepeat` carry a `jax.custom_vjp`, so that all outside of them (optax, jit, the Loop) sees
-an ordinary differentiable function::
+A reversible layer computes its inputs from its outputs. `ReversibleSerial` and `ReversibleRepeat`
+carry a `jax.custom_vjp`, so that everything outside of them (optax, jit, sharding) sees an ordinary
+differentiable function::
 
-    forward    in RECORD; kept are outputs, weights, the key, the incoming state, and the decisions
+    forward    in RECORD; kept are outputs, weights, the key, the incoming state and the decisions
                that a rounding error could flip (LSH buckets, chosen units)
-    backward   from the last layer to the first, each restores its inputs and their gradients in
-               one pass, in REPLAY
+    backward   from the last layer to the first, in REPLAY; each gives its inputs and the gradients
+               in one pass
+
+Only TRAIN opens the `custom_vjp`; RECORD and REPLAY run plainly, so that reversible layers nest.
 
 References:
-    Gomez et al. 2017, The Reversible Residual Network, https://arxiv.org/abs/1707.04585
+    The Reversible Residual Network (Gomez et al. 2017), https://arxiv.org/abs/1707.04585
     Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.base import Arrays, Layer, Mode, Tree, fold, put_decisions, take_decisions
-from layercomb.layers.combinators import Add, Serial, Variadic, serial_arity, serial_route
+from layercomb.layers.base import (
+    Arrays,
+    Cotangents,
+    Layer,
+    Mode,
+    Tree,
+    _call_text,
+    _named,
+    add_cts,
+    fold,
+    put_decisions,
+    take_decisions,
+    zero_cts,
+)
+from layercomb.layers.combinators import (
+    Add,
+    Serial,
+    Variadic,
+    serial_apply_and_grad,
+    serial_arity,
+    serial_route,
+)
 from layercomb.layers.control import Repeat
+from layercomb.layers.routing import Select, Swap
 from layercomb.shapes import Signature, is_float
 
-# Inputs, their gradients, the weights' gradients; None where there is none, as for integers.
-Reversed = tuple[Arrays, tuple[Any, ...], Tree]
+
+class Reversible(Layer, init=False):
+    """A layer that computes its inputs from its outputs."""
+
+    def reverse_and_grad(
+        self,
+        weights: Tree,
+        state: Tree,
+        outputs: Arrays,
+        cts: Cotangents,
+        *,
+        rng: jax.Array | None,
+        mode: Mode = Mode.REPLAY,
+        state_cts: Tree | None = None,
+    ) -> tuple[Arrays, Cotangents, Tree]:
+        """Inputs and gradients in one pass, from the outputs and their cotangents.
+
+        Args:
+          weights: those of the forward pass.
+          state: the one that the forward pass was given, with the decisions that it took.
+          outputs: of the forward pass.
+          cts: of the outputs, None for integers.
+          rng: the key of the forward pass.
+          mode: ``REPLAY``.
+          state_cts: of the new state (its auxiliary losses), by path; what is absent is zero.
+
+        Returns:
+          Inputs, their cotangents, cotangents of weights: None for what is no float.
+        """
+        raise NotImplementedError(f'{type(self).__name__} has no reverse_and_grad')
 
 
-class ReversibleHalfResidual(Variadic, init=False):
-    """(a, x, *context) → (a + f(x, *context), x, *context), f being any layers in series.
+class ReversibleHalfResidual(Variadic, Reversible, init=False):
+    """(acc, x, *context) → (acc + f(x, *context), x, *context), where f is the layers in series.
 
-    f may draw (dropout), hold state (BatchNorm), decide (LSH), and take further values, such as
-    masks and the states of an encoder. The sum is made in float32. Backwards, one pass through f
-    gives both what to subtract and the gradients.
+    f may be anything that leaves one value: it may draw (dropout), hold state (BatchNorm), decide
+    (LSH), and take context, such as masks or the states of an encoder. Backwards, acc is what is
+    left when f(x, *context) is subtracted, and the same pass through f gives the gradients.
+
+    Attributes:
+      layers: f.
+
+    Raises:
+      ValueError: if f leaves more values than one, or none.
+
+    >>> from layercomb import tl
+    >>> tl.ReversibleHalfResidual(tl.LayerNorm(), tl.Dense()).n_in
+    2
     """
 
-    add: Layer = Add()
-
-    def __init__(self, *layers: Any, name: str | None = None):
-        self._hold(layers=layers, add=Add(), name=name)
+    add: Add = Add()
 
     @functools.cached_property
     def _arity(self) -> int:
-        n_in, n_out = serial_arity(self.layers)
-        if n_out != 1:
-            raise ValueError(
-                'ReversibleHalfResidual: its layers must leave one value to add, they leave '
-                f'{n_out}: end them with Select or Drop'
-            )
-        return 1 + n_in
+        return 1 + serial_arity(self.layers)[0]
 
     n_in = property(lambda self: self._arity)
     n_out = property(lambda self: self._arity)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n_out = serial_arity(self.layers)[1]
+        if n_out != 1:
+            raise ValueError(
+                'ReversibleHalfResidual: its layers must leave one value to add, they leave '
+                f'{n_out}: end them with Add, Concatenate or Drop'
+            )
 
     def route(self, call, stack):
         (y,) = serial_route(self.layers, call, stack[1 : self.n_in])
         return call(len(self.layers), (stack[0], y)) + stack[1:]
 
     def reverse_and_grad(
-        self,
-        weights: Tree,
-        state: Tree,
-        outputs: Arrays,
-        cts: tuple[Any, ...],
-        state_cts: Tree,
-        *,
-        rng: jax.Array | None,
-        mode: Mode = Mode.REPLAY,
-    ) -> Reversed:
-        """Subtracts f(x, *context), computed again, and pulls the gradient of the sum through f."""
-        total, *xs = outputs
-
-        def f(weights: Tree, xs: Arrays) -> tuple[jax.Array, Tree]:
-            made, new = self.apply(weights, state, (jnp.zeros_like(total), *xs), rng=rng, mode=mode)
-            return made[0], take_decisions(new)[0]
-
-        (y, _), pull = vjp(f, weights, tuple(xs))
-        d_weights, d_xs = pull((cts[0], state_cts))
-        d_xs = tuple(map(add_cts, cts[1:], d_xs))
-        return (total - y, *xs), (cts[0], *d_xs), d_weights
+        self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
+    ):
+        """Subtracts what f adds; the cotangent of the sum is that of f's output."""
+        (acc, *xs), (d_acc, *d_xs) = outputs, cts
+        (y,), d_inner, d_weights = serial_apply_and_grad(
+            self, weights, state, tuple(xs), (d_acc,), rng, mode, state_cts
+        )
+        d_xs = map(add_cts, d_xs, d_inner)
+        return (acc - y.astype(acc.dtype), *xs), (d_acc, *d_xs), d_weights
 
 
-class ReversibleSelect(Layer):
-    """Puts values into another order: output i is input ``indices[i]``.
+class ReversibleSelect(Select, Reversible):
+    """A `Select` that can be undone: every value once, in another order.
 
     Attributes:
-      indices: each of 0 … n − 1 once.
+      indices: positions from the top of the stack, each of 0 … n − 1 once.
+
+    Raises:
+      ValueError: if a value is lost or repeated.
 
     >>> from layercomb import tl
-    >>> tl.ReversibleSelect((2, 0, 1)).n_out
+    >>> tl.ReversibleSelect([2, 0, 1]).n_out
     3
     """
 
-    indices: tuple[int, ...]
-
-    float32 = True
-    n_in = property(lambda self: len(self.indices))
-    n_out = property(lambda self: len(self.indices))
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if sorted(self.indices) != list(range(len(self.indices))):
+        if sorted(self.indices) != list(range(self.n_in)):
             raise ValueError(
-                f'ReversibleSelect: indices={self.indices} lose or repeat a value, which cannot be '
-                f'undone: use each of 0 to {max(len(self.indices) - 1, 0)} once'
+                f'ReversibleSelect: {list(self.indices)} of {self.n_in} values lose or repeat a '
+                'value, which cannot be undone: give each index once'
             )
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        return tuple(inputs[i] for i in self.indices), state
+    def reverse_and_grad(
+        self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
+    ):
+        """Puts values and cotangents back where they came from."""
+        back = [self.indices.index(i) for i in range(self.n_in)]
+        return tuple(outputs[i] for i in back), tuple(cts[i] for i in back), {}
+
+    def __repr__(self) -> str:
+        return _call_text('ReversibleSelect', [repr(list(self.indices)), *_named(self)])
+
+
+class ReversibleSwap(Swap, Reversible):
+    """(a, b) → (b, a)."""
 
     def reverse_and_grad(
-        self,
-        weights: Tree,
-        state: Tree,
-        outputs: Arrays,
-        cts: tuple[Any, ...],
-        state_cts: Tree,
-        *,
-        rng: jax.Array | None,
-        mode: Mode = Mode.REPLAY,
-    ) -> Reversed:
-        """Puts values and gradients back."""
-        back = [self.indices.index(i) for i in range(len(self.indices))]
-        return tuple(outputs[i] for i in back), tuple(cts[i] for i in back), weights
+        self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
+    ):
+        """Swaps back."""
+        return (outputs[1], outputs[0]), (cts[1], cts[0]), {}
 
 
-def ReversibleSwap() -> ReversibleSelect:
-    """(a, b) → (b, a)."""
-    return ReversibleSelect((1, 0))
+class ReversibleConcatenatePair(Reversible):
+    """(a, b) → ([a, b], [a, b]): both streams become the two joined along the last axis.
+
+    Widens two streams in the middle of a reversible stack; a and b must be of one shape.
+
+    Raises:
+      ValueError: when applied to values of two shapes.
+    """
+
+    n_in = 2
+    n_out = 2
+    float32 = True
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Joins the two values, twice."""
+        a, b = inputs
+        if a.shape != b.shape:
+            raise ValueError(
+                f'ReversibleConcatenatePair: {tuple(a.shape)} and {tuple(b.shape)} could not be '
+                'told apart again: give two streams of one shape'
+            )
+        joined = jnp.concatenate((a, b.astype(a.dtype)), -1)  # (B, L, 2·D)
+        return (joined, joined), state
+
+    def reverse_and_grad(
+        self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
+    ):
+        """Cuts in half what was joined, and the sum of the cotangents."""
+        ct = add_cts(*cts)
+        cts = (None, None) if ct is None else tuple(jnp.split(ct, 2, -1))
+        return tuple(jnp.split(outputs[0], 2, -1)), cts, {}
 
 
-class ReversibleSerial(Serial, init=False):
-    """Reversible layers in series; floating inputs become float32 streams.
+class ReversibleStack(Reversible, init=False):
+    """What `ReversibleSerial` and `ReversibleRepeat` share: streams in float32, and the gradient.
 
-    Only ``TRAIN`` keeps nothing inside; the other modes run as `Serial`, so reversible layers nest.
+    It stands before the class whose `apply` runs the layers plainly.
+    """
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Runs the layers on streams of float32; in ``TRAIN`` nothing inside is kept."""
+        if mode is Mode.TRAIN:
+            return _reversible(self, weights, state, _widened(inputs), rng)
+        return self.run(weights, state, inputs, rng, mode)
+
+    def run(
+        self, weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array | None, mode: Mode
+    ) -> tuple[Arrays, Tree]:
+        """The layers in order, as any other layers."""
+        return super().apply(weights, state, _widened(inputs), rng=rng, mode=mode)
+
+    def _build(
+        self, signature: Signature, rng: jax.Array, mode: Mode
+    ) -> tuple[Signature, Tree, Tree]:
+        return super()._build(_widened_signature(signature), rng, mode)
+
+
+class ReversibleSerial(ReversibleStack, Serial, init=False):
+    """Reversible layers one after the other, whose activations training does not keep.
+
+    As `Serial` otherwise. Floating inputs become float32, for streams are restored by subtraction.
+    Unrolled over many layers XLA may keep what it could compute again (it merges the dropout masks
+    of both passes): for depth use `ReversibleRepeat`.
 
     Raises:
       TypeError: if a layer is not reversible.
@@ -151,56 +252,41 @@ class ReversibleSerial(Serial, init=False):
     def __post_init__(self) -> None:
         super().__post_init__()
         for layer in self.layers:
-            check_reversible(type(self).__name__, layer)
-
-    def _build(
-        self, signature: Signature, rng: jax.Array, mode: Mode
-    ) -> tuple[Signature, Tree, Tree]:
-        return super()._build(wide_signature(signature), rng, mode)
-
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        """As `Serial`, on float32 streams; in ``TRAIN`` with the reversible gradient."""
-        if mode is Mode.TRAIN:
-            return reversible_call(self, weights, state, wide(inputs), rng)
-        return super().apply(weights, state, wide(inputs), rng=rng, mode=mode)
+            _check_reversible('ReversibleSerial', layer)
 
     def reverse_and_grad(
-        self,
-        weights: Tree,
-        state: Tree,
-        outputs: Arrays,
-        cts: tuple[Any, ...],
-        state_cts: Tree,
-        *,
-        rng: jax.Array | None,
-        mode: Mode = Mode.REPLAY,
-    ) -> Reversed:
-        """Undoes the layers, the last one first."""
+        self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
+    ):
+        """Undoes the layers from the last to the first."""
         d_weights: Tree = {}
         values, cts = tuple(outputs), tuple(cts)
-        for i in reversed(range(len(self.layers))):
-            key, layer = self._children[i]
+        for i, (key, layer) in reversed(list(enumerate(self._children))):
             n = layer.n_out
-            inputs, d_inputs, d = layer.reverse_and_grad(  # type: ignore[attr-defined]
+            inputs, d_inputs, d = layer.reverse_and_grad(
                 weights.get(key, {}),
                 state.get(key, {}),
                 values[:n],
                 cts[:n],
-                state_cts.get(key, {}),
                 rng=fold(rng, i),
                 mode=mode,
+                state_cts=(state_cts or {}).get(key),
             )
-            values, cts = inputs + values[n:], d_inputs + cts[n:]
+            values, cts = tuple(inputs) + values[n:], tuple(d_inputs) + cts[n:]
             if key in weights:
                 d_weights[key] = d
         return values, cts, d_weights
 
 
-class ReversibleRepeat(Repeat):
-    """A reversible block n times, as one scan forwards and one backwards.
+class ReversibleRepeat(ReversibleStack, Repeat):
+    """A reversible block n times in series, as one scan forward and one backward.
 
-    As `Repeat`, in every mode. Memory of training does not grow with `n`, but for weights,
-    gradients, state and recorded decisions.
+    As `Repeat` otherwise. The memory of training does not grow with `n`, but for the weights, their
+    gradients, the state and the recorded decisions. Floating inputs become float32.
+
+    Attributes:
+      layer: the block.
+      n: how many times.
+      shared: one set of weights for all.
 
     Raises:
       TypeError: if the block is not reversible.
@@ -208,145 +294,89 @@ class ReversibleRepeat(Repeat):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_reversible('ReversibleRepeat', self.layer)
-
-    def _build(
-        self, signature: Signature, rng: jax.Array, mode: Mode
-    ) -> tuple[Signature, Tree, Tree]:
-        return super()._build(wide_signature(signature), rng, mode)
-
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        """As `Repeat`, on float32 streams; in ``TRAIN`` with the reversible gradient."""
-        if mode is Mode.TRAIN:
-            return reversible_call(self, weights, state, wide(inputs), rng)
-        return super().apply(weights, state, wide(inputs), rng=rng, mode=mode)
+        _check_reversible('ReversibleRepeat', self.layer)
 
     def reverse_and_grad(
-        self,
-        weights: Tree,
-        state: Tree,
-        outputs: Arrays,
-        cts: tuple[Any, ...],
-        state_cts: Tree,
-        *,
-        rng: jax.Array | None,
-        mode: Mode = Mode.REPLAY,
-    ) -> Reversed:
-        """Undoes the blocks, the last one first, in one scan."""
+        self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
+    ):
+        """Undoes the blocks from the last to the first, in one scan."""
 
-        def step(carry: Any, xs: Any) -> tuple[Any, Tree]:
+        def step(carry: Any, xs: Any) -> tuple[Any, Tree | None]:
             values, cts, total = carry
             its_weights, its_state, its_cts, i = xs
-            values, cts, d = self.layer.reverse_and_grad(  # type: ignore[attr-defined]
+            inputs, d_inputs, d = self.layer.reverse_and_grad(
                 weights if self.shared else its_weights,
                 its_state,
                 values,
                 cts,
-                its_cts,
                 rng=fold(rng, i),
                 mode=mode,
+                state_cts=its_cts,
             )
-            if self.shared:
-                return (values, cts, jax.tree.map(jnp.add, total, d)), {}
-            return (values, cts, total), d
+            total, d = (jax.tree.map(jnp.add, total, d), None) if self.shared else (None, d)
+            return (tuple(inputs), tuple(d_inputs), total), d
 
-        total = jax.tree.map(jnp.zeros_like, floats(weights)) if self.shared else {}
-        xs = ({} if self.shared else weights, state, state_cts, jnp.arange(self.n))
-        carry = tuple(outputs), tuple(cts), total
-        (values, cts, total), stacked = jax.lax.scan(step, carry, xs, reverse=True)
-        return values, cts, total if self.shared else stacked
+        total = zero_cts(weights) if self.shared else None
+        scanned = None if self.shared else weights
+        (inputs, d_inputs, total), d_weights = jax.lax.scan(
+            step,
+            (tuple(outputs), tuple(cts), total),
+            (scanned, state, state_cts, jnp.arange(self.n)),
+            reverse=True,
+        )
+        return inputs, d_inputs, total if self.shared else d_weights
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def reversible_call(
-    layer: Any, weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array | None
+def _reversible(
+    net: ReversibleStack, weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array | None
 ) -> tuple[Arrays, Tree]:
-    """`layer` in ``TRAIN``, keeping nothing of what is inside for the backward pass."""
-    return _forward(layer, weights, state, inputs, rng)[0]
+    """`net` in ``TRAIN``; its gradient runs it backwards. `state` is taken as constant."""
+    return net.run(weights, state, inputs, rng, Mode.TRAIN)
 
 
-def _forward(layer: Any, weights: Tree, state: Tree, inputs: Arrays, rng: Any) -> Any:
-    outputs, new = layer.apply(weights, state, inputs, rng=rng, mode=Mode.RECORD)
+def _forward(
+    net: ReversibleStack, weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array | None
+) -> tuple[Any, Any]:
+    outputs, new = net.run(weights, state, inputs, rng, Mode.RECORD)
     new, found = take_decisions(new)
     return (outputs, new), (weights, state, found, outputs, rng)
 
 
-def _backward(layer: Any, kept: Any, cts: Any) -> Any:
+def _backward(net: ReversibleStack, kept: Any, cts: Any) -> tuple[Any, ...]:
     weights, state, found, outputs, rng = kept
-    d_outputs, state_cts = floats(cts[0], outputs), floats(cts[1])
-    _, d_inputs, d_weights = layer.reverse_and_grad(
-        weights, put_decisions(state, found), outputs, d_outputs, state_cts, rng=rng
+    cts, state_cts = jax.tree.map(_without_float0, cts)
+    _, d_inputs, d_weights = net.reverse_and_grad(
+        weights, put_decisions(state, found), outputs, cts, rng=rng, state_cts=state_cts
     )
     return d_weights, None, d_inputs, None
 
 
-reversible_call.defvjp(_forward, _backward)
+_reversible.defvjp(_forward, _backward)
 
 
-def vjp(f: Callable[..., Any], *args: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """`jax.vjp` of the floating leaves alone: integers have the gradient None, in and out.
-
-    Their tangents, float0, could not pass through a scan.
-    """
-    leaves, tree = jax.tree.flatten(args)
-    moving = [is_float(x) for x in leaves]
-    structure: list[Any] = []
-
-    def of_floats(values: list[Any]) -> tuple[list[Any], list[Any]]:
-        rest = iter(values)
-        filled = [next(rest) if m else x for m, x in zip(moving, leaves, strict=True)]
-        made, out_tree = jax.tree.flatten(f(*tree.unflatten(filled)))
-        structure.append(out_tree)
-        made_floats = [x for x in made if is_float(x)]
-        return made_floats, made
-
-    values = [x for m, x in zip(moving, leaves, strict=True) if m]
-    _, pull_floats, made = jax.vjp(of_floats, values, has_aux=True)
-
-    def pull(cts: Any) -> Any:
-        given = structure[-1].flatten_up_to(cts)
-        wanted = [
-            jnp.zeros(x.shape, x.dtype) if ct is None else ct.astype(x.dtype)
-            for x, ct in zip(made, given, strict=True)
-            if is_float(x)
-        ]
-        (found,) = pull_floats(wanted)
-        rest = iter(found)
-        return tree.unflatten([next(rest) if m else None for m in moving])
-
-    return structure[-1].unflatten(made), pull
+def _without_float0(ct: Any) -> Any:
+    return None if ct.dtype == jax.dtypes.float0 else ct
 
 
-def floats(tree: Any, like: Any = None) -> Any:
-    """`tree` with None for each leaf that is no float (in `like`, if given)."""
-    return jax.tree.map(
-        lambda x, y: x if is_float(y) else None, tree, tree if like is None else like
-    )
+def _is_narrow(x: Any) -> bool:
+    return is_float(x) and x.dtype.itemsize < 4
 
 
-def add_cts(a: Any, b: Any) -> Any:
-    """The sum of two gradients, either of which may be None."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b.astype(a.dtype)
+def _widened(values: Arrays) -> Arrays:
+    """Streams in float32: what is narrower could not be restored by subtraction."""
+    return tuple(x.astype(jnp.float32) if _is_narrow(x) else x for x in values)
 
 
-def wide(values: Arrays) -> Arrays:
-    """Floating streams as float32."""
-    return tuple(x.astype(jnp.float32) if is_float(x) else x for x in values)
-
-
-def wide_signature(signature: Signature) -> Signature:
-    """The signature of `wide`."""
+def _widened_signature(signature: Signature) -> Signature:
     return tuple(
-        jax.ShapeDtypeStruct(s.shape, jnp.float32) if is_float(s) else s for s in signature
+        jax.ShapeDtypeStruct(x.shape, jnp.float32) if _is_narrow(x) else x for x in signature
     )
 
 
-def check_reversible(owner: str, layer: Layer) -> None:
-    """Raises a TypeError unless `layer` can be run backwards."""
-    if not hasattr(layer, 'reverse_and_grad'):
+def _check_reversible(owner: str, layer: Layer) -> None:
+    if not isinstance(layer, Reversible):
         raise TypeError(
             f'{owner}: {type(layer).__name__} is not reversible: put it into a '
-            'ReversibleHalfResidual'
+            'ReversibleHalfResidual, which adds what it computes to another stream'
         )

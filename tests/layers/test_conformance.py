@@ -151,6 +151,7 @@ ROWS: dict[str, Row] = {
     ),
     'Repeat shared': Row(lambda: tl.Repeat(tl.Serial(tl.BatchNorm(), tl.Dense(D)), 2, shared=True)),
     'Residual': Row(lambda: tl.Residual(tl.Dense(4), shortcut=tl.Dense(4), name='step')),
+    'ReversibleConcatenatePair': Row(tl.ReversibleConcatenatePair, TWO),
     'ReversibleHalfResidual': Row(
         lambda: tl.ReversibleHalfResidual(feed_forward()), TWO, draws=True
     ),
@@ -166,6 +167,7 @@ ROWS: dict[str, Row] = {
         TWO,
         draws=True,
     ),
+    'ReversibleSwap': Row(tl.ReversibleSwap, TWO),
     'RotaryPositions': Row(tl.RotaryPositions, (heads(), heads()), (2, 2), 2),
     'Select': Row(lambda: tl.Select([1, 0, 1], n_in=3), (*TWO, stream())),
     'SelfAttention': Row(lambda: tl.SelfAttention(2, rotary=tl.RotaryPositions())),
@@ -199,7 +201,7 @@ ROWS: dict[str, Row] = {
     ),
 }
 
-ABSTRACT = {Layer, tl.Wrapper, tl.Combinator, tl.Activation, tl.Metric}
+ABSTRACT = {Layer, tl.Wrapper, tl.Combinator, tl.Activation, tl.Metric, tl.Reversible}
 
 
 every_row = pytest.mark.parametrize('row', ROWS.values(), ids=list(ROWS))
