@@ -238,8 +238,8 @@ class ReversibleSerial(ReversibleStack, Serial, init=False):
     """Reversible layers one after the other, whose activations training does not keep.
 
     As `Serial` otherwise. Floating inputs become float32, for streams are restored by subtraction.
-    Unrolled over many layers XLA may keep what it could compute again (it merges the dropout masks
-    of both passes): for depth use `ReversibleRepeat`.
+    For depth use `ReversibleRepeat`: over many layers in one program XLA reorders and merges work
+    of both passes, and memory grows again, if slower than without reversal.
 
     Raises:
       TypeError: if a layer is not reversible.

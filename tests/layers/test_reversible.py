@@ -90,6 +90,24 @@ NETS = {
     'aux_loss': lambda: tl.ReversibleRepeat(
         tl.ReversibleSerial(half(tl.Dense(D), Balance()), tl.ReversibleSwap()), 3
     ),
+    'aux_loss in pieces': lambda: tl.ReversibleRepeat(
+        half(tl.Chunk(tl.Serial(tl.Dense(D), Balance(), tl.Dense(D)), 5)), 2
+    ),
+    'aux_loss before the last': lambda: tl.ReversibleSerial(half(Balance(), tl.Dense(D))),
+    'inside a half': lambda: tl.ReversibleRepeat(
+        half(
+            tl.Dup(),
+            tl.ReversibleSerial(half(tl.Dense(D), tl.Dropout(0.1)), tl.ReversibleSwap()),
+            tl.Add(),
+        ),
+        2,
+    ),
+    'rearranged': lambda: tl.ReversibleSerial(
+        half(tl.Dense(D)), tl.ReversibleConcatenatePair(), tl.ReversibleSwap(), half(tl.Dense(16))
+    ),
+    'shared, computed again': lambda: tl.ReversibleRepeat(
+        half(tl.Remat(tl.Residual(tl.Dense(D)))), 2, shared=True
+    ),
 }
 
 
@@ -115,6 +133,96 @@ def test_context_gets_its_gradient_from_every_block():
     assert_close(ours, plain)
 
 
+def test_the_gradient_is_that_of_the_equations():
+    """y₁ = x₁ + tanh(x₂ W), y₂ = x₂, swapped, n times; written without a layer."""
+    half_residual = half(tl.Dense(D, use_bias=False), tl.Tanh())
+    net = tl.ReversibleRepeat(tl.ReversibleSerial(half_residual, tl.ReversibleSwap()), 4)
+    x = inputs()
+    weights, _ = net.init(lc.signature_of(x), jax.random.key(1))
+
+    def plain(weights, a, b):
+        for kernel in weights['reversible_half_residual']['dense']['kernel']:
+            a, b = b, a + jnp.tanh(b @ kernel)
+        return (a * jnp.sin(b)).sum()
+
+    def ours(weights, a, b):
+        (a, b), _ = net.apply(weights, {}, (a, b), mode=Mode.TRAIN)
+        return (a * jnp.sin(b)).sum()
+
+    assert_close(*(jax.grad(f, (0, 1, 2))(weights, *x) for f in (ours, plain)))
+
+
+def test_integers_beside_the_streams_pass_through():
+    embed = half(tl.Select([1]), tl.Embedding(7, D))
+    net = tl.ReversibleRepeat(embed, 3)
+    tokens = jnp.arange(B * L).reshape(B, L) % 7
+    values = (*inputs(), tokens)
+    weights, _ = net.init(lc.signature_of(values), jax.random.key(1))
+
+    def loss(weights, mode):
+        outputs, _ = net.apply(weights, {}, values, mode=mode)
+        return (outputs[0] ** 2).sum()
+
+    assert_close(*(jax.grad(loss)(weights, mode) for mode in (Mode.TRAIN, Mode.RECORD)))
+
+
+class Scale(tl.Reversible):
+    """A reversible layer of a user: x ↦ exp(w)·x."""
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        return {'w': jnp.full((), 0.1)}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        return (inputs[0] * jnp.exp(weights['w']),), state
+
+    def reverse_and_grad(
+        self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
+    ):
+        x = outputs[0] * jnp.exp(-weights['w'])
+        _, d_inputs, d = self.apply_and_grad(weights, state, (x,), cts, rng=rng, mode=mode)
+        return (x,), d_inputs, d
+
+
+def test_a_reversible_layer_can_be_made():
+    ours, plain = gradients(tl.ReversibleSerial(Scale(), half(tl.Dense(D)), Scale()), inputs())
+    assert_close(ours, plain)
+    with pytest.raises(NotImplementedError, match='Reversible has no reverse_and_grad'):
+        tl.Reversible().reverse_and_grad({}, {}, (), (), rng=None)
+
+
+def test_the_backward_pass_computes_each_piece_once_more():
+    """A product, again, and its two gradients: 3 in the backward pass, 4 in all."""
+    feed_forward = tl.Serial(tl.Dense(D, use_bias=False), tl.Relu())
+    net = tl.ReversibleRepeat(half(tl.Chunk(feed_forward, 3)), 5)
+    x = inputs()
+    weights, _ = net.init(lc.signature_of(x), jax.random.key(0))
+
+    def loss(weights, x):
+        return net.apply(weights, {}, x, mode=Mode.TRAIN)[0][0].sum()
+
+    assert str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(weights, x)).count('dot_general') == 4
+
+
+def test_restored_streams_drift_little_at_depth_48():
+    feed_forward = half(tl.LayerNorm(), tl.Dense(2 * D), tl.Gelu(), tl.Dense(D))
+    net = tl.ReversibleRepeat(tl.ReversibleSerial(feed_forward, tl.ReversibleSwap()), 48)
+    x = inputs()
+    weights, state = net.init(lc.signature_of(x), jax.random.key(1))
+    outputs, _ = net.apply(weights, state, x, mode=Mode.TRAIN)
+    restored, _, _ = net.reverse_and_grad(weights, state, outputs, outputs, rng=None)
+    np.testing.assert_allclose(restored, x, atol=1e-5)
+
+
+def test_statistics_are_updated_as_without_reversal():
+    net = tl.ReversibleRepeat(half(tl.BatchNorm(), tl.Dense(D)), 2)
+    x = inputs()
+    weights, state = net.init(lc.signature_of(x), jax.random.key(1))
+    plain = tl.Repeat(half(tl.BatchNorm(), tl.Dense(D)), 2)
+    ours = net.apply(weights, state, x, mode=Mode.TRAIN)
+    assert_close(ours, plain.apply(weights, state, x, mode=Mode.TRAIN), 1e-6)
+    assert (ours[1]['batch_norm']['mean'] != 0).all()
+
+
 def test_streams_are_float32_whatever_comes_in():
     net = tl.ReversibleRepeat(half(tl.Dense(D)), 2)
     signature = (lc.shape_dtype((B, L, D), 'bfloat16'),) * 2
@@ -124,6 +232,10 @@ def test_streams_are_float32_whatever_comes_in():
         out, _ = net.apply(weights, state, (x, x), rng=jax.random.key(0), mode=mode)
         assert out[0].dtype == jnp.float32
     assert net.output_signature(signature)[0].dtype == jnp.float32
+    flat, flat_weights = lc.unstack(net, weights)
+    unstacked, _ = flat.apply(flat_weights, state, (x, x))
+    assert isinstance(flat, tl.ReversibleSerial)
+    np.testing.assert_allclose(unstacked, out, rtol=1e-6)
 
 
 def test_outputs_are_those_of_the_plain_layers():
@@ -188,5 +300,21 @@ def test_what_cannot_be_undone_is_refused():
         tl.ReversibleRepeat(tl.Serial(tl.Dense(4)), 2)
     with pytest.raises(ValueError, match='lose or repeat a value, which cannot be undone'):
         tl.ReversibleSelect((0, 0))
-    with pytest.raises(ValueError, match='must leave one value to add, they leave 2'):
-        tl.ReversibleSerial(tl.ReversibleHalfResidual(tl.Dup())).n_in  # noqa: B018
+    with pytest.raises(TypeError, match='ReversibleSerial: Swap is not reversible: put it into'):
+        tl.ReversibleSerial(tl.ReversibleSwap()).with_sublayers((tl.Swap(),))
+    with pytest.raises(TypeError, match='ReversibleRepeat: a block must put back as many values'):
+        tl.ReversibleRepeat(tl.ReversibleSerial(), 2).replace(layer=tl.Drop())
+    with pytest.raises(ValueError, match='lose or repeat a value, which cannot be undone'):
+        tl.ReversibleSelect([0], n_in=2)
+    with pytest.raises(ValueError, match='must leave one value to add, they leave 2: end them'):
+        tl.ReversibleHalfResidual(tl.Dup())
+
+
+def test_streams_that_do_not_fit_are_refused_where_they_meet():
+    x, y = jnp.ones((B, D)), jnp.ones((B, D + 1))
+    with pytest.raises(ValueError, match=r'\(2, 8\) and \(2, 9\) could not be told apart again'):
+        tl.ReversibleConcatenatePair().apply({}, {}, (x, y))
+    net = tl.ReversibleSerial(half(tl.Dense(5)))
+    with pytest.raises(ValueError, match='Add: cannot add') as caught:
+        net.init(lc.signature_of((x, x)), jax.random.key(0))
+    assert 'in ReversibleSerial.reversible_half_residual' in caught.value.__notes__
