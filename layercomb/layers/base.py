@@ -382,6 +382,8 @@ def vjp(f: Callable[..., Any], *args: Any) -> tuple[Any, Callable[[Any], tuple[A
     >>> float(y[0]), pull((jnp.float32(1), None))[1]
     (6.0, None)
     """
+    tree: Any
+    made_tree: Any
     leaves, tree = jax.tree.flatten(args)
     floats = [i for i, x in enumerate(leaves) if is_float(x)]
 

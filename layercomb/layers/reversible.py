@@ -150,7 +150,8 @@ class ReversibleSelect(Select, Reversible):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if sorted(self.indices) != list(range(self.n_in)):
+        n = len(self.indices)
+        if sorted(self.indices) != list(range(n)) or n != self.n_in:
             raise ValueError(
                 f'ReversibleSelect: {list(self.indices)} of {self.n_in} values lose or repeat a '
                 'value, which cannot be undone: give each index once'
@@ -160,7 +161,7 @@ class ReversibleSelect(Select, Reversible):
         self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
     ):
         """Puts values and cotangents back where they came from."""
-        back = [self.indices.index(i) for i in range(self.n_in)]
+        back = [self.indices.index(i) for i in range(len(self.indices))]
         return tuple(outputs[i] for i in back), tuple(cts[i] for i in back), {}
 
     def __repr__(self) -> str:
@@ -300,11 +301,12 @@ class ReversibleRepeat(ReversibleStack, Repeat):
         self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
     ):
         """Undoes the blocks from the last to the first, in one scan."""
+        block: Any = self.layer
 
         def step(carry: Any, xs: Any) -> tuple[Any, Tree | None]:
             values, cts, total = carry
             its_weights, its_state, its_cts, i = xs
-            inputs, d_inputs, d = self.layer.reverse_and_grad(
+            inputs, d_inputs, d = block.reverse_and_grad(
                 weights if self.shared else its_weights,
                 its_state,
                 values,
