@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import trees
-from layercomb.layers.base import Layer, Mode, Tree, Wrapper, default_name, given_name, vjp
+from layercomb.layers.base import Layer, Mode, Tree, Wrapper, default_name, given_name
 from layercomb.layers.combinators import Combinator, Parallel, Serial
 from layercomb.layers.control import Map, Repeat
+from layercomb.layers.cotangents import vjp
 from layercomb.layers.reversible import ReversibleRepeat, ReversibleSerial
 from layercomb.shapes import is_float
 

@@ -12,14 +12,12 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from layercomb.layers import fields
-from layercomb.shapes import Signature, describe, is_float, signature_of
+from layercomb.layers.cotangents import Cotangents, Tree, matched, vjp
+from layercomb.shapes import Signature, describe, signature_of
 
 Arrays = tuple[jax.Array, ...]
-Tree = dict[str, Any]
-Cotangents = tuple[jax.Array | None, ...]
 L = TypeVar('L', bound='Layer')
 
 DECISIONS = 'decisions'
@@ -364,75 +362,6 @@ def put_decisions(state: Tree, found: Tree) -> Tree:
     for key, value in found.items():
         out[key] = value if key == DECISIONS else put_decisions(out.get(key, {}), value)
     return out
-
-
-def vjp(f: Callable[..., Any], *args: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
-    """As `jax.vjp`, for trees in which integers, booleans and keys lie among the floats.
-
-    Args:
-      f: a function of trees, to a tree.
-      *args: trees.
-
-    Returns:
-      The value, and the pullback: from a tree like the value, whose cotangents may be wider than
-      what they belong to and are None where there is none, to a tuple of trees like `args`, with
-      None for what is no float. (JAX's own zero for integers, float0, cannot be scanned.)
-
-    >>> y, pull = vjp(lambda x, i: (x * i, i), jnp.float32(2), jnp.int32(3))
-    >>> float(y[0]), pull((jnp.float32(1), None))[1]
-    (6.0, None)
-    """
-    tree: Any
-    made_tree: Any
-    leaves, tree = jax.tree.flatten(args)
-    floats = [i for i, x in enumerate(leaves) if is_float(x)]
-
-    def of_floats(values: list[jax.Array]) -> Any:
-        given = list(leaves)
-        for i, x in zip(floats, values, strict=True):
-            given[i] = x
-        return f(*tree.unflatten(given))
-
-    made, pull = jax.vjp(of_floats, [leaves[i] for i in floats])
-    outputs, made_tree = jax.tree.flatten(made)
-
-    def pullback(cts: Any) -> tuple[Any, ...]:
-        given = map(_cotangent, made_tree.flatten_up_to(cts), outputs)
-        (found,) = pull(made_tree.unflatten(given))
-        all_cts: list[Any] = [None] * len(leaves)
-        for i, ct in zip(floats, found, strict=True):
-            all_cts[i] = ct
-        return tree.unflatten(all_cts)
-
-    return made, pullback
-
-
-def _cotangent(ct: Any, value: jax.Array) -> Any:
-    """`ct` as JAX wants it for `value`: of its dtype, zero for None."""
-    if not is_float(value):
-        return np.zeros(value.shape, jax.dtypes.float0)
-    return jnp.zeros(value.shape, value.dtype) if ct is None else ct.astype(value.dtype)
-
-
-def add_cts(a: Any, b: Any) -> Any:
-    """The sum of two cotangents, either of which may be None, in the dtype of the first."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b.astype(a.dtype)
-
-
-def zero_cts(tree: Tree) -> Tree:
-    """Zeros like the floats of `tree`, None for the rest."""
-    return jax.tree.map(lambda x: jnp.zeros_like(x) if is_float(x) else None, tree)
-
-
-def matched(cts: Tree | None, state: Tree) -> Tree:
-    """A tree like `state` with the cotangents found in `cts` under the same paths, else None."""
-    cts = cts or {}
-    return {
-        key: matched(cts.get(key), value) if isinstance(value, dict) else cts.get(key)
-        for key, value in state.items()
-    }
 
 
 def check_inputs(layer: Layer, inputs: tuple[Any, ...]) -> None:

@@ -23,17 +23,15 @@ from layercomb.layers.base import (
     _call_text,
     _set,
     _show,
-    add_cts,
     check_inputs,
     check_outputs,
     check_sublayers,
     default_name,
     fold,
     given_name,
-    matched,
-    vjp,
     where,
 )
+from layercomb.layers.cotangents import add_cts, matched, vjp
 from layercomb.shapes import Signature
 
 Stack = tuple[Any, ...]

@@ -20,8 +20,8 @@ from layercomb.layers.base import (
     fold,
     put_decisions,
     take_decisions,
-    zero_cts,
 )
+from layercomb.layers.cotangents import zero_cts
 from layercomb.layers.fields import Size
 from layercomb.shapes import Signature, describe
 

@@ -26,17 +26,14 @@ import jax.numpy as jnp
 
 from layercomb.layers.base import (
     Arrays,
-    Cotangents,
     Layer,
     Mode,
     Tree,
     _call_text,
     _named,
-    add_cts,
     fold,
     put_decisions,
     take_decisions,
-    zero_cts,
 )
 from layercomb.layers.combinators import (
     Add,
@@ -47,6 +44,7 @@ from layercomb.layers.combinators import (
     serial_route,
 )
 from layercomb.layers.control import Repeat
+from layercomb.layers.cotangents import Cotangents, add_cts, zero_cts
 from layercomb.layers.routing import Select, Swap
 from layercomb.shapes import Signature, is_float
 

@@ -10,16 +10,8 @@ import numpy as np
 import pytest
 
 from layercomb import tl, transforms
-from layercomb.layers.base import (
-    AUX_LOSS,
-    DECISIONS,
-    Layer,
-    Mode,
-    add_cts,
-    put_decisions,
-    take_decisions,
-    vjp,
-)
+from layercomb.layers.base import AUX_LOSS, DECISIONS, Layer, Mode, put_decisions, take_decisions
+from layercomb.layers.cotangents import add_cts, vjp
 from layercomb.shapes import is_float, shape_dtype, signature_of
 
 B, L, D = 2, 7, 4
