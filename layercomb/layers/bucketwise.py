@@ -214,15 +214,18 @@ def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
     return out.astype(v.dtype), z[:, 0]
 
 
-def backward_round(plan: Plan, pack: Any, depth: int, rounds: Any, round_: Round, rng: Any) -> Any:
+def backward_round(
+    plan: Plan, pack: Any, depth: int, dtype: Any, rounds: Any, round_: Round, rng: Any
+) -> Any:
     """One round's gradients of queries, keys and values, (L, 2K + D).
 
-    From (L, K + 2D + 2): queries, values, d_out, z and Σ dO ∘ O.
+    From (L, K + 2D + 2): queries, values, d_out, z and Σ dO ∘ O. `dtype` is the queries' own, to
+    which forward rounds keys.
     """
     d = plan.value_depth
     x = margin(plan, pack[round_.order])
     q, v = x[:, :depth], x[:, depth : depth + d]
-    k = unit(q)
+    k = unit(q.astype(dtype))
     alone = distance(plan) == 0
 
     def tile(d_kv, i):
@@ -260,7 +263,7 @@ def backward_head(
 
     def add_round(total, r):
         round_ = sort(plan, buckets[r], r)
-        return total + backward_round(plan, pack, depth, rounds, round_, rng), None
+        return total + backward_round(plan, pack, depth, q.dtype, rounds, round_, rng), None
 
     start = jnp.zeros((plan.padded, 2 * depth + plan.value_depth), jnp.float32)
     total, _ = tiles.each(add_round, start, buckets.shape[0])

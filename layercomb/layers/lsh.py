@@ -24,7 +24,7 @@ from layercomb.layers.base import DECISIONS, Layer, Mode
 from layercomb.layers.caches import append, init_cache, poison_overflow, refuse_overflow
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.hashing import automatic_buckets, check_buckets, lsh_buckets
-from layercomb.layers.positional import position_of
+from layercomb.layers.positional import check_length, position_of
 
 
 def lsh_attention(
@@ -118,20 +118,25 @@ class LSHAttention(Layer):
     them.
 
     In ``PREDICT`` a causal one keeps queries, values and buckets as long as the signature given to
-    `init`, and sees what ``EVAL`` sees.
+    `init`, and with the default neighbourhood sees what ``EVAL`` sees. It must know `n_buckets` or
+    `max_len`, for buckets counted by the length of a cache would not be those of training.
 
     Attributes:
       n_hashes: R; may be changed after training.
       chunk_len: C.
       n_buckets: 1, an even number, or a tuple of such, its factors; None makes buckets half a chunk
         long at `max_len` positions.
-      max_len: the length that automatic buckets are made for; None takes that of the input, and
-        then a longer input changes what precedes it.
+      max_len: the longest sequence, for which automatic buckets are made; None takes that of the
+        input, and then a longer input changes what precedes it.
       causal: whether position t sees positions up to t only.
       masked: whether a third input (B, L) boolean says which positions are real.
       dropout: the rate at which probabilities are dropped in training.
       neighbourhood, duplicates: as of `lsh_attention`.
-      seed: of the rotations in ``EVAL`` and ``PREDICT``.
+      seed: of the rotations in ``EVAL`` and ``PREDICT``; layers of one seed have the same.
+
+    Raises:
+      ValueError: for a number of buckets that is odd and not 1, a sequence longer than `max_len`,
+        or ``PREDICT`` without `n_buckets` and `max_len`.
     """
 
     _: KW_ONLY
@@ -157,8 +162,14 @@ class LSHAttention(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         q, v, *_ = signature
         b, h, length, _ = q.shape
+        check_length('LSHAttention', length, self.max_len)
         if mode is not Mode.PREDICT or not self.causal:
             return {}, {}
+        if self.n_buckets is None is self.max_len:
+            raise ValueError(
+                'LSHAttention: decoding needs the number of buckets of training: give max_len= '
+                '(or n_buckets=) when making the layer'
+            )
         buckets = jnp.zeros((b, h, length, self.n_hashes), self._dtype(length))
         return {}, {**init_cache(q, v, masked=True), 'buckets': buckets}
 
@@ -166,6 +177,7 @@ class LSHAttention(Layer):
         q, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
             return self._extend(state, q, v, *mask)
+        check_length('LSHAttention', q.shape[2], self.max_len)
         key = rng
         if not mode.is_training:
             key = jax.random.key(self.seed)

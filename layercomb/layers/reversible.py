@@ -221,6 +221,9 @@ class ReversibleStack(Reversible, init=False):
             return _reversible(self, weights, state, _widened(inputs), rng)
         return self.run(weights, state, inputs, rng, mode)
 
+    # `Serial` would hand it to the last layer and keep what the others hold.
+    apply_and_grad = Layer.apply_and_grad
+
     def run(
         self, weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array | None, mode: Mode
     ) -> tuple[Arrays, Tree]:
@@ -280,7 +283,8 @@ class ReversibleRepeat(ReversibleStack, Repeat):
     """A reversible block n times in series, as one scan forward and one backward.
 
     As `Repeat` otherwise. The memory of training does not grow with `n`, but for the weights, their
-    gradients, the state and the recorded decisions. Floating inputs become float32.
+    gradients, the state and the recorded decisions. Floating inputs become float32. Inside a
+    `ReversibleHalfResidual` it runs plainly, and what it holds exists for one residual at a time.
 
     Attributes:
       layer: the block.

@@ -11,7 +11,7 @@ from layercomb.models.transformer import (
     feed_forward,
     position_layer,
     rotary_positions,
-    with_rotary,
+    with_positions,
 )
 
 
@@ -85,12 +85,16 @@ def ReformerLM(
         n_heads, n_hashes=n_hashes, chunk_len=chunk_len, max_len=max_len, dropout=0.0
     )
     pattern = attention_pattern(default if attention is None else attention, n_layers)
-    pattern = with_rotary(with_max_len(pattern, max_len), rotary_positions(positions, max_len))
+    pattern = with_positions(pattern, max_len, rotary_positions(positions, max_len))
+    drop = tl.Dropout(dropout) if dropout else None
+    dense = feed_forward(d_ff, d_model, activation, None).sublayers
+    feed: tl.Layer = tl.Serial(norm, *dense, drop, name='feed_forward')
+    feed = feed if ff_chunk_len is None else tl.Chunk(feed, ff_chunk_len)  # dropout inside, too
     block = [
         [
-            half(norm, layer, dropout),
+            tl.ReversibleHalfResidual(norm, layer, drop),
             tl.ReversibleSwap(),
-            half(norm, feed_forward(d_ff, d_model, activation, None), dropout, ff_chunk_len),
+            tl.ReversibleHalfResidual(feed),
             tl.ReversibleSwap(),
         ]
         for layer in pattern
@@ -103,32 +107,12 @@ def ReformerLM(
     return tl.Serial(
         tl.Embedding(vocab_size, d_model, table_init=tl.Normal(0.02)),
         place,
-        tl.Dropout(dropout) if dropout else None,
+        drop,
         tl.Dup(),
         tl.ReversibleRepeat(tl.ReversibleSerial(*flat, name='block'), n_layers // len(pattern)),
         tl.Concatenate(),
         norm.replace(name='norm'),
         tl.Dense(vocab_size, name='head'),
-    )
-
-
-def half(
-    norm: tl.Layer, layer: tl.Layer, dropout: float, chunk_len: int | None = None
-) -> tl.ReversibleHalfResidual:
-    """(x₁, x₂) → (x₁ + Dropout(layer(norm(x₂))), x₂), in pieces of `chunk_len` if it says so."""
-    layers = [norm, layer, *([tl.Dropout(dropout)] if dropout else [])]
-    if chunk_len is None:
-        return tl.ReversibleHalfResidual(*layers)
-    return tl.ReversibleHalfResidual(tl.Chunk(tl.Serial(*layers, name='feed_forward'), chunk_len))
-
-
-def with_max_len(pattern: tuple[tl.Layer, ...], max_len: int) -> tuple[tl.Layer, ...]:
-    """The LSH layers that leave their number of buckets open, told how long sequences may be."""
-    return tuple(
-        layer.replace(max_len=max_len)
-        if isinstance(layer, tl.LSHSelfAttention) and layer.n_buckets is None is layer.max_len
-        else layer
-        for layer in pattern
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layercomb import layers as tl
+from layercomb.transforms import rewrite
 
 
 def TransformerLM(
@@ -61,7 +62,7 @@ def TransformerLM(
     """
     default = tl.SelfAttention(n_heads, rotary=rotary_positions(positions, max_len))
     pattern = attention_pattern(default if attention is None else attention, n_layers)
-    pattern = with_rotary(pattern, rotary_positions(positions, max_len))
+    pattern = with_positions(pattern, max_len, rotary_positions(positions, max_len))
     block = [
         [
             residual(norm, layer, dropout),
@@ -122,7 +123,7 @@ def TransformerEncoder(
         n_heads, causal=False, masked=masked, rotary=rotary_positions(positions, max_len)
     )
     pattern = attention_pattern(default if attention is None else attention, n_layers)
-    pattern = with_rotary(pattern, rotary_positions(positions, max_len))
+    pattern = with_positions(pattern, max_len, rotary_positions(positions, max_len))
     block = [
         [
             tl.Select((0, 1, 1)) if masked else None,
@@ -179,19 +180,35 @@ def rotary_positions(positions: str, max_len: int) -> tl.RotaryPositions | None:
     return tl.RotaryPositions(max_len=max_len) if positions == 'rotary' else None
 
 
-def with_rotary(
-    pattern: tuple[tl.Layer, ...], rotary: tl.RotaryPositions | None
+def with_positions(
+    pattern: tuple[tl.Layer, ...], max_len: int, rotary: tl.RotaryPositions | None
 ) -> tuple[tl.Layer, ...]:
-    """The layers that can turn queries and keys and do not yet, made to do so."""
-    if rotary is None:
-        return pattern
-    return tuple(
-        layer.replace(rotary=rotary)
-        if isinstance(layer, (tl.SelfAttention, tl.LocalSelfAttention, tl.LSHSelfAttention))
-        and layer.rotary is None
-        else layer
-        for layer in pattern
-    )
+    """The attention layers, wrapped ones too, told what they leave open.
+
+    LSH layers that say neither ``n_buckets`` nor ``max_len`` get `max_len`; those that can turn
+    queries and keys, and do not yet, get `rotary`.
+
+    Raises:
+      ValueError: if `rotary` is given and no layer takes it.
+    """
+    can_turn = (tl.SelfAttention, tl.LocalSelfAttention, tl.LSHSelfAttention)
+    turned = []
+
+    def tell(layer: tl.Layer) -> tl.Layer:
+        if isinstance(layer, tl.LSHSelfAttention) and layer.n_buckets is None is layer.max_len:
+            layer = layer.replace(max_len=max_len)
+        if rotary is not None and isinstance(layer, can_turn):
+            layer = layer.replace(rotary=rotary) if layer.rotary is None else layer
+            turned.append(layer)
+        return layer
+
+    pattern = tuple(rewrite(layer, tell) for layer in pattern)
+    if rotary is not None and not turned:
+        raise ValueError(
+            "positions='rotary': no layer of the attention pattern can turn queries and keys: use "
+            "'learned' or another kind"
+        )
+    return pattern
 
 
 def attention_pattern(

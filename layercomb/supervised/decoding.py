@@ -24,6 +24,7 @@ from layercomb.layers.base import Layer, Mode, Tree, Wrapper, init_state
 from layercomb.layers.caches import set_positions
 from layercomb.layers.combinators import Serial
 from layercomb.layers.core import Dense
+from layercomb.layers.lsh import LSHAttention, LSHSelfAttention
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import shape_dtype
 from layercomb.transforms import Tied, unstack, unstack_state
@@ -193,9 +194,12 @@ def _start(model: Model, prompts: Prompts, n_tokens: int) -> _Start:
     return _Start(net, weights, state, jnp.asarray(tokens), jnp.asarray(lengths))
 
 
+_ATTENTION = (SelfAttention, LocalSelfAttention, LSHSelfAttention, LSHAttention)
+
+
 def _refuse_looking_ahead(layer: Layer) -> None:
     """Raises a UsageError if self-attention sees later positions, which decoding does not have."""
-    if isinstance(layer, (SelfAttention, LocalSelfAttention)) and not layer.causal:
+    if isinstance(layer, _ATTENTION) and not layer.causal:
         raise UsageError(
             f'{type(layer).__name__} with causal=False sees later positions, so it cannot make '
             'them one by one: decode a model with causal attention'

@@ -281,3 +281,35 @@ def test_temporaries_grow_with_the_length_alone(optimized):
 def test_bad_fields_are_refused_when_a_layer_is_made(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_nan_shows():
+    q, v, _ = case(12, 1, 4)
+    q = q.at[0, 0, 5, 1].set(jnp.nan)
+    buckets = lsh_buckets(q, jax.random.key(0), n_buckets=4, n_hashes=2)
+    assert buckets.max() < 4
+    y = lsh_attention(q, v, buckets, n_buckets=4, chunk_len=12)
+    assert jnp.isnan(y[0, 0]).any() and not jnp.isnan(y[0, 1]).any()
+
+
+def test_decoding_without_a_number_of_buckets_is_refused():
+    signature = (lc.shape_dtype((1, 8, 4)),)
+    with pytest.raises(ValueError, match='decoding needs the number of buckets of training: give'):
+        tl.LSHSelfAttention(2).init(signature, jax.random.key(0), Mode.PREDICT)
+    with pytest.raises(ValueError, match=r'8.*max_len.*4|max_len=4'):
+        tl.LSHSelfAttention(2, max_len=4).init(signature, jax.random.key(0))
+
+
+def test_narrow_queries_have_the_gradient_of_the_keys_that_were_used():
+    q, v, buckets = case(24, 2, 4, depth=8)
+    wide = q.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
+
+    def loss(q, v):
+        y = lsh_attention(q, v, buckets, n_buckets=4, chunk_len=8).astype(jnp.float32)
+        return (y * y[:, :, ::-1]).sum()
+
+    narrow = jax.grad(loss, (0, 1))(*wide)
+    exact = jax.grad(loss, (0, 1))(*(x.astype(jnp.float32) for x in wide))
+    for ours, theirs in zip(narrow, exact, strict=True):
+        scale = float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=0.03 * scale)

@@ -158,3 +158,24 @@ def test_what_models_refuse():
             lm(positions=positions).output_signature(shape_dtype((2, L + 1), 'int32'))
     with pytest.raises(TypeError, match=r'takes 2 values off the stack, only 1 was'):
         encoder(masked=True).output_signature(TOKENS)
+
+
+def test_wrapped_attention_is_told_positions_and_lengths():
+    net = models.ReformerLM(
+        16, 8, 8, 1, 2, max_len=64, positions='rotary', attention=tl.Remat(tl.LSHSelfAttention(2))
+    )
+    assert 'max_len=64' in repr(net) and 'rotary=RotaryPositions' in repr(net)
+    with pytest.raises(ValueError, match="positions='rotary': no layer of the attention pattern"):
+        models.TransformerLM(16, 8, 8, 1, 2, 64, attention=tl.Dense(), positions='rotary')
+
+
+def test_chunks_change_neither_weights_nor_outputs():
+    tokens = jax.random.randint(jax.random.key(0), (1, 20), 0, 16)
+    outputs = []
+    for chunk_len in (None, 8):
+        net = models.ReformerLM(16, 8, 16, 2, 2, max_len=32, chunk_len=4, ff_chunk_len=chunk_len)
+        weights, _ = net.init((shape_dtype((1, 20), 'int32'),), jax.random.key(1))
+        outputs.append((trees.flatten(weights), net.apply(weights, {}, (tokens,))[0][0]))
+    (plain, y), (chunked, z) = outputs
+    assert plain.keys() == chunked.keys()
+    np.testing.assert_allclose(y, z, atol=1e-5)

@@ -124,9 +124,10 @@ def test_ties_inside_repeated_blocks_decode():
 
 def test_errors():
     model = make()
-    ahead = make(tl.SelfAttention(2, causal=False))
-    with pytest.raises(UsageError, match='causal=False sees later positions'):
-        decoding.generate(ahead, [[1]], 2)
+    for kind in (tl.SelfAttention, tl.LSHSelfAttention):
+        ahead = make(kind(2, causal=False))
+        with pytest.raises(UsageError, match='causal=False sees later positions'):
+            decoding.generate(ahead, [[1]], 2)
     with pytest.raises(UsageError, match=r'40 tokens and 20 new ones make 60, .* max_len is 48'):
         decoding.generate(model, [[1] * 40], 20)
     with pytest.raises(UsageError, match=r'token id 17 is outside the vocabulary of 17'):
