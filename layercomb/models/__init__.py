@@ -2,6 +2,7 @@
 
 from layercomb.models.mlp import MLP
 from layercomb.models.reformer import ReformerLM
+from layercomb.models.revnet import RevNet
 from layercomb.models.transformer import TransformerEncoder, TransformerLM
 
-__all__ = ['MLP', 'ReformerLM', 'TransformerEncoder', 'TransformerLM']
+__all__ = ['MLP', 'ReformerLM', 'RevNet', 'TransformerEncoder', 'TransformerLM']
