@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from layercomb import layers as tl
 from layercomb.layers.fields import frozen
@@ -56,7 +57,8 @@ def RevNet(
         raise ValueError(
             f'widths={widths}: {odd[0]} cannot be halved into two streams: use {odd[0] + 1}'
         )
-    blocks = _integers('n_blocks', [n_blocks] * len(widths) if _is_one(n_blocks) else n_blocks, 1)
+    given = n_blocks if isinstance(n_blocks, (tuple, list)) else (n_blocks,) * len(widths)
+    blocks = _integers('n_blocks', given, least=1)
     if len(blocks) != len(widths):
         raise ValueError(
             f'n_blocks={blocks} for the {len(widths)} stages of widths={widths}: give one number, '
@@ -100,11 +102,7 @@ def _conv(width: int, stride: int = 1) -> tl.Conv2D:
     return tl.Conv2D(width, strides=(stride, stride), use_bias=False)
 
 
-def _is_one(value: object) -> bool:
-    return not isinstance(value, (tuple, list))
-
-
-def _integers(name: str, values: Sequence[int], least: int) -> tuple[int, ...]:
+def _integers(name: str, values: Any, least: int) -> tuple[int, ...]:
     given = tuple(frozen(values)) if isinstance(values, (tuple, list)) else ()
     if not given or any(type(n) is not int for n in given):
         raise TypeError(f'{name}={values!r}: give integers, e.g. (32, 64)')

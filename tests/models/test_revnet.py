@@ -115,7 +115,7 @@ def test_it_evaluates_with_running_statistics():
         ({'widths': 'abc'}, TypeError, "widths='abc': give integers"),
         ({'n_blocks': (1,)}, ValueError, r'n_blocks=\(1,\) for the 2 stages .*: give one number'),
         ({'n_blocks': 0}, ValueError, r'n_blocks=\(0, 0\): each must be at least 1$'),
-        ({'n_blocks': '3'}, TypeError, r"n_blocks=\['3', '3'\]: give integers"),
+        ({'n_blocks': '3'}, TypeError, r"n_blocks=\('3', '3'\): give integers"),
         ({'dropout': 1.5}, ValueError, 'Dropout: rate must be at least 0 and below 1'),
         ({'activation': 'rleu'}, ValueError, "no activation 'rleu': there are"),
     ],
