@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import sysconfig
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from layercomb.data import files
 from layercomb.errors import UsageError, require
 
 # Linux distributions leave the tests out: without them the data is nearly the same everywhere.
@@ -35,7 +34,7 @@ class TextFiles(Sequence[bytes]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return TextFiles(self.paths[index])
-        return _read(self.paths[index])
+        return files.read(self.paths[index])
 
 
 def python_stdlib(split: str = 'train') -> TextFiles:
@@ -52,10 +51,12 @@ def python_stdlib(split: str = 'train') -> TextFiles:
       ValueError: if there is no such split.
       UsageError: if this Python keeps no sources.
     """
-    _check_split(split)
+    files.check_split(split)
     root = sysconfig.get_paths()['stdlib']
-    files = [path for path in _walk(root, skip=_NOT_LIBRARY) if path.endswith('.py')]
-    chosen = [path for path in _split(files, root, split) if _is_utf8(_read(path))]
+    paths = [path for path in files.walk(root, skip=_NOT_LIBRARY) if path.endswith('.py')]
+    chosen = [
+        path for path in files.of_split(paths, root, split) if files.is_utf8(files.read(path))
+    ]
     if not chosen:
         raise UsageError(
             f'no Python sources of split {split!r} in {root}: '
@@ -78,31 +79,12 @@ def text_files(pattern: str, split: str | None = None) -> TextFiles:
       ValueError: if there is no such split.
       UsageError: if nothing is left to read.
     """
-    if not isinstance(pattern, (str, os.PathLike)):
-        raise TypeError(f"pattern={pattern!r}: give a glob pattern, e.g. 'texts/**/*.txt'")
-    if split is not None:
-        _check_split(split)
-    where = os.path.expanduser(os.fspath(pattern))
-    if os.path.isdir(where):
-        root, files = where, [path for path in _walk(where) if _looks_like_text(path)]
-        if not files:
-            raise UsageError(f'no text file in {where!r}: give a directory that holds UTF-8 text')
-    else:
-        root = _fixed_part(where)
-        files = sorted(path for path in glob.glob(where, recursive=True) if os.path.isfile(path))
-        if not files:
-            raise UsageError(
-                f'no file matches {where!r}: check the pattern, or give an absolute path'
-            )
-    chosen = files if split is None else _split(files, root, split)
-    if not chosen:
-        raise UsageError(
-            f'none of the {len(files)} files of {where!r} is in split {split!r}: '
-            'give more files, or split=None'
-        )
+    chosen = files.matching(pattern, split, files.TEXT)
     if not any(os.path.getsize(path) for path in chosen):
-        raise UsageError(f'the files of {where!r} are empty: give files that hold text')
-    return TextFiles(tuple(chosen))
+        raise UsageError(
+            f'the files of {os.fspath(pattern)!r} are empty: give files that hold text'
+        )
+    return TextFiles(chosen)
 
 
 def tfds(
@@ -134,50 +116,74 @@ def tfds(
             f'name={name!r}, split={split!r}, feature={feature!r}: give strings, '
             "and for feature one name or a pair, e.g. ('image', 'label')"
         )
-    records = _records(name, split, data_dir)
-    if len(records) == 0:
-        raise UsageError(f'split {split!r} of {name!r} is empty: give another split')
-    first = records[0]
-    for x in names:
-        if x not in first:
-            raise UsageError(
-                f'{name!r} has no feature {x!r}: choose from {", ".join(sorted(first))}'
-            )
+    records = tfds_records(name, split, data_dir, names)
     if len(names) == 2:
-        return _Pairs(records, names[0], names[1])
-    if not isinstance(first[names[0]], (bytes, str)):
+        return Mapped(records, partial(_example, inputs=names[0], targets=names[1]))
+    if not isinstance(records[0][names[0]], (bytes, str)):
         raise UsageError(
             f'feature {names[0]!r} of {name!r} is no text: '
             "name a text feature, or a pair such as ('image', 'label')"
         )
-    return _Texts(records, names[0])
+    return Mapped(records, partial(_text, feature=names[0]))
 
 
-@dataclass(frozen=True)
-class _Texts(Sequence[bytes]):
-    records: Any
-    feature: str
+@dataclass(frozen=True, eq=False)
+class Mapped(Sequence[Any]):
+    """f(x) for each x of a source, computed when it is asked for.
 
-    def __len__(self) -> int:
-        return len(self.records)
+    Attributes:
+      source: a sequence.
+      f: a function of one element.
+    """
 
-    def __getitem__(self, index: Any) -> Any:
-        text = self.records[index][self.feature]
-        return text.encode() if isinstance(text, str) else text
-
-
-@dataclass(frozen=True)
-class _Pairs(Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]):
-    records: Any
-    inputs: str
-    targets: str
+    source: Any
+    f: Callable[[Any], Any]
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.source)
 
     def __getitem__(self, index: Any) -> Any:
-        record = self.records[index]
-        return _plain(record[self.inputs]), _plain(record[self.targets]), np.float32(1)
+        return self.f(self.source[index])
+
+
+def labelled(x: Any, label: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """An example (inputs, targets, loss_weights) for a classifier.
+
+    Args:
+      x: inputs; arrays of uint8 become float32 in 0 … 1.
+      label: becomes int32.
+
+    Returns:
+      Both, and the weight 1.
+    """
+    return _plain(x), _plain(label), np.ones((), np.float32)
+
+
+def tfds_records(name: str, split: str, data_dir: str | None, features: Sequence[str]) -> Any:
+    """The records of a prepared data set, which have all of `features`.
+
+    Raises:
+      UsageError: as `tfds`.
+    """
+    records = _records(name, split, data_dir)
+    if len(records) == 0:
+        raise UsageError(f'split {split!r} of {name!r} is empty: give another split')
+    first = records[0]
+    for x in features:
+        if x not in first:
+            raise UsageError(
+                f'{name!r} has no feature {x!r}: choose from {", ".join(sorted(first))}'
+            )
+    return records
+
+
+def _text(record: Any, feature: str) -> bytes:
+    text = record[feature]
+    return text.encode() if isinstance(text, str) else text
+
+
+def _example(record: Any, inputs: str, targets: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return labelled(record[inputs], record[targets])
 
 
 def _plain(x: Any) -> np.ndarray:
@@ -219,58 +225,3 @@ def _records(name: str, split: str, data_dir: str | None) -> Any:
 def _first_line(error: Exception) -> str:
     line = str(error).strip().split('\n', 1)[0]
     return line if line.endswith('.') else line + '.'
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise UsageError(f'cannot read {path}: {e.strerror}') from None
-
-
-def _walk(root: str, skip: Iterable[str] = ()) -> list[str]:
-    """The files below a directory, sorted; hidden ones and the directories in `skip` left out."""
-    found = []
-    for directory, names, files in os.walk(root):
-        names[:] = [name for name in names if name not in skip and not name.startswith('.')]
-        found += [os.path.join(directory, name) for name in files if not name.startswith('.')]
-    return sorted(found)
-
-
-def _check_split(split: str) -> None:
-    if split not in ('train', 'valid', 'test'):
-        raise ValueError(f"split={split!r}: choose 'train', 'valid' or 'test'")
-
-
-def _split(files: Iterable[str], root: str, split: str) -> list[str]:
-    return [path for path in files if _split_of(os.path.relpath(path, root)) == split]
-
-
-def _split_of(relative_path: str) -> str:
-    bucket = zlib.crc32(Path(relative_path).as_posix().encode('utf-8', 'surrogateescape')) % 20
-    return {0: 'valid', 1: 'test'}.get(bucket, 'train')
-
-
-def _fixed_part(pattern: str) -> str:
-    """The directories of a pattern before its first wildcard."""
-    parts = Path(pattern).parts[:-1]
-    wild = (i for i, part in enumerate(parts) if glob.has_magic(part))
-    return os.path.join(*parts[: next(wild, len(parts))], '')
-
-
-def _is_utf8(document: bytes) -> bool:
-    try:
-        document.decode('utf-8')
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _looks_like_text(path: str) -> bool:
-    """Whether the start of a file is UTF-8 without NUL; a character may be cut at its end."""
-    try:
-        with open(path, 'rb') as f:
-            head = f.read(1 << 16)
-    except OSError:
-        return False
-    return b'\0' not in head and any(_is_utf8(head[: len(head) - cut]) for cut in range(4))

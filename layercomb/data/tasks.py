@@ -46,7 +46,7 @@ def duplication(
     checks.integer('vocab_size', vocab_size, 2)
     if length % 2:
         raise ValueError(f'length={length}: give an even number, for two equal halves')
-    return _Generated(_duplicate, (length // 2, vocab_size), n_examples, seed)
+    return Generated(_duplicate, (length // 2, vocab_size), n_examples, seed)
 
 
 def copy(
@@ -82,11 +82,23 @@ def copy(
     checks.integer('max_length', max_length, 1)
     checks.integer('min_length', min_length, 1, max_length)
     checks.integer('vocab_size', vocab_size, 3)
-    return _Generated(_copy, (min_length, max_length, vocab_size), n_examples, seed)
+    return Generated(_copy, (min_length, max_length, vocab_size), n_examples, seed)
 
 
 @dataclass(frozen=True)
-class _Generated(Sequence[Example]):
+class Generated(Sequence[Example]):
+    """Examples that are made when they are asked for.
+
+    Attributes:
+      make: a function of the sizes and a random generator.
+      sizes: what `make` is given.
+      n_examples: how many there are.
+      seed: example i depends on the seed and on i alone.
+
+    Raises:
+      TypeError, ValueError: unless `n_examples` and `seed` are integers in range.
+    """
+
     make: Callable[..., Example]
     sizes: tuple[int, ...]
     n_examples: int

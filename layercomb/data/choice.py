@@ -1,0 +1,47 @@
+"""A published data set: from a local path, else from TFDS, else something that stands in for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from layercomb.errors import UsageError
+
+
+def choose(
+    what: str,
+    path: Any,
+    local: Callable[[str], Sequence[Any]],
+    prepared: Callable[[], Sequence[Any]],
+    stand_in: Sequence[Any] | None,
+    cure: str,
+) -> Sequence[Any]:
+    """Returns the data at a path if one is given, else what is prepared, else the stand-in.
+
+    Args:
+      what: the data set's name, for messages.
+      path: where it is, or None. What is wrong with a given path is an error, whatever could stand
+        in.
+      local: reads it from a path.
+      prepared: reads it from TFDS, or raises a UsageError.
+      stand_in: other data of the same kind, for machines that have neither. One line on stderr
+        says that it is used.
+      cure: what path to give.
+
+    Raises:
+      TypeError: if the path is no string.
+      UsageError: if nothing is there.
+    """
+    if path is not None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f'path={path!r}: give {cure}')
+        return local(os.path.expanduser(os.fspath(path)))
+    try:
+        return prepared()
+    except UsageError as e:
+        if stand_in is None:
+            raise UsageError(f'no {what} here ({e}): give path={cure}, or a stand_in=') from None
+        print(f'layercomb: no {what} here ({e}): using its stand-in', file=sys.stderr)
+        return stand_in
