@@ -2,7 +2,8 @@
 
 from layercomb.models.mlp import MLP
 from layercomb.models.reformer import ReformerLM
+from layercomb.models.reformer_seq2seq import Reformer
 from layercomb.models.revnet import RevNet
 from layercomb.models.transformer import TransformerEncoder, TransformerLM
 
-__all__ = ['MLP', 'ReformerLM', 'RevNet', 'TransformerEncoder', 'TransformerLM']
+__all__ = ['MLP', 'Reformer', 'ReformerLM', 'RevNet', 'TransformerEncoder', 'TransformerLM']

@@ -86,34 +86,71 @@ def ReformerLM(
     )
     pattern = attention_pattern(default if attention is None else attention, n_layers)
     pattern = with_positions(pattern, max_len, rotary_positions(positions, max_len))
-    drop = tl.Dropout(dropout) if dropout else None
-    dense = feed_forward(d_ff, d_model, activation, None).sublayers
-    feed: tl.Layer = tl.Serial(norm, *dense, drop, name='feed_forward')
-    feed = feed if ff_chunk_len is None else tl.Chunk(feed, ff_chunk_len)  # dropout inside, too
-    block = [
-        [
-            tl.ReversibleHalfResidual(norm, layer, drop),
-            tl.ReversibleSwap(),
-            tl.ReversibleHalfResidual(feed),
-            tl.ReversibleSwap(),
-        ]
-        for layer in pattern
-    ]
-    flat = [layer for layers in block for layer in layers]
-    if positions == 'axial':
-        place: tl.Layer | None = axial_positions(max_len, axial_shape, axial_depths)
-    else:
-        place = position_layer(positions, max_len)
+    feed = reversible_feed_forward(norm, d_ff, d_model, activation, dropout, ff_chunk_len)
+    blocks = [[reversible_half(norm, layer, dropout), feed] for layer in pattern]
+    place = reformer_positions(positions, max_len, axial_shape, axial_depths)
     return tl.Serial(
-        tl.Embedding(vocab_size, d_model, table_init=tl.Normal(0.02)),
-        place,
-        drop,
-        tl.Dup(),
-        tl.ReversibleRepeat(tl.ReversibleSerial(*flat, name='block'), n_layers // len(pattern)),
+        two_streams(vocab_size, d_model, place, dropout),
+        reversible_blocks(blocks, n_layers),
         tl.Concatenate(),
         norm.replace(name='norm'),
         tl.Dense(vocab_size, name='head'),
     )
+
+
+def two_streams(
+    vocab_size: int, d_model: int, place: tl.Layer | None, dropout: float
+) -> tuple[tl.Layer | None, ...]:
+    """What makes two equal streams of tokens: embeddings, at their places, dropped, twice."""
+    embedding = tl.Embedding(vocab_size, d_model, table_init=tl.Normal(0.02))
+    return embedding, place, tl.Dropout(dropout) if dropout else None, tl.Dup()
+
+
+def reversible_half(norm: tl.Layer, layer: tl.Layer, dropout: float) -> tl.ReversibleHalfResidual:
+    """(acc, x, *context) → (acc + Dropout(layer(norm(x), *context)), x, *context)."""
+    return tl.ReversibleHalfResidual(norm, layer, tl.Dropout(dropout) if dropout else None)
+
+
+def reversible_feed_forward(
+    norm: tl.Layer,
+    d_ff: int,
+    d_model: int,
+    activation: str | tl.Layer,
+    dropout: float,
+    chunk_len: int | None,
+) -> tl.ReversibleHalfResidual:
+    """The half of a block that is a feed-forward; norm and dropout lie inside its pieces."""
+    dense = feed_forward(d_ff, d_model, activation, None).sublayers
+    drop = tl.Dropout(dropout) if dropout else None
+    feed: tl.Layer = tl.Serial(norm, *dense, drop, name='feed_forward')
+    return tl.ReversibleHalfResidual(feed if chunk_len is None else tl.Chunk(feed, chunk_len))
+
+
+def reversible_blocks(
+    blocks: Sequence[Sequence[tl.ReversibleHalfResidual]], n_layers: int
+) -> tl.ReversibleRepeat:
+    """Blocks that alternate over depth; each half adds to the stream that the one before it read.
+
+    Args:
+      blocks: the halves of each block, in order.
+      n_layers: how many blocks in all, a multiple of those given.
+    """
+    halves = [half for block in blocks for half in block]
+    layers = [layer for half in halves for layer in (half, tl.ReversibleSwap())]
+    return tl.ReversibleRepeat(tl.ReversibleSerial(*layers, name='block'), n_layers // len(blocks))
+
+
+def reformer_positions(
+    positions: str, max_len: int, shape: tuple[int, int] | None, depths: tuple[int, int] | None
+) -> tl.Layer | None:
+    """What adds positions to the embeddings, if anything does: axial ones, or `position_layer`'s.
+
+    Raises:
+      ValueError: for an unknown kind, or an axial shape that does not cover `max_len`.
+    """
+    if positions == 'axial':
+        return axial_positions(max_len, shape, depths)
+    return position_layer(positions, max_len)
 
 
 def axial_positions(
