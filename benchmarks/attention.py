@@ -15,23 +15,17 @@ our step follows, with its growth from length to length: 2 is linear, 4 quadrati
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import os
-import platform
-import subprocess
-import sys
-import time
+
+from machine import describe
+from turns import HUGE_PAGES, KEEP_PAGES, TORCH, serve, take_turns
 
 LAYERS, D_MODEL, HEADS, D_FF, VOCAB = 6, 256, 4, 1024, 256
-KEEP_PAGES = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '100000000000'}
-HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 CONTESTANTS = {
     'ours': ('layercomb', {}),
     'ours, huge pages': ('layercomb', HUGE_PAGES),
-    'torch': ('torch', {'OMP_WAIT_POLICY': 'PASSIVE'}),
-    'torch, pages kept': ('torch', {'OMP_WAIT_POLICY': 'PASSIVE', **KEEP_PAGES}),
-    'torch, huge pages': ('torch', {'OMP_WAIT_POLICY': 'PASSIVE', **HUGE_PAGES}),
+    'torch': ('torch', TORCH),
+    'torch, pages kept': ('torch', {**TORCH, **KEEP_PAGES}),
+    'torch, huge pages': ('torch', {**TORCH, **HUGE_PAGES}),
 }
 
 
@@ -102,60 +96,9 @@ def torch_step(length):
     return step, None
 
 
-def serve(contestant, length):
-    """The worker: a step for every line that comes in, and a line of figures for every step."""
-    step, temporaries = {'layercomb': layercomb_step, 'torch': torch_step}[contestant](length)
-    step()
-    print(json.dumps({'temporaries': temporaries}), flush=True)
-    for _ in sys.stdin:
-        cpu, wall = time.process_time(), time.perf_counter()
-        loss = step()
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        print(json.dumps({'cpu': cpu, 'wall': wall, 'loss': loss}), flush=True)
-
-
-class Worker:
-    """A warm process that runs a step when asked."""
-
-    def __init__(self, contestant, environment, length):
-        command = [sys.executable, __file__, '--worker', contestant, '--lengths', str(length)]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
-        self.temporaries = self.read()['temporaries']
-        self.steps = []
-
-    def read(self):
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit('a worker stopped: what it wrote stands above')
-        return json.loads(line)
-
-    def run(self):
-        self.process.stdin.write('step\n')
-        self.process.stdin.flush()
-        self.steps.append(self.read())
-
-    def best(self, what):
-        return min(step[what] for step in self.steps)
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def compare(length, repeats):
     """One length: the contestants in turns. Returns a row of the table."""
-    workers = {name: Worker(*spec, length) for name, spec in CONTESTANTS.items()}
-    for _ in range(repeats):
-        for worker in workers.values():
-            worker.run()
-    for worker in workers.values():
-        worker.close()
+    workers = take_turns(CONTESTANTS, repeats, '--lengths', length)
     ours = [worker for name, worker in workers.items() if name.startswith('ours')]
     theirs = [worker for name, worker in workers.items() if name.startswith('torch')]
     cpu, wall = (min(worker.best(what) for worker in ours) for what in ('cpu', 'wall'))
@@ -180,10 +123,9 @@ def main():
     parser.add_argument('--worker', choices=['layercomb', 'torch'], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        serve(args.worker, args.lengths[0])
+        serve({'layercomb': layercomb_step, 'torch': torch_step}[args.worker], args.lengths[0])
         return
-    versions = ' '.join(f'{p} {importlib.metadata.version(p)}' for p in ('jax', 'jaxlib', 'torch'))
-    print(f'{versions} · Python {platform.python_version()} · {machine()}')
+    print(describe('jaxlib', 'torch'))
     print('| length | ours, CPU s | torch | ratio | wall | default malloc | temporaries | growth |')
     print('|---:|---:|---:|---:|---:|---:|---:|---:|')
     before = None
@@ -197,17 +139,6 @@ def main():
             flush=True,
         )
         before = row
-
-
-def machine():
-    """The processor's name and how many of them this process may use."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open('/proc/cpuinfo') as f:
-            name = next(line.split(':')[1].strip() for line in f if line.startswith('model name'))
-    except (OSError, StopIteration):
-        pass
-    return f'{len(os.sched_getaffinity(0))} × {name}'
 
 
 if __name__ == '__main__':

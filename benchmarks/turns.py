@@ -1,0 +1,99 @@
+"""Contestants that take turns: each a warm process of its own, which runs a step when asked.
+
+CPU seconds are those of all threads. Memory is the peak of the process above what it held before
+its first step, so that neither libraries nor weights count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+# The allocators that a contestant is given; the best of them counts.
+KEEP_PAGES = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '100000000000'}
+HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+# Threads of torch that wait without spinning: what they burn would count as work.
+TORCH = {'OMP_WAIT_POLICY': 'PASSIVE'}
+
+
+def serve(make_step, *args):
+    """The worker: a step for every line that comes in, and a line of figures for every step.
+
+    Args:
+      make_step: returns a function that runs a step and returns its loss, and the bytes of
+        temporaries where the compiler tells, else None.
+      *args: its arguments.
+    """
+    step, temporaries = make_step(*args)
+    base = resident_bytes()
+    step()
+    print(json.dumps({'temporaries': temporaries}), flush=True)
+    for _ in sys.stdin:
+        cpu, wall = time.process_time(), time.perf_counter()
+        loss = step()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base
+        print(json.dumps({'cpu': cpu, 'wall': wall, 'loss': loss, 'peak': peak}), flush=True)
+
+
+def resident_bytes():
+    """What this process holds now."""
+    with open('/proc/self/statm') as f:
+        return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+class Worker:
+    """A warm process: this script run again with ``--worker CONTESTANT`` and `arguments`."""
+
+    def __init__(self, contestant, environment, arguments):
+        self.process = subprocess.Popen(
+            [sys.executable, sys.argv[0], '--worker', contestant, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.temporaries = self.read()['temporaries']
+        self.steps = []
+
+    def read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit('a worker stopped: what it wrote stands above')
+        return json.loads(line)
+
+    def run(self):
+        self.process.stdin.write('step\n')
+        self.process.stdin.flush()
+        self.steps.append(self.read())
+
+    def best(self, what):
+        return min(step[what] for step in self.steps)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def take_turns(contestants, repeats, *arguments):
+    """Runs every contestant once, then again, `repeats` times in all.
+
+    Args:
+      contestants: a dict from a label to (contestant, environment).
+      repeats: how many steps each runs, after a first that does not count.
+      *arguments: of the script.
+
+    Returns:
+      A dict from the labels to workers that have run.
+    """
+    workers = {label: Worker(*spec, arguments) for label, spec in contestants.items()}
+    for _ in range(repeats):
+        for worker in workers.values():
+            worker.run()
+    for worker in workers.values():
+        worker.close()
+    return workers
