@@ -24,7 +24,8 @@ TINY = {
     'reformer_enwik8': (
         'models.ReformerLM.d_model = 16',
         'models.ReformerLM.d_ff = 16',
-        'models.ReformerLM.n_layers = 4',
+        'models.ReformerLM.n_layers = 2',
+        'models.ReformerLM.attention = (@tl.LocalSelfAttention(), @tl.LSHSelfAttention())',
         'models.ReformerLM.axial_shape = (4, 16)',
         'models.ReformerLM.axial_depths = (4, 12)',
         'LENGTH = 64',
@@ -34,7 +35,7 @@ TINY = {
         'supervised.TrainTask.accumulate = 2',
         'supervised.TrainTask.loss_chunk_len = 16',
         'supervised.EvalTask.n_batches = 1',
-        'cli.train.sample_tokens = 4',
+        'cli.train.sample_prompt = None',
     ),
     'reformer_imagenet64': (
         'models.ReformerLM.d_model = 16',
