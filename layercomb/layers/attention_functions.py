@@ -14,9 +14,6 @@ import jax.numpy as jnp
 
 from layercomb.layers import blockwise, chunkwise, tiles
 
-# Pairs of a query and a key that one head's tile of chunks holds, about.
-PAIRS_IN_TILE = 1 << 17
-
 
 def dot_product_attention(
     q: jax.Array,
@@ -138,7 +135,7 @@ def local_attention(
         chunk_len=chunk_len,
         look_back=min(look_back, n_chunks - 1),
         look_ahead=min(look_ahead, n_chunks - 1),
-        n_together=min(n_chunks, max(1, PAIRS_IN_TILE // pairs)),
+        n_together=tiles.even_share(n_chunks, tiles.pairs_in_tile() // pairs),
         scale=scale,
         causal=causal,
         dropout_rate=dropout_rate,

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,11 +44,9 @@ class Plan(chunkwise.Plan):
       n_buckets: buckets of real positions; padding has bucket n_buckets.
       by_bucket: whether a query sees its own bucket alone, or all of its window.
       once: whether a pair that meets in N rounds counts once instead of N times.
-      value_depth: D.
     """
 
     n_buckets: int = 1
-    value_depth: int = 1
     by_bucket: bool = True
     once: bool = False
 
@@ -63,41 +62,88 @@ class Plan(chunkwise.Plan):
 
 
 class Round(NamedTuple):
-    """One round's order.
+    """One round's order, with a margin for what the first and the last window look for.
 
     Attributes:
-      order: (L,) the position that stands at each place of the sorted sequence.
-      place: (L,) its inverse.
-      position: (P,) `order` with a margin.
-      bucket: (P,) the bucket at each place, with a margin of padding.
+      position: (P,) the position that stands at each place of the sorted sequence.
+      bucket: (P,) the bucket at each place; that of the margin is padding.
       number: of the round.
     """
 
-    order: Any
-    place: Any
     position: Any
     bucket: Any
     number: Any
 
 
-def margin(plan: Plan, x: jax.Array, fill: Any = 0) -> jax.Array:
-    """(L, ...) → (P, ...): room for the chunks that the first and the last window look for."""
-    c = plan.chunk_len
-    before_after = (plan.look_back * c, plan.look_ahead * c)
-    return jnp.pad(x, [before_after] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+class Tile(NamedTuple):
+    """What stands in a tile's windows.
+
+    Attributes:
+      position: (G, W) of each key.
+      bucket: (G, W) of each key.
+      number: of the tile among those of all rounds.
+    """
+
+    position: Any
+    bucket: Any
+    number: Any
 
 
-def sort(plan: Plan, buckets: jax.Array, number: Any) -> Round:
-    """Orders positions by (bucket, position)."""
+def sort(plan: Plan, buckets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The positions (L,) in the order of (bucket, position), and their buckets."""
     length = plan.padded
     position = jnp.arange(length, dtype=jnp.int32)
     if (plan.n_buckets + 1) * length < 2**31:
         packed = jnp.sort(buckets * length + position)  # one key: four times as fast as a pair
-        order, bucket = packed % length, packed // length
-    else:
-        bucket, order = lax.sort_key_val(buckets, position, is_stable=True)
-    place = jnp.zeros(length, jnp.int32).at[order].set(position, unique_indices=True)
-    return Round(order, place, margin(plan, order), margin(plan, bucket, plan.n_buckets), number)
+        return packed % length, packed // length
+    bucket, order = lax.sort_key_val(buckets, position, is_stable=True)
+    return order, bucket
+
+
+def make_round(plan: Plan, buckets: jax.Array, number: Any) -> Round:
+    """A round from its buckets (L,)."""
+    order, bucket = sort(plan, buckets)
+    margin = (plan.look_back * plan.chunk_len, plan.look_ahead * plan.chunk_len)
+    bucket = jnp.pad(bucket, margin, constant_values=plan.n_buckets)
+    return Round(jnp.pad(order, margin), bucket, number)
+
+
+def cut(plan: Plan, round_: Round, i: Any) -> Tile:
+    """Tile i of a round."""
+    position, bucket = (
+        chunkwise.windows(plan, chunkwise.slice_of_tile(plan, x, i)) for x in round_[:2]
+    )
+    return Tile(position, bucket, round_.number * plan.n_tiles + i)
+
+
+def queries(plan: Plan, x: jax.Array) -> jax.Array:
+    """What belongs to queries, (G, C, ...), of what belongs to keys, (G, W, ...)."""
+    first = plan.look_back * plan.chunk_len
+    return x[:, first : first + plan.chunk_len]
+
+
+# Positions are in bounds and never negative: to say so spares a comparison for each entry moved.
+IN_BOUNDS: dict[str, Any] = {'mode': 'promise_in_bounds', 'wrap_negative_indices': False}
+
+
+def rows(x: jax.Array, at: jax.Array) -> jax.Array:
+    """x[at]."""
+    return x.at[at].get(**IN_BOUNDS)
+
+
+def put(x: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
+    """x with `values` at positions each of which is there once."""
+    return x.at[at].set(values, unique_indices=True, **IN_BOUNDS)
+
+
+def add(x: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
+    """x with `values` added at positions."""
+    return x.at[at].add(values, **IN_BOUNDS)
+
+
+def pairs(plan: Plan, x: jax.Array) -> tuple[Any, Any]:
+    """Of x (G, W), that of queries (G, C, 1) and that of keys (G, 1, W)."""
+    return queries(plan, x)[:, :, None], x[:, None]
 
 
 def distance(plan: Plan) -> np.ndarray:
@@ -106,51 +152,44 @@ def distance(plan: Plan) -> np.ndarray:
     return np.arange(c)[:, None] + plan.look_back * c - np.arange(plan.window_len)
 
 
-def both(plan: Plan, x: jax.Array, i: Any) -> tuple[jax.Array, jax.Array]:
-    """Of tile i, what x (P, ...) holds for the queries (G, C, ...) and for the keys (G, W, ...)."""
-    wide = chunkwise.windows(plan, chunkwise.slice_of_tile(plan, x, i))
-    first = plan.look_back * plan.chunk_len
-    return wide[:, first : first + plan.chunk_len], wide
-
-
-def visible(plan: Plan, round_: Round, i: Any) -> jax.Array:
-    """Which keys of its window each query of tile i sees, (G, C, W)."""
-    query, key = both(plan, round_.bucket, i)
-    seen = (key < plan.n_buckets)[:, None] & (query < plan.n_buckets)[:, :, None]
+def visible(plan: Plan, tile: Tile) -> jax.Array:
+    """Which keys of its window each query of a tile sees, (G, C, W)."""
+    query, key = pairs(plan, tile.bucket)
     if plan.by_bucket:
         apart = distance(plan)
         low = 0 if plan.causal else 1 - plan.chunk_len
-        near = (apart >= low) & (apart < plan.chunk_len)
-        return seen & near & (query[:, :, None] == key[:, None])
+        near: Any = (apart >= low) & (apart < plan.chunk_len)
+        query = jnp.where(query < plan.n_buckets, query, -1)  # padding sees nothing
+        return near & (query == key)
+    seen: jax.Array = (key < plan.n_buckets) & (query < plan.n_buckets)
     if plan.causal:
-        query, key = both(plan, round_.position, i)
-        seen = seen & (query[:, :, None] >= key[:, None])
+        query, key = pairs(plan, tile.position)
+        seen = seen & (query >= key)
     return seen
 
 
-def meetings(plan: Plan, places: Any, buckets: Any, round_: Round, i: Any) -> jax.Array:
-    """In how many rounds each pair of tile i meets, (G, C, W), of `places` and `buckets` (R, L)."""
-    query, key = both(plan, round_.position, i)
+def meetings(plan: Plan, places: Any, buckets: Any, tile: Tile) -> jax.Array:
+    """In how many rounds each pair of a tile meets, (G, C, W), of `places` and `buckets` (R, L)."""
     count: Any = 0
     for r in range(places.shape[0]):
-        place_q, place_k = places[r][query][:, :, None], places[r][key][:, None]
+        query, key = pairs(plan, rows(places[r], tile.position))
         if plan.by_bucket:
-            same = buckets[r][query][:, :, None] == buckets[r][key][:, None]
-            meets = same & (jnp.abs(place_q - place_k) < plan.chunk_len)
+            bucket_q, bucket_k = pairs(plan, rows(buckets[r], tile.position))
+            meets = (bucket_q == bucket_k) & (jnp.abs(query - key) < plan.chunk_len)
         else:
-            apart = place_q // plan.chunk_len - place_k // plan.chunk_len
+            apart = query // plan.chunk_len - key // plan.chunk_len
             meets = (apart <= plan.look_back) & (apart >= -plan.look_ahead)
         count = count + meets.astype(jnp.float32)
     return jnp.maximum(count, 1.0)
 
 
-def scores(plan: Plan, q: Any, k: Any, rounds: Any, round_: Round, i: Any) -> tuple[Any, Any]:
-    """Scores (G, C, W) of tile i, and which of them are seen."""
+def scores(plan: Plan, q: Any, k: Any, rounds: Any, tile: Tile) -> jax.Array:
+    """Scores (G, C, W) of queries (G, C, K) and keys (G, W, K); far below all where not seen."""
     s: jax.Array = jnp.where(distance(plan) == 0, SELF, tiles.dot('gqk,gwk->gqw', q, k))
     if plan.once:
         places, buckets = rounds
-        s = s - jnp.log(meetings(plan, places, buckets, round_, i))
-    return s, visible(plan, round_, i)
+        s = s - jnp.log(meetings(plan, places, buckets, tile))
+    return jnp.where(visible(plan, tile), s, -tiles.FAR)
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -164,112 +203,82 @@ def all_rounds(plan: Plan, buckets: Any) -> Any:
     """What `meetings` needs: every round's places, (R, L), and buckets."""
     if not plan.once:
         return None
-    return lax.map(lambda b: sort(plan, b, 0).place, buckets), buckets
+
+    def place(buckets: jax.Array) -> jax.Array:
+        order, _ = sort(plan, buckets)
+        at = jnp.arange(plan.padded, dtype=jnp.int32)
+        return jnp.zeros_like(at).at[order].set(at, unique_indices=True)
+
+    return lax.map(place, buckets), buckets
 
 
-def tile_number(plan: Plan, round_: Round, i: Any) -> Any:
-    """A number for the dropout of a tile."""
-    return round_.number * plan.n_tiles + i
+def over_tiles(plan: Plan, buckets: Any, body: Callable[[Any, Tile], Any], carry: Any) -> Any:
+    """Carries through `body` the tiles of all rounds, from buckets (R, L)."""
 
+    def one_round(carry: Any, r: Any) -> tuple[Any, None]:
+        round_ = make_round(plan, buckets[r], r)
 
-def forward_round(plan: Plan, qv: Any, rounds: Any, round_: Round, rng: Any) -> Any:
-    """One round's output and logsumexp, (L, D + 1), from queries and values (L, K + D)."""
-    depth = qv.shape[-1] - plan.value_depth
-    x = margin(plan, qv[round_.order])
-    k, v = unit(x[:, :depth]), x[:, depth:]
+        def one_tile(carry: Any, i: Any) -> tuple[Any, None]:
+            return body(carry, cut(plan, round_, i)), None
 
-    def tile(_, i):
-        q_i, _ = both(plan, x[:, :depth], i)
-        k_i, v_i = (chunkwise.windows(plan, chunkwise.slice_of_tile(plan, y, i)) for y in (k, v))
-        s, seen = scores(plan, q_i, k_i, rounds, round_, i)
-        s = jnp.where(seen, s, -tiles.FAR)
-        m = s.max(-1, keepdims=True)
-        p = jnp.where(seen, jnp.exp(s - m), 0.0)
-        total = p.sum(-1, keepdims=True)
-        some = total > 0
-        total = jnp.where(some, total, 1.0)
-        p = tiles.drop(plan.dropout_rate, rng, tile_number(plan, round_, i), p)
-        z = jnp.where(some, m + jnp.log(total), -tiles.FAR)
-        return None, jnp.concatenate([tiles.dot('gqw,gwd->gqd', p, v_i) / total, z], -1)
+        return tiles.each(one_tile, carry, plan.n_tiles)[0], None
 
-    out = tiles.each(tile, None, plan.n_tiles)[1]  # (N, G, C, D + 1)
-    return out.reshape(plan.padded, -1)[round_.place]
+    return tiles.each(one_round, carry, buckets.shape[0])[0]
 
 
 def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
     """One head's output (L, D) and logsumexp (L,), from q (L, K), v (L, D) and buckets (R, L)."""
-    qv = jnp.concatenate([q, v], -1)
     rounds = all_rounds(plan, buckets)
 
-    def add_round(carry, r):
+    def add_tile(carry: Any, tile: Tile) -> Any:
         out, z = carry
-        y = forward_round(plan, qv, rounds, sort(plan, buckets[r], r), rng)
-        z_r = y[:, -1:]
-        z_new = jnp.logaddexp(z, z_r)
-        return (out * jnp.exp(z - z_new) + y[:, :-1] * jnp.exp(z_r - z_new), z_new), None
+        x, v_i = rows(q, tile.position), rows(v, tile.position)  # (G, W, K), (G, W, D)
+        s = scores(plan, queries(plan, x), unit(x), rounds, tile)
+        at = queries(plan, tile.position)
+        # What the rounds before have made is one more value to weigh.
+        z_old = rows(z, at)[..., None]  # (G, C, 1)
+        m = jnp.maximum(s.max(-1, keepdims=True), z_old)
+        p, old = jnp.exp(s - m), jnp.exp(z_old - m)
+        total = p.sum(-1, keepdims=True) + old
+        p = tiles.drop(plan.dropout_rate, rng, tile.number, p)
+        out_i = (tiles.dot('gqw,gwd->gqd', p, v_i) + old * rows(out, at)) / total
+        return put(out, at, out_i), put(z, at, (m + jnp.log(total))[..., 0])
 
-    start = jnp.zeros(v.shape, jnp.float32), jnp.full((plan.padded, 1), -tiles.FAR)
-    (out, z), _ = tiles.each(add_round, start, buckets.shape[0])
-    z = jnp.where(z > -tiles.FAR / 2, z, tiles.FAR)  # what sees nothing has no probabilities
-    return out.astype(v.dtype), z[:, 0]
-
-
-def backward_round(
-    plan: Plan, pack: Any, depth: int, dtype: Any, rounds: Any, round_: Round, rng: Any
-) -> Any:
-    """One round's gradients of queries, keys and values, (L, 2K + D).
-
-    From (L, K + 2D + 2): queries, values, d_out, z and Σ dO ∘ O. `dtype` is the queries' own, to
-    which forward rounds keys.
-    """
-    d = plan.value_depth
-    x = margin(plan, pack[round_.order])
-    q, v = x[:, :depth], x[:, depth : depth + d]
-    k = unit(q.astype(dtype))
-    alone = distance(plan) == 0
-
-    def tile(d_kv, i):
-        x_i, _ = both(plan, x, i)
-        q_i, d_out = x_i[..., :depth], x_i[..., depth + d : depth + 2 * d]
-        z, dot_out = x_i[..., -2:-1], x_i[..., -1:]
-        k_i, v_i = (chunkwise.windows(plan, chunkwise.slice_of_tile(plan, y, i)) for y in (k, v))
-        s, seen = scores(plan, q_i, k_i, rounds, round_, i)
-        number = tile_number(plan, round_, i)
-        p = jnp.where(seen, jnp.exp(s - z), 0.0)
-        d_p = tiles.dot('gqd,gwd->gqw', d_out, v_i)
-        d_s = p * (tiles.drop(plan.dropout_rate, rng, number, d_p) - dot_out)
-        d_s = jnp.where(alone, 0.0, d_s)  # that score is a constant
-        p = tiles.drop(plan.dropout_rate, rng, number, p)
-        d_k_i = tiles.dot('gqw,gqk->gwk', d_s, q_i)
-        d_v_i = tiles.dot('gqw,gqd->gwd', p, d_out)
-        d_kv = chunkwise.add_windows(plan, d_kv, i, jnp.concatenate([d_k_i, d_v_i], -1))
-        return d_kv, tiles.dot('gqw,gwk->gqk', d_s, k_i)
-
-    zeros = jnp.zeros((x.shape[0], depth + d), jnp.float32)
-    d_kv, d_q = tiles.each(tile, zeros, plan.n_tiles)
-    before = plan.look_back * plan.chunk_len
-    d_kv = d_kv[before : before + plan.padded]
-    return jnp.concatenate([d_q.reshape(plan.padded, depth), d_kv], -1)[round_.place]
+    start = jnp.zeros((plan.padded, v.shape[-1]), jnp.float32), jnp.full(plan.padded, -tiles.FAR)
+    out, z = over_tiles(plan, buckets, add_tile, start)
+    blind = z < -tiles.FAR / 2
+    out = jnp.where(blind[:, None], 0.0, out).astype(v.dtype)
+    return out, jnp.where(blind, tiles.FAR, z)  # what sees nothing has no probabilities
 
 
 def backward_head(
     plan: Plan, q: Any, v: Any, buckets: Any, rng: Any, z: Any, d_out: Any, dot_out: Any
 ) -> Any:
     """One head's gradients of q (L, K) and v (L, D)."""
-    depth = q.shape[-1]
-    narrow = (x.astype(jnp.float32) for x in (q, v, d_out, z[:, None], dot_out[:, None]))
-    pack = jnp.concatenate(list(narrow), -1)
     rounds = all_rounds(plan, buckets)
+    alone = distance(plan) == 0
 
-    def add_round(total, r):
-        round_ = sort(plan, buckets[r], r)
-        return total + backward_round(plan, pack, depth, q.dtype, rounds, round_, rng), None
+    def add_tile(carry: Any, tile: Tile) -> Any:
+        d_q, d_v = carry
+        x, v_i = rows(q, tile.position), rows(v, tile.position)  # (G, W, K), (G, W, D)
+        k_i, pull = jax.vjp(unit, x.astype(jnp.float32))
+        q_i, k_i = queries(plan, x), k_i.astype(x.dtype)
+        at = queries(plan, tile.position)
+        d_out_i = rows(d_out, at)
+        z_i, dot_out_i = rows(z, at)[..., None], rows(dot_out, at)[..., None]  # (G, C, 1)
+        p = jnp.exp(scores(plan, q_i, k_i, rounds, tile) - z_i)
+        d_p = tiles.dot('gqd,gwd->gqw', d_out_i, v_i)
+        d_p = tiles.drop(plan.dropout_rate, rng, tile.number, d_p)
+        d_s = jnp.where(alone, 0.0, p * (d_p - dot_out_i))  # one's own score is a constant
+        p = tiles.drop(plan.dropout_rate, rng, tile.number, p)
+        (d_x,) = pull(tiles.dot('gqw,gqk->gwk', d_s, q_i))
+        d_q = add(d_q, tile.position, d_x)
+        d_q = add(d_q, at, tiles.dot('gqw,gwk->gqk', d_s, k_i))
+        return d_q, add(d_v, tile.position, tiles.dot('gqw,gqd->gwd', p, d_out_i))
 
-    start = jnp.zeros((plan.padded, 2 * depth + plan.value_depth), jnp.float32)
-    total, _ = tiles.each(add_round, start, buckets.shape[0])
-    d_q, d_k, d_v = jnp.split(total, [depth, 2 * depth], -1)
-    _, pull = jax.vjp(unit, q.astype(jnp.float32))
-    return (d_q + pull(d_k)[0]).astype(q.dtype), d_v.astype(v.dtype)
+    start = jnp.zeros(q.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    d_q, d_v = over_tiles(plan, buckets, add_tile, start)
+    return d_q.astype(q.dtype), d_v.astype(v.dtype)
 
 
 def fill(plan: Plan, x: jax.Array, value: Any = 0, axis: int = 2) -> jax.Array:

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Positions that are hashed at a time, so that no (L, R·buckets) array exists.
-POSITIONS_TOGETHER = 1024
+from layercomb.layers import tiles
+
+# Positions and heads hashed at a time, so that no (H, L, R·buckets) array exists.
+CPU_TOGETHER, TOGETHER = (1024, 1), (8192, 8)
 # One hash of n buckets costs n / 2 products a position, two factors cost about √n.
 FACTORED_FROM = 256
 
@@ -59,7 +61,7 @@ def lsh_buckets(
 
     Args:
       x: (B, H, L, K), floating; no gradient flows.
-      rng: a key.
+      rng: a key, or one for every head, (H,).
       n_buckets: 1 or an even number, or a tuple of such.
       n_hashes: R, at least 1.
 
@@ -76,12 +78,11 @@ def lsh_buckets(
     x = lax.stop_gradient(x).astype(jnp.float32)
     halves = [f // 2 for f in factors]
 
-    def rotation(head: jax.Array, r: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(rng, r), head)
-        return jax.random.normal(key, (k, sum(halves)))
+    def rotation(key: jax.Array, r: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(key, r), (k, sum(halves)))
 
-    rounds = jnp.arange(n_hashes)
-    rotations = jax.vmap(lambda i: jax.vmap(lambda r: rotation(i, r))(rounds))(jnp.arange(h))
+    keys, rounds = tiles.keys_of_heads(rng, h), jnp.arange(n_hashes)
+    rotations = jax.vmap(lambda key: jax.vmap(lambda r: rotation(key, r))(rounds))(keys)
 
     def hash_piece(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, head = piece  # (T, K), ()
@@ -93,11 +94,13 @@ def lsh_buckets(
                 start += half
         return bucket  # (R, T)
 
-    t = min(length, POSITIONS_TOGETHER)
+    together, n_heads = CPU_TOGETHER if jax.default_backend() == 'cpu' else TOGETHER
+    t = min(length, together)
     n = -(-length // t)
     x = jnp.pad(x, [(0, 0), (0, 0), (0, n * t - length), (0, 0)])
     heads = jnp.broadcast_to(jnp.arange(h)[:, None], (b, h, n)).reshape(-1)
-    pieces = lax.map(hash_piece, (x.reshape(b * h * n, t, k), heads))  # (B·H·n, R, T)
+    x = x.reshape(b * h * n, t, k)
+    pieces = lax.map(hash_piece, (x, heads), batch_size=n_heads if n_heads > 1 else None)
     buckets = pieces.reshape(b, h, n, n_hashes, t).swapaxes(2, 3)  # (B, H, R, n, T)
     return buckets.reshape(b, h, n_hashes, n * t)[..., :length]
 

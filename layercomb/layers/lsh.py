@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from layercomb.layers import bucketwise, tiles
 from layercomb.layers.attention import MergeHeads, MultiHead, SplitHeads, dropout_arguments
-from layercomb.layers.attention_functions import PAIRS_IN_TILE
 from layercomb.layers.base import DECISIONS, Layer, Mode
 from layercomb.layers.caches import append, init_cache, poison_overflow, refuse_overflow
 from layercomb.layers.fields import Rate, Size
@@ -90,20 +89,17 @@ def lsh_attention(
         raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
     length = q.shape[2]
     n_chunks = -(-length // chunk_len)
-    n_seen = 2 if causal else 3
-    together = n_together or max(1, PAIRS_IN_TILE // (chunk_len * chunk_len * n_seen))
-    n_tiles = -(-n_chunks // together)
+    n_pairs = chunk_len**2 * (2 if causal else 3)
     plan = bucketwise.Plan(
         length=length,
         chunk_len=chunk_len,
         look_back=1,
         look_ahead=0 if causal else 1,
-        n_together=-(-n_chunks // n_tiles),
+        n_together=tiles.even_share(n_chunks, n_together or tiles.pairs_in_tile() // n_pairs),
         scale=1.0,
         causal=causal,
         dropout_rate=dropout_rate,
         n_buckets=n_buckets,
-        value_depth=v.shape[-1],
         by_bucket=neighbourhood == 'bucket',
         once=duplicates == 'once' and buckets.shape[2] > 1,
     )

@@ -17,6 +17,8 @@ FAR = 1e30
 CPU_BLOCK_LEN, BLOCK_LEN = 128, 512
 # (query, key) pairs taken together on the CPU, from as many heads as it takes.
 CPU_PAIRS = CPU_BLOCK_LEN**2
+# Pairs that one head's tile of chunks holds, about.
+CPU_PAIRS_IN_TILE, PAIRS_IN_TILE = 1 << 17, 1 << 24
 
 
 def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -32,6 +34,23 @@ def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def block_len() -> int:
     """The length of blocks where nobody says another."""
     return CPU_BLOCK_LEN if jax.default_backend() == 'cpu' else BLOCK_LEN
+
+
+def pairs_in_tile() -> int:
+    """Pairs of a query and a key in a tile of chunks, where nobody says another number."""
+    return CPU_PAIRS_IN_TILE if jax.default_backend() == 'cpu' else PAIRS_IN_TILE
+
+
+def even_share(n: int, at_most: int) -> int:
+    """How many of `n` to take at a time, at most `at_most` or 1, so that little is padded.
+
+    >>> even_share(512, 42), even_share(10, 4), even_share(7, 100)
+    (32, 4, 7)
+    """
+    at_most = max(1, at_most)
+    whole = next(g for g in range(min(n, at_most), 0, -1) if n % g == 0)
+    n_shares = -(-n // at_most)
+    return whole if 2 * whole > at_most else -(-n // n_shares)
 
 
 def over_heads(f: Callable[..., Any], heads: tuple[Any, ...], n_pairs: int) -> Any:
@@ -59,12 +78,18 @@ def over_heads(f: Callable[..., Any], heads: tuple[Any, ...], n_pairs: int) -> A
     return jax.tree.map(lambda x: x.reshape(n_rows, n_heads, *x.shape[1:]), out)
 
 
-def key_per_head(rng: jax.Array | None, rows: tuple[int, int]) -> jax.Array | None:
-    """A key for every head of every row, (B, H): folded in, as often as a pass needs them."""
+def keys_of_heads(rng: jax.Array, n_heads: int) -> jax.Array:
+    """A key for every head, (H,): folded in one key, or already so many."""
+    return rng if rng.ndim else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(n_heads))
+
+
+def key_per_head(rng: jax.Array | None, shape: tuple[int, int]) -> jax.Array | None:
+    """A key for every head of every row, (B, H), from one key or from one for every head."""
     if rng is None:
         return None
-    numbers = jnp.arange(rows[0] * rows[1]).reshape(rows)  # (B, H)
-    return jax.vmap(jax.vmap(lambda n: jax.random.fold_in(rng, n)))(numbers)
+    n_rows, n_heads = shape
+    by_row = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+    return by_row(keys_of_heads(rng, n_heads), jnp.arange(n_rows))
 
 
 def drop(rate: float, rng: jax.Array | None, tile: Any, probabilities: jax.Array) -> jax.Array:

@@ -183,7 +183,7 @@ def test_buckets_are_the_argmax_of_the_rotation_and_its_negative():
     q, _, _ = case(1500, 1, 4, heads=1)
     got = lsh_buckets(q, jax.random.key(3), n_buckets=6, n_hashes=2)
     for r in range(2):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), r), 0)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), r)
         y = q[0, 0] @ jax.random.normal(key, (4, 3))
         expected = jnp.argmax(jnp.concatenate([y, -y], -1), -1)
         assert (got[0, 0, r] == expected).mean() > 0.999
