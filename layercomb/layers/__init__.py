@@ -22,9 +22,7 @@ from layercomb.layers.attention import (
     DotProductAttention,
     LocalAttention,
     LocalSelfAttention,
-    MergeHeads,
     SelfAttention,
-    SplitHeads,
 )
 from layercomb.layers.attention_functions import dot_product_attention, local_attention
 from layercomb.layers.axial import AxialPositions
@@ -64,6 +62,7 @@ from layercomb.layers.metrics import (
     cross_entropy,
     weighted_mean,
 )
+from layercomb.layers.multihead import MergeHeads, SplitHeads
 from layercomb.layers.normalization import BatchNorm, LayerNorm, RMSNorm
 from layercomb.layers.positional import LearnedPositions, RotaryPositions, SinusoidalPositions
 from layercomb.layers.reversible import (

@@ -1,9 +1,7 @@
-"""Attention layers: projections around an attention function, and what decoding keeps.
+"""Attention layers: an attention function and what decoding keeps, and projections around it.
 
-`SelfAttention`, `LocalSelfAttention` and `CrossAttention` are combinators of the same parts, each
-of which can be replaced: ``query``, ``key``, ``value`` (B, L, D) → (B, H, L, K), a ``core`` that
-attends, and ``output`` back to (B, L, D). Shape letters: B batch, L length, D d_model, H heads,
-K head depth, M memory length or room in a cache, T new positions.
+Shape letters: B batch, L length, D d_model, H heads, K head depth, M memory length or room in a
+cache, T new positions.
 """
 
 from __future__ import annotations
@@ -15,80 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.attention_functions import dot_product_attention, local_attention
-from layercomb.layers.base import Layer, Mode, _set
+from layercomb.layers.base import Layer, Mode
 from layercomb.layers.caches import append, init_cache, poison_overflow, refuse_overflow
-from layercomb.layers.combinators import Combinator
 from layercomb.layers.fields import Rate, Size
-from layercomb.layers.initializers import Initializer, glorot_uniform
+from layercomb.layers.multihead import MultiHead, attend, dropout_arguments, heads
 from layercomb.layers.positional import position_of
-from layercomb.shapes import check_float
-
-
-class SplitHeads(Layer):
-    """A projection to heads: y[b, h, l] = x[b, l] W[:, h] + b[h], (B, L, D) → (B, H, L, K).
-
-    Weights: ``kernel`` (D, H, K), ``bias`` (H, K).
-
-    Attributes:
-      n_heads: H.
-      d_head: K; None takes D / H, which must be whole.
-      use_bias: whether b is there.
-    """
-
-    n_heads: Size
-    d_head: Size | None = None
-    use_bias: bool = True
-    kernel_init: Initializer = glorot_uniform()
-
-    def init(self, signature, rng, mode=Mode.TRAIN):
-        (x,) = signature
-        check_float('SplitHeads', x)
-        d = x.shape[-1]
-        if self.d_head is None and d % self.n_heads:
-            fitting = [h for h in range(1, d + 1) if d % h == 0]
-            nearest = min(fitting, key=lambda h: abs(h - self.n_heads))
-            raise ValueError(
-                f'{self.n_heads} heads do not divide the width {d}: use {nearest}, or say d_head='
-            )
-        k = self.d_head or d // self.n_heads
-        kernel = self.kernel_init(rng, (d, self.n_heads * k)).reshape(d, self.n_heads, k)
-        bias = {'bias': jnp.zeros((self.n_heads, k))} if self.use_bias else {}
-        return {'kernel': kernel, **bias}, {}
-
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        (x,) = inputs
-        kernel = weights['kernel']
-        y = jnp.einsum('bld,dhk->bhlk', x, kernel, preferred_element_type=jnp.float32)
-        y = y.astype(x.dtype)  # (B, H, L, K)
-        return (y + weights['bias'][:, None] if self.use_bias else y,), state
-
-
-class MergeHeads(Layer):
-    """A projection from heads: y[b, l] = Σ_h x[b, h, l] W[h] + b, (B, H, L, K) → (B, L, D).
-
-    Its second input, (B, L, D), only says how wide to be, so that heads of any depth fit any model.
-
-    Weights: ``kernel`` (H, K, D), ``bias`` (D,).
-    """
-
-    use_bias: bool = True
-    kernel_init: Initializer = glorot_uniform()
-
-    n_in = 2
-
-    def init(self, signature, rng, mode=Mode.TRAIN):
-        x, like = signature
-        _, h, _, k = x.shape
-        d = like.shape[-1]
-        kernel = self.kernel_init(rng, (h * k, d)).reshape(h, k, d)
-        return {'kernel': kernel, **({'bias': jnp.zeros(d)} if self.use_bias else {})}, {}
-
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        x, _ = inputs
-        kernel = weights['kernel']
-        y = jnp.einsum('bhlk,hkd->bld', x, kernel, preferred_element_type=jnp.float32)
-        y = y.astype(x.dtype)
-        return (y + weights['bias'] if self.use_bias else y,), state
 
 
 class DotProductAttention(Layer):
@@ -243,25 +172,6 @@ class LocalAttention(Layer):
         return jax.vmap(take)(y, at)
 
 
-class MultiHead(Combinator):
-    """What multi-head layers share: parts that nobody chose follow the other fields."""
-
-    def parts(self) -> dict[str, Layer]:
-        """The query, key, value, core and output of the other fields' making."""
-        raise NotImplementedError
-
-    def __post_init__(self) -> None:
-        for field, part in self.parts().items():
-            if getattr(self, field) is None:
-                _set(self, field, part)
-        super().__post_init__()
-
-    def replace(self, **changes: Any) -> Any:
-        """The same layer with other values in some fields, and in the parts made from these."""
-        made = {f: None for f, part in self.parts().items() if getattr(self, f) == part}
-        return super().replace(**{**made, **changes})
-
-
 class SelfAttention(MultiHead):
     """Multi-head attention of a sequence to itself: (B, L, D) → (B, L, D).
 
@@ -377,38 +287,3 @@ class CrossAttention(MultiHead):
     def route(self, call, stack):
         x, memory, *mask = stack[: self.n_in]
         return attend(self, call, x, memory, *mask) + stack[self.n_in :]
-
-
-def heads(layer: Any, core: Layer) -> dict[str, Layer]:
-    """The usual parts around a core: three projections to heads, and one from them."""
-    split = SplitHeads(layer.n_heads, layer.d_head)
-    return {'query': split, 'key': split, 'value': split, 'core': core, 'output': MergeHeads()}
-
-
-def attend(layer: Any, call: Any, x: Any, memory: Any, *mask: Any) -> tuple[Any, ...]:
-    """The route that all multi-head layers share, from `x` to what it reads of `memory`."""
-    at = layer.keys.index
-    (q,) = call(at('query'), (x,))
-    (k,) = call(at('key'), (memory,))
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f'{type(layer).__name__}: queries of a sequence {x.shape[-1]} wide and keys of one '
-            f'{memory.shape[-1]} wide have {q.shape[-1]} and {k.shape[-1]} features a '
-            'head: say d_head='
-        )
-    (v,) = call(at('value'), (memory,))
-    if layer.rotary is not None:
-        q, k = call(at('rotary'), (q, k))
-    (y,) = call(at('core'), (q, k, v, *mask))
-    return call(at('output'), (y, x))
-
-
-def dropout_arguments(rate: float, rng: jax.Array | None, mode: Mode) -> dict[str, Any]:
-    """What an attention function needs to drop probabilities: nothing outside training."""
-    if not rate or not mode.is_training:
-        return {}
-    if rng is None:
-        raise ValueError(
-            f'attention with dropout={rate} draws in training: pass rng=jax.random.key(…) to apply'
-        )
-    return {'dropout_rate': rate, 'rng': rng}

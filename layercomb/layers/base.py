@@ -71,6 +71,8 @@ class Layer:
       n_in: how many values it takes off the stack.
       n_out: how many it puts back.
       float32: whether `transforms.cast` leaves it in float32 (norms, losses, sums of streams).
+      diagonal: whether the one output is the one input times numbers that depend on the key alone,
+        as in dropout, so that cotangents go the same way; such a layer has no weights and no state.
       mixes_positions: whether an output position depends on other positions, so that `Chunk` must
         not cut it.
     """
@@ -81,6 +83,7 @@ class Layer:
     n_in = 1
     n_out = 1
     mixes_positions = False
+    diagonal = False
     float32: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:

@@ -393,11 +393,19 @@ def serial_apply_and_grad(
     mode: Mode,
     state_cts: Tree | None,
 ) -> tuple[Stack, Stack, Tree]:
-    """`Layer.apply_and_grad` of the layers of `owner` in series: `vjp` of all but the last."""
-    if not owner.layers:
-        return tuple(inputs), tuple(cts), {}
-    *layers, last = owner.layers
-    n, key = len(layers), owner.keys[len(layers)]
+    """`Layer.apply_and_grad` of the layers of `owner` in series: `vjp` of all but the last.
+
+    Diagonal layers at the end (dropout) take cotangents as they take values, so the one before
+    them counts as the last.
+    """
+    n = len(owner.layers)
+    while n and owner.layers[n - 1].diagonal:
+        n -= 1
+    if not n:
+        return _scaled(owner, n, inputs, rng, mode), _scaled(owner, n, cts, rng, mode), {}
+    cts = _scaled(owner, n, cts, rng, mode)
+    *layers, last = owner.layers[:n]
+    key = owner.keys[n - 1]
 
     def head(weights: Tree, inputs: Stack) -> tuple[Stack, Tree]:
         new_state: Tree = {}
@@ -414,7 +422,7 @@ def serial_apply_and_grad(
             state.get(key, {}),
             values,
             tuple(cts[: last.n_out]),
-            rng=fold(rng, n),
+            rng=fold(rng, n - 1),
             mode=mode,
             state_cts=(state_cts or {}).get(key),
         )
@@ -422,7 +430,16 @@ def serial_apply_and_grad(
     d_weights, d_inputs = pull((d_stack, matched(state_cts, new_state)))
     if key in weights:
         d_weights[key] = d_last
-    return tuple(outputs) + below, d_inputs, d_weights
+    return _scaled(owner, n, tuple(outputs) + below, rng, mode), d_inputs, d_weights
+
+
+def _scaled(owner: Variadic, n: int, stack: Stack, rng: jax.Array | None, mode: Mode) -> Stack:
+    """The stack after the diagonal layers of `owner` from the n-th on; None stays None."""
+    top, below = tuple(stack[:1]), tuple(stack[1:])
+    for i, layer in enumerate(owner.layers[n:], n):
+        if top[0] is not None:
+            top, _ = layer.apply({}, {}, top, rng=fold(rng, i), mode=mode)
+    return top + below
 
 
 def _flatten(owner: str, layers: Any) -> Iterator[Layer]:

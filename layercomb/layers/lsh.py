@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers import bucketwise, tiles
-from layercomb.layers.attention import MergeHeads, MultiHead, SplitHeads, dropout_arguments
 from layercomb.layers.base import DECISIONS, Layer, Mode
 from layercomb.layers.caches import append, init_cache, poison_overflow, refuse_overflow
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.hashing import automatic_buckets, check_buckets, lsh_buckets
+from layercomb.layers.multihead import MergeHeads, MultiHead, SplitHeads, dropout_arguments
 from layercomb.layers.positional import check_length, position_of
 
 
@@ -182,7 +182,8 @@ class LSHAttention(Layer):
                 'LSHAttention draws rotations in training: pass rng=jax.random.key(…) to apply'
             )
         else:
-            key, rng = jax.random.split(rng)
+            keys = jax.vmap(jax.random.split)(tiles.keys_of_heads(rng, q.shape[1]))
+            key, rng = keys[:, 0], keys[:, 1]
         if mode is Mode.REPLAY:
             buckets = state[DECISIONS]['buckets']
         else:
