@@ -73,6 +73,8 @@ class Layer:
       float32: whether `transforms.cast` leaves it in float32 (norms, losses, sums of streams).
       diagonal: whether the one output is the one input times numbers that depend on the key alone,
         as in dropout, so that cotangents go the same way; such a layer has no weights and no state.
+      recomputes: whether its gradient computes the layer again, so that to keep what is inside
+        would be in vain.
       mixes_positions: whether an output position depends on other positions, so that `Chunk` must
         not cut it.
     """
@@ -84,6 +86,7 @@ class Layer:
     n_out = 1
     mixes_positions = False
     diagonal = False
+    recomputes = False
     float32: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:

@@ -393,10 +393,11 @@ def serial_apply_and_grad(
     mode: Mode,
     state_cts: Tree | None,
 ) -> tuple[Stack, Stack, Tree]:
-    """`Layer.apply_and_grad` of the layers of `owner` in series: `vjp` of all but the last.
+    """`Layer.apply_and_grad` of the layers of `owner` in series.
 
-    Diagonal layers at the end (dropout) take cotangents as they take values, so the one before
-    them counts as the last.
+    The last one knows the cotangents of its outputs. Those before it are recorded by `vjp`, except
+    those that compute again anyway. Diagonal layers at the end (dropout) take cotangents as they
+    take values, so the one before them counts as the last.
     """
     n = len(owner.layers)
     while n and owner.layers[n - 1].diagonal:
@@ -404,33 +405,84 @@ def serial_apply_and_grad(
     if not n:
         return _scaled(owner, n, inputs, rng, mode), _scaled(owner, n, cts, rng, mode), {}
     cts = _scaled(owner, n, cts, rng, mode)
-    *layers, last = owner.layers[:n]
-    key = owner.keys[n - 1]
+    stack, pulls = tuple(inputs), []
+    for i in range(n - 1):
+        taken = owner.layers[i].n_in
+        outputs, pull = _recorded(owner, i, weights, state, stack[:taken], rng, mode, state_cts)
+        stack = outputs + stack[taken:]
+        pulls.append(pull)
+    taken, made = owner.layers[n - 1].n_in, owner.layers[n - 1].n_out
+    given = weights, state, stack[:taken], cts[:made], rng, mode, state_cts
+    outputs, d_values, d_last = _one_and_grad(owner, n - 1, *given)
+    outputs, d_stack = tuple(outputs) + stack[taken:], tuple(d_values) + tuple(cts[made:])
+    d_weights = {owner.keys[n - 1]: d_last}
+    for i, pull in reversed(list(enumerate(pulls))):
+        made = owner.layers[i].n_out
+        d_values, d_weights[owner.keys[i]] = pull(d_stack[:made])
+        d_stack = tuple(d_values) + d_stack[made:]
+    d_weights = {key: d_weights[key] for key in weights}
+    return _scaled(owner, n, outputs, rng, mode), d_stack, d_weights
 
-    def head(weights: Tree, inputs: Stack) -> tuple[Stack, Tree]:
-        new_state: Tree = {}
-        call = owner._caller(weights, state, new_state, rng, mode)
-        return serial_route(layers, call, inputs), new_state
 
-    before = {k: w for k, w in weights.items() if k != key}
-    (stack, new_state), pull = vjp(head, before, tuple(inputs))
-    values, below = stack[: last.n_in], stack[last.n_in :]
-    with where(owner, key, last, values):
-        check_inputs(last, values)
-        outputs, d_values, d_last = last.apply_and_grad(
+def _one_and_grad(
+    owner: Variadic,
+    i: int,
+    weights: Tree,
+    state: Tree,
+    inputs: Stack,
+    cts: Stack,
+    rng: jax.Array | None,
+    mode: Mode,
+    state_cts: Tree | None,
+) -> tuple[Stack, Stack, Tree]:
+    """`Layer.apply_and_grad` of the i-th layer of `owner`."""
+    key, layer = owner._children[i]
+    with where(owner, key, layer, inputs):
+        check_inputs(layer, inputs)
+        return layer.apply_and_grad(
             weights.get(key, {}),
             state.get(key, {}),
-            values,
-            tuple(cts[: last.n_out]),
-            rng=fold(rng, n - 1),
+            inputs,
+            tuple(cts),
+            rng=fold(rng, i),
             mode=mode,
             state_cts=(state_cts or {}).get(key),
         )
-    d_stack = tuple(d_values) + tuple(cts[last.n_out :])
-    d_weights, d_inputs = pull((d_stack, matched(state_cts, new_state)))
-    if key in weights:
-        d_weights[key] = d_last
-    return _scaled(owner, n, tuple(outputs) + below, rng, mode), d_inputs, d_weights
+
+
+def _recorded(
+    owner: Variadic,
+    i: int,
+    weights: Tree,
+    state: Tree,
+    inputs: Stack,
+    rng: jax.Array | None,
+    mode: Mode,
+    state_cts: Tree | None,
+) -> tuple[Stack, Callable[[Stack], tuple[Stack, Tree]]]:
+    """Outputs of the i-th layer of `owner`, and what takes their cotangents back."""
+    key, layer = owner._children[i]
+
+    def run(its_weights: Tree, inputs: Stack) -> tuple[Stack, Tree]:
+        new_state: Tree = {}
+        call = owner._caller({key: its_weights}, state, new_state, rng, mode)
+        return tuple(call(i, inputs)), new_state.get(key, {})
+
+    if layer.recomputes:
+        outputs, _ = run(weights.get(key, {}), inputs)
+
+        def again(cts: Stack) -> tuple[Stack, Tree]:
+            given = weights, state, inputs, cts, rng, mode, state_cts
+            return _one_and_grad(owner, i, *given)[1:]
+
+        return outputs, again
+    (outputs, new), pull = vjp(run, weights.get(key, {}), tuple(inputs))
+
+    def pullback(cts: Stack) -> tuple[Stack, Tree]:
+        d_weights, d_inputs = pull((tuple(cts), matched((state_cts or {}).get(key), new)))
+        return d_inputs, d_weights
+
+    return outputs, pullback
 
 
 def _scaled(owner: Variadic, n: int, stack: Stack, rng: jax.Array | None, mode: Mode) -> Stack:

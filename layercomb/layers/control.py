@@ -21,7 +21,7 @@ from layercomb.layers.base import (
     put_decisions,
     take_decisions,
 )
-from layercomb.layers.cotangents import zero_cts
+from layercomb.layers.cotangents import zero_cts, zeros_once
 from layercomb.layers.fields import Size
 from layercomb.shapes import Signature, describe
 
@@ -128,6 +128,8 @@ class Remat(Wrapper):
 
     Under `Repeat` this makes the memory of training grow with depth by the block's inputs alone.
     """
+
+    recomputes = True
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """Applies the layer under `jax.checkpoint`, unless there is no backward pass."""
@@ -240,9 +242,11 @@ class Chunk(Wrapper):
 
     chunk_len: Size = 128
 
+    recomputes = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        mixer = _find_mixer(self.layer)
+        mixer = find_mixer(self.layer)
         if mixer is not None:
             raise TypeError(
                 f'Chunk: {type(mixer).__name__} mixes positions, so its result would depend on '
@@ -299,31 +303,48 @@ class Chunk(Wrapper):
         if _passes_on(plain):  # a piece needs the new state of the one before
             return super().apply_and_grad(weights, state, inputs, cts, **given)
         n = length // self.chunk_len
-        pieces, rest = _cut((tuple(inputs), tuple(cts)), n, self.chunk_len)
 
-        def one(total: Tree, xs: Any) -> tuple[Tree, Any]:
-            (values, its_cts), i, decisions = xs
-            share = values[0].shape[1] / length
+        def one(total: Tree, at: Any, size: int, decisions: Tree) -> tuple[Tree, Any]:
+            values, its_cts = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, at * self.chunk_len, size, 1),
+                (tuple(inputs), tuple(cts)),
+            )
             outputs, d_values, d = self.layer.apply_and_grad(
                 weights,
                 put_decisions(plain, decisions),
                 values,
                 its_cts,
-                rng=fold(rng, i),
+                rng=fold(rng, at),
                 mode=mode,
-                state_cts=jax.tree.map(lambda ct: share * ct, state_cts),
+                state_cts=jax.tree.map(lambda ct: size / length * ct, state_cts),
             )
-            return jax.tree.map(jnp.add, total, d), (outputs, d_values)
+            return jax.tree.map(jnp.add, total, d), (tuple(outputs), tuple(d_values))
 
-        total, made = jax.lax.scan(
-            one, zero_cts(weights), (pieces, jnp.arange(n), found.get('pieces', {}))
+        def put(whole: Any, made: Any, at: Any) -> Any:
+            def update(x: jax.Array, piece: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_update_slice_in_dim(x, piece, at * self.chunk_len, 1)
+
+            return jax.tree.map(update, whole, made)
+
+        def step(carry: Any, xs: Any) -> tuple[Any, None]:
+            (total, whole), (at, decisions) = carry, xs
+            total, made = one(total, at, self.chunk_len, decisions)
+            return (total, put(whole, made, at)), None
+
+        # Cut where they lie and put where they belong, so that no copy in pieces exists.
+        pieces, total = found.get('pieces', {}), zero_cts(weights)
+        first = jax.tree.map(lambda x: x[0], pieces)
+        _, made = jax.eval_shape(lambda: one(total, jnp.int32(0), self.chunk_len, first))
+        known = next((ct for ct in cts if ct is not None), None)
+        whole = jax.tree.map(
+            lambda x: zeros_once((x.shape[0], length, *x.shape[2:]), x.dtype, known), made
         )
-        outputs, d_inputs = jax.tree.map(_join, made)
-        if rest is not None:
-            total, tail = one(total, (rest, jnp.int32(n), found.get('rest', {})))
-            outputs, d_inputs = jax.tree.map(
-                lambda a, b: jnp.concatenate([a, b], 1), (outputs, d_inputs), tail
-            )
+        (total, whole), _ = jax.lax.scan(step, (total, whole), (jnp.arange(n), pieces))
+        if length % self.chunk_len:
+            rest = found.get('rest', {})
+            total, made = one(total, jnp.int32(n), length % self.chunk_len, rest)
+            whole = put(whole, made, jnp.int32(n))
+        outputs, d_inputs = whole
         return outputs, d_inputs, total
 
     def _length(self, inputs: Arrays) -> int:
@@ -375,8 +396,8 @@ def _passes_on(state: Tree) -> bool:
     )
 
 
-def _find_mixer(layer: Layer) -> Layer | None:
+def find_mixer(layer: Layer) -> Layer | None:
     """The first layer inside whose outputs mix positions."""
     if layer.mixes_positions:
         return layer
-    return next((m for m in map(_find_mixer, layer.sublayers) if m is not None), None)
+    return next((m for m in map(find_mixer, layer.sublayers) if m is not None), None)

@@ -75,6 +75,18 @@ def zero_cts(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jnp.zeros_like(x) if is_float(x) else None, tree)
 
 
+def zeros_once(shape: tuple[int, ...], dtype: Any, known: jax.Array | None) -> jax.Array:
+    """Zeros that cannot be made before the floats `known` are.
+
+    A loop that fills or adds to a large array starts from zeros. As a constant, all loops share
+    them, so that they live from the first to the last loop, and each copies them, long before its
+    turn. Comparing with infinity makes them depend on data; it is false for NaN as well.
+    """
+    if known is None or not known.size:
+        return jnp.zeros(shape, dtype)
+    return jnp.broadcast_to((known.ravel()[0] > jnp.inf).astype(dtype), shape)
+
+
 def matched(cts: Tree | None, state: Tree) -> Tree:
     """A tree like `state` with the cotangents found in `cts` under the same paths, else None."""
     cts = cts or {}

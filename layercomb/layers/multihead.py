@@ -7,15 +7,16 @@ letters: B batch, L length, D d_model, H heads, K head depth, M memory length.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from layercomb.layers import tiles
-from layercomb.layers.base import Layer, Mode, Tree, _set, fold
+from layercomb.layers.base import Layer, Mode, Tree, _set, check_inputs, fold
 from layercomb.layers.combinators import Combinator
-from layercomb.layers.cotangents import add_cts, vjp, zero_cts
+from layercomb.layers.cotangents import add_cts, vjp, zeros_once
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, glorot_uniform
 from layercomb.shapes import check_float, is_float
@@ -59,9 +60,7 @@ class SplitHeads(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
-        kernel = weights['kernel']
-        y = jnp.einsum('bld,dhk->bhlk', x, kernel, preferred_element_type=jnp.float32)
-        y = y.astype(x.dtype)  # (B, H, L, K)
+        y = split_heads(x, weights['kernel'])
         return (y + weights['bias'][:, None] if self.use_bias else y,), state
 
 
@@ -95,10 +94,78 @@ class MergeHeads(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         x, _ = inputs
-        kernel = weights['kernel']
-        y = jnp.einsum('bhlk,hkd->bld', x, kernel, preferred_element_type=jnp.float32)
-        y = y.astype(x.dtype)
+        y = merge_heads(x, weights['kernel'])
         return (y + weights['bias'] if self.use_bias else y,), state
+
+
+# Positions whose products are summed into the gradient of a kernel at a time.
+POSITIONS_TOGETHER = 4096
+
+
+def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def split_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(B, L, D), (D, H, K) → (B, H, L, K), in the dtype of x."""
+    return _dot('dhk,bld->bhlk', kernel, x).astype(x.dtype)
+
+
+@jax.custom_vjp
+def merge_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(B, H, L, K), (H, K, D) → (B, L, D), in the dtype of x."""
+    return _dot('bhlk,hkd->bld', x, kernel).astype(x.dtype)
+
+
+def _split_back(kept: Any, ct: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    d_x = _dot('bhlk,dhk->bld', ct, kernel).astype(x.dtype)
+    return d_x, kernel_gradient(x, ct).astype(kernel.dtype)
+
+
+def _merge_back(kept: Any, ct: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    d_x = _dot('hkd,bld->bhlk', kernel, ct).astype(x.dtype)
+    return d_x, jnp.moveaxis(kernel_gradient(ct, x), 0, -1).astype(kernel.dtype)
+
+
+split_heads.defvjp(lambda x, kernel: (split_heads(x, kernel), (x, kernel)), _split_back)
+merge_heads.defvjp(lambda x, kernel: (merge_heads(x, kernel), (x, kernel)), _merge_back)
+
+
+def kernel_gradient(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Σ_bl x[b, l] ⊗ y[b, :, l], (B, L, D), (B, H, L, K) → (D, H, K) float32.
+
+    Of long sequences a piece at a time: the product wants the sum's axis last, and a copy of x laid
+    out so would be as large as x.
+    """
+    length, c = x.shape[1], POSITIONS_TOGETHER
+    if length <= c:
+        return _dot('bld,bhlk->dhk', x, y)
+
+    def part(at: Any, size: int) -> jax.Array:
+        piece = lax.dynamic_slice_in_dim(x, at, size, 1), lax.dynamic_slice_in_dim(y, at, size, 2)
+        return _dot('bld,bhlk->dhk', *piece)
+
+    start = jnp.zeros((x.shape[2], y.shape[1], y.shape[3]), jnp.float32)
+    n, rest = divmod(length, c)
+    total = lax.fori_loop(0, n, lambda i, total: total + part(i * c, c), start)
+    return total + part(n * c, rest) if rest else total
+
+
+class Head(NamedTuple):
+    """What one head has of its own.
+
+    Attributes:
+      weights: of the parts, for this head.
+      core: the state of its core, (B, 1, …).
+      key: of its core, (1,); or None.
+    """
+
+    weights: Tree
+    core: Tree
+    key: jax.Array | None
 
 
 class MultiHead(Combinator):
@@ -119,63 +186,87 @@ class MultiHead(Combinator):
         made = {f: None for f, part in self.parts().items() if getattr(self, f) == part}
         return super().replace(**{**made, **changes})
 
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """As the parts say; in ``RECORD``, inside a reversible stack, head by head where possible.
+
+        Attention is a sum over heads, so each gives its part of the output, and queries, keys and
+        values of all heads never exist at once. Parts that cannot be taken apart (no ``by_head``),
+        narrow streams, whose sum would be rounded otherwise, and other platforms than the CPU,
+        which a head would not keep busy, go whole.
+        """
+        if mode is not Mode.RECORD or not self._goes_by_head(weights, inputs):
+            return super().apply(weights, state, inputs, rng=rng, mode=mode)
+        check_inputs(self, inputs)
+
+        def one(total: jax.Array, head: Head) -> tuple[jax.Array, Tree]:
+            (y,), core = self._apply_head(head, head.weights, inputs, mode)
+            return total + y, core
+
+        x = inputs[0]
+        start = zeros_once(x.shape, x.dtype, x)
+        y, core = lax.scan(one, start, self._heads(self._apart(weights), state, rng))
+        core = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), core)  # (B, H, …)
+        return (y,), {**state, **({'core': core} if core else {})}
+
     def apply_and_grad(
         self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
     ):
-        """On the CPU head by head, so that queries, keys and values of all never exist at once.
-
-        Attention is a sum over heads, so each gives its part of the output and of the gradients.
-        Parts that cannot be taken apart (no ``by_head``), narrow streams, whose sum would be
-        rounded otherwise, and other platforms, which a head would not keep busy, go whole.
-        """
-        given = {'rng': rng, 'mode': mode, 'state_cts': state_cts}
+        """Head by head, where ``RECORD`` goes so: each gives its part of all gradients."""
         if not self._goes_by_head(weights, inputs):
+            given = {'rng': rng, 'mode': mode, 'state_cts': state_cts}
             return super().apply_and_grad(weights, state, inputs, cts, **given)
-        children = dict(self._children)
+        by_head, pull_apart = jax.vjp(self._apart, weights)
 
-        def apart(weights: Tree) -> Tree:
-            return {key: children[key].by_head(w) for key, w in weights.items()}
+        def one(total: Any, head: Head) -> tuple[Any, Tree]:
+            def attend(weights: Tree, inputs: Any) -> Any:
+                return self._apply_head(head, weights, inputs, mode)[0]
 
-        by_head, pull_apart = jax.vjp(apart, weights)
-        found = state.get('core', {})
-        found = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], found)  # (H, B, 1, …)
-        key = fold(rng, self.keys.index('core'))
-        n_heads = jax.tree.leaves(by_head)[0].shape[0]
-        if key is not None:
-            key = tiles.keys_of_heads(key, n_heads)[:, None]  # (H, 1)
-
-        def one(total: Any, xs: Any) -> tuple[Any, Tree]:
-            its_weights, its_state, its_key = xs
-
-            def head(weights: Tree, inputs: Any) -> Any:
-                return self.route(self._head_caller(weights, its_state, its_key, mode), inputs)
-
-            outputs, pull = vjp(head, its_weights, tuple(inputs))
+            (y,), pull = vjp(attend, head.weights, tuple(inputs))
             d_weights, d_inputs = pull(tuple(cts))
-            y, d = total
-            return ((y + outputs[0]), jax.tree.map(add_cts, d, d_inputs)), d_weights
+            return (total[0] + y, jax.tree.map(add_cts, total[1], d_inputs)), d_weights
 
         x = inputs[0]
-        start = jnp.zeros_like(x), zero_cts(tuple(inputs))
-        (y, d_inputs), d_by_head = jax.lax.scan(one, start, (by_head, found, key))
+        start = jax.tree.map(
+            lambda value: zeros_once(value.shape, value.dtype, x) if is_float(value) else None,
+            (x, tuple(inputs)),
+        )
+        (y, d_inputs), d_by_head = lax.scan(one, start, self._heads(by_head, state, rng))
         return (y,), d_inputs, pull_apart(d_by_head)[0]
 
     def _goes_by_head(self, weights: Tree, inputs: Any) -> bool:
         children = dict(self._children)
-        whole = [key for key in weights if not hasattr(children[key], 'by_head')]
+        apart = all(hasattr(children[key], 'by_head') for key in weights)
         wide = all(x.dtype == jnp.float32 for x in inputs if is_float(x))
-        return jax.default_backend() == 'cpu' and not whole and wide
+        return jax.default_backend() == 'cpu' and apart and wide
 
-    def _head_caller(self, weights: Tree, state: Tree, key: Any, mode: Mode) -> Any:
-        """What `route` calls to run its parts with one head's weights; only the core draws."""
+    def _apart(self, weights: Tree) -> Tree:
+        """The weights with a leading axis of heads."""
+        children: dict[str, Any] = dict(self._children)
+        return {key: children[key].by_head(w) for key, w in weights.items()}
+
+    def _heads(self, by_head: Tree, state: Tree, rng: jax.Array | None) -> Head:
+        """What each head has of its own, with a leading axis (H)."""
+        core = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], state.get('core', {}))
+        key = fold(rng, self.keys.index('core'))
+        if key is not None:
+            n_heads = jax.tree.leaves(by_head)[0].shape[0]
+            key = tiles.keys_of_heads(key, n_heads)[:, None]
+        return Head(by_head, core, key)
+
+    def _apply_head(
+        self, head: Head, weights: Tree, inputs: Any, mode: Mode
+    ) -> tuple[tuple[jax.Array, ...], Tree]:
+        """One head's part of the output, and the new state of its core, which alone draws."""
+        new: dict[str, Tree] = {}
 
         def call(i: int, stack: Any) -> Any:
             name, part = self._children[i]
-            its = (state, key) if name == 'core' else ({}, None)
-            outputs, _ = part.apply(weights.get(name, {}), its[0], stack, rng=its[1], mode=mode)
+            state, key = (head.core, head.key) if name == 'core' else ({}, None)
+            given = weights.get(name, {}), state, tuple(stack[: part.n_in])
+            outputs, new[name] = part.apply(*given, rng=key, mode=mode)
             return outputs
 
-        return call
+        return self.route(call, tuple(inputs)), new['core']
 
 
 def heads(layer: Any, core: Layer) -> dict[str, Layer]:

@@ -66,10 +66,11 @@ def ReformerLM(
         of powers of two.
       axial_depths: how D is divided among its two axes; by default into halves.
       norm: the normalization.
-      ff_chunk_len: positions that a feed-forward takes at a time; None takes all.
+      ff_chunk_len: positions that a feed-forward and a norm take at a time; None takes all.
 
     Returns:
-      ``Serial(embedding, positions, Dup, ReversibleRepeat(block), Concatenate, norm, head)``.
+      ``Serial(embedding, positions, Dup, ReversibleRepeat(block), head)``, where the head joins the
+      streams, normalizes and projects, so that a chunked loss does all of it a piece at a time.
 
     Raises:
       ValueError: if the attention pattern does not divide `n_layers`, the axial shape does not
@@ -87,14 +88,12 @@ def ReformerLM(
     pattern = attention_pattern(default if attention is None else attention, n_layers)
     pattern = with_positions(pattern, max_len, rotary_positions(positions, max_len))
     feed = reversible_feed_forward(norm, d_ff, d_model, activation, dropout, ff_chunk_len)
-    blocks = [[reversible_half(norm, layer, dropout), feed] for layer in pattern]
+    blocks = [[reversible_half(norm, layer, dropout, ff_chunk_len), feed] for layer in pattern]
     place = reformer_positions(positions, max_len, axial_shape, axial_depths)
     return tl.Serial(
         two_streams(vocab_size, d_model, place, dropout),
         reversible_blocks(blocks, n_layers),
-        tl.Concatenate(),
-        norm.replace(name='norm'),
-        tl.Dense(vocab_size, name='head'),
+        tl.Serial(tl.Concatenate(), norm, tl.Dense(vocab_size), name='head'),
     )
 
 
@@ -106,8 +105,11 @@ def two_streams(
     return embedding, place, tl.Dropout(dropout) if dropout else None, tl.Dup()
 
 
-def reversible_half(norm: tl.Layer, layer: tl.Layer, dropout: float) -> tl.ReversibleHalfResidual:
+def reversible_half(
+    norm: tl.Layer, layer: tl.Layer, dropout: float, chunk_len: int | None
+) -> tl.ReversibleHalfResidual:
     """(acc, x, *context) → (acc + Dropout(layer(norm(x), *context)), x, *context)."""
+    norm = norm if chunk_len is None else tl.Chunk(norm, chunk_len)
     return tl.ReversibleHalfResidual(norm, layer, tl.Dropout(dropout) if dropout else None)
 
 

@@ -139,7 +139,7 @@ def Reformer(
     _refuse_looking_ahead(back)
 
     place = reformer_positions(positions, max_len, axial_shape, axial_depths)
-    half = functools.partial(reversible_half, norm, dropout=dropout)
+    half = functools.partial(reversible_half, norm, dropout=dropout, chunk_len=ff_chunk_len)
     feed = reversible_feed_forward(norm, d_ff, d_model, activation, dropout, ff_chunk_len)
     encoder = tl.Serial(
         two_streams(vocab_size, d_model, place, dropout),

@@ -158,8 +158,9 @@ def matrices(weights: Any) -> Any:
     optax = require('optax', 'train')
 
     def axes(path: str, weight: Any) -> Any:
-        *_, layer, leaf = ('', *path.split('/'))
-        if leaf != 'kernel' or layer == 'head':
+        *above, leaf = path.split('/')
+        layer = above[-1] if above else ''
+        if leaf != 'kernel' or 'head' in above:
             return None
         n = weight.ndim
         if layer in ('query', 'key', 'value'):
