@@ -4,8 +4,8 @@
     python benchmarks/reformer_step.py --lengths 1024 2048 4096 8192 16384 32768 --repeats 2
 
 Six layers, d_model 256, 4 heads, d_ff 1024 with ReLU, 256 tokens, chunks of 64, 4 hashes, batch 1,
-float32, no dropout; a step is the loss, its gradients, and for ours a plain SGD update as well. Ours
-is the code that takes masks and dropout too. The standard Transformer has full attention.
+float32, no dropout; a step is the loss, its gradients, and for ours a plain SGD update as well.
+Ours is the code that takes masks and dropout too. The standard Transformer has full attention.
 
 Contestants take turns. Each runs as it comes (``default malloc``), and with the allocator that
 suits it best: torch's with one that keeps its pages, ours with huge pages, which ``layercomb
