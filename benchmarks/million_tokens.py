@@ -39,10 +39,8 @@ def main():
     made = experiment(options.length)
     planned = made.training_bytes()['temporaries']
     stream = options.length * 256 * 4
-    print(
-        f'{options.length:,} tokens; temporaries {planned / 1e9:.2f} GB as XLA plans them, ', end=''
-    )
-    print(f'{planned / stream:.1f} residual streams', flush=True)
+    temporaries = f'{planned / 1e9:.2f} GB, {planned / stream:.1f} residual streams'
+    print(f'{options.length:,} tokens; temporaries, as XLA plans them: {temporaries}', flush=True)
     loop = supervised.Loop(
         made.model, made.train_task, seed=made.seed, eval_every=None, progress=False
     )
@@ -52,10 +50,9 @@ def main():
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         unit = 1 if sys.platform == 'darwin' else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        print(
-            f'step {number}: loss {row["train/loss"]:.3f}, {cpu:.0f} CPU s, {wall:.0f} s of wall '
-        )
-        print(f'time, compilation included; peak resident memory {peak / 1e9:.2f} GB', flush=True)
+        seconds = f'{cpu:.0f} CPU s, {wall:.0f} s of wall time, compilation included'
+        print(f'step {number}: loss {row["train/loss"]:.3f}; {seconds};', end=' ')
+        print(f'peak resident memory {peak / 1e9:.2f} GB', flush=True)
     met = 'met' if peak <= AT_MOST else 'not met'
     print(f'asked: at most {AT_MOST / 1e9:.0f} GB at 1,048,576 tokens: {met}')
 

@@ -12,6 +12,16 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob('*.gin'))
 
 # Sizes alone, so that two steps take seconds.
 TINY = {
+    'reformer_1m': (
+        'models.ReformerLM.d_model = 16',
+        'models.ReformerLM.d_ff = 16',
+        'models.ReformerLM.n_layers = 1',
+        'models.ReformerLM.chunk_len = 4',
+        'models.ReformerLM.ff_chunk_len = None',
+        'LENGTH = 16',
+        'valid/data.packed.length = 16',
+        'supervised.EvalTask.n_batches = 1',
+    ),
     'reformer_duplication': (
         'models.ReformerLM.d_model = 16',
         'models.ReformerLM.d_ff = 16',

@@ -117,6 +117,16 @@ def test_several_metrics_give_two_outputs_each():
         assert_close(got[2 * i : 2 * i + 2], one)
 
 
+def test_a_head_of_several_layers_is_chunked_whole():
+    head = tl.Serial(tl.Concatenate(), tl.LayerNorm(), tl.Dense(V), name='head')
+    layer = losses.attach(tl.Serial(tl.Embedding(V, 8), tl.Dup(), head), tl.CrossEntropyLoss(), 4)
+    assert isinstance(layer.layers[-1], tl.Chunk) and layer.layers[-1].layer.layer == head
+    body = tl.Serial(tl.SelfAttention(2), tl.Dense(V))
+    layer = losses.attach(tl.Serial(tl.Embedding(V, 8), body), tl.CrossEntropyLoss(), 4)
+    assert isinstance(layer.layers[-1], tl.Serial)
+    assert isinstance(layer.layers[-1].layers[-1], tl.Chunk)
+
+
 def test_logits_of_a_whole_sequence_never_exist(optimized):
     vocabulary, length = 4096, 256
     net = tl.Serial(tl.Embedding(vocabulary, 4), tl.Dense(vocabulary))

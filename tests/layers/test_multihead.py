@@ -1,0 +1,126 @@
+"""Attention head by head equals attention whole: outputs, decisions and gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layercomb import tl
+from layercomb.layers import multihead
+from layercomb.layers.base import DECISIONS, Layer, Mode
+from layercomb.layers.combinators import Combinator
+from layercomb.layers.multihead import MultiHead, kernel_gradient
+
+B, L, D = 2, 12, 8
+LAYERS = {
+    'LSH, dropout': lambda: tl.LSHSelfAttention(
+        4, chunk_len=4, n_buckets=4, n_hashes=2, masked=True, dropout=0.3
+    ),
+    'dense, rotary': lambda: tl.SelfAttention(
+        2, masked=True, dropout=0.3, rotary=tl.RotaryPositions()
+    ),
+    'local, no bias': lambda: tl.LocalSelfAttention(
+        2,
+        4,
+        masked=True,
+        query=tl.SplitHeads(2, use_bias=False),
+        output=tl.MergeHeads(use_bias=False),
+    ),
+    'cross': lambda: tl.CrossAttention(2, masked=True, dropout=0.3),
+}
+
+
+def example(net):
+    x = jax.random.normal(jax.random.key(1), (B, L, D))
+    mask = jnp.arange(L) < jnp.array([[L], [L - 3]])
+    memory = (jax.random.normal(jax.random.key(2), (B, L, D)),) * (net.n_in - 2)
+    return (x, *memory, mask)
+
+
+def assert_close(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('make', LAYERS.values(), ids=list(LAYERS))
+def test_head_by_head_is_whole(make):
+    net = make()
+    inputs = example(net)
+    weights, _ = net.init(tuple(jax.eval_shape(lambda: inputs)), jax.random.key(0))
+    weights = jax.tree.map(lambda w: w + 0.1, weights)  # biases that are not zero
+    ct = jax.random.normal(jax.random.key(3), (B, L, D))
+
+    def run(apply, apply_and_grad):
+        (y,), state = apply(net, weights, {}, inputs, rng=jax.random.key(4), mode=Mode.RECORD)
+        (again,), d_inputs, d_weights = apply_and_grad(
+            net, weights, state, inputs, (ct,), rng=jax.random.key(4), mode=Mode.REPLAY
+        )
+        return y, again, d_inputs, d_weights, state
+
+    y, again, *rest = run(type(net).apply, type(net).apply_and_grad)
+    assert net._goes_by_head(weights, inputs)
+    wanted = run(Combinator.apply, Layer.apply_and_grad)
+    assert_close((y, again, *rest), wanted)
+    assert_close(again, y)
+
+
+def test_recorded_buckets_keep_their_layout():
+    net = tl.LSHSelfAttention(4, chunk_len=4, n_buckets=4, n_hashes=3)
+    x = example(net)[0]
+    weights, _ = net.init((jax.ShapeDtypeStruct(x.shape, x.dtype),), jax.random.key(0))
+    _, state = net.apply(weights, {}, (x,), rng=jax.random.key(4), mode=Mode.RECORD)
+    assert state['core'][DECISIONS]['buckets'].shape == (B, 4, 3, L)
+
+
+def test_what_cannot_be_taken_apart_goes_whole():
+    class Halves(Layer):
+        """Splits features into two heads."""
+
+        def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+            (x,) = inputs
+            scaled = (x * weights['gain']).reshape(*x.shape[:2], 2, -1)
+            return (jnp.moveaxis(scaled, 2, 1),), state
+
+        def init(self, signature, rng, mode=Mode.TRAIN):
+            return {'gain': jnp.ones(())}, {}
+
+    net = tl.LSHSelfAttention(2, chunk_len=4, n_buckets=4, query=Halves())
+    (x,) = example(net)[:1]
+    weights, _ = net.init((jax.ShapeDtypeStruct(x.shape, x.dtype),), jax.random.key(0))
+    assert not net._goes_by_head(weights, (x,))
+    narrow = tl.LSHSelfAttention(2, chunk_len=4)
+    weights, _ = narrow.init((jax.ShapeDtypeStruct(x.shape, x.dtype),), jax.random.key(0))
+    assert not narrow._goes_by_head(weights, (x.astype(jnp.bfloat16),))
+
+
+def test_queries_of_all_heads_never_exist(optimized):
+    length, width, heads = 1024, 64, 16
+
+    def gradient(apply_and_grad):
+        net = tl.LSHSelfAttention(heads, chunk_len=16, n_hashes=1, max_len=length)
+        x = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
+        weights, _ = jax.eval_shape(lambda key: net.init((x,), key), jax.random.key(0))
+        buckets = jax.ShapeDtypeStruct((1, heads, 1, length), jnp.uint8)
+        state = {'core': {DECISIONS: {'buckets': buckets}}}
+
+        def run(weights, state, x, ct):
+            key = jax.random.key(0)
+            return apply_and_grad(net, weights, state, (x,), (ct,), rng=key, mode=Mode.REPLAY)
+
+        compiled = jax.jit(run).lower(weights, state, x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / (length * width * 4)
+
+    by_head, whole = gradient(MultiHead.apply_and_grad), gradient(Layer.apply_and_grad)
+    assert by_head < whole - 2
+
+
+@pytest.mark.parametrize('length', [5, 8, 19])
+def test_the_gradient_of_a_kernel_is_summed_in_pieces(length, monkeypatch):
+    monkeypatch.setattr(multihead, 'POSITIONS_TOGETHER', 8)
+    x = jax.random.normal(jax.random.key(0), (2, length, 3))
+    y = jax.random.normal(jax.random.key(1), (2, 4, length, 5))
+    wanted = np.einsum('bld,bhlk->dhk', x, y)
+    np.testing.assert_allclose(kernel_gradient(x, y), wanted, rtol=1e-5, atol=1e-5)
