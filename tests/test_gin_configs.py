@@ -95,6 +95,10 @@ TINY = {
 }
 
 
+# Runs as others do, with other data and sizes: a nightly run takes these two steps.
+LIKE_OTHERS = ('reformer_1m', 'reformer_duplication', 'reformer_enwik8', 'reformer_imagenet64')
+
+
 def test_every_config_has_a_row():
     assert set(TINY) == set(CONFIGS)
 
@@ -109,7 +113,10 @@ def test_full_size_is_traced(name):
     assert weights
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in LIKE_OTHERS)) for n in CONFIGS],
+)
 def test_tiny_runs_two_steps(name, tmp_path, capsys):
     bindings = [x for b in (*TINY[name], 'train.steps = 2') for x in ('--gin_param', b)]
     assert cli.main(['train', name, '--output_dir', str(tmp_path / 'run'), *bindings]) == 0

@@ -87,7 +87,7 @@ def Reformer(
     In ``PREDICT`` the decoder takes its next inputs, many or one, and gives what ``EVAL`` gives. It
     is handed the whole source each time, and the encoder runs each time; to run that once, apply
     the sublayers by themselves, which are ``encoder``: (source[, mask]) → m, and ``decoder``:
-    (inputs, m[, mask]) → states for ``head``.
+    (inputs, m[, mask]) → its two streams, which ``head`` joins.
 
     Args:
       vocab_size: V, of the source.
@@ -153,9 +153,7 @@ def Reformer(
     decoder = tl.Serial(
         two_streams(n_target, d_model, place, dropout),
         reversible_blocks([[half(layer), half(across), feed] for layer in back], n_decoder_layers),
-        tl.Concatenate(),
-        norm.replace(name='norm'),
-        tl.Select((0,), n_in=2 + masked),
+        tl.Select((0, 1), n_in=3 + masked),
         name='decoder',
     )
     return tl.Serial(
@@ -163,7 +161,7 @@ def Reformer(
         WholeSequence(encoder),
         tl.Swap(),  # inputs, memory[, mask]
         decoder,
-        tl.Dense(n_target, name='head'),
+        tl.Serial(tl.Concatenate(), norm, tl.Dense(n_target), name='head'),
     )
 
 

@@ -91,8 +91,8 @@ def test_shapes_and_paths():
     assert shapes[f'{decoder}_1/cross_attention/key/kernel'] == (3, D, H, D // H)
     assert shapes[f'{decoder}_2/feed_forward/dense/kernel'] == (3, D, F)
     assert shapes[f'{encoder}esidual/lsh_self_attention/query/kernel'] == (2, D, H, D // H)
-    assert shapes['encoder/norm/scale'] == (D,) and shapes['decoder/norm/scale'] == (2 * D,)
-    assert shapes['encoder/embedding/table'] == (V, D) and shapes['head/kernel'] == (2 * D, W)
+    assert shapes['encoder/norm/scale'] == (D,) and shapes['head/layer_norm/scale'] == (2 * D,)
+    assert shapes['encoder/embedding/table'] == (V, D) and shapes['head/dense/kernel'] == (2 * D, W)
 
 
 def test_the_gradient_is_that_of_plain_autodiff():
@@ -169,8 +169,8 @@ def test_the_parts_decode_without_the_encoder_running_again():
     made = []
     for span in (slice(0, 8), slice(8, 9), slice(9, 10)):
         step = (said[:, span], memory, mask)
-        (x,), state = apply(parts['decoder'], weights['decoder'], state, step, mode=Mode.PREDICT)
-        made.append(apply(parts['head'], weights['head'], {}, (x,))[0][0])
+        streams, state = apply(parts['decoder'], weights['decoder'], state, step, mode=Mode.PREDICT)
+        made.append(apply(parts['head'], weights['head'], {}, streams)[0][0])
     expected = logits(local(2), (source, said, mask))
     np.testing.assert_allclose(jnp.concatenate(made, 1), expected, atol=1e-5)
 
