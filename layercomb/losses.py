@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from layercomb.layers.base import Layer, Mode, Wrapper, fold
+from layercomb.layers.base import Fn, Layer, Mode, Wrapper, fold
 from layercomb.layers.combinators import Serial
-from layercomb.layers.control import Chunk, find_mixer
+from layercomb.layers.control import Chunk
 from layercomb.layers.metrics import Metric
 from layercomb.transforms import Tied
 
@@ -58,8 +58,8 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
 
     A language model is ``Serial(body…, head)``. What comes out is ``Serial(body…, Chunk(head and
     loss))`` with the same paths, so weights fit both. With `chunk_len`, logits exist for so many
-    positions at a time and (B, L, V) never does. A head may be layers in series: if none of them
-    mixes positions, all work on a piece at a time.
+    positions at a time and (B, L, V) never does. A head may be layers of this library in series: if
+    none of them mixes positions, all work on a piece at a time.
 
     Args:
       net: gives logits (…, V).
@@ -91,13 +91,19 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
     return _attach(net, wanted, chunk_len)
 
 
+def _is_position_wise(layer: Layer) -> bool:
+    """Whether it is known to be so: nobody has said it of functions and layers from elsewhere."""
+    known = type(layer).__module__.startswith('layercomb.') and not isinstance(layer, Fn)
+    return known and not layer.mixes_positions and all(map(_is_position_wise, layer.sublayers))
+
+
 def _attach(
     net: Layer, losses: tuple[Metric, ...], chunk_len: int | None, whole: bool = False
 ) -> Layer:
     """`net` with its losses; `whole` takes all of it for the head if it mixes no positions."""
     if isinstance(net, Tied):
         return net.replace(layer=_attach(net.layer, losses, chunk_len, whole))
-    is_head = whole and find_mixer(net) is None
+    is_head = whole and _is_position_wise(net)
     if type(net) is Serial and net.layers and not is_head:
         named = [layer.replace(name=key) for key, layer in zip(net.keys, net.layers, strict=True)]
         return Serial(*named[:-1], _attach(named[-1], losses, chunk_len, True), name=net.name)

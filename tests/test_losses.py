@@ -121,7 +121,11 @@ def test_a_head_of_several_layers_is_chunked_whole():
     head = tl.Serial(tl.Concatenate(), tl.LayerNorm(), tl.Dense(V), name='head')
     layer = losses.attach(tl.Serial(tl.Embedding(V, 8), tl.Dup(), head), tl.CrossEntropyLoss(), 4)
     assert isinstance(layer.layers[-1], tl.Chunk) and layer.layers[-1].layer.layer == head
-    body = tl.Serial(tl.SelfAttention(2), tl.Dense(V))
+    for first in (tl.SelfAttention(2), tl.Fn('Shift', lambda x: jnp.roll(x, 1, 1))):
+        check_only_the_last_is_chunked(tl.Serial(first, tl.Dense(V)))
+
+
+def check_only_the_last_is_chunked(body):
     layer = losses.attach(tl.Serial(tl.Embedding(V, 8), body), tl.CrossEntropyLoss(), 4)
     assert isinstance(layer.layers[-1], tl.Serial)
     assert isinstance(layer.layers[-1].layers[-1], tl.Chunk)

@@ -9,14 +9,17 @@ from typing import Any
 
 from layercomb.errors import UsageError
 
+StandIn = Sequence[Any] | Callable[[], Sequence[Any]] | None
+
 
 def choose(
     what: str,
     path: Any,
     local: Callable[[str], Sequence[Any]],
     prepared: Callable[[], Sequence[Any]],
-    stand_in: Sequence[Any] | None,
+    stand_in: StandIn,
     cure: str,
+    asked: bool = False,
 ) -> Sequence[Any]:
     """Returns the data at a path if one is given, else what is prepared, else the stand-in.
 
@@ -26,9 +29,10 @@ def choose(
         in.
       local: reads it from a path.
       prepared: reads it from TFDS, or raises a UsageError.
-      stand_in: other data of the same kind, for machines that have neither. One line on stderr
-        says that it is used.
+      stand_in: other data of the same kind, for machines that have neither, or a function that
+        returns it. One line on stderr says that it is used.
       cure: what path to give.
+      asked: whether TFDS was told where to look: then nothing stands in, either.
 
     Raises:
       TypeError: if the path is no string.
@@ -41,7 +45,9 @@ def choose(
     try:
         return prepared()
     except UsageError as e:
+        if asked:
+            raise
         if stand_in is None:
             raise UsageError(f'no {what} here ({e}): give path={cure}, or a stand_in=') from None
         print(f'layercomb: no {what} here ({e}): using its stand-in', file=sys.stderr)
-        return stand_in
+        return stand_in() if callable(stand_in) else stand_in

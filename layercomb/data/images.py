@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from layercomb.data import checks, files
-from layercomb.data.choice import choose
+from layercomb.data.choice import StandIn, choose
 from layercomb.data.packing import Arrays, window
 from layercomb.data.sources import Mapped, labelled, tfds, tfds_records
 from layercomb.errors import UsageError, require
@@ -64,7 +64,7 @@ def subpixels(images: Sequence[Any]) -> Sequence[Arrays]:
 
     Raises:
       TypeError: if `images` is no sequence.
-      ValueError: if it is empty.
+      ValueError: if it is empty; for an element that is no such image.
 
     References:
       van den Oord et al. 2016, Pixel recurrent neural networks, https://arxiv.org/abs/1601.06759
@@ -80,7 +80,7 @@ def imagenet64(
     path: str | None = None,
     split: str | None = 'train',
     data_dir: str | None = None,
-    stand_in: Sequence[Any] | None = None,
+    stand_in: StandIn = None,
 ) -> Sequence[Arrays]:
     """Returns ImageNet at 64 × 64 as sequences of 12,288 subpixels; see `subpixels`.
 
@@ -92,7 +92,8 @@ def imagenet64(
       split: 'train', 'valid' or 'test'; with a path also None, for all files, since published
         folders are splits themselves. In TFDS both 'valid' and 'test' are its validation split.
       data_dir: where TFDS has prepared it.
-      stand_in: other images, as `subpixels` takes them, e.g. ``shapes(64)``.
+      stand_in: other images, as `subpixels` takes them, e.g. ``shapes(64)``, or a function
+        that returns them.
 
     Raises:
       TypeError: if the path is no string.
@@ -110,14 +111,15 @@ def imagenet64(
     def local(path: str) -> Sequence[np.ndarray]:
         return png_images(path, 64, split)
 
-    return subpixels(choose(name, path, local, prepared, stand_in, 'a folder of PNG images'))
+    given, asked = 'a folder of PNG images', data_dir is not None
+    return subpixels(choose(name, path, local, prepared, stand_in, given, asked))
 
 
 def cifar10(
     path: str | None = None,
     split: str = 'train',
     data_dir: str | None = None,
-    stand_in: Sequence[Arrays] | None = None,
+    stand_in: StandIn = None,
 ) -> Sequence[Arrays]:
     """Returns CIFAR-10: 50,000 images to train on and 10,000 to test, of ten classes.
 
@@ -128,7 +130,7 @@ def cifar10(
       path: the folder ``cifar-10-batches-bin``.
       split: 'train' or 'test'.
       data_dir: where TFDS has prepared it.
-      stand_in: other labelled images, e.g. ``shapes(32)``.
+      stand_in: other labelled images, e.g. ``shapes(32)``, or a function that returns them.
 
     Returns:
       A sequence of (inputs, targets, loss_weights): (32, 32, 3) float32 in 0 … 1, int32, float32.
@@ -150,6 +152,7 @@ def cifar10(
         lambda: tfds('cifar10', split, data_dir, ('image', 'label')),
         stand_in,
         _CIFAR10_CURE,
+        data_dir is not None,
     )
 
 
@@ -166,7 +169,11 @@ def _sequence(image: Any) -> Arrays:
     if isinstance(image, tuple):  # a labelled example
         image = image[0]
     image = np.asarray(image)
+    if image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f'subpixels takes images (H, W, 3), got {image.shape}')
     if image.dtype != np.uint8:
+        if image.dtype.kind != 'f' or not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(f'subpixels takes uint8, or floats in 0 … 1, got {image.dtype}')
         image = np.rint(image * 255).astype(np.uint8)
     return window(np.concatenate([np.zeros(1, np.uint8), image.ravel()]), image.size)
 

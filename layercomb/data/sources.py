@@ -143,6 +143,8 @@ class Mapped(Sequence[Any]):
         return len(self.source)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Mapped(self.source[index], self.f)
         return self.f(self.source[index])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import IO
 
-from layercomb.data.choice import choose
+from layercomb.data.choice import StandIn, choose
 from layercomb.data.files import check_split
 from layercomb.data.sources import Mapped, tfds
 from layercomb.errors import UsageError
@@ -22,7 +22,7 @@ def enwik8(
     path: str | None = None,
     split: str = 'train',
     data_dir: str | None = None,
-    stand_in: Sequence[bytes] | None = None,
+    stand_in: StandIn = None,
     *,
     name: str = 'enwik8',
 ) -> Sequence[bytes]:
@@ -35,7 +35,7 @@ def enwik8(
       path: of enwik8 or enwik8.zip.
       split: 'train', 'valid' or 'test'.
       data_dir: where TFDS has prepared it.
-      stand_in: other documents, for machines that have no enwik8.
+      stand_in: other documents, for machines that have no enwik8, or a function that returns them.
       name: of the data set in TFDS. TFDS itself has none: 'enwik8' is one of your own, with a
         feature 'text' and a split 'train', whose texts are joined by newlines before they are cut.
 
@@ -55,6 +55,7 @@ def enwik8(
         lambda: Mapped((tfds(name, 'train', data_dir),), partial(_piece_of_texts, split=split)),
         stand_in,
         _CURE,
+        asked=data_dir is not None or name != 'enwik8',
     )
 
 

@@ -40,6 +40,7 @@ class DotProductAttention(Layer):
     masked: bool = False
 
     mixes_positions = True
+    headwise = True
     n_in = property(lambda self: 3 + self.masked)
 
     def init(self, signature, rng, mode=Mode.TRAIN):
@@ -90,6 +91,7 @@ class LocalAttention(Layer):
     masked: bool = False
 
     mixes_positions = True
+    headwise = True
     n_in = property(lambda self: 3 + self.masked)
 
     def __post_init__(self) -> None:

@@ -220,6 +220,8 @@ def check(
         raise ValueError(f'q, k and v must agree in batch and heads, got {shapes}')
     if q.shape[3] != k.shape[3]:
         raise ValueError(f'q and k must have the same depth, got {shapes}')
+    if not q.shape[2] or not k.shape[2]:
+        raise ValueError(f'attention needs one position at least, got {shapes}')
     if k.shape[2] != v.shape[2]:
         raise ValueError(f'k and v must have the same length, got {shapes}')
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k, v)):

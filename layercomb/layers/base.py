@@ -73,6 +73,9 @@ class Layer:
       float32: whether `transforms.cast` leaves it in float32 (norms, losses, sums of streams).
       diagonal: whether the one output is the one input times numbers that depend on the key alone,
         as in dropout, so that cotangents go the same way; such a layer has no weights and no state.
+      headwise: whether, given some of the heads of (B, H, …), it does for each what it does among
+        all, so that attention may go a head at a time; with weights it has a `by_head`, and what it
+        draws comes from a key for every head.
       recomputes: whether its gradient computes the layer again, so that to keep what is inside
         would be in vain.
       mixes_positions: whether an output position depends on other positions, so that `Chunk` must
@@ -87,6 +90,7 @@ class Layer:
     mixes_positions = False
     diagonal = False
     recomputes = False
+    headwise = False
     float32: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:

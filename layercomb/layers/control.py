@@ -246,7 +246,7 @@ class Chunk(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        mixer = find_mixer(self.layer)
+        mixer = _find_mixer(self.layer)
         if mixer is not None:
             raise TypeError(
                 f'Chunk: {type(mixer).__name__} mixes positions, so its result would depend on '
@@ -396,8 +396,8 @@ def _passes_on(state: Tree) -> bool:
     )
 
 
-def find_mixer(layer: Layer) -> Layer | None:
+def _find_mixer(layer: Layer) -> Layer | None:
     """The first layer inside whose outputs mix positions."""
     if layer.mixes_positions:
         return layer
-    return next((m for m in map(find_mixer, layer.sublayers) if m is not None), None)
+    return next((m for m in map(_find_mixer, layer.sublayers) if m is not None), None)

@@ -60,7 +60,8 @@ def lsh_attention(
       n_buckets: how many there are.
       chunk_len: C; L need not be a multiple.
       causal: whether t sees only itself and positions before.
-      mask: (B, L) bool, True = a real position; others see nothing, are not seen, and give zeros.
+      mask: (B, L) bool, True = a real position; others see nothing, are not seen, and give zeros,
+        but must be finite.
       neighbourhood: ``'bucket'``, or ``'chunk'`` for what was trained with other implementations:
         all that stands in t's chunk of the sorted sequence and the one before it (and the one
         after, if not causal), whatever its bucket. That leaks: a later token moves the chunks'
@@ -148,6 +149,7 @@ class LSHAttention(Layer):
     seed: int = 0
 
     mixes_positions = True
+    headwise = True
     n_in = property(lambda self: 2 + self.masked)
 
     def __post_init__(self) -> None:
@@ -327,6 +329,8 @@ def _check(
     shapes = f'q {q.shape}, v {v.shape}, buckets {buckets.shape}'
     if not q.ndim == v.ndim == buckets.ndim == 4 or q.shape[:3] != v.shape[:3]:
         raise ValueError(f'LSH attention takes q (B, H, L, K) and v (B, H, L, D), got {shapes}')
+    if not q.shape[2]:
+        raise ValueError(f'LSH attention needs one position at least, got {shapes}')
     if (*buckets.shape[:2], buckets.shape[3]) != q.shape[:3] or not buckets.shape[2]:
         raise ValueError(f'buckets must be (B, H, R, L), got {shapes}')
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, v)):

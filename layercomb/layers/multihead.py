@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layercomb.layers import tiles
-from layercomb.layers.base import Layer, Mode, Tree, _set, check_inputs, fold
+from layercomb.layers.base import Layer, Mode, Tree, _set, check_inputs, fold, where
 from layercomb.layers.combinators import Combinator
 from layercomb.layers.cotangents import add_cts, vjp, zeros_once
 from layercomb.layers.fields import Size
@@ -37,6 +37,8 @@ class SplitHeads(Layer):
     d_head: Size | None = None
     use_bias: bool = True
     kernel_init: Initializer = glorot_uniform()
+
+    headwise = True
 
     def by_head(self, weights: Tree) -> Tree:
         """The weights of each head alone, on a leading axis H."""
@@ -76,6 +78,7 @@ class MergeHeads(Layer):
     kernel_init: Initializer = glorot_uniform()
 
     n_in = 2
+    headwise = True
 
     def by_head(self, weights: Tree) -> Tree:
         """The weights of each head alone, on a leading axis H; the first one has the bias."""
@@ -108,13 +111,13 @@ def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def split_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(B, L, D), (D, H, K) → (B, H, L, K), in the dtype of x."""
+    """(B, L, D), (D, H, K) → (B, H, L, K), in the dtype of x; has no forward-mode derivative."""
     return _dot('dhk,bld->bhlk', kernel, x).astype(x.dtype)
 
 
 @jax.custom_vjp
 def merge_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(B, H, L, K), (H, K, D) → (B, L, D), in the dtype of x."""
+    """(B, H, L, K), (H, K, D) → (B, L, D), in the dtype of x; has no forward-mode derivative."""
     return _dot('bhlk,hkd->bld', x, kernel).astype(x.dtype)
 
 
@@ -190,9 +193,9 @@ class MultiHead(Combinator):
         """As the parts say; in ``RECORD``, inside a reversible stack, head by head where possible.
 
         Attention is a sum over heads, so each gives its part of the output, and queries, keys and
-        values of all heads never exist at once. Parts that cannot be taken apart (no ``by_head``),
-        narrow streams, whose sum would be rounded otherwise, and other platforms than the CPU,
-        which a head would not keep busy, go whole.
+        values of all heads never exist at once. Parts that do not say `headwise`, narrow streams,
+        whose sum would be rounded otherwise, and other platforms than the CPU, which a head would
+        not keep busy, go whole.
         """
         if mode is not Mode.RECORD or not self._goes_by_head(weights, inputs):
             return super().apply(weights, state, inputs, rng=rng, mode=mode)
@@ -234,8 +237,7 @@ class MultiHead(Combinator):
         return (y,), d_inputs, pull_apart(d_by_head)[0]
 
     def _goes_by_head(self, weights: Tree, inputs: Any) -> bool:
-        children = dict(self._children)
-        apart = all(hasattr(children[key], 'by_head') for key in weights)
+        apart = all(part.headwise for _, part in self._children)
         wide = all(x.dtype == jnp.float32 for x in inputs if is_float(x))
         return jax.default_backend() == 'cpu' and apart and wide
 
@@ -262,8 +264,12 @@ class MultiHead(Combinator):
         def call(i: int, stack: Any) -> Any:
             name, part = self._children[i]
             state, key = (head.core, head.key) if name == 'core' else ({}, None)
-            given = weights.get(name, {}), state, tuple(stack[: part.n_in])
-            outputs, new[name] = part.apply(*given, rng=key, mode=mode)
+            values = tuple(stack[: part.n_in])
+            with where(self, name, part, values):
+                check_inputs(part, values)
+                outputs, new[name] = part.apply(
+                    weights.get(name, {}), state, values, rng=key, mode=mode
+                )
             return outputs
 
         return self.route(call, tuple(inputs)), new['core']

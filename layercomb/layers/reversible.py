@@ -109,6 +109,10 @@ class ReversibleHalfResidual(Variadic, Reversible, init=False):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.add, Add):
+            raise TypeError(
+                f'ReversibleHalfResidual: add={self.add!r} is not undone by subtracting: use Add()'
+            )
         n_out = serial_arity(self.layers)[1]
         if n_out != 1:
             raise ValueError(

@@ -79,7 +79,17 @@ def over_heads(f: Callable[..., Any], heads: tuple[Any, ...], n_pairs: int) -> A
 
 
 def keys_of_heads(rng: jax.Array, n_heads: int) -> jax.Array:
-    """A key for every head, (H,): folded in one key, or already so many."""
+    """A key for every head, (H,): folded in one key, or already so many.
+
+    Raises:
+      TypeError, ValueError: for what is neither.
+    """
+    if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        raise TypeError(f'rng is {rng.dtype}{rng.shape}: give a typed key, jax.random.key(…)')
+    if rng.shape not in ((), (n_heads,)):
+        raise ValueError(
+            f'rng holds keys {rng.shape} for {n_heads} heads: give one key, or one each'
+        )
     return rng if rng.ndim else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(n_heads))
 
 

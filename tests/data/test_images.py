@@ -160,3 +160,11 @@ def test_a_folder_that_is_not_of_cifar10(cifar):
 def test_wrong_arguments_of_shapes(arguments, error, message):
     with pytest.raises(error, match=message):
         data.shapes(**arguments)
+
+
+def test_subpixels_of_what_is_no_image_are_refused():
+    with pytest.raises(ValueError, match=r'takes images \(H, W, 3\), got \(4, 4\)'):
+        data.subpixels([np.zeros((4, 4), np.uint8)])[0]
+    for wrong in (np.full((2, 2, 3), 255, np.int32), np.full((2, 2, 3), 1.5, np.float32)):
+        with pytest.raises(ValueError, match='takes uint8, or floats in 0 … 1'):
+            data.subpixels([wrong])[0]

@@ -129,7 +129,7 @@ def test_dense_is_the_full_softmax(case):
 
 @pytest.mark.parametrize('case', LOCAL.values(), ids=LOCAL)
 def test_local_is_the_full_softmax_of_its_windows(case, monkeypatch):
-    monkeypatch.setattr(attention_functions, 'PAIRS_IN_TILE', 256)  # several tiles, one ragged
+    monkeypatch.setattr(tiles, 'CPU_PAIRS_IN_TILE', 256)  # several tiles, one ragged
     *qkvg, mask = arrays(case)
     got = with_gradients(functools.partial(local_attention, mask=mask, **case.options), *qkvg)
     close(got, reference(*qkvg, seen(case, mask, **{'causal': True, **case.options})))
@@ -188,7 +188,7 @@ def test_dropout_multiplies_the_probabilities(length, key):
 
 
 def test_local_dropout_multiplies_the_probabilities(key, monkeypatch):
-    monkeypatch.setattr(attention_functions, 'PAIRS_IN_TILE', 256)
+    monkeypatch.setattr(tiles, 'CPU_PAIRS_IN_TILE', 256)
     case = Case(B=1, H=2, Lq=37, Lk=37, K=4, D=37)
     q, k, _, d_out, _ = arrays(case)
     v = jnp.broadcast_to(jnp.eye(37), (1, 2, 37, 37))

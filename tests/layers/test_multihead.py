@@ -96,6 +96,24 @@ def test_what_cannot_be_taken_apart_goes_whole():
     assert not narrow._goes_by_head(weights, (x.astype(jnp.bfloat16),))
 
 
+def test_a_core_that_reads_across_heads_goes_whole():
+    def among_all(q, k, v):
+        return v * jnp.arange(1.0, q.shape[1] + 1)[:, None, None]
+
+    net = tl.SelfAttention(4, core=tl.Fn('AmongAll', among_all))
+    (x,) = example(net)[:1]
+    weights, _ = net.init((jax.ShapeDtypeStruct(x.shape, x.dtype),), jax.random.key(0))
+    assert not net._goes_by_head(weights, (x,))
+
+
+def test_keys_that_fit_no_head_are_refused():
+    q = jnp.ones((1, 2, 8, 4))
+    with pytest.raises(ValueError, match='for 2 heads: give one key, or one each'):
+        tl.lsh_buckets(q, jax.random.split(jax.random.key(0), 3), n_buckets=4, n_hashes=1)
+    with pytest.raises(TypeError, match=r'give a typed key, jax.random.key'):
+        tl.lsh_buckets(q, jnp.zeros(2, jnp.uint32), n_buckets=4, n_hashes=1)
+
+
 def test_queries_of_all_heads_never_exist(optimized):
     length, width, heads = 1024, 64, 16
 
