@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 
 from machine import describe
+from torch_steps import transformer_step
 from turns import HUGE_PAGES, KEEP_PAGES, TORCH, serve, take_turns
 
 LAYERS, D_MODEL, HEADS, D_FF, VOCAB = 6, 256, 4, 1024, 256
@@ -54,46 +55,7 @@ def layercomb_step(length):
 
 def torch_step(length):
     """A function that runs one step of torch's."""
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm_1, self.norm_2 = nn.LayerNorm(D_MODEL), nn.LayerNorm(D_MODEL)
-            self.qkv, self.merge = nn.Linear(D_MODEL, 3 * D_MODEL), nn.Linear(D_MODEL, D_MODEL)
-            self.up, self.down = nn.Linear(D_MODEL, D_FF), nn.Linear(D_FF, D_MODEL)
-
-        def forward(self, x):
-            qkv = self.qkv(self.norm_1(x)).view(1, length, 3, HEADS, D_MODEL // HEADS)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, K) each
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.merge(y.transpose(1, 2).reshape(1, length, D_MODEL))
-            return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate='tanh'))
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.place = nn.Embedding(VOCAB, D_MODEL), nn.Embedding(length, D_MODEL)
-            self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-            self.norm, self.head = nn.LayerNorm(D_MODEL), nn.Linear(D_MODEL, VOCAB)
-
-        def forward(self, tokens):
-            return self.head(self.norm(self.blocks(self.embed(tokens) + self.place.weight)))
-
-    torch.manual_seed(0)
-    model = Model()
-    tokens = torch.randint(0, VOCAB, (1, length))
-    targets = torch.roll(tokens, -1, 1).view(-1)
-
-    def step():
-        model.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(model(tokens).view(-1, VOCAB), targets)
-        loss.backward()
-        return loss.item()
-
-    return step, None
+    return transformer_step(length, LAYERS, D_MODEL, HEADS, D_FF, VOCAB, 'gelu')
 
 
 def compare(length, repeats):

@@ -22,6 +22,7 @@ import argparse
 import time
 
 from machine import describe
+from torch_steps import next_token_loss, torch_step, transformer_step
 from turns import HUGE_PAGES, KEEP_PAGES, TORCH, serve, take_turns
 
 LAYERS, D_MODEL, HEADS, D_FF, VOCAB, CHUNK, HASHES = 6, 256, 4, 1024, 256, 64, 4
@@ -79,21 +80,6 @@ def layercomb_step(length):
     return step, update.memory_analysis().temp_size_in_bytes
 
 
-def torch_step(model, length, loss_of):
-    """A function that runs one step of a torch model."""
-    import torch
-
-    tokens = torch.randint(0, VOCAB, (1, length))
-
-    def step():
-        model.zero_grad(set_to_none=True)
-        loss = loss_of(model, tokens)
-        loss.backward()
-        return loss.item()
-
-    return step, None
-
-
 def transformers_step(length):
     """Hugging Face's Reformer, all of its layers LSH, reversible as it ships."""
     import torch
@@ -122,15 +108,7 @@ def transformers_step(length):
         tie_word_embeddings=False,
     )
     model = transformers.ReformerModelWithLMHead(config).train()
-    return torch_step(model, length, lambda net, x: net(input_ids=x, labels=x).loss)
-
-
-def next_token_loss(model, tokens):
-    """The cross-entropy of the next token from a model's logits."""
-    import torch
-
-    logits = model(tokens).view(-1, VOCAB)
-    return torch.nn.functional.cross_entropy(logits, torch.roll(tokens, -1, 1).view(-1))
+    return torch_step(model, length, VOCAB, lambda net, x: net(input_ids=x, labels=x).loss)
 
 
 def reformer_pytorch_step(length):
@@ -153,41 +131,12 @@ def reformer_pytorch_step(length):
         ff_mult=D_FF // D_MODEL,
         ff_activation=torch.nn.ReLU,
     ).train()
-    return torch_step(model, length, next_token_loss)
+    return torch_step(model, length, VOCAB, next_token_loss)
 
 
 def sdpa_step(length):
     """A standard pre-norm Transformer on torch's scaled_dot_product_attention."""
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm_1, self.norm_2 = nn.LayerNorm(D_MODEL), nn.LayerNorm(D_MODEL)
-            self.qkv, self.merge = nn.Linear(D_MODEL, 3 * D_MODEL), nn.Linear(D_MODEL, D_MODEL)
-            self.up, self.down = nn.Linear(D_MODEL, D_FF), nn.Linear(D_FF, D_MODEL)
-
-        def forward(self, x):
-            qkv = self.qkv(self.norm_1(x)).view(1, length, 3, HEADS, D_MODEL // HEADS)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, K) each
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.merge(y.transpose(1, 2).reshape(1, length, D_MODEL))
-            return x + self.down(F.relu(self.up(self.norm_2(x))))
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.place = nn.Embedding(VOCAB, D_MODEL), nn.Embedding(length, D_MODEL)
-            self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-            self.norm, self.head = nn.LayerNorm(D_MODEL), nn.Linear(D_MODEL, VOCAB)
-
-        def forward(self, tokens):
-            return self.head(self.norm(self.blocks(self.embed(tokens) + self.place.weight)))
-
-    torch.manual_seed(0)
-    return torch_step(Model(), length, next_token_loss)
+    return transformer_step(length, LAYERS, D_MODEL, HEADS, D_FF, VOCAB, 'relu')
 
 
 STEPS = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,11 +31,9 @@ from layercomb.layers.base import (
     given_name,
     where,
 )
-from layercomb.layers.cotangents import add_cts, matched, vjp
+from layercomb.layers.cotangents import add_cts
+from layercomb.layers.series import Call, Pass, Stack, serial_arity, serial_route
 from layercomb.shapes import Signature
-
-Stack = tuple[Any, ...]
-Call = Callable[[int, Stack], Stack]
 
 
 class Combinator(Layer):
@@ -248,7 +246,7 @@ class Serial(Variadic, init=False):
         self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
     ):
         """Handed to the last layer, whose outputs are the whole's."""
-        return serial_apply_and_grad(self, weights, state, inputs, cts, rng, mode, state_cts)
+        return Pass(self, weights, state, rng, mode, state_cts).apply_and_grad(inputs, cts)
 
 
 class Parallel(Variadic, init=False):
@@ -350,148 +348,13 @@ class Residual(Variadic, init=False):
                 weights, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
             )
         n = serial_arity(self.layers)[0]
-        (y, *more), d_inputs, d_weights = serial_apply_and_grad(
-            self, weights, state, inputs[:n], cts, rng, mode, state_cts
-        )
+        (y, *more), d_inputs, d_weights = Pass(
+            self, weights, state, rng, mode, state_cts
+        ).apply_and_grad(inputs[:n], cts)
         x = inputs[0]
         d_x, *d_beside = d_inputs or (None,)  # layers that make values of nothing have none
         y = x + y.astype(x.dtype)
         return (y, *more), (add_cts(d_x, cts[0]), *d_beside), d_weights
-
-
-def serial_arity(layers: Iterable[Layer]) -> tuple[int, int]:
-    """How many values layers in series need, and how many they leave of these.
-
-    >>> from layercomb import tl
-    >>> serial_arity([tl.Dup(), tl.Dense(4), tl.Add()])
-    (1, 1)
-    """
-    layers = tuple(layers)
-    if not layers:
-        return 1, 1
-    height = needed = 0  # relative to the stack at the start
-    for layer in layers:
-        needed = max(needed, layer.n_in - height)
-        height += layer.n_out - layer.n_in
-    return needed, needed + height
-
-
-def serial_route(layers: Iterable[Layer], call: Call, stack: Stack) -> Stack:
-    """Sends a stack through layers in series; the i-th is ``call(i, …)``."""
-    for i, layer in enumerate(layers):
-        stack = call(i, stack[: layer.n_in]) + stack[layer.n_in :]
-    return stack
-
-
-def serial_apply_and_grad(
-    owner: Variadic,
-    weights: Tree,
-    state: Tree,
-    inputs: Stack,
-    cts: Stack,
-    rng: jax.Array | None,
-    mode: Mode,
-    state_cts: Tree | None,
-) -> tuple[Stack, Stack, Tree]:
-    """`Layer.apply_and_grad` of the layers of `owner` in series.
-
-    The last one knows the cotangents of its outputs. Those before it are recorded by `vjp`, except
-    those that compute again anyway. Diagonal layers at the end (dropout) take cotangents as they
-    take values, so the one before them counts as the last.
-    """
-    n = len(owner.layers)
-    while n and owner.layers[n - 1].diagonal:
-        n -= 1
-    if not n:
-        return _scaled(owner, n, inputs, rng, mode), _scaled(owner, n, cts, rng, mode), {}
-    cts = _scaled(owner, n, cts, rng, mode)
-    stack, pulls = tuple(inputs), []
-    for i in range(n - 1):
-        taken = owner.layers[i].n_in
-        outputs, pull = _recorded(owner, i, weights, state, stack[:taken], rng, mode, state_cts)
-        stack = outputs + stack[taken:]
-        pulls.append(pull)
-    taken, made = owner.layers[n - 1].n_in, owner.layers[n - 1].n_out
-    given = weights, state, stack[:taken], cts[:made], rng, mode, state_cts
-    outputs, d_values, d_last = _one_and_grad(owner, n - 1, *given)
-    outputs, d_stack = tuple(outputs) + stack[taken:], tuple(d_values) + tuple(cts[made:])
-    d_weights = {owner.keys[n - 1]: d_last}
-    for i, pull in reversed(list(enumerate(pulls))):
-        made = owner.layers[i].n_out
-        d_values, d_weights[owner.keys[i]] = pull(d_stack[:made])
-        d_stack = tuple(d_values) + d_stack[made:]
-    d_weights = {key: d_weights[key] for key in weights}
-    return _scaled(owner, n, outputs, rng, mode), d_stack, d_weights
-
-
-def _one_and_grad(
-    owner: Variadic,
-    i: int,
-    weights: Tree,
-    state: Tree,
-    inputs: Stack,
-    cts: Stack,
-    rng: jax.Array | None,
-    mode: Mode,
-    state_cts: Tree | None,
-) -> tuple[Stack, Stack, Tree]:
-    """`Layer.apply_and_grad` of the i-th layer of `owner`."""
-    key, layer = owner._children[i]
-    with where(owner, key, layer, inputs):
-        check_inputs(layer, inputs)
-        return layer.apply_and_grad(
-            weights.get(key, {}),
-            state.get(key, {}),
-            inputs,
-            tuple(cts),
-            rng=fold(rng, i),
-            mode=mode,
-            state_cts=(state_cts or {}).get(key),
-        )
-
-
-def _recorded(
-    owner: Variadic,
-    i: int,
-    weights: Tree,
-    state: Tree,
-    inputs: Stack,
-    rng: jax.Array | None,
-    mode: Mode,
-    state_cts: Tree | None,
-) -> tuple[Stack, Callable[[Stack], tuple[Stack, Tree]]]:
-    """Outputs of the i-th layer of `owner`, and what takes their cotangents back."""
-    key, layer = owner._children[i]
-
-    def run(its_weights: Tree, inputs: Stack) -> tuple[Stack, Tree]:
-        new_state: Tree = {}
-        call = owner._caller({key: its_weights}, state, new_state, rng, mode)
-        return tuple(call(i, inputs)), new_state.get(key, {})
-
-    if layer.recomputes:
-        outputs, _ = run(weights.get(key, {}), inputs)
-
-        def again(cts: Stack) -> tuple[Stack, Tree]:
-            given = weights, state, inputs, cts, rng, mode, state_cts
-            return _one_and_grad(owner, i, *given)[1:]
-
-        return outputs, again
-    (outputs, new), pull = vjp(run, weights.get(key, {}), tuple(inputs))
-
-    def pullback(cts: Stack) -> tuple[Stack, Tree]:
-        d_weights, d_inputs = pull((tuple(cts), matched((state_cts or {}).get(key), new)))
-        return d_inputs, d_weights
-
-    return outputs, pullback
-
-
-def _scaled(owner: Variadic, n: int, stack: Stack, rng: jax.Array | None, mode: Mode) -> Stack:
-    """The stack after the diagonal layers of `owner` from the n-th on; None stays None."""
-    top, below = tuple(stack[:1]), tuple(stack[1:])
-    for i, layer in enumerate(owner.layers[n:], n):
-        if top[0] is not None:
-            top, _ = layer.apply({}, {}, top, rng=fold(rng, i), mode=mode)
-    return top + below
 
 
 def _flatten(owner: str, layers: Any) -> Iterator[Layer]:

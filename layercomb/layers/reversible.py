@@ -35,17 +35,11 @@ from layercomb.layers.base import (
     put_decisions,
     take_decisions,
 )
-from layercomb.layers.combinators import (
-    Add,
-    Serial,
-    Variadic,
-    serial_apply_and_grad,
-    serial_arity,
-    serial_route,
-)
+from layercomb.layers.combinators import Add, Serial, Variadic
 from layercomb.layers.control import Repeat
 from layercomb.layers.cotangents import Cotangents, add_cts, zero_cts
 from layercomb.layers.routing import Select, Swap
+from layercomb.layers.series import Pass, serial_arity, serial_route
 from layercomb.shapes import Signature, is_float
 
 
@@ -129,8 +123,8 @@ class ReversibleHalfResidual(Variadic, Reversible, init=False):
     ):
         """Subtracts what f adds; the cotangent of the sum is that of f's output."""
         (acc, *xs), (d_acc, *d_xs) = outputs, cts
-        (y,), d_inner, d_weights = serial_apply_and_grad(
-            self, weights, state, tuple(xs), (d_acc,), rng, mode, state_cts
+        (y,), d_inner, d_weights = Pass(self, weights, state, rng, mode, state_cts).apply_and_grad(
+            tuple(xs), (d_acc,)
         )
         d_xs = map(add_cts, d_xs, d_inner)
         return (acc - y.astype(acc.dtype), *xs), (d_acc, *d_xs), d_weights
