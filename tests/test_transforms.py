@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,11 @@ def test_cast_keeps_weights_and_their_gradients_in_float32(narrow):
     assert describe(jax.tree.leaves(grads)) == describe(jax.tree.leaves(weights))
 
 
+def with_projection(eqn):
+    """An equation, and those of a projection to or from heads, which has a gradient of its own."""
+    return [eqn, *getattr(eqn.params.get('call_jaxpr'), 'eqns', ())]
+
+
 def test_cast_multiplies_in_bfloat16_and_adds_streams_in_float32(narrow):
     _, cast, weights, _ = narrow
     streams, products = [], []
@@ -99,7 +105,7 @@ def test_cast_multiplies_in_bfloat16_and_adds_streams_in_float32(narrow):
     x = shape_dtype((2, 6, 8))
     its_weights = jax.tree.map(lambda w: shape_dtype(w.shape[1:]), weights['block'])
     jaxpr = jax.make_jaxpr(run)(its_weights, x)
-    for eqn in jaxpr.eqns:
+    for eqn in itertools.chain.from_iterable(map(with_projection, jaxpr.eqns)):
         dtypes = {v.aval.dtype.name for v in eqn.invars}
         if eqn.primitive.name == 'dot_general':
             products.append(dtypes)
