@@ -1,4 +1,4 @@
-"""What reversible blocks and LSH attention cost in quality: three models of Python, two seeds.
+"""What reversible blocks and LSH attention cost in quality: four models of Python, two seeds.
 
 The models have the same sizes, data in the same order, optimizer and budget:
 
@@ -6,7 +6,9 @@ The models have the same sizes, data in the same order, optimizer and budget:
 * reversible: `ReformerLM` with the same full attention, so that the blocks alone differ;
 * lsh: `ReformerLM` with LSH attention of 8 hashes in every layer, so that against *reversible* the
   attention alone differs. That full attention has separate keys and sees everything, which asks
-  more of LSH than shared-QK attention would.
+  more of LSH than shared-QK attention would;
+* shared: the same with one bucket and one chunk, which is full attention with shared queries and
+  keys: what of the difference is due to sharing, and what to hashing.
 
 Parameters cannot be quite equal: the head reads both streams of a reversible model, and LSH
 attention has no projection of keys. The numbers are printed.
@@ -14,7 +16,7 @@ attention has no projection of keys. The numbers are printed.
 So that untrained models do not tie, the baseline must predict better than a Witten-Bell byte model
 of order 3 on the same batches, and its last quarter must improve it by less than 3 %. The learning
 rate comes down along a cosine in three quarters of the budget and then stays at a floor, where
-training goes on: what could be learnt by lowering it further is left out for all three alike.
+training goes on: what could be learnt by lowering it further is left out for all alike.
 
 Each evaluation is appended to a file of JSON lines, and what stands there is not run again: a run
 that was stopped starts anew, finished ones are kept.
@@ -48,20 +50,31 @@ Row = dict[str, Any]
 Done = dict[str, dict[int, Row]]  # 'model/seed' -> step -> row
 
 
-def standard(length: int, chunk_len: int) -> tl.Layer:
+def standard(options: argparse.Namespace) -> tl.Layer:
     """The baseline."""
+    length = options.length
     return models.TransformerLM(**SIZES, max_len=length, positions='rotary', norm=tl.RMSNorm())
 
 
-def reversible(length: int, chunk_len: int) -> tl.Layer:
+def reversible(options: argparse.Namespace) -> tl.Layer:
     """Reversible blocks with the baseline's attention."""
-    return _reformer(length, tl.SelfAttention(SIZES['n_heads']))
+    return _reformer(options.length, tl.SelfAttention(SIZES['n_heads']))
 
 
-def lsh(length: int, chunk_len: int) -> tl.Layer:
+def lsh(options: argparse.Namespace) -> tl.Layer:
     """Reversible blocks with LSH attention."""
-    attention = tl.LSHSelfAttention(SIZES['n_heads'], n_hashes=8, chunk_len=chunk_len)
-    return _reformer(length, attention)
+    attention = tl.LSHSelfAttention(
+        SIZES['n_heads'], n_hashes=8, chunk_len=options.chunk_len, n_buckets=options.n_buckets
+    )
+    return _reformer(options.length, attention)
+
+
+def shared(options: argparse.Namespace) -> tl.Layer:
+    """Reversible blocks with full attention whose queries are its keys."""
+    attention = tl.LSHSelfAttention(
+        SIZES['n_heads'], n_hashes=1, chunk_len=options.length, n_buckets=1
+    )
+    return _reformer(options.length, attention)
 
 
 def _reformer(length: int, attention: tl.Layer) -> tl.Layer:
@@ -71,10 +84,11 @@ def _reformer(length: int, attention: tl.Layer) -> tl.Layer:
     )  # fmt: skip
 
 
-MODELS: dict[str, Callable[[int, int], tl.Layer]] = {
+MODELS: dict[str, Callable[[argparse.Namespace], tl.Layer]] = {
     'standard': standard,
     'reversible': reversible,
     'lsh': lsh,
+    'shared': shared,
 }
 
 
@@ -115,7 +129,7 @@ def train(run: str, options: argparse.Namespace, log: Log) -> None:
         tl.CrossEntropyLoss(),
         optimizers.muon(rate),
     )
-    net = MODELS[name](options.length, options.chunk_len)
+    net = MODELS[name](options)
     loop = supervised.Loop(net, task, valid(options), seed=int(seed), eval_every=None)
     cpu, wall = time.process_time(), time.perf_counter()
     for quarter in range(1, 5):
@@ -168,6 +182,8 @@ def judge(last: dict[tuple[str, int], float], gains: list[float], bits_of_bytes:
         ('reversible', 'standard', 0.01),
         ('lsh', 'reversible', 0.02),
         ('lsh', 'standard', None),
+        ('lsh', 'shared', None),
+        ('shared', 'reversible', None),
     )
     for model, peer, limit in pairs:
         worse = [last[model, seed] / last[peer, seed] - 1 for seed in SEEDS]
@@ -198,7 +214,8 @@ def main() -> None:
     parser.add_argument('--steps', type=int, default=2400)
     parser.add_argument('--length', type=int, default=512)
     parser.add_argument('--batch', type=int, default=4)
-    parser.add_argument('--chunk-len', type=int, default=32, help='of LSH attention')
+    parser.add_argument('--chunk-len', type=int, default=64, help='of LSH attention')
+    parser.add_argument('--n-buckets', type=int, default=8, help='of LSH attention')
     parser.add_argument('--learning-rate', type=float, default=0.02)
     parser.add_argument('--eval-batches', type=int, default=16, help='of 16 rows each')
     options = parser.parse_args()
