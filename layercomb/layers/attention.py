@@ -14,10 +14,15 @@ import jax.numpy as jnp
 
 from layercomb.layers.attention_functions import dot_product_attention, local_attention
 from layercomb.layers.base import Layer, Mode
-from layercomb.layers.caches import append, init_cache, poison_overflow, refuse_overflow
+from layercomb.layers.caches import (
+    append,
+    init_cache,
+    poison_overflow,
+    position_of,
+    refuse_overflow,
+)
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.multihead import MultiHead, attend, dropout_arguments, heads
-from layercomb.layers.positional import position_of
 
 
 class DotProductAttention(Layer):

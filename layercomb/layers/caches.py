@@ -55,6 +55,54 @@ def append(cache: Tree, values: Tree, start: jax.Array) -> Tree:
     return {**written, POSITION: cache[POSITION] + length}
 
 
+def init_past(x: jax.ShapeDtypeStruct, reach: int) -> Tree:
+    """Room for the inputs (B, L, D) of a layer that sees so many positions back, all zero."""
+    batch, length, width = x.shape
+    past = jnp.zeros((batch, reach + length, width), x.dtype)
+    return {'past': past, POSITION: jnp.zeros(batch, jnp.int32)}
+
+
+def with_past(x: jax.Array, state: Tree, reach: int) -> tuple[jax.Array, Tree]:
+    """The next inputs (B, T, D) behind the `reach` before them, each row at its position.
+
+    All inputs are kept, and not the last few alone, so that rows can go back to where their prompts
+    end.
+
+    Args:
+      x: the next inputs.
+      state: as `init_past` makes it.
+      reach: how many positions back are seen.
+
+    Returns:
+      (B, reach + T, D), and the state with the inputs written.
+    """
+    position, length = position_of(state), x.shape[1]
+    room = state['past'].shape[1] - reach
+    refuse_overflow(position, length, room)
+
+    def one(past: jax.Array, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        past = jax.lax.dynamic_update_slice_in_dim(past, x, position + reach, 0)
+        return past, jax.lax.dynamic_slice_in_dim(past, position, reach + length, 0)
+
+    past, x = jax.vmap(one)(state['past'], x, position)
+    moved = {'past': past, POSITION: position + length}
+    return poison_overflow(x, position, length, room), moved
+
+
+def position_of(state: Tree) -> jax.Array:
+    """Where the rows of a decoding state stand, (B,) int32.
+
+    Raises:
+      ValueError: if the state was not made for ``PREDICT``.
+    """
+    if POSITION not in state:
+        raise ValueError(
+            'this state holds no caches: make one with lc.init_state(net, signature), or '
+            'model.init(x, mode=Mode.PREDICT)'
+        )
+    return state[POSITION]
+
+
 def taken(position: jax.Array) -> int:
     """How many positions the furthest row has taken; 0 inside `jit`, where it is not known."""
     known = not isinstance(position, jax.core.Tracer)

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.base import POSITION, Layer, Mode, Tree
-from layercomb.layers.caches import poison_overflow, refuse_overflow
+from layercomb.layers.base import Layer, Mode
+from layercomb.layers.caches import init_past, with_past
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, he_normal, zeros
-from layercomb.layers.positional import init_position, position_of
 
 
 class Conv1D(Layer):
@@ -68,16 +67,14 @@ class Conv1D(Layer):
                 "Conv1D decodes step by step only with padding='causal' and stride=1, this one has "
                 f'padding={self.padding!r} and stride={self.stride}'
             )
-        batch, length, channels = x.shape
-        past = jnp.zeros((batch, self._reach + length, channels), x.dtype)
-        return weights, {'past': past, **init_position(signature, mode)}
+        return weights, init_past(x, self._reach)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         padding: Any = self.padding.upper()
         if self.padding == 'causal':
             if mode is Mode.PREDICT:
-                x, state = self._with_past(x, state)
+                x, state = with_past(x, state, self._reach)
             else:
                 x = jnp.pad(x, ((0, 0), (self._reach, 0), (0, 0)))
             padding = 'VALID'
@@ -85,22 +82,6 @@ class Conv1D(Layer):
             x, weights['kernel'], (self.stride,), padding, (self.dilation,), groups=self.groups
         )
         return (y + weights['bias'] if self.use_bias else y,), state
-
-    def _with_past(self, x: jax.Array, state: Tree) -> tuple[jax.Array, Tree]:
-        """The next inputs behind those that the kernel still sees, each row at its position."""
-        position, length = position_of(state), x.shape[1]
-        room = state['past'].shape[1] - self._reach
-        refuse_overflow(position, length, room)
-
-        def one(past: jax.Array, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-            past = jax.lax.dynamic_update_slice_in_dim(past, x, position + self._reach, 0)
-            return past, jax.lax.dynamic_slice_in_dim(past, position, self._reach + length, 0)
-
-        past, x = jax.vmap(one)(state['past'], x, position)
-        return poison_overflow(x, position, length, room), {
-            'past': past,
-            POSITION: position + length,
-        }
 
     @property
     def _reach(self) -> int:

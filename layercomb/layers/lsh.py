@@ -19,11 +19,17 @@ import jax.numpy as jnp
 
 from layercomb.layers import bucketwise, tiles
 from layercomb.layers.base import DECISIONS, Layer, Mode
-from layercomb.layers.caches import append, init_cache, poison_overflow, refuse_overflow
+from layercomb.layers.caches import (
+    append,
+    init_cache,
+    poison_overflow,
+    position_of,
+    refuse_overflow,
+)
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.hashing import automatic_buckets, check_buckets, lsh_buckets
 from layercomb.layers.multihead import MergeHeads, MultiHead, SplitHeads, dropout_arguments
-from layercomb.layers.positional import check_length, position_of
+from layercomb.layers.positional import check_length
 
 
 def lsh_attention(

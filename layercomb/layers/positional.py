@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.base import POSITION, Layer, Mode, Tree
-from layercomb.layers.caches import taken
+from layercomb.layers.caches import position_of, taken
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, Normal
 from layercomb.shapes import Signature, check_float
@@ -145,20 +145,6 @@ def init_position(signature: Signature, mode: Mode) -> Tree:
     if mode is not Mode.PREDICT:
         return {}
     return {POSITION: jnp.zeros(signature[0].shape[0], jnp.int32)}
-
-
-def position_of(state: Tree) -> jax.Array:
-    """Where the rows of a decoding state stand, (B,) int32.
-
-    Raises:
-      ValueError: if the state was not made for ``PREDICT``.
-    """
-    if POSITION not in state:
-        raise ValueError(
-            'this state holds no caches: make one with lc.init_state(net, signature), or '
-            'model.init(x, mode=Mode.PREDICT)'
-        )
-    return state[POSITION]
 
 
 def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[jax.Array, Tree]:

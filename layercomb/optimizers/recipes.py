@@ -146,8 +146,8 @@ def matrices(weights: Any) -> Any:
     """Which axes of each weight are a matrix's rows and columns, as optax's Muon asks for them.
 
     Kernels are matrices, except the head's. The last axes are what a layer made, and `Repeat` puts
-    one before them: (D, H, K) of queries, keys and values, (H, K, D) of their output, (in, out)
-    of all else.
+    one before them: (D, H, K) of queries, keys and values, (H, K, D) of their output, (out,
+    in) of what says ``kernel_transposed``, (in, out) of all else.
 
     Args:
       weights: a nested dict of arrays.
@@ -160,9 +160,11 @@ def matrices(weights: Any) -> Any:
     def axes(path: str, weight: Any) -> Any:
         *above, leaf = path.split('/')
         layer = above[-1] if above else ''
-        if leaf != 'kernel' or 'head' in above:
+        if leaf not in ('kernel', 'kernel_transposed') or 'head' in above:
             return None
         n = weight.ndim
+        if leaf == 'kernel_transposed':
+            return optax.contrib.MuonDimensionNumbers((n - 1,), (n - 2,))
         if layer in ('query', 'key', 'value'):
             return optax.contrib.MuonDimensionNumbers((n - 3,), (n - 2, n - 1))
         if layer == 'output':
