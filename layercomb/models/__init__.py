@@ -4,6 +4,16 @@ from layercomb.models.mlp import MLP
 from layercomb.models.reformer import ReformerLM
 from layercomb.models.reformer_seq2seq import Reformer
 from layercomb.models.revnet import RevNet
+from layercomb.models.terraformer import Terraformer, TerraformerLM
 from layercomb.models.transformer import TransformerEncoder, TransformerLM
 
-__all__ = ['MLP', 'Reformer', 'ReformerLM', 'RevNet', 'TransformerEncoder', 'TransformerLM']
+__all__ = [
+    'MLP',
+    'Reformer',
+    'ReformerLM',
+    'RevNet',
+    'Terraformer',
+    'TerraformerLM',
+    'TransformerEncoder',
+    'TransformerLM',
+]

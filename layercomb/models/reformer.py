@@ -87,7 +87,8 @@ def ReformerLM(
     )
     pattern = attention_pattern(default if attention is None else attention, n_layers)
     pattern = with_positions(pattern, max_len, rotary_positions(positions, max_len))
-    feed = reversible_feed_forward(norm, d_ff, d_model, activation, dropout, ff_chunk_len)
+    dense = feed_forward(d_ff, d_model, activation, None)
+    feed = reversible_feed_forward(norm, dense, dropout, ff_chunk_len)
     blocks = [[reversible_half(norm, layer, dropout, ff_chunk_len), feed] for layer in pattern]
     place = reformer_positions(positions, max_len, axial_shape, axial_depths)
     return tl.Serial(
@@ -114,18 +115,13 @@ def reversible_half(
 
 
 def reversible_feed_forward(
-    norm: tl.Layer,
-    d_ff: int,
-    d_model: int,
-    activation: str | tl.Layer,
-    dropout: float,
-    chunk_len: int | None,
+    norm: tl.Layer, feed: tl.Layer, dropout: float, chunk_len: int | None
 ) -> tl.ReversibleHalfResidual:
     """The half of a block that is a feed-forward; norm and dropout lie inside its pieces."""
-    dense = feed_forward(d_ff, d_model, activation, None).sublayers
+    layers = feed.sublayers if isinstance(feed, tl.Serial) else (feed,)
     drop = tl.Dropout(dropout) if dropout else None
-    feed: tl.Layer = tl.Serial(norm, *dense, drop, name='feed_forward')
-    return tl.ReversibleHalfResidual(feed if chunk_len is None else tl.Chunk(feed, chunk_len))
+    whole: tl.Layer = tl.Serial(norm, *layers, drop, name='feed_forward')
+    return tl.ReversibleHalfResidual(whole if chunk_len is None else tl.Chunk(whole, chunk_len))
 
 
 def reversible_blocks(

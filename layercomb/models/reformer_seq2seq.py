@@ -14,7 +14,12 @@ from layercomb.models.reformer import (
     reversible_half,
     two_streams,
 )
-from layercomb.models.transformer import attention_pattern, rotary_positions, with_positions
+from layercomb.models.transformer import (
+    attention_pattern,
+    feed_forward,
+    rotary_positions,
+    with_positions,
+)
 
 
 class WholeSequence(Wrapper):
@@ -133,14 +138,15 @@ def Reformer(
     across = (
         tl.CrossAttention(n_heads, masked=masked) if cross_attention is None else cross_attention
     )
-    _check_arity('encoder_attention', look, 1, masked)
-    _check_arity('decoder_attention', back, 1, False)
-    _check_arity('cross_attention', (across,), 2, masked)
-    _refuse_looking_ahead(back)
+    check_arity('Reformer', 'encoder_attention', look, 1, masked)
+    check_arity('Reformer', 'decoder_attention', back, 1, False)
+    check_arity('Reformer', 'cross_attention', (across,), 2, masked)
+    refuse_looking_ahead('Reformer', back)
 
     place = reformer_positions(positions, max_len, axial_shape, axial_depths)
     half = functools.partial(reversible_half, norm, dropout=dropout, chunk_len=ff_chunk_len)
-    feed = reversible_feed_forward(norm, d_ff, d_model, activation, dropout, ff_chunk_len)
+    dense = feed_forward(d_ff, d_model, activation, None)
+    feed = reversible_feed_forward(norm, dense, dropout, ff_chunk_len)
     encoder = tl.Serial(
         two_streams(vocab_size, d_model, place, dropout),
         reversible_blocks([[half(layer), feed] for layer in look], n_encoder_layers),
@@ -169,23 +175,25 @@ def _evaluating(mode: Mode) -> Mode:
     return Mode.EVAL if mode is Mode.PREDICT else mode
 
 
-def _check_arity(argument: str, pattern: Sequence[tl.Layer], n_values: int, masked: bool) -> None:
+def check_arity(
+    owner: str, argument: str, pattern: Sequence[tl.Layer], n_values: int, masked: bool
+) -> None:
     """Raises a ValueError unless each layer takes the values there are, and the mask if any."""
     for layer in pattern:
         if (layer.n_in, layer.n_out) != (n_values + masked, 1):
             there = f'{n_values + masked} in and 1 out'
             raise ValueError(
-                f'Reformer: {argument}: {type(layer).__name__} has {layer.n_in} in and '
+                f'{owner}: {argument}: {type(layer).__name__} has {layer.n_in} in and '
                 f'{layer.n_out} out and stands where {there} are: make it with masked={masked}'
             )
 
 
-def _refuse_looking_ahead(pattern: Sequence[tl.Layer]) -> None:
+def refuse_looking_ahead(owner: str, pattern: Sequence[tl.Layer]) -> None:
     """Raises a ValueError if a layer, or one inside, says that it is not causal."""
     for layer in pattern:
         if getattr(layer, 'causal', True) is False:
             raise ValueError(
-                f'Reformer: decoder_attention: {type(layer).__name__} with causal=False sees the '
+                f'{owner}: decoder_attention: {type(layer).__name__} with causal=False sees the '
                 'tokens that it should predict: make it with causal=True'
             )
-        _refuse_looking_ahead(layer.sublayers)
+        refuse_looking_ahead(owner, layer.sublayers)

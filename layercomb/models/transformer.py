@@ -191,11 +191,17 @@ def with_positions(
     Raises:
       ValueError: if `rotary` is given and no layer takes it.
     """
-    can_turn = (tl.SelfAttention, tl.LocalSelfAttention, tl.LSHSelfAttention)
+    can_turn = (
+        tl.SelfAttention,
+        tl.LocalSelfAttention,
+        tl.LSHSelfAttention,
+        tl.SparseQKVAttention,
+    )
+    hashes = (tl.LSHSelfAttention, tl.LSHAttention)
     turned = []
 
     def tell(layer: tl.Layer) -> tl.Layer:
-        if isinstance(layer, tl.LSHSelfAttention) and layer.n_buckets is None is layer.max_len:
+        if isinstance(layer, hashes) and layer.n_buckets is None is layer.max_len:
             layer = layer.replace(max_len=max_len)
         if rotary is not None and isinstance(layer, can_turn):
             layer = layer.replace(rotary=rotary) if layer.rotary is None else layer

@@ -25,6 +25,8 @@ from layercomb.layers.caches import set_positions
 from layercomb.layers.combinators import Serial
 from layercomb.layers.core import Dense
 from layercomb.layers.lsh import LSHAttention, LSHSelfAttention
+from layercomb.layers.sparse import MultiplicativeHead
+from layercomb.layers.sparse_attention import SparseQKVAttention
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import shape_dtype
 from layercomb.transforms import Tied, unstack, unstack_state
@@ -194,7 +196,14 @@ def _start(model: Model, prompts: Prompts, n_tokens: int) -> _Start:
     return _Start(net, weights, state, jnp.asarray(tokens), jnp.asarray(lengths))
 
 
-_ATTENTION = (SelfAttention, LocalSelfAttention, LSHSelfAttention, LSHAttention)
+_ATTENTION = (
+    SelfAttention,
+    LocalSelfAttention,
+    LSHSelfAttention,
+    LSHAttention,
+    SparseQKVAttention,
+)
+_HEADS = (Dense, MultiplicativeHead)
 
 
 def _refuse_looking_ahead(layer: Layer) -> None:
@@ -273,7 +282,7 @@ class _AtPosition(Wrapper):
 def _at_one_position(net: Layer) -> Layer | None:
     """The model with positions (B,) as a second input and logits (B, 1, V) there alone.
 
-    With the same paths. None if it does not end with a `Dense`, which sees each position by itself.
+    With the same paths. None if it does not end with a head that sees each position by itself.
     """
     if isinstance(net, Tied):
         inner = _at_one_position(net.layer)
@@ -282,7 +291,7 @@ def _at_one_position(net: Layer) -> Layer | None:
         named = [layer.replace(name=key) for key, layer in zip(net.keys, net.layers, strict=True)]
         last = _at_one_position(named[-1])
         return None if last is None else Serial(*named[:-1], last, name=net.name)
-    return _AtPosition(net) if type(net) is Dense else None
+    return _AtPosition(net) if type(net) in _HEADS else None
 
 
 def _take(x: jax.Array, at: jax.Array) -> jax.Array:
