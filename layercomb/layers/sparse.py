@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.activations import Activation, Relu
+from layercomb.layers.activations import activation
 from layercomb.layers.base import DECISIONS, Layer, Mode, Tree
 from layercomb.layers.bucketwise import IN_BOUNDS
 from layercomb.layers.caches import init_past, with_past
@@ -52,7 +52,7 @@ class SparseFF(Layer):
       d_lowrank: R, the rank of the controller; None takes D / N, but at least 16.
       temperature: how much noise training adds.
       hard_prob: how often training takes the hard choice.
-      activation: f.
+      activation: f, by its name.
       use_bias: whether b₁ and b₂ are there.
 
     Raises:
@@ -73,7 +73,7 @@ class SparseFF(Layer):
     d_lowrank: Size | None = None
     temperature: float = 0.1
     hard_prob: float = 0.3
-    activation: Activation = Relu()
+    activation: str = 'relu'
     use_bias: bool = True
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
@@ -91,6 +91,7 @@ class SparseFF(Layer):
                 f'SparseFF: temperature={self.temperature} must not be negative, and '
                 f'hard_prob={self.hard_prob} is a probability, from 0 to 1'
             )
+        activation(self.activation)  # an unknown name is an error now
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -170,7 +171,8 @@ class SparseFF(Layer):
         return y + weights['out']['bias'] if self.use_bias else y
 
     def _activated(self, h: jax.Array, bias: jax.Array | None) -> jax.Array:
-        return type(self.activation).function(h if bias is None else h + bias)
+        f: Any = activation(self.activation)
+        return type(f).function(h if bias is None else h + bias)
 
     @property
     def _dtype(self) -> Any:

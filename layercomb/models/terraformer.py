@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +45,7 @@ def TerraformerLM(
     kernel_size: tuple[int, int] = (3, 3),
     d_lowrank: int | None = None,
     d_sru: int | None = None,
-    activation: str | tl.Activation = 'relu',
+    activation: str = 'relu',
     positions: str = 'rotary',
     axial_shape: tuple[int, int] | None = None,
     axial_depths: tuple[int, int] | None = None,
@@ -82,7 +81,7 @@ def TerraformerLM(
       kernel_size: of the attention's convolution, over positions and modules.
       d_lowrank: the rank of the controllers; None takes `SparseFF`'s own.
       d_sru: if given, an `SRU` so wide takes the place of each feed-forward.
-      activation: of the feed-forwards, a name or a layer.
+      activation: of the feed-forwards, a name.
       positions: 'rotary' (put into the attention layers), 'axial', 'learned', 'sinusoidal' or
         'none'.
       axial_shape, axial_depths: as in `ReformerLM`.
@@ -139,7 +138,7 @@ def Terraformer(
     kernel_size: tuple[int, int] = (3, 3),
     d_lowrank: int | None = None,
     d_sru: int | None = None,
-    activation: str | tl.Activation = 'relu',
+    activation: str = 'relu',
     positions: str = 'rotary',
     norm: tl.Layer = tl.LayerNorm(),
     ff_chunk_len: int | None = None,
@@ -173,8 +172,8 @@ def Terraformer(
         `SelfAttention`.
       target_vocab_size: of the decoder's inputs and logits; by default V.
       target_max_len: the longest input of the decoder; by default `max_len`.
-      masked: whether a third input (B, M) boolean says which positions of the source are real. The
-        first positions behind padding see it through the attention's convolution.
+      masked: whether a third input (B, M) boolean says which positions of the source are real;
+        others, which must end a row, change nothing by what they hold.
       ff_block_size, qkv_modules, head_modules, kernel_size, d_lowrank, d_sru: what is sparse, on
         either side; as in `TerraformerLM`.
       activation, norm, ff_chunk_len: as in `TerraformerLM`.
@@ -244,7 +243,8 @@ class AfterMemory(Wrapper):
     """A causal layer that reads a memory and then its inputs, as one sequence.
 
     (memory (B, M, D), x (B, L, D)[, mask (B, M)]) → what the layer puts out at the positions of x,
-    each (B, L, …). The layer takes the joined sequence and, if `masked`, the joined mask.
+    each (B, L, …). The layer takes the joined sequence and, if `masked`, the joined mask; where
+    that is False, the memory is 0.
 
     In ``PREDICT`` the memory is read at the first call, and the state says that it has been.
     """
@@ -269,6 +269,8 @@ class AfterMemory(Wrapper):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """The layer on the joined sequence, or in ``PREDICT`` on what follows."""
         memory, x, *mask = inputs
+        if mask:  # so that a convolution across the border finds nothing there
+            memory = jnp.where(mask[0][..., None], memory, 0)
         real = [jnp.ones(x.shape[:2], bool)] * self.masked
         if mode is Mode.PREDICT:
             return self._extend(weights, state, (memory, *mask), (x, *real))
@@ -325,7 +327,7 @@ def sparse_feed_forward(
     norm: tl.Layer,
     d_ff: int,
     d_model: int,
-    activation: str | tl.Activation,
+    activation: str,
     dropout: float,
     chunk_len: int | None,
     block_size: int | None,
@@ -339,8 +341,7 @@ def sparse_feed_forward(
     if block_size is None:
         dense = feed_forward(d_ff, d_model, activation, None)
         return reversible_feed_forward(norm, dense, dropout, chunk_len)
-    function: Any = tl.activation(activation)
-    sparse = tl.SparseFF(d_ff, block_size, d_lowrank=d_lowrank, activation=function)
+    sparse = tl.SparseFF(d_ff, block_size, d_lowrank=d_lowrank, activation=activation)
     return reversible_feed_forward(norm, sparse, dropout, chunk_len)
 
 

@@ -114,6 +114,7 @@ ROWS: dict[str, Row] = {
     'ExactGelu': Row(tl.ExactGelu),
     'Flatten': Row(lambda: tl.Flatten(2), IMAGE),
     'Fn': Row(lambda: tl.Fn('Scaled', scaled), TWO, opaque='holds a function'),
+    'FoldHeads': Row(lambda: tl.FoldHeads(2), out=2),
     'Gelu': Row(tl.Gelu),
     'HardSigmoid': Row(tl.HardSigmoid),
     'LSHAttention': Row(
@@ -130,6 +131,7 @@ ROWS: dict[str, Row] = {
     'LeakyRelu': Row(tl.LeakyRelu),
     'LearnedPositions': Row(lambda: tl.LearnedPositions(L)),
     'LocalAttention': Row(lambda: tl.LocalAttention(2), QKV, (2, 2, 2), 2),
+    'LocalConv': Row(lambda: tl.LocalConv(2, (2, 3), n_outputs=2)),
     'LocalSelfAttention': Row(
         lambda: tl.LocalSelfAttention(2, 2, masked=True), (stream(), mask()), (1, 1)
     ),
@@ -139,6 +141,8 @@ ROWS: dict[str, Row] = {
     'Mean': Row(tl.Mean, axes=()),
     'Mean masked': Row(lambda: tl.Mean(masked=True), (stream(), mask()), ()),
     'MergeHeads': Row(tl.MergeHeads, (heads(), stream()), (2, 1)),
+    'MultiplicativeDense': Row(lambda: tl.MultiplicativeDense(2, 12)),
+    'MultiplicativeHead': Row(lambda: tl.MultiplicativeHead(7)),
     'Multiply': Row(tl.Multiply, TWO),
     'Parallel': Row(lambda: tl.Parallel(tl.Dense(4), None, [tl.Relu()]), TWO),
     'Perplexity': Row(tl.Perplexity, SCORES),
@@ -181,10 +185,13 @@ ROWS: dict[str, Row] = {
     'SinusoidalPositions': Row(tl.SinusoidalPositions),
     'Softmax': Row(tl.Softmax),
     'Softplus': Row(tl.Softplus),
+    'SparseFF': Row(lambda: tl.SparseFF(12, 4), draws=True),
+    'SparseQKVAttention': Row(lambda: tl.SparseQKVAttention(2, 2)),
     'Split': Row(lambda: tl.Split(4)),
     'SplitHeads': Row(lambda: tl.SplitHeads(2, 3), out=2),
     'Swap': Row(tl.Swap, TWO),
     'Tanh': Row(tl.Tanh),
+    'UnfoldHeads': Row(tl.UnfoldHeads, (heads(),), (2,)),
     'Cast': Row(lambda: transforms.Cast(tl.Dense(4), 'float16')),
     'Tied': Row(
         lambda: transforms.Tied(
