@@ -16,6 +16,7 @@ from layercomb.layers.attention_functions import dot_product_attention, local_at
 from layercomb.layers.base import Layer, Mode
 from layercomb.layers.caches import (
     append,
+    by_row,
     init_cache,
     poison_overflow,
     position_of,
@@ -67,12 +68,13 @@ class DotProductAttention(Layer):
         return (y,), state
 
     def _extend(self, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, *mask: jax.Array):
-        position, length, room = position_of(cache), q.shape[2], cache['k'].shape[2]
+        position, length, room = position_of(cache), q.shape[2], cache['k'].shape[1]
         refuse_overflow(position, length, room)
         new = {'k': k, 'v': v, **({'mask': mask[0]} if mask else {})}
         cache = append(cache, new, position)
+        held = by_row(cache)
         y = dot_product_attention(
-            q, cache['k'], cache['v'], causal=True, mask=cache.get('mask'), offset=position
+            q, held['k'], held['v'], causal=True, mask=held.get('mask'), offset=position
         )
         return (poison_overflow(y, position, length, room),), cache
 
@@ -140,7 +142,7 @@ class LocalAttention(Layer):
         """Attends from new positions, on a piece of the cache that begins where a chunk does."""
         c, length = self.chunk_len, q.shape[2]
         front, behind = self._padding
-        position, room = position_of(cache), cache['k'].shape[2] - front - behind
+        position, room = position_of(cache), cache['k'].shape[1] - front - behind
         refuse_overflow(position, length, room)
         real = mask[0] if mask else jnp.ones((q.shape[0], length), bool)
         cache = append(cache, {'k': k, 'v': v, 'mask': real}, position + front)
@@ -150,7 +152,8 @@ class LocalAttention(Layer):
         def piece(x: jax.Array, start: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim - 2 if x.ndim > 1 else 0)
 
-        keys, values, seen = (jax.vmap(piece)(cache[n], start) for n in ('k', 'v', 'mask'))
+        held = by_row(cache)
+        keys, values, seen = (jax.vmap(piece)(held[n], start) for n in ('k', 'v', 'mask'))
         if length == 1:
             y = dot_product_attention(
                 q, keys, values, causal=True, mask=seen, offset=front + within

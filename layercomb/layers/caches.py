@@ -3,6 +3,10 @@
 A cache is as long as the signature that `init` was given. Rows count their own positions, so that
 prompts of different lengths may share a batch: ingest them padded at the end, set `position` to
 their lengths, and what the padding left behind is overwritten before it is seen.
+
+Rows and heads share one axis. A product of matrices wants its batch to be one axis, and where that
+is not so from the start XLA writes the new positions once into what it returns and again into a
+copy that it reads: a token then costs as much as the whole cache is long.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from layercomb.layers.base import POSITION, Tree
 def init_cache(
     k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct, masked: bool, length: int | None = None
 ) -> Tree:
-    """An empty cache for keys and values of these signatures, (B, H, L, K) and (B, H, L, V).
+    """An empty cache, (B·H, L, …), for keys (B, H, L, K) and values (B, H, L, V).
 
     Args:
       k: the keys' signature.
@@ -30,7 +34,7 @@ def init_cache(
     length = k.shape[2] if length is None else length
 
     def room(x: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.zeros((*x.shape[:2], length, x.shape[3]), x.dtype)
+        return jnp.zeros((x.shape[0] * x.shape[1], length, x.shape[3]), x.dtype)
 
     cache = {'k': room(k), 'v': room(v), POSITION: jnp.zeros(k.shape[0], jnp.int32)}
     return cache | {'mask': jnp.zeros((k.shape[0], length), bool)} if masked else cache
@@ -53,6 +57,14 @@ def append(cache: Tree, values: Tree, start: jax.Array) -> Tree:
         for name, new in values.items()
     }
     return {**written, POSITION: cache[POSITION] + length}
+
+
+def by_row(cache: Tree) -> Tree:
+    """A cache's arrays with rows and heads apart: (B, H, L, …), and ``mask`` (B, L)."""
+    rows = len(cache[POSITION])
+    return {
+        name: x.reshape(rows, -1, *x.shape[1:]) if x.ndim == 3 else x for name, x in cache.items()
+    }
 
 
 def init_past(x: jax.ShapeDtypeStruct, reach: int) -> Tree:
@@ -145,11 +157,12 @@ def set_positions(state: Tree, lengths: jax.Array) -> Tree:
 
 
 def _write(room: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    axis = 2 if new.ndim == 4 else 1  # (B, H, T, K), or a mask (B, T)
-    if new.shape[0] == 1:
-        return jax.lax.dynamic_update_slice_in_dim(room, new, start[0], axis)
+    """Writes (B, H, T, …) into (B·H, L, …), or (B, T) into (B, L), at a place for each row."""
+    new = new.reshape(room.shape[0], -1, *room.shape[2:])  # (B·H, T, …)
+    if len(start) == 1:
+        return jax.lax.dynamic_update_slice_in_dim(room, new, start[0], 1)
 
     def one(room: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(room, new, start, axis - 1)
+        return jax.lax.dynamic_update_slice_in_dim(room, new, start, 0)
 
-    return jax.vmap(one)(room, new, start)
+    return jax.vmap(one)(room, new, jnp.repeat(start, len(room) // len(start)))

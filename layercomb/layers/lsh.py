@@ -21,6 +21,7 @@ from layercomb.layers import bucketwise, tiles
 from layercomb.layers.base import DECISIONS, Layer, Mode
 from layercomb.layers.caches import (
     append,
+    by_row,
     init_cache,
     poison_overflow,
     position_of,
@@ -174,7 +175,7 @@ class LSHAttention(Layer):
                 'LSHAttention: decoding needs the number of buckets of training: give max_len= '
                 '(or n_buckets=) when making the layer'
             )
-        buckets = jnp.zeros((b, h, length, self.n_hashes), self._dtype(length))
+        buckets = jnp.zeros((b * h, length, self.n_hashes), self._dtype(length))
         return {}, {**init_cache(q, v, masked=True), 'buckets': buckets}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
@@ -231,34 +232,35 @@ class LSHAttention(Layer):
         )
 
     def _extend(self, cache: Any, q: jax.Array, v: jax.Array, mask: Any = None):
-        position, length, room = position_of(cache), q.shape[2], cache['k'].shape[2]
+        position, length, room = position_of(cache), q.shape[2], cache['k'].shape[1]
         refuse_overflow(position, length, room)
         real = jnp.ones((q.shape[0], length), bool) if mask is None else mask
         buckets = self._hash(q, jax.random.key(self.seed), room).swapaxes(2, 3)  # (B, H, T, R)
         cache = append(cache, {'k': q, 'v': v, 'mask': real, 'buckets': buckets}, position)
         filled = jnp.arange(room) < (position + length)[:, None]
-        seen = cache['mask'] & filled  # (B, L)
+        held = by_row(cache)
+        seen = held['mask'] & filled  # (B, L)
         if length == 1 and self.neighbourhood == 'bucket':
-            y = self._next(cache, seen, q, buckets, position)
+            y = self._next(held, seen, q, buckets, position)
             y = jnp.where(real[:, None, :, None], y, 0)
         else:
-            y = self._attend(cache['k'], cache['v'], cache['buckets'].swapaxes(2, 3), seen)
+            y = self._attend(held['k'], held['v'], held['buckets'].swapaxes(2, 3), seen)
             y = jax.vmap(lambda y, at: jax.lax.dynamic_slice_in_dim(y, at, length, 1))(y, position)
         return (poison_overflow(y, position, length, room),), cache
 
-    def _next(self, cache: Any, seen: Any, q: Any, buckets: Any, position: Any) -> jax.Array:
+    def _next(self, held: Any, seen: Any, q: Any, buckets: Any, position: Any) -> jax.Array:
         """Attention of one position a row, (B, H, 1, D), to its neighbours among those `seen`."""
-        same = (cache['buckets'] == buckets) & seen[:, None, :, None]  # (B, H, L, R)
+        same = (held['buckets'] == buckets) & seen[:, None, :, None]  # (B, H, L, R)
         since = jnp.cumsum(same[:, :, ::-1], 2, jnp.int32)[:, :, ::-1]
         count = (same & (since <= self.chunk_len)).sum(-1, dtype=jnp.float32)  # (B, H, L)
         count = jnp.minimum(count, 1) if self.duplicates == 'once' else count
-        s = tiles.dot('bhk,bhlk->bhl', q[:, :, 0], bucketwise.unit(cache['k']))
+        s = tiles.dot('bhk,bhlk->bhl', q[:, :, 0], bucketwise.unit(held['k']))
         own = jnp.arange(s.shape[2]) == position[:, None, None]
         s = jnp.where(count > 0, jnp.where(own, bucketwise.SELF, s), -tiles.FAR)
         p = count * jnp.exp(s - s.max(-1, keepdims=True))
         total = p.sum(-1, keepdims=True)
         p = p / jnp.where(total > 0, total, 1.0)
-        return tiles.dot('bhl,bhld->bhd', p, cache['v'])[:, :, None].astype(cache['v'].dtype)
+        return tiles.dot('bhl,bhld->bhd', p, held['v'])[:, :, None].astype(held['v'].dtype)
 
 
 class LSHSelfAttention(MultiHead):

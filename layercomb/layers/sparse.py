@@ -194,7 +194,7 @@ class MultiplicativeDense(Layer):
     represent every permutation. At M rows or more the kernel is made, and multiplied by; at fewer,
     as in decoding, it costs more than the product, and x ∘ D is multiplied by E.
 
-    Weights: ``modules`` D (D, S), ``features`` E (D, M), and ``bias`` (S·M,) unless `use_bias` is
+    Weights: ``modules`` Dᵀ (S, D), ``features`` E (D, M), and ``bias`` (S·M,) unless `use_bias` is
     false.
 
     Attributes:
@@ -244,7 +244,7 @@ class MultiplicativeHead(Layer):
     asks for, and what the last one has too much is cut off. It is faster than a `Dense` where one
     position at a time is decoded, and predicts somewhat worse.
 
-    Weights: ``modules`` (D, S), ``features`` (D, ⌈V / S⌉), and ``bias`` (V,) unless `use_bias` is
+    Weights: ``modules`` (S, D), ``features`` (D, ⌈V / S⌉), and ``bias`` (V,) unless `use_bias` is
     false.
 
     Attributes:
@@ -282,7 +282,7 @@ def _factors(rng: jax.Array, d: int, n: int, n_modules: int) -> Tree:
     modules, features = jax.random.split(rng)
     make = Normal((2 / (d + n)) ** 0.25)
     return {
-        'modules': make(modules, (d, n_modules)),
+        'modules': make(modules, (n_modules, d)),
         'features': make(features, (d, -(-n // n_modules))),
     }
 
@@ -292,7 +292,7 @@ def multiplicative_dense(x: jax.Array, modules: jax.Array, features: jax.Array) 
 
     Args:
       x: (…, D).
-      modules: D (D, S).
+      modules: Dᵀ (S, D), a row for each module.
       features: E (D, M).
 
     Returns:
@@ -301,16 +301,16 @@ def multiplicative_dense(x: jax.Array, modules: jax.Array, features: jax.Array) 
     Raises:
       ValueError: if the widths do not fit.
     """
-    d, s, m = x.shape[-1], modules.shape[1], features.shape[1]
-    if d != modules.shape[0]:
+    d, s, m = x.shape[-1], len(modules), features.shape[1]
+    if d != len(features):
         raise ValueError(
-            f'the input is {d} wide and the kernel was made for {modules.shape[0]}: give the shape '
+            f'the input is {d} wide and the kernel was made for {len(features)}: give the shape '
             'that the model was initialised with'
         )
     if math.prod(x.shape[:-1]) < m:
-        scaled = x[..., None, :] * modules.T  # (…, S, D)
+        scaled = x[..., None, :] * modules  # (…, S, D)
         return _dot('...sd,dm->...sm', scaled, features).reshape(*x.shape[:-1], s * m)
-    kernel = modules[:, :, None] * features[:, None]  # (D, S, M)
+    kernel = modules.T[:, :, None] * features[:, None]  # (D, S, M)
     return _dot('...d,dn->...n', x, kernel.reshape(d, s * m))
 
 

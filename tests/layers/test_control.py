@@ -137,7 +137,7 @@ def test_repeat_decodes_with_a_state_for_each_block():
     net = tl.Repeat(tl.Residual(tl.SelfAttention(2)), 2)
     state = init_state(net, signature())
     assert list(state) == ['0', '1']
-    assert state['0']['self_attention']['core']['k'].shape == (B, 2, L, 2)
+    assert state['0']['self_attention']['core']['k'].shape == (B * 2, L, 2)
     shared = init_state(tl.Repeat(tl.SelfAttention(2), 2, shared=True), signature())
     assert list(shared) == ['0', '1']
 

@@ -238,7 +238,7 @@ class TestMultiplicativeDense:
         m = n_units // n_modules
         wanted = np.zeros(y.shape)
         for s, j in np.ndindex(n_modules, m):
-            kernel = weights['modules'][:, s] * weights['features'][:, j]
+            kernel = weights['modules'][s] * weights['features'][:, j]
             wanted[..., s * m + j] = x @ kernel + weights['bias'][s * m + j]
         np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
 
@@ -257,7 +257,7 @@ class TestMultiplicativeDense:
         m = D // n_modules
         to = np.argsort(order)  # where each feature goes
         weights = {
-            'modules': jnp.asarray(to[:, None] // m == np.arange(n_modules), jnp.float32),
+            'modules': jnp.asarray(to // m == np.arange(n_modules)[:, None], jnp.float32),
             'features': jnp.asarray(to[:, None] % m == np.arange(m), jnp.float32),
         }
         x = normal(3, D)
@@ -267,7 +267,7 @@ class TestMultiplicativeDense:
     def test_initial_variance_is_a_dense_layers(self):
         x = shape_dtype((4, 256))
         weights, _ = tl.MultiplicativeDense(16).init((x,), jax.random.key(0))
-        kernel = weights['modules'][:, :, None] * weights['features'][:, None]
+        kernel = weights['modules'].T[:, :, None] * weights['features'][:, None]
         assert abs(float(kernel.var()) * 256 - 1) < 0.2
 
     def test_refuses(self):

@@ -1,0 +1,149 @@
+"""What sparse layers save in decoding: seconds a token at batch 1, of random weights.
+
+    python benchmarks/sparse_decode.py [--tokens 16] [--repeats 5] [--scale 1 2]
+
+The paper's shape with 800 million weights in its encoder and decoder, as a decoder alone: 24
+layers, d_model 1024, d_ff 4096, blocks of 64, 16 modules, convolutions of 3, and 4 modules in the
+head. All are `TerraformerLM`, and dense is sparsity off. At scale 2 the model is twice as wide.
+
+The models take turns, a few tokens each. A token must read every weight that counts for it at least
+once, so the bytes it reads over the memory's bandwidth, measured in the same run by products of a
+vector and a matrix of 1 GiB, are the least that it can take; the dense baseline must come near it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import machine
+
+import layercomb as lc
+from layercomb import models, trees
+from layercomb.layers.base import Mode
+
+VOCAB, MAX_LEN = 32_000, 128
+DENSE: dict[str, Any] = {'ff_block_size': None, 'qkv_modules': None, 'head_modules': None}
+FF, QKV, HEAD = {'ff_block_size': 64}, {'qkv_modules': 16}, {'head_modules': 4}
+KINDS = {
+    'dense': DENSE,
+    '+ sparse FF': {**DENSE, **FF},
+    '+ sparse QKV': {**DENSE, **QKV},
+    '+ FF and QKV': {**DENSE, **FF, **QKV},
+    '+ both and head': {**FF, **QKV, **HEAD},
+}
+PAPER = {'dense': 0.160, '+ sparse FF': 0.093, '+ sparse QKV': 0.152, '+ both and head': 0.061}
+
+
+class Decoder:
+    """A model that makes a token at a time, and the times it took."""
+
+    def __init__(self, scale: int, sparse: dict[str, Any]) -> None:
+        net = models.TerraformerLM(
+            VOCAB, 1024 * scale, 4096 * scale, 24, 16, MAX_LEN, activation='relu', **sparse
+        )
+        token = jnp.zeros((1, 1), jnp.int32)
+        weights, _ = jax.jit(net.init)(lc.signature_of((token,)), jax.random.key(0))
+        self.net, self.weights = lc.unstack(net, weights)
+        self.signature = lc.shape_dtype((1, MAX_LEN), 'int32')
+        self.bytes = bytes_read(weights, sparse)
+        self.seconds: list[float] = []
+        self.cpu: list[float] = []
+
+    @functools.cached_property
+    def step(self) -> Callable[..., Any]:
+        """(weights, state, token (1, 1)) → the next token and the state, which is donated."""
+
+        def step(weights: Any, state: Any, token: jax.Array) -> Any:
+            (logits,), state = self.net.apply(weights, state, (token,), mode=Mode.PREDICT)
+            return jnp.argmax(logits, -1).astype(jnp.int32), state
+
+        return jax.jit(step, donate_argnums=1)
+
+    def run(self, n_tokens: int) -> None:
+        """Decodes from the start of a sequence; the first token does not count."""
+        state = lc.init_state(self.net, self.signature)
+        token, state = self.step(self.weights, state, jnp.ones((1, 1), jnp.int32))
+        for _ in range(n_tokens):
+            jax.block_until_ready(token)
+            wall, cpu = time.perf_counter(), time.process_time()
+            token, state = self.step(self.weights, state, token)
+            jax.block_until_ready(token)
+            self.seconds.append(time.perf_counter() - wall)
+            self.cpu.append(time.process_time() - cpu)
+
+    @property
+    def median(self) -> float:
+        """Seconds a token."""
+        return sorted(self.seconds)[len(self.seconds) // 2]
+
+
+def bytes_read(weights: Any, sparse: dict[str, Any]) -> int:
+    """The weights that a token reads: all but the embeddings and the units that do not work."""
+    total = 0
+    for path, weight in trees.flatten(weights).items():
+        if path.startswith('embedding'):
+            continue
+        is_unit = 'sparse_ff/in' in path or path.endswith('sparse_ff/out/kernel')
+        total += weight.nbytes // (sparse['ff_block_size'] if is_unit else 1)
+    return total
+
+
+def bandwidth() -> float:
+    """Bytes a second at which XLA reads a matrix of 1 GiB to multiply a vector by it, at best."""
+    matrix, vector = jnp.ones((16384, 16384)), jnp.ones((1, 16384))
+    multiply = jax.jit(jnp.dot)
+    jax.block_until_ready(multiply(vector, matrix))
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        jax.block_until_ready(multiply(vector, matrix))
+        times.append(time.perf_counter() - start)
+    return matrix.nbytes / min(times)
+
+
+def compare(scale: int, n_tokens: int, repeats: int) -> float:
+    """Prints the table of a scale; returns how much faster all that is sparse is than dense."""
+    rate = bandwidth()
+    print(f'\nd_model {1024 * scale}, d_ff {4096 * scale}; memory gives {rate / 1e9:.1f} GB/s\n')
+    decoders = {label: Decoder(scale, sparse) for label, sparse in KINDS.items()}
+    for _ in range(repeats):
+        for decoder in decoders.values():
+            decoder.run(n_tokens)
+    rate = max(rate, bandwidth())
+    dense = decoders['dense'].median
+    print('| | weights | read a token | s a token | CPU s | of the floor | faster | paper | |')
+    print('|---|---:|---:|---:|---:|---:|---:|---:|---:|')
+    for label, decoder in decoders.items():
+        seconds, floor = decoder.median, decoder.bytes / rate
+        paper = PAPER.get(label) if scale == 1 else None
+        theirs = f'{paper:.3f} | {PAPER["dense"] / paper:.2f}×' if paper else ' |'
+        cpu = sorted(decoder.cpu)[len(decoder.cpu) // 2]
+        print(
+            f'| {label} | {trees.count(decoder.weights) / 1e6:.0f}M | {decoder.bytes / 1e6:.0f} MB '
+            f'| {seconds:.4f} | {cpu:.4f} | {seconds / floor:.2f}× '
+            f'| {dense / seconds:.2f}× | {theirs} |'
+        )
+    return dense / decoders['+ both and head'].median
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--tokens', type=int, default=16, help='a turn')
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--scale', type=int, nargs='*', default=[1, 2])
+    options = parser.parse_args()
+    print(machine.describe('jaxlib'))
+    faster = [compare(scale, options.tokens, options.repeats) for scale in options.scale]
+    print(
+        f'\nall sparse / dense: {", ".join(f"{x:.2f}×" for x in faster)} (asked: 5×, and growing)'
+    )
+
+
+if __name__ == '__main__':
+    main()
