@@ -26,7 +26,7 @@ import quality
 
 from layercomb import models, tl
 
-SIZES = {'vocab_size': 256, 'd_model': 128, 'd_ff': 2048, 'n_layers': 3, 'n_heads': 4}
+SIZES = {'vocab_size': 256, 'd_model': 128, 'd_ff': 2048, 'n_layers': 2, 'n_heads': 4}
 OFF: dict[str, Any] = {'ff_block_size': None, 'qkv_modules': None, 'head_modules': None}
 
 
@@ -53,7 +53,7 @@ PAIRS = (
 
 
 def main() -> None:
-    parser = quality.parser(__doc__.splitlines()[0], MODELS, steps=1200, length=256, batch=8)
+    parser = quality.parser(__doc__.splitlines()[0], MODELS, steps=2000, length=256, batch=4)
     quality.study(MODELS, PAIRS, SIZES, parser.parse_args())
 
 

@@ -5,12 +5,15 @@ pipeline turns a source into a `grain.IterDataset` of batches of numpy arrays, w
 stopped and resumed exactly.
 """
 
+from layercomb.data.corpora import c4, scientific_papers
+from layercomb.data.docstrings import python_docstrings
 from layercomb.data.drawn import shapes
 from layercomb.data.images import cifar10, imagenet64, png_images, subpixels
 from layercomb.data.ngrams import witten_bell_bits_on_batches, witten_bell_bits_per_byte
+from layercomb.data.pairs import pairs
 from layercomb.data.pipelines import batches, bucketed, packed
 from layercomb.data.sources import python_stdlib, text_files, tfds
-from layercomb.data.tasks import copy, duplication
+from layercomb.data.tasks import copy, copy_pairs, duplication
 from layercomb.data.tokenizers import ByteTokenizer
 from layercomb.data.wikipedia import enwik8
 
@@ -18,14 +21,19 @@ __all__ = [
     'ByteTokenizer',
     'batches',
     'bucketed',
+    'c4',
     'cifar10',
     'copy',
+    'copy_pairs',
     'duplication',
     'enwik8',
     'imagenet64',
     'packed',
+    'pairs',
     'png_images',
+    'python_docstrings',
     'python_stdlib',
+    'scientific_papers',
     'shapes',
     'subpixels',
     'text_files',

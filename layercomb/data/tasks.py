@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from layercomb.data import checks
+from layercomb.data.packing import Arrays, window
 
 Example = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -85,8 +86,71 @@ def copy(
     return Generated(_copy, (min_length, max_length, vocab_size), n_examples, seed)
 
 
+def copy_pairs(
+    max_length: int = 64,
+    vocab_size: int = 128,
+    min_length: int = 1,
+    n_examples: int = 1_000_000,
+    seed: int = 0,
+) -> Sequence[Arrays]:
+    """Returns examples of copying words, for models from sequence to sequence.
+
+    The source is a word w, the decoder's inputs are `0 w`, its targets `w 0`. The length of w is
+    uniform in min_length … max_length, its symbols in 1 … vocab_size − 1; 0 ends the copy, where
+    there is a place left for it, and pads. All arrays are as long as the longest word.
+
+    Args:
+      max_length: L, of a word.
+      vocab_size: number of symbols, 0 included.
+      min_length: of a word.
+      n_examples: how many there are.
+      seed: another seed gives other examples.
+
+    Returns:
+      A sequence of (source, inputs, mask, targets, loss_weights), each (L,): int32, int32, bool,
+      int32 and float32, as `pairs` gives them.
+
+    Raises:
+      TypeError: if an argument is no integer.
+      ValueError: if one is out of range.
+
+    >>> source, inputs, mask, targets, loss_weights = copy_pairs(max_length=3, min_length=2)[0]
+    >>> mask, loss_weights
+    (array([ True,  True, False]), array([1., 1., 1.], dtype=float32))
+    >>> bool((source == targets).all()), bool((inputs[1:] == source[:2]).all())
+    (True, True)
+    """
+    checks.integer('max_length', max_length, 1)
+    checks.integer('min_length', min_length, 1, max_length)
+    checks.integer('vocab_size', vocab_size, 2)
+    return Generated(_copy_pair, (min_length, max_length, vocab_size), n_examples, seed)
+
+
+def sequence_pair(
+    source: np.ndarray, target: np.ndarray, eos: int, source_length: int, target_length: int
+) -> Arrays:
+    """Tokens to read and tokens to say, cut and padded, as an encoder-decoder takes them.
+
+    Args:
+      source: token ids of any number.
+      target: token ids of any number.
+      eos: stands before the target and after it.
+      source_length: M.
+      target_length: L.
+
+    Returns:
+      (source, inputs, mask, targets, loss_weights), (M,) or (L,).
+    """
+    read = np.zeros(source_length, np.int32)
+    read[: source.size] = source[:source_length]
+    mask = np.arange(source_length) < max(1, source.size)  # attention wants something to look at
+    said = np.concatenate([[eos], target, [eos]])[: target_length + 1]
+    inputs, targets, weights = window(said, target_length)
+    return read, inputs, mask, targets, weights
+
+
 @dataclass(frozen=True)
-class Generated(Sequence[Example]):
+class Generated(Sequence[Any]):
     """Examples that are made when they are asked for.
 
     Attributes:
@@ -99,7 +163,7 @@ class Generated(Sequence[Example]):
       TypeError, ValueError: unless `n_examples` and `seed` are integers in range.
     """
 
-    make: Callable[..., Example]
+    make: Callable[..., Arrays]
     sizes: tuple[int, ...]
     n_examples: int
     seed: int
@@ -134,3 +198,8 @@ def _copy(shortest: int, longest: int, vocab_size: int, rng: np.random.Generator
     weights = np.zeros(2 * longest, np.float32)
     weights[n : 2 * n] = 1
     return tokens[:-1], tokens[1:], weights
+
+
+def _copy_pair(shortest: int, longest: int, vocab_size: int, rng: np.random.Generator) -> Arrays:
+    word = rng.integers(1, vocab_size, int(rng.integers(shortest, longest + 1)))
+    return sequence_pair(word, word, 0, longest, longest)

@@ -116,9 +116,9 @@ class SparseFF(Layer):
         (x,) = inputs
         chosen = self._controller(weights['controller'], x)  # (…, F / N, N) float32
         if mode is Mode.PREDICT and math.prod(x.shape[:-1]) < self.block_size:
-            return (self._few(weights, x, jnp.argmax(chosen, -1)),), state
+            return (self._few(weights, x, _largest(chosen)),), state
         if not mode.is_training:
-            return (self._whole(weights, x, _one_hot(jnp.argmax(chosen, -1), chosen)),), state
+            return (self._whole(weights, x, _one_hot(_largest(chosen), chosen)),), state
         mask, units = self._sampled(chosen, state, rng, mode)
         if mode is Mode.RECORD:
             state = {**state, DECISIONS: {'units': units}}
@@ -144,7 +144,7 @@ class SparseFF(Layer):
         if mode is Mode.REPLAY:
             units = state[DECISIONS]['units']
         else:
-            units = jnp.argmax(c, -1).astype(self._dtype)
+            units = _largest(c).astype(self._dtype)
         through = _one_hot(units, p) + p - jax.lax.stop_gradient(p)
         is_hard = jax.random.bernoulli(hard_key, self.hard_prob)
         return jnp.where(is_hard, through, p), units
@@ -181,6 +181,15 @@ class SparseFF(Layer):
         return next((t for t in kinds if self.block_size - 1 <= jnp.iinfo(t).max), jnp.int32)
 
 
+def _largest(c: jax.Array) -> jax.Array:
+    """The first index of the largest in each block, int32; the last one where there is NaN.
+
+    XLA's argmax is several times slower on a CPU than these two reductions.
+    """
+    at = jax.lax.broadcasted_iota(jnp.int32, c.shape, c.ndim - 1)
+    return jnp.where(c == c.max(-1, keepdims=True), at, c.shape[-1] - 1).min(-1)
+
+
 def _one_hot(units: jax.Array, like: jax.Array) -> jax.Array:
     """1 at the chosen unit of each block and 0 elsewhere: (…, F / N) → (…, F / N, N)."""
     at = jax.lax.broadcasted_iota(units.dtype, like.shape, like.ndim - 1)
@@ -194,7 +203,7 @@ class MultiplicativeDense(Layer):
     represent every permutation. At M rows or more the kernel is made, and multiplied by; at fewer,
     as in decoding, it costs more than the product, and x ∘ D is multiplied by E.
 
-    Weights: ``modules`` Dᵀ (S, D), ``features`` E (D, M), and ``bias`` (S·M,) unless `use_bias` is
+    Weights: ``modules`` Dᵀ (S, D), ``features`` Eᵀ (M, D), and ``bias`` (S·M,) unless `use_bias` is
     false.
 
     Attributes:
@@ -244,7 +253,7 @@ class MultiplicativeHead(Layer):
     asks for, and what the last one has too much is cut off. It is faster than a `Dense` where one
     position at a time is decoded, and predicts somewhat worse.
 
-    Weights: ``modules`` (S, D), ``features`` (D, ⌈V / S⌉), and ``bias`` (V,) unless `use_bias` is
+    Weights: ``modules`` (S, D), ``features`` (⌈V / S⌉, D), and ``bias`` (V,) unless `use_bias` is
     false.
 
     Attributes:
@@ -283,7 +292,7 @@ def _factors(rng: jax.Array, d: int, n: int, n_modules: int) -> Tree:
     make = Normal((2 / (d + n)) ** 0.25)
     return {
         'modules': make(modules, (n_modules, d)),
-        'features': make(features, (d, -(-n // n_modules))),
+        'features': make(features, (-(-n // n_modules), d)),
     }
 
 
@@ -293,7 +302,7 @@ def multiplicative_dense(x: jax.Array, modules: jax.Array, features: jax.Array) 
     Args:
       x: (…, D).
       modules: Dᵀ (S, D), a row for each module.
-      features: E (D, M).
+      features: Eᵀ (M, D).
 
     Returns:
       (…, S·M).
@@ -301,17 +310,18 @@ def multiplicative_dense(x: jax.Array, modules: jax.Array, features: jax.Array) 
     Raises:
       ValueError: if the widths do not fit.
     """
-    d, s, m = x.shape[-1], len(modules), features.shape[1]
-    if d != len(features):
+    (s, d), m = modules.shape, len(features)
+    if x.shape[-1] != d:
         raise ValueError(
-            f'the input is {d} wide and the kernel was made for {len(features)}: give the shape '
-            'that the model was initialised with'
+            f'the input is {x.shape[-1]} wide and the kernel was made for {d}: give the shape that '
+            'the model was initialised with'
         )
     if math.prod(x.shape[:-1]) < m:
         scaled = x[..., None, :] * modules  # (…, S, D)
-        return _dot('...sd,dm->...sm', scaled, features).reshape(*x.shape[:-1], s * m)
-    kernel = modules.T[:, :, None] * features[:, None]  # (D, S, M)
-    return _dot('...d,dn->...n', x, kernel.reshape(d, s * m))
+        y = _dot('md,...sd->...ms', features, scaled)  # this way round it reads E fastest
+        return y.swapaxes(-1, -2).reshape(*x.shape[:-1], s * m)
+    kernel = modules[:, None] * features  # (S, M, D)
+    return _dot('...d,nd->...n', x, kernel.reshape(s * m, d))
 
 
 class LocalConv(Layer):

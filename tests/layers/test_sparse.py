@@ -238,7 +238,7 @@ class TestMultiplicativeDense:
         m = n_units // n_modules
         wanted = np.zeros(y.shape)
         for s, j in np.ndindex(n_modules, m):
-            kernel = weights['modules'][s] * weights['features'][:, j]
+            kernel = weights['modules'][s] * weights['features'][j]
             wanted[..., s * m + j] = x @ kernel + weights['bias'][s * m + j]
         np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
 
@@ -258,7 +258,7 @@ class TestMultiplicativeDense:
         to = np.argsort(order)  # where each feature goes
         weights = {
             'modules': jnp.asarray(to // m == np.arange(n_modules)[:, None], jnp.float32),
-            'features': jnp.asarray(to[:, None] % m == np.arange(m), jnp.float32),
+            'features': jnp.asarray(to % m == np.arange(m)[:, None], jnp.float32),
         }
         x = normal(3, D)
         (y,), _ = tl.MultiplicativeDense(n_modules, use_bias=False).apply(weights, {}, (x,))
@@ -267,7 +267,7 @@ class TestMultiplicativeDense:
     def test_initial_variance_is_a_dense_layers(self):
         x = shape_dtype((4, 256))
         weights, _ = tl.MultiplicativeDense(16).init((x,), jax.random.key(0))
-        kernel = weights['modules'].T[:, :, None] * weights['features'][:, None]
+        kernel = weights['modules'][:, None] * weights['features']
         assert abs(float(kernel.var()) * 256 - 1) < 0.2
 
     def test_refuses(self):
@@ -283,7 +283,7 @@ class TestMultiplicativeDense:
         head = tl.MultiplicativeHead(11, 4)
         x = normal(2, 5, D)
         weights, _ = head.init((shape_dtype(x.shape),), jax.random.key(0))
-        assert weights['features'].shape == (D, 3)
+        assert weights['features'].shape == (3, D)
         (y,), _ = head.apply(weights, {}, (x,))
         wide = tl.multiplicative_dense(x, weights['modules'], weights['features'])
         np.testing.assert_array_equal(y, wide[..., :11])
