@@ -62,6 +62,7 @@ from layercomb.layers.metrics import (
     cross_entropy,
     weighted_mean,
 )
+from layercomb.layers.mixture import BlockSparseFF, SwitchFF
 from layercomb.layers.multihead import MergeHeads, SplitHeads
 from layercomb.layers.normalization import BatchNorm, LayerNorm, RMSNorm
 from layercomb.layers.positional import LearnedPositions, RotaryPositions, SinusoidalPositions
@@ -74,6 +75,7 @@ from layercomb.layers.reversible import (
     ReversibleSerial,
     ReversibleSwap,
 )
+from layercomb.layers.rnn import SRU
 from layercomb.layers.routing import (
     Concatenate,
     Drop,
@@ -99,6 +101,7 @@ from layercomb.layers.sparse_attention import (
 )
 
 __all__ = [
+    'SRU',
     'Accuracy',
     'Activation',
     'Add',
@@ -106,6 +109,7 @@ __all__ = [
     'AxialPositions',
     'BatchNorm',
     'BitsPerByte',
+    'BlockSparseFF',
     'Branch',
     'Chunk',
     'Combinator',
@@ -180,6 +184,7 @@ __all__ = [
     'Split',
     'SplitHeads',
     'Swap',
+    'SwitchFF',
     'Tanh',
     'UnfoldHeads',
     'Uniform',

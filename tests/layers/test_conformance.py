@@ -174,6 +174,7 @@ ROWS: dict[str, Row] = {
     ),
     'ReversibleSwap': Row(tl.ReversibleSwap, TWO),
     'RotaryPositions': Row(tl.RotaryPositions, (heads(), heads()), (2, 2), 2),
+    'SRU': Row(lambda: tl.SRU(6)),
     'Select': Row(lambda: tl.Select([1, 0, 1], n_in=3), (*TWO, stream())),
     'SelfAttention': Row(lambda: tl.SelfAttention(2, rotary=tl.RotaryPositions())),
     'Serial': Row(
