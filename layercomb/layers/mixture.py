@@ -36,8 +36,8 @@ class SwitchFF(Layer):
 
         y = p[e] (f(x W₁[e] + b₁[e]) W₂[e] + b₂[e])
 
-    No expert is full and no position left out: positions are sorted by their experts, and the work
-    is that of one feed-forward, whatever the number of experts.
+    No expert is full and no position left out: positions are sorted by their experts, and each is
+    multiplied by the weights of its own alone.
 
     Training leaves as state, under ``aux_loss``, what keeps the experts in use::
 

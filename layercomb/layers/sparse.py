@@ -145,8 +145,8 @@ class SparseFF(Layer):
             units = state[DECISIONS]['units']
         else:
             units = _largest(c).astype(self._dtype)
-        through = _one_hot(units, p) + p - jax.lax.stop_gradient(p)
-        is_hard = jax.random.bernoulli(hard_key, self.hard_prob)
+        through = _one_hot(units, p) + (p - jax.lax.stop_gradient(p))
+        is_hard = jax.random.bernoulli(hard_key, float(self.hard_prob))
         return jnp.where(is_hard, through, p), units
 
     def _whole(self, weights: Tree, x: jax.Array, mask: jax.Array) -> jax.Array:
