@@ -82,6 +82,54 @@ TINY = {
         'train/data.batches.batch_size = 4',
         'test/data.batches.batch_size = 4',
     ),
+    'terraformer_arxiv': (
+        'models.Terraformer.d_model = 16',
+        'models.Terraformer.d_ff = 64',
+        'models.Terraformer.n_encoder_layers = 1',
+        'models.Terraformer.n_decoder_layers = 1',
+        'models.Terraformer.ff_chunk_len = None',
+        'look/tl.LSHSelfAttention.chunk_len = 4',
+        'write/tl.LSHSelfAttention.chunk_len = 4',
+        'SOURCE_LENGTH = 16',
+        'TARGET_LENGTH = 8',
+        'supervised.TrainTask.accumulate = 1',
+        'train/data.batches.batch_size = 2',
+        'valid/data.batches.batch_size = 2',
+        'supervised.EvalTask.n_batches = 1',
+        'cli.train.sample_prompt = None',
+    ),
+    'terraformer_c4_medium': (
+        'models.Terraformer.d_model = 16',
+        'models.Terraformer.d_ff = 64',
+        'models.Terraformer.n_encoder_layers = 1',
+        'models.Terraformer.n_decoder_layers = 1',
+        'models.Terraformer.ff_chunk_len = None',
+        'LENGTH = 8',
+        'supervised.TrainTask.accumulate = 1',
+        'train/data.batches.batch_size = 2',
+        'valid/data.batches.batch_size = 2',
+        'supervised.EvalTask.n_batches = 1',
+        'cli.train.sample_prompt = None',
+    ),
+    'terraformer_copy': (
+        'models.Terraformer.d_model = 16',
+        'models.Terraformer.d_ff = 16',
+        'models.Terraformer.n_decoder_layers = 1',
+        'LENGTH = 8',
+        'train/data.batches.batch_size = 2',
+        'valid/data.batches.batch_size = 2',
+        'supervised.EvalTask.n_batches = 1',
+    ),
+    'terraformer_python': (
+        'models.TerraformerLM.d_model = 16',
+        'models.TerraformerLM.d_ff = 16',
+        'models.TerraformerLM.n_layers = 1',
+        'LENGTH = 16',
+        'train/data.packed.batch_size = 2',
+        'valid/data.packed.batch_size = 2',
+        'supervised.EvalTask.n_batches = 1',
+        'cli.train.sample_tokens = 4',
+    ),
     'transformer_python': (
         'models.TransformerLM.d_model = 16',
         'models.TransformerLM.d_ff = 16',
@@ -96,7 +144,15 @@ TINY = {
 
 
 # Runs as others do, with other data and sizes: a nightly run takes these two steps.
-LIKE_OTHERS = ('reformer_1m', 'reformer_duplication', 'reformer_enwik8', 'reformer_imagenet64')
+LIKE_OTHERS = (
+    'reformer_1m',
+    'reformer_duplication',
+    'reformer_enwik8',
+    'reformer_imagenet64',
+    'terraformer_arxiv',
+    'terraformer_c4_medium',
+    'terraformer_python',
+)
 
 
 def test_every_config_has_a_row():

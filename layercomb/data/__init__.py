@@ -10,7 +10,7 @@ from layercomb.data.docstrings import python_docstrings
 from layercomb.data.drawn import shapes
 from layercomb.data.images import cifar10, imagenet64, png_images, subpixels
 from layercomb.data.ngrams import witten_bell_bits_on_batches, witten_bell_bits_per_byte
-from layercomb.data.pairs import pairs
+from layercomb.data.pairs import continuations, pairs
 from layercomb.data.pipelines import batches, bucketed, packed
 from layercomb.data.sources import python_stdlib, text_files, tfds
 from layercomb.data.tasks import copy, copy_pairs, duplication
@@ -23,6 +23,7 @@ __all__ = [
     'bucketed',
     'c4',
     'cifar10',
+    'continuations',
     'copy',
     'copy_pairs',
     'duplication',

@@ -1,0 +1,116 @@
+"""Texts from files of JSON lines, plain or compressed by gzip."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from layercomb.data.sources import Mapped
+from layercomb.errors import UsageError
+
+_OF = 20
+ALL = frozenset(range(_OF))
+_LINES = {'valid': 19, 'test': 18}  # the last ones, so that the first lines are to train on
+
+
+@dataclass(frozen=True)
+class JsonLines(Sequence[tuple[bytes, ...]]):
+    """Some fields of each line of some files, as tuples of bytes.
+
+    Nothing is read before it is asked for. Then the lines of plain files are found once, and each
+    is read from its file when its turn comes. A gzip file has no random access: the lines that the
+    share has are held in memory.
+
+    Attributes:
+      paths: the files; those that end in '.gz' are decompressed.
+      fields: names of fields, and others that a line may have instead: (('text',),). A field is a
+        string, or a list of strings, which are joined by newlines.
+      share: which lines of each twenty, counted from 0; the others belong to other splits.
+      cure: what messages say to give.
+    """
+
+    paths: tuple[str, ...]
+    fields: tuple[tuple[str, ...], ...]
+    share: frozenset[int]
+    cure: str
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Mapped(range(len(self))[index], self.__getitem__)
+        path, number, line = self._lines[index]
+        try:
+            if isinstance(line, int):
+                with open(path, 'rb') as file:
+                    file.seek(line)
+                    line = file.readline()
+            record = json.loads(line)
+        except OSError as e:
+            raise UsageError(f'cannot read {path} ({e.strerror}): give {self.cure}') from None
+        except ValueError:
+            raise UsageError(f'{path}:{number} is no JSON: give {self.cure}') from None
+        return self._chosen(record, f'{path}:{number}')
+
+    def __reduce__(self) -> Any:  # without the lines
+        return JsonLines, (self.paths, self.fields, self.share, self.cure)
+
+    @cached_property
+    def _lines(self) -> list[tuple[str, int, int | bytes]]:
+        """Of each line the file, its number, and where it starts or, from gzip, what it says."""
+        found = []
+        for path in self.paths:
+            try:
+                for i, line in enumerate(_lines(path)):
+                    if i % _OF in self.share:
+                        found.append((path, i + 1, line))
+            except (OSError, EOFError, zlib.error) as e:
+                cause = getattr(e, 'strerror', None) or e
+                raise UsageError(f'cannot read {path} ({cause}): give {self.cure}') from None
+        if not found:
+            raise UsageError(
+                f'{self.paths[0]} and what else was given has too few lines for this split: '
+                f'give {self.cure}'
+            )
+        return found
+
+    def _chosen(self, record: Any, where: str) -> tuple[bytes, ...]:
+        for names in self.fields:
+            if isinstance(record, dict) and all(name in record for name in names):
+                return tuple(self._text(record[name], f'{name!r} of {where}') for name in names)
+        wanted = ' or '.join(' and '.join(map(repr, names)) for names in self.fields)
+        raise UsageError(f'{where} has no {wanted}: give {self.cure}')
+
+    def _text(self, value: Any, where: str) -> bytes:
+        strings = value if isinstance(value, list) else [value]
+        if not all(isinstance(x, str) for x in strings):
+            raise UsageError(f'{where} is neither a string nor a list of them: give {self.cure}')
+        return '\n'.join(strings).encode('utf-8', 'replace')  # half a surrogate pair becomes '?'
+
+
+def share_of(split: str, splits: Sequence[str]) -> frozenset[int]:
+    """Which lines of each twenty a split has: one for all but 'train', which has the rest.
+
+    >>> sorted(share_of('valid', ('train', 'valid'))), len(share_of('train', ('train', 'valid')))
+    ([19], 19)
+    """
+    if split != 'train':
+        return frozenset({_LINES[split]})
+    return ALL - {_LINES[other] for other in splits if other != 'train'}
+
+
+def _lines(path: str) -> Iterator[int | bytes]:
+    """The lines of a gzip file, or where those of another one start; blank ones are left out."""
+    compressed = path.endswith('.gz')
+    at = 0
+    with gzip.open(path) if compressed else open(path, 'rb') as file:
+        for line in file:
+            if not line.isspace():
+                yield line if compressed else at
+            at += len(line)
