@@ -1,5 +1,5 @@
 """Optimizers: recipes over optax, and what optax lacks."""
 
-from layercomb.optimizers.recipes import adamw, muon, warmup_cosine
+from layercomb.optimizers.recipes import adafactor, adamw, muon, warmup_cosine
 
-__all__ = ['adamw', 'muon', 'warmup_cosine']
+__all__ = ['adafactor', 'adamw', 'muon', 'warmup_cosine']

@@ -11,6 +11,7 @@ from typing import Any
 
 from layercomb import trees
 from layercomb.errors import require
+from layercomb.optimizers.tensors import by_tensor, matrix_axes
 
 
 def warmup_cosine(
@@ -88,6 +89,82 @@ def adamw(
     )
 
 
+def adafactor(
+    learning_rate: float | Callable[[Any], Any] = 0.01,
+    decay_rate: float = 0.8,
+    clipping_threshold: float | None = 1.0,
+    momentum: float | None = None,
+    weight_decay: float = 0.0,
+    *,
+    epsilon: float = 1e-30,
+    min_size: int = 128,
+    relative: bool = True,
+) -> Any:
+    """Adafactor: of the mean square of a matrix's gradient only rows and columns are kept.
+
+    With a mean β R + (1 − β) mean_j G² of each row and C of each column, β = 1 − t^(−decay_rate)
+    at step t, and d the clipping threshold, a matrix W of gradient G moves as::
+
+        V = R C / mean(R)       U = G / √V       U ← U / max(1, rms(U) / d)
+        W ← W − η (max(10⁻³, rms(W)) U + λ W)
+
+    Of vectors and small matrices, V is kept whole. All means are of one tensor: layers stacked by
+    `Repeat` are not mixed, and move as they were if each stood alone. A tensor is what `by_tensor`
+    takes for one.
+
+    Args:
+      learning_rate: η, a number or a schedule.
+      decay_rate: how fast β goes to 1.
+      clipping_threshold: d, at least 1; None for no clipping.
+      momentum: of what V leaves of the gradient, a number as large as each weight more; None for
+        none.
+      weight_decay: λ, decoupled, times the learning rate; it spares biases and scales.
+      epsilon: added to G².
+      min_size: a matrix has its V whole if it has less rows or columns.
+      relative: whether steps are relative to rms(W); if not, that factor is 1.
+
+    Returns:
+      An `optax.GradientTransformation`.
+
+    Raises:
+      TypeError, ValueError: for an argument of another type, or out of its range.
+
+    References:
+      Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235
+    """
+    if not callable(learning_rate):
+        _check('learning_rate', learning_rate, low=0)
+    _check('decay_rate', decay_rate, low=0, high=1)
+    if clipping_threshold is not None:
+        _check('clipping_threshold', clipping_threshold, low=1)
+    if momentum is not None:
+        _check('momentum', momentum, low=0, high=1)
+    _check('weight_decay', weight_decay, low=0)
+    _check('epsilon', epsilon, low=0)
+    _check('min_size', min_size, low=1, whole=True)
+    if not isinstance(relative, bool):
+        raise TypeError(f'relative must be True or False, got {relative!r}')
+    optax = require('optax', 'train')
+    alone = optax.adafactor(
+        None,
+        min_dim_size_to_factor=min_size,
+        decay_rate=decay_rate,
+        multiply_by_parameter_scale=relative,
+        clipping_threshold=clipping_threshold,
+        momentum=momentum,
+        eps=epsilon,
+    )  # downwards already, so that what follows keeps the sign
+
+    def scaled(learning_rate: Any) -> Any:
+        return optax.chain(
+            by_tensor(alone),
+            optax.add_decayed_weights(-weight_decay, mask=trees.decay_mask),
+            optax.scale_by_learning_rate(learning_rate, flip_sign=False),
+        )
+
+    return optax.inject_hyperparams(scaled)(learning_rate=learning_rate)
+
+
 def muon(
     learning_rate: float | Callable[[Any], Any] = 0.02,
     adam_fraction: float = 0.25,
@@ -147,7 +224,8 @@ def matrices(weights: Any) -> Any:
 
     Kernels are matrices, except the head's. The last axes are what a layer made, and `Repeat` puts
     one before them: (D, H, K) of queries, keys and values, (H, K, D) of their output, (out,
-    in) of what says ``kernel_transposed``, (in, out) of all else.
+    in) of what says ``kernel_transposed``, (positions, modules, in, out) of `LocalConv`, and (in,
+    out) of all else.
 
     Args:
       weights: a nested dict of arrays.
@@ -159,17 +237,9 @@ def matrices(weights: Any) -> Any:
 
     def axes(path: str, weight: Any) -> Any:
         *above, leaf = path.split('/')
-        layer = above[-1] if above else ''
-        if leaf not in ('kernel', 'kernel_transposed') or 'head' in above:
+        if leaf != 'kernel' or 'head' in above:
             return None
-        n = weight.ndim
-        if leaf == 'kernel_transposed':
-            return optax.contrib.MuonDimensionNumbers((n - 1,), (n - 2,))
-        if layer in ('query', 'key', 'value'):
-            return optax.contrib.MuonDimensionNumbers((n - 3,), (n - 2, n - 1))
-        if layer == 'output':
-            return optax.contrib.MuonDimensionNumbers((n - 3, n - 2), (n - 1,))
-        return optax.contrib.MuonDimensionNumbers((n - 2,), (n - 1,))
+        return optax.contrib.MuonDimensionNumbers(*matrix_axes(path, weight.ndim))
 
     return trees.map_with_path(axes, weights)
 
