@@ -67,16 +67,17 @@ class JsonLines(Sequence[tuple[bytes, ...]]):
         found = []
         for path in self.paths:
             try:
-                for i, line in enumerate(_lines(path)):
+                for i, line in _lines(path):
                     if i % _OF in self.share:
                         found.append((path, i + 1, line))
             except (OSError, EOFError, zlib.error) as e:
                 cause = getattr(e, 'strerror', None) or e
                 raise UsageError(f'cannot read {path} ({cause}): give {self.cure}') from None
         if not found:
+            more = f' and {len(self.paths) - 1} more' if len(self.paths) > 1 else ''
             raise UsageError(
-                f'{self.paths[0]} and what else was given has too few lines for this split: '
-                f'give {self.cure}'
+                f'{self.paths[0]}{more} has no line for this split: '
+                f'give files of more lines, {self.cure}'
             )
         return found
 
@@ -105,12 +106,12 @@ def share_of(split: str, splits: Sequence[str]) -> frozenset[int]:
     return ALL - {_LINES[other] for other in splits if other != 'train'}
 
 
-def _lines(path: str) -> Iterator[int | bytes]:
-    """The lines of a gzip file, or where those of another one start; blank ones are left out."""
+def _lines(path: str) -> Iterator[tuple[int, int | bytes]]:
+    """Number and text of each line of a gzip file, or where one of another starts; none blank."""
     compressed = path.endswith('.gz')
     at = 0
     with gzip.open(path) if compressed else open(path, 'rb') as file:
-        for line in file:
+        for i, line in enumerate(file):
             if not line.isspace():
-                yield line if compressed else at
+                yield i, line if compressed else at
             at += len(line)

@@ -109,18 +109,17 @@ def adafactor(
         W ← W − η (max(10⁻³, rms(W)) U + λ W)
 
     Of vectors and small matrices, V is kept whole. All means are of one tensor: layers stacked by
-    `Repeat` are not mixed, and move as they were if each stood alone. A tensor is what `by_tensor`
-    takes for one.
+    `Repeat` are not mixed, and move as they were if each stood alone. A tensor is what
+    `tensors.by_tensor` takes for one.
 
     Args:
       learning_rate: η, a number or a schedule.
       decay_rate: how fast β goes to 1.
       clipping_threshold: d, at least 1; None for no clipping.
-      momentum: of what V leaves of the gradient, a number as large as each weight more; None for
-        none.
+      momentum: of what U adds, which takes as much memory as the weights; None for none.
       weight_decay: λ, decoupled, times the learning rate; it spares biases and scales.
       epsilon: added to G².
-      min_size: a matrix has its V whole if it has less rows or columns.
+      min_size: a matrix of fewer rows or columns has its V kept whole.
       relative: whether steps are relative to rms(W); if not, that factor is 1.
 
     Returns:
@@ -222,10 +221,7 @@ def muon(
 def matrices(weights: Any) -> Any:
     """Which axes of each weight are a matrix's rows and columns, as optax's Muon asks for them.
 
-    Kernels are matrices, except the head's. The last axes are what a layer made, and `Repeat` puts
-    one before them: (D, H, K) of queries, keys and values, (H, K, D) of their output, (out,
-    in) of what says ``kernel_transposed``, (positions, modules, in, out) of `LocalConv`, and (in,
-    out) of all else.
+    Kernels are matrices, except the head's, along the axes that `tensors.matrix_axes` says.
 
     Args:
       weights: a nested dict of arrays.
@@ -237,7 +233,7 @@ def matrices(weights: Any) -> Any:
 
     def axes(path: str, weight: Any) -> Any:
         *above, leaf = path.split('/')
-        if leaf != 'kernel' or 'head' in above:
+        if leaf not in ('kernel', 'kernel_transposed') or 'head' in above:
             return None
         return optax.contrib.MuonDimensionNumbers(*matrix_axes(path, weight.ndim))
 

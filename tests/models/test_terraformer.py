@@ -106,7 +106,9 @@ def test_a_model_built_twice_is_one_model():
     assert eval(repr(seq2seq()), names) == seq2seq()
 
 
-@pytest.mark.parametrize('attention', [None, LSH], ids=['full', 'lsh'])
+@pytest.mark.parametrize(
+    'attention', [pytest.param(None, marks=pytest.mark.slow), LSH], ids=['full', 'lsh']
+)
 def test_a_language_model_decodes_what_it_evaluates(attention):
     net, (tokens, *_) = lm(attention=attention), values()
     whole = logits(net, (tokens,))
@@ -128,7 +130,7 @@ def test_a_language_model_generates():
 
 @pytest.mark.parametrize(
     'net',
-    [lm(3, 0.1, LSH), seq2seq(2, 0.1)],
+    [pytest.param(lm(3, 0.1, LSH), marks=pytest.mark.slow), seq2seq(2, 0.1)],
     ids=['language model', 'encoder and decoder'],
 )
 def test_the_gradient_is_that_of_plain_autodiff(net):
@@ -151,7 +153,14 @@ def test_the_gradient_is_that_of_plain_autodiff(net):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * scale + 1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize('changes', [{}, {**DENSE, 'positions': 'learned'}, {'masked': False}])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        pytest.param({**DENSE, 'positions': 'learned'}, marks=pytest.mark.slow),
+        pytest.param({'masked': False}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_decoder_decodes_what_it_evaluates_and_is_causal(changes):
     net = seq2seq(**changes)
     inputs = values()[: net.n_in]
@@ -174,6 +183,7 @@ def test_padded_source_tokens_move_nothing_and_real_ones_do():
     assert (jnp.abs(real - y).max((1, 2)) > 1e-5).all()
 
 
+@pytest.mark.slow
 def test_attention_may_be_hashed_on_both_sides():
     look = LSH.replace(causal=False, masked=True)
     net = seq2seq(1, 0.0, look, LSH.replace(masked=True))

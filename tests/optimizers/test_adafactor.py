@@ -1,0 +1,153 @@
+"""Adafactor: each layer of a stack moves as it would if it stood alone."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import layercomb as lc
+from layercomb import optimizers, tl, transforms
+from layercomb.optimizers.tensors import matrix_axes
+
+N = 2
+
+
+def random_like(tree, seed):
+    """Numbers of another size in each layer, so that mixing layers would show."""
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    sizes = [10.0 ** rng.uniform(-3, 1, x.shape[:1] + (1,) * (x.ndim - 1)) for x in leaves]
+    made = [
+        jnp.asarray(rng.standard_normal(x.shape) * size, jnp.float32)
+        for x, size in zip(leaves, sizes, strict=True)
+    ]
+    return structure.unflatten(made)
+
+
+def run(optimizer, weights, grads):
+    """What each of some steps adds to the weights, and the state after the last."""
+    with jax.numpy_dtype_promotion('standard'):
+        state, update, moves = jax.jit(optimizer.init)(weights), jax.jit(optimizer.update), []
+        for grad in grads:
+            moved, state = update(grad, state, weights)
+            weights = optax.apply_updates(weights, moved)
+            moves.append(moved)
+    return moves, state
+
+
+def test_a_stack_moves_as_its_layers_would_alone():
+    net = tl.Repeat(tl.Serial(tl.LayerNorm(), tl.SelfAttention(2)), N)
+    weights, _ = net.init(lc.signature_of(lc.shape_dtype((1, 4, 8))), jax.random.key(0))
+    optimizer = optimizers.adafactor(0.1, min_size=2, momentum=0.9, weight_decay=0.01)
+    weights = random_like(weights, 1)
+    grads = [random_like(weights, seed) for seed in (2, 3)]
+    one_by_one = [transforms.unstack(net, x)[1] for x in (weights, *grads)]
+    stacked, _ = run(optimizer, weights, grads)
+    alone, _ = run(optimizer, one_by_one[0], one_by_one[1:])
+    for ours, theirs in zip(stacked, alone, strict=True):
+        ours = transforms.unstack(net, ours)[1]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, theirs)
+
+
+def test_a_tensor_moves_as_optax_moves_it():
+    """Each layer's matrix and vector, one by one; and what optax does to the stack is another."""
+    weights = {'dense': {'kernel': jnp.zeros((3, 4, 5)), 'bias': jnp.zeros((3, 5))}}
+    weights, grads = random_like(weights, 0), random_like(weights, 1)
+    theirs = optax.adafactor(0.1, min_dim_size_to_factor=2)
+    moved, _ = run(optimizers.adafactor(0.1, min_size=2), weights, [grads, grads])
+    for path in ('dense/kernel', 'dense/bias'):
+        weight, grad = lc.trees.get(weights, path), lc.trees.get(grads, path)
+        for i in range(3):
+            expected, _ = run(theirs, weight[i], [grad[i], grad[i]])
+            for ours, other in zip(moved, expected, strict=True):
+                np.testing.assert_allclose(lc.trees.get(ours, path)[i], other, rtol=1e-5)
+    mixed, _ = run(theirs, weights, [grads])
+    assert np.abs(mixed[0]['dense']['kernel'] / moved[0]['dense']['kernel'] - 1).max() > 0.5
+
+
+def slow(grad, weight, row, column, step, rate):
+    """One step of the paper's equations on one matrix, in float64."""
+    beta = 1 - step ** (-0.8)
+    square = grad**2 + 1e-30
+    row = beta * row + (1 - beta) * square.mean(1)
+    column = beta * column + (1 - beta) * square.mean(0)
+    u = grad / np.sqrt(np.outer(row, column) / row.mean())
+    u = u / max(1, np.sqrt((u**2).mean()))
+    return -rate * max(1e-3, np.sqrt((weight**2).mean())) * u, row, column
+
+
+def test_the_equations():
+    rng = np.random.default_rng(0)
+    weight, row, column = rng.standard_normal((4, 3)), np.zeros(4), np.zeros(3)
+    grads = rng.standard_normal((4, 4, 3)) * np.array([1, 5, 0.1, 2])[:, None, None]
+    given = [{'kernel': jnp.asarray(x, jnp.float32)} for x in grads]
+    moved, _ = run(
+        optimizers.adafactor(0.3, min_size=2), {'kernel': jnp.asarray(weight, jnp.float32)}, given
+    )
+    for step, grad in enumerate(grads, 1):
+        move, row, column = slow(grad, weight, row, column, step, 0.3)
+        np.testing.assert_allclose(moved[step - 1]['kernel'], move, rtol=1e-4)
+        weight = weight + move
+
+
+def test_heads_are_columns_of_one_matrix():
+    attention = {
+        'query': {'kernel': jnp.zeros((N, 8, 2, 4)), 'bias': jnp.zeros((N, 2, 4))},
+        'output': {'kernel': jnp.zeros((N, 2, 4, 8))},
+        'in': {'kernel_transposed': jnp.zeros((N, 16, 8))},
+    }
+    state = optimizers.adafactor(min_size=2).init(attention)
+    sizes = {
+        path: sum(x.size for x in jax.tree.leaves(s) if x.dtype == jnp.float32)
+        for path, s in [
+            ('query', state.inner_state[0]['query']['kernel']),
+            ('output', state.inner_state[0]['output']['kernel']),
+            ('in', state.inner_state[0]['in']['kernel_transposed']),
+        ]
+    }
+    assert sizes == {'query': N * (8 + 8 + 1), 'output': N * (8 + 8 + 1), 'in': N * (16 + 8 + 1)}
+    assert matrix_axes('a/in/kernel_transposed', 3) == ((2,), (1,))
+    assert matrix_axes('a/output/kernel', 4) == ((1, 2), (3,))
+    assert matrix_axes('output/kernel', 2) == matrix_axes('kernel', 2) == ((0,), (1,))
+
+
+def test_decay_is_times_the_learning_rate_and_spares_biases():
+    weights = {'kernel': jnp.full((2, 2), 2.0), 'bias': jnp.full(2, 2.0)}
+    grads = jax.tree.map(jnp.zeros_like, weights)
+    (moved,), _ = run(optimizers.adafactor(0.1, weight_decay=0.5), weights, [grads])
+    np.testing.assert_allclose(moved['kernel'], -0.1 * 0.5 * 2.0, rtol=1e-6)
+    np.testing.assert_array_equal(moved['bias'], 0)
+
+
+def test_the_learning_rate_is_kept_where_reports_look_and_follows_a_schedule():
+    weights = {'kernel': jnp.ones((2, 2))}
+    optimizer = optimizers.adafactor(optimizers.warmup_cosine(0.5, 8, 4), relative=False)
+    moved, state = run(optimizer, weights, [weights] * 3)
+    assert float(state.hyperparams['learning_rate']) == 0.25
+    np.testing.assert_allclose([x['kernel'][0, 0] for x in moved], [0, -0.125, -0.25], rtol=1e-5)
+
+
+def test_frozen_weights_are_left_out():
+    weights, _ = lc.trees.partition({'a': {'kernel': jnp.ones((2, 2))}, 'b': jnp.arange(3)})
+    (moved,), _ = run(optimizers.adafactor(), weights, [weights])
+    assert moved['b'] is None and moved['a']['kernel'].shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error', 'message'),
+    [
+        ({'learning_rate': 'abc'}, TypeError, "learning_rate must be a number, got 'abc'"),
+        ({'decay_rate': 2}, ValueError, 'decay_rate must be at least 0 and at most 1, got 2'),
+        ({'clipping_threshold': 0.5}, ValueError, 'clipping_threshold must be at least 1'),
+        ({'momentum': '0.9'}, TypeError, 'momentum must be a number'),
+        ({'weight_decay': -1}, ValueError, 'weight_decay must be at least 0, got -1'),
+        ({'min_size': 2.5}, TypeError, r'min_size must be a whole number, got 2\.5'),
+        ({'relative': 1}, TypeError, 'relative must be True or False, got 1'),
+    ],
+)
+def test_mistakes(arguments, error, message):
+    with pytest.raises(error, match=message):
+        optimizers.adafactor(**arguments)
