@@ -80,7 +80,7 @@ def main() -> None:
     for label, (_, temporaries) in made.items():
         ratio = median[label] / median['dense']
         print(f'| {label} | {median[label]:.2f} | {ratio:.2f}× | {temporaries / 2**20:.0f} |')
-    worst = max(median[label] for label in made if label != 'FF, N = 16') / median['dense']
+    worst = max(median.values()) / median['dense']
     print(f'\nat most 1.3× is asked: {"met" if worst <= 1.3 else "not met"} ({worst:.2f}×)')
 
 

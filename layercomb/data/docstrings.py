@@ -23,8 +23,8 @@ def python_docstrings(split: str = 'train', of: str = 'functions') -> Sequence[P
 
     Args:
       split: 'train', 'valid' or 'test'.
-      of: 'functions', for short sources and many of them: functions and methods, those inside other
-        functions left out; or 'modules', for long ones.
+      of: 'functions', for short sources and many of them: functions and methods, but not those
+        inside other functions or statements; or 'modules', for long ones.
 
     Returns:
       A list of (source without its docstring, docstring), bytes of UTF-8 without NUL. A source is

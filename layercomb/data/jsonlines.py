@@ -54,7 +54,7 @@ class JsonLines(Sequence[tuple[bytes, ...]]):
             record = json.loads(line)
         except OSError as e:
             raise UsageError(f'cannot read {path} ({e.strerror}): give {self.cure}') from None
-        except ValueError:
+        except (ValueError, RecursionError):  # of brackets without end
             raise UsageError(f'{path}:{number} is no JSON: give {self.cure}') from None
         return self._chosen(record, f'{path}:{number}')
 

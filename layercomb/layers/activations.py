@@ -105,6 +105,21 @@ NAMES: dict[str, type[Activation]] = {
 }
 
 
+def elementwise(owner: str, name: str) -> Any:
+    """The function of an activation that takes each entry by itself, by its name.
+
+    Raises:
+      ValueError: for an unknown name, or one of a function over an axis, such as softmax.
+    """
+    layer: Any = activation(name)
+    if isinstance(layer, (Softmax, LogSoftmax)):
+        raise ValueError(
+            f'{owner}: activation={name!r} mixes the units, of which some do not work: give an '
+            "elementwise one, such as 'relu' or 'gelu'"
+        )
+    return type(layer).function
+
+
 def activation(which: str | Layer) -> Layer:
     """An activation layer by name, for models and configurations.
 

@@ -6,7 +6,6 @@ R rank, T positions in all, C rows of a tile, n tiles.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Annotated, Any, NamedTuple
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.activations import activation
+from layercomb.layers.activations import elementwise
 from layercomb.layers.base import AUX_LOSS, DECISIONS, Layer, Mode, Tree
 from layercomb.layers.bucketwise import put, rows
 from layercomb.layers.core import dense
@@ -83,7 +82,7 @@ class SwitchFF(Layer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        activation(self.activation)  # an unknown name is an error now
+        elementwise(type(self).__name__, self.activation)  # a wrong name is an error now
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         """Weights, and an auxiliary loss of zero, except in ``PREDICT``, which has none."""
@@ -114,7 +113,13 @@ class SwitchFF(Layer):
             experts = state[DECISIONS]['experts'].reshape(-1)
         else:
             experts = jnp.argmax(p, -1).astype(_dtype(self.n_experts))
-        y = by_expert(weights['in'], weights['out'], _function(self.activation), flat, experts)
+        y = by_expert(
+            weights['in'],
+            weights['out'],
+            elementwise(type(self).__name__, self.activation),
+            flat,
+            experts,
+        )
         own = jnp.take_along_axis(p, experts[:, None].astype(jnp.int32), 1)  # (T, 1)
         y = (y * own.astype(y.dtype)).reshape(x.shape)
         if mode.is_training:
@@ -201,7 +206,7 @@ class BlockSparseFF(Layer):
             raise ValueError(
                 f'BlockSparseFF: hard_prob={self.hard_prob} is a probability, from 0 to 1'
             )
-        activation(self.activation)  # an unknown name is an error now
+        elementwise(type(self).__name__, self.activation)  # a wrong name is an error now
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -237,7 +242,9 @@ class BlockSparseFF(Layer):
         else:
             flat, blocks = x.reshape(-1, x.shape[-1]), jnp.argmax(c, -1).reshape(-1)  # (T, …)
             each = {'kernel': out['kernel']}  # the bias belongs to no block
-            y = by_expert(weights['in'], each, _function(self.activation), flat, blocks)
+            y = by_expert(
+                weights['in'], each, elementwise(type(self).__name__, self.activation), flat, blocks
+            )
             y = y.reshape(x.shape)
         return (y + out['bias'] if self.use_bias else y,), state
 
@@ -262,7 +269,9 @@ class BlockSparseFF(Layer):
     def _whole(self, weights: Tree, x: jax.Array, mask: jax.Array) -> jax.Array:
         """All blocks, times the mask, without b₂."""
         h = _dot('...d,edm->...em', x, weights['in']['kernel'])
-        h = _function(self.activation)(h + weights['in']['bias'] if self.use_bias else h)
+        h = elementwise(type(self).__name__, self.activation)(
+            h + weights['in']['bias'] if self.use_bias else h
+        )
         h = h * mask[..., None].astype(h.dtype)
         return _dot('...em,emd->...d', h, weights['out']['kernel'])
 
@@ -278,8 +287,8 @@ def imbalance(p: jax.Array, experts: jax.Array) -> jax.Array:
       float32 ().
     """
     t, e = p.shape
-    share = (experts[:, None] == jnp.arange(e, dtype=experts.dtype)).sum(0, dtype=p.dtype) / t
-    return e * jnp.sum(share * p.mean(0))
+    counts = (experts[:, None] == jnp.arange(e, dtype=experts.dtype)).sum(0, dtype=p.dtype)
+    return e * jnp.sum(counts * p.sum(0)) / max(t, 1) ** 2
 
 
 def by_expert(w_in: Tree, w_out: Tree, f: Function, x: jax.Array, experts: jax.Array) -> jax.Array:
@@ -396,12 +405,6 @@ def _contract(a: jax.Array, b: jax.Array, axis: int, other: int) -> jax.Array:
 
 def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-@functools.cache
-def _function(name: str) -> Function:
-    f: Any = activation(name)
-    return type(f).function
 
 
 def _dtype(n: int) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.activations import activation
+from layercomb.layers.activations import elementwise
 from layercomb.layers.base import DECISIONS, Layer, Mode, Tree
 from layercomb.layers.bucketwise import IN_BOUNDS
 from layercomb.layers.caches import init_past, with_past
@@ -86,12 +86,12 @@ class SparseFF(Layer):
                 f'block_size={nearest_divisor(self.d_ff, self.block_size)}, or '
                 f'd_ff={nearest_multiple(self.d_ff, self.block_size)}'
             )
-        if self.temperature < 0 or not 0 <= self.hard_prob <= 1:
+        if not self.temperature >= 0 or not 0 <= self.hard_prob <= 1:  # NaN is neither
             raise ValueError(
                 f'SparseFF: temperature={self.temperature} must not be negative, and '
                 f'hard_prob={self.hard_prob} is a probability, from 0 to 1'
             )
-        activation(self.activation)  # an unknown name is an error now
+        elementwise('SparseFF', self.activation)  # a wrong name is an error now
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -171,8 +171,8 @@ class SparseFF(Layer):
         return y + weights['out']['bias'] if self.use_bias else y
 
     def _activated(self, h: jax.Array, bias: jax.Array | None) -> jax.Array:
-        f: Any = activation(self.activation)
-        return type(f).function(h if bias is None else h + bias)
+        f = elementwise('SparseFF', self.activation)
+        return f(h if bias is None else h + bias)
 
     @property
     def _dtype(self) -> Any:
@@ -250,7 +250,7 @@ class MultiplicativeHead(Layer):
     """Logits by a multiplicative layer: (…, D) → (…, vocab_size), with 1 / S of a head's weights.
 
     As `MultiplicativeDense`, for a vocabulary of any size: the modules are as large as their number
-    asks for, and what the last one has too much is cut off. It is faster than a `Dense` where one
+    asks for, and what they have beyond V together is cut off. It is faster than a `Dense` where one
     position at a time is decoded, and predicts somewhat worse.
 
     Weights: ``modules`` (S, D), ``features`` (⌈V / S⌉, D), and ``bias`` (V,) unless `use_bias` is
@@ -375,6 +375,7 @@ class LocalConv(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_rank('LocalConv', x, '(batch, length, features)', 3)
+        check_float('LocalConv', x)
         check_modules('LocalConv', self.n_modules, x.shape[-1])
         m, n = x.shape[-1] // self.n_modules, self.n_outputs
         kernel_key, bias_key = jax.random.split(rng)

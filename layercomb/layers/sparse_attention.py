@@ -12,7 +12,7 @@ from dataclasses import KW_ONLY
 from typing import Any
 
 from layercomb.layers.attention import DotProductAttention, LocalSelfAttention, SelfAttention
-from layercomb.layers.base import Layer, Mode
+from layercomb.layers.base import Layer, Mode, Wrapper
 from layercomb.layers.combinators import Parallel, Serial
 from layercomb.layers.fields import Size
 from layercomb.layers.lsh import LSHSelfAttention
@@ -101,11 +101,11 @@ class SparseQKVAttention(MultiHead):
     output: Layer | None = None
 
     n_in = property(lambda self: 1 + self._is_masked)
-    causal = property(lambda self: getattr(self.core, 'causal', True))
+    causal = property(lambda self: getattr(_inside(self.core), 'causal', True))
 
     @property
     def _is_masked(self) -> bool:
-        return getattr(self.core, 'masked', False)
+        return getattr(_inside(self.core), 'masked', False)
 
     def parts(self) -> dict[str, Layer]:
         n = self.core.n_in - self._is_masked
@@ -129,6 +129,11 @@ class SparseQKVAttention(MultiHead):
             kv = [k, *kv[1:]] if len(kv) > 1 else kv
         (y,) = call(at('core'), (q, *kv, *mask))
         return call(at('output'), (y,)) + stack[self.n_in :]
+
+
+def _inside(layer: Layer) -> Layer:
+    """The layer that wrappers, such as those of `cast`, are around."""
+    return _inside(layer.layer) if isinstance(layer, Wrapper) else layer
 
 
 def sparse_qkv(

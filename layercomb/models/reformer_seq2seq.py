@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
+
 from layercomb import layers as tl
-from layercomb.layers.base import Mode, Wrapper
+from layercomb.layers.base import Mode, Tree, Wrapper
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,
@@ -23,18 +26,32 @@ from layercomb.models.transformer import (
 
 
 class WholeSequence(Wrapper):
-    """A layer that takes a whole sequence at every call, in ``PREDICT`` too, where it evaluates.
+    """A layer that takes a whole sequence, in ``PREDICT`` once, where it evaluates.
 
-    Such is the encoder of a model whose decoder takes its inputs step by step.
+    Such is the encoder of a model whose decoder takes its inputs step by step: it is handed the
+    sequence at every call, runs at the first, and its outputs are state from then on.
     """
 
     def init(self, signature, rng, mode=Mode.TRAIN):
-        """The layer's, without caches."""
-        return self.layer.init(signature, rng, _evaluating(mode))
+        """The layer's, without caches; in ``PREDICT`` with room for its outputs."""
+        if mode is not Mode.PREDICT:
+            return self.layer.init(signature, rng, mode)
+        outputs, weights, state = self.layer._build(signature, rng, Mode.EVAL)
+        made = {str(i): jnp.zeros(y.shape, y.dtype) for i, y in enumerate(outputs)}
+        return weights, {'layer': state, 'outputs': made, 'has_run': jnp.zeros((), bool)}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        """The layer's, without caches."""
-        return self.layer.apply(weights, state, inputs, rng=rng, mode=_evaluating(mode))
+        """The layer's; in ``PREDICT`` what it gave at the first call."""
+        if mode is not Mode.PREDICT:
+            return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
+
+        def run() -> Tree:
+            made, _ = self.layer.apply(weights, state['layer'], inputs, mode=Mode.EVAL)
+            return {str(i): y for i, y in enumerate(made)}
+
+        made = jax.lax.cond(state['has_run'], lambda: state['outputs'], run)
+        outputs = tuple(made[str(i)] for i in range(self.n_out))
+        return outputs, {**state, 'outputs': made, 'has_run': jnp.ones((), bool)}
 
     def apply_and_grad(
         self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
@@ -90,9 +107,9 @@ def Reformer(
     m and of its gradient is half as large. The head reads the decoder's two streams, joined.
 
     In ``PREDICT`` the decoder takes its next inputs, many or one, and gives what ``EVAL`` gives. It
-    is handed the whole source each time, and the encoder runs each time; to run that once, apply
-    the sublayers by themselves, which are ``encoder``: (source[, mask]) → m, and ``decoder``:
-    (inputs, m[, mask]) → its two streams, which ``head`` joins.
+    is handed the whole source each time, which the encoder reads at the first call. The sublayers
+    can be applied by themselves: ``encoder``: (source[, mask]) → m, and ``decoder``: (inputs, m[,
+    mask]) → its two streams, which ``head`` joins.
 
     Args:
       vocab_size: V, of the source.
@@ -169,10 +186,6 @@ def Reformer(
         decoder,
         tl.Serial(tl.Concatenate(), norm, tl.Dense(n_target), name='head'),
     )
-
-
-def _evaluating(mode: Mode) -> Mode:
-    return Mode.EVAL if mode is Mode.PREDICT else mode
 
 
 def check_arity(

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import layers as tl
-from layercomb.layers.base import Arrays, Mode, Tree, Wrapper
+from layercomb.layers.base import POSITION, Arrays, Mode, Tree, Wrapper
+from layercomb.layers.caches import position_of, set_positions
+from layercomb.layers.positional import init_position
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,
@@ -80,7 +82,8 @@ def TerraformerLM(
       head_modules: S of `MultiplicativeHead`; None for a dense head.
       kernel_size: of the attention's convolution, over positions and modules.
       d_lowrank: the rank of the controllers; None takes `SparseFF`'s own.
-      d_sru: if given, an `SRU` so wide takes the place of each feed-forward.
+      d_sru: if given, an `SRU` so wide takes the place of each feed-forward, whatever `d_ff`,
+        `ff_block_size`, `d_lowrank` and `activation` say.
       activation: of the feed-forwards, a name.
       positions: 'rotary' (put into the attention layers), 'axial', 'learned', 'sinusoidal' or
         'none'.
@@ -154,8 +157,7 @@ def Terraformer(
     comes out at the inputs.
 
     In ``PREDICT`` the decoder takes its next inputs, many or one, and gives what ``EVAL`` gives. It
-    is handed the whole source each time, which is read at the first call alone, with all rows at
-    their beginnings.
+    is handed the whole source each time, which encoder and decoder read at the first call alone.
 
     Args:
       vocab_size: V, of the source.
@@ -173,7 +175,9 @@ def Terraformer(
       target_vocab_size: of the decoder's inputs and logits; by default V.
       target_max_len: the longest input of the decoder; by default `max_len`.
       masked: whether a third input (B, M) boolean says which positions of the source are real;
-        others, which must end a row, change nothing by what they hold.
+        others, which should end a row, change nothing by what they hold, and the memory is moved to
+        where the inputs begin. How many they are, the first real positions of the memory see
+        through the convolution of sparse projections.
       ff_block_size, qkv_modules, head_modules, kernel_size, d_lowrank, d_sru: what is sparse, on
         either side; as in `TerraformerLM`.
       activation, norm, ff_chunk_len: as in `TerraformerLM`.
@@ -243,10 +247,11 @@ class AfterMemory(Wrapper):
     """A causal layer that reads a memory and then its inputs, as one sequence.
 
     (memory (B, M, D), x (B, L, D)[, mask (B, M)]) → what the layer puts out at the positions of x,
-    each (B, L, …). The layer takes the joined sequence and, if `masked`, the joined mask; where
-    that is False, the memory is 0.
+    each (B, L, …). The layer takes the joined sequence and, if `masked`, the joined mask. What is
+    masked is made 0 and moved to the beginning, so that the memory ends where the inputs begin.
 
-    In ``PREDICT`` the memory is read at the first call, and the state says that it has been.
+    In ``PREDICT`` the memory is read at the first call, and the state says that it has been. Rows
+    have positions of their own, counted from the first input.
     """
 
     masked: bool = False
@@ -264,13 +269,14 @@ class AfterMemory(Wrapper):
         weights, state = self.layer.init(tuple(joined), rng, mode)
         if mode is Mode.PREDICT:
             state = {'layer': state, 'has_memory': jnp.zeros((), bool)}
+            state |= init_position((x,), mode)
         return weights, state
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """The layer on the joined sequence, or in ``PREDICT`` on what follows."""
         memory, x, *mask = inputs
-        if mask:  # so that a convolution across the border finds nothing there
-            memory = jnp.where(mask[0][..., None], memory, 0)
+        if mask:
+            memory, mask[0] = _at_the_end(memory, mask[0])
         real = [jnp.ones(x.shape[:2], bool)] * self.masked
         if mode is Mode.PREDICT:
             return self._extend(weights, state, (memory, *mask), (x, *real))
@@ -287,8 +293,19 @@ class AfterMemory(Wrapper):
             return self.layer.apply(weights, inner, memory, mode=Mode.PREDICT)[1]
 
         inner = jax.lax.cond(state['has_memory'], lambda inner: inner, read, state['layer'])
+        position = position_of(state)
+        inner = set_positions(inner, memory[0].shape[1] + position)
         outputs, inner = self.layer.apply(weights, inner, values, mode=Mode.PREDICT)
-        return outputs, {'layer': inner, 'has_memory': jnp.ones((), bool)}
+        moved = {POSITION: position + values[0].shape[1], 'has_memory': jnp.ones((), bool)}
+        return outputs, {'layer': inner, **moved}
+
+
+def _at_the_end(memory: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What is real moved to the end of each row, in its order, and zeros before it."""
+    order = jnp.argsort(mask, axis=1, stable=True)  # False is before True
+    mask = jnp.take_along_axis(mask, order, 1)
+    moved = jnp.take_along_axis(memory, order[..., None], 1)
+    return jnp.where(mask[..., None], moved, 0), mask
 
 
 def sparse_projections(

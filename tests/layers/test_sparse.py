@@ -200,6 +200,10 @@ class TestSparseFF:
                 'temperature=-1.0 must not be negative',
             ),
             (lambda: tl.SparseFF(64, 64, hard_prob=1.5), 'hard_prob=1.5 is a probability'),
+            (
+                lambda: tl.SparseFF(64, 64, activation='softmax'),
+                "activation='softmax' mixes the units",
+            ),
             (lambda: tl.SparseFF(64, 0), 'block_size must be at least 1, got 0'),
         ],
     )

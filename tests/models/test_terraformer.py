@@ -12,6 +12,7 @@ import pytest
 import layercomb as lc
 from layercomb import models, tl, trees
 from layercomb.layers.base import Mode, init_state, take_decisions
+from layercomb.layers.caches import set_positions
 from layercomb.models.terraformer import AfterMemory
 from layercomb.supervised.decoding import generate
 
@@ -181,6 +182,49 @@ def test_padded_source_tokens_move_nothing_and_real_ones_do():
     np.testing.assert_allclose(padded, y, atol=1e-6)
     real = logits(net, (source.at[:, 8].set((source[:, 8] + 1) % V), inputs, mask))
     assert (jnp.abs(real - y).max((1, 2)) > 1e-5).all()
+
+
+def test_how_much_padding_a_source_has_changes_nothing():
+    """But for the convolution of sparse projections, which sees what lies before the source."""
+    net, (source, inputs, mask) = seq2seq(qkv_modules=None), values()
+    padded = logits(net, (source[1:], inputs[1:], mask[1:]))
+    bare = logits(net, (source[1:, :9], inputs[1:], mask[1:, :9]))
+    np.testing.assert_allclose(padded, bare, atol=1e-5)
+
+
+def test_rows_go_back_to_where_their_inputs_end():
+    net, (source, said, mask) = seq2seq(**{**DENSE, 'positions': 'learned'}), values()
+    weights, _ = weights_of(net)
+    state = init_state(net, (source, said, mask))
+    _, state = apply(net, weights, state, (source, said[:, :4], mask), mode=Mode.PREDICT)
+    state = set_positions(state, jnp.array([4, 2]))
+    new = jnp.stack([said[0, 4:5], said[1, 2:3]])
+    (y,), _ = apply(net, weights, state, (source, new, mask), mode=Mode.PREDICT)
+    whole = logits(net, (source, said, mask))
+    np.testing.assert_allclose(y[:, 0], jnp.stack([whole[0, 4], whole[1, 2]]), atol=1e-5)
+
+
+def test_the_source_is_read_once():
+    net, (source, said, mask) = seq2seq(), values()
+    weights, _ = weights_of(net)
+    state = init_state(net, (source, said, mask))
+    _, state = apply(net, weights, state, (source, said[:, :4], mask), mode=Mode.PREDICT)
+    step = functools.partial(apply, net, weights, state, mode=Mode.PREDICT)
+    (y,), _ = step((source, said[:, 4:5], mask))
+    (other,), _ = step((source * 0, said[:, 4:5], mask))
+    np.testing.assert_array_equal(other, y)
+
+
+def test_models_are_cast():
+    for net in (seq2seq(), lm()):
+        narrow = lc.transforms.cast(net)
+        assert narrow.n_in == net.n_in
+        inputs = values()[: net.n_in] if net.n_in > 1 else values()[:1]
+        (y,), _ = apply(narrow, *weights_of(net), inputs)
+        error = jnp.abs(y.astype(jnp.float32) - logits(net, inputs))
+        assert jnp.median(error) < 0.03  # at a few positions another unit is chosen
+    refused = lc.transforms.cast(tl.sparse_qkv(tl.SelfAttention(H, causal=False), 4))
+    assert refused.causal is False
 
 
 @pytest.mark.slow
