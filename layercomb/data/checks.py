@@ -64,3 +64,12 @@ def source(value: Any) -> Sequence[Any]:
     if len(value) == 0:
         raise ValueError('the source is empty: give at least one document or example')
     return value
+
+
+def tokenizer(tokenizer: Any) -> None:
+    """Raises a TypeError unless it is one."""
+    if not all(hasattr(tokenizer, name) for name in ('encode', 'eos_id', 'vocab_size')):
+        raise TypeError(
+            f'tokenizer={tokenizer!r}: give one with encode, eos_id and vocab_size, '
+            'e.g. data.ByteTokenizer()'
+        )

@@ -8,7 +8,6 @@ from typing import Any
 
 from layercomb.data import checks
 from layercomb.data.packing import Arrays, encode_checked
-from layercomb.data.pipelines import _check_tokenizer
 from layercomb.data.sources import Mapped
 from layercomb.data.tasks import sequence_pair
 from layercomb.data.tokenizers import ByteTokenizer, Tokenizer
@@ -47,7 +46,7 @@ def pairs(
     >>> [x.tolist() for x in pairs([('ab', 'c')], 3, 3)[0]]
     [[97, 98, 0], [0, 99, 0], [True, True, False], [99, 0, 0], [1.0, 1.0, 0.0]]
     """
-    _check_tokenizer(tokenizer)
+    checks.tokenizer(tokenizer)
     make = partial(
         _example,
         source_length=checks.integer('source_length', source_length, 1),

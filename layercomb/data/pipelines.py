@@ -112,7 +112,7 @@ def packed(
     """
     length = checks.integer('length', length, 1)
     batch_size = checks.integer('batch_size', batch_size, 1)
-    _check_tokenizer(tokenizer)
+    checks.tokenizer(tokenizer)
     checks.source(source)
     if checks.flag('streaming', streaming):
         return _streamed(
@@ -180,7 +180,7 @@ def bucketed(
             f'{len(boundaries)} boundaries and {len(batch_sizes)} batch_sizes: '
             'give one batch size for each boundary'
         )
-    _check_tokenizer(tokenizer)
+    checks.tokenizer(tokenizer)
     index, count = checks.shard(shard)
     documents = _in_order(checks.source(source), seed, shuffle, num_epochs)
     from layercomb.data import iterators  # needs grain
@@ -241,11 +241,3 @@ def _integers(name: str, values: Any) -> tuple[int, ...]:
     if not isinstance(values, (tuple, list)) or not values:
         raise TypeError(f'{name}={values!r}: give a list of positive integers')
     return tuple(checks.integer(f'an element of {name}', value, 1) for value in values)
-
-
-def _check_tokenizer(tokenizer: Any) -> None:
-    if not all(hasattr(tokenizer, name) for name in ('encode', 'eos_id', 'vocab_size')):
-        raise TypeError(
-            f'tokenizer={tokenizer!r}: give one with encode, eos_id and vocab_size, '
-            'e.g. data.ByteTokenizer()'
-        )

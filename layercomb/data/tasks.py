@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -174,6 +175,9 @@ class Generated(Sequence[Any]):
         return self.n_examples
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.n_examples))]
+        index = operator.index(index)
         if not -self.n_examples <= index < self.n_examples:
             raise IndexError(f'example {index} of {self.n_examples}')
         rng = np.random.default_rng((self.seed, index % self.n_examples))

@@ -143,7 +143,9 @@ def _words_one(hint: Any) -> str:
         return 'None'
     if origin is tuple:
         inner = typing.get_args(hint)
-        return f'a tuple of {inner[0].__name__}' if inner[1:] == (Ellipsis,) else 'a tuple'
+        if inner[1:] == (Ellipsis,):
+            return f'a tuple of {inner[0].__name__}'
+        return f'a tuple of {len(inner)} {inner[0].__name__}'
     name = getattr(hint, '__name__', str(hint))
     if name == 'Callable':
         return 'a function'
