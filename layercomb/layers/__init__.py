@@ -64,6 +64,13 @@ from layercomb.layers.metrics import (
 )
 from layercomb.layers.mixture import BlockSparseFF, SwitchFF
 from layercomb.layers.multihead import MergeHeads, SplitHeads
+from layercomb.layers.multiplicative import (
+    LocalConv,
+    LowRankDense,
+    MultiplicativeDense,
+    MultiplicativeHead,
+    multiplicative_dense,
+)
 from layercomb.layers.normalization import BatchNorm, LayerNorm, RMSNorm
 from layercomb.layers.positional import LearnedPositions, RotaryPositions, SinusoidalPositions
 from layercomb.layers.reversible import (
@@ -85,14 +92,7 @@ from layercomb.layers.routing import (
     Split,
     Swap,
 )
-from layercomb.layers.sparse import (
-    LocalConv,
-    LowRankDense,
-    MultiplicativeDense,
-    MultiplicativeHead,
-    SparseFF,
-    multiplicative_dense,
-)
+from layercomb.layers.sparse import SparseFF
 from layercomb.layers.sparse_attention import (
     FoldHeads,
     SparseQKVAttention,

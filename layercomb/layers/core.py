@@ -74,6 +74,11 @@ def dense(weights: Tree, x: jax.Array) -> jax.Array:
     return y + weights['bias'] if 'bias' in weights else y
 
 
+def contract(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.einsum` of two arrays in x's dtype, summed in float32."""
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
 class Embedding(Layer):
     """Rows of a table: integers (…) → vectors (…, d_model).
 

@@ -72,6 +72,24 @@ def check_fields(instance: Any) -> None:
             ) from None
 
 
+def nearest_divisor(n: int, to: int) -> int:
+    """The divisor of `n` nearest to a number.
+
+    >>> nearest_divisor(96, 30)
+    32
+    """
+    return min((i for i in range(1, n + 1) if n % i == 0), key=lambda i: abs(i - to))
+
+
+def nearest_multiple(n: int, of: int) -> int:
+    """The positive multiple of a number nearest to `n`.
+
+    >>> nearest_multiple(100, 64)
+    128
+    """
+    return max(1, round(n / of)) * of
+
+
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     try:

@@ -12,15 +12,14 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from layercomb.layers import controllers
 from layercomb.layers.activations import elementwise
 from layercomb.layers.base import AUX_LOSS, DECISIONS, Layer, Mode, Tree
 from layercomb.layers.bucketwise import put, rows
-from layercomb.layers.core import dense
+from layercomb.layers.core import contract, dense
 from layercomb.layers.fields import Bound, Rate, Size
 from layercomb.layers.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.sparse import nearest_divisor, nearest_multiple
 from layercomb.shapes import check_float
 
 Function = Callable[[jax.Array], jax.Array]
@@ -112,7 +111,7 @@ class SwitchFF(Layer):
         if mode is Mode.REPLAY:
             experts = state[DECISIONS]['experts'].reshape(-1)
         else:
-            experts = jnp.argmax(p, -1).astype(_dtype(self.n_experts))
+            experts = jnp.argmax(p, -1).astype(controllers.smallest_integers(self.n_experts))
         y = by_expert(
             weights['in'],
             weights['out'],
@@ -196,17 +195,7 @@ class BlockSparseFF(Layer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.d_ff % self.n_blocks:
-            raise ValueError(
-                f'BlockSparseFF: n_blocks={self.n_blocks} does not divide d_ff={self.d_ff}: use '
-                f'n_blocks={nearest_divisor(self.d_ff, self.n_blocks)}, or '
-                f'd_ff={nearest_multiple(self.d_ff, self.n_blocks)}'
-            )
-        if not 0 <= self.hard_prob <= 1:
-            raise ValueError(
-                f'BlockSparseFF: hard_prob={self.hard_prob} is a probability, from 0 to 1'
-            )
-        elementwise(type(self).__name__, self.activation)  # a wrong name is an error now
+        controllers.check_fields(self, 'n_blocks')
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -218,10 +207,7 @@ class BlockSparseFF(Layer):
         weights: Tree = {
             'in': {'kernel': jnp.moveaxis(first, 1, 0)},  # (E, D, M)
             'out': {'kernel': make(keys[1], (self.d_ff, d)).reshape(e, m, d)},
-            'controller': {
-                'in': {'kernel': make(keys[2], (d, rank))},
-                'out': {'kernel': make(keys[3], (rank, e))},
-            },
+            'controller': controllers.init(make, keys[2:4], d, rank, e),
         }
         if self.use_bias:
             weights['in']['bias'] = self.bias_init(keys[4], (e, m))
@@ -230,17 +216,16 @@ class BlockSparseFF(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
-        control, out = weights['controller'], weights['out']
-        c = jnp.dot(
-            dense(control['in'], x), control['out']['kernel'], preferred_element_type=jnp.float32
-        )  # (…, E)
+        out = weights['out']
+        c = controllers.logits(weights['controller'], x)  # (…, E)
         if mode.is_training:
-            mask, blocks = self._sampled(c, state, rng, mode)
+            taken = state[DECISIONS]['blocks'] if mode is Mode.REPLAY else None
+            mask, blocks = controllers.sample(self, c, rng, taken)
             if mode is Mode.RECORD:
                 state = {**state, DECISIONS: {'blocks': blocks}}
             y = self._whole(weights, x, mask)
         else:
-            flat, blocks = x.reshape(-1, x.shape[-1]), jnp.argmax(c, -1).reshape(-1)  # (T, …)
+            flat, blocks = x.reshape(-1, x.shape[-1]), controllers.largest(c).reshape(-1)  # (T, …)
             each = {'kernel': out['kernel']}  # the bias belongs to no block
             y = by_expert(
                 weights['in'], each, elementwise(type(self).__name__, self.activation), flat, blocks
@@ -248,32 +233,14 @@ class BlockSparseFF(Layer):
             y = y.reshape(x.shape)
         return (y + out['bias'] if self.use_bias else y,), state
 
-    def _sampled(
-        self, c: jax.Array, state: Tree, rng: jax.Array | None, mode: Mode
-    ) -> tuple[jax.Array, jax.Array]:
-        """The mask of training (…, E), and the block that is largest in it (…)."""
-        if rng is None:
-            raise ValueError('BlockSparseFF draws in training: pass rng=jax.random.key(…) to apply')
-        noise_key, hard_key = jax.random.split(rng)
-        if self.temperature:
-            c = c + self.temperature * jax.random.gumbel(noise_key, c.shape, c.dtype)
-        p = jax.nn.softmax(c)
-        if mode is Mode.REPLAY:
-            blocks = state[DECISIONS]['blocks']
-        else:
-            blocks = jnp.argmax(c, -1).astype(_dtype(self.n_blocks))
-        through = jax.nn.one_hot(blocks, self.n_blocks) + (p - jax.lax.stop_gradient(p))
-        is_hard = jax.random.bernoulli(hard_key, float(self.hard_prob))
-        return jnp.where(is_hard, through, p), blocks
-
     def _whole(self, weights: Tree, x: jax.Array, mask: jax.Array) -> jax.Array:
         """All blocks, times the mask, without b₂."""
-        h = _dot('...d,edm->...em', x, weights['in']['kernel'])
+        h = contract('...d,edm->...em', x, weights['in']['kernel'])
         h = elementwise(type(self).__name__, self.activation)(
             h + weights['in']['bias'] if self.use_bias else h
         )
         h = h * mask[..., None].astype(h.dtype)
-        return _dot('...em,emd->...d', h, weights['out']['kernel'])
+        return contract('...em,emd->...d', h, weights['out']['kernel'])
 
 
 def imbalance(p: jax.Array, experts: jax.Array) -> jax.Array:
@@ -401,12 +368,3 @@ def _scan_dot(x: jax.Array, w: jax.Array, expert: jax.Array, axis: int) -> jax.A
 def _contract(a: jax.Array, b: jax.Array, axis: int, other: int) -> jax.Array:
     dimensions = (((axis,), (other,)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-
-
-def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-def _dtype(n: int) -> Any:
-    """The smallest integers that number n experts."""
-    return np.min_scalar_type(n - 1)

@@ -17,7 +17,7 @@ from layercomb.layers import tiles
 from layercomb.layers.base import Layer, Mode, Tree, _set, check_inputs, fold, where
 from layercomb.layers.combinators import Combinator
 from layercomb.layers.cotangents import add_cts, vjp, zeros_once
-from layercomb.layers.fields import Size
+from layercomb.layers.fields import Size, nearest_divisor
 from layercomb.layers.initializers import Initializer, glorot_uniform
 from layercomb.shapes import check_float, is_float
 
@@ -50,8 +50,7 @@ class SplitHeads(Layer):
         check_float('SplitHeads', x)
         d = x.shape[-1]
         if self.d_head is None and d % self.n_heads:
-            fitting = [h for h in range(1, d + 1) if d % h == 0]
-            nearest = min(fitting, key=lambda h: abs(h - self.n_heads))
+            nearest = nearest_divisor(d, self.n_heads)
             raise ValueError(
                 f'{self.n_heads} heads do not divide the width {d}: use {nearest}, or say d_head='
             )

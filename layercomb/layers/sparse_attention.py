@@ -14,10 +14,10 @@ from typing import Any
 from layercomb.layers.attention import DotProductAttention, LocalSelfAttention, SelfAttention
 from layercomb.layers.base import Layer, Mode, Wrapper
 from layercomb.layers.combinators import Parallel, Serial
-from layercomb.layers.fields import Size
+from layercomb.layers.fields import Size, nearest_divisor
 from layercomb.layers.lsh import LSHSelfAttention
 from layercomb.layers.multihead import MultiHead
-from layercomb.layers.sparse import LocalConv, MultiplicativeDense, nearest_divisor
+from layercomb.layers.multiplicative import LocalConv, MultiplicativeDense
 
 
 class FoldHeads(Layer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layercomb import layers as tl
+from layercomb.layers.fields import nearest_multiple
 from layercomb.transforms import rewrite
 
 
@@ -235,9 +236,8 @@ def attention_pattern(
             raise TypeError(f'attention must be a layer or a tuple of layers, got {layer!r}')
     n = len(pattern)
     if n_layers % n or n_layers < 1:
-        nearest = max(1, round(n_layers / n)) * n
         raise ValueError(
             f'n_layers={n_layers} is no multiple of the {n} attention layers of the pattern: use '
-            f'{nearest}'
+            f'{nearest_multiple(n_layers, n)}'
         )
     return pattern

@@ -25,7 +25,7 @@ from layercomb.layers.caches import set_positions
 from layercomb.layers.combinators import Serial
 from layercomb.layers.core import Dense
 from layercomb.layers.lsh import LSHAttention, LSHSelfAttention
-from layercomb.layers.sparse import MultiplicativeHead
+from layercomb.layers.multiplicative import MultiplicativeHead
 from layercomb.layers.sparse_attention import SparseQKVAttention
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import shape_dtype

@@ -197,7 +197,11 @@ class TestSparseFF:
             ),
             (
                 lambda: tl.SparseFF(64, 64, temperature=-1.0),
-                'temperature=-1.0 must not be negative',
+                'temperature must be at least 0, got -1.0',
+            ),
+            (
+                lambda: tl.SparseFF(64, 64, temperature=float('nan')),
+                'temperature must be at least 0',
             ),
             (lambda: tl.SparseFF(64, 64, hard_prob=1.5), 'hard_prob=1.5 is a probability'),
             (

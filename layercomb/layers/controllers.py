@@ -1,0 +1,104 @@
+"""What chooses which units of a sparse feed-forward work: a controller of low rank.
+
+In training it is sampled: with c the logits of the choices, p = softmax(c + temperature · g), g
+being Gumbel noise. With probability `hard_prob`, one draw for all that is given at once, the mask
+is the one-hot of the largest p, and its gradient that of p (straight-through); else it is p.
+
+References:
+    Jaszczur et al. 2021, section 3.1, https://arxiv.org/abs/2111.12763
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.activations import elementwise
+from layercomb.layers.base import Tree
+from layercomb.layers.core import dense
+from layercomb.layers.fields import nearest_divisor, nearest_multiple
+from layercomb.layers.initializers import Initializer
+
+
+def check_fields(layer: Any, cut: str) -> None:
+    """Checks what layers with a controller have in common.
+
+    Args:
+      layer: has d_ff, hard_prob and activation.
+      cut: the name of its field that must divide d_ff.
+
+    Raises:
+      ValueError: saying what fits.
+    """
+    owner, n = type(layer).__name__, getattr(layer, cut)
+    if layer.d_ff % n:
+        raise ValueError(
+            f'{owner}: {cut}={n} does not divide d_ff={layer.d_ff}: use '
+            f'{cut}={nearest_divisor(layer.d_ff, n)}, or d_ff={nearest_multiple(layer.d_ff, n)}'
+        )
+    if not 0 <= layer.hard_prob <= 1:
+        raise ValueError(f'{owner}: hard_prob={layer.hard_prob} is a probability, from 0 to 1')
+    elementwise(owner, layer.activation)  # a wrong name is an error now
+
+
+def init(make: Initializer, keys: Any, d: int, rank: int, n: int) -> Tree:
+    """The weights C₁ (D, R) and C₂ (R, n)."""
+    return {'in': {'kernel': make(keys[0], (d, rank))}, 'out': {'kernel': make(keys[1], (rank, n))}}
+
+
+def logits(weights: Tree, x: jax.Array) -> jax.Array:
+    """c = x C₁ C₂ in float32: (…, D) → (…, n)."""
+    return jnp.dot(
+        dense(weights['in'], x), weights['out']['kernel'], preferred_element_type=jnp.float32
+    )
+
+
+def sample(
+    layer: Any, c: jax.Array, rng: jax.Array | None, taken: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The mask of training, (…, n), and the choices, (…), in the smallest integers that hold them.
+
+    Args:
+      layer: has temperature and hard_prob.
+      c: (…, n) float32, the choices being along the last axis.
+      rng: a typed key.
+      taken: choices to take in the place of the largest, in ``REPLAY``.
+
+    Raises:
+      ValueError: without a key.
+    """
+    if rng is None:
+        raise ValueError(
+            f'{type(layer).__name__} draws in training: pass rng=jax.random.key(…) to apply'
+        )
+    noise_key, hard_key = jax.random.split(rng)
+    if layer.temperature:
+        c = c + layer.temperature * jax.random.gumbel(noise_key, c.shape, c.dtype)
+    p = jax.nn.softmax(c)
+    choices = largest(c).astype(smallest_integers(c.shape[-1])) if taken is None else taken
+    through = one_hot(choices, p) + (p - jax.lax.stop_gradient(p))
+    is_hard = jax.random.bernoulli(hard_key, float(layer.hard_prob))
+    return jnp.where(is_hard, through, p), choices
+
+
+def largest(c: jax.Array) -> jax.Array:
+    """The first index of the largest in each block, int32; the last one where there is NaN.
+
+    XLA's argmax is several times slower on a CPU than these two reductions.
+    """
+    at = jax.lax.broadcasted_iota(jnp.int32, c.shape, c.ndim - 1)
+    return jnp.where(c == c.max(-1, keepdims=True), at, c.shape[-1] - 1).min(-1)
+
+
+def one_hot(choices: jax.Array, like: jax.Array) -> jax.Array:
+    """1 at each choice and 0 elsewhere, like (…, n): (…) → (…, n)."""
+    at = jax.lax.broadcasted_iota(choices.dtype, like.shape, like.ndim - 1)
+    return (choices[..., None] == at).astype(like.dtype)
+
+
+def smallest_integers(n: int) -> Any:
+    """The smallest integer type that numbers n choices."""
+    kinds = (jnp.uint8, jnp.uint16)
+    return next((t for t in kinds if n - 1 <= jnp.iinfo(t).max), jnp.int32)

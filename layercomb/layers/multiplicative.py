@@ -1,0 +1,259 @@
+"""Dense layers of few weights: products of factors, low rank, and a convolution over modules.
+
+Shape letters: B batch, L length, D d_model, S modules, M features of a module, V vocabulary.
+
+References:
+    Jaszczur et al. 2021, Sparse is Enough in Scaling Transformers, https://arxiv.org/abs/2111.12763
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.caches import init_past, with_past
+from layercomb.layers.combinators import Serial
+from layercomb.layers.convolution import check_rank, convolve
+from layercomb.layers.core import Dense, contract
+from layercomb.layers.fields import Size, nearest_divisor, nearest_multiple
+from layercomb.layers.initializers import Initializer, Normal, lecun_normal, zeros
+from layercomb.shapes import check_float
+
+
+class MultiplicativeDense(Layer):
+    """y[s·M + m] = Σᵢ x[i] D[i, s] E[i, m] + b: a dense layer with D·(S + M) weights, not D·S·M.
+
+    The kernel W[i, (s, m)] = D[i, s] E[i, m] can send any input feature to any output, so it can
+    represent every permutation. At M rows or more the kernel is made, and multiplied by; at fewer,
+    as in decoding, it costs more than the product, and x ∘ D is multiplied by E.
+
+    Weights: ``modules`` Dᵀ (S, D), ``features`` Eᵀ (M, D), and ``bias`` (S·M,) unless `use_bias` is
+    false.
+
+    Attributes:
+      n_modules: S.
+      n_units: the width of the output, S·M, which S must divide; None keeps the input's.
+      use_bias: whether b is there.
+
+    Raises:
+      ValueError: if S does not divide the width, naming the nearest number that does.
+
+    References:
+      Jaszczur et al. 2021, section 3.2, https://arxiv.org/abs/2111.12763
+
+    >>> from layercomb import tl, shape_dtype
+    >>> tl.MultiplicativeDense(4, 12).output_signature(shape_dtype((2, 5, 8)))
+    (ShapeDtypeStruct(shape=(2, 5, 12), dtype=float32),)
+    """
+
+    n_modules: Size
+    n_units: Size | None = None
+    use_bias: bool = True
+    bias_init: Initializer = zeros()
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_float(type(self).__name__, x)
+        d = x.shape[-1]
+        n = self.n_units or d
+        check_modules(type(self).__name__, self.n_modules, n)
+        factors_key, bias_key = jax.random.split(rng)
+        weights = _factors(factors_key, d, n, self.n_modules)
+        return {
+            **weights,
+            **({'bias': self.bias_init(bias_key, (n,))} if self.use_bias else {}),
+        }, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        y = multiplicative_dense(x, weights['modules'], weights['features'])
+        return (y + weights['bias'] if self.use_bias else y,), state
+
+
+class MultiplicativeHead(Layer):
+    """Logits by a multiplicative layer: (…, D) → (…, vocab_size), with 1 / S of a head's weights.
+
+    As `MultiplicativeDense`, for a vocabulary of any size: the modules are as large as their number
+    asks for, and what they have beyond V together is cut off. It is faster than a `Dense` where one
+    position at a time is decoded, and predicts somewhat worse.
+
+    Weights: ``modules`` (S, D), ``features`` (⌈V / S⌉, D), and ``bias`` (V,) unless `use_bias` is
+    false.
+
+    Attributes:
+      vocab_size: V.
+      n_modules: S.
+      use_bias: whether a bias is there.
+
+    References:
+      Jaszczur et al. 2021, section 3.3 ("sparse loss"), https://arxiv.org/abs/2111.12763
+
+    >>> from layercomb import tl, shape_dtype
+    >>> tl.MultiplicativeHead(257, 4).output_signature(shape_dtype((2, 8)))
+    (ShapeDtypeStruct(shape=(2, 257), dtype=float32),)
+    """
+
+    vocab_size: Size
+    n_modules: Size = 4
+    use_bias: bool = True
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_float('MultiplicativeHead', x)
+        weights = _factors(rng, x.shape[-1], self.vocab_size, self.n_modules)
+        return {**weights, **({'bias': jnp.zeros(self.vocab_size)} if self.use_bias else {})}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        y = multiplicative_dense(x, weights['modules'], weights['features'])
+        y = y[..., : self.vocab_size]
+        return (y + weights['bias'] if self.use_bias else y,), state
+
+
+def _factors(rng: jax.Array, d: int, n: int, n_modules: int) -> Tree:
+    """Factors whose products have the variance of Glorot's kernels, each with its root."""
+    modules, features = jax.random.split(rng)
+    make = Normal((2 / (d + n)) ** 0.25)
+    return {
+        'modules': make(modules, (n_modules, d)),
+        'features': make(features, (-(-n // n_modules), d)),
+    }
+
+
+def multiplicative_dense(x: jax.Array, modules: jax.Array, features: jax.Array) -> jax.Array:
+    """y[s·M + m] = Σᵢ x[i] D[i, s] E[i, m], in x's dtype, summed in float32.
+
+    Args:
+      x: (…, D).
+      modules: Dᵀ (S, D), a row for each module.
+      features: Eᵀ (M, D).
+
+    Returns:
+      (…, S·M).
+
+    Raises:
+      ValueError: if the widths do not fit.
+    """
+    (s, d), m = modules.shape, len(features)
+    if x.shape[-1] != d:
+        raise ValueError(
+            f'the input is {x.shape[-1]} wide and the kernel was made for {d}: give the shape that '
+            'the model was initialised with'
+        )
+    if math.prod(x.shape[:-1]) < m:
+        scaled = x[..., None, :] * modules  # (…, S, D)
+        y = contract('md,...sd->...ms', features, scaled)  # this way round it reads E fastest
+        return y.swapaxes(-1, -2).reshape(*x.shape[:-1], s * m)
+    kernel = modules[:, None] * features  # (S, M, D)
+    return contract('...d,nd->...n', x, kernel.reshape(s * m, d))
+
+
+class LocalConv(Layer):
+    """A convolution over positions, causally, and over modules: (B, L, S·M) → n_outputs like it.
+
+    With x seen as (B, L, S, M), and i positions back, j modules to either side::
+
+        y[t, s] = Σᵢⱼ x[t − i, s + j] W[i, j] + b
+
+    The kernel is the same for all modules, so there are few weights. Several outputs, each with a
+    kernel of its own, come from one convolution.
+
+    In ``PREDICT`` the state keeps the inputs, as long as the signature given to `init`.
+
+    Weights: ``kernel`` (positions, modules, M, n_outputs·M), ``bias`` (n_outputs, M).
+
+    Attributes:
+      n_modules: S, which must divide the width.
+      kernel_size: how many positions, the last being its own, and how many modules, with its own in
+        the middle, an output sees.
+      n_outputs: how many values it puts back.
+
+    Raises:
+      ValueError: if S does not divide the width, naming the nearest number that does.
+
+    References:
+      Jaszczur et al. 2021, section 3.2, https://arxiv.org/abs/2111.12763
+
+    >>> from layercomb import tl
+    >>> tl.LocalConv(4, n_outputs=3).n_out
+    3
+    """
+
+    n_modules: Size
+    kernel_size: tuple[int, int] = (3, 3)
+    n_outputs: Size = 1
+    kernel_init: Initializer = lecun_normal()
+    bias_init: Initializer = zeros()
+
+    n_out = property(lambda self: self.n_outputs)
+    mixes_positions = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.kernel_size) < 1:
+            raise ValueError(
+                f'LocalConv: kernel_size={self.kernel_size} must be two numbers of at least 1, '
+                'positions and modules'
+            )
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_rank('LocalConv', x, '(batch, length, features)', 3)
+        check_float('LocalConv', x)
+        check_modules('LocalConv', self.n_modules, x.shape[-1])
+        m, n = x.shape[-1] // self.n_modules, self.n_outputs
+        kernel_key, bias_key = jax.random.split(rng)
+        kernel = self.kernel_init(kernel_key, (*self.kernel_size, m, n * m))
+        weights = {'kernel': kernel, 'bias': self.bias_init(bias_key, (n, m))}
+        if mode is not Mode.PREDICT:
+            return weights, {}
+        return weights, init_past(x, self._reach)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        length = x.shape[1]
+        if mode is Mode.PREDICT:
+            x, state = with_past(x, state, self._reach)
+        else:
+            x = jnp.pad(x, ((0, 0), (self._reach, 0), (0, 0)))
+        side = self.kernel_size[1] - 1
+        x = x.reshape(*x.shape[:2], self.n_modules, -1)  # (B, reach + L, S, M)
+        x = jnp.pad(x, ((0, 0), (0, 0), (side // 2, side - side // 2), (0, 0)))
+        y = convolve(x, weights['kernel'], (1, 1), 'VALID', (1, 1), groups=1)  # (B, L, S, n·M)
+        y = y.reshape(*y.shape[:3], self.n_outputs, -1) + weights['bias']  # (B, L, S, n, M)
+        return tuple(
+            y[..., i, :].reshape(x.shape[0], length, -1) for i in range(self.n_outputs)
+        ), state
+
+    @property
+    def _reach(self) -> int:
+        """How many positions back the kernel sees."""
+        return self.kernel_size[0] - 1
+
+
+def LowRankDense(n_units: int, rank: int, name: str | None = None) -> Serial:
+    """y = x A B + b with A (D, rank) and B (rank, n_units): a dense layer of low rank.
+
+    Args:
+      n_units: the width of the output.
+      rank: of the product.
+      name: of the layer.
+
+    >>> from layercomb import tl
+    >>> tl.LowRankDense(512, 8)
+    Serial(Dense(8, use_bias=False), Dense(512))
+    """
+    return Serial(Dense(rank, use_bias=False), Dense(n_units), name=name)
+
+
+def check_modules(owner: str, n_modules: int, width: int) -> None:
+    """Raises a ValueError unless so many modules divide a width."""
+    if width % n_modules:
+        raise ValueError(
+            f'{owner}: n_modules={n_modules} does not divide the width {width}: use '
+            f'n_modules={nearest_divisor(width, n_modules)}, or a width of '
+            f'{nearest_multiple(width, n_modules)}'
+        )
