@@ -89,11 +89,16 @@ class Tile(NamedTuple):
     number: Any
 
 
-def sort(plan: Plan, buckets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The positions (L,) in the order of (bucket, position), and their buckets."""
-    length = plan.padded
+def sorted_by_bucket(buckets: jax.Array, n_buckets: int) -> tuple[jax.Array, jax.Array]:
+    """The positions (L,) in the order of (bucket, position), and their buckets.
+
+    Args:
+      buckets: (L,) int32, from 0 to `n_buckets`, inclusive: that one is padding's.
+      n_buckets: how many there are.
+    """
+    length = len(buckets)
     position = jnp.arange(length, dtype=jnp.int32)
-    if (plan.n_buckets + 1) * length < 2**31:
+    if (n_buckets + 1) * length < 2**31:
         packed = jnp.sort(buckets * length + position)  # one key: four times as fast as a pair
         return packed % length, packed // length
     bucket, order = lax.sort_key_val(buckets, position, is_stable=True)
@@ -102,7 +107,7 @@ def sort(plan: Plan, buckets: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def make_round(plan: Plan, buckets: jax.Array, number: Any) -> Round:
     """A round from its buckets (L,)."""
-    order, bucket = sort(plan, buckets)
+    order, bucket = sorted_by_bucket(buckets, plan.n_buckets)
     margin = (plan.look_back * plan.chunk_len, plan.look_ahead * plan.chunk_len)
     bucket = jnp.pad(bucket, margin, constant_values=plan.n_buckets)
     return Round(jnp.pad(order, margin), bucket, number)
@@ -205,7 +210,7 @@ def all_rounds(plan: Plan, buckets: Any) -> Any:
         return None
 
     def place(buckets: jax.Array) -> jax.Array:
-        order, _ = sort(plan, buckets)
+        order, _ = sorted_by_bucket(buckets, plan.n_buckets)
         at = jnp.arange(plan.padded, dtype=jnp.int32)
         return jnp.zeros_like(at).at[order].set(at, unique_indices=True)
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layercomb.layers import rings
 from layercomb.layers.base import POSITION, Tree
 
 
@@ -143,6 +144,8 @@ def poison_overflow(y: jax.Array, position: jax.Array, length: int, room: int) -
 def set_positions(state: Tree, lengths: jax.Array) -> Tree:
     """A decoding state in which each row stands at a position of its own.
 
+    Rings of buckets are filled anew, for they hold what came last, and now something else did.
+
     Args:
       state: any state of ``PREDICT``, of a whole model.
       lengths: (B,) int32.
@@ -153,7 +156,7 @@ def set_positions(state: Tree, lengths: jax.Array) -> Tree:
             out[key] = set_positions(value, lengths)
         else:
             out[key] = jnp.asarray(lengths, jnp.int32) if key == POSITION else value
-    return out
+    return out if isinstance(out.get('rings', {}), dict) else rings.refill(out)
 
 
 def _write(room: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:

@@ -40,9 +40,14 @@ def automatic_buckets(length: int, chunk_len: int) -> tuple[int, ...]:
     return first, second + second % 2
 
 
+def factors_of(n_buckets: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers of buckets that multiply up to all of them."""
+    return n_buckets if isinstance(n_buckets, tuple) else (n_buckets,)
+
+
 def check_buckets(n_buckets: int | tuple[int, ...]) -> None:
     """Raises ValueError unless every number of buckets is 1 or even and positive."""
-    for n in n_buckets if isinstance(n_buckets, tuple) else (n_buckets,):
+    for n in factors_of(n_buckets):
         if n != 1 and (n < 1 or n % 2):
             raise ValueError(
                 f'n_buckets={n_buckets!r}: a rotation and its negative make buckets in pairs, so '
@@ -72,27 +77,53 @@ def lsh_buckets(
       Andoni et al. 2015, https://arxiv.org/abs/1509.02897
       Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
     """
+    rotations = lsh_rotations(rng, x.shape[1], x.shape[3], n_buckets=n_buckets, n_hashes=n_hashes)
+    return rotated_buckets(x, rotations, n_buckets=n_buckets)
+
+
+def lsh_rotations(
+    rng: jax.Array,
+    n_heads: int,
+    depth: int,
+    *,
+    n_buckets: int | tuple[int, ...],
+    n_hashes: int,
+) -> jax.Array:
+    """The rotations of `lsh_buckets`: (H, R, K, F), F being half the sum of the factors."""
     check_buckets(n_buckets)
-    factors = n_buckets if isinstance(n_buckets, tuple) else (n_buckets,)
-    b, h, length, k = x.shape
-    x = lax.stop_gradient(x).astype(jnp.float32)
-    halves = [f // 2 for f in factors]
+    width = sum(f // 2 for f in factors_of(n_buckets))
 
     def rotation(key: jax.Array, r: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(key, r), (k, sum(halves)))
+        return jax.random.normal(jax.random.fold_in(key, r), (depth, width))
 
-    keys, rounds = tiles.keys_of_heads(rng, h), jnp.arange(n_hashes)
-    rotations = jax.vmap(lambda key: jax.vmap(lambda r: rotation(key, r))(rounds))(keys)
+    keys, rounds = tiles.keys_of_heads(rng, n_heads), jnp.arange(n_hashes)
+    return jax.vmap(lambda key: jax.vmap(lambda r: rotation(key, r))(rounds))(keys)
+
+
+def rotated_buckets(
+    x: jax.Array, rotations: jax.Array, *, n_buckets: int | tuple[int, ...]
+) -> jax.Array:
+    """As `lsh_buckets`, by rotations that are there already."""
+    factors = factors_of(n_buckets)
+    b, h, length, k = x.shape
+    n_hashes = rotations.shape[1]
+    x = lax.stop_gradient(x).astype(jnp.float32)
+
+    def choose(y: jax.Array) -> jax.Array:
+        """(…, F) → (…)."""
+        bucket, start = jnp.zeros(y.shape[:-1], jnp.int32), 0
+        for factor in factors:
+            if factor > 1:
+                bucket = bucket * factor + nearest(y[..., start : start + factor // 2])
+                start += factor // 2
+        return bucket
+
+    if length == 1:
+        return choose(jnp.einsum('bhtk,hrkf->bhrtf', x, rotations))
 
     def hash_piece(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, head = piece  # (T, K), ()
-        y = jnp.einsum('tk,rkf->rtf', x, rotations[head])
-        bucket, start = jnp.zeros(y.shape[:2], jnp.int32), 0
-        for factor, half in zip(factors, halves, strict=True):
-            if factor > 1:
-                bucket = bucket * factor + nearest(y[..., start : start + half])
-                start += half
-        return bucket  # (R, T)
+        return choose(jnp.einsum('tk,rkf->rtf', x, rotations[head]))  # (R, T)
 
     together, n_heads = CPU_TOGETHER if jax.default_backend() == 'cpu' else TOGETHER
     t = min(length, together)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers import bucketwise, tiles
+from layercomb.layers import bucketwise, rings, tiles
 from layercomb.layers.base import DECISIONS, Layer, Mode
 from layercomb.layers.caches import (
     append,
@@ -28,7 +28,14 @@ from layercomb.layers.caches import (
     refuse_overflow,
 )
 from layercomb.layers.fields import Rate, Size
-from layercomb.layers.hashing import automatic_buckets, check_buckets, lsh_buckets
+from layercomb.layers.hashing import (
+    automatic_buckets,
+    check_buckets,
+    factors_of,
+    lsh_buckets,
+    lsh_rotations,
+    rotated_buckets,
+)
 from layercomb.layers.multihead import MergeHeads, MultiHead, SplitHeads, dropout_arguments
 from layercomb.layers.positional import check_length
 
@@ -122,8 +129,10 @@ class LSHAttention(Layer):
     them.
 
     In ``PREDICT`` a causal one keeps queries, values and buckets as long as the signature given to
-    `init`, and with the default neighbourhood sees what ``EVAL`` sees. It must know `n_buckets` or
-    `max_len`, for buckets counted by the length of a cache would not be those of training.
+    `init`. With the default neighbourhood it keeps the `rings` of its buckets too, so that one new
+    position reads R·C keys, the very ones that ``EVAL`` sees, however many came before; with
+    ``'chunk'`` each reads them all. It must know `n_buckets` or `max_len`, for buckets counted by
+    the length of a cache would not be those of training.
 
     Attributes:
       n_hashes: R; may be changed after training.
@@ -175,8 +184,18 @@ class LSHAttention(Layer):
                 'LSHAttention: decoding needs the number of buckets of training: give max_len= '
                 '(or n_buckets=) when making the layer'
             )
-        buckets = jnp.zeros((b * h, length, self.n_hashes), self._dtype(length))
-        return {}, {**init_cache(q, v, masked=True), 'buckets': buckets}
+        n_buckets, key = self._factors(length), jax.random.key(self.seed)
+        cache = {
+            **init_cache(q, v, masked=True),
+            'buckets': jnp.zeros((b * h, length, self.n_hashes), self._dtype(length)),
+            'rotations': lsh_rotations(
+                key, h, q.shape[3], n_buckets=n_buckets, n_hashes=self.n_hashes
+            ),
+        }
+        if self.neighbourhood == 'bucket':
+            n = math.prod(n_buckets)
+            cache['rings'] = rings.empty(b * h, self.n_hashes, n, self.chunk_len)
+        return {}, cache
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         q, v, *mask = inputs
@@ -206,7 +225,7 @@ class LSHAttention(Layer):
         """The numbers of buckets that multiply up to all of them."""
         if self.n_buckets is None:
             return automatic_buckets(self.max_len or length, self.chunk_len)
-        return self.n_buckets if isinstance(self.n_buckets, tuple) else (self.n_buckets,)
+        return factors_of(self.n_buckets)
 
     def _dtype(self, length: int) -> Any:
         """The smallest integers that hold a bucket."""
@@ -235,32 +254,44 @@ class LSHAttention(Layer):
         position, length, room = position_of(cache), q.shape[2], cache['k'].shape[1]
         refuse_overflow(position, length, room)
         real = jnp.ones((q.shape[0], length), bool) if mask is None else mask
-        buckets = self._hash(q, jax.random.key(self.seed), room).swapaxes(2, 3)  # (B, H, T, R)
-        cache = append(cache, {'k': q, 'v': v, 'mask': real, 'buckets': buckets}, position)
-        filled = jnp.arange(room) < (position + length)[:, None]
-        held = by_row(cache)
-        seen = held['mask'] & filled  # (B, L)
-        if length == 1 and self.neighbourhood == 'bucket':
-            y = self._next(held, seen, q, buckets, position)
-            y = jnp.where(real[:, None, :, None], y, 0)
+        n_buckets = self._factors(room)
+        buckets = rotated_buckets(q, cache['rotations'], n_buckets=n_buckets)
+        new = buckets.swapaxes(2, 3).astype(cache['buckets'].dtype)  # (B, H, T, R)
+        cache |= append(cache, {'k': q, 'v': v, 'mask': real, 'buckets': new}, position)
+        if length == 1 and 'rings' in cache:
+            y, cache['rings'] = self._next(cache, q, buckets, position, real)
         else:
-            y = self._attend(held['k'], held['v'], held['buckets'].swapaxes(2, 3), seen)
+            held = by_row(cache)
+            filled = jnp.arange(room) < (position + length)[:, None]
+            by_round = held['buckets'].swapaxes(2, 3)  # (B, H, R, L)
+            y = self._attend(held['k'], held['v'], by_round, held['mask'] & filled)
             y = jax.vmap(lambda y, at: jax.lax.dynamic_slice_in_dim(y, at, length, 1))(y, position)
+            cache = rings.refill(cache) if 'rings' in cache else cache
         return (poison_overflow(y, position, length, room),), cache
 
-    def _next(self, held: Any, seen: Any, q: Any, buckets: Any, position: Any) -> jax.Array:
-        """Attention of one position a row, (B, H, 1, D), to its neighbours among those `seen`."""
-        same = (held['buckets'] == buckets) & seen[:, None, :, None]  # (B, H, L, R)
-        since = jnp.cumsum(same[:, :, ::-1], 2, jnp.int32)[:, :, ::-1]
-        count = (same & (since <= self.chunk_len)).sum(-1, dtype=jnp.float32)  # (B, H, L)
-        count = jnp.minimum(count, 1) if self.duplicates == 'once' else count
-        s = tiles.dot('bhk,bhlk->bhl', q[:, :, 0], bucketwise.unit(held['k']))
-        own = jnp.arange(s.shape[2]) == position[:, None, None]
-        s = jnp.where(count > 0, jnp.where(own, bucketwise.SELF, s), -tiles.FAR)
-        p = count * jnp.exp(s - s.max(-1, keepdims=True))
+    def _next(self, cache: Any, q: Any, buckets: Any, position: Any, real: Any) -> Any:
+        """Attention of one position a row to those in its rings, (B, H, 1, D), and the rings."""
+        b, h, _, depth = q.shape
+        room = cache['k'].shape[1]
+        position, real = jnp.repeat(position, h), jnp.repeat(real[:, 0], h)  # (N,), N = B·H
+        after, at = rings.push(cache['rings'], buckets.reshape(b * h, -1), position, real)
+        at = at.reshape(b * h, -1)  # (N, R·C)
+        there = jnp.clip(at, 0, room - 1) + jnp.arange(b * h)[:, None] * room
+
+        def gather(x: jax.Array) -> jax.Array:
+            return bucketwise.rows(x.reshape(-1, x.shape[2]), there)  # (N, R·C, …)
+
+        s = tiles.dot('nk,nck->nc', q.reshape(b * h, depth), bucketwise.unit(gather(cache['k'])))
+        s = jnp.where(at == position[:, None], bucketwise.SELF, s)
+        if self.duplicates == 'once':
+            s = s - jnp.log((at[:, None] == at[:, :, None]).sum(-1, dtype=jnp.float32))
+        seen = (at >= 0) & real[:, None]
+        s = jnp.where(seen, s, -tiles.FAR)
+        p = jnp.where(seen, jnp.exp(s - s.max(-1, keepdims=True)), 0.0)
         total = p.sum(-1, keepdims=True)
         p = p / jnp.where(total > 0, total, 1.0)
-        return tiles.dot('bhl,bhld->bhd', p, held['v'])[:, :, None].astype(held['v'].dtype)
+        y = tiles.dot('nc,ncd->nd', p, gather(cache['v']))
+        return y.reshape(b, h, 1, -1).astype(cache['v'].dtype), after
 
 
 class LSHSelfAttention(MultiHead):
