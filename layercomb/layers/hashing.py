@@ -89,12 +89,12 @@ def lsh_rotations(
     n_buckets: int | tuple[int, ...],
     n_hashes: int,
 ) -> jax.Array:
-    """The rotations of `lsh_buckets`: (H, R, K, F), F being half the sum of the factors."""
+    """The rotations of `lsh_buckets`, transposed: (H, R, F, K), F half the sum of the factors."""
     check_buckets(n_buckets)
     width = sum(f // 2 for f in factors_of(n_buckets))
 
     def rotation(key: jax.Array, r: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(key, r), (depth, width))
+        return jax.random.normal(jax.random.fold_in(key, r), (depth, width)).T
 
     keys, rounds = tiles.keys_of_heads(rng, n_heads), jnp.arange(n_hashes)
     return jax.vmap(lambda key: jax.vmap(lambda r: rotation(key, r))(rounds))(keys)
@@ -119,11 +119,11 @@ def rotated_buckets(
         return bucket
 
     if length == 1:
-        return choose(jnp.einsum('bhtk,hrkf->bhrtf', x, rotations))
+        return choose(jnp.einsum('bhtk,hrfk->bhrtf', x, rotations))
 
     def hash_piece(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, head = piece  # (T, K), ()
-        return choose(jnp.einsum('tk,rkf->rtf', x, rotations[head]))  # (R, T)
+        return choose(jnp.einsum('tk,rfk->rtf', x, rotations[head]))  # (R, T)
 
     together, n_heads = CPU_TOGETHER if jax.default_backend() == 'cpu' else TOGETHER
     t = min(length, together)
