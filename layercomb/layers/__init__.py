@@ -72,6 +72,7 @@ from layercomb.layers.multiplicative import (
     multiplicative_dense,
 )
 from layercomb.layers.normalization import BatchNorm, LayerNorm, RMSNorm
+from layercomb.layers.once import Once
 from layercomb.layers.positional import LearnedPositions, RotaryPositions, SinusoidalPositions
 from layercomb.layers.reversible import (
     Reversible,
@@ -154,6 +155,7 @@ __all__ = [
     'MultiplicativeHead',
     'Multiply',
     'Normal',
+    'Once',
     'Orthogonal',
     'Parallel',
     'Perplexity',

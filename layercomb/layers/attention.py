@@ -24,6 +24,7 @@ from layercomb.layers.caches import (
 )
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.multihead import MultiHead, attend, dropout_arguments, heads
+from layercomb.layers.once import Once
 
 
 class DotProductAttention(Layer):
@@ -268,7 +269,8 @@ class LocalSelfAttention(MultiHead):
 class CrossAttention(MultiHead):
     """Multi-head attention to another sequence: (B, L, D), (B, M, E) → (B, L, D).
 
-    Queries come from the first value, keys and values from the second, the memory.
+    Queries come from the first value, keys and values from the second, the memory. In ``PREDICT``
+    they are made `Once`.
 
     Attributes:
       n_heads: H.
@@ -292,7 +294,8 @@ class CrossAttention(MultiHead):
     n_in = property(lambda self: 2 + self.masked)
 
     def parts(self) -> dict[str, Layer]:
-        return heads(self, DotProductAttention(False, self.dropout, self.masked))
+        made = heads(self, DotProductAttention(False, self.dropout, self.masked))
+        return {**made, 'key': Once(made['key']), 'value': Once(made['value'])}
 
     def route(self, call, stack):
         x, memory, *mask = stack[: self.n_in]

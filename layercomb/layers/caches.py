@@ -20,6 +20,9 @@ import numpy as np
 from layercomb.layers import rings
 from layercomb.layers.base import POSITION, Tree
 
+# In the state of a layer whose own layers read more than its inputs: how much before them, (B,).
+BEFORE = 'before'
+
 
 def init_cache(
     k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct, masked: bool, length: int | None = None
@@ -144,19 +147,26 @@ def poison_overflow(y: jax.Array, position: jax.Array, length: int, room: int) -
 def set_positions(state: Tree, lengths: jax.Array) -> Tree:
     """A decoding state in which each row stands at a position of its own.
 
-    Rings of buckets are filled anew, for they hold what came last, and now something else did.
+    Where something else was read `BEFORE` the inputs, what is inside stands as much further. Rings
+    of buckets are filled anew, for they hold what came last, and now something else did.
 
     Args:
       state: any state of ``PREDICT``, of a whole model.
       lengths: (B,) int32.
     """
     out: dict[str, Any] = {}
+    inside = lengths + state[BEFORE] if _holds(state, BEFORE) else lengths
     for key, value in state.items():
         if isinstance(value, dict):
-            out[key] = set_positions(value, lengths)
+            out[key] = set_positions(value, inside)
         else:
             out[key] = jnp.asarray(lengths, jnp.int32) if key == POSITION else value
-    return out if isinstance(out.get('rings', {}), dict) else rings.refill(out)
+    return rings.refill(out) if _holds(out, 'rings') else out
+
+
+def _holds(state: Tree, key: str) -> bool:
+    """Whether there is an array of that name, and not the state of a layer of that name."""
+    return not isinstance(state.get(key, {}), dict)
 
 
 def _write(room: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-
 from layercomb import layers as tl
-from layercomb.layers.base import Mode, Tree, Wrapper
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,
@@ -23,43 +19,6 @@ from layercomb.models.transformer import (
     rotary_positions,
     with_positions,
 )
-
-
-class WholeSequence(Wrapper):
-    """A layer that takes a whole sequence, in ``PREDICT`` once, where it evaluates.
-
-    Such is the encoder of a model whose decoder takes its inputs step by step: it is handed the
-    sequence at every call, runs at the first, and its outputs are state from then on.
-    """
-
-    def init(self, signature, rng, mode=Mode.TRAIN):
-        """The layer's, without caches; in ``PREDICT`` with room for its outputs."""
-        if mode is not Mode.PREDICT:
-            return self.layer.init(signature, rng, mode)
-        outputs, weights, state = self.layer._build(signature, rng, Mode.EVAL)
-        made = {str(i): jnp.zeros(y.shape, y.dtype) for i, y in enumerate(outputs)}
-        return weights, {'layer': state, 'outputs': made, 'has_run': jnp.zeros((), bool)}
-
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        """The layer's; in ``PREDICT`` what it gave at the first call."""
-        if mode is not Mode.PREDICT:
-            return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
-
-        def run() -> Tree:
-            made, _ = self.layer.apply(weights, state['layer'], inputs, mode=Mode.EVAL)
-            return {str(i): y for i, y in enumerate(made)}
-
-        made = jax.lax.cond(state['has_run'], lambda: state['outputs'], run)
-        outputs = tuple(made[str(i)] for i in range(self.n_out))
-        return outputs, {**state, 'outputs': made, 'has_run': jnp.ones((), bool)}
-
-    def apply_and_grad(
-        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
-    ):
-        """The layer's own."""
-        return self.layer.apply_and_grad(
-            weights, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
-        )
 
 
 def Reformer(
@@ -107,9 +66,9 @@ def Reformer(
     m and of its gradient is half as large. The head reads the decoder's two streams, joined.
 
     In ``PREDICT`` the decoder takes its next inputs, many or one, and gives what ``EVAL`` gives. It
-    is handed the whole source each time, which the encoder reads at the first call. The sublayers
-    can be applied by themselves: ``encoder``: (source[, mask]) → m, and ``decoder``: (inputs, m[,
-    mask]) → its two streams, which ``head`` joins.
+    is handed the whole source each time, which the encoder reads at the first call (`Once`). The
+    sublayers can be applied by themselves: ``encoder``: (source[, mask]) → m, and ``decoder``:
+    (inputs, m[, mask]) → its two streams, which ``head`` joins.
 
     Args:
       vocab_size: V, of the source.
@@ -181,7 +140,7 @@ def Reformer(
     )
     return tl.Serial(
         tl.Select((0, 2, 1, 2)) if masked else None,  # source, mask, inputs, mask
-        WholeSequence(encoder),
+        tl.Once(encoder),
         tl.Swap(),  # inputs, memory[, mask]
         decoder,
         tl.Serial(tl.Concatenate(), norm, tl.Dense(n_target), name='head'),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from layercomb import layers as tl
 from layercomb.layers.base import POSITION, Arrays, Mode, Tree, Wrapper
-from layercomb.layers.caches import position_of, set_positions
+from layercomb.layers.caches import BEFORE, position_of, set_positions
 from layercomb.layers.positional import init_position
 from layercomb.models.reformer import (
     reformer_positions,
@@ -19,7 +19,7 @@ from layercomb.models.reformer import (
     reversible_half,
     two_streams,
 )
-from layercomb.models.reformer_seq2seq import WholeSequence, check_arity, refuse_looking_ahead
+from layercomb.models.reformer_seq2seq import check_arity, refuse_looking_ahead
 from layercomb.models.transformer import (
     attention_pattern,
     feed_forward,
@@ -234,7 +234,7 @@ def Terraformer(
     )
     return tl.Serial(
         tl.Select((0, 2, 1, 2)) if masked else None,  # source, mask, inputs, mask
-        WholeSequence(encoder),
+        tl.Once(encoder),
         tl.Swap(),
         tl.Serial(*embedding, name='embedding'),
         tl.Swap(),  # memory, embedded inputs[, mask]
@@ -268,7 +268,8 @@ class AfterMemory(Wrapper):
             joined.append(jax.ShapeDtypeStruct((x.shape[0], length), bool))
         weights, state = self.layer.init(tuple(joined), rng, mode)
         if mode is Mode.PREDICT:
-            state = {'layer': state, 'has_memory': jnp.zeros((), bool)}
+            before = jnp.full(x.shape[0], memory.shape[1], jnp.int32)
+            state = {'layer': state, 'has_memory': jnp.zeros((), bool), BEFORE: before}
             state |= init_position((x,), mode)
         return weights, state
 
@@ -290,14 +291,16 @@ class AfterMemory(Wrapper):
         self, weights: Tree, state: Tree, memory: Arrays, values: Arrays
     ) -> tuple[Arrays, Tree]:
         def read(inner: Tree) -> Tree:
+            inner = set_positions(inner, jnp.zeros(len(memory[0]), jnp.int32))
             return self.layer.apply(weights, inner, memory, mode=Mode.PREDICT)[1]
 
         inner = jax.lax.cond(state['has_memory'], lambda inner: inner, read, state['layer'])
-        position = position_of(state)
-        inner = set_positions(inner, memory[0].shape[1] + position)
         outputs, inner = self.layer.apply(weights, inner, values, mode=Mode.PREDICT)
-        moved = {POSITION: position + values[0].shape[1], 'has_memory': jnp.ones((), bool)}
-        return outputs, {'layer': inner, **moved}
+        moved = {
+            POSITION: position_of(state) + values[0].shape[1],
+            'has_memory': jnp.ones((), bool),
+        }
+        return outputs, {**state, 'layer': inner, **moved}
 
 
 def _at_the_end(memory: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -278,3 +278,14 @@ def test_set_positions_reaches_every_position():
     moved = caches.set_positions(state, np.array([3, 4]))
     assert moved['a']['position'].tolist() == moved['b']['0']['position'].tolist() == [3, 4]
     assert moved['a']['k'] == 1 and moved['a']['position'].dtype == jnp.int32
+
+
+def test_keys_and_values_of_a_memory_are_made_at_the_first_step():
+    layer = tl.CrossAttention(2)
+    x, memory = values(B, L, D), values(B, 6, D)
+    weights, state = layer.init(signature_of((x, memory)), jax.random.key(0), Mode.PREDICT)
+    (whole,), _ = apply(layer, weights, {}, (x, memory), Mode.EVAL)
+    (first,), state = apply(layer, weights, state, (x[:, :1], memory), Mode.PREDICT)
+    # What is handed over later is not looked at: it is the same memory by contract.
+    (second,), _ = apply(layer, weights, state, (x[:, 1:2], memory * jnp.nan), Mode.PREDICT)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole[:, :2], atol=1e-5)

@@ -145,6 +145,7 @@ ROWS: dict[str, Row] = {
     'MultiplicativeDense': Row(lambda: tl.MultiplicativeDense(2, 12)),
     'MultiplicativeHead': Row(lambda: tl.MultiplicativeHead(7)),
     'Multiply': Row(tl.Multiply, TWO),
+    'Once': Row(lambda: tl.Once(tl.Conv1D(D)), axes=()),  # it takes no next positions
     'Parallel': Row(lambda: tl.Parallel(tl.Dense(4), None, [tl.Relu()]), TWO),
     'Perplexity': Row(tl.Perplexity, SCORES),
     'RMSNorm': Row(tl.RMSNorm),
