@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +22,8 @@ class Once(Wrapper):
 
     def by_head(self, weights: Tree) -> Tree:
         """The layer's."""
-        return self.layer.by_head(weights)
+        layer: Any = self.layer
+        return layer.by_head(weights)
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         """The layer's, without caches; in ``PREDICT`` with room for its outputs."""
