@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from layercomb.layers.base import Mode, Tree, Wrapper
+
+
+def run_once(has_run: jax.Array, kept: Any, run: Callable[[Any], Any]) -> Any:
+    """`kept` if `has_run`, and else what `run` makes of it.
+
+    A loop of one round at most, and not a branch: a loop writes over what it is given, while a
+    branch would copy at every call what it returns unchanged.
+    """
+
+    def body(carry: Any) -> Any:
+        return jnp.ones((), bool), run(carry[1])
+
+    return jax.lax.while_loop(lambda carry: ~carry[0], body, (has_run, kept))[1]
 
 
 class Once(Wrapper):
@@ -38,11 +52,11 @@ class Once(Wrapper):
         if mode is not Mode.PREDICT:
             return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
 
-        def run() -> Tree:
+        def run(_: Tree) -> Tree:
             made, _ = self.layer.apply(weights, state['layer'], inputs, mode=Mode.EVAL)
             return {str(i): y for i, y in enumerate(made)}
 
-        made = jax.lax.cond(state['has_run'], lambda: state['outputs'], run)
+        made = run_once(state['has_run'], state['outputs'], run)
         outputs = tuple(made[str(i)] for i in range(self.n_out))
         return outputs, {**state, 'outputs': made, 'has_run': jnp.ones((), bool)}
 

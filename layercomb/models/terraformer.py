@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from layercomb import layers as tl
 from layercomb.layers.base import POSITION, Arrays, Mode, Tree, Wrapper
 from layercomb.layers.caches import BEFORE, position_of, set_positions
+from layercomb.layers.once import run_once
 from layercomb.layers.positional import init_position
 from layercomb.models.reformer import (
     reformer_positions,
@@ -294,7 +295,7 @@ class AfterMemory(Wrapper):
             inner = set_positions(inner, jnp.zeros(len(memory[0]), jnp.int32))
             return self.layer.apply(weights, inner, memory, mode=Mode.PREDICT)[1]
 
-        inner = jax.lax.cond(state['has_memory'], lambda inner: inner, read, state['layer'])
+        inner = run_once(state['has_memory'], state['layer'], read)
         outputs, inner = self.layer.apply(weights, inner, values, mode=Mode.PREDICT)
         moved = {
             POSITION: position_of(state) + values[0].shape[1],
