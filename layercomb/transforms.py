@@ -1,11 +1,13 @@
 """What varies is a rewrite, not a flag: functions from a description to a description.
 
-Precision, tying and unstacking change no layer's code and keep every path. All are built on one
-bottom-up `rewrite`, which reaches every layer, inside combinators and wrappers alike.
+Precision, quantization, tying and unstacking change no layer's code and keep every path. What needs
+the description alone is built on one bottom-up `rewrite`, which reaches every layer, inside
+combinators and wrappers alike.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,8 @@ from layercomb.layers.base import Layer, Mode, Tree, Wrapper, default_name, give
 from layercomb.layers.combinators import Combinator, Parallel, Serial
 from layercomb.layers.control import Map, Repeat
 from layercomb.layers.cotangents import vjp
+from layercomb.layers.fields import Size
+from layercomb.layers.narrow import BITS, Narrow, can_narrow, constant, narrow
 from layercomb.layers.reversible import ReversibleRepeat, ReversibleSerial
 from layercomb.shapes import is_float
 
@@ -98,7 +102,10 @@ class Cast(Wrapper):
         return outputs, d_inputs, d_weights
 
     def _cast(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(self.dtype) if is_float(x) else x, tree)
+        def one(x: Any) -> Any:
+            return x if isinstance(x, Narrow) or not is_float(x) else x.astype(self.dtype)
+
+        return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Narrow))
 
 
 def _uncastable(layer: Layer) -> Layer | None:
@@ -169,23 +176,150 @@ class Tied(Wrapper):
         return outputs, trees.drop(weights, self.target), state
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        return self.layer.apply(self._untied(weights), state, inputs, rng=rng, mode=mode)
+        return self.layer.apply(self.untied(weights), state, inputs, rng=rng, mode=mode)
 
     def apply_and_grad(
         self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
     ):
         """The layer's own; the weight gets the gradients of both its places."""
-        whole, pull = vjp(self._untied, weights)
+        whole, pull = vjp(self.untied, weights)
         outputs, d_inputs, d_whole = self.layer.apply_and_grad(
             whole, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
         )
         (d_weights,) = pull(d_whole)
         return outputs, d_inputs, d_weights
 
-    def _untied(self, weights: Tree) -> Tree:
+    def untied(self, weights: Tree) -> Tree:
         """The weights with one at `target` too."""
         value = trees.get(weights, self.source)
         return trees.put(weights, self.target, self.via(value) if self.via else value)
+
+
+class Quantized(Wrapper):
+    """A leaf whose matrices are kept in few bits; `quantize` makes it, with the weights.
+
+    What was ``kernel`` is integers under the same name, and ``kernel_scales`` beside it; bfloat16
+    has no scales. Its gradient is for its inputs, and for the weights that are not narrow.
+
+    Attributes:
+      layer: a leaf, or a `Cast` around one.
+      bits: 8, 4, or 16 for bfloat16.
+      group_size: how many weights share a scale, about: see `quantize`.
+      smallest: matrices with fewer weights stay as they are.
+
+    Raises:
+      ValueError: for other bits.
+      TypeError: if the layer has no matrices.
+    """
+
+    bits: int = 8
+    group_size: Size = 64
+    smallest: Size = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits not in BITS:
+            raise ValueError(
+                f'Quantized: bits={self.bits} is not to be had: choose 8 or 4, or 16 for bfloat16'
+            )
+        if not bare(self.layer).matrices:
+            raise TypeError(
+                f'Quantized holds a leaf with matrices, not a {type(self.layer).__name__}: '
+                'transforms.quantize(net, weights) reaches every one inside'
+            )
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        weights, state = self.layer.init(signature, rng, mode)
+        return self.narrow(weights), state
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        return self.layer.apply(self._seen(weights), state, inputs, rng=rng, mode=mode)
+
+    def narrow(self, weights: Tree) -> Tree:
+        """The leaf's weights, possibly stacked on leading axes, with its large matrices narrow."""
+        for path, axes in bare(self.layer).matrices.items():
+            wide = trees.get(weights, path)
+            shape = wide.shape[wide.ndim - len(axes) :]
+            if math.prod(shape) < self.smallest or not can_narrow(shape, axes, self.bits):
+                continue
+            values, scales = narrow(wide, axes, self.bits, self.group_size)
+            weights = trees.put(trees.drop(weights, path), path, values)
+            if scales is not None:
+                weights = trees.put(weights, path + _SCALES, scales)
+        return weights
+
+    def _seen(self, weights: Tree) -> Tree:
+        """The weights as the leaf sees them, each narrow matrix as one `Narrow`."""
+        for path, axes in bare(self.layer).matrices.items():
+            values, scales = trees.get(weights, path), None
+            if values.dtype == jnp.float32:
+                continue
+            if is_float(values):
+                values = constant(values)
+            else:
+                scales = constant(trees.get(weights, path + _SCALES))
+                weights = trees.drop(weights, path + _SCALES)
+            matrix = Narrow(values, scales, axes, self.bits)
+            weights = trees.put(trees.drop(weights, path), path, matrix)
+        return weights
+
+
+_SCALES = '_scales'
+
+
+def bare(layer: Layer) -> Layer:
+    """The leaf that a model computes, out of what says in which precision: `Cast`, `Quantized`."""
+    return bare(layer.layer) if isinstance(layer, (Cast, Quantized)) else layer
+
+
+def quantize(
+    net: Layer, weights: Tree, bits: int = 8, group_size: int = 64, *, smallest: int = 4096
+) -> tuple[Layer, Tree]:
+    """The same model with its large matrices in few bits, to be decoded or evaluated.
+
+    Kernels of dense layers and projections, tables of embeddings, sparse feed-forwards with their
+    controllers, and the features of multiplicative layers become int8, int4 or bfloat16; biases,
+    norms, positions and whatever is small stay as they are. Integers have a float32 scale for each
+    group along what a product sums over, at ``…_scales``; all names are kept. Both ends of a `Tied`
+    model are quantized, each along its own sum, and it is tied no longer.
+
+    Args:
+      net: any layer, stacked or `unstack`ed.
+      weights: its weights, which are not changed.
+      bits: 8, 4, or 16 for bfloat16, which has no scales.
+      group_size: how many weights share a scale. Where it does not divide what there is, the
+        divisor nearest to it, by ratio, takes its place.
+      smallest: matrices with fewer weights stay as they are.
+
+    Raises:
+      ValueError: for other bits; and when the gradient for a quantized weight is asked for.
+
+    >>> import jax.numpy as jnp
+    >>> from layercomb import tl, transforms
+    >>> net, weights = transforms.quantize(tl.Dense(64), {'kernel': jnp.ones((64, 64))})
+    >>> net, weights['kernel'].dtype, weights['kernel_scales'].shape
+    (Quantized(Dense(64)), dtype('int8'), (1, 64))
+    """
+    if isinstance(net, Tied):
+        return quantize(net.layer, net.untied(weights), bits, group_size, smallest=smallest)
+    if isinstance(net, Quantized):
+        raise ValueError('the model is quantized already: quantize the one that it was made from')
+    if bare(net).matrices:
+        quantized = Quantized(net, bits, group_size, smallest)
+        made = quantized.narrow(weights)
+        return (net, weights) if made is weights else (quantized, made)
+    if isinstance(net, Combinator):
+        children, parts = [], dict(weights)
+        for key, layer in zip(net.keys, net.sublayers, strict=True):
+            child, part = quantize(layer, weights.get(key, {}), bits, group_size, smallest=smallest)
+            children.append(child)
+            if part:
+                parts[key] = part
+        return net.with_sublayers(tuple(children)), parts
+    if isinstance(net, Wrapper):
+        inner, weights = quantize(net.layer, weights, bits, group_size, smallest=smallest)
+        return net.with_sublayers((inner, *net.sublayers[1:])), weights
+    return net, weights
 
 
 def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
@@ -226,9 +360,7 @@ def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
                 parts[key] = part
         return net.with_sublayers(tuple(children)), parts
     if isinstance(net, Tied) and _moved(net, weights):
-        value = trees.get(weights, net.source)
-        whole = trees.put(weights, net.target, net.via(value) if net.via else value)
-        return unstack(net.layer, whole)
+        return unstack(net.layer, net.untied(weights))
     if isinstance(net, Wrapper):
         inner, weights = unstack(net.layer, weights)
         return net.with_sublayers((inner, *net.sublayers[1:])), weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 
@@ -10,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layercomb import init_state, models, tl, transforms, trees
+import layercomb_kernels
+from layercomb import Model, init_state, models, tl, transforms, trees
 from layercomb.layers.base import Layer, Mode
+from layercomb.layers.narrow import Narrow
 from layercomb.shapes import describe, shape_dtype, signature_of
+from layercomb.supervised import decoding
 
 TOKENS = (shape_dtype((2, 6), 'int32'),)
 
@@ -262,3 +266,167 @@ def test_unstack_reaches_inside_wrappers():
     assert describe(flat_net.output_signature(signature_of(inputs))) == describe(wanted)
     got = flat_net.apply(flat, {}, inputs)[0][0]
     assert (got == net.apply(weights, {}, inputs)[0][0]).all()
+
+
+# quantize.
+
+WIDTH = 32
+STREAM = (shape_dtype((2, 6, WIDTH)),)
+HEADS = (shape_dtype((2, 2, 6, 16)), shape_dtype((2, 6, WIDTH)))
+QUANTIZED = {
+    'Dense': (tl.Dense(24), STREAM),
+    'Cast': (transforms.Cast(tl.Dense(24)), STREAM),
+    'SplitHeads': (tl.SplitHeads(2), STREAM),
+    'MergeHeads': (tl.MergeHeads(), HEADS),
+    'Embedding': (tl.Embedding(11, WIDTH), TOKENS),
+    'SparseFF': (tl.SparseFF(64, 16), STREAM),
+    'MultiplicativeDense': (tl.MultiplicativeDense(2), STREAM),
+    'MultiplicativeHead': (tl.MultiplicativeHead(50, 2), STREAM),
+}
+
+
+def example(signature):
+    made = np.random.default_rng(0)
+    return tuple(
+        tokens() if x.dtype == jnp.int32 else jnp.asarray(made.normal(size=x.shape), x.dtype)
+        for x in signature
+    )
+
+
+def quantize(net, weights, bits, group_size=16):
+    return transforms.quantize(net, weights, bits, group_size, smallest=1)
+
+
+def widened(net, weights):
+    """The weights of the wide model nearest to those of a quantized leaf."""
+    seen = net._seen(weights)
+    return jax.tree.map(
+        lambda w: w.wide() if isinstance(w, Narrow) else w,
+        seen,
+        is_leaf=lambda w: isinstance(w, Narrow),
+    )
+
+
+@pytest.mark.parametrize('kernels', [True, False])
+@pytest.mark.parametrize('name', QUANTIZED)
+def test_quantized_leaves_compute_what_their_weights_say(name, kernels):
+    net, signature = QUANTIZED[name]
+    weights, state = init(net, signature)
+    inputs = example(signature)
+    (wanted,), _ = apply(net, weights, state, inputs, Mode.EVAL)
+    for bits, limit in {16: 0.01, 8: 0.02, 4: 0.3}.items():
+        layer, narrow = quantize(net, weights, bits)
+        assert set(trees.flatten(weights)) <= set(trees.flatten(narrow))
+        same = jax.eval_shape(functools.partial(layer.init, signature), jax.random.key(0))[0]
+        assert describe(jax.tree.leaves(same)) == describe(jax.tree.leaves(narrow))
+        with contextlib.nullcontext() if kernels else layercomb_kernels.off():
+            (y,), _ = apply(layer, narrow, state, inputs, Mode.EVAL)
+            few = tuple(x[:1, ..., :1, :] if x.ndim > 2 else x[:1, :1] for x in inputs)
+            (z,), _ = apply(layer, narrow, state, few, Mode.PREDICT)
+        full = widened(layer, narrow)
+        for got, x, mode in ((y, inputs, Mode.EVAL), (z, few, Mode.PREDICT)):
+            (exact,), _ = apply(net, full, state, x, mode)
+            tolerance = 0.02 if exact.dtype == jnp.bfloat16 else 1e-5
+            assert got.dtype == exact.dtype
+            assert_close(*(a.astype(jnp.float32) for a in (got, exact)), tolerance)
+        if name != 'SparseFF':  # which may choose another unit
+            error = jnp.linalg.norm((y - wanted).astype(jnp.float32))
+            assert error <= limit * jnp.linalg.norm(wanted.astype(jnp.float32))
+
+
+@pytest.fixture(scope='module')
+def small():
+    net = models.TransformerLM(11, 32, 64, n_layers=2, n_heads=2, max_len=16)
+    return net, *init(net)
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_quantize_keeps_names_stacked_and_unstacked(small, bits):
+    net, weights, state = small
+    quantized, narrow = quantize(net, weights, bits)
+    kept, made = trees.flatten(weights), trees.flatten(narrow)
+    assert set(kept) <= set(made) and all('_scales' in path for path in set(made) - set(kept))
+    kernel = 'block/residual/self_attention/query/kernel'
+    assert made[kernel].dtype == (jnp.int8 if bits == 8 else jnp.uint8)
+    assert made[f'{kernel}_scales'].shape == (2, 2, 2, 16)
+    assert made['norm/scale'] is kept['norm/scale']
+    assert trees.n_bytes(narrow) < trees.n_bytes(weights) / (2.5 if bits == 8 else 3)
+
+    after, after_weights = transforms.unstack(quantized, narrow)
+    before, before_weights = quantize(*transforms.unstack(net, weights), bits)
+    jax.tree.map(np.testing.assert_array_equal, after_weights, before_weights)
+    wanted = apply(quantized, narrow, state, (tokens(),), Mode.EVAL)[0]
+    for layer, w in ((after, after_weights), (before, before_weights)):
+        assert_close(apply(layer, w, state, (tokens(),), Mode.EVAL)[0], wanted)
+    cache = init_state(after, TOKENS)
+    assert_close(apply(after, after_weights, cache, (tokens(),), Mode.PREDICT)[0], wanted)
+
+
+def test_quantize_leaves_what_is_small(small):
+    net, weights, _ = small
+    assert transforms.quantize(net, weights) == (net, weights)
+    quantized, narrow = transforms.quantize(net, weights, smallest=2048)
+    assert sum(w.dtype == jnp.int8 for w in jax.tree.leaves(narrow)) == 2  # of the feed-forward
+    assert repr(quantized).count('Quantized') == 2
+
+
+def test_quantize_unties_and_wraps_what_is_cast():
+    net = tl.Serial(tl.Embedding(11, 32), tl.Dense(11, name='head'))
+    net = transforms.cast(transforms.Tied(net, 'embedding/table', 'head/kernel', jnp.transpose))
+    weights, _ = init(net)
+    quantized, narrow = quantize(net, weights, 8)
+    assert repr(quantized) == (
+        'Serial(\n'
+        '    Quantized(Embedding(11, 32), group_size=16, smallest=1),\n'
+        "    Quantized(Cast(Dense(11, name='head')), group_size=16, smallest=1),\n)"
+    )
+    assert narrow['embedding']['table_scales'].shape == (11, 2)
+    assert narrow['head']['kernel_scales'].shape == (2, 11)
+    assert [type(transforms.bare(layer)) for layer in quantized.layers] == [tl.Embedding, tl.Dense]
+    (y,), _ = quantized.apply(narrow, {}, (tokens(),))
+    (wanted,), _ = net.apply(weights, {}, (tokens(),))
+    assert y.dtype == wanted.dtype == jnp.bfloat16
+    np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (y, wanted)), rtol=0.02, atol=0.2)
+
+
+@pytest.mark.parametrize('kind', [models.TransformerLM, models.ReformerLM, models.TerraformerLM])
+def test_quantized_models_decode(kind):
+    net = kind(11, 32, 64, n_layers=2, n_heads=2, max_len=16)
+    weights, state = init(net)
+    net, weights = quantize(net, weights, 8)
+    (logits,), _ = apply(net, weights, state, (tokens(),), Mode.EVAL)
+    made = decoding.generate(Model(net, weights, state), np.asarray(tokens()), 2, temperature=0)
+    np.testing.assert_array_equal(made[:, 0], logits[:, -1].argmax(-1))
+    net, weights = transforms.unstack(net, weights)
+    cache = init_state(net, TOKENS)
+    for i in range(6):
+        inputs = (tokens()[:, i : i + 1],)
+        (y,), cache = apply(net, weights, cache, inputs, Mode.PREDICT)
+        assert_close(y[:, 0], logits[:, i], 1e-4)
+
+
+def test_quantized_weights_do_not_train(small):
+    net, weights, _ = small
+    net, weights = quantize(net, weights, 8)
+
+    def loss(some, rest):
+        return net.apply(trees.merge(some, rest), {}, (tokens(),))[0][0].sum()
+
+    biases = trees.partition(weights, lambda path: path.endswith('bias'))
+    assert jnp.isfinite(jax.tree.leaves(jax.jit(jax.grad(loss))(*biases))[0]).all()
+    with pytest.raises(ValueError, match='quantized weights do not train: train the wide model'):
+        jax.jit(jax.grad(loss))(*trees.partition(weights))
+
+
+def test_quantize_says_what_it_takes(small):
+    net, weights, _ = small
+    with pytest.raises(
+        ValueError, match='bits=5 is not to be had: choose 8 or 4, or 16 for bfloat16'
+    ):
+        transforms.quantize(net, weights, 5)
+    with pytest.raises(
+        ValueError, match='quantized already: quantize the one that it was made from'
+    ):
+        quantize(*quantize(net, weights, 8), 4)
+    with pytest.raises(TypeError, match='Quantized holds a leaf with matrices, not a LayerNorm'):
+        transforms.Quantized(tl.LayerNorm())

@@ -78,6 +78,8 @@ class Layer:
         draws comes from a key for every head.
       recomputes: whether its gradient computes the layer again, so that to keep what is inside
         would be in vain.
+      matrices: the paths of weights that `transforms.quantize` may make narrow, each with its axes
+        in letters, as `narrow` explains.
       mixes_positions: whether an output position depends on other positions, so that `Chunk` must
         not cut it.
     """
@@ -92,6 +94,7 @@ class Layer:
     recomputes = False
     headwise = False
     float32: ClassVar[bool] = False
+    matrices: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:
         """Makes the class a frozen dataclass; ``init=False`` leaves the constructor it has."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from layercomb.layers.activations import elementwise
 from layercomb.layers.base import Tree
-from layercomb.layers.core import dense
+from layercomb.layers.core import dense, matmul
 from layercomb.layers.fields import nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import Initializer
 
@@ -50,9 +50,7 @@ def init(make: Initializer, keys: Any, d: int, rank: int, n: int) -> Tree:
 
 def logits(weights: Tree, x: jax.Array) -> jax.Array:
     """c = x C₁ C₂ in float32: (…, D) → (…, n)."""
-    return jnp.dot(
-        dense(weights['in'], x), weights['out']['kernel'], preferred_element_type=jnp.float32
-    )
+    return matmul(dense(weights['in'], x), weights['out']['kernel'])
 
 
 def sample(

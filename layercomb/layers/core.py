@@ -11,6 +11,7 @@ import numpy as np
 from layercomb.layers.base import POSITION_AXES, Layer, Mode, Tree
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.initializers import Initializer, Normal, glorot_uniform, zeros
+from layercomb.layers.narrow import Narrow
 from layercomb.shapes import check_float
 
 
@@ -34,6 +35,8 @@ class Dense(Layer):
     use_bias: bool = True
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
+
+    matrices = {'kernel': 'io'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -70,12 +73,24 @@ def dense(weights: Tree, x: jax.Array) -> jax.Array:
             f'the input is {x.shape[-1]} wide and the kernel was made for {kernel.shape[0]}: give '
             'the shape that the model was initialised with'
         )
-    y = jnp.dot(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+    y = matmul(x, kernel).astype(x.dtype)
     return y + weights['bias'] if 'bias' in weights else y
 
 
-def contract(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`jnp.einsum` of two arrays in x's dtype, summed in float32."""
+def matmul(x: jax.Array, kernel: jax.Array | Narrow) -> jax.Array:
+    """x W in float32: (…, D), (D, F) → (…, F)."""
+    if isinstance(kernel, Narrow):
+        return kernel.product(x, jnp.float32)
+    return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+
+
+def contract(spec: str, x: jax.Array, y: jax.Array | Narrow) -> jax.Array:
+    """`jnp.einsum` of two arrays in x's dtype, summed in float32.
+
+    A narrow y is summed over the axes that its groups run along, as `spec` must say.
+    """
+    if isinstance(y, Narrow):
+        return y.product(x)
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
@@ -96,6 +111,7 @@ class Embedding(Layer):
     table_init: Initializer = Normal(1.0)
 
     float32 = True
+    matrices = {'table': 'oi'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (ids,) = signature
@@ -110,7 +126,10 @@ class Embedding(Layer):
         (ids,) = inputs
         self.check_ids(ids)
         ids = jnp.where(ids < 0, self.vocab_size, ids)  # or −1 would take the last row
-        return (jnp.take(weights['table'], ids, axis=0, mode='fill', fill_value=jnp.nan),), state
+        table = weights['table']
+        if isinstance(table, Narrow):
+            return (table.take(ids),), state
+        return (jnp.take(table, ids, axis=0, mode='fill', fill_value=jnp.nan),), state
 
     def check_ids(self, ids: jax.Array) -> None:
         """Raises a ValueError if a known id lies outside the vocabulary; a traced one passes."""

@@ -19,6 +19,7 @@ from layercomb.layers.combinators import Combinator
 from layercomb.layers.cotangents import add_cts, vjp, zeros_once
 from layercomb.layers.fields import Size, nearest_divisor
 from layercomb.layers.initializers import Initializer, glorot_uniform
+from layercomb.layers.narrow import Narrow
 from layercomb.shapes import check_float, is_float
 
 
@@ -39,6 +40,7 @@ class SplitHeads(Layer):
     kernel_init: Initializer = glorot_uniform()
 
     headwise = True
+    matrices = {'kernel': 'ioo'}
 
     def by_head(self, weights: Tree) -> Tree:
         """The weights of each head alone, on a leading axis H."""
@@ -61,7 +63,11 @@ class SplitHeads(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
-        y = split_heads(x, weights['kernel'])
+        kernel = weights['kernel']
+        if isinstance(kernel, Narrow):
+            y = jnp.moveaxis(kernel.product(x), -2, 1)  # (B, L, H, K) → (B, H, L, K)
+        else:
+            y = split_heads(x, kernel)
         return (y + weights['bias'][:, None] if self.use_bias else y,), state
 
 
@@ -78,6 +84,7 @@ class MergeHeads(Layer):
 
     n_in = 2
     headwise = True
+    matrices = {'kernel': 'iio'}
 
     def by_head(self, weights: Tree) -> Tree:
         """The weights of each head alone, on a leading axis H; the first one has the bias."""
@@ -96,7 +103,11 @@ class MergeHeads(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         x, _ = inputs
-        y = merge_heads(x, weights['kernel'])
+        kernel = weights['kernel']
+        if isinstance(kernel, Narrow):
+            y = kernel.product(jnp.moveaxis(x, 1, -2))  # (B, H, L, K) → (B, L, H, K) → (B, L, D)
+        else:
+            y = merge_heads(x, kernel)
         return (y + weights['bias'] if self.use_bias else y,), state
 
 

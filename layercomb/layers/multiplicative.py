@@ -20,6 +20,7 @@ from layercomb.layers.convolution import check_rank, convolve
 from layercomb.layers.core import Dense, contract
 from layercomb.layers.fields import Size, nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import Initializer, Normal, lecun_normal, zeros
+from layercomb.layers.narrow import Narrow
 from layercomb.shapes import check_float
 
 
@@ -53,6 +54,8 @@ class MultiplicativeDense(Layer):
     n_units: Size | None = None
     use_bias: bool = True
     bias_init: Initializer = zeros()
+
+    matrices = {'features': 'oi'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -100,6 +103,8 @@ class MultiplicativeHead(Layer):
     n_modules: Size = 4
     use_bias: bool = True
 
+    matrices = {'features': 'oi'}
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_float('MultiplicativeHead', x)
@@ -123,7 +128,9 @@ def _factors(rng: jax.Array, d: int, n: int, n_modules: int) -> Tree:
     }
 
 
-def multiplicative_dense(x: jax.Array, modules: jax.Array, features: jax.Array) -> jax.Array:
+def multiplicative_dense(
+    x: jax.Array, modules: jax.Array, features: jax.Array | Narrow
+) -> jax.Array:
     """y[s·M + m] = Σᵢ x[i] D[i, s] E[i, m], in x's dtype, summed in float32.
 
     Args:
@@ -137,7 +144,7 @@ def multiplicative_dense(x: jax.Array, modules: jax.Array, features: jax.Array) 
     Raises:
       ValueError: if the widths do not fit.
     """
-    (s, d), m = modules.shape, len(features)
+    (s, d), m = modules.shape, features.shape[0]
     if x.shape[-1] != d:
         raise ValueError(
             f'the input is {x.shape[-1]} wide and the kernel was made for {d}: give the shape that '
@@ -145,8 +152,12 @@ def multiplicative_dense(x: jax.Array, modules: jax.Array, features: jax.Array) 
         )
     if math.prod(x.shape[:-1]) < m:
         scaled = x[..., None, :] * modules  # (…, S, D)
+        if isinstance(features, Narrow):
+            return features.product(scaled).reshape(*x.shape[:-1], s * m)
         y = contract('md,...sd->...ms', features, scaled)  # this way round it reads E fastest
         return y.swapaxes(-1, -2).reshape(*x.shape[:-1], s * m)
+    if isinstance(features, Narrow):
+        features = features.wide().astype(modules.dtype)
     kernel = modules[:, None] * features  # (S, M, D)
     return contract('...d,nd->...n', x, kernel.reshape(s * m, d))
 

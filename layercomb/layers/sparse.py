@@ -19,6 +19,7 @@ from layercomb.layers.bucketwise import IN_BOUNDS
 from layercomb.layers.core import contract, dense
 from layercomb.layers.fields import Bound, Size
 from layercomb.layers.initializers import Initializer, glorot_uniform, zeros
+from layercomb.layers.narrow import Narrow
 from layercomb.shapes import check_float
 
 
@@ -72,6 +73,13 @@ class SparseFF(Layer):
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
 
+    matrices = {
+        'in/kernel_transposed': 'oi',
+        'out/kernel': 'oi',  # by rows, which are what is gathered, not along the sum
+        'controller/in/kernel': 'io',
+        'controller/out/kernel': 'io',
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         controllers.check_fields(self, 'block_size')
@@ -112,22 +120,32 @@ class SparseFF(Layer):
         h = contract('...d,fd->...f', x, weights['in']['kernel_transposed'])
         h = self._activated(h, weights['in'].get('bias'))
         mask = mask.reshape(h.shape).astype(h.dtype)  # (…, F)
-        return dense(weights['out'], h * mask)
+        out = weights['out']
+        if isinstance(out['kernel'], Narrow):
+            out = {**out, 'kernel': out['kernel'].wide().astype(x.dtype)}
+        return dense(out, h * mask)
 
     def _few(self, weights: Tree, x: jax.Array, units: jax.Array) -> jax.Array:
         """The chosen units alone; their rows are gathered."""
         first = jnp.arange(0, self.d_ff, self.block_size, dtype=units.dtype)
         at = first + units  # (…, F / N)
-
-        def rows(kernel: jax.Array) -> jax.Array:
-            return kernel.at[at].get(**IN_BOUNDS)  # (…, F / N, …)
-
-        bias = weights['in'].get('bias')
-        h = contract('...d,...fd->...f', x, rows(weights['in']['kernel_transposed']))
-        h = self._activated(h, None if bias is None else rows(bias))
-        y = contract('...f,...fd->...d', h, rows(weights['out']['kernel']))
+        bias, kernel = weights['in'].get('bias'), weights['in']['kernel_transposed']
+        if isinstance(kernel, Narrow):
+            h = kernel.gathered_product(x, at)
+        else:
+            h = contract('...d,...fd->...f', x, _rows(kernel, at))
+        h = self._activated(h, None if bias is None else _rows(bias, at))
+        kernel = weights['out']['kernel']
+        if isinstance(kernel, Narrow):
+            y = kernel.gathered_sum(h, at)
+        else:
+            y = contract('...f,...fd->...d', h, _rows(kernel, at))
         return y + weights['out']['bias'] if self.use_bias else y
 
     def _activated(self, h: jax.Array, bias: jax.Array | None) -> jax.Array:
         f = elementwise('SparseFF', self.activation)
         return f(h if bias is None else h + bias)
+
+
+def _rows(array: jax.Array, at: jax.Array) -> jax.Array:
+    return array.at[at].get(**IN_BOUNDS)  # (F, …), (…, F / N) → (…, F / N, …)

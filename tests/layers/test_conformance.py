@@ -198,6 +198,7 @@ ROWS: dict[str, Row] = {
     'Tanh': Row(tl.Tanh),
     'UnfoldHeads': Row(tl.UnfoldHeads, (heads(),), (2,)),
     'Cast': Row(lambda: transforms.Cast(tl.Dense(4), 'float16')),
+    'Quantized': Row(lambda: transforms.Quantized(tl.Dense(4))),  # too small to be narrow
     'Tied': Row(
         lambda: transforms.Tied(
             tl.Serial(tl.Embedding(7, D), tl.Dense(7, name='head')),

@@ -1,0 +1,22 @@
+"""``python -m layercomb_kernels``: compiles the kernels ahead, and says whether they work."""
+
+from __future__ import annotations
+
+import sys
+
+import layercomb_kernels
+from layercomb_kernels import build
+
+
+def main() -> int:
+    """Prints where the kernels are, or why there are none; 0 if they work."""
+    reason = layercomb_kernels.why_not()
+    if reason is not None:
+        print(f"no kernels, products are XLA's: {reason}")
+        return 1
+    print(f'kernels ready: {build.library_path()}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

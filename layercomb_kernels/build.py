@@ -1,0 +1,122 @@
+"""Compiles the kernels once for a machine, into the user's cache.
+
+The file's name carries a hash of all that the result depends on: source, flags, compiler, jaxlib
+and processor. It is made under another name and moved into place, so that processes which start
+together do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name('products.cc')
+SWITCH = 'LAYERCOMB_KERNELS'  # 0 turns the kernels off
+
+_COMPILERS = ('c++', 'g++', 'clang++')
+_SECONDS = 300
+
+
+class Unavailable(Exception):
+    """Why there are no kernels, in one line."""
+
+
+def load() -> ctypes.CDLL:
+    """The kernels, compiled if they have not been before.
+
+    Raises:
+      Unavailable: if they are switched off, there is no compiler, or it fails.
+    """
+    if os.environ.get(SWITCH, '1') == '0':
+        raise Unavailable(f'switched off by {SWITCH}=0')
+    path = library_path()
+    if _is_intact(path):
+        with contextlib.suppress(OSError):  # of another machine, perhaps: made anew, once
+            return ctypes.CDLL(str(path))
+    _compile(path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as e:
+        raise Unavailable(f'the compiled kernels cannot be loaded: {e}') from None
+
+
+def library_path() -> Path:
+    """Where the compiled kernels of this machine are kept.
+
+    Raises:
+      Unavailable: if there is no compiler.
+    """
+    parts = [
+        SOURCE.read_text(encoding='utf-8'),
+        *_command(),
+        importlib.metadata.version('jaxlib'),
+        _processor(),
+    ]
+    digest = _digest('\0'.join(parts).encode())[:16]
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return Path(cache) / 'layercomb' / f'kernels-{digest}.so'
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _seal(path: Path) -> Path:
+    """Where the hash of a library stands, which was written when the library was complete."""
+    return path.with_suffix('.sha256')
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a library is as it was made: to load one that was cut short ends the process."""
+    try:
+        return _seal(path).read_text(encoding='utf-8') == _digest(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+
+
+def _command() -> list[str]:
+    """The compiler and its flags."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise Unavailable(f'no C++ compiler: none of {", ".join(_COMPILERS)} is on the PATH')
+    tuned = '-mcpu=native' if platform.machine() in ('arm64', 'aarch64') else '-march=native'
+    flags = ['-O3', tuned, '-std=c++17', '-ffp-contract=fast', '-fPIC', '-shared', '-pthread']
+    return [compiler, *flags]
+
+
+def _processor() -> str:
+    """What -march=native goes by: the model and its flags, where the system tells."""
+    lines: set[str] = set()
+    with contextlib.suppress(OSError):
+        known = ('model name', 'flags', 'Features', 'CPU part')
+        info = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
+        lines = {line for line in info if line.startswith(known)}
+    return '\n'.join([platform.machine(), platform.processor(), *sorted(lines)])
+
+
+def _compile(path: Path) -> None:
+    import jax
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+            made = Path(directory) / path.name
+            command = [*_command(), f'-I{jax.ffi.include_dir()}', str(SOURCE), '-o', str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+            if done.returncode:
+                said = next((x for x in done.stderr.splitlines() if 'error' in x), done.stderr)
+                raise Unavailable(f'{command[0]} cannot compile the kernels: {said.strip()}')
+            digest = _digest(made.read_bytes())
+            os.replace(made, path)
+            made.write_text(digest, encoding='utf-8')
+            os.replace(made, _seal(path))
+    except (OSError, subprocess.SubprocessError) as e:
+        raise Unavailable(f'the kernels cannot be compiled: {e}') from None

@@ -1,0 +1,152 @@
+"""Narrow matrices: exact packing, bounded errors, and products equal to those of wide ones."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import layercomb_kernels
+from layercomb.layers import narrow as lib
+from layercomb.layers.narrow import Narrow
+
+CASES = [
+    ('io', (24, 10)),
+    ('io', (24, 9)),
+    ('ioo', (24, 2, 5)),
+    ('iio', (2, 12, 7)),
+    ('oi', (10, 24)),
+]
+
+
+@pytest.fixture(params=['kernels', 'plain'])
+def way(request):
+    """With kernels, where they can be had, and without."""
+    if request.param == 'plain':
+        with layercomb_kernels.off():
+            yield
+    elif layercomb_kernels.available():
+        yield
+    else:
+        pytest.skip('no kernels here')
+
+
+def weights(shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def made(axes, shape, bits, group_size=8):
+    wide = weights(shape)
+    return wide, Narrow(*lib.narrow(wide, axes, bits, group_size), axes, bits)
+
+
+def matrix(x, axes):
+    """A matrix with what groups run along first: (D, F)."""
+    return x.T if axes == 'oi' else x.reshape(math.prod(x.shape[: axes.count('i')]), -1)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_packing_is_exact(n, rows, seed):
+    q = np.random.default_rng(seed).integers(-8, 8, (rows, n)).astype(np.int8)
+    packed = lib._pack(jnp.asarray(q))
+    assert packed.shape == (rows, -(-n // 2)) and packed.dtype == jnp.uint8
+    np.testing.assert_array_equal(lib._integers(packed, 4)[:, :n], q)
+
+
+@pytest.mark.parametrize(('axes', 'shape'), CASES)
+def test_int8_is_off_by_half_a_scale_at_most(axes, shape):
+    wide, narrow = made(axes, shape, 8)
+    assert narrow.values.dtype == jnp.int8 and narrow.shape == shape == narrow.values.shape
+    error = jnp.abs(matrix(wide - narrow.wide(), axes)).reshape(3, 8, -1)  # (G, g, F)
+    scales = matrix(narrow.scales, axes) if axes == 'oi' else narrow.scales.reshape(3, -1)
+    assert (error <= scales[:, None] * (0.5 + 1e-5)).all()
+
+
+@pytest.mark.parametrize(('axes', 'shape'), CASES)
+def test_int4_and_bfloat16_are_near(axes, shape):
+    wide, narrow = made(axes, shape, 4, 6)
+    error = jnp.linalg.norm(wide - narrow.wide()) / jnp.linalg.norm(wide)
+    assert narrow.shape == shape and narrow.values.dtype == jnp.uint8 and error < 0.1
+    wide, narrow = made(axes, shape, 16)
+    assert narrow.scales is None
+    np.testing.assert_array_equal(narrow.wide(), wide.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_a_group_of_zeros_stays_one():
+    for bits in (4, 8):
+        narrow = Narrow(*lib.narrow(jnp.zeros((8, 4)), 'io', bits, 8), 'io', bits)
+        assert (narrow.wide() == 0).all()
+
+
+@pytest.mark.parametrize('bits', [4, 8, 16])
+@pytest.mark.parametrize(('axes', 'shape'), CASES)
+@pytest.mark.parametrize('n', [3, 40])
+def test_products_are_those_of_the_wide_matrix(axes, shape, bits, n, way):
+    _, narrow = made(axes, shape, bits)
+    i = tuple(k for k, axis in zip(shape, axes, strict=True) if axis == 'i')
+    o = tuple(k for k, axis in zip(shape, axes, strict=True) if axis == 'o')
+    x = weights((2, n, *i))
+    y = jax.jit(Narrow.product)(narrow, x)
+    wanted = x.reshape(2, n, -1) @ matrix(narrow.wide(), axes)
+    np.testing.assert_allclose(y, wanted.reshape(2, n, *o), rtol=1e-5, atol=1e-4)
+    assert narrow.product(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert narrow.product(x.astype(jnp.bfloat16), jnp.float32).dtype == jnp.float32
+
+
+@pytest.mark.parametrize('bits', [4, 8, 16])
+def test_rows_of_a_table(bits, way):
+    _, table = made('oi', (10, 24), bits)
+    wide = table.wide()
+    at = jnp.asarray([[3, 9, 3], [0, 1, 9]])
+    np.testing.assert_array_equal(table.take(at), wide[at])
+    assert jnp.isnan(table.take(jnp.asarray([10]))).all()
+    x, h = weights((2, 24)), weights((2, 3))
+    y = jax.jit(Narrow.gathered_product)(table, x, at)
+    np.testing.assert_allclose(y, jnp.einsum('md,mkd->mk', x, wide[at]), rtol=1e-5, atol=1e-5)
+    y = jax.jit(Narrow.gathered_sum)(table, h, at)
+    np.testing.assert_allclose(y, jnp.einsum('mk,mkd->md', h, wide[at]), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_loops_branches_and_vmap(way):
+    _, narrow = made('io', (24, 24), 8)
+    wide = narrow.wide()
+    x = weights((3, 24))
+
+    def loop(multiply):
+        def body(_, x):
+            return jax.lax.cond(x.sum() > 1e9, jnp.sin, lambda x: jnp.tanh(multiply(x)), x)
+
+        return lambda x: jax.lax.fori_loop(0, 3, body, x)
+
+    got = jax.jit(loop(narrow.product))(x)
+    np.testing.assert_allclose(got, loop(lambda x: x @ wide)(x), rtol=1e-4, atol=1e-5)
+    got = jax.grad(lambda x: jnp.sin(narrow.product(x)).sum())(x)
+    wanted = jax.grad(lambda x: jnp.sin(x @ wide).sum())(x)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    got = jax.vmap(narrow.product)(x)
+    np.testing.assert_allclose(got, x @ wide, rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_for_elsewhere_calls_no_kernel():
+    _, narrow = made('io', (24, 24), 8)
+    run = jax.jit(Narrow.product)
+    x = weights((1, 24))
+    text = run.trace(narrow, x).lower(lowering_platforms=('cuda',)).as_text()
+    assert 'layercomb' not in text
+    if layercomb_kernels.available():
+        assert 'layercomb_column_products' in run.lower(narrow, x).as_text()
+    with layercomb_kernels.off():
+        assert 'layercomb' not in run.lower(narrow, x).as_text()
+
+
+def test_groups_divide_what_they_run_along():
+    assert [lib.group_of(n, 64) for n in (768, 96, 100, 257, 3)] == [64, 48, 50, 257, 3]
+    _, narrow = made('io', (26, 4), 8, 8)
+    assert narrow.scales.shape == (2, 4)
+    assert lib.can_narrow((10, 24), 'oi', 4) and not lib.can_narrow((10, 25), 'oi', 4)

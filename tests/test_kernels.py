@@ -1,0 +1,206 @@
+"""The C++ kernels: the same products as plain NumPy, and no harm where they cannot be had."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import layercomb_kernels as kernels
+from layercomb_kernels import build
+
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason='no kernels here')
+KINDS = ('float32', 'bfloat16', 'int8', 'int4')
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def unpacked(words):
+    """(…, n) bytes → (…, 2n) floats."""
+    low, high = (words.astype(np.int8) << 4) >> 4, words.astype(np.int8) >> 4
+    return np.concatenate([low, high], -1).astype(np.float32)
+
+
+def matrix(kind, rows, columns, groups=1, down=True):
+    """Words, scales and the wide weights; groups run down columns, or along rows."""
+    scales = np.zeros((0, 0), np.float32)
+    if kind in ('float32', 'bfloat16'):
+        words = jnp.asarray(rng().normal(size=(rows, columns)), kind)
+        return words, scales, np.asarray(words, np.float32)
+    shape = (groups, columns) if down else (rows, groups)
+    scales = rng().normal(size=shape).astype(np.float32)
+    if kind == 'int8':
+        words = rng().integers(-127, 128, (rows, columns)).astype(np.int8)
+        wide = words.astype(np.float32)
+    else:
+        words = rng().integers(0, 256, (rows, -(-columns // 2))).astype(np.uint8)
+        wide = unpacked(words)[:, :columns]
+    length = (rows if down else columns) // groups
+    return words, scales, wide * np.repeat(scales, length, 0 if down else 1)
+
+
+def assert_same(got, wanted):
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+@needs_kernels
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+    ('m', 'd', 'f', 'groups'),
+    [
+        (1, 64, 128, 2),
+        (3, 70, 50, 2),
+        (16, 96, 203, 3),
+        (5, 7, 3, 7),
+        (1, 40, 5000, 1),
+        (32, 9, 9, 3),
+    ],
+)
+def test_column_products(kind, m, d, f, groups):
+    words, scales, wide = matrix(kind, d, f, groups)
+    x = rng().normal(size=(m, d)).astype(np.float32)
+    y = jax.jit(kernels.column_products, static_argnums=3)(x, words, scales, f)
+    assert_same(y, x @ wide)
+
+
+@needs_kernels
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+    ('m', 'd', 'f', 'groups'),
+    [(1, 128, 64, 2), (3, 280, 51, 4), (16, 96, 203, 2), (5, 44, 3, 4), (2, 40, 2000, 2)],
+)
+def test_row_products(kind, m, d, f, groups):
+    words, scales, wide = matrix(kind, f, d, groups, down=False)
+    x = rng().normal(size=(m, d)).astype(np.float32)
+    assert_same(jax.jit(kernels.row_products)(x, words, scales), x @ wide.T)
+
+
+@needs_kernels
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(('m', 'd', 'k', 'groups'), [(1, 128, 9, 4), (3, 44, 5, 2), (2, 300, 1, 6)])
+def test_gathered_rows_are_those_asked_for(kind, m, d, k, groups):
+    words, scales, wide = matrix(kind, 23, d, groups, down=False)
+    at = rng().integers(0, 23, (m, k)).astype(np.int32)
+    at[:, -1] = at[:, 0]  # again
+    at[0, 0] = 1000  # outside: the nearest is taken
+    at[-1, 0] = -5
+    rows = wide[np.clip(at, 0, 22)]  # (M, K, D)
+    x = rng().normal(size=(m, d)).astype(np.float32)
+    h = rng().normal(size=(m, k)).astype(np.float32)
+    y = jax.jit(kernels.gathered_products)(x, at, words, scales)
+    assert_same(y, np.einsum('md,mkd->mk', x, rows))
+    y = jax.jit(kernels.gathered_sums)(h, at, words, scales)
+    assert_same(y, np.einsum('mk,mkd->md', h, rows))
+
+
+@needs_kernels
+def test_large_products_on_several_threads_in_a_loop():
+    words, scales, wide = matrix('int8', 512, 4096, 8)
+    x = rng().normal(size=(1, 512)).astype(np.float32)
+
+    @jax.jit
+    def run(x):
+        def step(i, total):
+            y = kernels.column_products(x * (1 + 0 * total[:, :512]), words, scales, 4096)
+            return total + y
+
+        return jax.lax.fori_loop(0, 50, step, jnp.zeros((1, 4096)))
+
+    assert_same(run(x), 50 * (x @ wide))
+
+
+@needs_kernels
+def test_vmap_goes_one_by_one():
+    words, scales, wide = matrix('int8', 16, 8, 2)
+    x = rng().normal(size=(3, 2, 16)).astype(np.float32)
+    y = jax.vmap(lambda x: kernels.column_products(x, words, scales, 8))(x)
+    assert_same(y, x @ wide)
+
+
+def test_off_is_seen_by_what_is_traced():
+    seen = []
+
+    @jax.jit
+    def look(x):
+        seen.append(kernels.available())
+        return x
+
+    look(1.0)
+    with kernels.off():
+        look(1.0)
+        assert kernels.why_not() == 'switched off by layercomb_kernels.off()'
+    look(1.0)
+    assert seen == [kernels.available(), False]
+
+
+def test_switched_off_by_the_environment(monkeypatch):
+    monkeypatch.setenv(build.SWITCH, '0')
+    with pytest.raises(build.Unavailable, match='switched off by LAYERCOMB_KERNELS=0'):
+        build.load()
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setattr(build, '_COMPILERS', ('no-such-compiler',))
+    with pytest.raises(build.Unavailable, match=r'no C\+\+ compiler: none of no-such-compiler is'):
+        build.load()
+
+
+def compiler(tmp_path, monkeypatch, script):
+    """A compiler that runs a shell script, and a cache of its own."""
+    fake = tmp_path / 'compiler'
+    fake.write_text(f'#!/bin/sh\n{script}\n')
+    fake.chmod(0o755)
+    monkeypatch.setattr(build, '_COMPILERS', (str(fake),))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+
+
+def test_a_compiler_that_fails(tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch, 'echo "x.cc:1: error: no such thing" >&2; exit 1')
+    with pytest.raises(build.Unavailable, match=r'cannot compile the kernels: x.cc:1: error: '):
+        build.load()
+    assert not list((tmp_path / 'cache' / 'layercomb').iterdir())  # nothing is left behind
+
+
+def test_a_cache_that_cannot_be_written_to(tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch, 'exit 0')
+    (tmp_path / 'cache').write_text('a file in the way')
+    with pytest.raises(build.Unavailable, match='the kernels cannot be compiled'):
+        build.load()
+
+
+@needs_kernels
+def test_a_damaged_library_is_made_anew_once(tmp_path, monkeypatch):
+    good = build.library_path()
+    real = 'for last; do :; done; echo made >> "$0.log"; '
+    compiler(tmp_path, monkeypatch, f'{real} cp {good} "$last"')
+    path = build.library_path()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(good.read_bytes()[:1000])
+    build._seal(path).write_bytes(build._seal(good).read_bytes())
+    assert build.load() is not None
+    assert path.read_bytes() == good.read_bytes()
+    build.load()
+    path.unlink()
+    compiler(tmp_path, monkeypatch, f'{real} echo nonsense > "$last"')
+    with pytest.raises(build.Unavailable, match='the compiled kernels cannot be loaded'):
+        build.load()
+    assert (tmp_path / 'compiler.log').read_text().split() == ['made', 'made']
+
+
+@pytest.mark.parametrize('switch', ['0', '1'])
+def test_the_module_says_whether_it_works(switch):
+    env = {**os.environ, build.SWITCH: switch, 'PYTHONPATH': str(Path(kernels.__file__).parents[1])}
+    command = [sys.executable, '-m', 'layercomb_kernels']
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    works = switch == '1' and kernels.available()
+    assert done.returncode == (0 if works else 1)
+    assert done.stdout.startswith('kernels ready: ' if works else 'no kernels, products are XLA')
+    assert len(done.stdout.splitlines()) == 1
