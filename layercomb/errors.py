@@ -59,6 +59,34 @@ def of_the_machine(cure: str) -> Iterator[None]:
         raise UsageError(f'{_refusal(e)}: {cure}') from e
 
 
+@contextlib.contextmanager
+def of_the_person() -> Iterator[None]:
+    """Turns errors of construction, where all values are a person's, into a UsageError of one line.
+
+    Raises:
+      UsageError: for what wrong values, names and types raise, with our notes of where it was.
+    """
+    try:
+        yield
+    except (UsageError, BrokenPipeError):
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, OSError) as e:
+        notes = [n for n in getattr(e, '__notes__', ()) if n.startswith('in ')]
+        where = f' ({", ".join(notes)})' if notes else ''
+        raise UsageError(f'{one_line(e)}{where}') from e
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name if it says nothing.
+
+    >>> one_line(ValueError('too long\\nby far')), one_line(KeyError('no such name'))
+    ('too long', 'no such name')
+    """
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), '')
+    return first or type(error).__name__
+
+
 def _refusal(error: OSError | ValueError) -> str:
     """What the operating system said; an error of another origin is raised again."""
     if isinstance(error, OSError):

@@ -135,7 +135,7 @@ def test_generate_streams_and_reads_prompts(files, capsys, monkeypatch, tmp_path
         said.append(captured.out)
         assert captured.out.startswith('cat') and 'tokens' in captured.err
     monkeypatch.setattr('sys.stdin', io.StringIO('cat'))
-    assert cli.main(['generate', str(run), '--prompt', '-', *how]) == 0
+    assert cli.main(['generate', str(run), '-', *how]) == 0
     said.append(capsys.readouterr().out)
     assert len(set(said)) == 1
 
@@ -192,7 +192,7 @@ def test_mistakes_with_files(files, capsys, tmp_path):
     assert (tmp_path / 'letter').read_text() == 'dear'
     assert 'holds no run (config.gin is missing)' in refused(capsys, 'eval', tmp_path)
     assert 'cannot read' in refused(capsys, 'generate', run, '--prompt_file', folder / 'nothing')
-    assert 'either --prompt' in refused(capsys, 'generate', run)
+    assert 'give one of --prompt' in refused(capsys, 'generate', run)
     assert 'the prompt is empty' in refused(capsys, 'generate', run, '--prompt', '')
     assert "the model's max_len is 24" in refused(
         capsys, 'generate', run, '--prompt', 'x' * 30, '--n_tokens', 2

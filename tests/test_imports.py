@@ -17,14 +17,15 @@ FILES = sorted(ROOT.rglob('*.py'))
 
 # Each floor may import from those below it, and from itself; a name may be a package or a module.
 FLOORS = [
-    {'version', 'errors', 'shapes', 'trees'},
+    {'version', 'errors', 'shapes', 'trees', 'arguments'},
     {'layers'},
     {'checkpoints', 'transforms'},
     {'losses'},
     {'model', 'models'},
     {'summary'},
     {'data', 'optimizers', 'parallel', 'interop', 'supervised'},
-    {'experiment'},
+    {'runs'},
+    {'experiment', 'export', 'serving', 'terminal'},
     {'cli', '__main__'},
 ]
 

@@ -21,7 +21,11 @@ def setup():
 
 
 def test_every_package_is_listed(setup):
-    found = [path.parent.relative_to(ROOT) for path in (ROOT / 'layercomb').rglob('__init__.py')]
+    found = [
+        path.parent.relative_to(ROOT)
+        for name in ('layercomb', 'layercomb_kernels')
+        for path in (ROOT / name).rglob('__init__.py')
+    ]
     folders = {'.'.join(path.parts) for path in found}
     renamed = dict(
         map(str.strip, line.split('='))
@@ -41,7 +45,12 @@ def test_every_python_file_is_in_a_package(setup):
 
 def test_data_is_declared(setup):
     declared = dict(setup['options.package_data'])
-    assert declared == {'layercomb': 'py.typed', 'layercomb.gin_configs': '*.gin'}
+    assert declared == {
+        'layercomb': 'py.typed',
+        'layercomb.gin_configs': '*.gin',
+        'layercomb.serving': 'page.html',
+        'layercomb_kernels': '*.cc',
+    }
     assert (ROOT / 'layercomb' / 'py.typed').is_file()
     assert list((ROOT / 'gin_configs').glob('*.gin'))
     folders = [path.parent for path in (ROOT / 'gin_configs').rglob('*.gin')]

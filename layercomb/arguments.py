@@ -1,0 +1,92 @@
+"""What the command line takes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from layercomb.errors import UsageError
+from layercomb.version import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    """What it refuses, it says in one line, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f'{message}: see {self.prog} --help')
+
+
+def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
+    """The parser of the command line; what it gives has the command's function as ``run``.
+
+    Args:
+      commands: what runs each command, named by it; its docstring is ``COMMAND ARGUMENTS: help``.
+    """
+    made = _Parser(
+        prog='layercomb', description='Trains and uses models that gin configurations describe.'
+    )
+    made.add_argument('--version', action='version', version=f'layercomb {__version__}')
+    subparsers = made.add_subparsers(required=True, metavar='COMMAND')
+
+    def command(name: str, first: str, first_help: str) -> Any:
+        run = commands[name]
+        about = (run.__doc__ or '').partition(': ')[2]
+        sub = subparsers.add_parser(name, help=about, description=about)
+        sub.add_argument(first, help=first_help)
+        sub.add_argument(
+            '--gin_param',
+            action='append',
+            default=[],
+            metavar='NAME=VALUE',
+            help="a binding that goes before the file's, e.g. 'train.steps=100'; may be repeated",
+        )
+        sub.set_defaults(run=run)
+        return sub.add_argument
+
+    a_config = 'a .gin file, or the name of a configuration that comes with the library'
+    a_run = 'the output_dir of a run'
+    add = command('train', 'config', a_config)
+    add('--output_dir', help='where the run is kept; by default runs/NAME')
+    command('eval', 'run_dir', a_run)
+    command('inspect', 'config', f'{a_config}, or {a_run}')
+    _generate_options(command('generate', 'run_dir', a_run))
+    _serve_options(command('serve', 'run_dir', a_run))
+    add = command('export', 'run_dir', a_run)
+    add('out', help='a directory, new or empty')
+    add('--batch_size', type=int, default=1, help='rows that the decode step takes')
+    add('--max_len', type=int, help="positions that its caches hold; by default the model's")
+    return made
+
+
+def _generate_options(add: Any) -> None:
+    add('stdin', nargs='?', choices=['-'], metavar='-', help='continue what standard input says')
+    add('--prompt', help='what to continue')
+    add('--prompt_file', help='a file to continue')
+    add('--n_tokens', type=int, default=300, help='how many tokens to make (%(default)s)')
+    add('--temperature', type=float, default=0.8, help='0 takes the likeliest token (%(default)s)')
+    add('--top_k', type=int, help='draw among the k likeliest')
+    add('--top_p', type=float, help='draw among the likeliest that reach p together')
+    add('--repetition_penalty', type=float, default=1.0, help='above 1, less of what was there')
+    add('--seed', type=int, default=0, help='of the sample (%(default)s)')
+    add('--beams', type=int, help='search for the likeliest text among so many, instead of drawing')
+    add('--bits', type=int, choices=(16, 8, 4), help='narrow weights, of so many bits')
+
+
+def _serve_options(add: Any) -> None:
+    add(
+        '--host',
+        default='127.0.0.1',
+        help='the address to listen on; 0.0.0.0 for all (%(default)s)',
+    )
+    add('--port', type=int, default=8000, help='0 takes a free one (%(default)s)')
+    add('--max_tokens', type=int, default=1024, help='that a request may ask for (%(default)s)')
+    add('--max_prompt', type=int, default=8192, help='tokens of a prompt, at most (%(default)s)')
+    add('--max_concurrent', type=int, default=4, help='requests answered at once (%(default)s)')
+    add(
+        '--max_queue',
+        type=int,
+        default=64,
+        help='requests that may wait for their turn (%(default)s)',
+    )
+    add('--bits', type=int, choices=(16, 8, 4), help='narrow weights, of so many bits')

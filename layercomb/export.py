@@ -1,0 +1,238 @@
+"""A trained model in files that other programs read: safetensors, and decoding as a program.
+
+What `write` leaves needs neither this library nor the model's description to be run: weights in a
+flat file, and a decode step that `jax.export` has lowered for CPUs, GPUs and TPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from layercomb import trees
+from layercomb.errors import UsageError, of_the_machine, require
+from layercomb.interop.safetensors import save_weights
+from layercomb.layers.base import Mode, init_state
+from layercomb.model import Model
+from layercomb.shapes import shape_dtype
+from layercomb.supervised import decoding
+from layercomb.transforms import unstack, unstack_state
+from layercomb.version import __version__
+
+_MAX_LEN = 1024  # where nothing in the model limits it
+_PLATFORMS = ('cpu', 'cuda', 'tpu')
+
+_README = """\
+# An exported model
+
+* `model.safetensors`: the weights, each under its path in the model that was trained.
+* `config.gin`: the configuration it was trained with.
+{state}* `decode_init.bin`, `decode_step.bin`: programs of `jax.export`, for {platforms}.
+  The first gives the state that decoding begins with. The second takes weights, state and the
+  next tokens, int32 (B, 1), and gives logits (B, vocabulary) and the next state: B is
+  {batch_size}, and the state has room for {room} positions. Weights and state are dicts from
+  paths to arrays.
+* `decode_step.json`: those paths, in the order the program takes them, with shapes and types. A
+  weight of one layer among several alike is a slice of what `model.safetensors` has.
+
+To continue tokens greedily, in this directory, with no more than jax, flatbuffers and safetensors:
+
+```python
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import export
+from safetensors.numpy import load_file
+
+def program(name):
+    return export.deserialize(bytearray(Path(name).read_bytes())).call
+
+def continued(prompt, n_tokens):
+    state, made = start(), []
+    for i in range(len(prompt) + n_tokens - 1):
+        token = prompt[i] if i < len(prompt) else made[-1]
+        logits, state = step(weights, state, np.full(({batch_size}, 1), token, np.int32))
+        if i >= len(prompt) - 1:
+            made.append(int(logits[0].argmax()))
+    return made
+
+arrays = load_file('model.safetensors')
+layout = json.loads(Path('decode_step.json').read_text())
+weights = {{w['path']: arrays[w['name']][tuple(w['index'])] for w in layout['weights']}}
+start, step = program('decode_init.bin'), jax.jit(program('decode_step.bin'), donate_argnums=1)
+```
+"""
+
+
+def write(
+    model: Model,
+    out: str | Path,
+    config: str,
+    *,
+    batch_size: int = 1,
+    max_len: int | None = None,
+) -> dict[str, int]:
+    """Writes a trained model into a directory, whole or not at all.
+
+    Args:
+      model: a language model with weights, (B, L) → (B, L, V).
+      out: a directory that is empty or does not exist yet.
+      config: the configuration that made the model, kept beside it.
+      batch_size: how many rows the decode step takes.
+      max_len: how many positions its caches hold; by default as many as the model can, or 1,024.
+
+    Returns:
+      The size in bytes of each file written, by its name.
+
+    Raises:
+      UsageError: if the directory holds anything or cannot be written, or an extra is missing; and
+        as for `decode_programs`.
+    """
+    require('flatbuffers', 'export')  # jax would ask for it as late as in serialize
+    max_len = _room(model, max_len)
+    programs = decode_programs(model, batch_size, max_len)
+    with _whole(Path(out)) as folder, of_the_machine('free some space, or write elsewhere'):
+        save_weights(folder / 'model.safetensors', model.weights or {})
+        if jax.tree.leaves(model.state):
+            save_weights(folder / 'state.safetensors', model.state)
+        for name, program in programs.items():
+            (folder / f'{name}.bin').write_bytes(program.serialize())
+        (folder / 'config.gin').write_text(config, encoding='utf-8')
+        layout = {'max_len': max_len, **_layout(model, programs['decode_step'])}
+        (folder / 'decode_step.json').write_text(json.dumps(layout, indent=1), encoding='utf-8')
+        (folder / 'README.md').write_text(_readme(model, layout), encoding='utf-8')
+        return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+
+
+def decode_programs(
+    model: Model, batch_size: int = 1, max_len: int | None = None
+) -> dict[str, jax.export.Exported]:
+    """Decoding as programs that `jax.export` has lowered for CPUs, GPUs and TPUs.
+
+    Args:
+      model: a language model with weights.
+      batch_size: the number of rows, B.
+      max_len: how many positions the caches hold; by default as many as the model can, or 1,024.
+
+    Returns:
+      ``decode_init``: () → state, and ``decode_step``: (weights, state, tokens (B, 1)) →
+      (logits (B, V), state). Weights are unstacked; weights and state are flat dicts by path.
+
+    Raises:
+      UsageError: if it is no language model, or `max_len` is more than the model's.
+      ValueError: if a size is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f'batch_size must be at least 1, got {batch_size}')
+    if model.weights is None:
+        raise TypeError('export needs an lc.Model with weights: init, load or train it first')
+    if model.layer.n_in != 1:
+        raise UsageError(f'export takes a language model: this one has {model.layer.n_in} inputs')
+    signature = shape_dtype((batch_size, _room(model, max_len)), 'int32')
+    net, weights = unstack(model.layer, model.weights or {})
+    trained = unstack_state(model.layer, model.state)
+
+    def init() -> dict[str, Any]:
+        fresh = init_state(net, signature, Mode.PREDICT)
+        return trees.flatten(decoding._carry_over(net, trained, fresh, signature))
+
+    def step(weights: Any, state: Any, tokens: jax.Array) -> Any:
+        weights, state = trees.unflatten(weights), trees.unflatten(state)
+        (logits,), state = net.apply(weights, state, (tokens,), mode=Mode.PREDICT)
+        return logits[:, 0], trees.flatten(state)
+
+    tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
+    arguments = trees.flatten(weights), jax.eval_shape(init), tokens
+    return {
+        'decode_init': jax.export.export(jax.jit(init), platforms=_PLATFORMS)(),
+        'decode_step': jax.export.export(jax.jit(step), platforms=_PLATFORMS)(*arguments),
+    }
+
+
+def _room(model: Model, max_len: int | None) -> int:
+    """How many positions the caches hold."""
+    limit = decoding.max_len(model.layer)
+    room = (limit or _MAX_LEN) if max_len is None else max_len
+    if room < 1:
+        raise ValueError(f'max_len must be at least 1, got {room}')
+    if limit is not None and room > limit:
+        raise UsageError(f"max_len={room} is more than the model's {limit}: ask for fewer")
+    return room
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slice:
+    """Where a weight of the unstacked model is found: an array, and indices along its first axes.
+
+    Stands for an array while weights are unstacked, and notes how it is sliced.
+    """
+
+    name: str
+    index: tuple[int, ...] = ()
+
+    def __getitem__(self, i: int) -> _Slice:
+        return _Slice(self.name, (*self.index, i))
+
+
+def _layout(model: Model, step: jax.export.Exported) -> dict[str, Any]:
+    """What the decode step takes and gives, as JSON can hold it."""
+    whole = trees.map_with_path(lambda path, _: _Slice(path), model.weights or {})
+    slices = trees.flatten(unstack(model.layer, whole)[1])
+    (weights, state, tokens), _ = jax.tree.unflatten(step.in_tree, step.in_avals)
+    logits, _ = jax.tree.unflatten(step.out_tree, step.out_avals)
+    return {
+        'made_by': f'layercomb {__version__}, jax {jax.__version__}',
+        'platforms': list(step.platforms),
+        'weights': [
+            {'path': path, **_kind(x), **dataclasses.asdict(slices[path])}
+            for path, x in weights.items()
+        ],
+        'state': [{'path': path, **_kind(x)} for path, x in state.items()],
+        'tokens': _kind(tokens),
+        'logits': _kind(logits),
+    }
+
+
+def _kind(x: Any) -> dict[str, Any]:
+    return {'shape': list(x.shape), 'dtype': jnp.dtype(x.dtype).name}
+
+
+def _readme(model: Model, layout: dict[str, Any]) -> str:
+    state = '* `state.safetensors`: what it learnt beside weights, such as running statistics.\n'
+    return _README.format(
+        state=state if jax.tree.leaves(model.state) else '',
+        platforms=', '.join(layout['platforms']),
+        batch_size=layout['tokens']['shape'][0],
+        room=layout['max_len'],
+    )
+
+
+@contextlib.contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A directory to write into, which gets its name at the end, or vanishes."""
+    with of_the_machine('choose another directory'):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f'{str(out)!r} is not empty: export to a new directory, or empty it')
+        folder = out.absolute().with_name(f'.{out.absolute().name}.{os.getpid()}')
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+        with of_the_machine('choose another directory'):
+            if out.exists():
+                out.rmdir()
+            folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -1,0 +1,57 @@
+"""Weights as safetensors: one flat file, each array under its path, read without running anything.
+
+The format: https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from layercomb import trees
+from layercomb.errors import UsageError, of_the_machine, require
+
+
+def save_weights(path: str | Path, weights: Mapping[str, Any]) -> None:
+    """Writes a tree of arrays, each of its own dtype (bfloat16 too), as one file.
+
+    Args:
+      path: of the file, ``….safetensors``; what is there is replaced.
+      weights: a nested dict of arrays; none of them may be a random key.
+
+    Raises:
+      UsageError: if safetensors is not installed, or the file cannot be written.
+    """
+    numpy = require('safetensors.numpy', 'export')
+    arrays = {  # the format knows no strides: it would write what a view looks at, in its order
+        name: np.ascontiguousarray(jax.device_get(x)) for name, x in trees.flatten(weights).items()
+    }
+    with of_the_machine('free some space, or write elsewhere'):
+        numpy.save_file(arrays, path, {'format': 'layercomb'})
+
+
+def load_weights(path: str | Path) -> dict[str, Any]:
+    """Reads a file of safetensors as a tree.
+
+    Args:
+      path: of the file; a ``/`` in a name goes one level down.
+
+    Returns:
+      A nested dict of NumPy arrays.
+
+    Raises:
+      UsageError: if safetensors is not installed, or there is no such file, or it is another kind
+        of file, or damaged.
+    """
+    numpy = require('safetensors.numpy', 'export')
+    from safetensors import SafetensorError
+
+    with of_the_machine('check the path'):
+        try:
+            return trees.unflatten(numpy.load_file(path))
+        except SafetensorError as e:
+            raise UsageError(f'{str(path)!r} is no file of safetensors ({e})') from None

@@ -1,0 +1,100 @@
+"""A run's directory: its configuration, whether it may be gone on with, and what it has learnt."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from layercomb.errors import UsageError, of_the_machine, of_the_person
+from layercomb.layers.base import Layer
+from layercomb.model import Model
+
+CONFIG = 'config.gin'
+OPERATIVE = 'operative_config.gin'
+# What may change between the parts of one run: how long it is, and what is shown of it.
+_MAY_CHANGE = re.compile(
+    r'cli\.train\.(steps|keep|\w+_every|eval_tasks|sample_\w+|baseline_text)$|.*EvalTask\.'
+)
+
+
+def config_of(run_dir: str | Path) -> str:
+    """The configuration of a run.
+
+    Raises:
+      UsageError: if there is no run, or it cannot be read.
+    """
+    path = Path(run_dir) / CONFIG
+    with of_the_machine('check the run directory'):
+        if path.is_file():
+            return read_text(path)
+    raise UsageError(
+        f'{str(run_dir)!r} holds no run ({CONFIG} is missing): give the output_dir of one'
+    )
+
+
+def read_text(path: Path) -> str:
+    """A file of text, or a UsageError that says why it cannot be read."""
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f'cannot read {str(path)!r} ({e}): check the path') from None
+
+
+def last_model(run_dir: str | Path, net: Layer, signature: Any) -> tuple[Model, int]:
+    """The model as the last checkpoint of a run has it; writes nothing.
+
+    Args:
+      run_dir: the output directory of a run, which may still be training.
+      net: its model.
+      signature: of the model's inputs.
+
+    Returns:
+      (model, step).
+
+    Raises:
+      UsageError: if there is no checkpoint, it cannot be read, or it is of another model.
+    """
+    from layercomb.supervised.checkpoints import latest_weights
+
+    with of_the_person():
+        key = jax.eval_shape(jax.random.key, 0)
+        weights, state = jax.eval_shape(lambda rng: net.init(signature, rng), key)
+    with of_the_machine(f'check that {str(run_dir)!r} can be read'):
+        weights, state, step = latest_weights(run_dir, weights, state)
+    return Model(net, weights, state), step
+
+
+def check_directory(directory: Path, text: str) -> None:
+    """Raises UsageError unless a run may be kept in the directory: a new one, or this one."""
+    with of_the_machine('choose another --output_dir'):
+        if (directory / CONFIG).exists():
+            _same_experiment(directory, text)
+        elif directory.exists() and not _is_empty(directory):
+            raise UsageError(
+                f'{str(directory)!r} is not empty and holds no run: choose another --output_dir'
+            )
+
+
+def _same_experiment(directory: Path, text: str) -> None:
+    old, new = _bindings(read_text(directory / CONFIG)), _bindings(text)
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    if changed:
+        raise UsageError(
+            f'{str(directory)!r} holds another experiment ({changed[0]} is '
+            f'{old.get(changed[0], "not bound")} there, {new.get(changed[0], "not bound")} '
+            'here): choose another --output_dir, or delete it'
+        )
+
+
+def _is_empty(directory: Path) -> bool:
+    return directory.is_dir() and not any(directory.iterdir())
+
+
+def _bindings(text: str) -> dict[str, str]:
+    """What a configuration binds, without what may change between the parts of one run."""
+    joined = re.sub(r'\\\n\s*', '', text)
+    found = re.findall(r'^([\w./]+) = (.*(?:\n[ \t].*)*)', joined, re.MULTILINE)
+    return {name: value for name, value in found if not _MAY_CHANGE.match(name)}

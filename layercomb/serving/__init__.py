@@ -1,0 +1,121 @@
+"""A server for one language model: completions as OpenAI's clients ask for them, and a page.
+
+from layercomb import serving
+application = serving.app(model, tokenizer, 'my-model')      # ASGI
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from layercomb.errors import UsageError, require
+from layercomb.model import Model
+from layercomb.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+__all__ = ['Limits', 'app', 'bound', 'run']
+
+_LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+
+
+def app(
+    model: Model,
+    tokenizer: Any,
+    name: str,
+    limits: Limits = Limits(),
+    hosts: Sequence[str] | None = None,
+) -> Starlette:
+    """The application, compiled for most requests already.
+
+    ``POST /v1/completions`` takes `prompt` (a text, texts, or token ids), `max_tokens`,
+    `temperature`, `top_p`, `n`, `stop`, `stream`, `stream_options`, `seed`, `echo`, and beyond
+    OpenAI's `top_k` and `repetition_penalty`. ``GET /v1/models``, ``/healthz`` and ``/``, a page.
+    Errors are JSON.
+
+    Args:
+      model: a language model with weights, (B, L) → (B, L, V).
+      tokenizer: turns text into tokens and back, as they come.
+      name: of the model.
+      limits: what is allowed.
+      hosts: the names under which it answers; None for any.
+
+    Returns:
+      An ASGI application; its `state.engine` makes the completions.
+
+    Raises:
+      UsageError: if starlette is not installed, or the model cannot be decoded.
+    """
+    require('starlette', 'serve')
+    from layercomb.serving.engine import Engine
+    from layercomb.serving.routes import build
+
+    engine = Engine(model, tokenizer, limits)
+    engine.warm_up()
+    return build(engine, tokenizer, name, limits, hosts)
+
+
+@contextlib.contextmanager
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that has an address, and does not listen yet.
+
+    Args:
+      host: a name or an address; ``0.0.0.0`` or ``::`` for all.
+      port: 0 takes a free one.
+
+    Raises:
+      UsageError: if the address is taken, not allowed, or not of this machine.
+    """
+    require('uvicorn', 'serve')
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        made = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as e:
+        raise UsageError(f'{host!r} and {port} are no address to listen on ({e})') from None
+    with made:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            made.bind(address)
+        except OSError as e:
+            cure = 'another --port' if e.errno in (errno.EADDRINUSE, errno.EACCES) else '--host'
+            raise UsageError(
+                f'cannot listen on {host}:{port} ({e.strerror}): choose {cure}'
+            ) from None
+        yield made
+
+
+def run(model: Model, tokenizer: Any, name: str, limits: Limits, listener: socket.socket) -> None:
+    """Serves until it is interrupted, and says when it is ready.
+
+    Args:
+      model, tokenizer, name, limits: as for `app`.
+      listener: from `bound`. Where it is of this machine alone, other names are refused.
+    """
+    uvicorn = require('uvicorn', 'serve')
+    address, port, *_ = listener.getsockname()
+    hosts = (*_LOOPBACK, address) if address in _LOOPBACK else None
+    print(f'{name}: compiling', flush=True)
+    started = time.perf_counter()
+    application = app(model, tokenizer, name, limits, hosts)
+    logging.basicConfig(level=logging.WARNING)
+    config = uvicorn.Config(
+        application,
+        access_log=False,
+        log_level='warning',
+        timeout_graceful_shutdown=1,
+        ws='none',
+    )
+    seconds = time.perf_counter() - started
+    shown = f'[{address}]' if ':' in address else address
+    print(f'ready after {seconds:.1f} s: http://{shown}:{port}/ (Ctrl-C stops)', flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,219 @@
+"""The engine: completions, a few at a time, each decoded in a thread of its own.
+
+The event loop owns the places; a thread only decodes and posts what it has made. A place is taken
+before anything is computed, and free again when its thread has ended, never earlier: whoever hangs
+up stops the thread within a token, and nobody can have more computed than places allow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from layercomb.errors import UsageError
+from layercomb.model import Model, first_embedding
+from layercomb.serving.limits import Limits
+from layercomb.serving.protocol import Refusal, Request
+from layercomb.serving.texts import Text
+from layercomb.supervised import decoding
+from layercomb.transforms import unstack, unstack_state
+
+_LEAST_ROOM = 512  # caches hold so many positions, or a power of two of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a token added to one choice.
+
+    Attributes:
+      index: of the choice.
+      text: what it added; empty while characters are unfinished, or held back.
+      finish_reason: 'stop' or 'length' with the last piece of a choice.
+    """
+
+    index: int
+    text: str
+    finish_reason: str | None
+
+
+class Running:
+    """A completion that is being made: its pieces, and how to stop it.
+
+    Attributes:
+      n_made: how many tokens it has made.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.n_made = 0
+        self._posted: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._cancelled = threading.Event()
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The pieces, as they are made.
+
+        Raises:
+          Refusal: if the model cannot make them.
+        """
+        while (posted := await self._posted.get()) is not None:
+            if isinstance(posted, Exception):
+                raise posted
+            yield posted
+
+    def cancel(self) -> None:
+        """Lets the thread end after the token that it is at."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def post(self, item: Piece | Exception | None) -> None:
+        """Called in the thread: hands an item over; None ends."""
+        self._loop.call_soon_threadsafe(self._posted.put_nowait, item)
+
+
+class Engine:
+    """A model that makes completions.
+
+    Args:
+      model: a language model with weights.
+      tokenizer: with `encode`, `eos_id` and `incremental_decoder`.
+      limits: how many are made at once, and how many wait.
+    """
+
+    def __init__(self, model: Model, tokenizer: Any, limits: Limits) -> None:
+        net, weights = unstack(model.layer, model.weights or {})  # once, not for each request
+        self._model = Model(net, weights, unstack_state(model.layer, model.state))
+        self._tokenizer = tokenizer
+        self._max_len = decoding.max_len(net)
+        self._limits = limits
+        self._threads = ThreadPoolExecutor(limits.max_concurrent, 'completion')
+        self._free = asyncio.Semaphore(limits.max_concurrent)
+        self._waiting = 0
+        self._running: set[Running] = set()
+        embedding = first_embedding(net)
+        self.vocab_size = tokenizer.vocab_size if embedding is None else embedding.vocab_size
+
+    @property
+    def n_running(self) -> int:
+        """How many completions are being made."""
+        return len(self._running)
+
+    def warm_up(self) -> None:
+        """Compiles what most requests need, by making a few tokens."""
+        ids = tuple(int(i) for i in self._tokenizer.encode('The'))
+        for request in (Request((ids,), 2), Request((ids,), 2, temperature=0.0)):
+            for _ in zip(range(2), self._tokens(request), strict=False):
+                pass
+
+    async def start(self, request: Request) -> Running:
+        """Begins a completion, once there is a place for it.
+
+        Raises:
+          Refusal: if the prompt leaves no room, too many wait, or it has waited too long.
+        """
+        self._check_room(request)
+        await self._take_place()
+        running = Running(request)
+        self._running.add(running)
+        thread = asyncio.get_running_loop().run_in_executor(self._threads, self._make, running)
+        thread.add_done_callback(lambda _: self._give_place_back(running))
+        return running
+
+    async def close(self) -> None:
+        """Stops all that is being made, and waits until it has."""
+        self.cancel()
+        await asyncio.to_thread(self._threads.shutdown)
+
+    def cancel(self) -> None:
+        """Lets all that is being made end after the token that it is at."""
+        for running in list(self._running):
+            running.cancel()
+
+    def _check_room(self, request: Request) -> None:
+        longest, wanted = max(map(len, request.prompts)), request.max_tokens
+        if self._max_len is not None and longest + wanted > self._max_len:
+            raise Refusal(
+                400,
+                f'the prompt of {longest} tokens and {wanted} new ones make {longest + wanted}, '
+                f'and the model reaches {self._max_len}: shorten the prompt, or ask for fewer',
+                'context_length_exceeded',
+                'prompt',
+            )
+
+    async def _take_place(self) -> None:
+        if self._free.locked() and self._waiting >= self._limits.max_queue:
+            raise _busy()
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self._limits.patience):
+                await self._free.acquire()
+        except TimeoutError:
+            raise _busy() from None
+        finally:
+            self._waiting -= 1
+
+    def _give_place_back(self, running: Running) -> None:
+        self._running.discard(running)
+        self._free.release()
+
+    def _make(self, running: Running) -> None:
+        """Decodes one request; runs in a thread."""
+        try:
+            self._post_pieces(running)
+        except UsageError as e:
+            running.post(Refusal(400, str(e), 'invalid_value'))
+        except Exception:
+            logging.getLogger(__name__).exception('a completion failed')
+            running.post(Refusal(500, 'the model failed: its log says why', 'internal_error'))
+        running.post(None)
+
+    def _post_pieces(self, running: Running) -> None:
+        request = running.request
+        texts = [Text(self._tokenizer, request.stop, request.max_tokens) for _ in request.rows]
+        if request.echo:
+            for index, row in enumerate(request.rows):
+                running.post(Piece(index, self._tokenizer.decode(row), None))
+        for tokens in self._tokens(request):
+            for index, (text, token) in enumerate(zip(texts, tokens, strict=True)):
+                if text.finish_reason is None:
+                    shown = text.add(int(token))
+                    running.n_made += 1
+                    if shown or text.finish_reason:
+                        running.post(Piece(index, shown, text.finish_reason))
+            if running.cancelled or all(text.finish_reason for text in texts):
+                return
+
+    def _tokens(self, request: Request) -> Any:
+        """Tokens (B,), one after the other, without end.
+
+        The caches get room for more than is asked for, in few sizes, since each is a program.
+        """
+        longest = max(map(len, request.prompts))
+        room = max(_LEAST_ROOM, 1 << (longest + request.max_tokens - 1).bit_length())
+        room = room if self._max_len is None else min(room, self._max_len)
+        return decoding.stream(
+            self._model,
+            [np.asarray(row, np.int32) for row in request.rows],
+            room - longest,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p if request.top_p != 1 else None,
+            rng=request.seed,
+            eos_id=self._tokenizer.eos_id,
+        )
+
+
+def _busy() -> Refusal:
+    return Refusal(
+        429, 'too many requests at once: try again later', 'busy', headers={'Retry-After': '1'}
+    )

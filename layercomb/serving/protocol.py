@@ -1,0 +1,281 @@
+"""The protocol: what ``POST /v1/completions`` takes and gives, as OpenAI's clients speak it.
+
+Reference: https://platform.openai.com/docs/api-reference/completions
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from layercomb.serving.limits import Limits
+
+_STOPS, _STOP_LENGTH = 4, 256
+
+
+class Refusal(Exception):
+    """What a request is answered with instead of a completion.
+
+    Args:
+      status: of the response.
+      message: a line of cause and cure.
+      code: what a program can tell it by.
+      param: the field of the request that is wrong.
+      headers: further headers of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+        kind = 'invalid_request_error' if status < 500 else 'server_error'
+        kind = 'rate_limit_error' if status == 429 else kind
+        error = {'message': message, 'type': kind, 'param': param, 'code': code}
+        self.body = {'error': error}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A completion that was asked for.
+
+    Attributes:
+      prompts: token ids.
+      max_tokens: how many to make at most, for each choice.
+      n: how many choices to make of each prompt.
+      temperature, top_p, top_k, repetition_penalty: as in `decoding.stream`.
+      seed: of the sample.
+      stop: texts that end a choice, and are not part of it.
+      echo: whether each choice begins with its prompt.
+      stream: whether to send text as it is made.
+      include_usage: whether a stream ends with the usage.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    max_tokens: int = 16
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    echo: bool = False
+    stream: bool = False
+    include_usage: bool = False
+
+    @property
+    def rows(self) -> list[tuple[int, ...]]:
+        """The prompt of each choice: prompt 0's choices, prompt 1's …"""
+        return [prompt for prompt in self.prompts for _ in range(self.n)]
+
+
+def parse(body: bytes, tokenizer: Any, model: str, vocab_size: int, limits: Limits) -> Request:
+    """Reads a request.
+
+    Args:
+      body: JSON.
+      tokenizer: turns prompts into tokens.
+      model: the name of the model served.
+      vocab_size: its token ids are less than this.
+      limits: what may be asked for.
+
+    Raises:
+      Refusal: if anything in it is wrong.
+    """
+    try:
+        fields = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e:
+        raise Refusal(400, f'the body is no JSON ({e})', 'invalid_json') from None
+    if not isinstance(fields, dict):
+        raise Refusal(400, 'the body must be an object of JSON', 'invalid_json')
+    fields = {name: value for name, value in fields.items() if value is not None}
+    unknown = sorted(fields.keys() - _READERS.keys() - _NEUTRAL.keys() - _NAMES)
+    if unknown:
+        name = unknown[0][:64].encode(errors='replace').decode()  # it is sent back
+        raise _wrong(name, 'is not a field of a completion', 'unknown_field')
+    if fields.get('model', model) != model:
+        raise Refusal(404, f'there is only the model {model!r}', 'model_not_found', 'model')
+    for name, neutral in _NEUTRAL.items():
+        if name in fields and not _is(fields[name], neutral):
+            raise _wrong(name, f'is not supported: leave it out, or at {json.dumps(neutral)}')
+    values = {name: read(fields[name]) for name, read in _READERS.items() if name in fields}
+    usage = values.pop('stream_options', False)
+    values.setdefault('seed', secrets.randbits(31))
+    prompts = _prompts(fields.get('prompt'), tokenizer, vocab_size)
+    request = Request(prompts, include_usage=usage, **values)
+    _within(request, limits)
+    return request
+
+
+def new_id() -> str:
+    """A name for a completion."""
+    return f'cmpl-{secrets.token_hex(12)}'
+
+
+def completion(name: str, model: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    """A completion, or a piece of one, without its usage."""
+    return {
+        'id': name,
+        'object': 'text_completion',
+        'created': int(time.time()),
+        'model': model,
+        'choices': choices,
+    }
+
+
+def choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+    """One text of a completion."""
+    return {'text': text, 'index': index, 'finish_reason': finish_reason, 'logprobs': None}
+
+
+def usage(request: Request, n_made: int) -> dict[str, int]:
+    """How many tokens were read and made."""
+    n_read = sum(map(len, request.prompts))
+    return {
+        'prompt_tokens': n_read,
+        'completion_tokens': n_made,
+        'total_tokens': n_read + n_made,
+    }
+
+
+def _within(request: Request, limits: Limits) -> None:
+    if request.max_tokens > limits.max_tokens:
+        raise _wrong('max_tokens', f'must be at most {limits.max_tokens} here')
+    if len(request.rows) > limits.max_choices:
+        raise _wrong('n', f'times the number of prompts must be at most {limits.max_choices} here')
+    longest = max(map(len, request.prompts))
+    if longest > limits.max_prompt:
+        raise _wrong(
+            'prompt',
+            f'has {longest} tokens, and {limits.max_prompt} are allowed here: shorten it',
+            'context_length_exceeded',
+        )
+
+
+def _prompts(value: Any, tokenizer: Any, vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    """A text, texts, token ids, or lists of token ids."""
+    one = isinstance(value, str) or (isinstance(value, list) and value and _is_whole(value[0]))
+    prompts = [value] if one else value
+    if not isinstance(prompts, list) or not prompts:
+        raise _wrong('prompt', 'must be a text, a list of texts, or token ids')
+    return tuple(_prompt(prompt, tokenizer, vocab_size) for prompt in prompts)
+
+
+def _prompt(value: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    if isinstance(value, str):
+        try:
+            ids = [int(i) for i in tokenizer.encode(value)]
+        except ValueError as e:  # half of a surrogate pair, for one
+            raise _wrong('prompt', f'is no text ({e})') from None
+    elif isinstance(value, list) and all(map(_is_whole, value)):
+        ids = value
+    else:
+        raise _wrong('prompt', 'must be a text, a list of texts, or token ids')
+    if not ids:
+        raise _wrong('prompt', 'is empty: give at least one character')
+    for i in ids:
+        if not 0 <= i < vocab_size:
+            raise _wrong('prompt', f'has a token {i} outside the vocabulary of {vocab_size}')
+    return tuple(ids)
+
+
+def _number(name: str, least: float, most: float, above: bool = False) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not least <= value <= most or (above and value == least):
+            bounds = f'{"above" if above else "at least"} {least:g} and at most {most:g}'
+            raise _wrong(name, f'must be a number {bounds}')
+        return float(value)
+
+    return read
+
+
+def _whole(name: str, least: int, most: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        if not _is_whole(value) or not least <= value <= most:
+            raise _wrong(name, f'must be a whole number from {least} to {most}')
+        return value
+
+    return read
+
+
+def _flag(name: str) -> Callable[[Any], bool]:
+    def read(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise _wrong(name, 'must be true or false')
+        return value
+
+    return read
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(texts, list)
+        or len(texts) > _STOPS
+        or not all(isinstance(t, str) and 0 < len(t) <= _STOP_LENGTH for t in texts)
+    ):
+        what = f'a text, or up to {_STOPS} of them, of 1 to {_STOP_LENGTH} characters'
+        raise _wrong('stop', f'must be {what}')
+    return tuple(texts)
+
+
+def _stream_options(value: Any) -> bool:
+    if not isinstance(value, dict) or not value.keys() <= {'include_usage'}:
+        raise _wrong('stream_options', "must be an object with 'include_usage' alone")
+    return _flag('stream_options')(value.get('include_usage', False))
+
+
+_MANY = 2**31 - 1
+_READERS: dict[str, Callable[[Any], Any]] = {
+    'max_tokens': _whole('max_tokens', 1, _MANY),
+    'n': _whole('n', 1, _MANY),
+    'temperature': _number('temperature', 0, 2),
+    'top_p': _number('top_p', 0, 1, above=True),
+    'top_k': _whole('top_k', 1, _MANY),
+    'repetition_penalty': _number('repetition_penalty', 0, 10, above=True),
+    'seed': _whole('seed', -(2**63), 2**63 - 1),
+    'stop': _stop,
+    'echo': _flag('echo'),
+    'stream': _flag('stream'),
+    'stream_options': _stream_options,
+}
+
+# What clients send by default, and is accepted because it asks for nothing.
+_NEUTRAL: dict[str, Any] = {
+    'presence_penalty': 0,
+    'frequency_penalty': 0,
+    'best_of': 1,
+    'logprobs': False,
+    'logit_bias': {},
+    'suffix': '',
+}
+_NAMES = {'model', 'prompt', 'user'}  # the user is of no interest
+
+
+def _is(value: Any, other: Any) -> bool:
+    """Equality in which 0 is not false."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f'{name} is no number of JSON')
+
+
+def _wrong(param: str, what: str, code: str = 'invalid_value') -> Refusal:
+    return Refusal(400, f'{param!r} {what}', code, param)

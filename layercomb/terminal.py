@@ -1,0 +1,108 @@
+"""What commands read from a terminal and show in it: prompts, text as it comes, results."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layercomb import runs
+from layercomb.errors import UsageError, of_the_person
+from layercomb.model import Model
+
+if TYPE_CHECKING:
+    from layercomb.experiment import Experiment
+    from layercomb.supervised import Loop
+
+
+def read_prompt(text: str | None, file: str | None, from_stdin: bool) -> str:
+    """The prompt, from the one place that was named.
+
+    Raises:
+      UsageError: if none or several were named, it cannot be read, or it is empty.
+    """
+    if (text is not None) + (file is not None) + from_stdin != 1:
+        raise UsageError("give one of --prompt TEXT, --prompt_file FILE, or '-' (standard input)")
+    if from_stdin:
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as e:
+            raise UsageError(f'standard input is no text ({e}): check its encoding') from None
+    elif file is not None:
+        text = runs.read_text(Path(file))
+    if not text:
+        raise UsageError('the prompt is empty: give at least one character to continue')
+    return text
+
+
+def write_stream(tokens: Iterator[np.ndarray], tokenizer: Any, prompt: str) -> None:
+    """Prints a prompt and its continuation as it is made, then its speed on standard error.
+
+    Args:
+      tokens: (1,) token ids, one after the other.
+      tokenizer: what turns them into text.
+      prompt: what they continue.
+    """
+    print(prompt, end='', flush=True)
+    decoder = tokenizer.incremental_decoder()
+    started, n = time.perf_counter(), 0
+    first = started
+    for token in tokens:
+        n += 1
+        first = time.perf_counter() if n == 1 else first
+        if token[0] != tokenizer.eos_id:
+            print(_text(decoder, token), end='', flush=True)
+    print(_text(decoder, [], final=True))
+    seconds = time.perf_counter() - first
+    speed = f', then {(n - 1) / seconds:.1f} tokens a second' if n > 1 else ''
+    print(f'{n} tokens: the first after {first - started:.2f} s{speed}', file=sys.stderr)
+
+
+def stop_writing() -> None:
+    """Lets standard output go to nowhere, once whoever read it has gone (``| head``)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], directory: Path) -> None:
+    """Prints what a run came to: metrics, simple models beside it, a sample.
+
+    Args:
+      experiment: what was run.
+      loop: the `Loop` that ran it.
+      row: the last line of its metrics.
+      directory: where it is kept.
+    """
+    numbers = [f'{k} {v:.4g}' for k, v in row.items() if k != 'step']
+    print(f'\nstep {row["step"]}: ' + ', '.join(numbers))
+    if experiment.baseline_text is not None:
+        from layercomb.data import witten_bell_bits_on_batches
+
+        same_text = experiment.eval_tasks[0].batches()
+        bits = witten_bell_bits_on_batches(experiment.baseline_text, same_text)
+        orders = ' / '.join(map(str, bits))
+        values = ' / '.join(f'{b:.2f}' for b in bits.values())
+        print(f'beside it, Witten–Bell byte models of order {orders}: {values} bits per byte')
+    if experiment.sample_prompt is not None:
+        from layercomb.supervised import decoding
+
+        model = Model(experiment.model, loop.weights, loop.state)
+        tokenizer, prompt = experiment.tokenizer, experiment.sample_prompt
+        tokens = decoding.generate(
+            model,
+            [tokenizer.encode(prompt)],
+            experiment.sample_tokens,
+            temperature=experiment.sample_temperature,
+            eos_id=tokenizer.eos_id,
+        )[0]
+        print(f'\na sample:\n{prompt}{tokenizer.decode(tokens).rstrip(chr(0))}')
+    print(f'\nkept in {directory}: report.png, metrics.jsonl, checkpoints, TensorBoard events')
+
+
+def _text(decoder: Any, token: Any, final: bool = False) -> str:
+    with of_the_person():  # an id beyond the tokenizer's, where the model's vocabulary is larger
+        return decoder.decode(token, final=final)
