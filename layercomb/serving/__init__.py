@@ -74,21 +74,23 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
       UsageError: if the address is taken, not allowed, or not of this machine.
     """
     require('uvicorn', 'serve')
+    if not 0 <= port < 1 << 16:
+        raise UsageError(f'port {port} cannot be: choose --port from 0 to {(1 << 16) - 1}')
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         made = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as e:
-        raise UsageError(f'{host!r} and {port} are no address to listen on ({e})') from None
+    except (OSError, UnicodeError) as e:
+        raise UsageError(f'{host!r} is no address ({e}): choose another --host') from None
     with made:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             made.bind(address)
         except OSError as e:
-            cure = 'another --port' if e.errno in (errno.EADDRINUSE, errno.EACCES) else '--host'
+            cure = '--port' if e.errno in (errno.EADDRINUSE, errno.EACCES) else '--host'
             raise UsageError(
-                f'cannot listen on {host}:{port} ({e.strerror}): choose {cure}'
+                f'cannot listen on {host}:{port} ({e.strerror}): choose another {cure}'
             ) from None
         yield made
 
