@@ -257,7 +257,7 @@ void InParallel(ffi::ThreadPool& pool, int64_t n_threads, int64_t n, const Work&
 
 // How many threads are worth waking to read so many bytes of weights.
 int64_t Threads(const ffi::ThreadPool& pool, int64_t bytes) {
-  constexpr int64_t kWorthwhile = 1 << 17;
+  constexpr int64_t kWorthwhile = 1 << 20;
   return std::clamp<int64_t>(bytes / kWorthwhile, 1, std::max<int64_t>(1, pool.num_threads()));
 }
 
@@ -284,7 +284,7 @@ constexpr int64_t kSums = 1 << 12;  // of one task: they stay in the first cache
 template <typename W>
 void Columns(const Matrix<W>& w, const float* x, int64_t n_x, float* y, int64_t n_y, int64_t j,
              int64_t n) {
-  constexpr int P = W::parts, R = 4 / P;
+  constexpr int P = W::parts, R = 4;
   alignas(64) float sums[kSums];
   // Rows [d, d + R) of w, for rows [m, m + M) of x.
   auto add = [&](auto n_m, auto n_r, int64_t m, int64_t d) {
@@ -362,7 +362,7 @@ void Rows(const Matrix<W>& w, const float* x, int64_t n_m, float* y, int64_t n_y
 template <typename W>
 void SumOfRows(const Matrix<W>& w, const float* h, const int32_t* at, int64_t n_k, float* y,
                int64_t j, int64_t n) {
-  constexpr int P = W::parts, R = 4 / P;
+  constexpr int P = W::parts, R = 4;
   const int64_t g = w.scales ? w.g : n;
   for (int p = 0; p < P; ++p) std::fill_n(y + p * w.n + j, n, 0.0f);
   auto add = [&](auto n_r, int64_t k) {

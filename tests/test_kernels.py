@@ -188,8 +188,8 @@ def test_a_damaged_library_is_made_anew_once(tmp_path, monkeypatch):
     assert build.load() is not None
     assert path.read_bytes() == good.read_bytes()
     build.load()
-    path.unlink()
     compiler(tmp_path, monkeypatch, f'{real} echo nonsense > "$last"')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'another'))
     with pytest.raises(build.Unavailable, match='the compiled kernels cannot be loaded'):
         build.load()
     assert (tmp_path / 'compiler.log').read_text().split() == ['made', 'made']

@@ -127,6 +127,7 @@ class Narrow:
         return words, none if self.scales is None else self.scales.reshape(len(self.scales), -1)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def narrow(
     wide: jax.Array, axes: str, bits: int, group_size: int
 ) -> tuple[jax.Array, jax.Array | None]:
