@@ -29,7 +29,7 @@ from layercomb.layers.multiplicative import MultiplicativeHead
 from layercomb.layers.sparse_attention import SparseQKVAttention
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import shape_dtype
-from layercomb.transforms import Cast, Tied, unstack, unstack_state
+from layercomb.transforms import Tied, bare, unstack, unstack_state
 
 Prompts = Any  # (B, P) integers, or a list of sequences of them, of any lengths
 
@@ -291,8 +291,7 @@ def _at_one_position(net: Layer) -> Layer | None:
         named = [layer.replace(name=key) for key, layer in zip(net.keys, net.layers, strict=True)]
         last = _at_one_position(named[-1])
         return None if last is None else Serial(*named[:-1], last, name=net.name)
-    head = net.layer if isinstance(net, Cast) else net
-    return _AtPosition(net) if type(head) in _HEADS else None
+    return _AtPosition(net) if type(bare(net)) in _HEADS else None
 
 
 def _take(x: jax.Array, at: jax.Array) -> jax.Array:
