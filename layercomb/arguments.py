@@ -60,7 +60,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
 
 
 def _generate_options(add: Any) -> None:
-    add('stdin', nargs='?', choices=['-'], metavar='-', help='continue what standard input says')
+    add('-', dest='stdin', action='store_true', help='continue what standard input says')
     add('--prompt', help='what to continue')
     add('--prompt_file', help='a file to continue')
     add('--n_tokens', type=int, default=300, help='how many tokens to make (%(default)s)')

@@ -142,7 +142,7 @@ def run_generate(options: argparse.Namespace) -> None:
     """``layercomb generate RUN_DIR``: continues a prompt, to the terminal, as it is made."""
     from layercomb.supervised import decoding
 
-    prompt = terminal.read_prompt(options.prompt, options.prompt_file, options.stdin is not None)
+    prompt = terminal.read_prompt(options.prompt, options.prompt_file, options.stdin)
     model, tokenizer = trained(options.run_dir, options.gin_param, options.bits)
     with of_the_person():
         tokens = decoding.stream(
@@ -162,7 +162,7 @@ def run_inspect(options: argparse.Namespace) -> None:
     """``layercomb inspect CONFIG | RUN_DIR``: the model as a table, and what training it takes."""
     from layercomb.summary import summary
 
-    if (Path(options.config) / runs.CONFIG).is_file():
+    if runs.is_run(options.config):
         text, name = runs.config_of(options.config), options.config
     else:
         source = find_config(options.config)

@@ -20,19 +20,27 @@ _MAY_CHANGE = re.compile(
 )
 
 
+def is_run(directory: str | Path) -> bool:
+    """Whether a directory holds a run.
+
+    Raises:
+      UsageError: if the machine will not say.
+    """
+    with of_the_machine('check the path'):
+        return (Path(directory) / CONFIG).is_file()
+
+
 def config_of(run_dir: str | Path) -> str:
     """The configuration of a run.
 
     Raises:
       UsageError: if there is no run, or it cannot be read.
     """
-    path = Path(run_dir) / CONFIG
-    with of_the_machine('check the run directory'):
-        if path.is_file():
-            return read_text(path)
-    raise UsageError(
-        f'{str(run_dir)!r} holds no run ({CONFIG} is missing): give the output_dir of one'
-    )
+    if not is_run(run_dir):
+        raise UsageError(
+            f'{str(run_dir)!r} holds no run ({CONFIG} is missing): give the output_dir of one'
+        )
+    return read_text(Path(run_dir) / CONFIG)
 
 
 def read_text(path: Path) -> str:

@@ -4,11 +4,16 @@ import io
 import json
 import re
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+import urllib.request
 
 import pytest
 
-from layercomb import cli
+from layercomb import cli, trees
+from layercomb.interop.safetensors import load_weights
 
 TINY = """
 from __gin__ import dynamic_registration
@@ -140,6 +145,26 @@ def test_generate_streams_and_reads_prompts(files, capsys, monkeypatch, tmp_path
     assert len(set(said)) == 1
 
 
+def test_generate_with_narrow_weights(files, capsys):
+    how = ['--prompt', 'cat', '--n_tokens', '4']
+    for bits in ('16', '8', '4'):
+        assert cli.main(['generate', str(files[2]), *how, '--bits', bits]) == 0
+        assert capsys.readouterr().out.startswith('cat')
+
+
+def test_export(files, capsys, tmp_path):
+    out = tmp_path / 'out'
+    assert cli.main(['export', str(files[2]), str(out), '--max_len', '16']) == 0
+    assert 'decode_step.bin' in capsys.readouterr().out
+    assert (out / 'config.gin').read_text() == (files[2] / 'config.gin').read_text()
+    weights = load_weights(out / 'model.safetensors')
+    assert trees.get(weights, 'embedding/table').shape == (256, 8)
+    assert 'is not empty: export to a new directory' in refused(capsys, 'export', files[2], out)
+    assert 'max_len=25 is more than' in refused(
+        capsys, 'export', files[2], tmp_path / 'x', '--max_len', 25
+    )
+
+
 def test_inspect_config_and_run(files, capsys):
     _, config, run = files
     for what in (config, run):
@@ -197,17 +222,91 @@ def test_mistakes_with_files(files, capsys, tmp_path):
     assert "the model's max_len is 24" in refused(
         capsys, 'generate', run, '--prompt', 'x' * 30, '--n_tokens', 2
     )
-    assert 'temperature must be' in refused(
-        capsys, 'generate', run, '--prompt', 'x', '--n_tokens', 2, '--temperature', -1
-    )
     broken = tmp_path / 'broken.gin'
     broken.write_text('from __gin__ import dynamic_registration\nimport no_such_module\n')
     assert "No module named 'no_such_module'" in refused(capsys, 'inspect', broken)
 
 
+OUT_OF_RANGE = {
+    ('--temperature', '-1'): 'temperature must be',
+    ('--top_k', '0'): 'top_k must be',
+    ('--top_p', '1.5'): 'top_p must be',
+    ('--n_tokens', '0'): 'n_tokens must be',
+    ('--n_tokens', 'few'): "argument --n_tokens: invalid int value: 'few': see layercomb generate",
+    ('--bits', '5'): 'argument --bits: invalid choice',
+    ('-',): 'give one of --prompt TEXT',
+    ('no-dash',): 'unrecognized arguments: no-dash',
+}
+
+
+@pytest.mark.parametrize('option', OUT_OF_RANGE)
+def test_values_out_of_range(files, capsys, option):
+    said = refused(capsys, 'generate', files[2], '--prompt', 'x', '--n_tokens', 2, *option)
+    assert OUT_OF_RANGE[option] in said, said
+
+
+def test_what_the_system_refuses(files, capsys, tmp_path, monkeypatch):
+    too_long = 'x' * 300
+    for command in (['eval', too_long], ['inspect', too_long], ['export', too_long, 'out']):
+        assert 'File name too long' in refused(capsys, *command)
+    assert 'File name too long' in refused(capsys, 'generate', too_long, '--prompt', 'x')
+    assert 'File name too long' in refused(capsys, 'serve', too_long, '--port', 0)
+
+    def unreadable(*args):
+        raise PermissionError(13, 'Permission denied', 'checkpoints')
+
+    monkeypatch.setattr('layercomb.supervised.checkpoints.latest_weights', unreadable)
+    run = files[2]
+    for command in (['eval', run], ['export', run, tmp_path / 'out'], ['serve', run, '--port', 0]):
+        assert 'Permission denied (checkpoints): check that' in refused(capsys, *command)
+    assert 'Permission denied' in refused(capsys, 'generate', run, '--prompt', 'x')
+
+
+def test_mistakes_of_serving(files, capsys):
+    run = files[2]
+    assert 'max_concurrent must be' in refused(capsys, 'serve', run, '--max_concurrent', 0)
+    assert 'choose another --host' in refused(capsys, 'serve', run, '--host', 'a..b')
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        port = taken.getsockname()[1]
+        assert 'choose another --port' in refused(capsys, 'serve', run, '--port', port)
+
+
+def test_a_closed_pipe_ends_quietly(files):
+    command = [sys.executable, '-m', 'layercomb', 'generate', str(files[2]), '--prompt', 'the cat']
+    with subprocess.Popen(
+        [*command, '--n_tokens', '16'], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.read(3) == b'the'
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b'', 0)
+
+
+def test_serve_answers_until_it_is_interrupted(files):
+    command = [sys.executable, '-u', '-m', 'layercomb', 'serve', str(files[2]), '--port', '0']
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            lines = iter(process.stdout.readline, '')
+            url = next(m[0] for line in lines if (m := re.search(r'http://127.0.0.1:\d+/', line)))
+            body = json.dumps({'prompt': 'cat', 'max_tokens': 3}).encode()
+            asked = urllib.request.Request(
+                f'{url}v1/completions', body, {'Content-Type': 'application/json'}
+            )
+            with urllib.request.urlopen(asked, timeout=60) as response:
+                assert json.load(response)['model'] == 'run'
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+            assert process.stderr.read() == ''
+        finally:
+            process.kill()
+
+
 def test_a_missing_extra_names_what_to_install(capsys, files, monkeypatch):
     monkeypatch.setitem(sys.modules, 'gin', None)
     assert 'pip install "layercomb[train]"' in refused(capsys, 'inspect', files[1])
+    monkeypatch.setitem(sys.modules, 'uvicorn', None)
+    assert 'pip install "layercomb[serve]"' in refused(capsys, 'serve', files[2])
 
 
 def test_a_corrupt_checkpoint_is_named(capsys, files, tmp_path):

@@ -116,6 +116,7 @@ def run(model: Model, tokenizer: Any, name: str, limits: Limits, listener: socke
         timeout_graceful_shutdown=1,
         ws='none',
     )
+    listener.listen()  # who comes from now on waits, and is answered
     seconds = time.perf_counter() - started
     shown = f'[{address}]' if ':' in address else address
     print(f'ready after {seconds:.1f} s: http://{shown}:{port}/ (Ctrl-C stops)', flush=True)
