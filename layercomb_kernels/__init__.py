@@ -72,6 +72,7 @@ def column_products(x: jax.Array, words: jax.Array, scales: jax.Array, width: in
     Returns:
       (M, F) float32.
     """
+    _check(x.shape[1] == words.shape[0] and width <= _columns(words), x, words)
     return _call('column_products', (x.shape[0], width), x, words, scales)
 
 
@@ -86,6 +87,7 @@ def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array
     Returns:
       (M, F) float32.
     """
+    _check(x.shape[1] == _columns(words), x, words)
     return _call('row_products', (x.shape[0], words.shape[0]), x, words, scales)
 
 
@@ -102,6 +104,7 @@ def gathered_products(
     Returns:
       (M, K) float32.
     """
+    _check(x.shape[1] == _columns(words) and len(x) == len(at), x, at, words)
     return _call('gathered_products', at.shape, x, at, words, scales)
 
 
@@ -115,8 +118,19 @@ def gathered_sums(h: jax.Array, at: jax.Array, words: jax.Array, scales: jax.Arr
     Returns:
       (M, D) float32.
     """
-    width = words.shape[1] * (2 if words.dtype == jnp.uint8 else 1)
-    return _call('gathered_sums', (h.shape[0], width), h, at, words, scales)
+    _check(h.shape == at.shape, h, at, words)
+    return _call('gathered_sums', (h.shape[0], _columns(words)), h, at, words, scales)
+
+
+def _columns(words: jax.Array) -> int:
+    return words.shape[1] * (2 if words.dtype == jnp.uint8 else 1)
+
+
+def _check(fits: bool, *args: jax.Array) -> None:
+    """The kernels trust the shapes that they are given."""
+    if not fits:
+        shapes = ', '.join(str(tuple(x.shape)) for x in args)
+        raise ValueError(f'the shapes do not fit together: {shapes}')
 
 
 def _call(name: str, shape: tuple[int, ...], *args: jax.Array) -> jax.Array:

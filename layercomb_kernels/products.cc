@@ -279,6 +279,8 @@ struct Matrix {
 };
 
 constexpr int64_t kSums = 1 << 12;  // of one task: they stay in the first cache, weights pass by
+constexpr int64_t kUnit = 64;       // words, of which a task has a whole number
+constexpr int64_t kMostRows = kSums / (2 * kUnit);  // of x at once
 
 // y[m, f] = Σ_d x[m, d] w[d, f], for n words of each row from j on. Scales are (D / g, F).
 template <typename W>
@@ -434,12 +436,15 @@ void InPieces(ffi::ThreadPool& pool, int64_t bytes, int64_t n, int64_t most, int
 
 ffi::Error ColumnProducts(ffi::ThreadPool pool, FloatArray x, Array words, FloatArray scales,
                           Result y) {
-  const int64_t n_x = x.dimensions()[0], n_y = y->dimensions()[1];
+  const int64_t d = x.dimensions()[1], n_y = y->dimensions()[1];
   return WithMatrix(words, scales, false, [&](const auto& w) {
-    const int64_t most = kSums / (n_x * w.parts);
-    InPieces(pool, words.size_bytes(), w.n, most, 64, [&](int64_t j, int64_t n) {
-      Columns(w, x.typed_data(), n_x, y->typed_data(), n_y, j, n);
-    });
+    for (int64_t m = 0; m < x.dimensions()[0]; m += kMostRows) {
+      const int64_t n_x = std::min(kMostRows, x.dimensions()[0] - m);
+      const int64_t most = kSums / (n_x * w.parts);
+      InPieces(pool, words.size_bytes(), w.n, most, kUnit, [&](int64_t j, int64_t n) {
+        Columns(w, x.typed_data() + m * d, n_x, y->typed_data() + m * n_y, n_y, j, n);
+      });
+    }
   });
 }
 
@@ -474,7 +479,7 @@ ffi::Error GatheredSums(ffi::ThreadPool pool, FloatArray h, IntArray at, Array w
   return WithMatrix(words, scales, true, [&](const auto& w) {
     const int64_t row_bytes = words.size_bytes() / w.n_rows;
     for (int64_t m = 0; m < n_x; ++m) {
-      InPieces(pool, n_k * row_bytes, w.n, w.n, w.scales ? w.g : 64, [&](int64_t j, int64_t n) {
+      InPieces(pool, n_k * row_bytes, w.n, w.n, w.scales ? w.g : kUnit, [&](int64_t j, int64_t n) {
         SumOfRows(w, h.typed_data() + m * n_k, at.typed_data() + m * n_k, n_k,
                   y->typed_data() + m * d, j, n);
       });

@@ -61,6 +61,7 @@ def assert_same(got, wanted):
         (16, 96, 203, 3),
         (5, 7, 3, 7),
         (1, 40, 5000, 1),
+        (70, 20, 130, 2),
         (32, 9, 9, 3),
     ],
 )
@@ -115,6 +116,14 @@ def test_large_products_on_several_threads_in_a_loop():
         return jax.lax.fori_loop(0, 50, step, jnp.zeros((1, 4096)))
 
     assert_same(run(x), 50 * (x @ wide))
+
+
+def test_shapes_are_checked():
+    words, scales, _ = matrix('int8', 16, 8, 2)
+    with pytest.raises(ValueError, match=r'shapes do not fit together: \(2, 15\), \(16, 8\)'):
+        kernels.column_products(np.ones((2, 15), np.float32), words, scales, 8)
+    with pytest.raises(ValueError, match='shapes do not fit together'):
+        kernels.row_products(np.ones((2, 9), np.float32), words, scales)
 
 
 @needs_kernels
