@@ -134,5 +134,8 @@ def _check(fits: bool, *args: jax.Array) -> None:
 
 
 def _call(name: str, shape: tuple[int, ...], *args: jax.Array) -> jax.Array:
+    reason = _register()
+    if reason is not None:
+        raise RuntimeError(f'there are no kernels: {reason}')
     result = jax.ShapeDtypeStruct(shape, jnp.float32)
     return jax.ffi.ffi_call(f'layercomb_{name}', result, vmap_method='sequential')(*args)
