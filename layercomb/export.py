@@ -19,13 +19,15 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+import layercomb_kernels
 from layercomb import trees
 from layercomb.errors import UsageError, of_the_machine, require
 from layercomb.interop.safetensors import save_weights
-from layercomb.layers.base import Mode, init_state
+from layercomb.layers.base import Mode
 from layercomb.model import Model
 from layercomb.shapes import shape_dtype
-from layercomb.supervised import decoding
+from layercomb.supervised.prompts import fresh_state
+from layercomb.supervised.prompts import max_len as longest
 from layercomb.transforms import unstack, unstack_state
 from layercomb.version import __version__
 
@@ -145,8 +147,7 @@ def decode_programs(
     trained = unstack_state(model.layer, model.state)
 
     def init() -> dict[str, Any]:
-        fresh = init_state(net, signature, Mode.PREDICT)
-        return trees.flatten(decoding._carry_over(net, trained, fresh, signature))
+        return trees.flatten(fresh_state(net, trained, (signature,)))
 
     def step(weights: Any, state: Any, tokens: jax.Array) -> Any:
         weights, state = trees.unflatten(weights), trees.unflatten(state)
@@ -155,15 +156,16 @@ def decode_programs(
 
     tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
     arguments = trees.flatten(weights), jax.eval_shape(init), tokens
-    return {
-        'decode_init': jax.export.export(jax.jit(init), platforms=_PLATFORMS)(),
-        'decode_step': jax.export.export(jax.jit(step), platforms=_PLATFORMS)(*arguments),
-    }
+    with layercomb_kernels.off():  # what other machines lack
+        return {
+            'decode_init': jax.export.export(jax.jit(init), platforms=_PLATFORMS)(),
+            'decode_step': jax.export.export(jax.jit(step), platforms=_PLATFORMS)(*arguments),
+        }
 
 
 def _room(model: Model, max_len: int | None) -> int:
     """How many positions the caches hold."""
-    limit = decoding.max_len(model.layer)
+    limit = longest(model.layer)
     room = (limit or _MAX_LEN) if max_len is None else max_len
     if room < 1:
         raise ValueError(f'max_len must be at least 1, got {room}')

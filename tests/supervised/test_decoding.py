@@ -5,7 +5,7 @@ import pytest
 
 import layercomb as lc
 from layercomb import Mode, UsageError, tl
-from layercomb.supervised import decoding
+from layercomb.supervised import decoding, prompts
 
 V = 17
 
@@ -45,22 +45,22 @@ def recompute(model, prompt, n_tokens):
 @pytest.mark.parametrize('attention', ATTENTION)
 def test_cache_equals_recomputing_with_ragged_prompts(attention):
     model = make(ATTENTION[attention], 'rotary' if attention == 'both' else 'learned')
-    prompts = [[1, 2, 3, 4, 5, 6, 7], [3], [9, 9, 2, 11]]
-    made = decoding.generate(model, prompts, 12, temperature=0)
-    for prompt, row in zip(prompts, made, strict=True):
+    given = [[1, 2, 3, 4, 5, 6, 7], [3], [9, 9, 2, 11]]
+    made = decoding.generate(model, given, 12, temperature=0)
+    for prompt, row in zip(given, made, strict=True):
         assert recompute(model, prompt, 12) == row.tolist()
 
 
 def test_batch_and_stream_make_the_same_sample():
     model = make()
-    prompts = [[1, 2, 3], [4]]
-    how = {'temperature': 0.8, 'top_k': 9, 'top_p': 0.9, 'rng': 5}
-    both = decoding.generate(model, prompts, 10, **how)
-    alone = decoding.generate(model, prompts[:1], 10, **how)
-    streamed = np.stack(list(decoding.stream(model, prompts, 10, **how)), 1)
+    given = [[1, 2, 3], [4]]
+    how = {'temperature': 0.8, 'top_k': 9, 'top_p': 0.9, 'repetition_penalty': 1.3, 'rng': 5}
+    both = decoding.generate(model, given, 10, **how)
+    alone = decoding.generate(model, given[:1], 10, **how)
+    streamed = np.stack(list(decoding.stream(model, given, 10, **how)), 1)
     np.testing.assert_array_equal(both[:1], alone)
     np.testing.assert_array_equal(both, streamed)
-    assert not np.array_equal(both, decoding.generate(model, prompts, 10, **how | {'rng': 6}))
+    assert not np.array_equal(both, decoding.generate(model, given, 10, **how | {'rng': 6}))
 
 
 def test_eos_ends_rows():
@@ -154,13 +154,13 @@ def test_prompts_take_logits_at_their_ends_alone(tied, monkeypatch):
     if tied:
         net = lc.transforms.Tied(net, 'head/kernel', 'embedding/table', jnp.transpose)
     model = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'), 3)
-    start = decoding._start(model, [[1, 2, 3], [4]], 5)
+    start = prompts.begin(model, [[1, 2, 3], [4]], 5, None)
     of_all = f'2,{start.tokens.shape[1]},{V}]'
-    assert of_all not in str(jax.make_jaxpr(decoding._ingest)(start, start.state))
-    few, state = decoding._ingest(start, start.state)
-    monkeypatch.setattr(decoding, '_at_one_position', lambda net: None)
-    assert of_all in str(jax.make_jaxpr(lambda *x: decoding._ingest(*x))(start, start.state))
-    whole, same_state = decoding._ingest(start, start.state)
+    assert of_all not in str(jax.make_jaxpr(prompts.ingest)(start))
+    few, state = prompts.ingest(start)
+    monkeypatch.setattr(prompts, 'at_one_position', lambda net: None)
+    assert of_all in str(jax.make_jaxpr(lambda start: prompts.ingest(start))(start))
+    whole, same_state = prompts.ingest(start)
     np.testing.assert_allclose(few, whole, rtol=1e-5, atol=1e-6)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state, same_state))
 
@@ -169,6 +169,6 @@ def test_a_model_that_does_not_end_with_a_dense_decodes():
     model = make()
     ended = lc.Model(tl.Serial(model.layer.replace(name='lm'), tl.LogSoftmax()))
     ended.weights, ended.state = {'lm': model.weights}, {}
-    assert decoding._at_one_position(ended.layer) is None
+    assert prompts.at_one_position(ended.layer) is None
     both = (decoding.generate(m, [[1, 2], [3]], 4, temperature=0) for m in (model, ended))
     np.testing.assert_array_equal(*both)

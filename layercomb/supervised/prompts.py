@@ -1,0 +1,307 @@
+"""What decoding begins with: prompts as arrays, and a model that has read them.
+
+Weights are unstacked, since slicing stacked ones copies them every token. Prompts are read whole,
+with caches just as long as they, which then grow to the room that is needed: attention over a
+prompt does not look at the room behind it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layercomb import trees
+from layercomb.errors import UsageError
+from layercomb.layers.attention import LocalSelfAttention, SelfAttention
+from layercomb.layers.base import Layer, Mode, Signature, Tree, Wrapper
+from layercomb.layers.caches import set_positions
+from layercomb.layers.combinators import Serial
+from layercomb.layers.core import Dense
+from layercomb.layers.lsh import LSHAttention, LSHSelfAttention
+from layercomb.layers.multiplicative import MultiplicativeHead
+from layercomb.layers.once import Once
+from layercomb.layers.sparse_attention import SparseQKVAttention
+from layercomb.model import Model, check_tokens
+from layercomb.shapes import shape_dtype
+from layercomb.transforms import Tied, bare, unstack, unstack_state
+
+Sequences = Any  # (B, P) integers, or a list of sequences of them, of any lengths
+
+_ATTENTION = (
+    SelfAttention,
+    LocalSelfAttention,
+    LSHSelfAttention,
+    LSHAttention,
+    SparseQKVAttention,
+)
+_HEADS = (Dense, MultiplicativeHead)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=['weights', 'trained', 'context', 'tokens', 'lengths'],
+    meta_fields=['net', 'room'],
+)
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """All that decoding begins with.
+
+    Attributes:
+      net: the model, unstacked.
+      room: how many positions there will be.
+      weights: of the model.
+      trained: what training left in its state.
+      context: what each step is given beside tokens: nothing, or the source of an encoder, (B, S),
+        and perhaps its mask.
+      tokens: the prompts, (B, P), padded at the end.
+      lengths: of the prompts, (B,).
+    """
+
+    net: Layer
+    room: int
+    weights: Tree
+    trained: Tree
+    context: tuple[jax.Array, ...]
+    tokens: jax.Array
+    lengths: jax.Array
+
+    def signature(self, length: int, n_rows: int | None = None) -> Signature:
+        """Of the model's inputs, with so many tokens a row and so many rows."""
+        n = len(self.tokens) if n_rows is None else n_rows
+        around = tuple(shape_dtype((n, *x.shape[1:]), x.dtype) for x in self.context)
+        tokens = shape_dtype((n, length), 'int32')
+        return (*around[:1], tokens, *around[1:])
+
+    def inputs(self, tokens: jax.Array) -> tuple[jax.Array, ...]:
+        """The model's, (B, T) tokens among them."""
+        return (*self.context[:1], tokens, *self.context[1:])
+
+
+def begin(model: Model, prompts: Sequences, n_tokens: int, inputs: Sequences | None) -> Start:
+    """What decoding begins with; arguments and errors are those of `decoding.generate`."""
+    net, weights, state = checked(model)
+    if not isinstance(n_tokens, int) or n_tokens < 1:
+        raise ValueError(f'n_tokens must be a whole number of at least 1, got {n_tokens!r}')
+    _refuse_looking_ahead(net)
+    tokens, lengths = padded('prompt', prompts)
+    longest, limit = tokens.shape[1], max_len(net)
+    context = context_of(net, inputs, len(tokens))
+    check_ids(net, 'prompt', tokens)
+    needed = longest + n_tokens
+    if limit is not None and needed > limit:
+        raise UsageError(
+            f'the prompt of {longest} tokens and {n_tokens} new ones make {needed}, and '
+            f"the model's max_len is {limit}: shorten the prompt, or ask for fewer"
+        )
+    room = round_up(needed) if limit is None else min(round_up(needed), limit)
+    tokens = np.pad(tokens, ((0, 0), (0, min(round_up(longest), room) - longest)))
+    unstacked, weights = unstack(net, weights)
+    trained = unstack_state(net, state)
+    tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
+    return Start(unstacked, room, weights, trained, context, tokens, lengths)
+
+
+def checked(model: Model) -> tuple[Layer, Tree, Tree]:
+    """A model's layer, weights and state.
+
+    Raises:
+      TypeError: if it has no weights.
+    """
+    if not isinstance(model, Model) or model.weights is None:
+        raise TypeError('decoding needs an lc.Model with weights: init, load or train it first')
+    return model.layer, model.weights, model.state
+
+
+def context_of(net: Layer, inputs: Sequences | None, n_rows: int) -> tuple[jax.Array, ...]:
+    """The source that an encoder reads, (B, S), and its mask where the model takes one.
+
+    Raises:
+      UsageError: if there is one and no encoder or the other way round, if its number of rows is
+        not that of the prompts, or if rows differ in length and the model takes no mask.
+    """
+    if (inputs is not None) != (net.n_in > 1):
+        raise UsageError(
+            'the model reads a source before it writes: give inputs= beside the prompts'
+            if inputs is None
+            else 'inputs= is for a model with an encoder: give a language model prompts alone'
+        )
+    if inputs is None:
+        return ()
+    if net.n_in > 3:
+        raise UsageError(
+            f'the model takes {net.n_in} inputs: decoding knows models of tokens, or of a source '
+            'and tokens, and perhaps the mask of the source'
+        )
+    source, lengths = padded('source', inputs)
+    if len(source) != n_rows:
+        raise UsageError(f'{len(source)} sources and {n_rows} prompts: give as many of each')
+    longest, limit = source.shape[1], _limit_of_source(net)
+    check_ids(net, 'source', source)
+    if limit is not None and longest > limit:
+        raise UsageError(
+            f"the source has {longest} tokens, and the model's max_len is {limit}: shorten it"
+        )
+    if net.n_in == 2:
+        if len(set(lengths.tolist())) > 1:
+            raise UsageError(
+                'sources of different lengths need a mask: make the model with masked=True, or '
+                'give sources of one length'
+            )
+        return (jnp.asarray(source),)
+    room = round_up(longest) if limit is None else min(round_up(longest), limit)
+    source = np.pad(source, ((0, 0), (0, room - longest)))
+    mask = np.arange(room) < lengths[:, None]
+    return jnp.asarray(source), jnp.asarray(mask)
+
+
+def padded(what: str, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged sequences as one array (B, P), padded with 0 at the end, and their lengths (B,).
+
+    Raises:
+      UsageError: if they are not sequences of integers, if one is empty, or if there is none.
+    """
+    rows: Sequence[np.ndarray] = [np.asarray(row) for row in sequences]
+    for row in rows:
+        if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
+            raise UsageError(
+                f'a {what} is a sequence of at least one token id, and {what}s are a list of them: '
+                f'got {row.dtype} of shape {row.shape}'
+            )
+    if not rows:
+        raise UsageError(f'there is no {what}: give at least one')
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens, lengths
+
+
+def check_ids(net: Layer, what: str, tokens: np.ndarray) -> None:
+    """Raises a UsageError if ids lie outside the vocabulary of what reads them."""
+    parts = (net,)
+    if net.n_in > 1 and what != 'source':
+        parts = tuple(part for part in net.sublayers if not isinstance(part, Once))
+    try:
+        for part in parts:
+            check_tokens(part, (tokens,))
+    except ValueError as e:
+        raise UsageError(f'the {what} does not fit the model: {e}') from None
+
+
+def max_len(layer: Layer) -> int | None:
+    """The longest sequence that a model writes, prompt included, or None if nothing limits it."""
+    if isinstance(layer, Once):  # an encoder, whose source is another sequence
+        return None
+    limits = [getattr(layer, 'max_len', None), *map(max_len, layer.sublayers)]
+    return min((n for n in limits if n is not None), default=None)
+
+
+def _limit_of_source(layer: Layer) -> int | None:
+    """The longest sequence that a model's encoder reads."""
+    if isinstance(layer, Once):
+        return max_len(layer.layer)
+    limits = map(_limit_of_source, layer.sublayers)
+    return min((n for n in limits if n is not None), default=None)
+
+
+def round_up(length: int) -> int:
+    """The next multiple of an eighth of the power of two below, or of 64: near lengths meet there.
+
+    So programs are compiled for few lengths, and at most an eighth is computed in vain.
+
+    >>> [round_up(n) for n in (1, 64, 65, 1000, 1025, 4097)]
+    [64, 64, 128, 1024, 1152, 4608]
+    """
+    step = max(64, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
+
+
+def _refuse_looking_ahead(layer: Layer) -> None:
+    """Raises a UsageError if self-attention sees later positions, which decoding does not have."""
+    if isinstance(layer, Once):
+        return
+    if isinstance(layer, _ATTENTION) and not layer.causal:
+        raise UsageError(
+            f'{type(layer).__name__} with causal=False sees later positions, so it cannot make '
+            'them one by one: decode a model with causal attention'
+        )
+    for each in layer.sublayers:
+        _refuse_looking_ahead(each)
+
+
+def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
+    """A fresh decoding state with what training left: running statistics, but no caches."""
+    fresh = net.init(signature, jax.random.key(0), Mode.PREDICT)[1]
+    made = jax.eval_shape(lambda: net.init(signature, jax.random.key(0), Mode.TRAIN)[1])
+    of_training = trees.flatten(made)
+    kept = {path: x for path, x in trees.flatten(trained).items() if path in of_training}
+    return trees.map_with_path(lambda path, x: kept.get(path, x), fresh)
+
+
+def ingest(start: Start) -> tuple[jax.Array, Tree]:
+    """Reads the prompts: logits (B, V) after each, and the state with each row at its length."""
+    length, at = start.tokens.shape[1], start.lengths - 1
+    state = fresh_state(start.net, start.trained, start.signature(length))
+    inputs, short = start.inputs(start.tokens), at_one_position(start.net)
+    if short is None:
+        (logits,), state = start.net.apply(start.weights, state, inputs, mode=Mode.PREDICT)
+        logits = _take(logits, at)
+    else:
+        inputs = (*inputs, at)
+        (logits,), state = short.apply(start.weights, state, inputs, mode=Mode.PREDICT)
+    return logits[:, 0], set_positions(_grown(start, state), start.lengths)
+
+
+def _grown(start: Start, state: Tree) -> Tree:
+    """A state whose caches are as long as the room there is; what is new is empty."""
+    whole = jax.eval_shape(
+        lambda: fresh_state(start.net, start.trained, start.signature(start.room))
+    )
+
+    def grow(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        widths = [(0, there - here) for here, there in zip(x.shape, like.shape, strict=True)]
+        return jnp.pad(x, widths) if any(wide for _, wide in widths) else x
+
+    return jax.tree.map(grow, state, whole)
+
+
+def advance(start: Start, state: Tree, token: jax.Array) -> tuple[jax.Array, Tree]:
+    """Runs one position, (B,) tokens: logits (B, V) after it."""
+    inputs = start.inputs(token[:, None])
+    (logits,), state = start.net.apply(start.weights, state, inputs, mode=Mode.PREDICT)
+    return logits[:, 0], state
+
+
+class _AtPosition(Wrapper):
+    """A head at one position of each row: (x (B, L, D), positions (B,)) → (B, 1, V)."""
+
+    n_in = property(lambda self: 2)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        x = _take(*inputs)
+        return self.layer.apply(weights, state, (x,), rng=rng, mode=mode)
+
+
+def at_one_position(net: Layer) -> Layer | None:
+    """The model with positions (B,) as a last input and logits (B, 1, V) there alone.
+
+    With the same paths. None if it does not end with a head that sees each position by itself.
+    """
+    if isinstance(net, Tied):
+        inner = at_one_position(net.layer)
+        return None if inner is None else net.replace(layer=inner)
+    if type(net) is Serial and net.layers:
+        named = [layer.replace(name=key) for key, layer in zip(net.keys, net.layers, strict=True)]
+        last = at_one_position(named[-1])
+        return None if last is None else Serial(*named[:-1], last, name=net.name)
+    return _AtPosition(net) if type(bare(net)) in _HEADS else None
+
+
+def _take(x: jax.Array, at: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, at[:, None, None], axis=1)  # (B, L, D) → (B, 1, D)
