@@ -144,18 +144,25 @@ def run_generate(options: argparse.Namespace) -> None:
 
     prompt = terminal.read_prompt(options.prompt, options.prompt_file, options.stdin)
     model, tokenizer = trained(options.run_dir, options.gin_param, options.bits)
+    given = [tokenizer.encode(prompt)], options.n_tokens
     with of_the_person():
+        if options.beams is not None:
+            found = decoding.beam_search(
+                model, *given, n_beams=options.beams, eos_id=tokenizer.eos_id
+            )
+            terminal.write_text(prompt, found.tokens[0, 0], tokenizer)
+            return
         tokens = decoding.stream(
             model,
-            [tokenizer.encode(prompt)],
-            options.n_tokens,
+            *given,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
             rng=options.seed,
             eos_id=tokenizer.eos_id,
         )
-    terminal.write_stream(tokens, tokenizer, prompt)
+    terminal.write_stream(prompt, tokens, tokenizer)
 
 
 def run_inspect(options: argparse.Namespace) -> None:

@@ -40,13 +40,13 @@ def read_prompt(text: str | None, file: str | None, from_stdin: bool) -> str:
     return text
 
 
-def write_stream(tokens: Iterator[np.ndarray], tokenizer: Any, prompt: str) -> None:
+def write_stream(prompt: str, tokens: Iterator[np.ndarray], tokenizer: Any) -> None:
     """Prints a prompt and its continuation as it is made, then its speed on standard error.
 
     Args:
+      prompt: what is continued.
       tokens: (1,) token ids, one after the other.
       tokenizer: what turns them into text.
-      prompt: what they continue.
     """
     print(prompt, end='', flush=True)
     decoder = tokenizer.incremental_decoder()
@@ -61,6 +61,12 @@ def write_stream(tokens: Iterator[np.ndarray], tokenizer: Any, prompt: str) -> N
     seconds = time.perf_counter() - first
     speed = f', then {(n - 1) / seconds:.1f} tokens a second' if n > 1 else ''
     print(f'{n} tokens: the first after {first - started:.2f} s{speed}', file=sys.stderr)
+
+
+def write_text(prompt: str, tokens: np.ndarray, tokenizer: Any) -> None:
+    """Prints a prompt and its continuation, (T,) token ids, up to the end of the text in it."""
+    ends = np.flatnonzero(tokens == tokenizer.eos_id)
+    print(prompt + _text(tokenizer, tokens[: ends[0]] if ends.size else tokens))
 
 
 def stop_writing() -> None:
@@ -99,10 +105,11 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
             temperature=experiment.sample_temperature,
             eos_id=tokenizer.eos_id,
         )[0]
-        print(f'\na sample:\n{prompt}{tokenizer.decode(tokens).rstrip(chr(0))}')
+        print('\na sample:')
+        write_text(prompt, tokens, tokenizer)
     print(f'\nkept in {directory}: report.png, metrics.jsonl, checkpoints, TensorBoard events')
 
 
-def _text(decoder: Any, token: Any, final: bool = False) -> str:
+def _text(decoder: Any, token: Any, **how: bool) -> str:
     with of_the_person():  # an id beyond the tokenizer's, where the model's vocabulary is larger
-        return decoder.decode(token, final=final)
+        return decoder.decode(token, **how)

@@ -152,6 +152,17 @@ def test_generate_with_narrow_weights(files, capsys):
         assert capsys.readouterr().out.startswith('cat')
 
 
+def test_generate_searches_with_beams_and_penalises_repetitions(files, capsys):
+    how = ['generate', str(files[2]), '--prompt', 'cat', '--n_tokens', '6']
+    said = []
+    for option in (['--beams', '1'], ['--temperature', '0']):  # one beam is greedy
+        assert cli.main([*how, *option]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].startswith('cat')
+    assert cli.main([*how, '--temperature', '0', '--repetition_penalty', '9']) == 0
+    assert capsys.readouterr().out != said[0]
+
+
 def test_export(files, capsys, tmp_path):
     out = tmp_path / 'out'
     assert cli.main(['export', str(files[2]), str(out), '--max_len', '16']) == 0
@@ -232,6 +243,8 @@ OUT_OF_RANGE = {
     ('--top_k', '0'): 'top_k must be',
     ('--top_p', '1.5'): 'top_p must be',
     ('--n_tokens', '0'): 'n_tokens must be',
+    ('--repetition_penalty', '0'): 'repetition_penalty must be',
+    ('--beams', '0'): 'n_beams must be',
     ('--n_tokens', 'few'): "argument --n_tokens: invalid int value: 'few': see layercomb generate",
     ('--bits', '5'): 'argument --bits: invalid choice',
     ('-',): 'give one of --prompt TEXT',

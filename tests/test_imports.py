@@ -31,7 +31,8 @@ FLOORS = [
 
 HEAVY = [
     'tensorflow', 'tensorflow_datasets', 'grain', 'orbax', 'gin', 'matplotlib', 'tensorboardX',
-    'optax', 'torch', 'tqdm', 'sentencepiece', 'tokenizers', 'safetensors', 'pandas',
+    'optax', 'torch', 'tqdm', 'sentencepiece', 'tokenizers', 'safetensors', 'pandas', 'starlette',
+    'uvicorn', 'flatbuffers',
 ]  # fmt: skip
 
 

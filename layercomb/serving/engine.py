@@ -208,6 +208,7 @@ class Engine:
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p if request.top_p != 1 else None,
+            repetition_penalty=request.repetition_penalty,
             rng=request.seed,
             eos_id=self._tokenizer.eos_id,
         )
