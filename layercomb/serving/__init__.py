@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import socket
 import time
@@ -104,7 +105,8 @@ def run(model: Model, tokenizer: Any, name: str, limits: Limits, listener: socke
     """
     uvicorn = require('uvicorn', 'serve')
     address, port, *_ = listener.getsockname()
-    hosts = (*_LOOPBACK, address) if address in _LOOPBACK else None
+    here = ipaddress.ip_address(address).is_loopback
+    hosts = (*_LOOPBACK, address) if here else None
     print(f'{name}: compiling', flush=True)
     started = time.perf_counter()
     application = app(model, tokenizer, name, limits, hosts)
@@ -120,5 +122,7 @@ def run(model: Model, tokenizer: Any, name: str, limits: Limits, listener: socke
     seconds = time.perf_counter() - started
     shown = f'[{address}]' if ':' in address else address
     print(f'ready after {seconds:.1f} s: http://{shown}:{port}/ (Ctrl-C stops)', flush=True)
+    if not here:
+        print('other machines may reach it, and nothing asks who they are', flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
