@@ -163,8 +163,8 @@ def _choose(search: _Search, carry: _Carry) -> tuple[jax.Array, _Carry]:
     beam = jnp.take_along_axis(beam, live, 1)
     tokens = jnp.take_along_axis(tokens, live[:, :, None], 1)
     chosen = (beam + jnp.arange(b)[:, None] * k).reshape(-1)
-    moved = {'length': carry.length + 1, 'tokens': tokens, 'totals': totals}
-    return chosen, carry._replace(**moved, ended=ended, scores=scores)
+    moved = carry._replace(length=carry.length + 1, tokens=tokens, totals=totals)
+    return chosen, moved._replace(ended=ended, scores=scores)
 
 
 def _best(search: _Search, carry: _Carry, tokens: jax.Array, scores: jax.Array) -> Any:

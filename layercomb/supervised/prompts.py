@@ -103,8 +103,8 @@ def begin(model: Model, prompts: Sequences, n_tokens: int, inputs: Sequences | N
     tokens = np.pad(tokens, ((0, 0), (0, min(round_up(longest), room) - longest)))
     unstacked, weights = unstack(net, weights)
     trained = unstack_state(net, state)
-    tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
-    return Start(unstacked, room, weights, trained, context, tokens, lengths)
+    arrays = jnp.asarray(tokens), jnp.asarray(lengths)
+    return Start(unstacked, room, weights, trained, context, *arrays)
 
 
 def checked(model: Model) -> tuple[Layer, Tree, Tree]:
@@ -184,14 +184,24 @@ def padded(what: str, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
 
 def check_ids(net: Layer, what: str, tokens: np.ndarray) -> None:
     """Raises a UsageError if ids lie outside the vocabulary of what reads them."""
-    parts = (net,)
-    if net.n_in > 1 and what != 'source':
-        parts = tuple(part for part in net.sublayers if not isinstance(part, Once))
     try:
-        for part in parts:
+        for part in _readers(net, what == 'source'):
             check_tokens(part, (tokens,))
     except ValueError as e:
         raise UsageError(f'the {what} does not fit the model: {e}') from None
+
+
+def _readers(layer: Layer, of_source: bool) -> list[Layer]:
+    """The parts of a model that read the source, or those that do not."""
+    if isinstance(layer, Once):
+        return [layer.layer] if of_source else []
+    if not _has_once(layer):
+        return [] if of_source else [layer]
+    return [part for inner in layer.sublayers for part in _readers(inner, of_source)]
+
+
+def _has_once(layer: Layer) -> bool:
+    return isinstance(layer, Once) or any(map(_has_once, layer.sublayers))
 
 
 def max_len(layer: Layer) -> int | None:

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +124,77 @@ def test_ties_inside_repeated_blocks_decode():
     assert recompute(model, [1, 2], 5) == made
 
 
+def test_the_penalty_falls_on_what_a_row_holds():
+    logits, keys = jnp.array([[2.0, 1.5, -1.0, -1.2]]), jax.random.split(jax.random.key(0), 1)
+    sampler = decoding.Sampler(temperature=0, repetition_penalty=2.0)
+    seen = sampler.seen(jnp.array([[0, 3, 1]]), jnp.array([2]), 4)  # the third is padding
+    np.testing.assert_array_equal(seen, [[True, False, False, True]])
+    assert int(sampler(logits, keys, seen)[0]) == 1  # 2 / 2 < 1.5
+    seen = sampler.add(seen, jnp.array([1]))
+    assert int(sampler(logits, keys, seen)[0]) == 0
+    negative = jnp.array([[-1.5, -9.0, -1.9, -1.0]])  # 0 becomes −3, and 3 becomes −2
+    assert int(sampler(negative, keys, seen)[0]) == 2
+    assert decoding.Sampler().seen(jnp.array([[1]]), jnp.array([1]), 4) is None
+
+
+def test_a_strong_penalty_repeats_nothing():
+    made = decoding.generate(
+        make(), [[1, 2, 3]], 10, temperature=0, repetition_penalty=1e6, eos_id=None
+    )[0]
+    assert len({1, 2, 3, *made.tolist()}) == 13
+
+
+def seq2seq(masked=True, kind=lc.models.Reformer, **more):
+    net = kind(V, 16, 32, 1, 1, 2, max_len=96, masked=masked, **more)
+    signature = lc.shape_dtype((1, 8), 'int32'), lc.shape_dtype((1, 4), 'int32')
+    masks = (lc.shape_dtype((1, 8), bool),) if masked else ()
+    return lc.Model(net).init((*signature, *masks), 3)
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [
+        functools.partial(lc.models.Reformer, chunk_len=8, n_hashes=2),
+        pytest.param(lc.models.Terraformer, marks=pytest.mark.slow),
+    ],
+    ids=['reformer', 'terraformer'],
+)
+def test_an_encoder_decoder_answers_ragged_sources(kind):
+    model, sources = seq2seq(kind=kind), [[1, 2, 3, 4, 5, 6, 7], [8, 9, 10]]
+    how = {'temperature': 0.7, 'rng': 4}
+    both = decoding.generate(model, [[0], [0, 2]], 6, inputs=sources, **how)
+    streamed = np.stack(list(decoding.stream(model, [[0], [0, 2]], 6, inputs=sources, **how)), 1)
+    np.testing.assert_array_equal(both, streamed)
+    alone = decoding.generate(model, [[0]], 6, inputs=sources[:1], **how)
+    np.testing.assert_array_equal(both[:1], alone)
+    greedy = decoding.generate(model, [[0]], 6, inputs=sources[:1], temperature=0)[0]
+    found = decoding.beam_search(model, [[0]], 6, inputs=sources[:1], n_beams=1)
+    np.testing.assert_array_equal(found.tokens[0, 0], greedy)
+    inputs = jnp.array(sources[:1]), jnp.array([[0, *greedy[:-1]]]), jnp.ones((1, 7), bool)
+    np.testing.assert_array_equal(jnp.argmax(model(*inputs)[0], -1), greedy)  # without a cache
+    scores = decoding.score(model, [[0, *greedy]], inputs=sources[:1])
+    beam = decoding.beam_search(model, [[0]], 6, inputs=sources[:1], n_beams=1, length_penalty=0.0)
+    np.testing.assert_allclose(scores.totals[0], beam.scores[0, 0], rtol=1e-4)
+
+
+def test_errors_of_sources():
+    model = seq2seq()
+    with pytest.raises(UsageError, match='reads a source before it writes: give inputs='):
+        decoding.generate(model, [[0]], 2)
+    with pytest.raises(UsageError, match='inputs= is for a model with an encoder'):
+        decoding.generate(make(), [[1]], 2, inputs=[[1]])
+    with pytest.raises(UsageError, match='2 sources and 1 prompts: give as many of each'):
+        decoding.generate(model, [[0]], 2, inputs=[[1], [2]])
+    with pytest.raises(UsageError, match=r'the source has 97 tokens, and .* max_len is 96'):
+        decoding.generate(model, [[0]], 2, inputs=[[1] * 97])
+    with pytest.raises(UsageError, match='the source does not fit the model: token id 17'):
+        decoding.generate(model, [[0]], 2, inputs=[[17]])
+    with pytest.raises(UsageError, match='the prompt does not fit the model: token id 17'):
+        decoding.generate(model, [[17]], 2, inputs=[[1]])
+    with pytest.raises(UsageError, match='sources of different lengths need a mask'):
+        decoding.generate(seq2seq(masked=False), [[0], [0]], 2, inputs=[[1], [1, 2]])
+
+
 def test_errors():
     model = make()
     for kind in (tl.SelfAttention, tl.LSHSelfAttention):
@@ -142,6 +215,8 @@ def test_errors():
         decoding.generate(model, [[1]], 2, top_p=0.0)
     with pytest.raises(ValueError, match='top_k must be a whole number'):
         decoding.generate(model, [[1]], 2, top_k=0)
+    with pytest.raises(ValueError, match='repetition_penalty must be above 0'):
+        decoding.generate(model, [[1]], 2, repetition_penalty=0)
     with pytest.raises(TypeError, match='with weights: init, load or train'):
         decoding.generate(lc.Model(model.layer), [[1]], 2)
     with pytest.raises(ValueError, match='n_tokens must be'):
