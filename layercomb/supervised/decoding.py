@@ -109,7 +109,7 @@ def _fold_each(keys: jax.Array, i: Any) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, i)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@jax.jit
 def _first(start: Start, sampler: Sampler, keys: jax.Array) -> tuple[jax.Array, Any]:
     """The first token of each row, and what the next one is made from."""
     logits, state = ingest(start)
@@ -127,10 +127,10 @@ def _step(
     return token, (state, sampler.add(seen, token))
 
 
-_next = functools.partial(jax.jit, static_argnums=1, donate_argnums=2)(_step)
+_next = functools.partial(jax.jit, donate_argnums=2)(_step)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _generate(
     start: Start, sampler: Sampler, n_tokens: int, eos_id: int | None, keys: jax.Array
 ) -> jax.Array:

@@ -44,6 +44,16 @@ class Sampler:
         if not _is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
             raise ValueError(f'repetition_penalty must be above 0, got {self.repetition_penalty!r}')
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken; known while the temperature is traced, too."""
+        return _is_number(self.temperature) and self.temperature == 0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens become rarer that are there already."""
+        return not _is_number(self.repetition_penalty) or self.repetition_penalty != 1
+
     def __call__(
         self, logits: jax.Array, keys: jax.Array, seen: jax.Array | None = None
     ) -> jax.Array:
@@ -62,7 +72,7 @@ class Sampler:
             penalty = self.repetition_penalty
             rarer = jnp.where(logits > 0, logits / penalty, logits * penalty)
             logits = jnp.where(seen, rarer, logits)
-        if self.temperature == 0:
+        if self.greedy:
             return jnp.argmax(logits, -1).astype(jnp.int32)
         logits = logits / self.temperature
         if self.top_k is not None:
@@ -78,7 +88,7 @@ class Sampler:
 
     def seen(self, tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array | None:
         """What rows hold at first, (B, V) bool, of prompts (B, P); None if nothing is penalised."""
-        if self.repetition_penalty == 1:
+        if not self.penalises:
             return None
         real = jnp.arange(tokens.shape[1]) < lengths[:, None]
         rows = jnp.arange(len(tokens))[:, None]
@@ -87,6 +97,30 @@ class Sampler:
     def add(self, seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
         """What rows hold after one more token each, (B,)."""
         return None if seen is None else seen.at[jnp.arange(len(token)), token].set(True)
+
+
+def _flatten(sampler: Sampler) -> tuple[tuple[Any, ...], int | None]:
+    temperature = None if sampler.greedy else sampler.temperature
+    penalty = sampler.repetition_penalty if sampler.penalises else None
+    return (temperature, sampler.top_p, penalty), sampler.top_k
+
+
+def _unflatten(top_k: int | None, numbers: tuple[Any, ...]) -> Sampler:
+    sampler = object.__new__(Sampler)  # traced numbers cannot be validated, and have been
+    temperature, top_p, penalty = numbers
+    values = {
+        'temperature': 0.0 if temperature is None else temperature,
+        'top_k': top_k,
+        'top_p': top_p,
+        'repetition_penalty': 1.0 if penalty is None else penalty,
+    }
+    for name, value in values.items():
+        object.__setattr__(sampler, name, value)
+    return sampler
+
+
+# A program holds for any numbers: only which of them are in use is part of it.
+jax.tree_util.register_pytree_node(Sampler, _flatten, _unflatten)
 
 
 def _is_number(value: Any) -> bool:

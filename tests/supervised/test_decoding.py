@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import layercomb as lc
-from layercomb import Mode, UsageError, tl
+from layercomb import Mode, UsageError, models, tl
 from layercomb.supervised import decoding, prompts
 
 V = 17
@@ -247,3 +247,12 @@ def test_a_model_that_does_not_end_with_a_dense_decodes():
     assert prompts.at_one_position(ended.layer) is None
     both = (decoding.generate(m, [[1, 2], [3]], 4, temperature=0) for m in (model, ended))
     np.testing.assert_array_equal(*both)
+
+
+def test_other_numbers_are_no_other_program():
+    model = lc.Model(models.TransformerLM(16, 8, 8, 1, 1, 32)).init(lc.shape_dtype((1, 8), 'int32'))
+    sizes = []
+    for numbers in ({}, {'temperature': 0.3, 'top_p': 0.5}, {'temperature': 0.4, 'top_p': 0.6}):
+        list(decoding.stream(model, [[1, 2]], 3, **numbers))
+        sizes.append((decoding._first._cache_size(), decoding._next._cache_size()))
+    assert sizes[1] == sizes[2] and sizes[0] != sizes[1]
