@@ -155,7 +155,10 @@ def seq2seq(masked=True, kind=lc.models.Reformer, **more):
     'kind',
     [
         functools.partial(lc.models.Reformer, chunk_len=8, n_hashes=2),
-        pytest.param(lc.models.Terraformer, marks=pytest.mark.slow),
+        pytest.param(
+            functools.partial(lc.models.Terraformer, ff_block_size=8, qkv_modules=4),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=['reformer', 'terraformer'],
 )
