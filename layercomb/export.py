@@ -26,7 +26,7 @@ from layercomb.interop.safetensors import save_weights
 from layercomb.layers.base import Mode
 from layercomb.model import Model
 from layercomb.shapes import shape_dtype
-from layercomb.supervised.prompts import fresh_state
+from layercomb.supervised.prompts import checked, fresh_state
 from layercomb.supervised.prompts import max_len as longest
 from layercomb.transforms import unstack, unstack_state
 from layercomb.version import __version__
@@ -138,13 +138,12 @@ def decode_programs(
     """
     if batch_size < 1:
         raise ValueError(f'batch_size must be at least 1, got {batch_size}')
-    if model.weights is None:
-        raise TypeError('export needs an lc.Model with weights: init, load or train it first')
+    layer, given, state = checked(model)
     if model.layer.n_in != 1:
         raise UsageError(f'export takes a language model: this one has {model.layer.n_in} inputs')
     signature = shape_dtype((batch_size, _room(model, max_len)), 'int32')
-    net, weights = unstack(model.layer, model.weights or {})
-    trained = unstack_state(model.layer, model.state)
+    net, weights = unstack(layer, given)
+    trained = unstack_state(layer, state)
 
     def init() -> dict[str, Any]:
         return trees.flatten(fresh_state(net, trained, (signature,)))

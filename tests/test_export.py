@@ -114,3 +114,8 @@ def test_mistakes(tmp_path):
     with pytest.raises(UsageError, match='this one has 2 inputs'):
         export.decode_programs(lc.Model(pair, {}, {}))
     assert [path.name for path in tmp_path.iterdir()] == ['letter']
+
+
+def test_scalars_stay_scalars(tmp_path):
+    save_weights(tmp_path / 'w.safetensors', {'gain': np.float32(2.0)})
+    assert load_weights(tmp_path / 'w.safetensors')['gain'].shape == ()

@@ -28,7 +28,7 @@ def save_weights(path: str | Path, weights: Mapping[str, Any]) -> None:
     """
     numpy = require('safetensors.numpy', 'export')
     arrays = {  # the format knows no strides: it would write what a view looks at, in its order
-        name: np.ascontiguousarray(jax.device_get(x)) for name, x in trees.flatten(weights).items()
+        name: np.array(jax.device_get(x), order='C') for name, x in trees.flatten(weights).items()
     }
     with of_the_machine('free some space, or write elsewhere'):
         numpy.save_file(arrays, path, {'format': 'layercomb'})

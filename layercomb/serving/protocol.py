@@ -152,7 +152,7 @@ def usage(request: Request, n_made: int) -> dict[str, int]:
 def _within(request: Request, limits: Limits) -> None:
     if request.max_tokens > limits.max_tokens:
         raise _wrong('max_tokens', f'must be at most {limits.max_tokens} here')
-    if len(request.rows) > limits.max_choices:
+    if len(request.prompts) * request.n > limits.max_choices:  # before any is made
         raise _wrong('n', f'times the number of prompts must be at most {limits.max_choices} here')
     longest = max(map(len, request.prompts))
     if longest > limits.max_prompt:

@@ -51,7 +51,8 @@ def beam_search(
         Σ_t log p(y_t | prompt, y_<t) / T ** length_penalty
 
     Ended hypotheses stand apart from live ones, so that none pushes another out of the beam; the
-    search stops when no live one can still come among the best. One beam is greedy decoding.
+    search stops when no live one can still come among the best. One beam is greedy
+    decoding where no `eos_id` is given; with one it goes on past an end, for a better score.
 
     Args:
       model, prompts, n_tokens, inputs, eos_id: as in `decoding.generate`.

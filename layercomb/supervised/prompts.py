@@ -88,7 +88,6 @@ def begin(model: Model, prompts: Sequences, n_tokens: int, inputs: Sequences | N
     net, weights, state = checked(model)
     if not isinstance(n_tokens, int) or n_tokens < 1:
         raise ValueError(f'n_tokens must be a whole number of at least 1, got {n_tokens!r}')
-    _refuse_looking_ahead(net)
     tokens, lengths = padded('prompt', prompts)
     longest, limit = tokens.shape[1], max_len(net)
     context = context_of(net, inputs, len(tokens))
@@ -112,9 +111,11 @@ def checked(model: Model) -> tuple[Layer, Tree, Tree]:
 
     Raises:
       TypeError: if it has no weights.
+      UsageError: if it sees later positions.
     """
     if not isinstance(model, Model) or model.weights is None:
         raise TypeError('decoding needs an lc.Model with weights: init, load or train it first')
+    _refuse_looking_ahead(model.layer)
     return model.layer, model.weights, model.state
 
 
@@ -178,6 +179,8 @@ def padded(what: str, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
     for i, row in enumerate(rows):
+        if row.min() < 0 or row.max() > np.iinfo(np.int32).max:
+            raise UsageError(f'a {what} holds ids that no vocabulary has: check the tokenizer')
         tokens[i, : len(row)] = row
     return tokens, lengths
 
@@ -246,11 +249,21 @@ def _refuse_looking_ahead(layer: Layer) -> None:
 
 
 def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
-    """A fresh decoding state with what training left: running statistics, but no caches."""
+    """A fresh decoding state with what training left: running statistics, but no caches.
+
+    Raises:
+      UsageError: if there are some for which the decoding state has no place.
+    """
     fresh = net.init(signature, jax.random.key(0), Mode.PREDICT)[1]
     made = jax.eval_shape(lambda: net.init(signature, jax.random.key(0), Mode.TRAIN)[1])
     of_training = trees.flatten(made)
     kept = {path: x for path, x in trees.flatten(trained).items() if path in of_training}
+    homeless = sorted(kept.keys() - trees.flatten(fresh).keys())
+    if homeless:
+        raise UsageError(
+            f'training left {homeless[0]!r} in a layer that decoding runs once, or after a memory, '
+            'where it cannot be taken along: use a norm without running statistics there'
+        )
     return trees.map_with_path(lambda path, x: kept.get(path, x), fresh)
 
 

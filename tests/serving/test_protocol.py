@@ -149,3 +149,8 @@ def test_limits_are_checked():
     ]:
         with pytest.raises(ValueError, match=said):
             Limits(**wrong)
+
+
+def test_a_huge_number_of_choices_costs_nothing():
+    with pytest.raises(Refusal, match='times the number of prompts must be at most'):
+        read({'prompt': 'a', 'n': 2**31 - 1})

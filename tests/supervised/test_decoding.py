@@ -259,3 +259,12 @@ def test_other_numbers_are_no_other_program():
         list(decoding.stream(model, [[1, 2]], 3, **numbers))
         sizes.append((decoding._first._cache_size(), decoding._next._cache_size()))
     assert sizes[1] == sizes[2] and sizes[0] != sizes[1]
+
+
+def test_statistics_that_would_be_lost_are_refused():
+    encoder = tl.Once(tl.Serial(tl.Embedding(V, 8), tl.BatchNorm(), name='encoder'))
+    net = tl.Serial(encoder, tl.Swap(), tl.Embedding(V, 8), tl.CrossAttention(2), tl.Dense(V))
+    tokens = lc.shape_dtype((1, 4), 'int32')
+    model = lc.Model(net).init((tokens, tokens), 3)
+    with pytest.raises(UsageError, match=r"training left '.*' in a layer that decoding runs once"):
+        decoding.generate(model, [[1]], 3, inputs=[[1, 2, 3]])

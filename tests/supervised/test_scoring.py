@@ -48,3 +48,7 @@ def test_errors():
         decoding.score(model, [[1, 11]])
     with pytest.raises(ValueError, match='n_given must be a whole number of at least 1'):
         decoding.score(model, [[1, 2]], n_given=0)
+    with pytest.raises(UsageError, match='causal=False sees later positions'):
+        decoding.score(make(tl.SelfAttention(2, causal=False)), [[1, 2]])
+    with pytest.raises(UsageError, match='a text holds ids that no vocabulary has'):
+        decoding.score(model, [[1, 2**32 + 5]])
