@@ -291,6 +291,7 @@ class CrossAttention(MultiHead):
     output: Layer | None = None
 
     rotary = None  # positions of two sequences have no distance
+    reads = {'query': 0, 'key': 1, 'value': 1}
     n_in = property(lambda self: 2 + self.masked)
 
     def parts(self) -> dict[str, Layer]:

@@ -7,6 +7,7 @@ letters: B batch, L length, D d_model, H heads, K head depth, M memory length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax import lax
 from layercomb.layers import tiles
 from layercomb.layers.base import Layer, Mode, Tree, _set, check_inputs, fold, where
 from layercomb.layers.combinators import Combinator
-from layercomb.layers.cotangents import add_cts, vjp, zeros_once
+from layercomb.layers.cotangents import add_cts, vjp, zero_cts, zeros_once
 from layercomb.layers.fields import Size, nearest_divisor
 from layercomb.layers.initializers import Initializer, glorot_uniform
 from layercomb.layers.narrow import Narrow
@@ -153,18 +154,68 @@ def kernel_gradient(x: jax.Array, y: jax.Array) -> jax.Array:
     Of long sequences a piece at a time: the product wants the sum's axis last, and a copy of x laid
     out so would be as large as x.
     """
-    length, c = x.shape[1], POSITIONS_TOGETHER
-    if length <= c:
-        return _dot('bld,bhlk->dhk', x, y)
 
-    def part(at: Any, size: int) -> jax.Array:
-        piece = lax.dynamic_slice_in_dim(x, at, size, 1), lax.dynamic_slice_in_dim(y, at, size, 2)
-        return _dot('bld,bhlk->dhk', *piece)
+    def part(total: jax.Array, at: Any, size: int) -> jax.Array:
+        return total + _dot('bld,bhlk->dhk', *positions((x, y), at, size))
 
     start = jnp.zeros((x.shape[2], y.shape[1], y.shape[3]), jnp.float32)
-    n, rest = divmod(length, c)
-    total = lax.fori_loop(0, n, lambda i, total: total + part(i * c, c), start)
-    return total + part(n * c, rest) if rest else total
+    return over_positions(part, start, x.shape[1])
+
+
+def over_positions(step: Callable[[Any, Any, int], Any], carry: Any, length: int) -> Any:
+    """Carries through ``step(carry, first, size)`` the positions of a sequence, some at a time."""
+    n, rest = divmod(length, POSITIONS_TOGETHER)
+    carry = tiles.loop(
+        0, n, lambda i, carry: step(carry, i * POSITIONS_TOGETHER, POSITIONS_TOGETHER), carry
+    )
+    return step(carry, n * POSITIONS_TOGETHER, rest) if rest else carry
+
+
+def positions(tree: Any, first: Any, size: int) -> Any:
+    """Some positions of every (…, L, features)."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, x.ndim - 2), tree)
+
+
+def add_at(tree: Any, pieces: Any, first: Any) -> Any:
+    """A tree of (…, L, features) with pieces added to some positions, in place where it can be."""
+
+    def add(x: jax.Array, piece: jax.Array) -> jax.Array:
+        axis = x.ndim - 2
+        piece = lax.dynamic_slice_in_dim(x, first, piece.shape[axis], axis) + piece
+        return lax.dynamic_update_slice_in_dim(x, piece, first, axis)
+
+    return jax.tree.map(add, tree, pieces)
+
+
+def by_piece(
+    f: Callable[[Tree, Any], Any], weights: Tree, values: Any, cts: Any, sums: Any, d_values: Any
+) -> tuple[Any, Any, Tree]:
+    """Adds up outputs and gradients of a position-wise function, some positions at a time.
+
+    Args:
+      f: from weights and a tree of (…, L, features) to another such tree.
+      weights: its weights.
+      values: its argument.
+      cts: of what it gives.
+      sums: what its outputs are added to, or None, where they are not wanted.
+      d_values: what the cotangents of `values` are added to.
+
+    Returns:
+      The two sums, and the cotangents of the weights.
+    """
+
+    def step(carry: Any, first: Any, size: int) -> Any:
+        sums, d_values, d_weights = carry
+        made, pull = vjp(f, weights, positions(values, first, size))
+        d, d_pieces = pull(positions(cts, first, size))
+        sums = None if sums is None else add_at(sums, made, first)
+        return sums, add_at(d_values, d_pieces, first), jax.tree.map(jnp.add, d_weights, d)
+
+    length = jax.tree.leaves(values)[0].shape[-2]
+    result: tuple[Any, Any, Tree] = over_positions(
+        step, (sums, d_values, zero_cts(weights)), length
+    )
+    return result
 
 
 class Head(NamedTuple):
@@ -199,6 +250,9 @@ class MultiHead(Combinator):
         made = {f: None for f, part in self.parts().items() if getattr(self, f) == part}
         return super().replace(**{**made, **changes})
 
+    # Which input each projection reads; without an annotation, so that it is no field.
+    reads = {'query': 0, 'key': 0, 'value': 0}
+
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """As the parts say; in ``RECORD``, inside a reversible stack, head by head where possible.
 
@@ -212,8 +266,14 @@ class MultiHead(Combinator):
         check_inputs(self, inputs)
 
         def one(total: jax.Array, head: Head) -> tuple[jax.Array, Tree]:
-            (y,), core = self._apply_head(head, head.weights, inputs, mode)
-            return total + y, core
+            projected = self._project(head.weights, self._read(inputs), mode)
+            y, core = self._attend(head, head.weights, projected, inputs, mode)
+
+            def add_piece(total: jax.Array, at: Any, size: int) -> jax.Array:
+                pieces = positions((y, inputs[0]), at, size)
+                return add_at(total, self._merge(head.weights, pieces, mode), at)
+
+            return over_positions(add_piece, total, total.shape[1]), core
 
         x = inputs[0]
         start = zeros_once(x.shape, x.dtype, x)
@@ -224,30 +284,56 @@ class MultiHead(Combinator):
     def apply_and_grad(
         self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
     ):
-        """Head by head, where ``RECORD`` goes so: each gives its part of all gradients."""
-        if not self._goes_by_head(weights, inputs):
+        """Head by head, where ``RECORD`` goes so: each gives its part of all gradients.
+
+        Projections go some positions at a time, so that of arrays as wide as the model there are
+        the output and the gradients of the inputs, and no others.
+        """
+        if not self._goes_by_head(weights, inputs) or cts[0] is None:
             given = {'rng': rng, 'mode': mode, 'state_cts': state_cts}
             return super().apply_and_grad(weights, state, inputs, cts, **given)
+        inputs, (ct,) = tuple(inputs), cts
         by_head, pull_apart = jax.vjp(self._apart, weights)
 
-        def one(total: Any, head: Head) -> tuple[Any, Tree]:
-            def attend(weights: Tree, inputs: Any) -> Any:
-                return self._apply_head(head, weights, inputs, mode)[0]
+        def one(carry: Any, head: Head) -> tuple[Any, Tree]:
+            def attend(weights: Tree, projected: Tree, inputs: Any) -> jax.Array:
+                return self._attend(head, weights, projected, inputs, mode)[0]
 
-            (y,), pull = vjp(attend, head.weights, tuple(inputs))
-            d_weights, d_inputs = pull(tuple(cts))
-            return (total[0] + y, jax.tree.map(add_cts, total[1], d_inputs)), d_weights
+            def merge(weights: Tree, values: Any) -> jax.Array:
+                return self._merge(weights, values, mode)
+
+            def project(weights: Tree, read: Tree) -> Tree:
+                return self._project(weights, read, mode)
+
+            total, d_inputs = carry
+            w, read = head.weights, self._read(inputs)
+            y, pull = vjp(attend, w, project(w, read), inputs)
+            d_y = zeros_once(y.shape, y.dtype, y)
+            total, (d_y, d_x), d_merge = by_piece(
+                merge, w, (y, inputs[0]), ct, total, (d_y, d_inputs[0])
+            )
+            d_attend, d_projected, d_others = pull(d_y)
+            d_inputs = jax.tree.map(add_cts, (d_x, *d_inputs[1:]), d_others)
+            _, d_read, d_project = by_piece(
+                project, w, read, d_projected, None, self._read(d_inputs)
+            )
+            d_inputs = tuple(d_read.get(str(i), d) for i, d in enumerate(d_inputs))
+            d_weights = jax.tree.map(lambda *ds: sum(ds[1:], ds[0]), d_merge, d_attend, d_project)
+            return (total, d_inputs), d_weights
 
         x = inputs[0]
         start = jax.tree.map(
             lambda value: zeros_once(value.shape, value.dtype, x) if is_float(value) else None,
-            (x, tuple(inputs)),
+            (x, inputs),
         )
         (y, d_inputs), d_by_head = lax.scan(one, start, self._heads(by_head, state, rng))
         return (y,), d_inputs, pull_apart(d_by_head)[0]
 
     def _goes_by_head(self, weights: Tree, inputs: Any) -> bool:
-        apart = all(part.headwise for _, part in self._children)
+        apart = all(
+            part.headwise and (key not in (*self.reads, 'output') or not part.mixes_positions)
+            for key, part in self._children
+        )
         wide = all(x.dtype == jnp.float32 for x in inputs if is_float(x))
         return jax.default_backend() == 'cpu' and apart and wide
 
@@ -265,24 +351,52 @@ class MultiHead(Combinator):
             key = tiles.keys_of_heads(key, n_heads)[:, None]
         return Head(by_head, core, key)
 
-    def _apply_head(
-        self, head: Head, weights: Tree, inputs: Any, mode: Mode
-    ) -> tuple[tuple[jax.Array, ...], Tree]:
-        """One head's part of the output, and the new state of its core, which alone draws."""
-        new: dict[str, Tree] = {}
+    def _read(self, inputs: Any) -> Tree:
+        """The inputs that projections read, each once, by its number."""
+        used = {self.reads[key] for key, _ in self._children if key in self.reads}
+        return {str(i): inputs[i] for i in sorted(used)}
+
+    def _project(self, weights: Tree, read: Tree, mode: Mode) -> Tree:
+        """One head's queries, keys and values, (B, 1, L, K), of what is read."""
+        return {
+            key: self._part(key, weights, {}, (read[str(self.reads[key])],), None, mode)[0]
+            for key, _ in self._children
+            if key in self.reads
+        }
+
+    def _merge(self, weights: Tree, values: Any, mode: Mode) -> jax.Array:
+        """One head's part of the output, from what it attended to and the first input."""
+        n_in = dict(self._children)['output'].n_in
+        return self._part('output', weights, {}, values[:n_in], None, mode)[0]
+
+    def _attend(
+        self, head: Head, weights: Tree, projected: Tree, inputs: Any, mode: Mode
+    ) -> tuple[jax.Array, Tree]:
+        """What one head hands to the output, and the new state of its core, which alone draws."""
+        new: Tree = {}
 
         def call(i: int, stack: Any) -> Any:
-            name, part = self._children[i]
-            state, key = (head.core, head.key) if name == 'core' else ({}, None)
+            nonlocal new
+            key, part = self._children[i]
+            if key in projected:
+                return (projected[key],)
+            if key == 'output':
+                return stack[:1]
             values = tuple(stack[: part.n_in])
-            with where(self, name, part, values):
-                check_inputs(part, values)
-                outputs, new[name] = part.apply(
-                    weights.get(name, {}), state, values, rng=key, mode=mode
-                )
-            return outputs
+            if key != 'core':
+                return self._part(key, weights, {}, values, None, mode)
+            *outputs, new = self._part(key, weights, head.core, values, head.key, mode)
+            return tuple(outputs)
 
-        return self.route(call, tuple(inputs)), new['core']
+        return self.route(call, inputs)[0], new
+
+    def _part(self, key: str, weights: Tree, state: Tree, values: Any, rng: Any, mode: Mode) -> Any:
+        """The outputs of a part; of the core with its state behind them."""
+        part = dict(self._children)[key]
+        with where(self, key, part, values):
+            check_inputs(part, values)
+            outputs, new = part.apply(weights.get(key, {}), state, values, rng=rng, mode=mode)
+        return (*outputs, new) if key == 'core' else outputs
 
 
 def heads(layer: Any, core: Layer) -> dict[str, Layer]:

@@ -14,6 +14,7 @@ import pytest
 from layercomb import tl
 from layercomb.layers.base import Layer, Mode
 from layercomb.layers.caches import set_positions
+from layercomb.layers.core import dense
 from layercomb.shapes import shape_dtype, signature_of
 
 
@@ -47,6 +48,27 @@ def test_dense():
     assert weights['kernel'].shape == (4, 4) and not weights['bias'].any()
     limit = math.sqrt(6 / (4 + 4))
     assert np.abs(weights['kernel']).max() <= limit
+
+
+@pytest.mark.parametrize('width', [2, 6])
+def test_dense_has_every_derivative(width):
+    def loss(product):
+        return lambda kernel, x: jnp.sin(product(x, kernel)).sum()
+
+    kernel = jax.random.normal(jax.random.key(0), (4, width))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    ours, plain = (loss(lambda x, w: dense({'kernel': w}, x)), loss(jnp.dot))
+    for derivative in (
+        lambda f: jax.grad(f, (0, 1))(kernel, x),
+        lambda f: jax.jvp(f, (kernel, x), (kernel, x)),
+        lambda f: jax.hessian(f)(kernel, x),
+        lambda f: jax.vmap(jax.grad(f), (None, 0))(kernel, x),
+    ):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+            derivative(ours),
+            derivative(plain),
+        )
 
 
 def test_dense_sums_in_float32():
