@@ -63,7 +63,6 @@ from layercomb.layers.metrics import (
     weighted_mean,
 )
 from layercomb.layers.mixture import BlockSparseFF, SwitchFF
-from layercomb.layers.multihead import MergeHeads, SplitHeads
 from layercomb.layers.multiplicative import (
     LocalConv,
     LowRankDense,
@@ -74,6 +73,7 @@ from layercomb.layers.multiplicative import (
 from layercomb.layers.normalization import BatchNorm, LayerNorm, RMSNorm
 from layercomb.layers.once import Once
 from layercomb.layers.positional import LearnedPositions, RotaryPositions, SinusoidalPositions
+from layercomb.layers.projections import MergeHeads, SplitHeads
 from layercomb.layers.reversible import (
     Reversible,
     ReversibleConcatenatePair,

@@ -36,8 +36,9 @@ from layercomb.layers.hashing import (
     lsh_rotations,
     rotated_buckets,
 )
-from layercomb.layers.multihead import MergeHeads, MultiHead, SplitHeads, dropout_arguments
+from layercomb.layers.multihead import MultiHead, dropout_arguments
 from layercomb.layers.positional import check_length
+from layercomb.layers.projections import MergeHeads, SplitHeads
 
 
 def lsh_attention(

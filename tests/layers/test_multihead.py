@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from layercomb import tl
-from layercomb.layers import multihead
+from layercomb.layers import pieces
 from layercomb.layers.base import DECISIONS, Layer, Mode
 from layercomb.layers.combinators import Combinator
-from layercomb.layers.multihead import MultiHead, kernel_gradient
+from layercomb.layers.multihead import MultiHead
+from layercomb.layers.projections import kernel_gradient
 
 B, L, D = 2, 12, 8
 LAYERS = {
@@ -44,7 +45,8 @@ class Gated(tl.MergeHeads):
 def example(net):
     x = jax.random.normal(jax.random.key(1), (B, L, D))
     mask = jnp.arange(L) < jnp.array([[L], [L - 3]])
-    memory = (jax.random.normal(jax.random.key(2), (B, L, D)),) * (net.n_in - 2)
+    memory = (jax.random.normal(jax.random.key(2), (B, L - 1, D)),) * (net.n_in - 2)
+    mask = mask[:, : L - len(memory)]
     return (x, *memory, mask)
 
 
@@ -57,7 +59,7 @@ def assert_close(got, wanted):
 @pytest.mark.parametrize('together', [4096, 5], ids=['at once', 'piece by piece'])
 @pytest.mark.parametrize('make', LAYERS.values(), ids=list(LAYERS))
 def test_head_by_head_is_whole(make, together, monkeypatch):
-    monkeypatch.setattr(multihead, 'POSITIONS_TOGETHER', together)
+    monkeypatch.setattr(pieces, 'POSITIONS_TOGETHER', together)
     net = make()
     inputs = example(net)
     weights, _ = net.init(tuple(jax.eval_shape(lambda: inputs)), jax.random.key(0))
@@ -148,7 +150,7 @@ def test_queries_of_all_heads_never_exist(optimized):
 
 @pytest.mark.parametrize('length', [5, 8, 19])
 def test_the_gradient_of_a_kernel_is_summed_in_pieces(length, monkeypatch):
-    monkeypatch.setattr(multihead, 'POSITIONS_TOGETHER', 8)
+    monkeypatch.setattr(pieces, 'POSITIONS_TOGETHER', 8)
     x = jax.random.normal(jax.random.key(0), (2, length, 3))
     y = jax.random.normal(jax.random.key(1), (2, 4, length, 5))
     wanted = np.einsum('bld,bhlk->dhk', x, y)
