@@ -165,12 +165,13 @@ def decode_programs(
 @contextlib.contextmanager
 def _no_locations() -> Iterator[None]:
     """Lowers without saying where the source of each operation lies on this machine."""
-    limit = jax.config.jax_traceback_in_locations_limit
-    jax.config.update('jax_traceback_in_locations_limit', 0)
+    option = 'jax_traceback_in_locations_limit'
+    limit = getattr(jax.config, option)
+    jax.config.update(option, 0)
     try:
         yield
     finally:
-        jax.config.update('jax_traceback_in_locations_limit', limit)
+        jax.config.update(option, limit)
 
 
 def _room(model: Model, max_len: int | None) -> int:

@@ -150,7 +150,19 @@ def _step(
     return token, _Kept(state, sampler.add(kept.seen, token), kept.i + 1)
 
 
-_next = functools.partial(jax.jit, donate_argnums=2)(_step)
+@functools.cache
+def _next(structure: Any) -> Any:
+    """The step, compiled, of what it is made from each time as flat leaves, a state and a token.
+
+    Hundreds of weights in nested dicts, and the hash of a model, would take longer to look at than
+    a small model takes for a token.
+    """
+
+    def step(leaves: list[jax.Array], kept: _Kept, token: jax.Array) -> Any:
+        start, sampler, keys = jax.tree.unflatten(structure, leaves)
+        return _step(start, sampler, kept, token, keys)
+
+    return jax.jit(step, donate_argnums=1)
 
 
 @jax.jit
@@ -181,13 +193,14 @@ def _generate(
 def _stream(
     start: Start, sampler: Sampler, n_tokens: int, eos_id: np.int32, keys: jax.Array
 ) -> Iterator[np.ndarray]:
-    sampler = jax.device_put(sampler)  # once, and not for each token
+    leaves, structure = jax.tree.flatten((start, jax.device_put(sampler), keys))
+    step = _next(structure)
     token, kept = _first(start, sampler, keys)
     done = np.zeros(len(token), bool)
     for i in range(1, n_tokens + 1):
         made = token
         if i < n_tokens:  # the next one is on its way while this one is looked at
-            token, kept = _next(start, sampler, kept, made, keys)
+            token, kept = step(leaves, kept, made)
         shown = np.where(done, eos_id, np.asarray(made))
         check_drawn(shown[:, None], i - 1)
         done = done | (shown == eos_id)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 
 def whole(name: str, value: Any, least: int = 1) -> int:
     """A whole number.
@@ -14,6 +12,7 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     Raises:
       ValueError: if it is none, or less than `least`.
 
+    >>> import numpy as np
     >>> whole('top_k', np.int64(3))
     3
     """
@@ -38,6 +37,7 @@ def real(
     Raises:
       ValueError: if it is none, or out of its range.
 
+    >>> import numpy as np
     >>> real('temperature', np.float32(0.5), 'at least 0', 0, math.inf)
     0.5
     """

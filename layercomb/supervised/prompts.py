@@ -44,30 +44,17 @@ _ATTENTION = (
 _HEADS = (Dense, MultiplicativeHead)
 
 
-class _Known:
-    """A layer whose hash is computed once: `jit` asks for it at every call, for every token."""
-
-    def __init__(self, layer: Layer) -> None:
-        self.layer, self._hash = layer, hash(layer)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Known) and self.layer == other.layer)
-
-
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=['weights', 'trained', 'context', 'tokens', 'lengths'],
-    meta_fields=['known', 'room'],
+    meta_fields=['net', 'room'],
 )
 @dataclasses.dataclass(frozen=True)
 class Start:
     """All that decoding begins with.
 
     Attributes:
-      known: the model, unstacked.
+      net: the model, unstacked.
       room: how many positions there will be.
       weights: of the model.
       trained: what training left in its state.
@@ -77,18 +64,13 @@ class Start:
       lengths: of the prompts, (B,).
     """
 
-    known: _Known
+    net: Layer
     room: int
     weights: Tree
     trained: Tree
     context: tuple[jax.Array, ...]
     tokens: jax.Array
     lengths: jax.Array
-
-    @property
-    def net(self) -> Layer:
-        """The model, unstacked."""
-        return self.known.layer
 
     def signature(self, length: int, n_rows: int | None = None) -> Signature:
         """Of the model's inputs, with so many tokens a row and so many rows."""
@@ -130,7 +112,7 @@ def begin(
     unstacked, weights = unstack(net, weights)
     trained = unstack_state(net, state)
     arrays = jnp.asarray(tokens), jnp.asarray(lengths)
-    return Start(_Known(unstacked), room, weights, trained, context, *arrays)
+    return Start(unstacked, room, weights, trained, context, *arrays)
 
 
 def as_id(eos_id: int | None) -> np.int32:

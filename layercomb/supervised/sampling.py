@@ -27,7 +27,8 @@ class Sampler:
     not computed, which is decided at every token.
 
     Attributes:
-      temperature: logits are divided by it; 0 takes the likeliest token, and so does less than 1e-6.
+      temperature: logits are divided by it; 0 takes the likeliest token, and so does what is below
+        1e-6.
       top_k: only the k likeliest tokens may be drawn.
       top_p: only the likeliest tokens whose probabilities together reach p may be drawn.
       repetition_penalty: before all that, the logits of tokens that the row holds already, prompt
@@ -59,9 +60,7 @@ class Sampler:
         if self.top_k is not None:
             checked['top_k'] = whole('top_k', self.top_k)
         if self.top_p is not None:
-            checked['top_p'] = real(
-                'top_p', self.top_p, 'above 0 and at most 1', 0, 1, above=True
-            )
+            checked['top_p'] = real('top_p', self.top_p, 'above 0 and at most 1', 0, 1, above=True)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
