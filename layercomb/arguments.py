@@ -59,16 +59,40 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     return made
 
 
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """How tokens are to be drawn, as `decoding.stream` takes it.
+
+    Raises:
+      UsageError: if anything is said about it, and a search that draws nothing is asked for, too.
+    """
+    given = {name: getattr(options, name) for name in _SAMPLING}
+    said = sorted(name for name, value in given.items() if value is not None)
+    if said and options.beams is not None:
+        raise UsageError(f'--beams searches and draws nothing: leave out --{" and --".join(said)}')
+    chosen = {name: _SAMPLING[name] if x is None else x for name, x in given.items()}
+    return {'rng' if name == 'seed' else name: x for name, x in chosen.items()}
+
+
+# The options of `sampling`, and what they are by default.
+_SAMPLING: dict[str, Any] = {
+    'temperature': 0.8,
+    'top_k': None,
+    'top_p': None,
+    'repetition_penalty': 1.0,
+    'seed': 0,
+}
+
+
 def _generate_options(add: Any) -> None:
     add('-', dest='stdin', action='store_true', help='continue what standard input says')
-    add('--prompt', help='what to continue')
-    add('--prompt_file', help='a file to continue')
+    add('--prompt', help='what to continue; an encoder-decoder reads it, and answers')
+    add('--prompt_file', help='a file to continue, or to read and answer')
     add('--n_tokens', type=int, default=300, help='how many tokens to make (%(default)s)')
-    add('--temperature', type=float, default=0.8, help='0 takes the likeliest token (%(default)s)')
+    add('--temperature', type=float, help='0 takes the likeliest token (0.8)')
     add('--top_k', type=int, help='draw among the k likeliest')
     add('--top_p', type=float, help='draw among the likeliest that reach p together')
-    add('--repetition_penalty', type=float, default=1.0, help='above 1, less of what was there')
-    add('--seed', type=int, default=0, help='of the sample (%(default)s)')
+    add('--repetition_penalty', type=float, help='above 1, less of what was there (1.0)')
+    add('--seed', type=int, help='of the sample (0)')
     add('--beams', type=int, help='search for the likeliest text among so many, instead of drawing')
     add('--bits', type=int, choices=(16, 8, 4), help='narrow weights, of so many bits')
 

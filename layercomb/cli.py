@@ -139,30 +139,22 @@ def run_eval(options: argparse.Namespace) -> None:
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    """``layercomb generate RUN_DIR``: continues a prompt, to the terminal, as it is made."""
+    """``layercomb generate RUN_DIR``: continues a prompt, or answers it, as it is made."""
     from layercomb.supervised import decoding
 
+    sampling = arguments.sampling(options)
     prompt = terminal.read_prompt(options.prompt, options.prompt_file, options.stdin)
     model, tokenizer = trained(options.run_dir, options.gin_param, options.bits)
-    given = [tokenizer.encode(prompt)], options.n_tokens
     with of_the_person():
+        given = terminal.given(model, prompt, tokenizer)
+        given |= {'n_tokens': options.n_tokens, 'eos_id': tokenizer.eos_id}
+        shown = '' if 'inputs' in given else prompt
         if options.beams is not None:
-            found = decoding.beam_search(
-                model, *given, n_beams=options.beams, eos_id=tokenizer.eos_id
-            )
-            terminal.write_text(prompt, found.tokens[0, 0], tokenizer)
+            found = decoding.beam_search(model, n_beams=options.beams, **given)
+            terminal.write_text(shown, found.tokens[0, 0], tokenizer)
             return
-        tokens = decoding.stream(
-            model,
-            *given,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            repetition_penalty=options.repetition_penalty,
-            rng=options.seed,
-            eos_id=tokenizer.eos_id,
-        )
-    terminal.write_stream(prompt, tokens, tokenizer)
+        tokens = decoding.stream(model, **given, **sampling)
+    terminal.write_stream(shown, tokens, tokenizer)
 
 
 def run_inspect(options: argparse.Namespace) -> None:
@@ -222,7 +214,7 @@ def run_export(options: argparse.Namespace) -> None:
 def trained(
     run_dir: str, bindings: Sequence[str] = (), bits: int | None = None, text: bool = True
 ) -> tuple[Model, Any]:
-    """A language model as the last checkpoint of a run has it, and its tokenizer.
+    """A model of texts as the last checkpoint of a run has it, and its tokenizer.
 
     Args:
       run_dir: the output directory of a run.
@@ -239,8 +231,8 @@ def trained(
             raise UsageError(f'{run_dir!r} has no model: bind train.model')
         if text and tokenizer is None:
             raise UsageError('this run has no tokenizer, so it makes no text: bind train.tokenizer')
-        tokens = shape_dtype((1, 8), 'int32')
-        model, _ = runs.last_model(run_dir, net, (tokens,) * net.n_in)
+        tokens, mask = shape_dtype((1, 8), 'int32'), shape_dtype((1, 8), bool)
+        model, _ = runs.last_model(run_dir, net, (tokens, tokens, mask)[: net.n_in])
     if bits is not None:
         with of_the_person():
             narrow = transforms.quantize(model.layer, model.weights or {}, bits=bits)

@@ -155,11 +155,23 @@ def decode_programs(
 
     tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
     arguments = trees.flatten(weights), jax.eval_shape(init), tokens
-    with layercomb_kernels.off():  # what other machines lack
+    with layercomb_kernels.off(), _no_locations():  # what other machines lack, or need not know
         return {
             'decode_init': jax.export.export(jax.jit(init), platforms=_PLATFORMS)(),
             'decode_step': jax.export.export(jax.jit(step), platforms=_PLATFORMS)(*arguments),
         }
+
+
+@contextlib.contextmanager
+def _no_locations() -> Iterator[None]:
+    """Lowers without saying where the source of each operation lies on this machine."""
+    option = 'jax_traceback_in_locations_limit'
+    limit = getattr(jax.config, option)
+    jax.config.update(option, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(option, limit)
 
 
 def _room(model: Model, max_len: int | None) -> int:

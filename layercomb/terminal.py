@@ -40,6 +40,17 @@ def read_prompt(text: str | None, file: str | None, from_stdin: bool) -> str:
     return text
 
 
+def given(model: Model, prompt: str, tokenizer: Any) -> dict[str, Any]:
+    """What decoding begins with: the prompt; or what an encoder reads, and the end of no answer.
+
+    That is how `data.pairs` begins answers.
+    """
+    ids = [tokenizer.encode(prompt)]
+    if model.layer.n_in == 1:
+        return {'prompts': ids}
+    return {'inputs': ids, 'prompts': [[tokenizer.eos_id]]}
+
+
 def write_stream(prompt: str, tokens: Iterator[np.ndarray], tokenizer: Any) -> None:
     """Prints a prompt and its continuation as it is made, then its speed on standard error.
 
@@ -98,15 +109,16 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
 
         model = Model(experiment.model, loop.weights, loop.state)
         tokenizer, prompt = experiment.tokenizer, experiment.sample_prompt
+        start = given(model, prompt, tokenizer)
         tokens = decoding.generate(
             model,
-            [tokenizer.encode(prompt)],
-            experiment.sample_tokens,
+            n_tokens=experiment.sample_tokens,
             temperature=experiment.sample_temperature,
             eos_id=tokenizer.eos_id,
+            **start,
         )[0]
         print('\na sample:')
-        write_text(prompt, tokens, tokenizer)
+        write_text(f'{prompt}\n' if 'inputs' in start else prompt, tokens, tokenizer)
     print(f'\nkept in {directory}: report.png, metrics.jsonl, checkpoints, TensorBoard events')
 
 

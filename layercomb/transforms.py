@@ -341,6 +341,8 @@ def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
     >>> net
     Serial(Dense(4, name='0'), Dense(4, name='1'), name='dense')
     """
+    if not _is_stacked(net):  # building it again would take longer than some tokens
+        return net, weights
     if isinstance(net, (Repeat, Map)):
         blocks, parts = [], {}
         for i in range(net.n):
@@ -392,6 +394,10 @@ def unstack_state(net: Layer, state: Tree) -> Tree:
             key: unstack_state(inner[key], x) if key in inner else x for key, x in state.items()
         }
     return unstack_state(net.layer, state) if isinstance(net, Wrapper) else state
+
+
+def _is_stacked(net: Layer) -> bool:
+    return isinstance(net, (Repeat, Map)) or any(map(_is_stacked, net.sublayers))
 
 
 def _moved(net: Tied, weights: Tree) -> bool:

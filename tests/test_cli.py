@@ -12,7 +12,8 @@ import urllib.request
 
 import pytest
 
-from layercomb import cli, trees
+from layercomb import Model, cli, models, shape_dtype, trees
+from layercomb.data import ByteTokenizer
 from layercomb.interop.safetensors import load_weights
 
 TINY = """
@@ -161,6 +162,27 @@ def test_generate_searches_with_beams_and_penalises_repetitions(files, capsys):
     assert said[0] == said[1] and said[0].startswith('cat')
     assert cli.main([*how, '--temperature', '0', '--repetition_penalty', '9']) == 0
     assert capsys.readouterr().out != said[0]
+
+
+def test_generate_refuses_to_search_and_to_draw(files, capsys):
+    how = ('generate', files[2], '--prompt', 'cat', '--beams', '2')
+    said = refused(capsys, *how, '--top_k', '3', '--temperature', '0.8')
+    assert 'searches and draws nothing: leave out --temperature and --top_k' in said
+
+
+def test_an_encoder_decoder_reads_the_prompt_and_answers(files, capsys, monkeypatch, tmp_path):
+    net = models.Reformer(256, 8, 8, 1, 1, 1, max_len=24, masked=True)
+    tokens = shape_dtype((1, 8), 'int32')
+    model, tokenizer = Model(net).init((tokens, tokens, shape_dtype((1, 8), bool))), ByteTokenizer()
+    monkeypatch.setattr(cli, 'trained', lambda *args, **how: (model, tokenizer))
+    how = ['generate', str(files[2]), '--prompt', 'cat', '--n_tokens', '4']
+    for option in (['--temperature', '0'], ['--beams', '2']):
+        assert cli.main([*how, *option]) == 0
+        assert not capsys.readouterr().out.startswith('cat')
+    assert 'takes a language model: this one has 3 inputs' in refused(
+        capsys, 'export', files[2], tmp_path / 'out'
+    )
+    assert 'takes a language model' in refused(capsys, 'serve', files[2], '--port', 0)
 
 
 def test_export(files, capsys, tmp_path):

@@ -54,6 +54,11 @@ def test_the_readme_decodes_as_the_library_does(name, tmp_path, monkeypatch):
     assert session['continued'](prompt, 12) == wanted
 
 
+def test_programs_do_not_say_where_their_source_was():
+    for program in export.decode_programs(made(NETS['hashed'])).values():
+        assert not re.search(rb'\w+\.py|layercomb/', bytes(program.serialize()))
+
+
 def test_weights_are_read_back(tmp_path):
     model = made(NETS['statistics'])
     export.write(model, tmp_path, '')

@@ -429,3 +429,11 @@ def test_quantize_says_what_it_takes(small):
         quantize(*quantize(net, weights, 8), 4)
     with pytest.raises(TypeError, match='Quantized holds a leaf with matrices, not a LayerNorm'):
         transforms.Quantized(tl.LayerNorm())
+
+
+def test_unstacking_again_gives_what_is_given():
+    net = tl.Serial(tl.Repeat(tl.Residual(tl.SelfAttention(2), name='a'), 2), tl.Dense(4))
+    weights, _ = net.init((shape_dtype((1, 4, 8)),), jax.random.key(0))
+    net, weights = transforms.unstack(net, weights)
+    again = transforms.unstack(net, weights)
+    assert again[0] is net and again[1] is weights

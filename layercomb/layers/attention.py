@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.attention_functions import dot_product_attention, local_attention
-from layercomb.layers.base import Layer, Mode
+from layercomb.layers.base import Layer, Mode, Wrapper, _set
 from layercomb.layers.caches import (
     append,
     by_row,
@@ -270,7 +270,7 @@ class CrossAttention(MultiHead):
     """Multi-head attention to another sequence: (B, L, D), (B, M, E) → (B, L, D).
 
     Queries come from the first value, keys and values from the second, the memory. In ``PREDICT``
-    they are made `Once`.
+    they are made `Once`, also by projections of one's own.
 
     Attributes:
       n_heads: H.
@@ -294,6 +294,13 @@ class CrossAttention(MultiHead):
     reads = {'query': 0, 'key': 1, 'value': 1}
     n_in = property(lambda self: 2 + self.masked)
 
+    def __post_init__(self) -> None:
+        for field in ('key', 'value'):
+            part = getattr(self, field)
+            if part is not None and not _is_once(part):
+                _set(self, field, Once(part))
+        super().__post_init__()
+
     def parts(self) -> dict[str, Layer]:
         made = heads(self, DotProductAttention(False, self.dropout, self.masked))
         return {**made, 'key': Once(made['key']), 'value': Once(made['value'])}
@@ -301,3 +308,8 @@ class CrossAttention(MultiHead):
     def route(self, call, stack):
         x, memory, *mask = stack[: self.n_in]
         return attend(self, call, x, memory, *mask) + stack[self.n_in :]
+
+
+def _is_once(layer: Layer) -> bool:
+    """Whether it is `Once`, perhaps in other wrappers."""
+    return isinstance(layer, Once) or (isinstance(layer, Wrapper) and _is_once(layer.layer))

@@ -52,9 +52,15 @@ def app(
       An ASGI application; its `state.engine` makes the completions.
 
     Raises:
-      UsageError: if starlette is not installed, or the model cannot be decoded.
+      UsageError: if starlette is not installed, or the model is no language model, or cannot be
+        decoded.
     """
     require('starlette', 'serve')
+    if model.layer.n_in != 1:
+        raise UsageError(
+            f'serve takes a language model: this one has {model.layer.n_in} inputs; an '
+            'encoder-decoder answers by layercomb generate, or decoding.generate(inputs=…)'
+        )
     from layercomb.serving.engine import Engine
     from layercomb.serving.routes import build
 

@@ -109,11 +109,13 @@ class Engine:
         return len(self._running)
 
     def warm_up(self) -> None:
-        """Compiles what most requests need, by making a few tokens."""
+        """Compiles what most requests need, by making a few tokens.
+
+        How they are drawn is no other program; more rows, and longer prompts and answers are.
+        """
         ids = tuple(int(i) for i in self._tokenizer.encode('The'))
-        for request in (Request((ids,), 2), Request((ids,), 2, temperature=0.0)):
-            for _ in zip(range(2), self._tokens(request), strict=False):
-                pass
+        for _ in zip(range(2), self._tokens(Request((ids,), 2)), strict=False):
+            pass
 
     async def start(self, request: Request) -> Running:
         """Begins a completion, once there is a place for it.
@@ -207,7 +209,7 @@ class Engine:
             room - longest,
             temperature=request.temperature,
             top_k=request.top_k,
-            top_p=request.top_p if request.top_p != 1 else None,
+            top_p=request.top_p,
             repetition_penalty=request.repetition_penalty,
             rng=request.seed,
             eos_id=self._tokenizer.eos_id,

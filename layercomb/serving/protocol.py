@@ -244,7 +244,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     'temperature': _number('temperature', 0, 2),
     'top_p': _number('top_p', 0, 1, above=True),
     'top_k': _whole('top_k', 1, _MANY),
-    'repetition_penalty': _number('repetition_penalty', 0, 10, above=True),
+    'repetition_penalty': _number('repetition_penalty', 1e-6, 10),
     'seed': _whole('seed', -(2**63), 2**63 - 1),
     'stop': _stop,
     'echo': _flag('echo'),

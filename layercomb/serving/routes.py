@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -95,14 +96,26 @@ class _Routes:
 
     async def completions(self, request: Request) -> Response:
         asked = await self._read(request)
-        running = await self._engine.start(asked)
-        if asked.stream:
-            return _EventStream(running, self._name)
-        listening = asyncio.create_task(_cancel_when_gone(request, running))
+        gone = asyncio.create_task(_gone(request))
         try:
+            running = await self._start(asked, gone)
+            if asked.stream:
+                return _EventStream(running, self._name)
+            gone.add_done_callback(lambda _: running.cancel())
             return JSONResponse(await _whole(running, self._name))
         finally:
-            listening.cancel()
+            gone.cancel()
+
+    async def _start(self, asked: protocol.Request, gone: asyncio.Task[None]) -> Running:
+        """Begins a completion, unless the client hangs up while it waits for its turn."""
+        starting = asyncio.create_task(self._engine.start(asked))
+        try:
+            await asyncio.wait((starting, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                raise Refusal(400, 'the client hung up before its turn', 'disconnected')
+            return starting.result()
+        finally:
+            starting.cancel()
 
     async def _read(self, request: Request) -> protocol.Request:
         """The request, if its body is JSON of a bearable size."""
@@ -125,7 +138,9 @@ class _Routes:
         if n > limit:
             raise Refusal(413, f'the body is over {limit} bytes: send less', 'body_too_large')
         vocab_size = self._engine.vocab_size
-        return protocol.parse(bytes(body), self._tokenizer, self._name, vocab_size, self._limits)
+        return await run_in_threadpool(  # others are answered while it is made tokens of
+            protocol.parse, bytes(body), self._tokenizer, self._name, vocab_size, self._limits
+        )
 
 
 class _EventStream(StreamingResponse):
@@ -168,10 +183,10 @@ async def _whole(running: Running, model: str) -> dict[str, Any]:
     return {**made, 'usage': protocol.usage(running.request, running.n_made)}
 
 
-async def _cancel_when_gone(request: Request, running: Running) -> None:
+async def _gone(request: Request) -> None:
+    """Ends when the client has hung up."""
     while (await request.receive())['type'] != 'http.disconnect':
         pass
-    running.cancel()
 
 
 def _event(value: dict[str, Any]) -> str:

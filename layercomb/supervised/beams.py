@@ -15,9 +15,19 @@ import numpy as np
 
 from layercomb.layers.base import Tree
 from layercomb.model import Model
-from layercomb.supervised.prompts import Sequences, Start, advance, begin, fresh_state, ingest
+from layercomb.supervised.numbers import real, whole
+from layercomb.supervised.prompts import (
+    Sequences,
+    Start,
+    advance,
+    as_id,
+    begin,
+    fresh_state,
+    ingest,
+)
+from layercomb.supervised.sampling import diverged, has_probabilities
 
-_LOW = -1e30  # finite, so that differences are
+_LOW, _NONE = -1e30, -1e29  # the total of a beam that is none is below the second
 
 
 class Beams(NamedTuple):
@@ -25,7 +35,8 @@ class Beams(NamedTuple):
 
     Attributes:
       tokens: (B, N, T) int32, without the prompts, filled up with `eos_id`.
-      scores: (B, N) float32.
+      scores: (B, N) float32. N is `n_best`, or less where no row has so many hypotheses; −∞ says
+        that a row has fewer than another, and that there is none.
     """
 
     tokens: np.ndarray
@@ -57,7 +68,7 @@ def beam_search(
     Args:
       model, prompts, n_tokens, inputs, eos_id: as in `decoding.generate`.
       n_beams: K, how many live hypotheses a row keeps.
-      n_best: N ≤ K, how many a row returns.
+      n_best: N ≤ K, how many a row returns, if there are so many.
       length_penalty: 0 favours short hypotheses, for each token costs; 1 takes the mean.
 
     Returns:
@@ -70,29 +81,39 @@ def beam_search(
     References:
       Wu et al., length normalization in section 7, 2016, https://arxiv.org/abs/1609.08144
     """
-    if not isinstance(n_beams, int) or n_beams < 1:
-        raise ValueError(f'n_beams must be a whole number of at least 1, got {n_beams!r}')
-    if not isinstance(n_best, int) or not 1 <= n_best <= n_beams:
+    n_beams, n_best = whole('n_beams', n_beams), whole('n_best', n_best)
+    if n_best > n_beams:
         raise ValueError(f'n_best must be 1 to n_beams={n_beams}, got {n_best!r}')
-    start = begin(model, prompts, n_tokens, inputs)
-    search = _Search(n_beams, n_best, n_tokens, float(length_penalty), eos_id)
-    tokens, scores = _run(start, search)
-    return Beams(np.asarray(tokens), np.asarray(scores))
+    length_penalty = real('length_penalty', length_penalty, 'from -10 to 10', -10, 10)
+    start = begin(model, prompts, n_tokens, inputs, eos_id)
+    search = _Search(n_beams, n_best, np.int32(n_tokens), length_penalty, as_id(eos_id))
+    found = _run(start, search)
+    tokens, scores, n_made, is_whole = map(np.asarray, found)
+    if not is_whole:
+        raise diverged(f'after {n_made} tokens')
+    n_found = np.isfinite(scores).sum(1).max()
+    return Beams(tokens[:, :n_found, : int(n_tokens)], scores[:, :n_found])
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=['n_tokens', 'length_penalty', 'eos_id'],
+    meta_fields=['n_beams', 'n_best'],
+)
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """What a search is told."""
+    """What a search is told; no other number is another program than those of beams."""
 
     n_beams: int
     n_best: int
-    n_tokens: int
-    length_penalty: float
-    eos_id: int | None
+    n_tokens: Any
+    length_penalty: Any
+    eos_id: Any  # -1 if nothing ends a hypothesis
 
     def normed(self, total: jax.Array, length: Any) -> jax.Array:
-        """Scores of hypotheses so long."""
-        return total / jnp.asarray(length, jnp.float32) ** self.length_penalty
+        """Scores of hypotheses so long, −∞ for those that are none."""
+        score = total / jnp.asarray(length, jnp.float32) ** self.length_penalty
+        return jnp.where(total > _NONE, score, -jnp.inf)
 
 
 class _Carry(NamedTuple):
@@ -107,22 +128,23 @@ class _Carry(NamedTuple):
     state: Tree  # of B·K rows
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _run(start: Start, search: _Search) -> tuple[jax.Array, jax.Array]:
+@jax.jit
+def _run(start: Start, search: _Search) -> tuple[jax.Array, ...]:
+    """Tokens, scores, how many tokens were made, and whether all had probabilities."""
     b, k, n, t = len(start.tokens), search.n_beams, search.n_best, search.n_tokens
     logits, state = ingest(start)
     per_row = _per_row(start)
-    state = _take_rows(state, per_row, jnp.repeat(jnp.arange(b), k), b)
+    state = _repeated(state, per_row, b, k)
     context = tuple(jnp.repeat(x, k, 0) for x in start.context)
     start = dataclasses.replace(start, context=context)
-    fill = 0 if search.eos_id is None else search.eos_id
+    fill = jnp.maximum(search.eos_id, 0)
     carry = _Carry(
         length=jnp.int32(0),
-        tokens=jnp.full((b, k, t), fill, jnp.int32),
+        tokens=jnp.full((b, k, start.room), fill, jnp.int32),
         # All beams are the same at first: one of them is enough.
         totals=jnp.full((b, k), _LOW).at[:, 0].set(0.0),
-        ended=jnp.full((b, n, t), fill, jnp.int32),
-        scores=jnp.full((b, n), _LOW),
+        ended=jnp.full((b, n, start.room), fill, jnp.int32),
+        scores=jnp.full((b, n), -jnp.inf),
         logits=jnp.repeat(logits[:, None], k, 1).astype(jnp.float32),
         state=state,
     )
@@ -132,11 +154,12 @@ def _run(start: Start, search: _Search) -> tuple[jax.Array, jax.Array]:
         # another, of which the first or the last favours it most.
         best = carry.totals.max(-1)
         reach = jnp.maximum(search.normed(best, carry.length + 1), search.normed(best, t))
-        return (carry.length < t) & (reach > carry.scores.min(-1)).any()
+        hopes = (carry.length < t) & (reach > carry.scores.min(-1)).any()
+        return hopes & has_probabilities(carry.logits).all()
 
     def step(carry: _Carry) -> _Carry:
         chosen, carry = _choose(search, carry)
-        state = _take_rows(carry.state, per_row, chosen, b * k)
+        state = _copied(carry.state, per_row, chosen)
         newest = carry.tokens[:, :, carry.length - 1].reshape(b * k)
         logits, state = advance(start, state, newest)
         logits = logits.reshape(b, k, -1).astype(jnp.float32)
@@ -144,12 +167,14 @@ def _run(start: Start, search: _Search) -> tuple[jax.Array, jax.Array]:
 
     carry = jax.lax.while_loop(unfinished, step, carry)
     # The live ones of full length are hypotheses too; of others none could come among the best.
-    whole = jnp.where(carry.length == t, search.normed(carry.totals, t), _LOW)
-    return _best(search, carry, carry.tokens, whole)
+    is_full = carry.length == t
+    full = jnp.where(is_full, search.normed(carry.totals, t), -jnp.inf)
+    best = _best(search, carry, carry.tokens, full)
+    return *best, carry.length, is_full | has_probabilities(carry.logits).all()
 
 
 def _choose(search: _Search, carry: _Carry) -> tuple[jax.Array, _Carry]:
-    """Each row's next live hypotheses, and the beams, (B·K,), that they go on from."""
+    """Each row's next live hypotheses, and the beams, (B, K), that they go on from."""
     b, k, vocab_size = carry.logits.shape
     total = carry.totals[:, :, None] + jax.nn.log_softmax(carry.logits)
     # Twice as many as there are beams: at most K of them end, one for each beam.
@@ -157,15 +182,28 @@ def _choose(search: _Search, carry: _Carry) -> tuple[jax.Array, _Carry]:
     beam, token = at // vocab_size, at % vocab_size  # (B, 2K)
     tokens = jnp.take_along_axis(carry.tokens, beam[:, :, None], 1)
     tokens = tokens.at[:, :, carry.length].set(token)
-    ends = token == search.eos_id if search.eos_id is not None else jnp.zeros(token.shape, bool)
-    scores = jnp.where(ends, search.normed(total, carry.length + 1), _LOW)
+    ends = token == search.eos_id
+    scores = jnp.where(ends, search.normed(total, carry.length + 1), -jnp.inf)
     ended, scores = _best(search, carry, tokens, scores)
     totals, live = jax.lax.top_k(jnp.where(ends, _LOW, total), k)  # (B, K)
-    beam = jnp.take_along_axis(beam, live, 1)
+    live = jnp.take_along_axis(live, jax.vmap(_stay)(jnp.take_along_axis(beam, live, 1)), 1)
+    totals = jnp.take_along_axis(jnp.where(ends, _LOW, total), live, 1)
     tokens = jnp.take_along_axis(tokens, live[:, :, None], 1)
-    chosen = (beam + jnp.arange(b)[:, None] * k).reshape(-1)
     moved = carry._replace(length=carry.length + 1, tokens=tokens, totals=totals)
-    return chosen, moved._replace(ended=ended, scores=scores)
+    return jnp.take_along_axis(beam, live, 1), moved._replace(ended=ended, scores=scores)
+
+
+def _stay(beam: jax.Array) -> jax.Array:
+    """An order of hypotheses that go on from beams (K,), in which one of each beam takes its place.
+
+    So that caches are copied only into the places of beams from which nothing goes on.
+    """
+    k = len(beam)
+    same = beam[:, None] == beam  # (K, K)
+    stays = ~jnp.tril(same, -1).any(1)  # the first of its beam
+    free = jnp.argsort(jnp.zeros(k, bool).at[beam].set(True))  # places where nothing goes on first
+    place = jnp.where(stays, beam, free[jnp.cumsum(~stays) - 1])
+    return jnp.argsort(place)
 
 
 def _best(search: _Search, carry: _Carry, tokens: jax.Array, scores: jax.Array) -> Any:
@@ -186,13 +224,37 @@ def _per_row(start: Start) -> Tree:
     return jax.tree.map(lambda x, y: x.shape != y.shape, shapes(n), shapes(n + 1))
 
 
-def _take_rows(state: Tree, per_row: Tree, rows: jax.Array, n: int) -> Tree:
-    """A state of other rows, of the `n` that there are; some arrays have several lines a row."""
+def _repeated(state: Tree, per_row: Tree, n: int, k: int) -> Tree:
+    """A state of n rows with each of them k times; some arrays have several lines a row."""
 
-    def take(x: jax.Array, is_per_row: bool) -> jax.Array:
+    def repeat(x: jax.Array, is_per_row: bool) -> jax.Array:
         if not is_per_row:
             return x
-        taken = x.reshape(n, -1, *x.shape[1:])[rows]
-        return taken.reshape(-1, *x.shape[1:])
+        rows = jnp.repeat(x.reshape(n, -1, *x.shape[1:]), k, 0)
+        return rows.reshape(-1, *x.shape[1:])
 
-    return jax.tree.map(take, state, per_row)
+    return jax.tree.map(repeat, state, per_row)
+
+
+def _copied(state: Tree, per_row: Tree, chosen: jax.Array) -> Tree:
+    """A state in which beam i of row b is what beam `chosen[b, i]` was, written where it lies.
+
+    One by one, and only those that change: what they are copied from does not, as `_stay` sees to.
+    """
+    b, k = chosen.shape
+    source = (chosen + jnp.arange(b)[:, None] * k).reshape(-1)
+    moves = source != jnp.arange(b * k)
+    order = jnp.argsort(~moves)  # those first
+
+    def one(i: jax.Array, state: Tree) -> Tree:
+        def copy(x: jax.Array, is_per_row: bool) -> jax.Array:
+            if not is_per_row:
+                return x
+            rows = x.reshape(b * k, -1, *x.shape[1:])
+            row = jax.lax.dynamic_index_in_dim(rows, source[order[i]], 0)
+            rows = jax.lax.dynamic_update_slice_in_dim(rows, row, order[i], 0)
+            return rows.reshape(x.shape)
+
+        return jax.tree.map(copy, state, per_row)
+
+    return jax.lax.fori_loop(0, moves.sum(), one, state)

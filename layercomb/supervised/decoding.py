@@ -4,13 +4,16 @@ Both read the prompt at once, then go a position at a time in ``PREDICT``, with 
 updated in place. Row b of step i draws with a key folded with b and i, so a sample does not depend
 on the batch it is made in, nor on which of the two functions makes it. `beam_search` looks for the
 likeliest continuations, and `score` tells how likely given ones are.
+
+All numbers are arrays in the programs: what is compiled anew is another model, another number of
+rows, and lengths that `round_up` tells apart.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +22,17 @@ import numpy as np
 from layercomb.layers.base import Tree
 from layercomb.model import Model
 from layercomb.supervised.beams import Beams, beam_search
-from layercomb.supervised.prompts import Sequences, Start, advance, begin, ingest, max_len
-from layercomb.supervised.sampling import Sampler
+from layercomb.supervised.numbers import whole
+from layercomb.supervised.prompts import (
+    Sequences,
+    Start,
+    advance,
+    as_id,
+    begin,
+    ingest,
+    max_len,
+)
+from layercomb.supervised.sampling import NO_TOKEN, Sampler, check_drawn
 from layercomb.supervised.scoring import Scores, score
 
 __all__ = [
@@ -59,7 +71,8 @@ def generate(
       inputs: what an encoder reads, likewise; lengths may differ if the model takes a mask.
       temperature, top_k, top_p, repetition_penalty: see `Sampler`; temperature 0 is greedy.
       rng: a typed key, or a seed.
-      eos_id: a row is done once it has made this token, and is filled up with it.
+      eos_id: a row is done once it has made this token, and is filled up with it. It must be in the
+        vocabulary.
 
     Returns:
       (B, n_tokens) int32, without the prompts.
@@ -68,12 +81,15 @@ def generate(
       TypeError: if the model has no weights.
       ValueError: if a number is out of its range.
       UsageError: if a prompt is empty, holds ids outside the vocabulary, or is with `n_tokens`
-        longer than the model's positions reach; if the model looks ahead; or if `inputs` do not go
-        with the model and the prompts.
+        longer than the model's positions reach; if the model looks ahead; if `inputs` do not go
+        with the model and the prompts; or if logits are NaN, which says at which token.
     """
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
-    start = begin(model, prompts, n_tokens, inputs)
-    return np.asarray(_generate(start, sampler, n_tokens, eos_id, _row_keys(rng, start)))
+    start = begin(model, prompts, n_tokens, inputs, eos_id)
+    made = _generate(start, sampler, np.int32(n_tokens), as_id(eos_id), _row_keys(rng, start))
+    tokens = np.asarray(made)[:, : int(n_tokens)]
+    check_drawn(tokens, 0)
+    return tokens
 
 
 def stream(
@@ -92,16 +108,16 @@ def stream(
     """Yields (B,) tokens as they are made: the columns of what `generate` returns.
 
     Ends early once every row has made `eos_id`. Arguments and errors are those of `generate`; they
-    are checked at the call, not at the first token. To stream many prompts of one model, unstack it
+    are checked at the call, NaN where it arises. To stream many prompts of one model, unstack it
     once: ``lc.Model(*lc.unstack(net, weights), state)``.
     """
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
-    start = begin(model, prompts, n_tokens, inputs)
-    return _stream(start, sampler, n_tokens, eos_id, _row_keys(rng, start))
+    start = begin(model, prompts, n_tokens, inputs, eos_id)
+    return _stream(start, sampler, int(n_tokens), as_id(eos_id), _row_keys(rng, start))
 
 
 def _row_keys(rng: jax.Array | int, start: Start) -> jax.Array:
-    rng = jax.random.key(rng) if isinstance(rng, int) else rng
+    rng = rng if isinstance(rng, jax.Array) else jax.random.key(whole('rng', rng, least=-(2**63)))
     return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(len(start.tokens)))
 
 
@@ -109,64 +125,85 @@ def _fold_each(keys: jax.Array, i: Any) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, i)
 
 
+class _Kept(NamedTuple):
+    """What the next token is made from, beside the last one."""
+
+    state: Tree
+    seen: jax.Array  # (B, V) bool
+    i: jax.Array  # how many tokens there are
+
+
 @jax.jit
-def _first(start: Start, sampler: Sampler, keys: jax.Array) -> tuple[jax.Array, Any]:
+def _first(start: Start, sampler: Sampler, keys: jax.Array) -> tuple[jax.Array, _Kept]:
     """The first token of each row, and what the next one is made from."""
     logits, state = ingest(start)
     seen = sampler.seen(start.tokens, start.lengths, logits.shape[-1])
     token = sampler(logits, _fold_each(keys, 0), seen)
-    return token, (state, sampler.add(seen, token))
+    return token, _Kept(state, sampler.add(seen, token), jnp.int32(1))
 
 
 def _step(
-    start: Start, sampler: Sampler, kept: tuple[Tree, Any], token: Any, keys: Any, i: Any
-) -> tuple[jax.Array, Any]:
-    state, seen = kept
-    logits, state = advance(start, state, token)
-    token = sampler(logits, _fold_each(keys, i), seen)
-    return token, (state, sampler.add(seen, token))
+    start: Start, sampler: Sampler, kept: _Kept, token: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, _Kept]:
+    logits, state = advance(start, kept.state, token)
+    token = sampler(logits, _fold_each(keys, kept.i), kept.seen)
+    return token, _Kept(state, sampler.add(kept.seen, token), kept.i + 1)
 
 
-_next = functools.partial(jax.jit, donate_argnums=2)(_step)
+@functools.cache
+def _next(structure: Any) -> Any:
+    """The step, compiled, of what it is made from each time as flat leaves, a state and a token.
+
+    Hundreds of weights in nested dicts, and the hash of a model, would take longer to look at than
+    a small model takes for a token.
+    """
+
+    def step(leaves: list[jax.Array], kept: _Kept, token: jax.Array) -> Any:
+        start, sampler, keys = jax.tree.unflatten(structure, leaves)
+        return _step(start, sampler, kept, token, keys)
+
+    return jax.jit(step, donate_argnums=1)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@jax.jit
 def _generate(
-    start: Start, sampler: Sampler, n_tokens: int, eos_id: int | None, keys: jax.Array
+    start: Start, sampler: Sampler, n_tokens: jax.Array, eos_id: jax.Array, keys: jax.Array
 ) -> jax.Array:
+    """(B, room), of which the first `n_tokens` are made: one program serves for any number."""
     first, kept = _first(start, sampler, keys)
-    made = jnp.full((len(first), n_tokens), 0 if eos_id is None else eos_id, jnp.int32)
+    made = jnp.full((len(first), start.room), jnp.maximum(eos_id, 0), jnp.int32)
     made = made.at[:, 0].set(first)
 
     def unfinished(carry: Any) -> jax.Array:
-        i, _, done, *_ = carry
-        return (i < n_tokens) & ~done.all()
+        token, done, kept, _ = carry
+        return (kept.i < n_tokens) & ~done.all() & (token != NO_TOKEN).all()
 
     def step(carry: Any) -> Any:
-        i, token, done, kept, made = carry
-        token, kept = _step(start, sampler, kept, token, keys, i)
-        if eos_id is not None:
-            token = jnp.where(done, eos_id, token)
-            done = done | (token == eos_id)
-        return i + 1, token, done, kept, jax.lax.dynamic_update_slice(made, token[:, None], (0, i))
+        token, done, kept, made = carry
+        i = kept.i
+        token, kept = _step(start, sampler, kept, token, keys)
+        token = jnp.where(done, eos_id, token)
+        made = jax.lax.dynamic_update_slice(made, token[:, None], (0, i))
+        return token, done | (token == eos_id), kept, made
 
-    done = first == eos_id if eos_id is not None else jnp.zeros(first.shape, bool)
-    return jax.lax.while_loop(unfinished, step, (jnp.int32(1), first, done, kept, made))[-1]
+    done = (first == eos_id) & (eos_id >= 0)
+    return jax.lax.while_loop(unfinished, step, (first, done, kept, made))[-1]
 
 
 def _stream(
-    start: Start, sampler: Sampler, n_tokens: int, eos_id: int | None, keys: jax.Array
+    start: Start, sampler: Sampler, n_tokens: int, eos_id: np.int32, keys: jax.Array
 ) -> Iterator[np.ndarray]:
+    leaves, structure = jax.tree.flatten((start, jax.device_put(sampler), keys))
+    step = _next(structure)
     token, kept = _first(start, sampler, keys)
     done = np.zeros(len(token), bool)
     for i in range(1, n_tokens + 1):
         made = token
         if i < n_tokens:  # the next one is on its way while this one is looked at
-            token, kept = _next(start, sampler, kept, made, keys, i)
-        shown = np.asarray(made)
-        if eos_id is not None:
-            shown = np.where(done, eos_id, shown)
-            done = done | (shown == eos_id)
-        yield shown.astype(np.int32)
+            token, kept = step(leaves, kept, made)
+        shown = np.where(done, eos_id, np.asarray(made))
+        check_drawn(shown[:, None], i - 1)
+        done = done | (shown == eos_id)
+        yield shown
         if done.all():
             return

@@ -29,6 +29,7 @@ from layercomb.layers.once import Once
 from layercomb.layers.sparse_attention import SparseQKVAttention
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import shape_dtype
+from layercomb.supervised.numbers import whole
 from layercomb.transforms import Tied, bare, unstack, unstack_state
 
 Sequences = Any  # (B, P) integers, or a list of sequences of them, of any lengths
@@ -83,15 +84,22 @@ class Start:
         return (*self.context[:1], tokens, *self.context[1:])
 
 
-def begin(model: Model, prompts: Sequences, n_tokens: int, inputs: Sequences | None) -> Start:
+def begin(
+    model: Model,
+    prompts: Sequences,
+    n_tokens: int,
+    inputs: Sequences | None,
+    eos_id: int | None = None,
+) -> Start:
     """What decoding begins with; arguments and errors are those of `decoding.generate`."""
     net, weights, state = checked(model)
-    if not isinstance(n_tokens, int) or n_tokens < 1:
-        raise ValueError(f'n_tokens must be a whole number of at least 1, got {n_tokens!r}')
+    n_tokens = whole('n_tokens', n_tokens)
     tokens, lengths = padded('prompt', prompts)
     longest, limit = tokens.shape[1], max_len(net)
     context = context_of(net, inputs, len(tokens))
     check_ids(net, 'prompt', tokens)
+    if eos_id is not None:
+        check_ids(net, 'eos_id', np.full((1, 1), whole('eos_id', eos_id, least=0)))
     needed = longest + n_tokens
     if limit is not None and needed > limit:
         raise UsageError(
@@ -99,11 +107,42 @@ def begin(model: Model, prompts: Sequences, n_tokens: int, inputs: Sequences | N
             f"the model's max_len is {limit}: shorten the prompt, or ask for fewer"
         )
     room = round_up(needed) if limit is None else min(round_up(needed), limit)
-    tokens = np.pad(tokens, ((0, 0), (0, min(round_up(longest), room) - longest)))
+    padding = min(padded_length(net, 'prompt', lengths), room) - longest
+    tokens = np.pad(tokens, ((0, 0), (0, padding)))
     unstacked, weights = unstack(net, weights)
     trained = unstack_state(net, state)
     arrays = jnp.asarray(tokens), jnp.asarray(lengths)
     return Start(unstacked, room, weights, trained, context, *arrays)
+
+
+def as_id(eos_id: int | None) -> np.int32:
+    """The token that ends a row as a number, where none is an id that no token has."""
+    return np.int32(-1 if eos_id is None else eos_id)
+
+
+def padded_length(net: Layer, what: str, lengths: np.ndarray) -> int:
+    """How long rows of such lengths (B,) are read: as `round_up` says, if padding is not seen.
+
+    Raises:
+      UsageError: if padding is seen, and lengths differ.
+    """
+    if not _sees_padding(net):
+        return round_up(int(lengths.max()))
+    if len(set(lengths.tolist())) > 1:
+        raise UsageError(
+            f"LSH attention with neighbourhood='chunk' sees what a shorter {what} is padded with: "
+            f"give {what}s of one length, or take them one by one; 'bucket' sees nothing of it"
+        )
+    return int(lengths.max())
+
+
+def _sees_padding(layer: Layer) -> bool:
+    """Whether what follows a position changes its logits, so that padding would."""
+    if isinstance(layer, Once):  # an encoder, which gets no padding without a mask
+        return False
+    if isinstance(layer, LSHAttention) and layer.neighbourhood == 'chunk':
+        return True
+    return any(map(_sees_padding, layer.sublayers))
 
 
 def checked(model: Model) -> tuple[Layer, Tree, Tree]:
@@ -126,6 +165,12 @@ def context_of(net: Layer, inputs: Sequences | None, n_rows: int) -> tuple[jax.A
       UsageError: if there is one and no encoder or the other way round, if its number of rows is
         not that of the prompts, or if rows differ in length and the model takes no mask.
     """
+    if net.n_in > 1 and not _has_once(net):
+        raise UsageError(
+            f'the model takes {net.n_in} inputs, and no part of it reads one of them as an encoder '
+            'does, in tl.Once: decoding knows language models of tokens alone (prompts need no '
+            'mask, for each is read at its own length) and encoder-decoders'
+        )
     if (inputs is not None) != (net.n_in > 1):
         raise UsageError(
             'the model reads a source before it writes: give inputs= beside the prompts'

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from layercomb.errors import UsageError
+from layercomb.supervised.numbers import real, whole
+
+NO_TOKEN = -1  # what is drawn where there are no probabilities
+_COLD = 1e-6  # lower temperatures draw the likeliest token, but for what float32 rounds
+_ALL = 2**31 - 1  # more tokens than any vocabulary has
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """How the next token is drawn from its logits: what follows, in this order.
 
+    All numbers are arrays in a compiled program, so that one serves for any: what they leave out is
+    not computed, which is decided at every token.
+
     Attributes:
-      temperature: logits are divided by it; 0 takes the likeliest token.
+      temperature: logits are divided by it; 0 takes the likeliest token, and so does what is below
+        1e-6.
       top_k: only the k likeliest tokens may be drawn.
       top_p: only the likeliest tokens whose probabilities together reach p may be drawn.
       repetition_penalty: before all that, the logits of tokens that the row holds already, prompt
@@ -35,24 +49,20 @@ class Sampler:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or self.temperature < 0:
-            raise ValueError(f'temperature must be at least 0, got {self.temperature!r}')
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise ValueError(f'top_k must be a whole number of at least 1, got {self.top_k!r}')
-        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
-            raise ValueError(f'top_p must be above 0 and at most 1, got {self.top_p!r}')
-        if not _is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
-            raise ValueError(f'repetition_penalty must be above 0, got {self.repetition_penalty!r}')
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken; known while the temperature is traced, too."""
-        return _is_number(self.temperature) and self.temperature == 0
-
-    @property
-    def penalises(self) -> bool:
-        """Whether tokens become rarer that are there already."""
-        return not _is_number(self.repetition_penalty) or self.repetition_penalty != 1
+        checked: dict[str, Any] = {
+            'temperature': real(
+                'temperature', self.temperature, 'at least 0 and finite', 0, math.inf
+            ),
+            'repetition_penalty': real(
+                'repetition_penalty', self.repetition_penalty, 'from 1e-6 to 1e6', 1e-6, 1e6
+            ),
+        }
+        if self.top_k is not None:
+            checked['top_k'] = whole('top_k', self.top_k)
+        if self.top_p is not None:
+            checked['top_p'] = real('top_p', self.top_p, 'above 0 and at most 1', 0, 1, above=True)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def __call__(
         self, logits: jax.Array, keys: jax.Array, seen: jax.Array | None = None
@@ -62,66 +72,106 @@ class Sampler:
         Args:
           logits: (B, V).
           keys: (B,) typed keys.
-          seen: (B, V) bool, the tokens that each row holds; None where nothing is penalised.
+          seen: (B, V) bool, the tokens that each row holds; None penalises nothing.
 
         Returns:
-          (B,) int32.
+          (B,) int32; `NO_TOKEN` where logits are NaN, or infinite without leaving probabilities.
         """
         logits = logits.astype(jnp.float32)
         if seen is not None:
             penalty = self.repetition_penalty
             rarer = jnp.where(logits > 0, logits / penalty, logits * penalty)
             logits = jnp.where(seen, rarer, logits)
-        if self.greedy:
-            return jnp.argmax(logits, -1).astype(jnp.int32)
-        logits = logits / self.temperature
-        if self.top_k is not None:
-            least = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        if self.top_p is not None:
-            ordered = -jnp.sort(-logits, -1)
-            before = jnp.cumsum(jax.nn.softmax(ordered), -1) - jax.nn.softmax(ordered)
-            # What comes before a token must not have reached p yet; the first always stays.
-            least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), -1, keepdims=True)
-            logits = jnp.where(logits < least, -jnp.inf, logits)
+        token = jax.lax.cond(
+            self.temperature < _COLD,
+            lambda logits: jnp.argmax(logits, -1).astype(jnp.int32),
+            lambda logits: self._draw(logits, keys),
+            logits,
+        )
+        return jnp.where(has_probabilities(logits), token, NO_TOKEN)
+
+    def _draw(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        top_k = _ALL if self.top_k is None else self.top_k
+        top_p = 1.0 if self.top_p is None else self.top_p
+        logits = jax.lax.cond(
+            top_k < logits.shape[-1],
+            lambda x: _likeliest(x, jnp.ones_like(x), jnp.asarray(top_k, jnp.float32)),
+            lambda x: x,
+            logits / self.temperature,
+        )
+        logits = jax.lax.cond(
+            top_p < 1.0,
+            lambda x: _likeliest(x, jax.nn.softmax(x), jnp.asarray(top_p, jnp.float32)),
+            lambda x: x,
+            logits,
+        )
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
-    def seen(self, tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array | None:
-        """What rows hold at first, (B, V) bool, of prompts (B, P); None if nothing is penalised."""
-        if not self.penalises:
-            return None
-        real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    def seen(self, tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
+        """What rows hold at first, (B, V) bool, of prompts (B, P)."""
+        there = jnp.arange(tokens.shape[1]) < lengths[:, None]
         rows = jnp.arange(len(tokens))[:, None]
-        return jnp.zeros((len(tokens), vocab_size), bool).at[rows, tokens].max(real)
+        return jnp.zeros((len(tokens), vocab_size), bool).at[rows, tokens].max(there)
 
-    def add(self, seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
+    def add(self, seen: jax.Array, token: jax.Array) -> jax.Array:
         """What rows hold after one more token each, (B,)."""
-        return None if seen is None else seen.at[jnp.arange(len(token)), token].set(True)
+        return seen.at[jnp.arange(len(token)), token].set(True)
 
 
-def _flatten(sampler: Sampler) -> tuple[tuple[Any, ...], int | None]:
-    temperature = None if sampler.greedy else sampler.temperature
-    penalty = sampler.repetition_penalty if sampler.penalises else None
-    return (temperature, sampler.top_p, penalty), sampler.top_k
+def has_probabilities(logits: jax.Array) -> jax.Array:
+    """Whether logits (…, V) stand for probabilities: no NaN, no +∞, and one at least above −∞."""
+    # Not by their maximum, for on a CPU that ignores NaN.
+    return (logits < jnp.inf).all(-1) & (logits > -jnp.inf).any(-1)
 
 
-def _unflatten(top_k: int | None, numbers: tuple[Any, ...]) -> Sampler:
+def diverged(where: str) -> UsageError:
+    """What is raised where there are no probabilities."""
+    return UsageError(
+        f'the logits are NaN or infinite {where}: the weights have most likely diverged, so load '
+        'those of an earlier checkpoint, or train with a lower learning rate'
+    )
+
+
+def check_drawn(tokens: np.ndarray, first: int) -> None:
+    """Raises a UsageError if tokens (B, T), the first of which is a row's i-th, have no value."""
+    steps, rows = np.nonzero(tokens.T == NO_TOKEN)
+    if steps.size:
+        raise diverged(f'at token {first + steps[0]} of row {rows[0]}')
+
+
+def _likeliest(logits: jax.Array, shares: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Logits (B, V) without those below the largest t for which Σ shares[logits ≥ t] ≥ wanted.
+
+    Found bit by bit, from the highest: 32 sums, where sorting a vocabulary of 50,000 takes longer
+    than many a model.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    order = jnp.where(bits >= sign, ~bits, bits | sign)  # integers in the order of the floats
+
+    def one(i: jax.Array, least: jax.Array) -> jax.Array:
+        tried = least | (sign >> i.astype(jnp.uint32))  # (B,)
+        total = jnp.where(order >= tried[:, None], shares, 0.0).sum(-1)
+        return jnp.where(total >= wanted, tried, least)
+
+    least = jax.lax.fori_loop(0, 32, one, jnp.zeros(len(logits), jnp.uint32))
+    return jnp.where(order >= least[:, None], logits, -jnp.inf)
+
+
+def _flatten(sampler: Sampler) -> tuple[tuple[Any, ...], None]:
+    top_k = _ALL if sampler.top_k is None else sampler.top_k
+    top_p = 1.0 if sampler.top_p is None else sampler.top_p
+    if isinstance(top_k, int):
+        top_k = min(top_k, _ALL)
+    return (sampler.temperature, top_k, top_p, sampler.repetition_penalty), None
+
+
+def _unflatten(_: None, numbers: Sequence[Any]) -> Sampler:
     sampler = object.__new__(Sampler)  # traced numbers cannot be validated, and have been
-    temperature, top_p, penalty = numbers
-    values = {
-        'temperature': 0.0 if temperature is None else temperature,
-        'top_k': top_k,
-        'top_p': top_p,
-        'repetition_penalty': 1.0 if penalty is None else penalty,
-    }
-    for name, value in values.items():
-        object.__setattr__(sampler, name, value)
+    for field, value in zip(dataclasses.fields(Sampler), numbers, strict=True):
+        object.__setattr__(sampler, field.name, value)
     return sampler
 
 
-# A program holds for any numbers: only which of them are in use is part of it.
+# A program holds for any numbers, and for any that are not given.
 jax.tree_util.register_pytree_node(Sampler, _flatten, _unflatten)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

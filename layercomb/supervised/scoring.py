@@ -14,6 +14,7 @@ from layercomb.errors import UsageError
 from layercomb.layers.base import Layer, Mode
 from layercomb.layers.metrics import CrossEntropyLoss
 from layercomb.model import Model
+from layercomb.supervised.numbers import whole
 from layercomb.supervised.prompts import (
     Sequences,
     check_ids,
@@ -21,8 +22,9 @@ from layercomb.supervised.prompts import (
     context_of,
     max_len,
     padded,
-    round_up,
+    padded_length,
 )
+from layercomb.supervised.sampling import diverged
 
 _TOGETHER = 512  # positions whose logits exist at a time
 
@@ -60,12 +62,11 @@ def score(
     Raises:
       TypeError: if the model has no weights.
       ValueError: if `n_given` is not a whole number of at least 1.
-      UsageError: if a text is too short or too long, or holds ids outside the vocabulary, or if
-        `inputs` do not go with it.
+      UsageError: if a text is too short or too long, or holds ids outside the vocabulary; if
+        `inputs` do not go with it; or if logits are NaN.
     """
     net, weights, state = checked(model)
-    if not isinstance(n_given, int) or n_given < 1:
-        raise ValueError(f'n_given must be a whole number of at least 1, got {n_given!r}')
+    n_given = whole('n_given', n_given)
     tokens, lengths = padded('text', texts)
     if lengths.min() <= n_given:
         raise UsageError(
@@ -78,7 +79,8 @@ def score(
         raise UsageError(
             f"a text has {longest} tokens, and the model's max_len is {limit}: score a shorter one"
         )
-    room = round_up(longest - 1) if limit is None else min(round_up(longest - 1), limit)
+    room = padded_length(net, 'text', lengths - 1)
+    room = room if limit is None else min(room, limit)
     at = np.arange(1, room + 1)
     scored = (at >= n_given) & (at < lengths[:, None])
     tokens = np.pad(tokens, ((0, 0), (0, room + 1 - longest)))
@@ -86,6 +88,9 @@ def score(
     values = tokens[:, :-1], *mask, tokens[:, 1:], scored.astype(np.float32)
     values = values if source is None else (source, *values)
     made = np.asarray(_losses(net, weights, state, tuple(map(jnp.asarray, values))))
+    rows, steps = np.nonzero(scored & np.isnan(made))
+    if rows.size:
+        raise diverged(f'before token {steps[0] + 1} of text {rows[0]}')
     by_token = np.zeros((len(tokens), longest), np.float32)
     by_token[:, 1:] = np.where(scored, -made, 0)[:, : longest - 1]
     return Scores(by_token, by_token.sum(1))

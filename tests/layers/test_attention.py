@@ -12,7 +12,7 @@ import pytest
 from layercomb import init_state, tl
 from layercomb.layers import caches
 from layercomb.layers.base import Mode
-from layercomb.shapes import signature_of
+from layercomb.shapes import shape_dtype, signature_of
 
 B, L, D = 2, 7, 8
 
@@ -289,3 +289,16 @@ def test_keys_and_values_of_a_memory_are_made_at_the_first_step():
     # What is handed over later is not looked at: it is the same memory by contract.
     (second,), _ = apply(layer, weights, state, (x[:, 1:2], memory * jnp.nan), Mode.PREDICT)
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole[:, :2], atol=1e-5)
+
+
+@pytest.mark.parametrize('field', ['key', 'value'])
+def test_own_projections_of_a_memory_are_made_once(field):
+    own = tl.SplitHeads(2, 4, use_bias=False)
+    layer = tl.CrossAttention(2, d_head=4, **{field: own})
+    assert layer == tl.CrossAttention(2, d_head=4, **{field: tl.Once(own)})
+    signature = shape_dtype((1, 1, 8)), shape_dtype((1, 5, 8))
+    weights, state = layer.init(signature, jax.random.key(0), Mode.PREDICT)
+    x, memory = jnp.ones((1, 1, 8)), jax.random.normal(jax.random.key(1), (1, 5, 8))
+    first, state = layer.apply(weights, state, (x, memory), mode=Mode.PREDICT)
+    second, _ = layer.apply(weights, state, (x, 0 * memory), mode=Mode.PREDICT)
+    np.testing.assert_array_equal(first[0], second[0])

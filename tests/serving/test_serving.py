@@ -217,6 +217,77 @@ def test_who_hangs_up_frees_the_place(server, stream):
         engine._tokens = makes
 
 
+def test_who_hangs_up_in_the_queue_leaves_it(server):
+    address, engine = server
+    asked = json.dumps({'prompt': 'x', 'max_tokens': 590, 'seed': 1}).encode()
+    head = f'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(asked)}\r\n'
+    head += 'Content-Type: application/json\r\n\r\n'
+    makes, go_on = engine._tokens, threading.Event()
+
+    def waits(request):
+        for token in makes(request):
+            go_on.wait(20)
+            yield token
+
+    def until(said):
+        end = time.monotonic() + 10
+        while not said() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert said()
+
+    engine._tokens = waits
+    try:
+        with contextlib.ExitStack() as clients:
+            for _ in range(LIMITS.max_concurrent):
+                clients.enter_context(socket.create_connection(address)).sendall(
+                    head.encode() + asked
+                )
+            until(lambda: engine.n_running == LIMITS.max_concurrent)
+            with socket.create_connection(address) as client:
+                client.sendall(head.encode() + asked)
+                until(lambda: engine._waiting == 1)
+            until(lambda: engine._waiting == 0)
+            assert engine.n_running == LIMITS.max_concurrent
+    finally:
+        go_on.set()
+        engine._tokens = makes
+    assert idle(engine)
+
+
+def test_others_are_answered_while_a_prompt_is_made_tokens_of(model):
+    going, go_on = threading.Event(), threading.Event()
+
+    class Slow(ByteTokenizer):
+        def encode(self, text):
+            if text == 'slow':
+                going.set()
+                go_on.wait(20)
+            return super().encode(text)
+
+    application = serving.app(model, Slow(), 'tiny', LIMITS)
+    with served(application) as address, ThreadPoolExecutor(1) as clients:
+        slow = clients.submit(ask, address, {'prompt': 'slow', 'max_tokens': 1})
+        assert going.wait(20)
+        assert ask(address, path='/healthz')[0] == 200 and not slow.done()
+        go_on.set()
+        assert slow.result()[0] == 200
+
+
+def test_how_tokens_are_drawn_compiles_nothing(server):
+    address, _ = server
+    sizes = []
+    for how in ({}, {'top_k': 3}, {'top_p': 0.5, 'temperature': 0.3}, {'repetition_penalty': 2}):
+        completed(address, prompt='cat', max_tokens=2, **how)
+        sizes.append((decoding._first._cache_size(), decoding._next.cache_info().currsize))
+    assert len(set(sizes)) == 1
+
+
+def test_an_encoder_decoder_is_refused():
+    net = models.Reformer(16, 8, 8, 1, 1, 1, max_len=8)
+    with pytest.raises(UsageError, match='serve takes a language model: this one has 2 inputs'):
+        serving.app(lc.Model(net, {}, {}), ByteTokenizer(), 'tiny')
+
+
 def test_two_hundred_at_once_are_answered_or_sent_away(server):
     address, engine = server
 

@@ -8,7 +8,7 @@ import pytest
 
 import layercomb as lc
 from layercomb import UsageError, tl
-from layercomb.supervised import decoding
+from layercomb.supervised import beams, decoding
 
 V, EOS = 4, 3
 
@@ -83,8 +83,37 @@ def test_a_hypothesis_has_the_score_that_the_model_gives_it():
     np.testing.assert_allclose(scores.totals, found.scores[0], rtol=1e-4)
 
 
+def test_only_hypotheses_that_exist_are_returned():
+    found = decoding.beam_search(make(), [[1], [2]], 1, n_beams=64, n_best=9, eos_id=EOS)
+    assert found.tokens.shape == (2, V, 1) and np.isfinite(found.scores).all()
+    assert [sorted(row) for row in found.tokens[:, :, 0].tolist()] == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize('beam', [[0, 0, 0], [2, 1, 0], [1, 1, 2], [2, 2, 0], [0, 1, 2]])
+def test_beams_stay_where_they_are_if_anything_goes_on_from_them(beam):
+    order = np.asarray(beams._stay(jnp.array(beam)))
+    assert sorted(order) == [0, 1, 2]
+    chosen = jnp.array(beam)[order]
+    assert all(chosen[i] == i for i in beam)
+    state = {'a': jnp.arange(12).reshape(6, 2), 'b': jnp.arange(2)}  # two lines a row
+    copied = beams._copied(state, {'a': True, 'b': False}, chosen[None])
+    np.testing.assert_array_equal(copied['a'], state['a'].reshape(3, 2, 2)[chosen].reshape(6, 2))
+    np.testing.assert_array_equal(copied['b'], state['b'])
+
+
+def test_other_numbers_are_no_other_program():
+    model, sizes = make(), []
+    for n, penalty, eos in ((2, 1.0, None), (3, np.float32(0.5), EOS), (np.int64(5), 2, None)):
+        decoding.beam_search(model, [[1]], n, n_beams=2, length_penalty=penalty, eos_id=eos)
+        sizes.append(beams._run._cache_size())
+    assert sizes[0] == sizes[2]
+
+
 def test_errors():
     model = make()
+    for wrong in (np.nan, np.inf, 11):
+        with pytest.raises(ValueError, match='length_penalty must be from -10 to 10'):
+            decoding.beam_search(model, [[1]], 2, length_penalty=wrong)
     with pytest.raises(ValueError, match='n_beams must be a whole number of at least 1, got 0'):
         decoding.beam_search(model, [[1]], 2, n_beams=0)
     with pytest.raises(ValueError, match='n_best must be 1 to n_beams=2, got 3'):

@@ -124,17 +124,20 @@ def test_ties_inside_repeated_blocks_decode():
     assert recompute(model, [1, 2], 5) == made
 
 
+def one_key():
+    return jax.random.split(jax.random.key(0), 1)
+
+
 def test_the_penalty_falls_on_what_a_row_holds():
-    logits, keys = jnp.array([[2.0, 1.5, -1.0, -1.2]]), jax.random.split(jax.random.key(0), 1)
+    logits = jnp.array([[2.0, 1.5, -1.0, -1.2]])
     sampler = decoding.Sampler(temperature=0, repetition_penalty=2.0)
     seen = sampler.seen(jnp.array([[0, 3, 1]]), jnp.array([2]), 4)  # the third is padding
     np.testing.assert_array_equal(seen, [[True, False, False, True]])
-    assert int(sampler(logits, keys, seen)[0]) == 1  # 2 / 2 < 1.5
+    assert int(sampler(logits, one_key(), seen)[0]) == 1  # 2 / 2 < 1.5
     seen = sampler.add(seen, jnp.array([1]))
-    assert int(sampler(logits, keys, seen)[0]) == 0
+    assert int(sampler(logits, one_key(), seen)[0]) == 0
     negative = jnp.array([[-1.5, -9.0, -1.9, -1.0]])  # 0 becomes −3, and 3 becomes −2
-    assert int(sampler(negative, keys, seen)[0]) == 2
-    assert decoding.Sampler().seen(jnp.array([[1]]), jnp.array([1]), 4) is None
+    assert int(sampler(negative, one_key(), seen)[0]) == 2
 
 
 def test_a_strong_penalty_repeats_nothing():
@@ -218,12 +221,16 @@ def test_errors():
         decoding.generate(model, [[1]], 2, top_p=0.0)
     with pytest.raises(ValueError, match='top_k must be a whole number'):
         decoding.generate(model, [[1]], 2, top_k=0)
-    with pytest.raises(ValueError, match='repetition_penalty must be above 0'):
+    with pytest.raises(ValueError, match='repetition_penalty must be from 1e-6'):
         decoding.generate(model, [[1]], 2, repetition_penalty=0)
     with pytest.raises(TypeError, match='with weights: init, load or train'):
         decoding.generate(lc.Model(model.layer), [[1]], 2)
     with pytest.raises(ValueError, match='n_tokens must be'):
         decoding.generate(model, [[1]], 0)
+    with pytest.raises(UsageError, match='the eos_id does not fit the model: token id 17'):
+        decoding.generate(model, [[1]], 2, eos_id=17)
+    with pytest.raises(ValueError, match=r'eos_id must be a whole number of at least 0, got 2\.0'):
+        decoding.stream(model, [[1]], 2, eos_id=2.0)
 
 
 @pytest.mark.parametrize('tied', [False, True])
@@ -255,10 +262,106 @@ def test_a_model_that_does_not_end_with_a_dense_decodes():
 def test_other_numbers_are_no_other_program():
     model = lc.Model(models.TransformerLM(16, 8, 8, 1, 1, 32)).init(lc.shape_dtype((1, 8), 'int32'))
     sizes = []
-    for numbers in ({}, {'temperature': 0.3, 'top_p': 0.5}, {'temperature': 0.4, 'top_p': 0.6}):
-        list(decoding.stream(model, [[1, 2]], 3, **numbers))
-        sizes.append((decoding._first._cache_size(), decoding._next._cache_size()))
-    assert sizes[1] == sizes[2] and sizes[0] != sizes[1]
+    for n, numbers in enumerate(
+        (
+            {},
+            {'temperature': 0, 'repetition_penalty': np.float32(1.1)},
+            {'temperature': np.float32(0.3), 'top_p': jnp.float32(0.5), 'rng': np.int64(1)},
+            {'top_k': np.int64(3), 'eos_id': np.int32(2)},
+        )
+    ):
+        made = decoding.generate(model, [[1, 2]], np.int64(3 + n), **numbers)
+        streamed = list(decoding.stream(model, [[1, 2]], 3 + n, **numbers))
+        np.testing.assert_array_equal(np.stack(streamed, 1), made[:, : len(streamed)])
+        programs = decoding._first, decoding._generate
+        sizes.append([p._cache_size() for p in programs] + [decoding._next.cache_info().currsize])
+    assert all(size == sizes[0] for size in sizes)
+
+
+@pytest.mark.parametrize('how', [{'top_k': 5}, {'top_p': 0.6}, {'top_k': 9, 'top_p': 0.8}])
+def test_the_likeliest_are_those_that_sorting_finds(how):
+    logits = jax.random.normal(jax.random.key(1), (3, 50)).round(1)  # some are the same
+    keys = jax.random.split(jax.random.key(2), 3)
+    kept = logits
+    if 'top_k' in how:
+        least = -np.sort(-kept, -1)[:, how['top_k'] - 1, None]
+        kept = np.where(kept < least, -np.inf, kept)
+    if 'top_p' in how:
+        p = np.asarray(jax.nn.softmax(kept))
+        likelier = np.array([[row[row > x].sum() for x in row] for row in p])
+        kept = np.where(likelier < how['top_p'], kept, -np.inf)
+    for i in range(40):
+        at = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
+        wanted = jax.vmap(jax.random.categorical)(at, jnp.asarray(kept))
+        again = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
+        np.testing.assert_array_equal(decoding.Sampler(**how)(logits, again), wanted)
+
+
+def test_a_tiny_temperature_takes_the_likeliest():
+    logits = jnp.array([[1.0, 900.0, 3.0]])
+    for temperature in (1e-39, 1e-6, 0):
+        assert int(decoding.Sampler(temperature)(logits, one_key())[0]) == 1
+    for wrong in (np.nan, np.inf, True, np.ones(2)):
+        with pytest.raises(ValueError, match='temperature must be at least 0 and finite'):
+            decoding.Sampler(wrong)
+
+
+def spoilt(at):
+    """A model whose logits are NaN after a token."""
+
+    def spoil(logits, tokens):
+        return jnp.where((tokens == at)[:, :, None], jnp.nan, logits)
+
+    inner = make()
+    net = tl.Serial(tl.Dup(), inner.layer.replace(name='lm'), tl.Fn('Spoil', spoil))
+    return lc.Model(net, {'lm': inner.weights}, {})
+
+
+def test_nan_is_said_and_at_which_token():
+    model, how = make(), {'temperature': 0}
+    free = decoding.generate(model, [[1, 2]], 6, **how)[0].tolist()
+    at = next(i for i in range(1, 6) if free[i] not in free[:i])
+    model = spoilt(free[at])
+    assert decoding.generate(model, [[1, 2]], at + 1, **how)[0].tolist() == free[: at + 1]
+    said = f'NaN or infinite at token {at + 1} of row 0: the weights have most likely diverged'
+    with pytest.raises(UsageError, match=said):
+        decoding.generate(model, [[1, 2]], at + 3, **how)
+    with pytest.raises(UsageError, match=said):
+        list(decoding.stream(model, [[1, 2]], at + 3, **how))
+    with pytest.raises(UsageError, match=f'after {at + 1} tokens'):
+        decoding.beam_search(model, [[1, 2]], at + 3, n_beams=1)
+    with pytest.raises(UsageError, match='before token 3 of text 0'):
+        decoding.score(model, [[1, 2, free[at], 3, 4]])
+    ended = decoding.generate(model, [[1, 2]], at + 3, eos_id=free[at], **how)[0]
+    assert ended.tolist() == free[: at + 1] + [free[at]] * 2  # NaN behind an end is no one's
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        logits = jnp.array([[0.0, value, 1.0], [value] * 3])
+        drawn = decoding.Sampler()(logits, jax.random.split(jax.random.key(0), 2))
+        assert (int(drawn[0]) < 0) == (value != -jnp.inf) and int(drawn[1]) < 0
+
+
+def test_a_chunk_neighbourhood_reads_prompts_without_padding():
+    attention = tl.LSHSelfAttention(2, chunk_len=4, n_hashes=1, neighbourhood='chunk', max_len=48)
+    model, text = make(attention), list(range(1, 12))
+    logits, _ = prompts.ingest(prompts.begin(model, [text], 4, None))
+    np.testing.assert_allclose(logits[0], model(jnp.array([text]))[0, -1], rtol=1e-5, atol=1e-5)
+    log_p = jax.nn.log_softmax(model(jnp.array([text[:-1]]))[0])
+    wanted = [log_p[i, token] for i, token in enumerate(text[1:])]
+    np.testing.assert_allclose(decoding.score(model, [text]).tokens[0, 1:], wanted, atol=1e-4)
+    for run in (
+        lambda: decoding.generate(model, [[1], [1, 2]], 4),
+        lambda: decoding.score(model, [[1, 2], [1, 2, 3]]),
+    ):
+        with pytest.raises(UsageError, match="neighbourhood='chunk' sees what a shorter"):
+            run()
+
+
+def test_a_mask_is_no_source():
+    net = tl.Serial(tl.Embedding(V, 8), tl.SelfAttention(2, masked=True), tl.Dense(V))
+    model = lc.Model(net).init((lc.shape_dtype((1, 4), 'int32'), lc.shape_dtype((1, 4), bool)))
+    for inputs in (None, [[1, 2]]):
+        with pytest.raises(UsageError, match=r'takes 2 inputs, and no part of it .* tl.Once'):
+            decoding.generate(model, [[1]], 2, inputs=inputs)
 
 
 def test_statistics_that_would_be_lost_are_refused():
