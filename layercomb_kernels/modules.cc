@@ -14,19 +14,24 @@ namespace {
 void Factored(const float* x, const float* modules, const float* features, int64_t n_s,
               int64_t n_f, int64_t d, int64_t first, int64_t n, float* y) {
   constexpr int S = 4, R = 3;
-  for (int64_t f = first; f < first + n; f += R) {
-    const float* feature[R];
-    for (int r = 0; r < R; ++r) feature[r] = features + std::min(f + r, first + n - 1) * d;
-    for (int64_t s = 0; s < n_s; s += S) {
-      const float* module[S];
-      for (int i = 0; i < S; ++i) module[i] = modules + std::min(s + i, n_s - 1) * d;
+  for (int64_t s = 0; s < n_s; s += S) {
+    const float* module[S];
+    for (int i = 0; i < S; ++i) module[i] = modules + std::min(s + i, n_s - 1) * d;
+    for (int64_t f = first; f < first + n; f += R) {
+      const float* feature[R];
+      for (int r = 0; r < R; ++r) feature[r] = features + std::min(f + r, first + n - 1) * d;
       Floats sums[S][R] = {};
       auto add = [&](const auto& load) {
-        const Floats its_x = load(x);
+        Floats its_x = load(x);
+        Keep(its_x);
         Floats scaled[R];
+        LAYERCOMB_UNROLL
         for (int r = 0; r < R; ++r) scaled[r] = its_x * load(feature[r]);
+        LAYERCOMB_UNROLL
         for (int i = 0; i < S; ++i) {
-          const Floats its = load(module[i]);
+          Floats its = load(module[i]);
+          Keep(its);
+          LAYERCOMB_UNROLL
           for (int r = 0; r < R; ++r) sums[i][r] += its * scaled[r];
         }
       };
@@ -37,9 +42,11 @@ void Factored(const float* x, const float* modules, const float* features, int64
       if (const int64_t rest = d - j) {
         add([=](const float* from) { return Load<Floats>(Padded<float>(from + j, rest).values); });
       }
-      for (int i = 0; i < S && s + i < n_s; ++i) {
-        for (int r = 0; r < R && f + r < first + n; ++r) {
-          y[(s + i) * n_f + f + r] = Sum(sums[i][r]);
+      LAYERCOMB_UNROLL
+      for (int i = 0; i < S; ++i) {
+        LAYERCOMB_UNROLL
+        for (int r = 0; r < R; ++r) {
+          if (s + i < n_s && f + r < first + n) y[(s + i) * n_f + f + r] = Sum(sums[i][r]);
         }
       }
     }
@@ -52,32 +59,31 @@ struct Sizes {
   int64_t n_p, width, n_s, step, n_j, n_f;
 };
 
-// V vectors of results, or what is left of one, for four windows from s on.
-template <int V, bool kWhole>
-void Convolve(const Sizes& n, const float* x, const float* kernel, int64_t s, int64_t f,
-              int64_t rest, float* y) {
-  constexpr int S = 4, kAhead = 24;  // rows of the kernel that are asked for early
-  const float* window[S];
-  for (int i = 0; i < S; ++i) window[i] = x + std::min(s + i, n.n_s - 1) * n.step;
-  Floats sums[S][V] = {};
-  for (int64_t p = 0; p < n.n_p; ++p) {
-    for (int64_t j = 0; j < n.n_j; ++j) {
-      const float* row = kernel + (p * n.n_j + j) * n.n_f + f;
-      __builtin_prefetch(row + kAhead * n.n_f, 0, 2);
-      __builtin_prefetch(row + kAhead * n.n_f + V * kLanes - 1, 0, 2);
-      Floats weights[V];
-      for (int v = 0; v < V; ++v) {
-        weights[v] = kWhole ? Load<Floats>(row + v * kLanes)
-                            : Load<Floats>(Padded<float>(row, rest).values);
-      }
-      for (int i = 0; i < S; ++i) {
-        const float value = window[i][p * n.width + j];
-        for (int v = 0; v < V; ++v) sums[i][v] += value * weights[v];
-      }
+// Adds what R rows of the kernel make of each window: n results from f on.
+template <int R>
+void Convolve(const Sizes& sizes, const float* x, const float* kernel, int64_t f, int64_t n,
+              float* y) {
+  auto add = [&](const auto& load, const auto& store, int64_t f) {
+    Floats weights[R];
+    LAYERCOMB_UNROLL
+    for (int r = 0; r < R; ++r) weights[r] = load(kernel + r * sizes.n_f + f);
+    const float* window = x;
+    float* sum = y + f;
+    for (int64_t s = 0; s < sizes.n_s; ++s, window += sizes.step, sum += sizes.n_f) {
+      Floats total = load(sum);
+      LAYERCOMB_UNROLL
+      for (int r = 0; r < R; ++r) total += window[r] * weights[r];
+      store(sum, total);
     }
+  };
+  const int64_t end = f + n;
+  for (; f + kLanes <= end; f += kLanes) {
+    add([](const float* from) { return Load<Floats>(from); },
+        [](float* to, Floats v) { std::memcpy(to, &v, sizeof v); }, f);
   }
-  for (int i = 0; i < S && s + i < n.n_s; ++i) {
-    std::memcpy(y + (s + i) * n.n_f + f, sums[i], 4 * (kWhole ? V * kLanes : rest));
+  if (const int64_t rest = end - f) {
+    add([=](const float* from) { return Load<Floats>(Padded<float>(from, rest).values); },
+        [=](float* to, Floats v) { std::memcpy(to, &v, 4 * rest); }, f);
   }
 }
 
@@ -97,23 +103,22 @@ void FactoredProducts(const Pool& pool, const float* x, const float* modules,
 void ModuleConvolution(const Pool& pool, const float* x, const float* kernel, int64_t n_x,
                        int64_t n_p, int64_t width, int64_t n_s, int64_t step, int64_t n_j,
                        int64_t n_f, float* y) {
-  constexpr int V = 3;
+  constexpr int kRows = 8, kColumns = 64;
   const Sizes sizes{n_p, width, n_s, step, n_j, n_f};
   const int64_t bytes = std::max<int64_t>(4, n_s / kProductsToAByte) * n_p * n_j * n_f;
+  std::fill_n(y, n_x * n_s * n_f, 0.0f);
   for (int64_t m = 0; m < n_x; ++m) {
-    const float* its_x = x + m * n_p * width;
-    float* its_y = y + m * n_s * n_f;
-    InPieces(pool, bytes, n_f, V * kLanes, [&](int64_t first, int64_t n) {
-      int64_t f = first, end = first + n;
-      auto convolve = [&](const auto& windows, int64_t size) {
-        for (int64_t s = 0; s < n_s; s += 4) {
-          windows(sizes, its_x, kernel, s, f, std::min(size, end - f), its_y);
+    InPieces(pool, bytes, n_f, kColumns, [&](int64_t f, int64_t n) {
+      for (int64_t p = 0; p < n_p; ++p) {
+        const float* its_x = x + (m * n_p + p) * width;
+        const float* its_kernel = kernel + p * n_j * n_f;
+        float* its_y = y + m * n_s * n_f;
+        int64_t j = 0;
+        for (; j + kRows <= n_j; j += kRows) {
+          Convolve<kRows>(sizes, its_x + j, its_kernel + j * n_f, f, n, its_y);
         }
-        f += size;
-      };
-      while (f + V * kLanes <= end) convolve(Convolve<V, true>, V * kLanes);
-      while (f + kLanes <= end) convolve(Convolve<1, true>, kLanes);
-      if (f < end) convolve(Convolve<1, false>, kLanes);
+        for (; j < n_j; ++j) Convolve<1>(sizes, its_x + j, its_kernel + j * n_f, f, n, its_y);
+      }
     });
   }
 }

@@ -28,7 +28,9 @@ struct Block {
 
 template <int M, int R>
 void Store(const Floats (&totals)[M][R], float* const (&out)[M][R]) {
+  LAYERCOMB_UNROLL
   for (int m = 0; m < M; ++m) {
+    LAYERCOMB_UNROLL
     for (int r = 0; r < R; ++r) *out[m][r] = Sum(totals[m][r]);
   }
 }
@@ -51,13 +53,18 @@ class AsFloats {
       Floats sums[kChains][M][R][P] = {};  // an addition waits for the last
       auto add = [](auto& sums, const auto& row, const auto& its_x) {
         Floats values[M][P];
+        LAYERCOMB_UNROLL
         for (int k = 0; k < M; ++k) {
+          LAYERCOMB_UNROLL
           for (int p = 0; p < P; ++p) values[k][p] = Load<Floats>(its_x(k, p));
         }
+        LAYERCOMB_UNROLL
         for (int r = 0; r < R; ++r) {
           Floats weights[P];
           W::Widen(row(r), weights);
+          LAYERCOMB_UNROLL
           for (int k = 0; k < M; ++k) {
+            LAYERCOMB_UNROLL
             for (int p = 0; p < P; ++p) sums[k][r][p] += weights[p] * values[k][p];
           }
         }
@@ -70,24 +77,32 @@ class AsFloats {
       int64_t j = group * w_.g;
       for (; j + kStep <= end; j += kStep) {
         Prefetch<R>(block.next, j);
+        LAYERCOMB_UNROLL
         for (int i = 0; i < kStep / kLanes; ++i) add_at(i % kChains, j + i * kLanes);
       }
       for (; j + kLanes <= end; j += kLanes) add_at(0, j);
       if (const int64_t rest = end - j) {
         Padded<typename W::Word> row[R];
         Padded<float> its_x[M][P];
+        LAYERCOMB_UNROLL
         for (int r = 0; r < R; ++r) row[r] = {block.rows[r] + j, rest};
+        LAYERCOMB_UNROLL
         for (int k = 0; k < M; ++k) {
+          LAYERCOMB_UNROLL
           for (int p = 0; p < P; ++p) its_x[k][p] = {x + (k * P + p) * n + j, rest};
         }
         add(sums[0], [&](int r) { return row[r].values; },
             [&](int k, int p) { return its_x[k][p].values; });
       }
+      LAYERCOMB_UNROLL
       for (int r = 0; r < R; ++r) {
+        LAYERCOMB_UNROLL
         for (int p = 0; p < P; ++p) {
           const float scale =
               W::unit[p] * (w_.scales ? block.scales[r][p * n_groups + group] : 1);
+          LAYERCOMB_UNROLL
           for (int k = 0; k < M; ++k) {
+            LAYERCOMB_UNROLL
             for (int c = 0; c < kChains; ++c) totals[k][r] += scale * sums[c][k][r][p];
           }
         }
@@ -128,69 +143,101 @@ class AsShorts {
   // out[k][r] = Σ_j x[m + k][j] rows[r][j] scales[r][j / g].
   template <int M>
   void Multiply(const Block<W, M>& block, int64_t m) const {
-    w_.g % kLine ? Multiply<M, false>(block, m) : Multiply<M, true>(block, m);
+    size_ == piece_ && n_pieces_ == 1 && size_ % kLine == 0 ? MultiplyLines<M>(block, m)
+                                                            : MultiplyAny<M>(block, m);
   }
 
  private:
-  static constexpr int kPair = 2 * kLanes;   // words in a vector of int16
-  static constexpr int kLine = 64;           // words in a line of the cache
+  static constexpr int P = W::parts;
+  static constexpr int kPair = 2 * kLanes;     // words in a vector of int16
+  static constexpr int kLine = 64;             // words in a line of the cache
   static constexpr int64_t kMost = 8 * kLine;  // words in a piece
 
-  template <int M, bool kWholeLines>
-  void Multiply(const Block<W, M>& block, int64_t m) const {
-    constexpr int P = W::parts, R = Block<W, M>::R;
-    const int64_t n_groups = w_.n / w_.g;
+  // Groups are pieces, and whole lines of the cache, as they nearly always are.
+  template <int M>
+  void MultiplyLines(const Block<W, M>& block, int64_t m) const {
+    constexpr int R = Block<W, M>::R;
+    const int64_t n = w_.n, g = w_.g, n_groups = row_ / P;
+    const int16_t* x = &values_[m * row_ * g];
+    const float* x_scales = &scales_[m * row_ * kLanes];
     Floats totals[M][R] = {};
     for (int64_t group = 0; group < n_groups; ++group) {
-      for (int64_t piece = 0; piece < n_pieces_; ++piece) {
-        const int64_t first = group * w_.g + piece * piece_;
-        const int64_t count = std::min(piece_, w_.g - piece * piece_);
-        int64_t at[P];  // of the piece in x
-        for (int p = 0; p < P; ++p) {
-          at[p] = m * row_ + (p * n_groups + group) * n_pieces_ + piece;
+      Ints sums[P][M][R] = {};
+      for (int64_t j = group * g; j < (group + 1) * g; j += kLine) {
+        Prefetch<R>(block.next, j);
+        LAYERCOMB_UNROLL
+        for (int i = 0; i < kLine; i += kPair) {
+          Add<M, R>([&](int r) { return block.rows[r] + j + i; },
+                    [&](int k, int p) { return x + (k * P + p) * n + j + i; }, sums);
         }
-        Ints sums[P][M][R] = {};
-        auto add = [&](int64_t j, const auto& row) {
-          for (int r = 0; r < R; ++r) {
-            Shorts weights[P];
-            W::Widen(row(r), weights);
-            for (int p = 0; p < P; ++p) {
-              for (int k = 0; k < M; ++k) {
-                const int16_t* x = &values_[(at[p] + k * row_) * size_ + j];
-                sums[p][k][r] += SumOfPairs(weights[p], Load<Shorts>(x));
-              }
-            }
-          }
-        };
-        auto add_at = [&](int64_t j) {
-          add(j, [&](int r) { return block.rows[r] + first + j; });
-        };
-        if constexpr (kWholeLines) {
-          for (int64_t j = 0; j < count; j += kLine) {
-            Prefetch<R>(block.next, first + j);
-            for (int i = 0; i < kLine; i += kPair) add_at(j + i);
-          }
-        } else {
-          int64_t j = 0;
-          for (; j + kPair <= count; j += kPair) add_at(j);
-          if (const int64_t rest = count - j) {
-            Padded<typename W::Word, kPair> row[R];
-            for (int r = 0; r < R; ++r) row[r] = {block.rows[r] + first + j, rest};
-            add(j, [&](int r) { return row[r].values; });
-          }
+      }
+      Scale<M, R>(sums, x_scales + group * kLanes, n_groups, block.scales, group, n_groups, totals);
+    }
+    Store<M, R>(totals, block.out);
+  }
+
+  template <int M>
+  void MultiplyAny(const Block<W, M>& block, int64_t m) const {
+    constexpr int R = Block<W, M>::R;
+    const int64_t n_groups = w_.n / w_.g;
+    Floats totals[M][R] = {};
+    for (int64_t i = 0; i < n_groups * n_pieces_; ++i) {
+      const int64_t group = i / n_pieces_, within = i % n_pieces_ * piece_;
+      const int64_t count = std::min(piece_, w_.g - within);
+      const int16_t* x = &values_[(m * row_ + i) * size_];
+      Ints sums[P][M][R] = {};
+      for (int64_t j = 0; j < count; j += kPair) {
+        Padded<typename W::Word, kPair> words[R];
+        for (int r = 0; r < R; ++r) {
+          const typename W::Word* from = block.rows[r] + group * w_.g + within + j;
+          words[r] = {from, std::min<int64_t>(kPair, count - j)};
         }
-        for (int p = 0; p < P; ++p) {
-          for (int k = 0; k < M; ++k) {
-            const Floats scale = Load<Floats>(&scales_[(at[p] + k * row_) * kLanes]);
-            for (int r = 0; r < R; ++r) {
-              totals[k][r] += block.scales[r][p * n_groups + group] *
-                              (scale * __builtin_convertvector(sums[p][k][r], Floats));
-            }
-          }
+        Add<M, R>([&](int r) { return words[r].values; },
+                  [&](int k, int p) {
+                    return x + (k * row_ + p * n_groups * n_pieces_) * size_ + j;
+                  },
+                  sums);
+      }
+      Scale<M, R>(sums, &scales_[(m * row_ + i) * kLanes], n_groups * n_pieces_, block.scales,
+                  group, n_groups, totals);
+    }
+    Store<M, R>(totals, block.out);
+  }
+
+  template <int M, int R, typename Row, typename Values>
+  static void Add(const Row& row, const Values& x, Ints (&sums)[P][M][R]) {
+    LAYERCOMB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      Shorts weights[P];
+      W::Widen(row(r), weights);
+      LAYERCOMB_UNROLL
+      for (int p = 0; p < P; ++p) {
+        LAYERCOMB_UNROLL
+        for (int k = 0; k < M; ++k) {
+          sums[p][k][r] += SumOfPairs(weights[p], Load<Shorts>(x(k, p)));
         }
       }
     }
-    Store<M, R>(totals, block.out);
+  }
+
+  // Adds the sums of a piece, times the scales of its activations, of which there are n a part, and
+  // of its group.
+  template <int M, int R>
+  static void Scale(const Ints (&sums)[P][M][R], const float* x_scales, int64_t n,
+                    const float* const (&scales)[R], int64_t group, int64_t n_groups,
+                    Floats (&totals)[M][R]) {
+    LAYERCOMB_UNROLL
+    for (int p = 0; p < P; ++p) {
+      LAYERCOMB_UNROLL
+      for (int k = 0; k < M; ++k) {
+        const Floats x_scale = Load<Floats>(x_scales + (k * P + p) * n * kLanes);
+        LAYERCOMB_UNROLL
+        for (int r = 0; r < R; ++r) {
+          totals[k][r] += scales[r][p * n_groups + group] *
+                          (x_scale * __builtin_convertvector(sums[p][k][r], Floats));
+        }
+      }
+    }
   }
 
   static void Round(const float* x, int64_t n, int16_t* values, float* scales) {
@@ -234,11 +281,13 @@ void Rows(const Matrix<W>& w, const Activations<W>& x, int64_t m, int64_t n_m, f
     auto multiply = [&](auto n_x, int64_t k) {
       constexpr int M = n_x.value;
       Block<W, M> block;
+      LAYERCOMB_UNROLL
       for (int r = 0; r < R; ++r) {
         const int64_t its = row(std::min(i + r, first + n - 1));  // the last ones again
         block.rows[r] = w.Row(its);
         block.next[r] = w.Row(row(std::min(i + R + r, first + n - 1)));
         block.scales[r] = w.scales ? w.Scales(its) : nullptr;
+        LAYERCOMB_UNROLL
         for (int l = 0; l < M; ++l) {
           block.out[l][r] = i + r < first + n ? y + (k + l) * n_y + i + r : &nowhere;
         }
@@ -273,9 +322,11 @@ void SumOfRows(const Matrix<W>& w, const float* h, const int32_t* at, int64_t n_
                int64_t j, int64_t n) {
   constexpr int P = W::parts, R = 4;
   const int64_t g = w.scales ? w.g : n;
+  LAYERCOMB_UNROLL
   for (int p = 0; p < P; ++p) std::fill_n(y + p * w.n + j, n, 0.0f);
   for (int64_t k = 0; k < n_k; k += R) {
     int64_t row[R], next_row[R];
+    LAYERCOMB_UNROLL
     for (int r = 0; r < R; ++r) {
       row[r] = w.Clamped(at[std::min(k + r, n_k - 1)]);
       next_row[r] = w.Clamped(at[std::min(k + R + r, n_k - 1)]);
@@ -283,9 +334,11 @@ void SumOfRows(const Matrix<W>& w, const float* h, const int32_t* at, int64_t n_
     for (int64_t first = j; first < j + n; first += g) {
       const typename W::Word *rows[R], *next[R];
       float scaled[P][R];
+      LAYERCOMB_UNROLL
       for (int r = 0; r < R; ++r) {
         rows[r] = w.Row(row[r]) + first;
         next[r] = w.Row(next_row[r]) + first;
+        LAYERCOMB_UNROLL
         for (int p = 0; p < P; ++p) {
           const float scale = w.scales ? w.Scales(row[r])[(p * w.n + first) / g] : 1;
           scaled[p][r] = k + r < n_k ? h[k + r] * W::unit[p] * scale : 0;
@@ -293,9 +346,12 @@ void SumOfRows(const Matrix<W>& w, const float* h, const int32_t* at, int64_t n_
       }
       auto add = [&](const auto& row, const auto& sum) {
         Floats weights[R][P];
+        LAYERCOMB_UNROLL
         for (int r = 0; r < R; ++r) W::Widen(row(r), weights[r]);
+        LAYERCOMB_UNROLL
         for (int p = 0; p < P; ++p) {
           Floats totals[2] = {Load<Floats>(sum(p))};
+          LAYERCOMB_UNROLL
           for (int r = 0; r < R; ++r) totals[r % 2] += scaled[p][r] * weights[r][p];
           totals[0] += totals[1];
           std::memcpy(sum(p), totals, sizeof *totals);
@@ -309,9 +365,12 @@ void SumOfRows(const Matrix<W>& w, const float* h, const int32_t* at, int64_t n_
       if (const int64_t rest = g - i) {
         Padded<typename W::Word> ends[R];
         Padded<float> sums[P];
+        LAYERCOMB_UNROLL
         for (int r = 0; r < R; ++r) ends[r] = {rows[r] + i, rest};
+        LAYERCOMB_UNROLL
         for (int p = 0; p < P; ++p) sums[p] = {y + p * w.n + first + i, rest};
         add([&](int r) { return ends[r].values; }, [&](int p) { return sums[p].values; });
+        LAYERCOMB_UNROLL
         for (int p = 0; p < P; ++p) std::memcpy(y + p * w.n + first + i, sums[p].values, 4 * rest);
       }
     }

@@ -24,6 +24,9 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
+// Short loops over vectors must become straight code, for arrays to stay in registers.
+#define LAYERCOMB_UNROLL _Pragma("GCC unroll 16")
+
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 
@@ -32,6 +35,15 @@ inline V Load(const void* from) {
   V v;
   std::memcpy(&v, from, sizeof v);
   return v;
+}
+
+// Keeps in a register what many products take: compilers would rather read it anew for each.
+inline void Keep(Floats& v) {
+#if defined(LAYERCOMB_WIDE)
+  asm("" : "+v"(v));
+#elif defined(__AVX__)
+  asm("" : "+x"(v));
+#endif
 }
 
 inline float Sum(Floats v) {
