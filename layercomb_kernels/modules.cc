@@ -9,6 +9,8 @@
 namespace layercomb {
 namespace {
 
+constexpr int kLine = 16;  // floats in a line of the cache
+
 // y[s · n_f + f] = Σ_d x[d] modules[s, d] features[f, d], for n features from `first` on. A product
 // of x and a feature serves four modules.
 void Factored(const float* x, const float* modules, const float* features, int64_t n_s,
@@ -18,8 +20,11 @@ void Factored(const float* x, const float* modules, const float* features, int64
     const float* module[S];
     for (int i = 0; i < S; ++i) module[i] = modules + std::min(s + i, n_s - 1) * d;
     for (int64_t f = first; f < first + n; f += R) {
-      const float* feature[R];
-      for (int r = 0; r < R; ++r) feature[r] = features + std::min(f + r, first + n - 1) * d;
+      const float *feature[R], *next[R];
+      for (int r = 0; r < R; ++r) {
+        feature[r] = features + std::min(f + r, first + n - 1) * d;
+        next[r] = features + std::min(f + R + r, first + n - 1) * d;
+      }
       Floats sums[S][R] = {};
       auto add = [&](const auto& load) {
         Floats its_x = load(x);
@@ -35,10 +40,16 @@ void Factored(const float* x, const float* modules, const float* features, int64
           for (int r = 0; r < R; ++r) sums[i][r] += its * scaled[r];
         }
       };
-      int64_t j = 0;
-      for (; j + kLanes <= d; j += kLanes) {
+      auto add_at = [&](int64_t j) {
         add([j](const float* from) { return Load<Floats>(from + j); });
+      };
+      int64_t j = 0;
+      for (; j + kLine <= d; j += kLine) {
+        Prefetch<R>(next, j);
+        LAYERCOMB_UNROLL
+        for (int i = 0; i < kLine; i += kLanes) add_at(j + i);
       }
+      for (; j + kLanes <= d; j += kLanes) add_at(j);
       if (const int64_t rest = d - j) {
         add([=](const float* from) { return Load<Floats>(Padded<float>(from + j, rest).values); });
       }
@@ -66,7 +77,10 @@ void Convolve(const Sizes& sizes, const float* x, const float* kernel, int64_t f
   auto add = [&](const auto& load, const auto& store, int64_t f) {
     Floats weights[R];
     LAYERCOMB_UNROLL
-    for (int r = 0; r < R; ++r) weights[r] = load(kernel + r * sizes.n_f + f);
+    for (int r = 0; r < R; ++r) {
+      weights[r] = load(kernel + r * sizes.n_f + f);
+      __builtin_prefetch(kernel + (R + r) * sizes.n_f + f, 0, 2);
+    }
     const float* window = x;
     float* sum = y + f;
     for (int64_t s = 0; s < sizes.n_s; ++s, window += sizes.step, sum += sizes.n_f) {

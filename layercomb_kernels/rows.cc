@@ -49,7 +49,7 @@ class AsFloats {
     const int64_t n = w_.n, n_groups = w_.n / w_.g;
     const float* x = x_ + m * n * P;
     Floats totals[M][R] = {};
-    for (int64_t group = 0; group < std::max<int64_t>(n_groups, 1); ++group) {
+    for (int64_t group = 0; group < n_groups; ++group) {
       Floats sums[kChains][M][R][P] = {};  // an addition waits for the last
       auto add = [](auto& sums, const auto& row, const auto& its_x) {
         Floats values[M][P];
@@ -73,7 +73,7 @@ class AsFloats {
         add(sums[chain], [&](int r) { return block.rows[r] + j; },
             [&](int k, int p) { return x + (k * P + p) * n + j; });
       };
-      const int64_t end = n_groups ? (group + 1) * w_.g : n;
+      const int64_t end = (group + 1) * w_.g;
       int64_t j = group * w_.g;
       for (; j + kStep <= end; j += kStep) {
         Prefetch<R>(block.next, j);
@@ -271,12 +271,13 @@ template <typename W>
 using Activations = AsFloats<W>;
 #endif
 
-// y[m, i] = Σ_d x[m, d] w[row(i), d] for n_m rows of x and the rows of w from `first` on.
-template <typename W, typename Index>
-void Rows(const Matrix<W>& w, const Activations<W>& x, int64_t m, int64_t n_m, float* y,
-          int64_t n_y, int64_t first, int64_t n, const Index& row) {
+// y[m, i] = Σ_d x[m, d] w[at[i], d] for n_m rows of x, and i from `first` on; without `at`, of row i.
+template <typename W>
+void Rows(const Matrix<W>& w, const Activations<W>& x, int64_t m, int64_t n_m, const int32_t* at,
+          float* y, int64_t n_y, int64_t first, int64_t n) {
   constexpr int R = kRows<W>;
   float nowhere;
+  auto row = [&](int64_t i) { return at ? w.Clamped(at[i]) : i; };
   for (int64_t i = first; i < first + n; i += R) {
     auto multiply = [&](auto n_x, int64_t k) {
       constexpr int M = n_x.value;
@@ -384,7 +385,7 @@ void RowProducts(const Pool& pool, const Weights& weights, const float* x, int64
     using W = typename std::decay_t<decltype(w)>::Kind;
     const Activations<W> activations(w, x, n_x);
     InPieces(pool, weights.n_bytes, w.n_rows, 16, [&](int64_t i, int64_t n) {
-      Rows<W>(w, activations, 0, n_x, y, w.n_rows, i, n, [](int64_t i) { return i; });
+      Rows<W>(w, activations, 0, n_x, nullptr, y, w.n_rows, i, n);
     });
   });
 }
@@ -397,8 +398,7 @@ void GatheredProducts(const Pool& pool, const Weights& weights, const float* x, 
     for (int64_t m = 0; m < n_x; ++m) {
       const int64_t bytes = weights.n_bytes / w.n_rows * n_k;
       InPieces(pool, bytes, n_k, 4, [&](int64_t i, int64_t n) {
-        Rows<W>(w, activations, m, 1, y + m * n_k, n_k, i, n,
-                [&](int64_t i) { return w.Clamped(at[m * n_k + i]); });
+        Rows<W>(w, activations, m, 1, at + m * n_k, y + m * n_k, n_k, i, n);
       });
     }
   });
