@@ -117,9 +117,7 @@ def test_factored_products(m, s, f, d):
 def test_module_convolution(m, p, s, j, d, f):
     x = rng().normal(size=(m, p, s + j - 1, d)).astype(np.float32)
     kernel = rng().normal(size=(p, j, d, f)).astype(np.float32)
-    wanted = sum(
-        np.einsum('mpsd,pdf->msf', x[:, :, i : i + s], kernel[:, i]) for i in range(j)
-    )
+    wanted = sum(np.einsum('mpsd,pdf->msf', x[:, :, i : i + s], kernel[:, i]) for i in range(j))
     assert_same(jax.jit(kernels.module_convolution)(x, kernel), wanted)
 
 

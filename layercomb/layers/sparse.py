@@ -138,4 +138,3 @@ class SparseFF(Layer):
     def _activated(self, h: jax.Array, bias: jax.Array | None) -> jax.Array:
         f = elementwise('SparseFF', self.activation)
         return f(h if bias is None else h + bias)
-
