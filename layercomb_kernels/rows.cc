@@ -241,20 +241,29 @@ class AsShorts {
   }
 
   static void Round(const float* x, int64_t n, int16_t* values, float* scales) {
+    using Halves = int16_t __attribute__((vector_size(2 * kLanes)));
     constexpr float kNearest = 3 << 22;  // the sum's last bits are then the nearest integer
-    float most[kPair] = {}, unknown = 0, inverse[kPair];
-    for (int64_t j = 0; j < n; ++j) {
-      most[j % kPair] = std::max(most[j % kPair], std::abs(x[j]));
-      unknown += 0 * x[j];  // NaN where there is NaN, or infinity
+    auto load = [=](int64_t j) {
+      return j + kLanes <= n ? Load<Floats>(x + j)
+                             : Load<Floats>(Padded<float>(x + j, std::max<int64_t>(n - j, 0)).values);
+    };
+    Floats most[2] = {}, unknown = {};
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const Floats its = load(j), size = its < 0 ? -its : its;
+      Floats& so_far = most[j / kLanes % 2];
+      so_far = size > so_far ? size : so_far;
+      unknown += 0 * its;  // NaN where there is NaN, or infinity
     }
+    float inverse[kPair];
     for (int i = 0; i < kPair; ++i) {
-      const float its = std::max(most[i], most[i ^ 1]);
-      scales[i / 2] = its / 32767 + unknown;
-      inverse[i] = its > 0 ? 32767 / its : 0;
+      const float pair = std::max(most[i / kLanes][i % kLanes], most[i / kLanes][(i ^ 1) % kLanes]);
+      scales[i / 2] = pair / 32767 + Sum(unknown);
+      inverse[i] = pair > 0 ? 32767 / pair : 0;
     }
-    for (int64_t j = 0; j < n; ++j) {
-      const float sum = x[j] * inverse[j % kPair] + kNearest;
-      values[j] = static_cast<int16_t>(Load<int32_t>(&sum));
+    for (int64_t j = 0; j < (n + kPair - 1) / kPair * kPair; j += kLanes) {
+      const Floats sum = load(j) * Load<Floats>(inverse + j % kPair) + kNearest;
+      const Halves whole = __builtin_convertvector(reinterpret_cast<Ints>(sum), Halves);
+      std::memcpy(values + j, &whole, sizeof whole);
     }
   }
 

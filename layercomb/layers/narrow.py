@@ -9,8 +9,8 @@ Axes are written in letters: ``i`` for those that a product sums over and groups
 ``o`` for the others: ``'io'`` is a kernel (D, F), ``'iio'`` one from heads (H, K, D), ``'oi'`` a
 table of rows. Whatever the order, a narrow matrix is kept as rows, its ``i`` axes being one, the
 last: a row is what the product with one output reads. Of ``'ioo'`` (D, H, K) there is (H, K, D), of
-``'iio'`` (H, K, D) there is (D, H·K). Two int4 share a byte, weight j of a row of n being in its low
-half and weight j + n / 2 in its high one.
+``'iio'`` (H, K, D) there is (D, H·K). Two int4 share a byte, weight j of a row of n being in its
+low half and weight j + n / 2 in its high one.
 """
 
 from __future__ import annotations
