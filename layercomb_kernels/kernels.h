@@ -82,7 +82,7 @@ void InPieces(const Pool& pool, int64_t bytes, int64_t n, int64_t unit, const Wo
   constexpr int64_t kWorthwhile = 1 << 17;
   const int64_t n_threads =
       std::clamp<int64_t>(bytes / kWorthwhile, 1, std::max<int64_t>(1, pool.n_threads));
-  const int64_t share = n_threads == 1 ? n : CeilDiv(n, 2 * n_threads);
+  const int64_t share = n_threads == 1 ? n : CeilDiv(n, 4 * n_threads);
   const int64_t size = std::max<int64_t>(1, CeilDiv(share, unit)) * unit;
   InParallel(pool, n_threads, CeilDiv(n, size), [&](int64_t i) {
     work(i * size, std::min(size, n - i * size));

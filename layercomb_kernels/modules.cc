@@ -117,7 +117,7 @@ void FactoredProducts(const Pool& pool, const float* x, const float* modules,
 void ModuleConvolution(const Pool& pool, const float* x, const float* kernel, int64_t n_x,
                        int64_t n_p, int64_t width, int64_t n_s, int64_t step, int64_t n_j,
                        int64_t n_f, float* y) {
-  constexpr int kRows = 8, kColumns = 64;
+  constexpr int kRows = 8, kColumns = 32;
   const Sizes sizes{n_p, width, n_s, step, n_j, n_f};
   const int64_t bytes = std::max<int64_t>(4, n_s / kProductsToAByte) * n_p * n_j * n_f;
   std::fill_n(y, n_x * n_s * n_f, 0.0f);
