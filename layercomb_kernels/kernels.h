@@ -79,7 +79,7 @@ void InParallel(const Pool& pool, int64_t n_threads, int64_t n, const Work& work
 // number of units, some for each thread that is worth waking.
 template <typename Work>
 void InPieces(const Pool& pool, int64_t bytes, int64_t n, int64_t unit, const Work& work) {
-  constexpr int64_t kWorthwhile = 1 << 17;
+  constexpr int64_t kWorthwhile = 1 << 19;
   const int64_t n_threads =
       std::clamp<int64_t>(bytes / kWorthwhile, 1, std::max<int64_t>(1, pool.n_threads));
   const int64_t share = n_threads == 1 ? n : CeilDiv(n, 4 * n_threads);
