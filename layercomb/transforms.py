@@ -279,9 +279,10 @@ def quantize(
 
     Kernels of dense layers and projections, tables of embeddings, sparse feed-forwards with their
     controllers, and the features of multiplicative layers become int8, int4 or bfloat16; biases,
-    norms, positions and whatever is small stay as they are. Integers have a float32 scale for each
-    group along what a product sums over, at ``…_scales``; all names are kept. Both ends of a `Tied`
-    model are quantized, each along its own sum, and it is tied no longer.
+    norms, positions and whatever is small stay as they are. Narrow matrices are rows along what a
+    product sums over, a kernel (D, F) being (F, D), and integers have a float32 scale for each
+    group of a row, at ``…_scales``; all names are kept. Both ends of a `Tied` model are
+    quantized, each along its own sum, and it is tied no longer.
 
     Args:
       net: any layer, stacked or `unstack`ed.
@@ -298,7 +299,7 @@ def quantize(
     >>> from layercomb import tl, transforms
     >>> net, weights = transforms.quantize(tl.Dense(64), {'kernel': jnp.ones((64, 64))})
     >>> net, weights['kernel'].dtype, weights['kernel_scales'].shape
-    (Quantized(Dense(64)), dtype('int8'), (1, 64))
+    (Quantized(Dense(64)), dtype('int8'), (64, 1))
     """
     if isinstance(net, Tied):
         return quantize(net.layer, net.untied(weights), bits, group_size, smallest=smallest)

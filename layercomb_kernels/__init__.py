@@ -1,15 +1,20 @@
-"""Products of a few rows of activations with narrow weights, in C++, for decoding on a CPU.
+"""Products of a few rows of activations, in C++, for decoding on a CPU.
 
 XLA widens int8, int4 and bfloat16 weights anew at every product, which at one position costs ten
-times what the product does. These kernels read each weight once, at the speed of the memory. They
-are compiled at first use, with the machine's own compiler; without one, or with
-``LAYERCOMB_KERNELS=0``, `available` is false, and the library multiplies as XLA does.
-``python -m layercomb_kernels`` says what there is, and compiles ahead.
+times what the product does, gathers rows before it multiplies them, and lays out anew the factors
+of sparse layers. These kernels read each weight once, at the speed of the memory. They are compiled
+at first use, with the machine's own compiler; without one, or with ``LAYERCOMB_KERNELS=0``,
+`available` is false, and the library multiplies as XLA does. ``python -m layercomb_kernels`` says
+what there is, and compiles ahead.
 
 Weights are float32, bfloat16, int8, or two int4 in a byte (uint8): byte j of a row of n holds
 column j in its low half, and column j + n in its high one. Scales are float32, one for each group
-of weights, or of shape (0, 0) where there are none. Letters: M rows of activations, D their width,
-F outputs, K gathered rows, G groups.
+of integers along a row; floats have none, (0, 0). Where the processor has an instruction for it,
+integers are multiplied by activations rounded to 16 bits, with a scale of their own for every few
+values: products are then exact to some 2e-5 of what is typical, where rounding a weight to int8 has
+cost 4e-3.
+
+Letters: M rows of activations, D their width, F outputs, K gathered rows, G groups, S modules.
 """
 
 from __future__ import annotations
@@ -23,7 +28,14 @@ import jax.numpy as jnp
 
 from layercomb_kernels import build
 
-_NAMES = ('column_products', 'row_products', 'gathered_products', 'gathered_sums')
+_NAMES = (
+    'row_products',
+    'gathered_products',
+    'gathered_sums',
+    'factored_products',
+    'module_convolution',
+)
+_WORDS = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8)
 
 _off = jax.make_user_context(False)
 
@@ -60,22 +72,6 @@ def _register() -> str | None:
     return None
 
 
-def column_products(x: jax.Array, words: jax.Array, scales: jax.Array, width: int) -> jax.Array:
-    """y[m, f] = Σ_d x[m, d] W[d, f].
-
-    Args:
-      x: (M, D) float32.
-      words: (D, F), or (D, ⌈F / 2⌉) of int4.
-      scales: (G, F), for groups of D / G weights of a column.
-      width: F.
-
-    Returns:
-      (M, F) float32.
-    """
-    _check(x.shape[1] == words.shape[0] and width <= _columns(words), x, words)
-    return _call('column_products', (x.shape[0], width), x, words, scales)
-
-
 def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array:
     """y[m, f] = Σ_d x[m, d] W[f, d].
 
@@ -88,6 +84,7 @@ def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array
       (M, F) float32.
     """
     _check(x.shape[1] == _columns(words), x, words)
+    _check_dtypes(words, x, scales)
     return _call('row_products', (x.shape[0], words.shape[0]), x, words, scales)
 
 
@@ -105,7 +102,8 @@ def gathered_products(
       (M, K) float32.
     """
     _check(x.shape[1] == _columns(words) and len(x) == len(at), x, at, words)
-    return _call('gathered_products', at.shape, x, at, words, scales)
+    _check_dtypes(words, x, scales)
+    return _call('gathered_products', at.shape, x, at.astype(jnp.int32), words, scales)
 
 
 def gathered_sums(h: jax.Array, at: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array:
@@ -119,7 +117,42 @@ def gathered_sums(h: jax.Array, at: jax.Array, words: jax.Array, scales: jax.Arr
       (M, D) float32.
     """
     _check(h.shape == at.shape, h, at, words)
-    return _call('gathered_sums', (h.shape[0], _columns(words)), h, at, words, scales)
+    _check_dtypes(words, h, scales)
+    shape = (h.shape[0], _columns(words))
+    return _call('gathered_sums', shape, h, at.astype(jnp.int32), words, scales)
+
+
+def factored_products(x: jax.Array, modules: jax.Array, features: jax.Array) -> jax.Array:
+    """y[m, s, f] = Σ_d x[m, d] A[s, d] B[f, d].
+
+    Args:
+      x: (M, D) float32.
+      modules: A (S, D) float32.
+      features: B (F, D) float32.
+
+    Returns:
+      (M, S, F) float32.
+    """
+    _check(x.shape[1] == modules.shape[1] == features.shape[1], x, modules, features)
+    _check_dtypes(features, x, modules, features)
+    shape = (x.shape[0], modules.shape[0], features.shape[0])
+    return _call('factored_products', shape, x, modules, features)
+
+
+def module_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """y[m, s] = Σ_p Σ_j x[m, p, s + j] W[p, j], of windows of J modules at P positions.
+
+    Args:
+      x: (M, P, S + J − 1, D) float32.
+      kernel: W (P, J, D, F) float32.
+
+    Returns:
+      (M, S, F) float32.
+    """
+    n_s = x.shape[2] - kernel.shape[1] + 1
+    _check(x.shape[1::2] == kernel.shape[:3:2] and n_s > 0, x, kernel)
+    _check_dtypes(kernel, x, kernel)
+    return _call('module_convolution', (x.shape[0], n_s, kernel.shape[3]), x, kernel)
 
 
 def _columns(words: jax.Array) -> int:
@@ -131,6 +164,15 @@ def _check(fits: bool, *args: jax.Array) -> None:
     if not fits:
         shapes = ', '.join(str(tuple(x.shape)) for x in args)
         raise ValueError(f'the shapes do not fit together: {shapes}')
+
+
+def _check_dtypes(words: jax.Array, *floats: jax.Array) -> None:
+    """The kernels trust dtypes, too."""
+    for x in floats:
+        if x.dtype != jnp.float32:
+            raise TypeError(f'the kernels take float32, got {x.dtype}')
+    if words.dtype not in _WORDS:
+        raise TypeError(f'weights must be float32, bfloat16, int8 or uint8, got {words.dtype}')
 
 
 def _call(name: str, shape: tuple[int, ...], *args: jax.Array) -> jax.Array:

@@ -16,9 +16,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name('products.cc')
+SOURCES = sorted(Path(__file__).parent.glob('*.cc'))
+HEADERS = sorted(Path(__file__).parent.glob('*.h'))
 SWITCH = 'LAYERCOMB_KERNELS'  # 0 turns the kernels off
 
 _COMPILERS = ('c++', 'g++', 'clang++')
@@ -55,7 +58,7 @@ def library_path() -> Path:
       Unavailable: if there is no compiler.
     """
     parts = [
-        SOURCE.read_text(encoding='utf-8'),
+        *(path.read_text(encoding='utf-8') for path in [*SOURCES, *HEADERS]),
         *_command(),
         importlib.metadata.version('jaxlib'),
         _processor(),
@@ -88,7 +91,7 @@ def _command() -> list[str]:
     if compiler is None:
         raise Unavailable(f'no C++ compiler: none of {", ".join(_COMPILERS)} is on the PATH')
     tuned = '-mcpu=native' if platform.machine() in ('arm64', 'aarch64') else '-march=native'
-    flags = ['-O3', tuned, '-std=c++17', '-ffp-contract=fast', '-fPIC', '-shared', '-pthread']
+    flags = ['-O2', tuned, '-std=c++17', '-ffp-contract=fast', '-fPIC', '-pthread']
     return [compiler, *flags]
 
 
@@ -108,15 +111,30 @@ def _compile(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+            objects = [Path(directory) / f'{source.stem}.o' for source in SOURCES]
             made = Path(directory) / path.name
-            command = [*_command(), f'-I{jax.ffi.include_dir()}', str(SOURCE), '-o', str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-            if done.returncode:
-                said = next((x for x in done.stderr.splitlines() if 'error' in x), done.stderr)
-                raise Unavailable(f'{command[0]} cannot compile the kernels: {said.strip()}')
+            compiler = [*_command(), f'-I{jax.ffi.include_dir()}', '-c']
+            _run(
+                [*compiler, str(source), '-o', str(made)]
+                for source, made in zip(SOURCES, objects, strict=True)
+            )
+            _run([[*_command(), '-shared', *map(str, objects), '-o', str(made)]])
             digest = _digest(made.read_bytes())
             os.replace(made, path)
             made.write_text(digest, encoding='utf-8')
             os.replace(made, _seal(path))
     except (OSError, subprocess.SubprocessError) as e:
         raise Unavailable(f'the kernels cannot be compiled: {e}') from None
+
+
+def _run(commands: Iterable[list[str]]) -> None:
+    """Runs compilers, all at once."""
+
+    def run(command: list[str]) -> None:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+        if done.returncode:
+            said = next((x for x in done.stderr.splitlines() if 'error' in x), done.stderr)
+            raise Unavailable(f'{command[0]} cannot compile the kernels: {said.strip()}')
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(run, commands))

@@ -49,7 +49,7 @@ def test_data_is_declared(setup):
         'layercomb': 'py.typed',
         'layercomb.gin_configs': '*.gin',
         'layercomb.serving': 'page.html',
-        'layercomb_kernels': '*.cc',
+        'layercomb_kernels': '*.cc, *.h',
     }
     assert (ROOT / 'layercomb' / 'py.typed').is_file()
     assert list((ROOT / 'gin_configs').glob('*.gin'))

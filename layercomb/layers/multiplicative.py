@@ -21,6 +21,7 @@ from layercomb.layers.core import Dense, contract
 from layercomb.layers.fields import Size, nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import Initializer, Normal, lecun_normal, zeros
 from layercomb.layers.narrow import Narrow
+from layercomb.layers.native import has_kernels, with_kernel
 from layercomb.shapes import check_float
 
 
@@ -150,16 +151,35 @@ def multiplicative_dense(
             f'the input is {x.shape[-1]} wide and the kernel was made for {d}: give the shape that '
             'the model was initialised with'
         )
-    if math.prod(x.shape[:-1]) < m:
-        scaled = x[..., None, :] * modules  # (…, S, D)
+    n_rows = math.prod(x.shape[:-1])
+    if n_rows < m:
         if isinstance(features, Narrow):
-            return features.product(scaled).reshape(*x.shape[:-1], s * m)
-        y = contract('md,...sd->...ms', features, scaled)  # this way round it reads E fastest
-        return y.swapaxes(-1, -2).reshape(*x.shape[:-1], s * m)
+            y = features.product(x[..., None, :] * modules)  # (…, S, D) → (…, S, M)
+        else:
+            fast = has_kernels(n_rows, x, modules, features)
+            product = _factored_product if fast else _plain_product
+            y = product(x.reshape(n_rows, d), modules, features)  # (R, S, M)
+        return y.reshape(*x.shape[:-1], s * m)
     if isinstance(features, Narrow):
         features = features.wide().astype(modules.dtype)
     kernel = modules[:, None] * features  # (S, M, D)
     return contract('...d,nd->...n', x, kernel.reshape(s * m, d))
+
+
+def _plain_product(x: jax.Array, modules: jax.Array, features: jax.Array) -> jax.Array:
+    """Of few rows: (R, D), (S, D), (M, D) → (R, S, M)."""
+    scaled = x[:, None] * modules  # (R, S, D)
+    y = contract('md,rsd->rms', features, scaled)  # this way round it reads E fastest
+    return y.swapaxes(1, 2)
+
+
+def _product_kernel(*args: jax.Array) -> jax.Array:
+    import layercomb_kernels
+
+    return layercomb_kernels.factored_products(*args)
+
+
+_factored_product = with_kernel(_plain_product, _product_kernel)
 
 
 class LocalConv(Layer):
@@ -233,7 +253,9 @@ class LocalConv(Layer):
         side = self.kernel_size[1] - 1
         x = x.reshape(*x.shape[:2], self.n_modules, -1)  # (B, reach + L, S, M)
         x = jnp.pad(x, ((0, 0), (0, 0), (side // 2, side - side // 2), (0, 0)))
-        y = convolve(x, weights['kernel'], (1, 1), 'VALID', (1, 1), groups=1)  # (B, L, S, n·M)
+        one = mode is Mode.PREDICT and length == 1
+        fast = one and has_kernels(x.shape[0], x, weights['kernel'])
+        y = (_convolve_one if fast else _convolve)(x, weights['kernel'])  # (B, L, S, n·M)
         y = y.reshape(*y.shape[:3], self.n_outputs, -1) + weights['bias']  # (B, L, S, n, M)
         return tuple(
             y[..., i, :].reshape(x.shape[0], length, -1) for i in range(self.n_outputs)
@@ -243,6 +265,19 @@ class LocalConv(Layer):
     def _reach(self) -> int:
         """How many positions back the kernel sees."""
         return self.kernel_size[0] - 1
+
+
+def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return convolve(x, kernel, (1, 1), 'VALID', (1, 1), groups=1)
+
+
+def _convolution_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    import layercomb_kernels
+
+    return layercomb_kernels.module_convolution(x, kernel)[:, None]
+
+
+_convolve_one = with_kernel(_convolve, _convolution_kernel)
 
 
 def LowRankDense(n_units: int, rank: int, name: str | None = None) -> Serial:

@@ -2,12 +2,15 @@
 
 Integers are symmetric and share scales in groups, ŵ = scale · q, along what a product sums over, so
 that a product is a sum over groups of whole products. Where few rows are multiplied on a CPU, as in
-decoding, `layercomb_kernels` reads the narrow weights themselves; otherwise they are widened first.
+decoding, `layercomb_kernels` reads the narrow weights themselves, and may round activations to 16
+bits, which is 2e-5 of a product; otherwise weights are widened first.
 
-Axes are written in letters: ``i`` for those that groups run along, all of them together, and ``o``
-for the others: ``'io'`` is a kernel (D, F), ``'iio'`` one from heads (H, K, D), ``'oi'`` a table of
-rows. Two int4 share a byte, column j of n being in its low half and column j + n / 2 in its high
-one, where n is the size of the last axes together: of ``'ioo'`` (D, H, K) are left (D, H·K / 2).
+Axes are written in letters: ``i`` for those that a product sums over and groups run along, and
+``o`` for the others: ``'io'`` is a kernel (D, F), ``'iio'`` one from heads (H, K, D), ``'oi'`` a
+table of rows. Whatever the order, a narrow matrix is kept as rows, its ``i`` axes being one, the
+last: a row is what the product with one output reads. Of ``'ioo'`` (D, H, K) there is (H, K, D), of
+``'iio'`` (H, K, D) there is (D, H·K). Two int4 share a byte, weight j of a row of n being in its
+low half and weight j + n / 2 in its high one.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from layercomb.layers.bucketwise import IN_BOUNDS
+from layercomb.layers.native import has_kernels, with_kernel
 
 BITS = (4, 8, 16)
-FEW = 32  # rows, at most, for which a kernel is quicker than widening the weights
 
 
 @functools.partial(
@@ -37,10 +40,10 @@ class Narrow:
     """A matrix of narrow weights, with what a layer asks of a wide one.
 
     Attributes:
-      values: int8, uint8 of two int4, or bfloat16.
-      scales: float32, groups in the place of the ``i`` axes; None for bfloat16.
+      values: (*o, i) int8 or bfloat16, or (*o, i / 2) uint8 of two int4.
+      scales: (*o, G) float32, one for each group of a row; None for bfloat16.
       axes: see above.
-      bits: 8, 4 or 16.
+      bits: 8, 4 or 16; 32 for a wide matrix of which `rows_of` takes rows.
     """
 
     values: jax.Array
@@ -50,25 +53,23 @@ class Narrow:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the wide matrix."""
-        if self.scales is None or self.bits == 8:
-            return self.values.shape
-        if self.axes == 'oi':
-            return (*self.values.shape[:-1], 2 * self.values.shape[-1])
-        return self.values.shape[: self.axes.count('i')] + self.scales.shape[1:]
+        """The shape of the wide matrix, whose ``i`` axes are one."""
+        *o, n = self.values.shape
+        n *= 2 if self.bits == 4 else 1
+        return (*o, n) if self.axes == 'oi' else (n, *o)
 
     def wide(self) -> jax.Array:
         """The weights in float32, of shape `shape`."""
+        rows = self.wide_rows()
+        return rows if self.axes == 'oi' else jnp.moveaxis(rows, -1, 0)
+
+    def wide_rows(self) -> jax.Array:
+        """The weights in float32, as they are kept: (*o, i)."""
         if self.scales is None:
             return self.values.astype(jnp.float32)
-        if self.axes == 'oi':
-            q = _integers(self.values, self.bits)
-            q = q.reshape(*self.scales.shape, -1)  # (…, D) → (…, G, g)
-            return (q * self.scales[..., None]).reshape(self.shape)
-        words, scales = self._matrix()
-        q = _integers(words, self.bits)[:, : scales.shape[1]]
-        q = q.reshape(len(scales), -1, scales.shape[1])  # (D, F) → (G, g, F)
-        return (q * scales[:, None]).reshape(self.shape)
+        q = _integers(self.values, self.bits)
+        groups = q.reshape(*self.scales.shape, -1)  # (…, D) → (…, G, g)
+        return (groups * self.scales[..., None]).reshape(q.shape)
 
     def take(self, rows: jax.Array) -> jax.Array:
         """Rows of a table (``'oi'``) in float32, (…) → (…, D); NaN for rows that do not exist."""
@@ -91,10 +92,9 @@ class Narrow:
         """
         n_i = self.axes.count('i')
         lead = x.shape[: x.ndim - n_i]
-        o = tuple(n for n, axis in zip(self.shape, self.axes, strict=True) if axis == 'o')
         x = x.reshape(math.prod(lead), -1)  # (…, *i) → (M, D)
-        product = _product if _has_kernels(len(x)) else _plain_product
-        return product(x, self).reshape(lead + o).astype(dtype or x.dtype)
+        product = _product if self._has_kernels(len(x)) else _plain_product
+        return product(x, self).reshape(lead + self.values.shape[:-1]).astype(dtype or x.dtype)
 
     def gathered_product(self, x: jax.Array, rows: jax.Array) -> jax.Array:
         """x times some rows of a table, which are all that is read.
@@ -115,16 +115,23 @@ class Narrow:
     def _gathered(self, fast: Any, plain: Any, x: jax.Array, rows: jax.Array) -> jax.Array:
         lead, d = x.shape[:-1], x.shape[-1]
         x, rows = x.reshape(-1, d), rows.reshape(-1, rows.shape[-1])  # (M, …)
-        y = (fast if _has_kernels(len(x)) else plain)(x, rows, self)
+        y = (fast if self._has_kernels(len(x)) else plain)(x, rows, self)
         return y.reshape(*lead, -1).astype(x.dtype)
+
+    def _has_kernels(self, n_rows: int) -> bool:
+        return self.values.dtype != jnp.float16 and has_kernels(n_rows)
 
     def _matrix(self) -> tuple[jax.Array, jax.Array]:
         """Words and scales as the matrices that kernels take."""
-        none = jnp.zeros((0, 0), jnp.float32)
-        if self.axes == 'oi':
-            return self.values, none if self.scales is None else self.scales
-        words = self.values.reshape(math.prod(self.values.shape[: self.axes.count('i')]), -1)
-        return words, none if self.scales is None else self.scales.reshape(len(self.scales), -1)
+        words = self.values.reshape(-1, self.values.shape[-1])
+        if self.scales is None:
+            return words, jnp.zeros((0, 0), jnp.float32)
+        return words, self.scales.reshape(len(words), -1)
+
+
+def rows_of(table: jax.Array | Narrow) -> Narrow:
+    """A table (F, D), wide or narrow, of which rows can be taken."""
+    return table if isinstance(table, Narrow) else Narrow(table, None, 'oi', 32)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -144,30 +151,27 @@ def narrow(
       group_size: how many weights share a scale: the divisor of what there are that is nearest, by
         ratio.
     """
+    n_lead, n_i = wide.ndim - len(axes), axes.count('i')
+    lead, shape = wide.shape[:n_lead], wide.shape[n_lead:]
+    if axes == 'oi':
+        o = shape[:-1]
+    else:
+        o = shape[n_i:]
+        wide = jnp.moveaxis(wide.reshape(*lead, math.prod(shape[:n_i]), *o), n_lead, -1)
     if bits == 16:
         return wide.astype(jnp.bfloat16), None
-    lead, shape = wide.shape[: wide.ndim - len(axes)], wide.shape[wide.ndim - len(axes) :]
-    wide = wide.astype(jnp.float32)
-    if axes == 'oi':
-        whole = shape[-1] // 2 if bits == 4 else shape[-1]  # a group lies in one half
-        groups = wide.reshape(*lead, shape[0], -1, group_of(whole, group_size))  # (…, F, G, g)
-        q, scales = _nearest(groups, bits, -1)
-        q = q.reshape(wide.shape)
-        return (_pack(q) if bits == 4 else q), scales.squeeze(-1)
-    n_i = axes.count('i')
-    i, o = shape[:n_i], shape[n_i:]
-    size = group_of(math.prod(i), group_size)
-    groups = wide.reshape(*lead, -1, size, math.prod(o))  # (…, G, g, F)
-    q, scales = _nearest(groups, bits, -2)
-    scales = scales.reshape(*lead, -1, *o)
-    if bits == 8:
-        return q.reshape(wide.shape), scales
-    return _pack(q.reshape(*lead, *i, -1)), scales
+    length = wide.shape[-1]
+    size = group_of(length // 2 if bits == 4 else length, group_size)  # a group lies in one half
+    groups = wide.astype(jnp.float32).reshape(*lead, *o, -1, size)  # (…, G, g)
+    q, scales = _nearest(groups, bits)
+    q = q.reshape(wide.shape)
+    return (_pack(q) if bits == 4 else q), scales.squeeze(-1)
 
 
 def can_narrow(shape: tuple[int, ...], axes: str, bits: int) -> bool:
-    """Whether a matrix of this shape has an int4 form: rows of a table are cut into two halves."""
-    return not (bits == 4 and axes == 'oi' and shape[-1] % 2)
+    """Whether a matrix of this shape has such a form: for int4 a row is cut into two halves."""
+    length = math.prod(n for n, axis in zip(shape, axes, strict=True) if axis == 'i')
+    return bits != 4 or length % 2 == 0
 
 
 def group_of(length: int, group_size: int) -> int:
@@ -180,18 +184,18 @@ def group_of(length: int, group_size: int) -> int:
     return min(divisors, key=lambda n: abs(math.log(n / group_size)))
 
 
-def _nearest(groups: jax.Array, bits: int, axis: int) -> tuple[jax.Array, jax.Array]:
-    """int8 values of the groups' shape, and a scale for each group along an axis, which is kept."""
+def _nearest(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """int8 values of groups (…, g), and a scale for each, (…, 1)."""
     if bits == 8:
-        scales = jnp.abs(groups).max(axis, keepdims=True) / 127
+        scales = jnp.abs(groups).max(-1, keepdims=True) / 127
         return _rounded(groups, scales, -127, 127), scales
-    low, high = groups.min(axis, keepdims=True), groups.max(axis, keepdims=True)
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
     extreme = jnp.where(-low > high, low, high)
 
     def attempt(parts: float) -> tuple[jax.Array, jax.Array, jax.Array]:
         scales = extreme / -parts  # the extreme goes to −8, which has no counterpart
         q = _rounded(groups, scales, -8, 7)
-        error = jnp.square(q.astype(jnp.float32) * scales - groups).sum(axis, keepdims=True)
+        error = jnp.square(q.astype(jnp.float32) * scales - groups).sum(-1, keepdims=True)
         return error, q, scales
 
     best: tuple[jax.Array, ...] = attempt(8.0)
@@ -208,9 +212,8 @@ def _rounded(groups: jax.Array, scales: jax.Array, low: int, high: int) -> jax.A
 
 
 def _pack(q: jax.Array) -> jax.Array:
-    """int8 of −8 … 7, (…, n) → uint8 (…, ⌈n / 2⌉)."""
-    n = -(-q.shape[-1] // 2)
-    q = jnp.pad(q, [(0, 0)] * (q.ndim - 1) + [(0, 2 * n - q.shape[-1])])
+    """int8 of −8 … 7, (…, n) → uint8 (…, n / 2)."""
+    n = q.shape[-1] // 2
     q = lax.bitcast_convert_type(q, jnp.uint8)
     return (q[..., :n] & 15) | (q[..., n:] << 4)
 
@@ -223,21 +226,10 @@ def _integers(words: jax.Array, bits: int) -> jax.Array:
     return jnp.concatenate([low, high], -1).astype(jnp.float32)
 
 
-def _has_kernels(n_rows: int) -> bool:
-    """Whether to multiply so few rows by a kernel."""
-    if n_rows > FEW or jax.default_backend() != 'cpu':
-        return False
-    import layercomb_kernels  # here, since it compiles, and most programs never come here
-
-    return layercomb_kernels.available()
-
-
 def _plain_product(x: jax.Array, w: Narrow) -> jax.Array:
     """(M, D) → (M, F) float32, of widened weights."""
-    wide = w.wide().astype(x.dtype)
-    if w.axes == 'oi':
-        return jnp.einsum('md,fd->mf', x, wide, preferred_element_type=jnp.float32)
-    return jnp.dot(x, wide.reshape(x.shape[1], -1), preferred_element_type=jnp.float32)
+    wide = w.wide_rows().reshape(-1, x.shape[1]).astype(x.dtype)  # (*o, D) → (F, D)
+    return jnp.einsum('md,fd->mf', x, wide, preferred_element_type=jnp.float32)
 
 
 def _plain_gathered_product(x: jax.Array, rows: jax.Array, w: Narrow) -> jax.Array:
@@ -255,40 +247,19 @@ def _rows(w: Narrow, rows: jax.Array) -> jax.Array:
     return jax.tree.map(lambda x: x.at[rows].get(**IN_BOUNDS), w).wide()
 
 
-def _kernel(name: str, plain: Any) -> Any:
-    """The function `plain`, computed by a kernel on a CPU; its gradient is for x alone."""
-
-    def by_kernel(*args: Any) -> jax.Array:
+def _with_kernel(name: str, plain: Any) -> Any:
+    def kernel(x: jax.Array, *args: Any) -> jax.Array:
         import layercomb_kernels
 
-        *xs, w = args
-        x, *rows = xs
-        words, scales = w._matrix()
-        if name == 'product' and w.axes != 'oi':
-            width = math.prod(w.shape[w.axes.count('i') :])
-            return layercomb_kernels.column_products(x.astype(jnp.float32), words, scales, width)
-        function: Any = {
-            'product': layercomb_kernels.row_products,
-            'gathered_product': layercomb_kernels.gathered_products,
-            'gathered_sum': layercomb_kernels.gathered_sums,
-        }[name]
-        return function(x.astype(jnp.float32), *rows, words, scales)
+        *rows, w = args
+        return getattr(layercomb_kernels, name)(x.astype(jnp.float32), *rows, *w._matrix())
 
-    @jax.custom_vjp
-    def fast(*args: Any) -> jax.Array:
-        return lax.platform_dependent(*args, cpu=by_kernel, default=plain)
-
-    def back(args: Any, ct: jax.Array) -> Any:
-        _, pull = jax.vjp(lambda x: plain(x, *args[1:]), args[0])
-        return (*pull(ct), *[None] * (len(args) - 1))
-
-    fast.defvjp(lambda *args: (fast(*args), args), back)
-    return fast
+    return with_kernel(plain, kernel)
 
 
-_product = _kernel('product', _plain_product)
-_gathered_product = _kernel('gathered_product', _plain_gathered_product)
-_gathered_sum = _kernel('gathered_sum', _plain_gathered_sum)
+_product = _with_kernel('row_products', _plain_product)
+_gathered_product = _with_kernel('gathered_products', _plain_gathered_product)
+_gathered_sum = _with_kernel('gathered_sums', _plain_gathered_sum)
 
 
 @jax.custom_jvp

@@ -19,7 +19,7 @@ from layercomb.layers.bucketwise import IN_BOUNDS
 from layercomb.layers.core import contract, dense
 from layercomb.layers.fields import Bound, Size
 from layercomb.layers.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.narrow import Narrow
+from layercomb.layers.narrow import Narrow, rows_of
 from layercomb.shapes import check_float
 
 
@@ -129,23 +129,12 @@ class SparseFF(Layer):
         """The chosen units alone; their rows are gathered."""
         first = jnp.arange(0, self.d_ff, self.block_size, dtype=units.dtype)
         at = first + units  # (…, F / N)
-        bias, kernel = weights['in'].get('bias'), weights['in']['kernel_transposed']
-        if isinstance(kernel, Narrow):
-            h = kernel.gathered_product(x, at)
-        else:
-            h = contract('...d,...fd->...f', x, _rows(kernel, at))
-        h = self._activated(h, None if bias is None else _rows(bias, at))
-        kernel = weights['out']['kernel']
-        if isinstance(kernel, Narrow):
-            y = kernel.gathered_sum(h, at)
-        else:
-            y = contract('...f,...fd->...d', h, _rows(kernel, at))
+        bias = weights['in'].get('bias')
+        bias = None if bias is None else bias.at[at].get(**IN_BOUNDS)  # (d_ff,) → (…, F / N)
+        h = rows_of(weights['in']['kernel_transposed']).gathered_product(x, at)
+        y = rows_of(weights['out']['kernel']).gathered_sum(self._activated(h, bias), at)
         return y + weights['out']['bias'] if self.use_bias else y
 
     def _activated(self, h: jax.Array, bias: jax.Array | None) -> jax.Array:
         f = elementwise('SparseFF', self.activation)
         return f(h if bias is None else h + bias)
-
-
-def _rows(array: jax.Array, at: jax.Array) -> jax.Array:
-    return array.at[at].get(**IN_BOUNDS)  # (F, …), (…, F / N) → (…, F / N, …)

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 
 import layercomb_kernels
 from layercomb.layers import narrow as lib
+from layercomb.layers import native
 from layercomb.layers.narrow import Narrow
 
+# A kernel multiplies integers by activations of 16 bits: 2e-5 of products, which are up to 15 here.
+ROUNDED = 5e-4
 CASES = [
     ('io', (24, 10)),
     ('io', (24, 9)),
@@ -45,35 +48,42 @@ def made(axes, shape, bits, group_size=8):
     return wide, Narrow(*lib.narrow(wide, axes, bits, group_size), axes, bits)
 
 
+def joined(axes, shape):
+    """The shape with one axis that groups run along."""
+    n_i = axes.count('i')
+    return shape if axes == 'oi' else (math.prod(shape[:n_i]), *shape[n_i:])
+
+
 def matrix(x, axes):
     """A matrix with what groups run along first: (D, F)."""
-    return x.T if axes == 'oi' else x.reshape(math.prod(x.shape[: axes.count('i')]), -1)
+    return x.T if axes == 'oi' else x.reshape(len(x), -1)
 
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_packing_is_exact(n, rows, seed):
-    q = np.random.default_rng(seed).integers(-8, 8, (rows, n)).astype(np.int8)
+    q = np.random.default_rng(seed).integers(-8, 8, (rows, 2 * n)).astype(np.int8)
     packed = lib._pack(jnp.asarray(q))
-    assert packed.shape == (rows, -(-n // 2)) and packed.dtype == jnp.uint8
-    np.testing.assert_array_equal(lib._integers(packed, 4)[:, :n], q)
+    assert packed.shape == (rows, n) and packed.dtype == jnp.uint8
+    np.testing.assert_array_equal(lib._integers(packed, 4), q)
 
 
 @pytest.mark.parametrize(('axes', 'shape'), CASES)
 def test_int8_is_off_by_half_a_scale_at_most(axes, shape):
     wide, narrow = made(axes, shape, 8)
-    assert narrow.values.dtype == jnp.int8 and narrow.shape == shape == narrow.values.shape
-    error = jnp.abs(matrix(wide - narrow.wide(), axes)).reshape(3, 8, -1)  # (G, g, F)
-    scales = matrix(narrow.scales, axes) if axes == 'oi' else narrow.scales.reshape(3, -1)
-    assert (error <= scales[:, None] * (0.5 + 1e-5)).all()
+    assert narrow.values.dtype == jnp.int8 and narrow.shape == joined(axes, shape)
+    error = jnp.abs(wide.reshape(narrow.shape) - narrow.wide())
+    error = matrix(error, axes).T.reshape(-1, 3, 8)  # (F, G, g)
+    assert (error <= narrow.scales.reshape(-1, 3, 1) * (0.5 + 1e-5)).all()
 
 
 @pytest.mark.parametrize(('axes', 'shape'), CASES)
 def test_int4_and_bfloat16_are_near(axes, shape):
     wide, narrow = made(axes, shape, 4, 6)
+    wide = wide.reshape(joined(axes, shape))
     error = jnp.linalg.norm(wide - narrow.wide()) / jnp.linalg.norm(wide)
-    assert narrow.shape == shape and narrow.values.dtype == jnp.uint8 and error < 0.1
-    wide, narrow = made(axes, shape, 16)
+    assert narrow.shape == wide.shape and narrow.values.dtype == jnp.uint8 and error < 0.1
+    _, narrow = made(axes, shape, 16)
     assert narrow.scales is None
     np.testing.assert_array_equal(narrow.wide(), wide.astype(jnp.bfloat16).astype(jnp.float32))
 
@@ -93,14 +103,14 @@ def test_products_are_those_of_the_wide_matrix(axes, shape, bits, way, n=3):
     x = weights((2, n, *i))
     y = jax.jit(Narrow.product)(narrow, x)
     wanted = x.reshape(2, n, -1) @ matrix(narrow.wide(), axes)
-    np.testing.assert_allclose(y, wanted.reshape(2, n, *o), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(y, wanted.reshape(2, n, *o), rtol=1e-5, atol=ROUNDED)
     assert narrow.product(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     assert narrow.product(x.astype(jnp.bfloat16), jnp.float32).dtype == jnp.float32
 
 
 @pytest.mark.parametrize(('axes', 'shape'), CASES[1:])
 def test_products_of_many_rows(axes, shape):
-    test_products_are_those_of_the_wide_matrix(axes, shape, 4, None, n=lib.FEW)
+    test_products_are_those_of_the_wide_matrix(axes, shape, 4, None, n=native.FEW)
 
 
 @pytest.mark.parametrize('bits', [4, 8, 16])
@@ -112,7 +122,7 @@ def test_rows_of_a_table(bits, way):
     assert jnp.isnan(table.take(jnp.asarray([10]))).all()
     x, h = weights((2, 24)), weights((2, 3))
     y = jax.jit(Narrow.gathered_product)(table, x, at)
-    np.testing.assert_allclose(y, jnp.einsum('md,mkd->mk', x, wide[at]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y, jnp.einsum('md,mkd->mk', x, wide[at]), atol=ROUNDED)
     y = jax.jit(Narrow.gathered_sum)(table, h, at)
     np.testing.assert_allclose(y, jnp.einsum('mk,mkd->md', h, wide[at]), rtol=1e-5, atol=1e-5)
 
@@ -129,12 +139,12 @@ def test_gradients_loops_branches_and_vmap(way):
         return lambda x: jax.lax.fori_loop(0, 3, body, x)
 
     got = jax.jit(loop(narrow.product))(x)
-    np.testing.assert_allclose(got, loop(lambda x: x @ wide)(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, loop(lambda x: x @ wide)(x), atol=ROUNDED)
     got = jax.grad(lambda x: jnp.sin(narrow.product(x)).sum())(x)
     wanted = jax.grad(lambda x: jnp.sin(x @ wide).sum())(x)
-    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, wanted, atol=ROUNDED)
     got = jax.vmap(narrow.product)(x)
-    np.testing.assert_allclose(got, x @ wide, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, x @ wide, atol=ROUNDED)
 
 
 def test_a_program_for_elsewhere_calls_no_kernel():
@@ -144,7 +154,7 @@ def test_a_program_for_elsewhere_calls_no_kernel():
     text = run.trace(narrow, x).lower(lowering_platforms=('cuda',)).as_text()
     assert 'layercomb' not in text
     if layercomb_kernels.available():
-        assert 'layercomb_column_products' in run.lower(narrow, x).as_text()
+        assert 'layercomb_row_products' in run.lower(narrow, x).as_text()
     with layercomb_kernels.off():
         assert 'layercomb' not in run.lower(narrow, x).as_text()
 
@@ -152,5 +162,6 @@ def test_a_program_for_elsewhere_calls_no_kernel():
 def test_groups_divide_what_they_run_along():
     assert [lib.group_of(n, 64) for n in (768, 96, 100, 257, 3)] == [64, 48, 50, 257, 3]
     _, narrow = made('io', (26, 4), 8, 8)
-    assert narrow.scales.shape == (2, 4)
+    assert narrow.scales.shape == (4, 2)
     assert lib.can_narrow((10, 24), 'oi', 4) and not lib.can_narrow((10, 25), 'oi', 4)
+    assert lib.can_narrow((24, 9), 'io', 4) and not lib.can_narrow((3, 5, 2), 'iio', 4)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import layercomb_kernels
 from layercomb import tl, trees
 from layercomb.layers.base import DECISIONS, Mode, init_state
 from layercomb.shapes import shape_dtype
@@ -349,6 +350,36 @@ class TestLocalConv:
             tl.LocalConv(4, (0, 3))
         with pytest.raises(ValueError, match='n_modules=5 does not divide the width 12'):
             tl.LocalConv(5).init((shape_dtype((1, 4, 12)),), jax.random.key(0))
+
+
+@pytest.mark.skipif(not layercomb_kernels.available(), reason='no kernels here')
+@pytest.mark.parametrize(
+    'layer',
+    [
+        tl.SparseFF(F, N, bias_init=tl.Normal(0.3)),
+        tl.MultiplicativeDense(4),
+        tl.MultiplicativeHead(11, 3),
+        tl.LocalConv(4, n_outputs=2, bias_init=tl.Normal(1.0)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_one_position_by_kernels_is_as_without(layer):
+    x = normal(1, 1, D)
+    weights, _ = layer.init((shape_dtype((1, L, D)),), jax.random.key(0))
+    state = init_state(layer, shape_dtype((1, L, D)))
+
+    def loss(weights, x):
+        outputs, _ = layer.apply(weights, state, (x,), mode=Mode.PREDICT)
+        return sum(jnp.sin(y).sum() for y in outputs)
+
+    made = jax.value_and_grad(loss, (0, 1))
+    assert 'layercomb_' in jax.jit(made).lower(weights, x).as_text()
+    by_kernels = made(weights, x)
+    with layercomb_kernels.off():
+        plain = made(weights, x)
+        assert 'layercomb_' not in jax.jit(made).lower(weights, x).as_text()
+    for got, wanted in zip(*map(jax.tree.leaves, (by_kernels, plain)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 KINDS = {

@@ -1,0 +1,107 @@
+// The kernels as handlers of XLA's FFI. Shapes have been checked where they are called from.
+
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+// What a handler is given: float32 arrays, but for indices and words.
+class Call {
+ public:
+  Call(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets results)
+      : threads_(threads), args_(args), results_(results) {}
+
+  layercomb::Pool pool() {
+    return {[this](std::function<void()> task) { threads_.Schedule(std::move(task)); },
+            threads_.num_threads()};
+  }
+  ffi::AnyBuffer array(int i) const { return *args_.get<ffi::AnyBuffer>(i); }
+  int64_t size(int i, int axis) const { return array(i).dimensions()[axis]; }
+  const float* floats(int i) const { return static_cast<const float*>(array(i).untyped_data()); }
+  const int32_t* indices(int i) const {
+    return static_cast<const int32_t*>(array(i).untyped_data());
+  }
+  // Words and, behind them, their scales.
+  layercomb::Weights weights(int i) const {
+    using layercomb::Kind;
+    const auto type = array(i).element_type();
+    const Kind kind = type == ffi::F32    ? Kind::kFloat32
+                      : type == ffi::BF16 ? Kind::kBfloat16
+                      : type == ffi::S8   ? Kind::kInt8
+                                          : Kind::kInt4;
+    return {kind,
+            array(i).untyped_data(),
+            floats(i + 1),
+            size(i, 0),
+            size(i, 1),
+            size(i + 1, 1),
+            static_cast<int64_t>(array(i).size_bytes())};
+  }
+  int64_t result_size(int axis) const { return result().dimensions()[axis]; }
+  float* y() const { return static_cast<float*>(result().untyped_data()); }
+
+ private:
+  ffi::AnyBuffer result() const { return **results_.get<ffi::AnyBuffer>(0); }
+
+  ffi::ThreadPool threads_;
+  ffi::RemainingArgs args_;
+  ffi::RemainingRets results_;
+};
+
+ffi::Error RowProducts(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                       ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  layercomb::RowProducts(call.pool(), call.weights(1), call.floats(0), call.size(0, 0), call.y());
+  return ffi::Error::Success();
+}
+
+ffi::Error GatheredProducts(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                            ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  layercomb::GatheredProducts(call.pool(), call.weights(2), call.floats(0), call.indices(1),
+                              call.size(1, 0), call.size(1, 1), call.y());
+  return ffi::Error::Success();
+}
+
+ffi::Error GatheredSums(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                        ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  layercomb::GatheredSums(call.pool(), call.weights(2), call.floats(0), call.indices(1),
+                          call.size(1, 0), call.size(1, 1), call.y());
+  return ffi::Error::Success();
+}
+
+ffi::Error FactoredProducts(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                            ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  layercomb::FactoredProducts(call.pool(), call.floats(0), call.floats(1), call.floats(2),
+                              call.size(0, 0), call.size(1, 0), call.size(2, 0), call.size(0, 1),
+                              call.y());
+  return ffi::Error::Success();
+}
+
+// x (M, P, S + J − 1, N) and a kernel (P, J, N, F) make (M, S, F).
+ffi::Error ModuleConvolution(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                             ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  const int64_t step = call.size(0, 3);
+  layercomb::ModuleConvolution(call.pool(), call.floats(0), call.floats(1), call.size(0, 0),
+                               call.size(0, 1), call.size(0, 2) * step, call.result_size(1), step,
+                               call.size(1, 1) * step, call.size(1, 3), call.y());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+// One signature for all of them: what decodes it takes a second to compile.
+#define LAYERCOMB_HANDLER(name, function)                                                 \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                          \
+      name, function, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets())
+
+LAYERCOMB_HANDLER(layercomb_row_products, RowProducts);
+LAYERCOMB_HANDLER(layercomb_gathered_products, GatheredProducts);
+LAYERCOMB_HANDLER(layercomb_gathered_sums, GatheredSums);
+LAYERCOMB_HANDLER(layercomb_factored_products, FactoredProducts);
+LAYERCOMB_HANDLER(layercomb_module_convolution, ModuleConvolution);

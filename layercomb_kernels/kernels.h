@@ -1,0 +1,95 @@
+// The kernels, and what they need of XLA: threads.
+//
+// Letters: M rows of activations, D their width, F outputs, K gathered rows, G groups of weights,
+// S modules.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <thread>
+
+namespace layercomb {
+
+// Threads that work can be given to.
+struct Pool {
+  std::function<void(std::function<void()>)> schedule;
+  int64_t n_threads;
+};
+
+enum class Kind { kFloat32, kBfloat16, kInt8, kInt4 };
+
+// A matrix of n_rows rows of n words. A word of int4 holds two weights: column j in its low half and
+// column j + n in its high one.
+struct Weights {
+  Kind kind;
+  const void* words;
+  const float* scales;  // (n_rows, n_groups)
+  int64_t n_rows, n, n_groups;  // of groups there may be none
+  int64_t n_bytes;
+};
+
+// y[m, f] = Σ_d x[m, d] w[f, d].
+void RowProducts(const Pool& pool, const Weights& w, const float* x, int64_t n_x, float* y);
+
+// y[m, k] = Σ_d x[m, d] w[at[m, k], d].
+void GatheredProducts(const Pool& pool, const Weights& w, const float* x, const int32_t* at,
+                      int64_t n_x, int64_t n_k, float* y);
+
+// y[m, d] = Σ_k h[m, k] w[at[m, k], d].
+void GatheredSums(const Pool& pool, const Weights& w, const float* h, const int32_t* at,
+                  int64_t n_x, int64_t n_k, float* y);
+
+// y[m, s, f] = Σ_d x[m, d] modules[s, d] features[f, d].
+void FactoredProducts(const Pool& pool, const float* x, const float* modules,
+                      const float* features, int64_t n_x, int64_t n_s, int64_t n_f, int64_t d,
+                      float* y);
+
+// y[m, s, f] = Σ_p Σ_j x[m, p, step · s + j] kernel[p, j, f], for windows of n_j.
+void ModuleConvolution(const Pool& pool, const float* x, const float* kernel, int64_t n_x,
+                       int64_t n_p, int64_t width, int64_t n_s, int64_t step, int64_t n_j,
+                       int64_t n_f, float* y);
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls `work(i)` for each i below n, on threads of XLA's pool and on this one. Whoever is free
+// takes the next, so this thread waits for nothing but work that has begun.
+template <typename Work>
+void InParallel(const Pool& pool, int64_t n_threads, int64_t n, const Work& work) {
+  struct Counters {
+    std::atomic<int64_t> taken{0}, done{0};
+  };
+  // Shared, since a task may start when all has been done; then it does not touch `work`.
+  const auto counters = std::make_shared<Counters>();
+  const auto run = [counters, n, &work] {
+    for (int64_t i; (i = counters->taken.fetch_add(1)) < n;) {
+      work(i);
+      counters->done.fetch_add(1);
+    }
+  };
+  for (int64_t i = 1; i < std::min(n_threads, n); ++i) pool.schedule([run] { run(); });
+  run();
+  while (counters->done.load() < n) std::this_thread::yield();
+}
+
+// Cuts n rows or columns, whose work takes as long as reading so many bytes, into tasks of a whole
+// number of units, some for each thread that is worth waking.
+template <typename Work>
+void InPieces(const Pool& pool, int64_t bytes, int64_t n, int64_t unit, const Work& work) {
+  constexpr int64_t kWorthwhile = 1 << 19;
+  const int64_t n_threads =
+      std::clamp<int64_t>(bytes / kWorthwhile, 1, std::max<int64_t>(1, pool.n_threads));
+  const int64_t share = n_threads == 1 ? n : CeilDiv(n, 4 * n_threads);
+  const int64_t size = std::max<int64_t>(1, CeilDiv(share, unit)) * unit;
+  InParallel(pool, n_threads, CeilDiv(n, size), [&](int64_t i) {
+    work(i * size, std::min(size, n - i * size));
+  });
+}
+
+// A product and a sum cost a core as much as reading this part of a byte.
+constexpr int64_t kProductsToAByte = 4;
+
+}  // namespace layercomb

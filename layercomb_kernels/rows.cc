@@ -1,0 +1,428 @@
+// Products of rows of activations with rows of narrow weights.
+//
+// What is here is bound by the memory that weights are read from: each is read once, in order, and
+// widened in registers. Floats are multiplied as such. Integers are multiplied with activations
+// rounded to int16, which takes half of the instructions: a sum over pairs of products at once, no
+// conversion of a weight, and a scale for each lane of each piece of a group.
+
+#include <vector>
+
+#include "kernels.h"
+#include "vectors.h"
+
+namespace layercomb {
+namespace {
+
+// Rows of w that are multiplied at once.
+template <typename W>
+constexpr int kRows = W::integer ? 2 : 4;
+
+// R rows of w, those that come after them, their scales, and where M rows of results go.
+template <typename W, int M>
+struct Block {
+  static constexpr int R = kRows<W>;
+  const typename W::Word *rows[R], *next[R];
+  const float* scales[R];
+  float* out[M][R];
+};
+
+template <int M, int R>
+void Store(const Floats (&totals)[M][R], float* const (&out)[M][R]) {
+  LAYERCOMB_UNROLL
+  for (int m = 0; m < M; ++m) {
+    LAYERCOMB_UNROLL
+    for (int r = 0; r < R; ++r) *out[m][r] = Sum(totals[m][r]);
+  }
+}
+
+// Activations as they are.
+template <typename W>
+class AsFloats {
+ public:
+  AsFloats(const Matrix<W>& w, const float* x, int64_t) : w_(w), x_(x) {}
+
+  // out[k][r] = Σ_j x[m + k][j] rows[r][j] scales[r][j / g].
+  template <int M>
+  void Multiply(const Block<W, M>& block, int64_t m) const {
+    constexpr int P = W::parts, R = Block<W, M>::R, kChains = M * R * P <= 4 ? 2 : 1;
+    constexpr int kStep = std::max<int>(kChains * kLanes, 64 / sizeof(typename W::Word));
+    const int64_t n = w_.n, n_groups = w_.n / w_.g;
+    const float* x = x_ + m * n * P;
+    Floats totals[M][R] = {};
+    for (int64_t group = 0; group < n_groups; ++group) {
+      Floats sums[kChains][M][R][P] = {};  // an addition waits for the last
+      auto add = [](auto& sums, const auto& row, const auto& its_x) {
+        Floats values[M][P];
+        LAYERCOMB_UNROLL
+        for (int k = 0; k < M; ++k) {
+          LAYERCOMB_UNROLL
+          for (int p = 0; p < P; ++p) values[k][p] = Load<Floats>(its_x(k, p));
+        }
+        LAYERCOMB_UNROLL
+        for (int r = 0; r < R; ++r) {
+          Floats weights[P];
+          W::Widen(row(r), weights);
+          LAYERCOMB_UNROLL
+          for (int k = 0; k < M; ++k) {
+            LAYERCOMB_UNROLL
+            for (int p = 0; p < P; ++p) sums[k][r][p] += weights[p] * values[k][p];
+          }
+        }
+      };
+      auto add_at = [&](int chain, int64_t j) {
+        add(sums[chain], [&](int r) { return block.rows[r] + j; },
+            [&](int k, int p) { return x + (k * P + p) * n + j; });
+      };
+      const int64_t end = (group + 1) * w_.g;
+      int64_t j = group * w_.g;
+      for (; j + kStep <= end; j += kStep) {
+        Prefetch<R>(block.next, j);
+        LAYERCOMB_UNROLL
+        for (int i = 0; i < kStep / kLanes; ++i) add_at(i % kChains, j + i * kLanes);
+      }
+      for (; j + kLanes <= end; j += kLanes) add_at(0, j);
+      if (const int64_t rest = end - j) {
+        Padded<typename W::Word> row[R];
+        Padded<float> its_x[M][P];
+        LAYERCOMB_UNROLL
+        for (int r = 0; r < R; ++r) row[r] = {block.rows[r] + j, rest};
+        LAYERCOMB_UNROLL
+        for (int k = 0; k < M; ++k) {
+          LAYERCOMB_UNROLL
+          for (int p = 0; p < P; ++p) its_x[k][p] = {x + (k * P + p) * n + j, rest};
+        }
+        add(sums[0], [&](int r) { return row[r].values; },
+            [&](int k, int p) { return its_x[k][p].values; });
+      }
+      LAYERCOMB_UNROLL
+      for (int r = 0; r < R; ++r) {
+        LAYERCOMB_UNROLL
+        for (int p = 0; p < P; ++p) {
+          const float scale =
+              W::unit[p] * (w_.scales ? block.scales[r][p * n_groups + group] : 1);
+          LAYERCOMB_UNROLL
+          for (int k = 0; k < M; ++k) {
+            LAYERCOMB_UNROLL
+            for (int c = 0; c < kChains; ++c) totals[k][r] += scale * sums[c][k][r][p];
+          }
+        }
+      }
+    }
+    Store<M, R>(totals, block.out);
+  }
+
+ private:
+  const Matrix<W>& w_;
+  const float* x_;
+};
+
+#if defined(LAYERCOMB_SHORTS)
+// Activations rounded to int16. Groups are cut into pieces, short enough for sums of int32, in
+// which each lane has a scale: the largest value there becomes 32767. What a piece lacks of a whole
+// number of vectors is zeros.
+template <typename W>
+class AsShorts {
+ public:
+  AsShorts(const Matrix<W>& w, const float* x, int64_t n_x)
+      : w_(w),
+        piece_(std::min(w.g, kMost)),
+        n_pieces_(CeilDiv(w.g, piece_)),
+        size_(CeilDiv(piece_, kPair) * kPair),
+        row_(w.n / w.g * W::parts * n_pieces_),
+        values_(n_x * row_ * size_),
+        scales_(n_x * row_ * kLanes) {
+    for (int64_t i = 0, n_groups = n_x * row_ / n_pieces_; i < n_groups; ++i) {
+      for (int64_t piece = 0; piece < n_pieces_; ++piece) {
+        const int64_t at = i * n_pieces_ + piece, first = piece * piece_;
+        Round(x + i * w.g + first, std::min(piece_, w.g - first), &values_[at * size_],
+              &scales_[at * kLanes]);
+      }
+    }
+  }
+
+  // out[k][r] = Σ_j x[m + k][j] rows[r][j] scales[r][j / g].
+  template <int M>
+  void Multiply(const Block<W, M>& block, int64_t m) const {
+    size_ == piece_ && n_pieces_ == 1 && size_ % kLine == 0 ? MultiplyLines<M>(block, m)
+                                                            : MultiplyAny<M>(block, m);
+  }
+
+ private:
+  static constexpr int P = W::parts;
+  static constexpr int kPair = 2 * kLanes;     // words in a vector of int16
+  static constexpr int kLine = 64;             // words in a line of the cache
+  static constexpr int64_t kMost = 8 * kLine;  // words in a piece
+
+  // Groups are pieces, and whole lines of the cache, as they nearly always are.
+  template <int M>
+  void MultiplyLines(const Block<W, M>& block, int64_t m) const {
+    constexpr int R = Block<W, M>::R;
+    const int64_t n = w_.n, g = w_.g, n_groups = row_ / P;
+    const int16_t* x = &values_[m * row_ * g];
+    const float* x_scales = &scales_[m * row_ * kLanes];
+    Floats totals[M][R] = {};
+    for (int64_t group = 0; group < n_groups; ++group) {
+      Ints sums[P][M][R] = {};
+      for (int64_t j = group * g; j < (group + 1) * g; j += kLine) {
+        Prefetch<R>(block.next, j);
+        LAYERCOMB_UNROLL
+        for (int i = 0; i < kLine; i += kPair) {
+          Add<M, R>([&](int r) { return block.rows[r] + j + i; },
+                    [&](int k, int p) { return x + (k * P + p) * n + j + i; }, sums);
+        }
+      }
+      Scale<M, R>(sums, x_scales + group * kLanes, n_groups, block.scales, group, n_groups, totals);
+    }
+    Store<M, R>(totals, block.out);
+  }
+
+  template <int M>
+  void MultiplyAny(const Block<W, M>& block, int64_t m) const {
+    constexpr int R = Block<W, M>::R;
+    const int64_t n_groups = w_.n / w_.g;
+    Floats totals[M][R] = {};
+    for (int64_t i = 0; i < n_groups * n_pieces_; ++i) {
+      const int64_t group = i / n_pieces_, within = i % n_pieces_ * piece_;
+      const int64_t count = std::min(piece_, w_.g - within);
+      const int16_t* x = &values_[(m * row_ + i) * size_];
+      Ints sums[P][M][R] = {};
+      for (int64_t j = 0; j < count; j += kPair) {
+        Padded<typename W::Word, kPair> words[R];
+        for (int r = 0; r < R; ++r) {
+          const typename W::Word* from = block.rows[r] + group * w_.g + within + j;
+          words[r] = {from, std::min<int64_t>(kPair, count - j)};
+        }
+        Add<M, R>([&](int r) { return words[r].values; },
+                  [&](int k, int p) {
+                    return x + (k * row_ + p * n_groups * n_pieces_) * size_ + j;
+                  },
+                  sums);
+      }
+      Scale<M, R>(sums, &scales_[(m * row_ + i) * kLanes], n_groups * n_pieces_, block.scales,
+                  group, n_groups, totals);
+    }
+    Store<M, R>(totals, block.out);
+  }
+
+  template <int M, int R, typename Row, typename Values>
+  static void Add(const Row& row, const Values& x, Ints (&sums)[P][M][R]) {
+    LAYERCOMB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      Shorts weights[P];
+      W::Widen(row(r), weights);
+      LAYERCOMB_UNROLL
+      for (int p = 0; p < P; ++p) {
+        LAYERCOMB_UNROLL
+        for (int k = 0; k < M; ++k) {
+          sums[p][k][r] += SumOfPairs(weights[p], Load<Shorts>(x(k, p)));
+        }
+      }
+    }
+  }
+
+  // Adds the sums of a piece, times the scales of its activations, of which there are n a part, and
+  // of its group.
+  template <int M, int R>
+  static void Scale(const Ints (&sums)[P][M][R], const float* x_scales, int64_t n,
+                    const float* const (&scales)[R], int64_t group, int64_t n_groups,
+                    Floats (&totals)[M][R]) {
+    LAYERCOMB_UNROLL
+    for (int p = 0; p < P; ++p) {
+      LAYERCOMB_UNROLL
+      for (int k = 0; k < M; ++k) {
+        const Floats x_scale = Load<Floats>(x_scales + (k * P + p) * n * kLanes);
+        LAYERCOMB_UNROLL
+        for (int r = 0; r < R; ++r) {
+          totals[k][r] += scales[r][p * n_groups + group] *
+                          (x_scale * __builtin_convertvector(sums[p][k][r], Floats));
+        }
+      }
+    }
+  }
+
+  static void Round(const float* x, int64_t n, int16_t* values, float* scales) {
+    using Halves = int16_t __attribute__((vector_size(2 * kLanes)));
+    constexpr float kNearest = 3 << 22;  // the sum's last bits are then the nearest integer
+    auto load = [=](int64_t j) {
+      return j + kLanes <= n ? Load<Floats>(x + j)
+                             : Load<Floats>(Padded<float>(x + j, std::max<int64_t>(n - j, 0)).values);
+    };
+    Floats most[2] = {}, unknown = {};
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const Floats its = load(j), size = its < 0 ? -its : its;
+      Floats& so_far = most[j / kLanes % 2];
+      so_far = size > so_far ? size : so_far;
+      unknown += 0 * its;  // NaN where there is NaN, or infinity
+    }
+    float inverse[kPair];
+    for (int i = 0; i < kPair; ++i) {
+      const float pair = std::max(most[i / kLanes][i % kLanes], most[i / kLanes][(i ^ 1) % kLanes]);
+      scales[i / 2] = pair / 32767 + Sum(unknown);
+      inverse[i] = pair > 0 ? 32767 / pair : 0;
+    }
+    for (int64_t j = 0; j < (n + kPair - 1) / kPair * kPair; j += kLanes) {
+      const Floats sum = load(j) * Load<Floats>(inverse + j % kPair) + kNearest;
+      const Halves whole = __builtin_convertvector(reinterpret_cast<Ints>(sum), Halves);
+      std::memcpy(values + j, &whole, sizeof whole);
+    }
+  }
+
+  const Matrix<W>& w_;
+  const int64_t piece_, n_pieces_, size_, row_;  // row_ pieces are a row of x
+  std::vector<int16_t> values_;
+  std::vector<float> scales_;
+};
+
+template <typename W>
+using Activations = std::conditional_t<W::integer, AsShorts<W>, AsFloats<W>>;
+#else
+template <typename W>
+using Activations = AsFloats<W>;
+#endif
+
+// y[m, i] = Σ_d x[m, d] w[at[i], d] for n_m rows of x, and i from `first` on; without `at`, of row i.
+template <typename W>
+void Rows(const Matrix<W>& w, const Activations<W>& x, int64_t m, int64_t n_m, const int32_t* at,
+          float* y, int64_t n_y, int64_t first, int64_t n) {
+  constexpr int R = kRows<W>;
+  float nowhere;
+  auto row = [&](int64_t i) { return at ? w.Clamped(at[i]) : i; };
+  for (int64_t i = first; i < first + n; i += R) {
+    auto multiply = [&](auto n_x, int64_t k) {
+      constexpr int M = n_x.value;
+      Block<W, M> block;
+      LAYERCOMB_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const int64_t its = row(std::min(i + r, first + n - 1));  // the last ones again
+        block.rows[r] = w.Row(its);
+        block.next[r] = w.Row(row(std::min(i + R + r, first + n - 1)));
+        block.scales[r] = w.scales ? w.Scales(its) : nullptr;
+        LAYERCOMB_UNROLL
+        for (int l = 0; l < M; ++l) {
+          block.out[l][r] = i + r < first + n ? y + (k + l) * n_y + i + r : &nowhere;
+        }
+      }
+      x.template Multiply<M>(block, m + k);
+    };
+    int64_t k = 0;
+    for (; k + 4 <= n_m; k += 4) multiply(std::integral_constant<int, 4>(), k);
+    for (; k < n_m; ++k) multiply(std::integral_constant<int, 1>(), k);
+  }
+}
+
+template <typename Work>
+void WithMatrix(const Weights& w, const Work& work) {
+  auto call = [&](auto kind) {
+    using W = decltype(kind);
+    const int64_t g = w.n_groups ? w.n * W::parts / w.n_groups : w.n;
+    work(Matrix<W>{static_cast<const typename W::Word*>(w.words), w.n_groups ? w.scales : nullptr,
+                   w.n_rows, w.n, g});
+  };
+  switch (w.kind) {
+    case Kind::kFloat32: return call(Float32());
+    case Kind::kBfloat16: return call(Bfloat16());
+    case Kind::kInt8: return call(Int8());
+    case Kind::kInt4: return call(Int4());
+  }
+}
+
+// y[d] = Σ_k h[k] w[at[k], d], for n words of each row from j on, whole groups.
+template <typename W>
+void SumOfRows(const Matrix<W>& w, const float* h, const int32_t* at, int64_t n_k, float* y,
+               int64_t j, int64_t n) {
+  constexpr int P = W::parts, R = 4;
+  const int64_t g = w.scales ? w.g : n;
+  LAYERCOMB_UNROLL
+  for (int p = 0; p < P; ++p) std::fill_n(y + p * w.n + j, n, 0.0f);
+  for (int64_t k = 0; k < n_k; k += R) {
+    int64_t row[R], next_row[R];
+    LAYERCOMB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      row[r] = w.Clamped(at[std::min(k + r, n_k - 1)]);
+      next_row[r] = w.Clamped(at[std::min(k + R + r, n_k - 1)]);
+    }
+    for (int64_t first = j; first < j + n; first += g) {
+      const typename W::Word *rows[R], *next[R];
+      float scaled[P][R];
+      LAYERCOMB_UNROLL
+      for (int r = 0; r < R; ++r) {
+        rows[r] = w.Row(row[r]) + first;
+        next[r] = w.Row(next_row[r]) + first;
+        LAYERCOMB_UNROLL
+        for (int p = 0; p < P; ++p) {
+          const float scale = w.scales ? w.Scales(row[r])[(p * w.n + first) / g] : 1;
+          scaled[p][r] = k + r < n_k ? h[k + r] * W::unit[p] * scale : 0;
+        }
+      }
+      auto add = [&](const auto& row, const auto& sum) {
+        Floats weights[R][P];
+        LAYERCOMB_UNROLL
+        for (int r = 0; r < R; ++r) W::Widen(row(r), weights[r]);
+        LAYERCOMB_UNROLL
+        for (int p = 0; p < P; ++p) {
+          Floats totals[2] = {Load<Floats>(sum(p))};
+          LAYERCOMB_UNROLL
+          for (int r = 0; r < R; ++r) totals[r % 2] += scaled[p][r] * weights[r][p];
+          totals[0] += totals[1];
+          std::memcpy(sum(p), totals, sizeof *totals);
+        }
+      };
+      int64_t i = 0;
+      for (; i + kLanes <= g; i += kLanes) {
+        Prefetch<R>(next, i);
+        add([&](int r) { return rows[r] + i; }, [&](int p) { return y + p * w.n + first + i; });
+      }
+      if (const int64_t rest = g - i) {
+        Padded<typename W::Word> ends[R];
+        Padded<float> sums[P];
+        LAYERCOMB_UNROLL
+        for (int r = 0; r < R; ++r) ends[r] = {rows[r] + i, rest};
+        LAYERCOMB_UNROLL
+        for (int p = 0; p < P; ++p) sums[p] = {y + p * w.n + first + i, rest};
+        add([&](int r) { return ends[r].values; }, [&](int p) { return sums[p].values; });
+        LAYERCOMB_UNROLL
+        for (int p = 0; p < P; ++p) std::memcpy(y + p * w.n + first + i, sums[p].values, 4 * rest);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void RowProducts(const Pool& pool, const Weights& weights, const float* x, int64_t n_x, float* y) {
+  WithMatrix(weights, [&](const auto& w) {
+    using W = typename std::decay_t<decltype(w)>::Kind;
+    const Activations<W> activations(w, x, n_x);
+    InPieces(pool, weights.n_bytes, w.n_rows, 16, [&](int64_t i, int64_t n) {
+      Rows<W>(w, activations, 0, n_x, nullptr, y, w.n_rows, i, n);
+    });
+  });
+}
+
+void GatheredProducts(const Pool& pool, const Weights& weights, const float* x, const int32_t* at,
+                      int64_t n_x, int64_t n_k, float* y) {
+  WithMatrix(weights, [&](const auto& w) {
+    using W = typename std::decay_t<decltype(w)>::Kind;
+    const Activations<W> activations(w, x, n_x);
+    for (int64_t m = 0; m < n_x; ++m) {
+      const int64_t bytes = weights.n_bytes / w.n_rows * n_k;
+      InPieces(pool, bytes, n_k, 4, [&](int64_t i, int64_t n) {
+        Rows<W>(w, activations, m, 1, at + m * n_k, y + m * n_k, n_k, i, n);
+      });
+    }
+  });
+}
+
+void GatheredSums(const Pool& pool, const Weights& weights, const float* h, const int32_t* at,
+                  int64_t n_x, int64_t n_k, float* y) {
+  WithMatrix(weights, [&](const auto& w) {
+    for (int64_t m = 0; m < n_x; ++m) {
+      const int64_t bytes = weights.n_bytes / w.n_rows * n_k;
+      InPieces(pool, bytes, w.n, w.scales ? w.g : 64, [&](int64_t j, int64_t n) {
+        SumOfRows(w, h + m * n_k, at + m * n_k, n_k, y + m * w.n * w.parts, j, n);
+      });
+    }
+  });
+}
+
+}  // namespace layercomb

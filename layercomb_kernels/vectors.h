@@ -1,0 +1,186 @@
+// Vectors of floats and integers, and how narrow weights become them.
+//
+// Vectors are those of GCC and Clang; only what GCC widens badly, and what it has no name for, is
+// written by hand.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace layercomb {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define LAYERCOMB_WIDE 1
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// Short loops over vectors must become straight code, for arrays to stay in registers.
+#define LAYERCOMB_UNROLL _Pragma("GCC unroll 16")
+
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+
+template <typename V>
+inline V Load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// Keeps in a register what many products take: compilers would rather read it anew for each.
+inline void Keep(Floats& v) {
+#if defined(LAYERCOMB_WIDE)
+  asm("" : "+v"(v));
+#elif defined(__AVX__)
+  asm("" : "+x"(v));
+#endif
+}
+
+inline float Sum(Floats v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// As many bytes, or pairs of bytes, as there are lanes.
+#if defined(LAYERCOMB_WIDE)
+inline Ints Signed8(const void* from) {
+  return reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(Load<__m128i>(from)));
+}
+inline Ints Unsigned16(const void* from) {
+  return reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(Load<__m256i>(from)));
+}
+#elif defined(__AVX2__)
+inline Ints Signed8(const void* from) {
+  return reinterpret_cast<Ints>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+}
+inline Ints Unsigned16(const void* from) {
+  return reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(Load<__m128i>(from)));
+}
+#else
+inline Ints Signed8(const void* from) {
+  using Words = int8_t __attribute__((vector_size(kLanes)));
+  return __builtin_convertvector(Load<Words>(from), Ints);
+}
+inline Ints Unsigned16(const void* from) {
+  using Words = uint16_t __attribute__((vector_size(2 * kLanes)));
+  return __builtin_convertvector(Load<Words>(from), Ints);
+}
+#endif
+
+// Where there is an instruction for Σ of pairs of int16, integers are multiplied by it.
+#if defined(__AVX2__)
+#define LAYERCOMB_SHORTS 1
+using Shorts = int16_t __attribute__((vector_size(4 * kLanes)));  // two to a lane
+#if defined(LAYERCOMB_WIDE)
+inline Shorts Signed8To16(const void* from) {
+  return reinterpret_cast<Shorts>(_mm512_cvtepi8_epi16(Load<__m256i>(from)));
+}
+inline Ints SumOfPairs(Shorts a, Shorts b) {
+  return reinterpret_cast<Ints>(
+      _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+#else
+inline Shorts Signed8To16(const void* from) {
+  return reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(Load<__m128i>(from)));
+}
+inline Ints SumOfPairs(Shorts a, Shorts b) {
+  return reinterpret_cast<Ints>(
+      _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
+#endif
+#endif
+
+// How words become floats. Each makes `parts` of them, and what comes out is to be multiplied by
+// `unit`, which is done for a group at once. Integers become int16, too, which need no unit.
+
+struct Float32 {
+  using Word = float;
+  static constexpr int parts = 1;
+  static constexpr bool integer = false;
+  static constexpr float unit[] = {1};
+  static void Widen(const Word* from, Floats* to) { to[0] = Load<Floats>(from); }
+};
+
+struct Bfloat16 {
+  using Word = uint16_t;
+  static constexpr int parts = 1;
+  static constexpr bool integer = false;
+  static constexpr float unit[] = {1};
+  static void Widen(const Word* from, Floats* to) {
+    to[0] = reinterpret_cast<Floats>(Unsigned16(from) << 16);
+  }
+};
+
+struct Int8 {
+  using Word = int8_t;
+  static constexpr int parts = 1;
+  static constexpr bool integer = true;
+  static constexpr float unit[] = {1};
+  static void Widen(const Word* from, Floats* to) {
+    to[0] = __builtin_convertvector(Signed8(from), Floats);
+  }
+#if defined(LAYERCOMB_SHORTS)
+  static void Widen(const Word* from, Shorts* to) { to[0] = Signed8To16(from); }
+#endif
+};
+
+struct Int4 {
+  using Word = uint8_t;
+  static constexpr int parts = 2;
+  static constexpr bool integer = true;
+  static constexpr float unit[] = {1.0f / (1 << 28), 1.0f / 16};  // the halves stay where they are
+  static void Widen(const Word* from, Floats* to) {
+    const Ints both = Signed8(from);
+    to[0] = __builtin_convertvector(both << 28, Floats);
+    to[1] = __builtin_convertvector(both & ~15, Floats);
+  }
+#if defined(LAYERCOMB_SHORTS)
+  static void Widen(const Word* from, Shorts* to) {
+    const Shorts both = Signed8To16(from);
+    to[0] = (both << 12) >> 12;
+    to[1] = both >> 4;
+  }
+#endif
+};
+
+// Some values that are no whole vector, with zeros behind them.
+template <typename T, int n = kLanes>
+struct Padded {
+  T values[n] = {};
+  Padded() = default;
+  Padded(const T* from, int64_t count) { std::memcpy(values, from, count * sizeof(T)); }
+};
+
+// A matrix: n_rows rows of n words, and a float for every g weights along a row.
+template <typename W>
+struct Matrix {
+  using Kind = W;
+  static constexpr int parts = W::parts;
+  const typename W::Word* words;
+  const float* scales;  // null if there are none
+  int64_t n_rows, n, g;
+
+  const typename W::Word* Row(int64_t i) const { return words + i * n; }
+  const float* Scales(int64_t i) const { return scales + i * (n * W::parts / g); }
+  int64_t Clamped(int64_t i) const { return std::clamp<int64_t>(i, 0, n_rows - 1); }
+};
+
+// Asks for a line of the cache of each of the R rows that come next: hardware looks ahead within a
+// row, and not far enough for weights that are this quick to use.
+template <int R, typename Word>
+inline void Prefetch(const Word* const* next, int64_t j) {
+  for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + j, 0, 2);
+}
+
+}  // namespace layercomb
