@@ -6,7 +6,7 @@ They know the tree of weights: biases and scales are not decayed, and Muon finds
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from layercomb import trees
@@ -174,6 +174,9 @@ def muon(
 ) -> Any:
     """Muon on the matrices inside a model, Nesterov's Adam on tables, head, biases and scales.
 
+    The units of a `SparseFF` are rows that few positions choose, as those of a table are, and go by
+    Adam, too: under Muon, whose step has one size for a whole matrix, they learn more slowly.
+
     A matrix W moves along the momentum M of its gradient, made orthogonal: W ← W − η U Vᵀ √max(1,
     out / in), where M = U S Vᵀ, to the precision of five Newton–Schulz steps.
 
@@ -221,7 +224,8 @@ def muon(
 def matrices(weights: Any) -> Any:
     """Which axes of each weight are a matrix's rows and columns, as optax's Muon asks for them.
 
-    Kernels are matrices, except the head's, along the axes that `tensors.matrix_axes` says.
+    Kernels are matrices, except the head's and those of a `SparseFF`'s units, along the axes that
+    `tensors.matrix_axes` says.
 
     Args:
       weights: a nested dict of arrays.
@@ -230,14 +234,23 @@ def matrices(weights: Any) -> Any:
       A tree of `optax.contrib.MuonDimensionNumbers`, None where Adam is to do the work.
     """
     optax = require('optax', 'train')
+    units = _kernels_of_units(trees.flatten(weights))
 
     def axes(path: str, weight: Any) -> Any:
         *above, leaf = path.split('/')
-        if leaf not in ('kernel', 'kernel_transposed') or 'head' in above:
+        is_kernel = leaf in ('kernel', 'kernel_transposed')
+        if not is_kernel or 'head' in above or path in units:
             return None
         return optax.contrib.MuonDimensionNumbers(*matrix_axes(path, weight.ndim))
 
     return trees.map_with_path(axes, weights)
+
+
+def _kernels_of_units(paths: Iterable[str]) -> set[str]:
+    """The paths of the kernels of sparse feed-forwards, which alone hold one transposed."""
+    first, second = 'in/kernel_transposed', 'out/kernel'
+    layers = [path.removesuffix(first) for path in paths if f'/{path}'.endswith(f'/{first}')]
+    return {layer + kernel for layer in layers for kernel in (first, second)}
 
 
 def _check(

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import layercomb as lc
-from layercomb import optimizers, tl
+from layercomb import optimizers, tl, trees
 
 
 def test_warmup_cosine_goes_up_and_down():
@@ -49,6 +49,18 @@ def test_muon_makes_each_matrix_of_a_stack_orthogonal():
         step = np.abs(lc.trees.get(moved, path))
         # Adam's first step is the same everywhere: its rate, times what Nesterov looks ahead.
         assert np.ptp(step) < 1e-3 and 0.5 < step.mean() < 1.0
+
+
+@pytest.mark.parametrize('around', [lambda layer: layer, lambda layer: tl.Repeat(layer, 2)])
+def test_muon_leaves_units_that_few_positions_choose_to_adam(around):
+    net = tl.Serial(around(tl.SparseFF(64, 8, use_bias=False)), tl.Dense(3))
+    weights, _ = net.init(lc.signature_of(jnp.zeros((1, 4, 8))), jax.random.key(0))
+    found = {path for path, x in trees.flatten(optimizers.recipes.matrices(weights)).items() if x}
+    assert found == {
+        'dense/kernel',
+        'sparse_ff/controller/in/kernel',
+        'sparse_ff/controller/out/kernel',
+    }
 
 
 @pytest.mark.parametrize('make', [optimizers.adamw, optimizers.muon])
