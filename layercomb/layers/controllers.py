@@ -19,7 +19,7 @@ from layercomb.layers.activations import elementwise
 from layercomb.layers.base import Tree
 from layercomb.layers.core import dense, matmul
 from layercomb.layers.fields import nearest_divisor, nearest_multiple
-from layercomb.layers.initializers import Initializer
+from layercomb.layers.initializers import lecun_normal
 
 
 def check_fields(layer: Any, cut: str) -> None:
@@ -43,8 +43,13 @@ def check_fields(layer: Any, cut: str) -> None:
     elementwise(owner, layer.activation)  # a wrong name is an error now
 
 
-def init(make: Initializer, keys: Any, d: int, rank: int, n: int) -> Tree:
-    """The weights C₁ (D, R) and C₂ (R, n)."""
+def init(keys: Any, d: int, rank: int, n: int) -> Tree:
+    """The weights C₁ (D, R) and C₂ (R, n), by which logits vary as much as x does.
+
+    Of logits near zero noise makes the choice, another one each time, and units learn nothing of
+    their own before the controller has grown.
+    """
+    make = lecun_normal()
     return {'in': {'kernel': make(keys[0], (d, rank))}, 'out': {'kernel': make(keys[1], (rank, n))}}
 
 

@@ -167,7 +167,7 @@ class BlockSparseFF(Layer):
       hard_prob: how often training takes the hard choice.
       activation: f, by its name.
       use_bias: whether b₁ and b₂ are there.
-      kernel_init: of W₁ and W₂, each as a whole, and of C₁ and C₂.
+      kernel_init: of W₁ and W₂, each as a whole.
       bias_init: of b₁ and b₂.
 
     Raises:
@@ -207,7 +207,7 @@ class BlockSparseFF(Layer):
         weights: Tree = {
             'in': {'kernel': jnp.moveaxis(first, 1, 0)},  # (E, D, M)
             'out': {'kernel': make(keys[1], (self.d_ff, d)).reshape(e, m, d)},
-            'controller': controllers.init(make, keys[2:4], d, rank, e),
+            'controller': controllers.init(keys[2:4], d, rank, e),
         }
         if self.use_bias:
             weights['in']['bias'] = self.bias_init(keys[4], (e, m))

@@ -93,7 +93,7 @@ class SparseFF(Layer):
         weights: Tree = {
             'in': {'kernel_transposed': make(keys[0], (f, d))},
             'out': {'kernel': make(keys[1], (f, d))},
-            'controller': controllers.init(make, keys[2:4], d, rank, f),
+            'controller': controllers.init(keys[2:4], d, rank, f),
         }
         if self.use_bias:
             weights['in']['bias'] = self.bias_init(keys[4], (f,))
