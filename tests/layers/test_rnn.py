@@ -38,7 +38,7 @@ def loop(weights, x, n):
     return jnp.stack(out, 1)
 
 
-@pytest.mark.parametrize('n', [D, 3])
+@pytest.mark.parametrize('n', [pytest.param(D, marks=pytest.mark.slow), 3])
 def test_is_its_equations_and_their_gradient(n):
     layer, weights = made(n)
     x = normal(B, L, D)

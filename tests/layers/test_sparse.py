@@ -243,7 +243,8 @@ class TestMultiplicativeDense:
         x = normal(2, length, D)
         weights, _ = layer.init((shape_dtype(x.shape),), jax.random.key(0))
         (y,), _ = layer.apply(weights, {}, (x,))
-        m = n_units // n_modules
+        m, x = n_units // n_modules, np.asarray(x)
+        weights = jax.tree.map(np.asarray, weights)
         wanted = np.zeros(y.shape)
         for s, j in np.ndindex(n_modules, m):
             kernel = weights['modules'][s] * weights['features'][j]

@@ -82,6 +82,7 @@ def _outputs(net, weights, state):
     return (logits**2).sum(), new
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_blocks(optimized):
     def temporaries(n):
         net = models.RevNet(widths=(16,), n_blocks=n)

@@ -118,6 +118,7 @@ def test_a_language_model_decodes_what_it_evaluates(attention):
     np.testing.assert_allclose(edited[:, :8], whole[:, :8], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_language_model_generates():
     model = lc.Model(lm(), *weights_of(lm()))
     prompts = [[1, 2, 3, 4, 5], [6, 7]]
@@ -130,7 +131,7 @@ def test_a_language_model_generates():
 
 @pytest.mark.parametrize(
     'net',
-    [pytest.param(lm(3, 0.1, LSH), marks=pytest.mark.slow), seq2seq(2, 0.1)],
+    [lm(3, 0.1, LSH), pytest.param(seq2seq(2, 0.1), marks=pytest.mark.slow)],
     ids=['language model', 'encoder and decoder'],
 )
 def test_the_gradient_is_that_of_plain_autodiff(net):
@@ -183,6 +184,7 @@ def test_padded_source_tokens_move_nothing_and_real_ones_do():
     assert (jnp.abs(real - y).max((1, 2)) > 1e-5).all()
 
 
+@pytest.mark.slow
 def test_how_much_padding_a_source_has_changes_nothing():
     """But for the convolution of sparse projections, which sees what lies before the source."""
     net, (source, inputs, mask) = seq2seq(qkv_modules=None), values()
@@ -191,6 +193,7 @@ def test_how_much_padding_a_source_has_changes_nothing():
     np.testing.assert_allclose(padded, bare, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_go_back_to_where_their_inputs_end():
     net, (source, said, mask) = seq2seq(**{**DENSE, 'positions': 'learned'}), values()
     weights, _ = weights_of(net)
