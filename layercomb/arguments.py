@@ -59,6 +59,16 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     return made
 
 
+# The options of `sampling`, and what they are by default.
+_SAMPLING: dict[str, Any] = {
+    'temperature': 0.8,
+    'top_k': None,
+    'top_p': None,
+    'repetition_penalty': 1.0,
+    'seed': 0,
+}
+
+
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """How tokens are to be drawn, as `decoding.stream` takes it.
 
@@ -73,26 +83,24 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {'rng' if name == 'seed' else name: x for name, x in chosen.items()}
 
 
-# The options of `sampling`, and what they are by default.
-_SAMPLING: dict[str, Any] = {
-    'temperature': 0.8,
-    'top_k': None,
-    'top_p': None,
-    'repetition_penalty': 1.0,
-    'seed': 0,
-}
-
-
 def _generate_options(add: Any) -> None:
     add('-', dest='stdin', action='store_true', help='continue what standard input says')
     add('--prompt', help='what to continue; an encoder-decoder reads it, and answers')
     add('--prompt_file', help='a file to continue, or to read and answer')
     add('--n_tokens', type=int, default=300, help='how many tokens to make (%(default)s)')
-    add('--temperature', type=float, help='0 takes the likeliest token (0.8)')
+    add(
+        '--temperature',
+        type=float,
+        help=f'0 takes the likeliest token ({_SAMPLING["temperature"]})',
+    )
     add('--top_k', type=int, help='draw among the k likeliest')
     add('--top_p', type=float, help='draw among the likeliest that reach p together')
-    add('--repetition_penalty', type=float, help='above 1, less of what was there (1.0)')
-    add('--seed', type=int, help='of the sample (0)')
+    add(
+        '--repetition_penalty',
+        type=float,
+        help=f'above 1, less of what was there ({_SAMPLING["repetition_penalty"]})',
+    )
+    add('--seed', type=int, help=f'of the sample ({_SAMPLING["seed"]})')
     add('--beams', type=int, help='search for the likeliest text among so many, instead of drawing')
     add('--bits', type=int, choices=(16, 8, 4), help='narrow weights, of so many bits')
 

@@ -78,13 +78,14 @@ def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array
     Args:
       x: (M, D) float32.
       words: (F, D), or (F, D / 2) of int4.
-      scales: (F, G), for groups of D / G weights of a row.
+      scales: (F, G), for groups of D / G weights of a row, in int4 each within one half of it;
+        (0, 0) of floats.
 
     Returns:
       (M, F) float32.
     """
     _check(x.shape[1] == _columns(words), x, words)
-    _check_dtypes(words, x, scales)
+    _check_matrix(words, scales, x)
     return _call('row_products', (x.shape[0], words.shape[0]), x, words, scales)
 
 
@@ -102,7 +103,7 @@ def gathered_products(
       (M, K) float32.
     """
     _check(x.shape[1] == _columns(words) and len(x) == len(at), x, at, words)
-    _check_dtypes(words, x, scales)
+    _check_matrix(words, scales, x)
     return _call('gathered_products', at.shape, x, at.astype(jnp.int32), words, scales)
 
 
@@ -117,7 +118,7 @@ def gathered_sums(h: jax.Array, at: jax.Array, words: jax.Array, scales: jax.Arr
       (M, D) float32.
     """
     _check(h.shape == at.shape, h, at, words)
-    _check_dtypes(words, h, scales)
+    _check_matrix(words, scales, h)
     shape = (h.shape[0], _columns(words))
     return _call('gathered_sums', shape, h, at.astype(jnp.int32), words, scales)
 
@@ -164,6 +165,19 @@ def _check(fits: bool, *args: jax.Array) -> None:
     if not fits:
         shapes = ', '.join(str(tuple(x.shape)) for x in args)
         raise ValueError(f'the shapes do not fit together: {shapes}')
+
+
+def _check_matrix(words: jax.Array, scales: jax.Array, x: jax.Array) -> None:
+    """Whole groups, and a scale for each."""
+    _check_dtypes(words, x, scales)
+    if words.dtype in (jnp.int8, jnp.uint8):
+        n_parts = 2 if words.dtype == jnp.uint8 else 1  # a byte of int4 is of either half of a row
+        n_groups = scales.shape[1] // n_parts
+        whole = n_groups > 0 and words.shape[1] % n_groups == 0
+        fits = scales.shape == (len(words), n_parts * n_groups)
+        _check(words.size > 0 and whole and fits, words, scales)
+    else:
+        _check(words.size > 0 and scales.size == 0, words, scales)
 
 
 def _check_dtypes(words: jax.Array, *floats: jax.Array) -> None:

@@ -115,8 +115,8 @@ def _compile(path: Path) -> None:
             made = Path(directory) / path.name
             compiler = [*_command(), f'-I{jax.ffi.include_dir()}', '-c']
             _run(
-                [*compiler, str(source), '-o', str(made)]
-                for source, made in zip(SOURCES, objects, strict=True)
+                [*compiler, str(source), '-o', str(object_)]
+                for source, object_ in zip(SOURCES, objects, strict=True)
             )
             _run([[*_command(), '-shared', *map(str, objects), '-o', str(made)]])
             digest = _digest(made.read_bytes())

@@ -141,6 +141,17 @@ def test_shapes_are_checked():
     words, scales, _ = matrix('int8', 8, 16, 2)
     with pytest.raises(ValueError, match=r'shapes do not fit together: \(2, 15\), \(8, 16\)'):
         kernels.row_products(np.ones((2, 15), np.float32), words, scales)
+    x, none = np.ones((2, 16), np.float32), np.zeros((0, 0), np.float32)
+    for its_words, its_scales in (
+        (words, none),
+        (words, scales[:, :1].repeat(3, 1)),
+        (words[:0], scales[:0]),
+        (np.ones((8, 8), np.uint8), np.ones((8, 1), np.float32)),
+        (np.ones((8, 8), np.uint8), np.ones((8, 3), np.float32)),
+        (np.ones((8, 16), np.float32), scales),
+    ):
+        with pytest.raises(ValueError, match='shapes do not fit together'):
+            kernels.row_products(x, its_words, its_scales)
     with pytest.raises(ValueError, match='shapes do not fit together'):
         kernels.module_convolution(np.ones((1, 2, 5, 3)), np.ones((2, 3, 4, 3)))
     with pytest.raises(TypeError, match='the kernels take float32, got float16'):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from layercomb.layers.base import POSITION_AXES, Layer, Mode, Tree
 from layercomb.layers.fields import Rate, Size
@@ -98,17 +100,26 @@ def _row_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
 
 
-@_row_products.defjvp
+@functools.partial(_row_products.defjvp, symbolic_zeros=True)
 def _row_products_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (x, kernel), (d_x, d_kernel) = primals, tangents
+    d_y = jnp.zeros((x.shape[0], kernel.shape[1]), jnp.float32)
+    if not isinstance(d_x, SymbolicZero):
+        d_y = _row_products(d_x, kernel)
+    if not isinstance(d_kernel, SymbolicZero):
+        # A checkpoint, so that x is kept and not what is made of it.
+        d_y = d_y + jax.checkpoint(_by_kernel_of_gradient, prevent_cse=False)(x, d_kernel)
+    return _row_products(x, kernel), d_y
+
+
+def _by_kernel_of_gradient(x: jax.Array, d_kernel: jax.Array) -> jax.Array:
+    """x times a tangent of the kernel, written for what it is backwards: the kernel's gradient."""
     barrier = jax.lax.optimization_barrier
-    if x.shape[1] > kernel.shape[1]:
-        # Backwards: a cotangent is transposed, multiplied by x, and the product transposed back.
-        d_y = jnp.einsum('fd,nd->fn', barrier(d_kernel.T), x, preferred_element_type=jnp.float32)
-        d_y = barrier(d_y).T
-    else:
-        d_y = _row_products(barrier(x.T).T, d_kernel)
-    return _row_products(x, kernel), _row_products(d_x, kernel) + d_y
+    if x.shape[1] <= d_kernel.shape[1]:
+        return jnp.dot(barrier(x.T).T, d_kernel, preferred_element_type=jnp.float32)
+    # Backwards: a cotangent is transposed, multiplied by x, and the product transposed back.
+    d_y = jnp.einsum('fd,nd->fn', barrier(d_kernel.T), x, preferred_element_type=jnp.float32)
+    return barrier(d_y).T
 
 
 def contract(spec: str, x: jax.Array, y: jax.Array | Narrow) -> jax.Array:

@@ -37,7 +37,11 @@ class Head(NamedTuple):
 
 
 class MultiHead(Combinator):
-    """What multi-head layers share: parts that nobody chose follow the other fields."""
+    """What multi-head layers share: parts that nobody chose follow the other fields.
+
+    Attributes:
+      reads: the number of the input that each projection reads in `route`.
+    """
 
     def parts(self) -> dict[str, Layer]:
         """The query, key, value, core and output of the other fields' making."""
@@ -54,7 +58,7 @@ class MultiHead(Combinator):
         made = {f: None for f, part in self.parts().items() if getattr(self, f) == part}
         return super().replace(**{**made, **changes})
 
-    # Which input each projection reads; without an annotation, so that it is no field.
+    # Without an annotation, so that it is no field.
     reads = {'query': 0, 'key': 0, 'value': 0}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
@@ -65,7 +69,7 @@ class MultiHead(Combinator):
         whose sum would be rounded otherwise, and other platforms than the CPU, which a head would
         not keep busy, go whole.
         """
-        if mode is not Mode.RECORD or not self._goes_by_head(weights, inputs):
+        if mode is not Mode.RECORD or not self._goes_by_head(inputs):
             return super().apply(weights, state, inputs, rng=rng, mode=mode)
         check_inputs(self, inputs)
 
@@ -93,7 +97,7 @@ class MultiHead(Combinator):
         Projections go some positions at a time, so that of arrays as wide as the model there are
         the output and the gradients of the inputs, and no others.
         """
-        if not self._goes_by_head(weights, inputs) or cts[0] is None:
+        if not self._goes_by_head(inputs) or cts[0] is None:
             given = {'rng': rng, 'mode': mode, 'state_cts': state_cts}
             return super().apply_and_grad(weights, state, inputs, cts, **given)
         inputs, (ct,) = tuple(inputs), cts
@@ -127,7 +131,7 @@ class MultiHead(Combinator):
         (y, d_inputs), d_by_head = lax.scan(one, start, self._heads(by_head, state, rng))
         return (y,), d_inputs, pull_apart(d_by_head)[0]
 
-    def _goes_by_head(self, weights: Tree, inputs: Any) -> bool:
+    def _goes_by_head(self, inputs: Any) -> bool:
         apart = all(
             part.headwise and (key not in (*self.reads, 'output') or not part.mixes_positions)
             for key, part in self._children
@@ -191,6 +195,11 @@ class MultiHead(Combinator):
             nonlocal new
             key, part = self._children[i]
             if key in projected:
+                if stack[0] is not inputs[self.reads[key]]:
+                    raise ValueError(
+                        f'{type(self).__name__}: route hands {key} another value than input '
+                        f'{self.reads[key]}: say in `reads` which input each projection reads'
+                    )
                 return (projected[key],)
             if key == 'output':
                 return stack[:1]

@@ -92,7 +92,7 @@ class Narrow:
         """
         n_i = self.axes.count('i')
         lead = x.shape[: x.ndim - n_i]
-        x = x.reshape(math.prod(lead), -1)  # (…, *i) → (M, D)
+        x = x.reshape(math.prod(lead), math.prod(x.shape[len(lead) :]))  # (…, *i) → (M, D)
         product = _product if self._has_kernels(len(x)) else _plain_product
         return product(x, self).reshape(lead + self.values.shape[:-1]).astype(dtype or x.dtype)
 
@@ -114,12 +114,14 @@ class Narrow:
 
     def _gathered(self, fast: Any, plain: Any, x: jax.Array, rows: jax.Array) -> jax.Array:
         lead, d = x.shape[:-1], x.shape[-1]
-        x, rows = x.reshape(-1, d), rows.reshape(-1, rows.shape[-1])  # (M, …)
+        x = x.reshape(math.prod(lead), d)  # (…, D) → (M, D)
+        rows = rows.reshape(len(x), rows.shape[-1])  # (…, K) → (M, K)
         y = (fast if self._has_kernels(len(x)) else plain)(x, rows, self)
-        return y.reshape(*lead, -1).astype(x.dtype)
+        return y.reshape(*lead, y.shape[-1]).astype(x.dtype)
 
     def _has_kernels(self, n_rows: int) -> bool:
-        return self.values.dtype != jnp.float16 and has_kernels(n_rows)
+        known = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8)
+        return self.values.dtype in known and has_kernels(n_rows)
 
     def _matrix(self) -> tuple[jax.Array, jax.Array]:
         """Words and scales as the matrices that kernels take."""

@@ -26,12 +26,15 @@ def has_kernels(n_rows: int, *wide: jax.Array) -> bool:
 def with_kernel(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
     """The function `plain`, computed by `kernel` in programs for a CPU.
 
-    Its gradient is that of `plain`; it has no forward-mode derivative.
+    Its derivatives are those of `plain`.
     """
 
-    @jax.custom_vjp
+    @jax.custom_jvp
     def fast(*args: Any) -> Any:
         return lax.platform_dependent(*args, cpu=kernel, default=plain)
 
-    fast.defvjp(lambda *args: (fast(*args), args), lambda args, ct: jax.vjp(plain, *args)[1](ct))
+    @fast.defjvp
+    def derivative(primals: Any, tangents: Any) -> Any:
+        return fast(*primals), jax.jvp(plain, primals, tangents)[1]
+
     return fast

@@ -33,6 +33,7 @@ class Once(Wrapper):
     """
 
     headwise = property(lambda self: self.layer.headwise)
+    mixes_positions = property(lambda self: self.layer.mixes_positions)
 
     def by_head(self, weights: Tree) -> Tree:
         """The layer's."""

@@ -6,7 +6,8 @@ on the batch it is made in, nor on which of the two functions makes it. `beam_se
 likeliest continuations, and `score` tells how likely given ones are.
 
 All numbers are arrays in the programs: what is compiled anew is another model, another number of
-rows, and lengths that `round_up` tells apart.
+rows, and lengths that `round_up` tells apart; with LSH attention of neighbourhood='chunk', which
+would see padding, every length of a prompt.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def _step(
     return token, _Kept(state, sampler.add(kept.seen, token), kept.i + 1)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def _next(structure: Any) -> Any:
     """The step, compiled, of what it is made from each time as flat leaves, a state and a token.
 

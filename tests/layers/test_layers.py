@@ -71,6 +71,15 @@ def test_dense_has_every_derivative(width):
         )
 
 
+@pytest.mark.parametrize('width', [8, 64])
+def test_the_gradient_of_a_dense_keeps_its_input_alone(width):
+    def residuals(product):
+        _, pull = jax.vjp(product, jnp.ones((16, 32)), jnp.ones((32, width)))
+        return sorted(x.shape for x in jax.tree.leaves(pull))
+
+    assert residuals(lambda x, w: dense({'kernel': w}, x)) == residuals(jnp.dot)
+
+
 def test_dense_sums_in_float32():
     x = jnp.full((1, 4096), 1.0, jnp.bfloat16)
     kernel = jnp.full((4096, 1), 2**-10, jnp.bfloat16)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from layercomb import tl
-from layercomb.layers import pieces
+from layercomb.layers import multihead, pieces
 from layercomb.layers.base import DECISIONS, Layer, Mode
 from layercomb.layers.combinators import Combinator
 from layercomb.layers.multihead import MultiHead
@@ -73,7 +73,7 @@ def test_head_by_head_is_whole(make, monkeypatch):
         return y, again, d_inputs, d_weights, state
 
     y, again, *rest = run(type(net).apply, type(net).apply_and_grad)
-    assert net._goes_by_head(weights, inputs)
+    assert net._goes_by_head(inputs)
     wanted = run(Combinator.apply, Layer.apply_and_grad)
     assert_close((y, again, *rest), wanted)
     assert_close(again, y)
@@ -101,11 +101,9 @@ def test_what_cannot_be_taken_apart_goes_whole():
 
     net = tl.LSHSelfAttention(2, chunk_len=4, n_buckets=4, query=Halves())
     (x,) = example(net)[:1]
-    weights, _ = net.init((jax.ShapeDtypeStruct(x.shape, x.dtype),), jax.random.key(0))
-    assert not net._goes_by_head(weights, (x,))
+    assert not net._goes_by_head((x,))
     narrow = tl.LSHSelfAttention(2, chunk_len=4)
-    weights, _ = narrow.init((jax.ShapeDtypeStruct(x.shape, x.dtype),), jax.random.key(0))
-    assert not narrow._goes_by_head(weights, (x.astype(jnp.bfloat16),))
+    assert not narrow._goes_by_head((x.astype(jnp.bfloat16),))
 
 
 def test_a_core_that_reads_across_heads_goes_whole():
@@ -114,8 +112,33 @@ def test_a_core_that_reads_across_heads_goes_whole():
 
     net = tl.SelfAttention(4, core=tl.Fn('AmongAll', among_all))
     (x,) = example(net)[:1]
-    weights, _ = net.init((jax.ShapeDtypeStruct(x.shape, x.dtype),), jax.random.key(0))
-    assert not net._goes_by_head(weights, (x,))
+    assert not net._goes_by_head((x,))
+
+
+def test_a_memory_whose_positions_are_mixed_goes_whole():
+    class Mixing(tl.SplitHeads):
+        """Says that it mixes positions."""
+
+        mixes_positions = True
+
+    net = tl.CrossAttention(2, key=Mixing(2))
+    assert net.key.mixes_positions and not net._goes_by_head(example(net)[:2])
+
+
+def test_a_projection_of_another_value_than_it_says_is_refused():
+    class ToAnother(tl.SelfAttention):
+        """Reads keys and values of a second sequence."""
+
+        n_in = 2
+
+        def route(self, call, stack):
+            return multihead.attend(self, call, *stack)
+
+    net = ToAnother(2)
+    (x,) = example(net)[:1]
+    weights, _ = net.init(tuple(jax.eval_shape(lambda: (x, x))), jax.random.key(0))
+    with pytest.raises(ValueError, match='route hands key another value than input 0: say in'):
+        net.apply(weights, {}, (x, x + 1), mode=Mode.RECORD)
 
 
 def test_keys_that_fit_no_head_are_refused():
