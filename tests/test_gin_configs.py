@@ -152,6 +152,7 @@ LIKE_OTHERS = (
     'terraformer_arxiv',
     'terraformer_c4_medium',
     'terraformer_python',
+    'transformer_python',
 )
 
 

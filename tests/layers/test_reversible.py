@@ -274,6 +274,7 @@ def test_memory_does_not_grow_with_depth(optimized):
     assert temporaries(keeps, 16) > 4 * high
 
 
+@pytest.mark.slow
 def test_a_model_of_reversible_layers_decodes_as_it_evaluates():
     net = lc.models.ReformerLM(
         16, 8, 16, n_layers=4, n_heads=2, max_len=32, chunk_len=4,

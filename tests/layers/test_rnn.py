@@ -66,6 +66,7 @@ def test_decodes_what_it_evaluates_and_is_causal():
     np.testing.assert_allclose(moved[:, :4], whole[:, :4], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_go_back_to_where_their_prompts_end():
     layer, weights = made()
     x = normal(B, L, D)

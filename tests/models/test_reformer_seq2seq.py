@@ -136,6 +136,7 @@ def test_padded_source_tokens_move_nothing_and_real_ones_do():
     assert (jnp.abs(real - y).max((1, 2)) > 1e-4).all()
 
 
+@pytest.mark.slow
 def test_every_position_reads_a_source_without_a_mask():
     net = build(
         1, 1, 0.0, tl.SelfAttention(H, causal=False), tl.LocalSelfAttention(H, 4), masked=False

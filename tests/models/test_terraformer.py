@@ -237,6 +237,7 @@ def test_attention_may_be_hashed_on_both_sides():
     np.testing.assert_allclose(decoded(net, values(), ((0, 4), (4, L))), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_sru_takes_the_place_of_feed_forwards():
     net, (tokens, *_) = lm(d_sru=4), values()
     assert 'SRU()' in repr(net) and 'SparseFF' not in repr(net)

@@ -290,11 +290,11 @@ def test_the_likeliest_are_those_that_sorting_finds(how):
         p = np.asarray(jax.nn.softmax(kept))
         likelier = np.array([[row[row > x].sum() for x in row] for row in p])
         kept = np.where(likelier < how['top_p'], kept, -np.inf)
+    folded = jax.jit(lambda i: jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+    sampled, expected = jax.jit(decoding.Sampler(**how)), jax.jit(jax.vmap(jax.random.categorical))
     for i in range(40):
-        at = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
-        wanted = jax.vmap(jax.random.categorical)(at, jnp.asarray(kept))
-        again = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
-        np.testing.assert_array_equal(decoding.Sampler(**how)(logits, again), wanted)
+        wanted = expected(folded(i), jnp.asarray(kept))
+        np.testing.assert_array_equal(sampled(logits, folded(i)), wanted)
 
 
 def test_a_tiny_temperature_takes_the_likeliest():
