@@ -170,6 +170,7 @@ def test_generate_refuses_to_search_and_to_draw(files, capsys):
     assert 'searches and draws nothing: leave out --temperature and --top_k' in said
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_reads_the_prompt_and_answers(files, capsys, monkeypatch, tmp_path):
     net = models.Reformer(256, 8, 8, 1, 1, 1, max_len=24, masked=True)
     tokens = shape_dtype((1, 8), 'int32')

@@ -39,7 +39,9 @@ def made(net):
     return lc.Model(net, model.weights, shifted)  # statistics as of some training
 
 
-@pytest.mark.parametrize('name', NETS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n == 'hashed')) for n in NETS]
+)
 def test_the_readme_decodes_as_the_library_does(name, tmp_path, monkeypatch):
     model = made(NETS[name])
     written = export.write(model, tmp_path / 'out', 'a = 1\n', batch_size=2, max_len=20)

@@ -151,6 +151,7 @@ LIKE_OTHERS = (
     'reformer_imagenet64',
     'terraformer_arxiv',
     'terraformer_c4_medium',
+    'terraformer_copy',
     'terraformer_python',
     'transformer_python',
 )
@@ -160,7 +161,13 @@ def test_every_config_has_a_row():
     assert set(TINY) == set(CONFIGS)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+LARGE = ('terraformer_arxiv', 'terraformer_c4_medium')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in CONFIGS],
+)
 def test_full_size_is_traced(name):
     text = cli.find_config(name).read_text()
     with cli.configured(text, (), name) as config:

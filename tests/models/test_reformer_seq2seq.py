@@ -93,6 +93,7 @@ def test_shapes_and_paths():
     assert shapes['encoder/embedding/table'] == (V, D) and shapes['head/dense/kernel'] == (2 * D, W)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_plain_autodiff():
     """Of all weights, source embedding included: TRAIN runs backwards, RECORD keeps everything."""
     kinds = BOTH_WAYS[:1], LOCAL_AND_LSH[1:]
