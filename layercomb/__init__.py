@@ -11,7 +11,8 @@
 from layercomb import layers as tl
 from layercomb import losses, models, transforms, trees
 from layercomb.errors import UsageError
-from layercomb.layers.base import Fn, Layer, Mode, init_state
+from layercomb.layers.base import Layer, Mode, init_state
+from layercomb.layers.fn import Fn
 from layercomb.model import Model
 from layercomb.shapes import describe, shape_dtype, signature_of
 from layercomb.summary import summary

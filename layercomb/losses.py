@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from layercomb.layers.base import Fn, Layer, Mode, Wrapper, fold
+from layercomb.layers.base import Layer, Mode, Wrapper, fold
 from layercomb.layers.combinators import Serial
 from layercomb.layers.control import Chunk
+from layercomb.layers.fn import Fn
 from layercomb.layers.metrics import Metric
 from layercomb.transforms import Tied
 

@@ -26,7 +26,7 @@ from layercomb.layers.attention import (
 )
 from layercomb.layers.attention_functions import dot_product_attention, local_attention
 from layercomb.layers.axial import AxialPositions
-from layercomb.layers.base import Fn, Layer, Mode, Wrapper
+from layercomb.layers.base import Layer, Mode, Wrapper
 from layercomb.layers.combinators import (
     Add,
     Branch,
@@ -38,6 +38,7 @@ from layercomb.layers.combinators import (
 from layercomb.layers.control import Chunk, Map, Remat, Repeat
 from layercomb.layers.convolution import AvgPool, Conv1D, Conv2D, MaxPool
 from layercomb.layers.core import Dense, Dropout, Embedding, Flatten, Mean
+from layercomb.layers.fn import Fn
 from layercomb.layers.hashing import lsh_buckets
 from layercomb.layers.initializers import (
     Constant,

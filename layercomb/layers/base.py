@@ -1,4 +1,4 @@
-"""A layer is a value: `Mode`, `Layer`, `Fn`, and the notes that say where an error arose."""
+"""A layer is a value: `Mode`, `Layer`, `Wrapper`, and notes that say where an error arose."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import enum
 import functools
 import inspect
 import re
-from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
@@ -199,6 +198,11 @@ class Layer:
         return jax.eval_shape(outputs, jax.eval_shape(jax.random.key, 0))
 
     @property
+    def _class_name(self) -> str:
+        """What a layer without a name is called after."""
+        return type(self).__name__
+
+    @property
     def sublayers(self) -> tuple[Layer, ...]:
         """The layers that this one holds."""
         return ()
@@ -266,51 +270,6 @@ class Layer:
             return self.replace(**{field.name: field.default}) != self
         except (TypeError, ValueError):  # the default does not go with the other fields
             return True
-
-
-class Fn(Layer):
-    """A function of arrays as a layer: ``Fn('Sum', lambda x, y: x + y)``.
-
-    Equal functions make equal layers, and every ``lambda`` is a function of its own: name a
-    module-level function where the model is to equal itself when built again.
-
-    Attributes:
-      label: what `repr` and the paths call it.
-      f: a function of `n_in` arrays that gives an array, or a tuple of `n_out`.
-      n_in: by default the number of required positional parameters of `f`.
-      n_out: how many arrays `f` gives.
-
-    >>> import jax.numpy as jnp
-    >>> Fn('Max', jnp.maximum).n_in
-    2
-    """
-
-    label: str
-    f: Callable[..., Any]
-    n_in: int | None = None  # type: ignore[assignment]
-    n_out: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_in is None:
-            counted = _count_parameters(self.f)
-            if counted is None:
-                raise TypeError(
-                    f'Fn({self.label!r}): {_show(self.f)} does not say how many arguments it takes '
-                    '(*args, or a builtin): say how many with n_in='
-                )
-            _set(self, 'n_in', counted)
-
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        made = self.f(*inputs)
-        return tuple(made) if isinstance(made, (tuple, list)) else (made,), state
-
-    def __repr__(self) -> str:
-        parts = [repr(self.label), _show(self.f)]
-        if self.n_in != _count_parameters(self.f):
-            parts.append(f'n_in={self.n_in}')
-        parts += [f'n_out={self.n_out}'] if self.n_out != 1 else []
-        return _call_text('Fn', [*parts, *_named(self)])
 
 
 class Wrapper(Layer):
@@ -452,7 +411,7 @@ def default_name(layer: Layer) -> str:
     """The key of a layer without a name: its class's, through wrappers, in snake_case."""
     if isinstance(layer, Wrapper):
         return default_name(layer.layer)
-    return snake_case(layer.label if isinstance(layer, Fn) else type(layer).__name__)
+    return snake_case(layer._class_name)
 
 
 def fold(rng: jax.Array | None, i: Any) -> jax.Array | None:
@@ -466,20 +425,6 @@ def _set(layer: Layer, field: str, value: Any) -> None:
 
 def _values(n: int) -> str:
     return '1 value' if n == 1 else f'{n} values'
-
-
-def _count_parameters(f: Callable[..., Any]) -> int | None:
-    """How many positional parameters a function requires; None if it does not say."""
-    if isinstance(f, jnp.ufunc):  # jnp.add and its like: their signature is *args
-        return f.nin
-    try:
-        parameters = inspect.signature(f).parameters.values()
-    except ValueError:  # a builtin without a signature
-        return None
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    wanted = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in wanted and p.default is p.empty for p in parameters)
 
 
 def _named(layer: Layer) -> list[str]:
