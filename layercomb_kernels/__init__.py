@@ -2,10 +2,10 @@
 
 XLA widens int8, int4 and bfloat16 weights anew at every product, which at one position costs ten
 times what the product does, gathers rows before it multiplies them, and lays out anew the factors
-of sparse layers. These kernels read each weight once, at the speed of the memory. They are compiled
-at first use, with the machine's own compiler; without one, or with ``LAYERCOMB_KERNELS=0``,
-`available` is false, and the library multiplies as XLA does. ``python -m layercomb_kernels`` says
-what there is, and compiles ahead.
+of sparse layers. For each position these kernels read a weight once. They are compiled at first
+use, with the machine's own compiler; without one, or with ``LAYERCOMB_KERNELS=0``, `available` is
+false, and the library multiplies as XLA does. ``python -m layercomb_kernels`` says what there is,
+and compiles ahead.
 
 Weights are float32, bfloat16, int8, or two int4 in a byte (uint8): byte j of a row of n holds
 column j in its low half, and column j + n in its high one. Scales are float32, one for each group
