@@ -14,6 +14,9 @@ integers are multiplied by activations rounded to 16 bits, with a scale of their
 values: products are then exact to some 2e-5 of what is typical, where rounding a weight to int8 has
 cost 4e-3.
 
+What is little work, such as a norm, is here because XLA makes some six loops of it, each of which
+costs a few microseconds whatever it does.
+
 Letters: M rows of activations, D their width, F outputs, K gathered rows, G groups, S modules.
 """
 
@@ -22,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +38,9 @@ _NAMES = (
     'gathered_sums',
     'factored_products',
     'module_convolution',
+    'chosen_units',
+    'normalize',
+    'query_attention',
 )
 _WORDS = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8)
 
@@ -156,6 +163,78 @@ def module_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _call('module_convolution', (x.shape[0], n_s, kernel.shape[3]), x, kernel)
 
 
+def chosen_units(x: jax.Array, first: jax.Array, second: jax.Array, block_size: int) -> jax.Array:
+    """The number of the largest logit in each block, of the logits x A B.
+
+    Of equal ones it is the first; of a block with NaN it is the last one.
+
+    Args:
+      x: (M, D) float32.
+      first: A (D, R) float32.
+      second: B (R, F) float32.
+      block_size: N, which divides F.
+
+    Returns:
+      (M, F / N) int32, counted from 0 to F − 1.
+    """
+    n = second.shape[1]
+    fits = (x.shape[1], len(second)) == first.shape and n % block_size == 0
+    _check(fits, x, first, second)
+    _check_dtypes(second, x, first, second)
+    return _call('chosen_units', (len(x), n // block_size), x, first, second, dtype=jnp.int32)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """(x − mean) / √(variance + epsilon) · scale + bias, along rows.
+
+    Args:
+      x: (M, D) float32.
+      scale, bias: (D,) float32.
+      epsilon: what keeps the divisor from 0.
+
+    Returns:
+      (M, D) float32.
+    """
+    return _normalize(x, scale, epsilon, bias)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x / √(mean of x² + epsilon) · scale, along rows; arguments as of `layer_norm`."""
+    return _normalize(x, scale, epsilon)
+
+
+def _normalize(x: jax.Array, scale: jax.Array, epsilon: float, *bias: jax.Array) -> jax.Array:
+    _check(all(w.shape == x.shape[1:] for w in (scale, *bias)), x, scale, *bias)
+    _check_dtypes(scale, x, scale, *bias)
+    return _call('normalize', x.shape, x, scale, jnp.asarray(epsilon, jnp.float32), *bias)
+
+
+def query_attention(
+    query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array
+) -> jax.Array:
+    """y[n] = Σ_c softmax(query[n] · keys[n, c]) values[n, c], over the c that are seen.
+
+    What lies behind the last key that is seen is not read. Where none is, y is 0. Rows and heads
+    are one axis of N = M · H, as they are in a cache: reshaped, XLA would copy it.
+
+    Args:
+      query: (N, K) float32.
+      keys: (N, C, K) float32.
+      values: (N, C, V) float32.
+      seen: (M, C) bool, alike for all heads of a row.
+
+    Returns:
+      (N, V) float32.
+    """
+    (n, k), (m, c) = query.shape, seen.shape
+    fits = keys.shape == (n, c, k) and values.shape[:2] == (n, c) and m and n % m == 0
+    _check(bool(fits), query, keys, values, seen)
+    _check_dtypes(keys, query, keys, values)
+    if seen.dtype != jnp.bool_:
+        raise TypeError(f'what is seen is told by bool, got {seen.dtype}')
+    return _call('query_attention', (n, values.shape[2]), query, keys, values, seen)
+
+
 def _columns(words: jax.Array) -> int:
     return words.shape[1] * (2 if words.dtype == jnp.uint8 else 1)
 
@@ -189,9 +268,11 @@ def _check_dtypes(words: jax.Array, *floats: jax.Array) -> None:
         raise TypeError(f'weights must be float32, bfloat16, int8 or uint8, got {words.dtype}')
 
 
-def _call(name: str, shape: tuple[int, ...], *args: jax.Array) -> jax.Array:
+def _call(
+    name: str, shape: tuple[int, ...], *args: jax.Array, dtype: Any = jnp.float32
+) -> jax.Array:
     reason = _register()
     if reason is not None:
         raise RuntimeError(f'there are no kernels: {reason}')
-    result = jax.ShapeDtypeStruct(shape, jnp.float32)
+    result = jax.ShapeDtypeStruct(shape, dtype)
     return jax.ffi.ffi_call(f'layercomb_{name}', result, vmap_method='sequential')(*args)

@@ -40,7 +40,8 @@ class Call {
             static_cast<int64_t>(array(i).size_bytes())};
   }
   int64_t result_size(int axis) const { return result().dimensions()[axis]; }
-  float* y() const { return static_cast<float*>(result().untyped_data()); }
+  template <typename T = float>
+  T* y() const { return static_cast<T*>(result().untyped_data()); }
 
  private:
   ffi::AnyBuffer result() const { return **results_.get<ffi::AnyBuffer>(0); }
@@ -93,6 +94,37 @@ ffi::Error ModuleConvolution(ffi::ThreadPool threads, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
+ffi::Error ChosenUnits(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                       ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  layercomb::ChosenUnits(call.pool(), call.floats(0), call.floats(1), call.floats(2),
+                         call.size(0, 0), call.size(0, 1), call.size(2, 0), call.size(2, 1),
+                         call.size(2, 1) / call.result_size(1), call.y<int32_t>());
+  return ffi::Error::Success();
+}
+
+// x, scale, epsilon and, for a layer norm, bias.
+ffi::Error Normalize(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                     ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  layercomb::Normalize(call.floats(0), call.floats(1),
+                       args.size() > 3 ? call.floats(3) : nullptr, *call.floats(2),
+                       call.size(0, 0), call.size(0, 1), call.y());
+  return ffi::Error::Success();
+}
+
+// A query (N, K), keys (N, C, K), values (N, C, V), N being M · H, and what is seen (M, C).
+ffi::Error QueryAttention(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                          ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  const int64_t n_x = call.size(3, 0);
+  const layercomb::Heads sizes{n_x, call.size(0, 0) / n_x, call.size(1, 1), call.size(1, 2),
+                               call.size(2, 2)};
+  layercomb::QueryAttention(call.pool(), sizes, call.floats(0), call.floats(1), call.floats(2),
+                            static_cast<const bool*>(call.array(3).untyped_data()), call.y());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 // One signature for all of them: what decodes it takes a second to compile.
@@ -105,3 +137,6 @@ LAYERCOMB_HANDLER(layercomb_gathered_products, GatheredProducts);
 LAYERCOMB_HANDLER(layercomb_gathered_sums, GatheredSums);
 LAYERCOMB_HANDLER(layercomb_factored_products, FactoredProducts);
 LAYERCOMB_HANDLER(layercomb_module_convolution, ModuleConvolution);
+LAYERCOMB_HANDLER(layercomb_chosen_units, ChosenUnits);
+LAYERCOMB_HANDLER(layercomb_normalize, Normalize);
+LAYERCOMB_HANDLER(layercomb_query_attention, QueryAttention);

@@ -53,6 +53,26 @@ void ModuleConvolution(const Pool& pool, const float* x, const float* kernel, in
                        int64_t n_p, int64_t width, int64_t n_s, int64_t step, int64_t n_j,
                        int64_t n_f, float* y);
 
+// y[m, b] = the number of the largest of the n_block logits that begin at b · n_block, counted from
+// 0 over all n; the logits are x[m] first second, with first (d, rank) and second (rank, n).
+void ChosenUnits(const Pool& pool, const float* x, const float* first, const float* second,
+                 int64_t n_x, int64_t d, int64_t rank, int64_t n, int64_t n_block, int32_t* y);
+
+// y[m, d] = (x[m, d] − mean) / √(mean of the squares of that + epsilon) · scale[d] + bias[d], and
+// without `bias` no mean is subtracted, nor anything added.
+void Normalize(const float* x, const float* scale, const float* bias, float epsilon, int64_t n_x,
+               int64_t d, float* y);
+
+// The sizes of attention of one query for each of n_x rows and n_heads heads.
+struct Heads {
+  int64_t n_x, n_heads, n_keys, d_key, d_value;
+};
+
+// y[m, h] = Σ_c p[c] values[m, h, c], with p the softmax of query[m, h] · keys[m, h, c] over the c
+// with seen[m, c]; zeros if there are none.
+void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, const float* keys,
+                    const float* values, const bool* seen, float* y);
+
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls `work(i)` for each i below n, on threads of XLA's pool and on this one. Whoever is free
@@ -79,7 +99,7 @@ void InParallel(const Pool& pool, int64_t n_threads, int64_t n, const Work& work
 // number of units, some for each thread that is worth waking.
 template <typename Work>
 void InPieces(const Pool& pool, int64_t bytes, int64_t n, int64_t unit, const Work& work) {
-  constexpr int64_t kWorthwhile = 1 << 19;
+  constexpr int64_t kWorthwhile = 1 << 16;
   const int64_t n_threads =
       std::clamp<int64_t>(bytes / kWorthwhile, 1, std::max<int64_t>(1, pool.n_threads));
   const int64_t share = n_threads == 1 ? n : CeilDiv(n, 4 * n_threads);

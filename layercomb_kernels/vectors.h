@@ -47,9 +47,12 @@ inline void Keep(Floats& v) {
 }
 
 inline float Sum(Floats v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
+  using Four = float __attribute__((vector_size(16)));
+  Four parts[kLanes / 4], sum = {};
+  std::memcpy(parts, &v, sizeof v);
+  LAYERCOMB_UNROLL
+  for (const Four& part : parts) sum += part;
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 // As many bytes, or pairs of bytes, as there are lanes.

@@ -122,6 +122,72 @@ def test_module_convolution(m, p, s, j, d, f):
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    ('m', 'd', 'rank', 'blocks', 'size'),
+    [(1, 128, 16, 64, 64), (3, 21, 5, 3, 7), (2, 8, 1, 1, 2), (1, 40, 19, 5, 16)],
+)
+def test_chosen_units(m, d, rank, blocks, size):
+    x = rng().normal(size=(m, d)).astype(np.float32)
+    first = rng().normal(size=(d, rank)).astype(np.float32)
+    second = rng().normal(size=(rank, blocks * size)).astype(np.float32)
+    wanted = (x @ first @ second).reshape(m, blocks, size).argmax(-1) + size * np.arange(blocks)
+    units = jax.jit(kernels.chosen_units, static_argnums=3)(x, first, second, size)
+    assert units.dtype == jnp.int32
+    np.testing.assert_array_equal(units, wanted)
+
+
+@needs_kernels
+def test_of_equal_units_the_first_is_chosen_and_of_unknown_ones_the_last():
+    second = np.array([[1, 3, 3, 2], [0, 0, 0, 0], [5, np.nan, 1, 7]], np.float32).reshape(1, 12)
+    x, first = np.ones((1, 1), np.float32), np.ones((1, 1), np.float32)
+    np.testing.assert_array_equal(kernels.chosen_units(x, first, second, 4), [[1, 4, 11]])
+
+
+@needs_kernels
+@pytest.mark.parametrize(('m', 'd'), [(1, 1024), (3, 21), (2, 1)])
+def test_norms(m, d):
+    x = 3 + rng().normal(size=(m, d)).astype(np.float32)
+    scale, bias = rng().normal(size=(2, d)).astype(np.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    wanted = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 0.1) * scale + bias
+    assert_same(jax.jit(kernels.layer_norm)(x, scale, bias, 0.1), wanted)
+    wanted = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 0.1) * scale
+    assert_same(jax.jit(kernels.rms_norm)(x, scale, 0.1), wanted)
+
+
+def softmax(scores, seen):
+    e = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    return e / e.sum(-1, keepdims=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ('m', 'h', 'c', 'k', 'v'),
+    [(1, 12, 200, 64, 64), (3, 2, 17, 5, 21), (2, 1, 1, 1, 1), (2, 3, 40, 24, 12)],
+)
+def test_query_attention(m, h, c, k, v):
+    query = 3 * rng().normal(size=(m * h, k)).astype(np.float32)
+    keys, values = (rng().normal(size=(m * h, c, n)).astype(np.float32) for n in (k, v))
+    seen = rng().random((m, c)) < 0.5
+    seen[:, 0], seen[:, 2 * c // 3 + 1 :] = True, False
+    p = softmax(np.einsum('nk,nck->nc', query, keys), seen.repeat(h, 0))
+    y = jax.jit(kernels.query_attention)(query, keys, values, seen)
+    assert_same(y, np.einsum('nc,ncv->nv', p, values))
+
+
+@needs_kernels
+def test_attention_far_from_what_is_usual():
+    query, values = np.ones((4, 1), np.float32), np.arange(12, dtype=np.float32).reshape(4, 3, 1)
+    keys = np.zeros((4, 3, 1), np.float32)
+    keys[0, :, 0] = -2e4, 3e4, 0  # far apart
+    keys[2, 1] = np.nan
+    keys[3] = -np.inf
+    seen = np.array([[1, 1, 1], [0, 0, 0], [1, 1, 0], [1, 1, 1]], bool)
+    y = np.asarray(kernels.query_attention(query, keys, values, seen))
+    np.testing.assert_array_equal(y[:, 0], [1, 0, np.nan, 0])
+
+
+@needs_kernels
 def test_large_products_on_several_threads_in_a_loop():
     words, scales, wide = matrix('int8', 4096, 512, 8)
     x = rng().normal(size=(1, 512)).astype(np.float32)
@@ -154,6 +220,15 @@ def test_shapes_are_checked():
             kernels.row_products(x, its_words, its_scales)
     with pytest.raises(ValueError, match='shapes do not fit together'):
         kernels.module_convolution(np.ones((1, 2, 5, 3)), np.ones((2, 3, 4, 3)))
+    x = np.ones((2, 16), np.float32)
+    with pytest.raises(ValueError, match='shapes do not fit together'):
+        kernels.chosen_units(x, np.ones((16, 3), np.float32), np.ones((3, 8), np.float32), 3)
+    with pytest.raises(ValueError, match='shapes do not fit together'):
+        kernels.layer_norm(x, x[0], x[0, 1:], 0.1)
+    with pytest.raises(ValueError, match='shapes do not fit together'):
+        kernels.query_attention(x, np.ones((2, 3, 16)), np.ones((2, 3, 1)), np.ones((3, 3), bool))
+    with pytest.raises(TypeError, match='what is seen is told by bool, got float32'):
+        kernels.query_attention(x, x[:, None], x[:, None], np.ones((2, 1), np.float32))
     with pytest.raises(TypeError, match='the kernels take float32, got float16'):
         kernels.row_products(np.ones((2, 16), np.float16), words, scales)
     with pytest.raises(TypeError, match='weights must be float32, bfloat16, int8 or uint8, got'):

@@ -354,10 +354,13 @@ def test_quantize_keeps_names_stacked_and_unstacked(small):
     before, before_weights = quantize(*transforms.unstack(net, weights), 4)
     jax.tree.map(np.testing.assert_array_equal, after_weights, before_weights)
     wanted = apply(quantized, narrow, state, (tokens(),), Mode.EVAL)[0]
+    # Activations that differ by a float's last bit may be rounded to other integers of 16 bits.
     for layer, w in ((after, after_weights), (before, before_weights)):
-        assert_close(apply(layer, w, state, (tokens(),), Mode.EVAL)[0], wanted)
+        y = apply(layer, w, state, (tokens(),), Mode.EVAL)[0]
+        assert_close(y, wanted, tolerance=1e-4)
     cache = init_state(after, TOKENS)
-    assert_close(apply(after, after_weights, cache, (tokens(),), Mode.PREDICT)[0], wanted)
+    y = apply(after, after_weights, cache, (tokens(),), Mode.PREDICT)[0]
+    assert_close(y, wanted, tolerance=1e-4)
 
 
 def test_quantize_leaves_what_is_small(small):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers import blockwise, chunkwise, tiles
+from layercomb.layers.native import has_kernels, with_kernel
 
 
 def dot_product_attention(
@@ -169,12 +170,35 @@ def one_query(
     seen = jax.vmap(lambda t: blockwise.visible(plan, 0, 0, None, t)[0])(start)  # (B or 1, Lk)
     seen = seen[:, None] if mask is None else (seen & mask)[:, None]  # (B or 1, 1, Lk)
     q_1 = q[:, :, 0].astype(jnp.float32) * scale  # (B, H, K)
-    scores = jnp.where(seen, tiles.dot('bhk,bhck->bhc', q_1, k), -tiles.FAR)
+    if rng is None and has_kernels(len(q), k, v):
+        seen = jnp.broadcast_to(seen[:, 0], (len(q), n_keys))
+        return _attend_by_kernel(q_1, k, v, seen)[:, :, None]  # (B, H, 1, D)
+    p = tiles.drop(dropout_rate, rng, 0, _probabilities(q_1, k, seen))
+    return tiles.dot('bhc,bhcd->bhd', p, v)[:, :, None].astype(v.dtype)  # (B, H, 1, D)
+
+
+def _probabilities(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
+    """What queries (B, H, K) give to keys (B, H, Lk, K), where `seen` (B or 1, 1, Lk) says."""
+    scores = jnp.where(seen, tiles.dot('bhk,bhck->bhc', q, k), -tiles.FAR)
     p = jnp.exp(scores - scores.max(-1, keepdims=True, initial=-tiles.FAR))
     p = jnp.where(seen, p, 0.0)
     total = p.sum(-1, keepdims=True)
-    p = tiles.drop(dropout_rate, rng, 0, p / jnp.where(total > 0, total, 1.0))
-    return tiles.dot('bhc,bhcd->bhd', p, v)[:, :, None].astype(v.dtype)  # (B, H, 1, D)
+    return p / jnp.where(total > 0, total, 1.0)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    """Attention of queries (B, H, K) to what is seen, (B, Lk) → (B, H, D)."""
+    return tiles.dot('bhc,bhcd->bhd', _probabilities(q, k, seen[:, None]), v)
+
+
+def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    import layercomb_kernels
+
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))  # (B, H, …) → (B·H, …)
+    return layercomb_kernels.query_attention(q, k, v, seen).reshape(len(seen), -1, v.shape[-1])
+
+
+_attend_by_kernel = with_kernel(_attend, _kernel)
 
 
 @functools.cache

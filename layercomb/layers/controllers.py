@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from layercomb.layers.base import Tree
 from layercomb.layers.core import dense, matmul
 from layercomb.layers.fields import nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import lecun_normal
+from layercomb.layers.native import has_kernels, with_kernel
 
 
 def check_fields(layer: Any, cut: str) -> None:
@@ -56,6 +58,40 @@ def init(keys: Any, d: int, rank: int, n: int) -> Tree:
 def logits(weights: Tree, x: jax.Array) -> jax.Array:
     """c = x C₁ C₂ in float32: (…, D) → (…, n)."""
     return matmul(dense(weights['in'], x), weights['out']['kernel'])
+
+
+def units(weights: Tree, x: jax.Array, block_size: int) -> jax.Array:
+    """The unit that is chosen in each block: (…, D) → (…, n / N) int32, numbers from 0 to n − 1.
+
+    Args:
+      weights: as `init` makes them.
+      x: (…, D).
+      block_size: N.
+    """
+    first, second = weights['in']['kernel'], weights['out']['kernel']
+    rows = x.reshape(-1, x.shape[-1])  # (M, D)
+    choose = _fast_units if has_kernels(len(rows), x, first, second) else _units
+    return choose(block_size, rows, first, second).reshape(*x.shape[:-1], -1)
+
+
+def _units(block_size: int, x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    c = logits({'in': {'kernel': first}, 'out': {'kernel': second}}, x)
+    n_blocks = c.shape[1] // block_size
+    chosen = largest(c.reshape(len(c), n_blocks, block_size))  # (M, F) → (M, F / N)
+    return chosen + block_size * jnp.arange(n_blocks, dtype=chosen.dtype)
+
+
+def _units_by_kernel(
+    block_size: int, x: jax.Array, first: jax.Array, second: jax.Array
+) -> jax.Array:
+    import layercomb_kernels
+
+    return layercomb_kernels.chosen_units(x, first, second, block_size)
+
+
+def _fast_units(block_size: int, *arrays: jax.Array) -> jax.Array:
+    plain, kernel = (functools.partial(f, block_size) for f in (_units, _units_by_kernel))
+    return with_kernel(plain, kernel)(*arrays)
 
 
 def sample(

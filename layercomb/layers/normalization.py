@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from layercomb.layers.base import Layer, Mode
+from layercomb.layers.native import has_kernels, with_kernel
 from layercomb.shapes import check_float
 
 
@@ -32,11 +36,10 @@ class LayerNorm(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
-        h = x.astype(jnp.float32)
-        h = h - h.mean(-1, keepdims=True)
-        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.epsilon)
-        h = h * weights['scale']
-        return ((h + weights['bias'] if self.use_bias else h).astype(x.dtype),), state
+        bias = weights['bias'] if self.use_bias else 0.0
+        fast = self.use_bias and _is_little(x, mode)
+        f = _fast_layer_norm if fast else _layer_norm
+        return (f(x, weights['scale'], bias, self.epsilon),), state
 
 
 class RMSNorm(Layer):
@@ -59,9 +62,8 @@ class RMSNorm(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
-        h = x.astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.epsilon)
-        return ((h * weights['scale']).astype(x.dtype),), state
+        f = _fast_rms_norm if _is_little(x, mode) else _rms_norm
+        return (f(x, weights['scale'], self.epsilon),), state
 
 
 class BatchNorm(Layer):
@@ -107,3 +109,35 @@ class BatchNorm(Layer):
 
     def _running(self, old: jax.Array, new: jax.Array) -> jax.Array:
         return self.momentum * old + (1 - self.momentum) * jax.lax.stop_gradient(new)
+
+
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: Any, epsilon: float) -> jax.Array:
+    h = x.astype(jnp.float32)
+    h = h - h.mean(-1, keepdims=True)
+    h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + epsilon)
+    return (h * scale + bias).astype(x.dtype)
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    h = x.astype(jnp.float32)
+    h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + epsilon)
+    return (h * scale).astype(x.dtype)
+
+
+def _is_little(x: jax.Array, mode: Mode) -> bool:
+    """Whether x is so little that a kernel's one loop is quicker than XLA's six."""
+    return mode is Mode.PREDICT and has_kernels(math.prod(x.shape[:-1]), x)
+
+
+def _with_kernel(name: str, plain: Any) -> Any:
+    def kernel(x: jax.Array, *args: Any) -> jax.Array:
+        import layercomb_kernels
+
+        y = getattr(layercomb_kernels, name)(x.reshape(-1, x.shape[-1]), *args)  # (M, D)
+        return y.reshape(x.shape)
+
+    return with_kernel(plain, kernel)
+
+
+_fast_layer_norm = _with_kernel('layer_norm', _layer_norm)
+_fast_rms_norm = _with_kernel('rms_norm', _rms_norm)

@@ -10,7 +10,6 @@ from dataclasses import KW_ONLY
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
 
 from layercomb.layers import controllers
 from layercomb.layers.activations import elementwise
@@ -73,11 +72,10 @@ class SparseFF(Layer):
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
 
+    # Not those of the controller: they are small, and rounded they would choose other units.
     matrices = {
         'in/kernel_transposed': 'oi',
         'out/kernel': 'oi',  # by rows, which are what is gathered, not along the sum
-        'controller/in/kernel': 'io',
-        'controller/out/kernel': 'io',
     }
 
     def __post_init__(self) -> None:
@@ -102,6 +100,8 @@ class SparseFF(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        if mode is Mode.PREDICT and math.prod(x.shape[:-1]) < self.block_size:
+            return (self._few(weights, x),), state
         c = controllers.logits(weights['controller'], x)
         c = c.reshape(*c.shape[:-1], -1, self.block_size)  # (…, F / N, N)
         if mode.is_training:
@@ -110,10 +110,7 @@ class SparseFF(Layer):
             if mode is Mode.RECORD:
                 state = {**state, DECISIONS: {'units': units}}
             return (self._whole(weights, x, mask),), state
-        units = controllers.largest(c)  # (…, F / N)
-        if mode is Mode.PREDICT and math.prod(x.shape[:-1]) < self.block_size:
-            return (self._few(weights, x, units),), state
-        return (self._whole(weights, x, controllers.one_hot(units, c)),), state
+        return (self._whole(weights, x, controllers.one_hot(controllers.largest(c), c)),), state
 
     def _whole(self, weights: Tree, x: jax.Array, mask: jax.Array) -> jax.Array:
         """All units, times the mask."""
@@ -125,10 +122,9 @@ class SparseFF(Layer):
             out = {**out, 'kernel': out['kernel'].wide().astype(x.dtype)}
         return dense(out, h * mask)
 
-    def _few(self, weights: Tree, x: jax.Array, units: jax.Array) -> jax.Array:
+    def _few(self, weights: Tree, x: jax.Array) -> jax.Array:
         """The chosen units alone; their rows are gathered."""
-        first = jnp.arange(0, self.d_ff, self.block_size, dtype=units.dtype)
-        at = first + units  # (…, F / N)
+        at = controllers.units(weights['controller'], x, self.block_size)  # (…, F / N)
         bias = weights['in'].get('bias')
         bias = None if bias is None else bias.at[at].get(**IN_BOUNDS)  # (d_ff,) → (…, F / N)
         h = rows_of(weights['in']['kernel_transposed']).gathered_product(x, at)

@@ -1,0 +1,119 @@
+// Attention of one query to all keys of a cache, of which only the seen part is read.
+
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "vectors.h"
+
+namespace layercomb {
+namespace {
+
+float Dot(const float* a, const float* b, int64_t n) {
+  Floats sums[2] = {};  // an addition waits for the last
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    sums[0] += Load<Floats>(a + i) * Load<Floats>(b + i);
+    sums[1] += Load<Floats>(a + i + kLanes) * Load<Floats>(b + i + kLanes);
+  }
+  float total = Sum(sums[0] + sums[1]);
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
+// e^x for x ≤ 0 to 2 units in the last place: 2^k times a polynomial in what is left of x, at most
+// half a binary place; 0 where that is below the smallest normal number, NaN for NaN.
+Floats Exp(Floats x) {
+  constexpr float kNearest = 3 << 22;  // the sum's last bits are then the nearest integer
+  constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+  const Floats low = Floats{} - 87;
+  const Floats clamped = x < low ? low : x;
+  const Floats shifted = clamped * 1.44269504f + kNearest;
+  const Floats k = shifted - kNearest;
+  const Floats rest = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;  // log 2 in two parts
+  Floats y = Floats{} + kTaylor[0];
+  LAYERCOMB_UNROLL
+  for (int i = 1; i < 7; ++i) y = y * rest + kTaylor[i];
+  const Ints power = (reinterpret_cast<Ints>(shifted) << 23) + (127 << 23);
+  return x < low ? Floats{} : y * reinterpret_cast<Floats>(power);
+}
+
+// Adds Σ_c p[c] rows[c · n + j] for V vectors of columns.
+template <int V>
+void AddColumns(const float* p, const float* rows, int64_t n_rows, int64_t n, float* y) {
+  Floats sums[2][V] = {};
+  auto add = [&](int which, int64_t c) {
+    LAYERCOMB_UNROLL
+    for (int v = 0; v < V; ++v) sums[which][v] += p[c] * Load<Floats>(rows + c * n + v * kLanes);
+  };
+  int64_t c = 0;
+  for (; c + 2 <= n_rows; c += 2) {
+    add(0, c);
+    add(1, c + 1);
+  }
+  if (c < n_rows) add(0, c);
+  LAYERCOMB_UNROLL
+  for (int v = 0; v < V; ++v) {
+    const Floats sum = sums[0][v] + sums[1][v];
+    std::memcpy(y + v * kLanes, &sum, sizeof sum);
+  }
+}
+
+// y = Σ_c p[c] rows[c] for rows of n.
+void SumOfRows(const float* p, const float* rows, int64_t n_rows, int64_t n, float* y) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes) AddColumns<4>(p, rows + j, n_rows, n, y + j);
+  for (; j + kLanes <= n; j += kLanes) AddColumns<1>(p, rows + j, n_rows, n, y + j);
+  for (; j < n; ++j) {
+    y[j] = 0;
+    for (int64_t c = 0; c < n_rows; ++c) y[j] += p[c] * rows[c * n + j];
+  }
+}
+
+// What one query makes of the first n keys. `p` has room for them, in whole vectors.
+void Attend(const Heads& sizes, const float* query, const float* keys, const float* values,
+            const bool* seen, int64_t n, float* p, float* y) {
+  constexpr float kFar = -std::numeric_limits<float>::infinity();
+  const int64_t n_whole = CeilDiv(n, kLanes) * kLanes;
+  float most = std::numeric_limits<float>::lowest();
+  for (int64_t c = 0; c < n; ++c) {
+    p[c] = seen[c] ? Dot(query, keys + c * sizes.d_key, sizes.d_key) : kFar;
+    most = p[c] > most ? p[c] : most;
+  }
+  std::fill(p + n, p + n_whole, kFar);
+  Floats totals = {};
+  for (int64_t c = 0; c < n_whole; c += kLanes) {
+    const Floats e = Exp(Load<Floats>(p + c) - most);
+    std::memcpy(p + c, &e, sizeof e);
+    totals += e;
+  }
+  SumOfRows(p, values, n, sizes.d_value, y);
+  const float total = Sum(totals);
+  for (int64_t j = 0; j < sizes.d_value; ++j) y[j] /= total == 0 ? 1 : total;
+}
+
+}  // namespace
+
+void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, const float* keys,
+                    const float* values, const bool* seen, float* y) {
+  for (int64_t m = 0; m < sizes.n_x; ++m, seen += sizes.n_keys) {
+    int64_t n = sizes.n_keys;
+    while (n && !seen[n - 1]) --n;
+    const int64_t first = m * sizes.n_heads;
+    if (!n) {
+      std::fill_n(y + first * sizes.d_value, sizes.n_heads * sizes.d_value, 0.0f);
+      continue;
+    }
+    const int64_t bytes = 4 * sizes.n_heads * n * (sizes.d_key + sizes.d_value);
+    InPieces(pool, bytes, sizes.n_heads, 1, [&](int64_t h, int64_t n_h) {
+      std::vector<float> p(n + kLanes);
+      for (int64_t i = first + h; i < first + h + n_h; ++i) {
+        Attend(sizes, query + i * sizes.d_key, keys + i * sizes.n_keys * sizes.d_key,
+               values + i * sizes.n_keys * sizes.d_value, seen, n, p.data(),
+               y + i * sizes.d_value);
+      }
+    });
+  }
+}
+
+}  // namespace layercomb
