@@ -41,6 +41,8 @@ _NAMES = (
     'chosen_units',
     'normalize',
     'query_attention',
+    'gathered_cosines',
+    'gathered_means',
 )
 _WORDS = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8)
 
@@ -233,6 +235,42 @@ def query_attention(
     if seen.dtype != jnp.bool_:
         raise TypeError(f'what is seen is told by bool, got {seen.dtype}')
     return _call('query_attention', (n, values.shape[2]), query, keys, values, seen)
+
+
+def gathered_cosines(x: jax.Array, at: jax.Array, keys: jax.Array, epsilon: float) -> jax.Array:
+    """y[n, k] = x[n] · w / √(w · w + epsilon), w being keys[n, at[n, k]], reading no others.
+
+    Args:
+      x: (N, D) float32.
+      at: (N, K) int32; what lies outside takes the nearest.
+      keys: (N, L, D) float32.
+      epsilon: what keeps the divisor from 0.
+
+    Returns:
+      (N, K) float32.
+    """
+    n, length, d = keys.shape
+    _check(x.shape == (n, d) and len(at) == n and length > 0, x, at, keys)
+    _check_dtypes(keys, x, keys)
+    at = at.astype(jnp.int32)
+    return _call('gathered_cosines', at.shape, x, at, keys, jnp.asarray(epsilon, jnp.float32))
+
+
+def gathered_means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
+    """y[n] = Σ_k p[n, k] values[n, at[n, k]], reading no others.
+
+    Args:
+      p: (N, K) float32.
+      at: (N, K) int32; what lies outside takes the nearest.
+      values: (N, L, D) float32.
+
+    Returns:
+      (N, D) float32.
+    """
+    n, length, d = values.shape
+    _check(p.shape == at.shape and len(at) == n and length > 0, p, at, values)
+    _check_dtypes(values, p, values)
+    return _call('gathered_means', (n, d), p, at.astype(jnp.int32), values)
 
 
 def _columns(words: jax.Array) -> int:

@@ -1,5 +1,7 @@
-// Attention of one query to all keys of a cache, of which only the seen part is read.
+// Attention of one query: to all keys of a cache, of which only the seen part is read, and what it
+// has in common with some keys alone.
 
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -92,6 +94,34 @@ void Attend(const Heads& sizes, const float* query, const float* keys, const flo
   for (int64_t j = 0; j < sizes.d_value; ++j) y[j] /= total == 0 ? 1 : total;
 }
 
+// The rows that one query asks for, which lie anywhere: no hardware looks ahead.
+struct Rows {
+  const Some& sizes;
+  const int32_t* at;
+  const float* rows;
+
+  const float* operator()(int64_t k) const {
+    return rows + std::clamp<int64_t>(at[k], 0, sizes.n_keys - 1) * sizes.d;
+  }
+  void Prefetch(int64_t k) const {
+    constexpr int64_t kAhead = 8, kLine = 16;
+    if (k + kAhead >= sizes.n_k) return;
+    const float* row = (*this)(k + kAhead);
+    for (int64_t j = 0; j < sizes.d; j += kLine) __builtin_prefetch(row + j, 0, 3);
+  }
+};
+
+// Calls work(n, its rows) for each query.
+template <typename Work>
+void ForRows(const Pool& pool, const Some& sizes, const int32_t* at, const float* rows,
+             const Work& work) {
+  InPieces(pool, 4 * sizes.n_x * sizes.n_k * sizes.d, sizes.n_x, 1, [&](int64_t first, int64_t n) {
+    for (int64_t i = first; i < first + n; ++i) {
+      work(i, Rows{sizes, at + i * sizes.n_k, rows + i * sizes.n_keys * sizes.d});
+    }
+  });
+}
+
 }  // namespace
 
 void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, const float* keys,
@@ -114,6 +144,37 @@ void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, co
       }
     });
   }
+}
+
+void GatheredCosines(const Pool& pool, const Some& sizes, const float* x, const int32_t* at,
+                     const float* keys, float epsilon, float* y) {
+  const int64_t d = sizes.d;
+  ForRows(pool, sizes, at, keys, [&](int64_t n, const Rows& key) {
+    for (int64_t k = 0; k < sizes.n_k; ++k) {
+      const float* its = key(k);
+      key.Prefetch(k);
+      y[n * sizes.n_k + k] = Dot(x + n * d, its, d) / std::sqrt(Dot(its, its, d) + epsilon);
+    }
+  });
+}
+
+void GatheredMeans(const Pool& pool, const Some& sizes, const float* p, const int32_t* at,
+                   const float* values, float* y) {
+  const int64_t d = sizes.d;
+  ForRows(pool, sizes, at, values, [&](int64_t n, const Rows& value) {
+    float* sum = y + n * d;
+    std::fill_n(sum, d, 0.0f);
+    for (int64_t k = 0; k < sizes.n_k; ++k) {
+      const float *its = value(k), its_p = p[n * sizes.n_k + k];
+      value.Prefetch(k);
+      int64_t j = 0;
+      for (; j + kLanes <= d; j += kLanes) {
+        const Floats total = Load<Floats>(sum + j) + its_p * Load<Floats>(its + j);
+        std::memcpy(sum + j, &total, sizeof total);
+      }
+      for (; j < d; ++j) sum[j] += its_p * its[j];
+    }
+  });
 }
 
 }  // namespace layercomb

@@ -125,6 +125,29 @@ ffi::Error QueryAttention(ffi::ThreadPool threads, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
+// At (N, K) and keys or values (N, L, D).
+layercomb::Some SomeOf(const Call& call) {
+  return {call.size(1, 0), call.size(1, 1), call.size(2, 1), call.size(2, 2)};
+}
+
+// x (N, D), at, keys and epsilon.
+ffi::Error GatheredCosines(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                           ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  layercomb::GatheredCosines(call.pool(), SomeOf(call), call.floats(0), call.indices(1),
+                             call.floats(2), *call.floats(3), call.y());
+  return ffi::Error::Success();
+}
+
+// p (N, K), at and values.
+ffi::Error GatheredMeans(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                         ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  layercomb::GatheredMeans(call.pool(), SomeOf(call), call.floats(0), call.indices(1),
+                           call.floats(2), call.y());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 // One signature for all of them: what decodes it takes a second to compile.
@@ -140,3 +163,5 @@ LAYERCOMB_HANDLER(layercomb_module_convolution, ModuleConvolution);
 LAYERCOMB_HANDLER(layercomb_chosen_units, ChosenUnits);
 LAYERCOMB_HANDLER(layercomb_normalize, Normalize);
 LAYERCOMB_HANDLER(layercomb_query_attention, QueryAttention);
+LAYERCOMB_HANDLER(layercomb_gathered_cosines, GatheredCosines);
+LAYERCOMB_HANDLER(layercomb_gathered_means, GatheredMeans);

@@ -73,6 +73,20 @@ struct Heads {
 void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, const float* keys,
                     const float* values, const bool* seen, float* y);
 
+// The sizes of attention of one query for each of n_x rows to n_k of its d-vectors, of which there
+// are n_keys; what lies outside takes the nearest.
+struct Some {
+  int64_t n_x, n_k, n_keys, d;
+};
+
+// y[n, k] = x[n] · key / √(key · key + epsilon), with key = keys[n, at[n, k]].
+void GatheredCosines(const Pool& pool, const Some& sizes, const float* x, const int32_t* at,
+                     const float* keys, float epsilon, float* y);
+
+// y[n] = Σ_k p[n, k] values[n, at[n, k]].
+void GatheredMeans(const Pool& pool, const Some& sizes, const float* p, const int32_t* at,
+                   const float* values, float* y);
+
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls `work(i)` for each i below n, on threads of XLA's pool and on this one. Whoever is free

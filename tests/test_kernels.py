@@ -176,6 +176,20 @@ def test_query_attention(m, h, c, k, v):
 
 
 @needs_kernels
+@pytest.mark.parametrize(('n', 'k', 'd'), [(1, 256, 64), (12, 9, 64), (3, 1, 21)])
+def test_attention_to_some(n, k, d):
+    x, p = rng().normal(size=(n, d)).astype(np.float32), rng().random((n, k), np.float32)
+    words = rng().normal(size=(n, 50, d)).astype(np.float32)
+    at = rng().integers(0, 50, (n, k)).astype(np.int32)
+    at[0, 0] = -3  # outside: the nearest is taken
+    rows = np.take_along_axis(words, np.clip(at, 0, 49)[..., None], 1)  # (N, K, D)
+    wanted = np.einsum('nd,nkd->nk', x, rows) / np.sqrt(np.square(rows).sum(-1) + 0.1)
+    assert_same(jax.jit(kernels.gathered_cosines)(x, at, words, 0.1), wanted)
+    y = jax.jit(kernels.gathered_means)(p, at, words)
+    assert_same(y, np.einsum('nk,nkd->nd', p, rows))
+
+
+@needs_kernels
 def test_attention_far_from_what_is_usual():
     query, values = np.ones((4, 1), np.float32), np.arange(12, dtype=np.float32).reshape(4, 3, 1)
     keys = np.zeros((4, 3, 1), np.float32)

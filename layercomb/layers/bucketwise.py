@@ -34,6 +34,7 @@ from layercomb.layers import chunkwise, tiles
 # A position's score with itself: it counts where nothing else is seen. The paper's −1e5 would put
 # z there, where float32 holds no fraction finer than 0.008; e⁻¹⁰⁰ is as good as nothing.
 SELF = -100.0
+UNIT_EPSILON = 1e-6  # beside the square of a length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +201,7 @@ def scores(plan: Plan, q: Any, k: Any, rounds: Any, tile: Tile) -> jax.Array:
 def unit(x: jax.Array) -> jax.Array:
     """Keys from queries: x / ‖x‖, in the dtype of x."""
     wide = x.astype(jnp.float32)
-    norm = lax.rsqrt((wide * wide).sum(-1, keepdims=True) + 1e-6)
+    norm = lax.rsqrt((wide * wide).sum(-1, keepdims=True) + UNIT_EPSILON)
     return (wide * norm).astype(x.dtype)
 
 

@@ -277,12 +277,8 @@ class LSHAttention(Layer):
         position, real = jnp.repeat(position, h), jnp.repeat(real[:, 0], h)  # (N,), N = B·H
         after, at = rings.push(cache['rings'], buckets.reshape(b * h, -1), position, real)
         at = at.reshape(b * h, -1)  # (N, R·C)
-        there = jnp.clip(at, 0, room - 1) + jnp.arange(b * h)[:, None] * room
-
-        def gather(x: jax.Array) -> jax.Array:
-            return bucketwise.rows(x.reshape(-1, x.shape[2]), there)  # (N, R·C, …)
-
-        s = tiles.dot('nk,nck->nc', q.reshape(b * h, depth), bucketwise.unit(gather(cache['k'])))
+        there = jnp.clip(at, 0, room - 1)
+        s = rings.cosines(q.reshape(b * h, depth), cache['k'], there)
         s = jnp.where(at == position[:, None], bucketwise.SELF, s)
         if self.duplicates == 'once':
             s = s - jnp.log((at[:, None] == at[:, :, None]).sum(-1, dtype=jnp.float32))
@@ -291,7 +287,7 @@ class LSHAttention(Layer):
         p = jnp.where(seen, jnp.exp(s - s.max(-1, keepdims=True)), 0.0)
         total = p.sum(-1, keepdims=True)
         p = p / jnp.where(total > 0, total, 1.0)
-        y = tiles.dot('nc,ncd->nd', p, gather(cache['v']))
+        y = rings.means(p, cache['v'], there)
         return y.reshape(b, h, 1, -1).astype(cache['v'].dtype), after
 
 

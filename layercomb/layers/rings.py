@@ -13,8 +13,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from layercomb.layers import tiles
 from layercomb.layers.base import POSITION, Tree
-from layercomb.layers.bucketwise import IN_BOUNDS, sorted_by_bucket
+from layercomb.layers.bucketwise import IN_BOUNDS, UNIT_EPSILON, rows, sorted_by_bucket, unit
+from layercomb.layers.native import has_kernels, with_kernel
 
 
 def empty(n_rows: int, n_hashes: int, n_buckets: int, chunk_len: int) -> jax.Array:
@@ -44,6 +46,55 @@ def push(
     oldest = ring == ring.min(-1, keepdims=True)
     ring = jnp.where(oldest & real[:, None, None], position[:, None, None], ring)
     return rings.at[at].set(ring, unique_indices=True, **IN_BOUNDS), ring
+
+
+def cosines(q: jax.Array, keys: jax.Array, at: jax.Array) -> jax.Array:
+    """The products of queries with some of their keys, which are k / ‖k‖.
+
+    Args:
+      q: (N, K).
+      keys: k (N, L, K).
+      at: (N, J) int32, within bounds.
+
+    Returns:
+      (N, J) float32.
+    """
+    return (_fast_cosines if has_kernels(len(q), q, keys) else _cosines)(q, keys, at)
+
+
+def means(p: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
+    """The sums of some values, each times its p: (N, J), (N, L, D), (N, J) int32 → (N, D)."""
+    return (_fast_means if has_kernels(len(p), p, values) else _means)(p, values, at)
+
+
+def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
+    """(N, L, D), (N, J) → (N, J, D)."""
+    n, length, d = x.shape
+    return rows(x.reshape(n * length, d), at + jnp.arange(n)[:, None] * length)
+
+
+def _cosines(q: jax.Array, keys: jax.Array, at: jax.Array) -> jax.Array:
+    return tiles.dot('nk,njk->nj', q, unit(_taken(keys, at)))
+
+
+def _means(p: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
+    return tiles.dot('nj,njd->nd', p, _taken(values, at))
+
+
+def _cosines_by_kernel(q: jax.Array, keys: jax.Array, at: jax.Array) -> jax.Array:
+    import layercomb_kernels
+
+    return layercomb_kernels.gathered_cosines(q, at, keys, UNIT_EPSILON)
+
+
+def _means_by_kernel(p: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
+    import layercomb_kernels
+
+    return layercomb_kernels.gathered_means(p, at, values)
+
+
+_fast_cosines = with_kernel(_cosines, _cosines_by_kernel)
+_fast_means = with_kernel(_means, _means_by_kernel)
 
 
 def refill(cache: Tree) -> Tree:
