@@ -277,9 +277,9 @@ def quantize(
 ) -> tuple[Layer, Tree]:
     """The same model with its large matrices in few bits, to be decoded or evaluated.
 
-    Kernels of dense layers and projections, tables of embeddings, the units of sparse feed-forwards
-    and the features of multiplicative layers become int8, int4 or bfloat16; biases, norms,
-    positions, controllers and whatever is small stay as they are. Narrow matrices are rows along what a
+    Kernels of dense layers and projections, tables of embeddings, units of sparse feed-forwards and
+    features of multiplicative layers become int8, int4 or bfloat16; biases, norms, positions,
+    controllers and whatever is small stay as they are. Narrow matrices are rows along what a
     product sums over, a kernel (D, F) being (F, D), and integers have a float32 scale for each
     group of a row, at ``…_scales``; all names are kept. Both ends of a `Tied` model are
     quantized, each along its own sum, and it is tied no longer.

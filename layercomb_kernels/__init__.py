@@ -93,6 +93,7 @@ def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array
     Returns:
       (M, F) float32.
     """
+    _check_ranks(x=(x, 2), words=(words, 2))
     _check(x.shape[1] == _columns(words), x, words)
     _check_matrix(words, scales, x)
     return _call('row_products', (x.shape[0], words.shape[0]), x, words, scales)
@@ -111,6 +112,7 @@ def gathered_products(
     Returns:
       (M, K) float32.
     """
+    _check_ranks(x=(x, 2), at=(at, 2), words=(words, 2))
     _check(x.shape[1] == _columns(words) and len(x) == len(at), x, at, words)
     _check_matrix(words, scales, x)
     return _call('gathered_products', at.shape, x, at.astype(jnp.int32), words, scales)
@@ -126,6 +128,7 @@ def gathered_sums(h: jax.Array, at: jax.Array, words: jax.Array, scales: jax.Arr
     Returns:
       (M, D) float32.
     """
+    _check_ranks(h=(h, 2), at=(at, 2), words=(words, 2))
     _check(h.shape == at.shape, h, at, words)
     _check_matrix(words, scales, h)
     shape = (h.shape[0], _columns(words))
@@ -143,6 +146,7 @@ def factored_products(x: jax.Array, modules: jax.Array, features: jax.Array) -> 
     Returns:
       (M, S, F) float32.
     """
+    _check_ranks(x=(x, 2), modules=(modules, 2), features=(features, 2))
     _check(x.shape[1] == modules.shape[1] == features.shape[1], x, modules, features)
     _check_dtypes(features, x, modules, features)
     shape = (x.shape[0], modules.shape[0], features.shape[0])
@@ -159,6 +163,7 @@ def module_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
       (M, S, F) float32.
     """
+    _check_ranks(x=(x, 4), kernel=(kernel, 4))
     n_s = x.shape[2] - kernel.shape[1] + 1
     _check(x.shape[1::2] == kernel.shape[:3:2] and n_s > 0, x, kernel)
     _check_dtypes(kernel, x, kernel)
@@ -179,6 +184,7 @@ def chosen_units(x: jax.Array, first: jax.Array, second: jax.Array, block_size: 
     Returns:
       (M, F / N) int32, counted from 0 to F − 1.
     """
+    _check_ranks(x=(x, 2), first=(first, 2), second=(second, 2))
     n = second.shape[1]
     fits = (x.shape[1], len(second)) == first.shape and n % block_size == 0
     _check(fits, x, first, second)
@@ -206,6 +212,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 def _normalize(x: jax.Array, scale: jax.Array, epsilon: float, *bias: jax.Array) -> jax.Array:
+    _check_ranks(x=(x, 2))
     _check(all(w.shape == x.shape[1:] for w in (scale, *bias)), x, scale, *bias)
     _check_dtypes(scale, x, scale, *bias)
     return _call('normalize', x.shape, x, scale, jnp.asarray(epsilon, jnp.float32), *bias)
@@ -216,8 +223,9 @@ def query_attention(
 ) -> jax.Array:
     """y[n] = Σ_c softmax(query[n] · keys[n, c]) values[n, c], over the c that are seen.
 
-    What lies behind the last key that is seen is not read. Where none is, y is 0. Rows and heads
-    are one axis of N = M · H, as they are in a cache: reshaped, XLA would copy it.
+    What lies behind the last key that is seen is not read; values before it are, and must be
+    numbers. Where no key is seen y is 0. Rows and heads are one axis of N = M · H, as they are in a
+    cache: reshaped, XLA would copy it.
 
     Args:
       query: (N, K) float32.
@@ -228,9 +236,10 @@ def query_attention(
     Returns:
       (N, V) float32.
     """
+    _check_ranks(query=(query, 2), keys=(keys, 3), values=(values, 3), seen=(seen, 2))
     (n, k), (m, c) = query.shape, seen.shape
-    fits = keys.shape == (n, c, k) and values.shape[:2] == (n, c) and m and n % m == 0
-    _check(bool(fits), query, keys, values, seen)
+    fits = keys.shape == (n, c, k) and values.shape[:2] == (n, c) and n == m * (n // max(m, 1))
+    _check(fits, query, keys, values, seen)
     _check_dtypes(keys, query, keys, values)
     if seen.dtype != jnp.bool_:
         raise TypeError(f'what is seen is told by bool, got {seen.dtype}')
@@ -249,6 +258,7 @@ def gathered_cosines(x: jax.Array, at: jax.Array, keys: jax.Array, epsilon: floa
     Returns:
       (N, K) float32.
     """
+    _check_ranks(x=(x, 2), at=(at, 2), keys=(keys, 3))
     n, length, d = keys.shape
     _check(x.shape == (n, d) and len(at) == n and length > 0, x, at, keys)
     _check_dtypes(keys, x, keys)
@@ -267,6 +277,7 @@ def gathered_means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
     Returns:
       (N, D) float32.
     """
+    _check_ranks(p=(p, 2), at=(at, 2), values=(values, 3))
     n, length, d = values.shape
     _check(p.shape == at.shape and len(at) == n and length > 0, p, at, values)
     _check_dtypes(values, p, values)
@@ -275,6 +286,12 @@ def gathered_means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
 
 def _columns(words: jax.Array) -> int:
     return words.shape[1] * (2 if words.dtype == jnp.uint8 else 1)
+
+
+def _check_ranks(**expected: tuple[jax.Array, int]) -> None:
+    for name, (x, ndim) in expected.items():
+        if x.ndim != ndim:
+            raise ValueError(f'{name} must have {ndim} axes, got {x.shape}')
 
 
 def _check(fits: bool, *args: jax.Array) -> None:

@@ -23,7 +23,7 @@ float Dot(const float* a, const float* b, int64_t n) {
   return total;
 }
 
-// e^x for x ≤ 0 to 2 units in the last place: 2^k times a polynomial in what is left of x, at most
+// e^x for x ≤ 0 to 3 units in the last place: 2^k times a polynomial in what is left of x, at most
 // half a binary place; 0 where that is below the smallest normal number, NaN for NaN.
 Floats Exp(Floats x) {
   constexpr float kNearest = 3 << 22;  // the sum's last bits are then the nearest integer
@@ -126,24 +126,22 @@ void ForRows(const Pool& pool, const Some& sizes, const int32_t* at, const float
 
 void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, const float* keys,
                     const float* values, const bool* seen, float* y) {
-  for (int64_t m = 0; m < sizes.n_x; ++m, seen += sizes.n_keys) {
-    int64_t n = sizes.n_keys;
-    while (n && !seen[n - 1]) --n;
-    const int64_t first = m * sizes.n_heads;
-    if (!n) {
-      std::fill_n(y + first * sizes.d_value, sizes.n_heads * sizes.d_value, 0.0f);
-      continue;
-    }
-    const int64_t bytes = 4 * sizes.n_heads * n * (sizes.d_key + sizes.d_value);
-    InPieces(pool, bytes, sizes.n_heads, 1, [&](int64_t h, int64_t n_h) {
-      std::vector<float> p(n + kLanes);
-      for (int64_t i = first + h; i < first + h + n_h; ++i) {
-        Attend(sizes, query + i * sizes.d_key, keys + i * sizes.n_keys * sizes.d_key,
-               values + i * sizes.n_keys * sizes.d_value, seen, n, p.data(),
-               y + i * sizes.d_value);
-      }
-    });
+  std::vector<int64_t> n_seen(sizes.n_x, sizes.n_keys);  // and what lies behind them is not read
+  int64_t n_read = 0;
+  for (int64_t m = 0; m < sizes.n_x; ++m) {
+    while (n_seen[m] && !seen[m * sizes.n_keys + n_seen[m] - 1]) --n_seen[m];
+    n_read += n_seen[m] * sizes.n_heads;
   }
+  const int64_t bytes = 4 * n_read * (sizes.d_key + sizes.d_value);
+  InPieces(pool, bytes, sizes.n_x * sizes.n_heads, 1, [&](int64_t first, int64_t n) {
+    std::vector<float> p(sizes.n_keys + kLanes);
+    for (int64_t i = first; i < first + n; ++i) {
+      const int64_t m = i / sizes.n_heads;
+      Attend(sizes, query + i * sizes.d_key, keys + i * sizes.n_keys * sizes.d_key,
+             values + i * sizes.n_keys * sizes.d_value, seen + m * sizes.n_keys, n_seen[m],
+             p.data(), y + i * sizes.d_value);
+    }
+  });
 }
 
 void GatheredCosines(const Pool& pool, const Some& sizes, const float* x, const int32_t* at,

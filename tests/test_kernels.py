@@ -163,7 +163,7 @@ def softmax(scores, seen):
 @needs_kernels
 @pytest.mark.parametrize(
     ('m', 'h', 'c', 'k', 'v'),
-    [(1, 12, 200, 64, 64), (3, 2, 17, 5, 21), (2, 1, 1, 1, 1), (2, 3, 40, 24, 12)],
+    [(1, 12, 200, 64, 64), (3, 2, 17, 5, 21), (2, 1, 1, 1, 1), (8, 3, 40, 24, 12)],
 )
 def test_query_attention(m, h, c, k, v):
     query = 3 * rng().normal(size=(m * h, k)).astype(np.float32)
@@ -176,7 +176,7 @@ def test_query_attention(m, h, c, k, v):
 
 
 @needs_kernels
-@pytest.mark.parametrize(('n', 'k', 'd'), [(1, 256, 64), (12, 9, 64), (3, 1, 21)])
+@pytest.mark.parametrize(('n', 'k', 'd'), [(1, 256, 64), (12, 90, 64), (3, 1, 21)])
 def test_attention_to_some(n, k, d):
     x, p = rng().normal(size=(n, d)).astype(np.float32), rng().random((n, k), np.float32)
     words = rng().normal(size=(n, 50, d)).astype(np.float32)
@@ -241,6 +241,15 @@ def test_shapes_are_checked():
         kernels.layer_norm(x, x[0], x[0, 1:], 0.1)
     with pytest.raises(ValueError, match='shapes do not fit together'):
         kernels.query_attention(x, np.ones((2, 3, 16)), np.ones((2, 3, 1)), np.ones((3, 3), bool))
+    for call in (
+        lambda: kernels.gathered_cosines(x, np.zeros(2, int), x[:, None], 0.1),
+        lambda: kernels.gathered_means(x, np.zeros((2, 16), int), x),
+        lambda: kernels.layer_norm(x[None], x, x, 0.1),
+        lambda: kernels.row_products(x[0], x, none),
+        lambda: kernels.query_attention(x, x[:, None], x[:, None, None], np.ones((2, 1), bool)),
+    ):
+        with pytest.raises(ValueError, match=r'\w+ must have \d axes, got \('):
+            call()
     with pytest.raises(TypeError, match='what is seen is told by bool, got float32'):
         kernels.query_attention(x, x[:, None], x[:, None], np.ones((2, 1), np.float32))
     with pytest.raises(TypeError, match='the kernels take float32, got float16'):

@@ -258,7 +258,7 @@ class LSHAttention(Layer):
         n_buckets = self._factors(room)
         buckets = rotated_buckets(q, cache['rotations'], n_buckets=n_buckets)
         new = buckets.swapaxes(2, 3).astype(cache['buckets'].dtype)  # (B, H, T, R)
-        cache |= append(cache, {'k': q, 'v': v, 'mask': real, 'buckets': new}, position)
+        cache = cache | append(cache, {'k': q, 'v': v, 'mask': real, 'buckets': new}, position)
         if length == 1 and 'rings' in cache:
             y, cache['rings'] = self._next(cache, q, buckets, position, real)
         else:

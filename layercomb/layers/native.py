@@ -13,10 +13,14 @@ FEW = 32  # rows, at most, for which a kernel is quicker than XLA
 
 
 def has_kernels(n_rows: int, *wide: jax.Array) -> bool:
-    """Whether to multiply so few rows by a kernel, with arrays that must be float32 for it."""
-    if n_rows > FEW or jax.default_backend() != 'cpu':
+    """Whether a kernel is to take so few rows, and arrays that must be float32 for it.
+
+    Where there are several devices arrays may be sharded, of which kernels know nothing: each of
+    them would then be given the whole.
+    """
+    if not 0 < n_rows <= FEW or jax.default_backend() != 'cpu' or jax.device_count() > 1:
         return False
-    if any(x.dtype != jnp.float32 for x in wide):
+    if any(x.dtype != jnp.float32 or not x.size for x in wide):
         return False
     import layercomb_kernels  # here, since it compiles, and most programs never come here
 

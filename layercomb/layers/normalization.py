@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.base import Layer, Mode
+from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.native import has_kernels, with_kernel
 from layercomb.shapes import check_float
 
@@ -37,7 +37,7 @@ class LayerNorm(Layer):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         bias = weights['bias'] if self.use_bias else 0.0
-        fast = self.use_bias and _is_little(x, mode)
+        fast = self.use_bias and _is_little(x, mode, weights)
         f = _fast_layer_norm if fast else _layer_norm
         return (f(x, weights['scale'], bias, self.epsilon),), state
 
@@ -62,7 +62,7 @@ class RMSNorm(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
-        f = _fast_rms_norm if _is_little(x, mode) else _rms_norm
+        f = _fast_rms_norm if _is_little(x, mode, weights) else _rms_norm
         return (f(x, weights['scale'], self.epsilon),), state
 
 
@@ -124,9 +124,9 @@ def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return (h * scale).astype(x.dtype)
 
 
-def _is_little(x: jax.Array, mode: Mode) -> bool:
+def _is_little(x: jax.Array, mode: Mode, weights: Tree) -> bool:
     """Whether x is so little that a kernel's one loop is quicker than XLA's six."""
-    return mode is Mode.PREDICT and has_kernels(math.prod(x.shape[:-1]), x)
+    return mode is Mode.PREDICT and has_kernels(math.prod(x.shape[:-1]), x, *weights.values())
 
 
 def _with_kernel(name: str, plain: Any) -> Any:

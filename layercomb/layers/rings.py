@@ -51,6 +51,8 @@ def push(
 def cosines(q: jax.Array, keys: jax.Array, at: jax.Array) -> jax.Array:
     """The products of queries with some of their keys, which are k / ‖k‖.
 
+    Each query has keys of its own, so that a kernel is as good for many queries as for one.
+
     Args:
       q: (N, K).
       keys: k (N, L, K).
@@ -59,12 +61,12 @@ def cosines(q: jax.Array, keys: jax.Array, at: jax.Array) -> jax.Array:
     Returns:
       (N, J) float32.
     """
-    return (_fast_cosines if has_kernels(len(q), q, keys) else _cosines)(q, keys, at)
+    return (_fast_cosines if has_kernels(1, q, keys) else _cosines)(q, keys, at)
 
 
 def means(p: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
     """The sums of some values, each times its p: (N, J), (N, L, D), (N, J) int32 → (N, D)."""
-    return (_fast_means if has_kernels(len(p), p, values) else _means)(p, values, at)
+    return (_fast_means if has_kernels(1, p, values) else _means)(p, values, at)
 
 
 def _taken(x: jax.Array, at: jax.Array) -> jax.Array:

@@ -171,11 +171,14 @@ def muon(
     b1: float = 0.9,
     b2: float = 0.98,
     weight_decay: float = 0.0,
+    *,
+    unit_fraction: float = 0.2,
 ) -> Any:
     """Muon on the matrices inside a model, Nesterov's Adam on tables, head, biases and scales.
 
     The units of a `SparseFF` are rows that few positions choose, as those of a table are, and go by
-    Adam, too: under Muon, whose step has one size for a whole matrix, they learn more slowly.
+    Adam, too, whose steps know how often each is chosen; they are matrices still, and take smaller
+    steps than tables.
 
     A matrix W moves along the momentum M of its gradient, made orthogonal: W ← W − η U Vᵀ √max(1,
     out / in), where M = U S Vᵀ, to the precision of five Newton–Schulz steps.
@@ -186,6 +189,7 @@ def muon(
       momentum: of M.
       b1, b2: of Adam.
       weight_decay: of the matrices, times the learning rate.
+      unit_fraction: the learning rate of units as a part of Adam's.
 
     Returns:
       An `optax.GradientTransformation`.
@@ -198,7 +202,8 @@ def muon(
     """
     if not callable(learning_rate):
         _check('learning_rate', learning_rate, low=0)
-    _check('adam_fraction', adam_fraction, low=0)
+    for name, value in (('adam_fraction', adam_fraction), ('unit_fraction', unit_fraction)):
+        _check(name, value, low=0)
     for name, value in (('momentum', momentum), ('b1', b1), ('b2', b2)):
         _check(name, value, low=0, high=1)
     _check('weight_decay', weight_decay, low=0)
@@ -210,7 +215,7 @@ def muon(
 
     changing = ('learning_rate', 'adam_learning_rate')
     fixed = set(inspect.signature(optax.contrib.muon).parameters) - set(changing)
-    return optax.inject_hyperparams(optax.contrib.muon, static_args=tuple(fixed))(
+    whole = optax.inject_hyperparams(optax.contrib.muon, static_args=tuple(fixed))(
         learning_rate=learning_rate,
         beta=momentum,
         weight_decay=weight_decay,
@@ -219,6 +224,7 @@ def muon(
         adam_learning_rate=adam_rate,
         muon_weight_dimension_numbers=matrices,
     )
+    return optax.chain(whole, optax.masked(optax.scale(unit_fraction), _units))
 
 
 def matrices(weights: Any) -> Any:
@@ -244,6 +250,12 @@ def matrices(weights: Any) -> Any:
         return optax.contrib.MuonDimensionNumbers(*matrix_axes(path, weight.ndim))
 
     return trees.map_with_path(axes, weights)
+
+
+def _units(weights: Any) -> Any:
+    """A tree that is true at the kernels of a `SparseFF`'s units."""
+    units = _kernels_of_units(trees.flatten(weights))
+    return trees.map_with_path(lambda path, _: path in units, weights)
 
 
 def _kernels_of_units(paths: Iterable[str]) -> set[str]:

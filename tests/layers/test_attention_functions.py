@@ -332,3 +332,8 @@ def test_wrong_chunks_are_refused_in_one_line(change, message):
     x = jnp.ones((2, 3, 6, 4))
     with pytest.raises(ValueError, match=message):
         local_attention(**{'q': x, 'k': x, 'v': x, 'chunk_len': 2, **change})
+
+
+def test_a_single_query_of_no_rows():
+    q = jnp.ones((0, 2, 1, 4))
+    assert dot_product_attention(q, q, q, causal=True).shape == q.shape

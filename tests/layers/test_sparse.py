@@ -361,13 +361,19 @@ class TestLocalConv:
         tl.MultiplicativeDense(4),
         tl.MultiplicativeHead(11, 3),
         tl.LocalConv(4, n_outputs=2, bias_init=tl.Normal(1.0)),
+        tl.LayerNorm(),
+        tl.RMSNorm(),
+        tl.SelfAttention(2),
+        tl.LSHSelfAttention(2, chunk_len=2, n_buckets=2),
     ],
     ids=lambda layer: type(layer).__name__,
 )
 def test_one_position_by_kernels_is_as_without(layer):
-    x = normal(1, 1, D)
-    weights, _ = layer.init((shape_dtype((1, L, D)),), jax.random.key(0))
-    state = init_state(layer, shape_dtype((1, L, D)))
+    x = normal(2, 1, D)
+    weights, _ = layer.init((shape_dtype((2, L, D)),), jax.random.key(0))
+    state = init_state(layer, shape_dtype((2, L, D)))
+    if isinstance(layer, (tl.SelfAttention, tl.LSHSelfAttention)):
+        _, state = layer.apply(weights, state, (normal(2, 5, D),), mode=Mode.PREDICT)
 
     def loss(weights, x):
         outputs, _ = layer.apply(weights, state, (x,), mode=Mode.PREDICT)

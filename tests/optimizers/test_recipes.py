@@ -61,6 +61,15 @@ def test_muon_leaves_units_that_few_positions_choose_to_adam(around):
         'sparse_ff/controller/in/kernel',
         'sparse_ff/controller/out/kernel',
     }
+    steps = []
+    for fraction in (1, 0.25):
+        optimizer = optimizers.muon(1.0, unit_fraction=fraction)
+        grads = jax.tree.map(jnp.ones_like, weights)
+        with jax.numpy_dtype_promotion('standard'):
+            steps.append(optimizer.update(grads, optimizer.init(weights), weights)[0])
+    for path, step in trees.flatten(steps[1]).items():
+        part = 0.25 if path in ('sparse_ff/in/kernel_transposed', 'sparse_ff/out/kernel') else 1
+        np.testing.assert_allclose(step, part * trees.flatten(steps[0])[path], rtol=1e-5)
 
 
 @pytest.mark.parametrize('make', [optimizers.adamw, optimizers.muon])
