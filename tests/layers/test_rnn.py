@@ -53,6 +53,7 @@ def test_is_its_equations_and_their_gradient(n):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, wanted)
 
 
+@pytest.mark.slow  # as all layers do in test_conformance.py
 def test_decodes_what_it_evaluates_and_is_causal():
     layer, weights = made(3)
     x = normal(B, L, D)

@@ -118,6 +118,7 @@ def test_the_gradient_is_that_of_plain_autodiff():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * scale + 1e-6, err_msg=path)
 
 
+@pytest.mark.slow  # decoding could not be evaluation if it were not
 def test_the_decoder_is_causal():
     net, (source, inputs, mask) = build(*MIXED), values()
     y = logits(net, (source, inputs, mask))

@@ -98,6 +98,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(optimized):
     assert temporaries(12) < 1.02 * temporaries(3)
 
 
+@pytest.mark.slow
 def test_it_evaluates_with_running_statistics():
     net = small(dropout=0.5)
     weights, state = net.init(IMAGES, jax.random.key(1))

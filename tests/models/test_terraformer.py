@@ -175,6 +175,7 @@ def test_a_decoder_decodes_what_it_evaluates_and_is_causal(changes):
     assert (jnp.abs(edited - whole)[:, 4:].max((0, 2)) > 1e-5).all()
 
 
+@pytest.mark.slow
 def test_padded_source_tokens_move_nothing_and_real_ones_do():
     net, (source, inputs, mask) = seq2seq(2), values()
     y = logits(net, (source, inputs, mask))

@@ -278,7 +278,14 @@ def test_other_numbers_are_no_other_program():
     assert all(size == sizes[0] for size in sizes)
 
 
-@pytest.mark.parametrize('how', [{'top_k': 5}, {'top_p': 0.6}, {'top_k': 9, 'top_p': 0.8}])
+@pytest.mark.parametrize(
+    'how',
+    [
+        pytest.param({'top_k': 5}, marks=pytest.mark.slow),
+        pytest.param({'top_p': 0.6}, marks=pytest.mark.slow),
+        {'top_k': 9, 'top_p': 0.8},
+    ],
+)
 def test_the_likeliest_are_those_that_sorting_finds(how):
     logits = jax.random.normal(jax.random.key(1), (3, 50)).round(1)  # some are the same
     keys = jax.random.split(jax.random.key(2), 3)
