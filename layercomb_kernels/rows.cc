@@ -393,7 +393,9 @@ void RowProducts(const Pool& pool, const Weights& weights, const float* x, int64
   WithMatrix(weights, [&](const auto& w) {
     using W = typename std::decay_t<decltype(w)>::Kind;
     const Activations<W> activations(w, x, n_x);
-    InPieces(pool, weights.n_bytes, w.n_rows, 16, [&](int64_t i, int64_t n) {
+    const int64_t products = n_x * w.n_rows * w.n * W::parts;
+    const int64_t bytes = std::max(weights.n_bytes, products / kProductsToAByte);
+    InPieces(pool, bytes, w.n_rows, 16, [&](int64_t i, int64_t n) {
       Rows<W>(w, activations, 0, n_x, nullptr, y, w.n_rows, i, n);
     });
   });
