@@ -165,3 +165,14 @@ def test_groups_divide_what_they_run_along():
     assert narrow.scales.shape == (4, 2)
     assert lib.can_narrow((10, 24), 'oi', 4) and not lib.can_narrow((10, 25), 'oi', 4)
     assert lib.can_narrow((24, 9), 'io', 4) and not lib.can_narrow((3, 5, 2), 'iio', 4)
+
+
+def test_where_kernels_are_of_no_use_xla_multiplies(monkeypatch):
+    if not layercomb_kernels.available():
+        pytest.skip('no kernels here')
+    x = jnp.ones((1, 4))
+    assert native.has_kernels(1, x) and native.has_kernels(32, x)
+    for n_rows, array in ((33, x), (0, x), (1, x[:0]), (1, x.astype(jnp.bfloat16))):
+        assert not native.has_kernels(n_rows, array)
+    monkeypatch.setattr(jax, 'device_count', lambda: 2)  # they would be given whole arrays
+    assert not native.has_kernels(1, x)
