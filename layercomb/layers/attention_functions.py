@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers import blockwise, chunkwise, tiles
-from layercomb.layers.native import has_kernels, with_kernel
+from layercomb.layers.native import has_kernels, kernel_named, with_kernel
 
 
 def dot_product_attention(
@@ -172,7 +172,7 @@ def one_query(
     q_1 = q[:, :, 0].astype(jnp.float32) * scale  # (B, H, K)
     if rng is None and has_kernels(1, q_1, k, v):  # each query has keys of its own
         seen = jnp.broadcast_to(seen[:, 0], (len(q), n_keys))
-        return _attend_by_kernel(q_1, k, v, seen)[:, :, None]  # (B, H, 1, D)
+        return _fast_attend(q_1, k, v, seen)[:, :, None]  # (B, H, 1, D)
     p = tiles.drop(dropout_rate, rng, 0, _probabilities(q_1, k, seen))
     return tiles.dot('bhc,bhcd->bhd', p, v)[:, :, None].astype(v.dtype)  # (B, H, 1, D)
 
@@ -191,14 +191,13 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Ar
     return tiles.dot('bhc,bhcd->bhd', _probabilities(q, k, seen[:, None]), v)
 
 
-def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    import layercomb_kernels
-
+def _by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))  # (B, H, …) → (B·H, …)
-    return layercomb_kernels.query_attention(q, k, v, seen).reshape(len(seen), -1, v.shape[-1])
+    y = kernel_named('query_attention')(q, k, v, seen)
+    return y.reshape(len(seen), -1, v.shape[-1])  # (B, H, D)
 
 
-_attend_by_kernel = with_kernel(_attend, _kernel)
+_fast_attend = with_kernel(_attend, _by_kernel)
 
 
 @functools.cache

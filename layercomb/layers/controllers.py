@@ -21,7 +21,7 @@ from layercomb.layers.base import Tree
 from layercomb.layers.core import dense, matmul
 from layercomb.layers.fields import nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import lecun_normal
-from layercomb.layers.native import has_kernels, with_kernel
+from layercomb.layers.native import has_kernels, kernel_named, with_kernel
 
 
 def check_fields(layer: Any, cut: str) -> None:
@@ -81,17 +81,9 @@ def _units(block_size: int, x: jax.Array, first: jax.Array, second: jax.Array) -
     return chosen + block_size * jnp.arange(n_blocks, dtype=chosen.dtype)
 
 
-def _units_by_kernel(
-    block_size: int, x: jax.Array, first: jax.Array, second: jax.Array
-) -> jax.Array:
-    import layercomb_kernels
-
-    return layercomb_kernels.chosen_units(x, first, second, block_size)
-
-
 def _fast_units(block_size: int, *arrays: jax.Array) -> jax.Array:
-    plain, kernel = (functools.partial(f, block_size) for f in (_units, _units_by_kernel))
-    return with_kernel(plain, kernel)(*arrays)
+    by_kernel = functools.partial(kernel_named('chosen_units'), block_size=block_size)
+    return with_kernel(functools.partial(_units, block_size), by_kernel)(*arrays)
 
 
 def sample(

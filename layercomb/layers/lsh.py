@@ -278,7 +278,7 @@ class LSHAttention(Layer):
         after, at = rings.push(cache['rings'], buckets.reshape(b * h, -1), position, real)
         at = at.reshape(b * h, -1)  # (N, R·C)
         there = jnp.clip(at, 0, room - 1)
-        s = rings.cosines(q.reshape(b * h, depth), cache['k'], there)
+        s = rings.cosines(q.reshape(b * h, depth), there, cache['k'])
         s = jnp.where(at == position[:, None], bucketwise.SELF, s)
         if self.duplicates == 'once':
             s = s - jnp.log((at[:, None] == at[:, :, None]).sum(-1, dtype=jnp.float32))
@@ -287,7 +287,7 @@ class LSHAttention(Layer):
         p = jnp.where(seen, jnp.exp(s - s.max(-1, keepdims=True)), 0.0)
         total = p.sum(-1, keepdims=True)
         p = p / jnp.where(total > 0, total, 1.0)
-        y = rings.means(p, cache['v'], there)
+        y = rings.means(p, there, cache['v'])
         return y.reshape(b, h, 1, -1).astype(cache['v'].dtype), after
 
 

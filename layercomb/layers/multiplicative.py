@@ -21,7 +21,7 @@ from layercomb.layers.core import Dense, contract
 from layercomb.layers.fields import Size, nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import Initializer, Normal, lecun_normal, zeros
 from layercomb.layers.narrow import Narrow
-from layercomb.layers.native import has_kernels, with_kernel
+from layercomb.layers.native import has_kernels, kernel_named, with_kernel
 from layercomb.shapes import check_float
 
 
@@ -173,13 +173,7 @@ def _plain_product(x: jax.Array, modules: jax.Array, features: jax.Array) -> jax
     return y.swapaxes(1, 2)
 
 
-def _product_kernel(*args: jax.Array) -> jax.Array:
-    import layercomb_kernels
-
-    return layercomb_kernels.factored_products(*args)
-
-
-_factored_product = with_kernel(_plain_product, _product_kernel)
+_factored_product = with_kernel(_plain_product, kernel_named('factored_products'))
 
 
 class LocalConv(Layer):
@@ -271,13 +265,11 @@ def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return convolve(x, kernel, (1, 1), 'VALID', (1, 1), groups=1)
 
 
-def _convolution_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    import layercomb_kernels
-
-    return layercomb_kernels.module_convolution(x, kernel)[:, None]
+def _convolve_by_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return kernel_named('module_convolution')(x, kernel)[:, None]  # (B, 1, S, F)
 
 
-_convolve_one = with_kernel(_convolve, _convolution_kernel)
+_convolve_one = with_kernel(_convolve, _convolve_by_kernel)
 
 
 def LowRankDense(n_units: int, rank: int, name: str | None = None) -> Serial:

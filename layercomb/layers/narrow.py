@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layercomb.layers.bucketwise import IN_BOUNDS
-from layercomb.layers.native import has_kernels, with_kernel
+from layercomb.layers.native import has_kernels, kernel_named, with_kernel
 
 BITS = (4, 8, 16)
 
@@ -250,13 +250,11 @@ def _rows(w: Narrow, rows: jax.Array) -> jax.Array:
 
 
 def _with_kernel(name: str, plain: Any) -> Any:
-    def kernel(x: jax.Array, *args: Any) -> jax.Array:
-        import layercomb_kernels
-
+    def by_kernel(x: jax.Array, *args: Any) -> jax.Array:
         *rows, w = args
-        return getattr(layercomb_kernels, name)(x.astype(jnp.float32), *rows, *w._matrix())
+        return kernel_named(name)(x.astype(jnp.float32), *rows, *w._matrix())
 
-    return with_kernel(plain, kernel)
+    return with_kernel(plain, by_kernel)
 
 
 _product = _with_kernel('row_products', _plain_product)

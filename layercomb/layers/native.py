@@ -27,15 +27,26 @@ def has_kernels(n_rows: int, *wide: jax.Array) -> bool:
     return layercomb_kernels.available()
 
 
-def with_kernel(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The function `plain`, computed by `kernel` in programs for a CPU.
+def kernel_named(name: str) -> Callable[..., jax.Array]:
+    """A function of `layercomb_kernels`, which is not imported before it is called."""
+
+    def call(*args: Any, **options: Any) -> jax.Array:
+        import layercomb_kernels
+
+        return getattr(layercomb_kernels, name)(*args, **options)
+
+    return call
+
+
+def with_kernel(plain: Callable[..., Any], by_kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The function `plain`, computed by another one in programs for a CPU.
 
     Its derivatives are those of `plain`.
     """
 
     @jax.custom_jvp
     def fast(*args: Any) -> Any:
-        return lax.platform_dependent(*args, cpu=kernel, default=plain)
+        return lax.platform_dependent(*args, cpu=by_kernel, default=plain)
 
     @fast.defjvp
     def derivative(primals: Any, tangents: Any) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.base import Layer, Mode, Tree
-from layercomb.layers.native import has_kernels, with_kernel
+from layercomb.layers.native import has_kernels, kernel_named, with_kernel
 from layercomb.shapes import check_float
 
 
@@ -130,13 +130,10 @@ def _is_little(x: jax.Array, mode: Mode, weights: Tree) -> bool:
 
 
 def _with_kernel(name: str, plain: Any) -> Any:
-    def kernel(x: jax.Array, *args: Any) -> jax.Array:
-        import layercomb_kernels
+    def by_kernel(x: jax.Array, *args: Any) -> jax.Array:
+        return kernel_named(name)(x.reshape(-1, x.shape[-1]), *args).reshape(x.shape)  # of (M, D)
 
-        y = getattr(layercomb_kernels, name)(x.reshape(-1, x.shape[-1]), *args)  # (M, D)
-        return y.reshape(x.shape)
-
-    return with_kernel(plain, kernel)
+    return with_kernel(plain, by_kernel)
 
 
 _fast_layer_norm = _with_kernel('layer_norm', _layer_norm)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from layercomb.layers import tiles
 from layercomb.layers.base import POSITION, Tree
 from layercomb.layers.bucketwise import IN_BOUNDS, UNIT_EPSILON, rows, sorted_by_bucket, unit
-from layercomb.layers.native import has_kernels, with_kernel
+from layercomb.layers.native import has_kernels, kernel_named, with_kernel
 
 
 def empty(n_rows: int, n_hashes: int, n_buckets: int, chunk_len: int) -> jax.Array:
@@ -48,25 +48,25 @@ def push(
     return rings.at[at].set(ring, unique_indices=True, **IN_BOUNDS), ring
 
 
-def cosines(q: jax.Array, keys: jax.Array, at: jax.Array) -> jax.Array:
+def cosines(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
     """The products of queries with some of their keys, which are k / ‖k‖.
 
     Each query has keys of its own, so that a kernel is as good for many queries as for one.
 
     Args:
       q: (N, K).
-      keys: k (N, L, K).
       at: (N, J) int32, within bounds.
+      keys: k (N, L, K).
 
     Returns:
       (N, J) float32.
     """
-    return (_fast_cosines if has_kernels(1, q, keys) else _cosines)(q, keys, at)
+    return (_fast_cosines if has_kernels(1, q, keys) else _cosines)(q, at, keys)
 
 
-def means(p: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
-    """The sums of some values, each times its p: (N, J), (N, L, D), (N, J) int32 → (N, D)."""
-    return (_fast_means if has_kernels(1, p, values) else _means)(p, values, at)
+def means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
+    """The sums of some values, each times its p: (N, J), (N, J) int32, (N, L, D) → (N, D)."""
+    return (_fast_means if has_kernels(1, p, values) else _means)(p, at, values)
 
 
 def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
@@ -75,28 +75,20 @@ def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
     return rows(x.reshape(n * length, d), at + jnp.arange(n)[:, None] * length)
 
 
-def _cosines(q: jax.Array, keys: jax.Array, at: jax.Array) -> jax.Array:
+def _cosines(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
     return tiles.dot('nk,njk->nj', q, unit(_taken(keys, at)))
 
 
-def _means(p: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
+def _means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
     return tiles.dot('nj,njd->nd', p, _taken(values, at))
 
 
-def _cosines_by_kernel(q: jax.Array, keys: jax.Array, at: jax.Array) -> jax.Array:
-    import layercomb_kernels
-
-    return layercomb_kernels.gathered_cosines(q, at, keys, UNIT_EPSILON)
-
-
-def _means_by_kernel(p: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
-    import layercomb_kernels
-
-    return layercomb_kernels.gathered_means(p, at, values)
+def _cosines_by_kernel(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
+    return kernel_named('gathered_cosines')(q, at, keys, UNIT_EPSILON)
 
 
 _fast_cosines = with_kernel(_cosines, _cosines_by_kernel)
-_fast_means = with_kernel(_means, _means_by_kernel)
+_fast_means = with_kernel(_means, kernel_named('gathered_means'))
 
 
 def refill(cache: Tree) -> Tree:
