@@ -93,7 +93,7 @@ def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array
     Returns:
       (M, F) float32.
     """
-    _check_ranks(x=(x, 2), words=(words, 2))
+    _check_ranks(x=(x, 2), words=(words, 2), scales=(scales, 2))
     _check(x.shape[1] == _columns(words), x, words)
     _check_matrix(words, scales, x)
     return _call('row_products', (x.shape[0], words.shape[0]), x, words, scales)
@@ -112,7 +112,7 @@ def gathered_products(
     Returns:
       (M, K) float32.
     """
-    _check_ranks(x=(x, 2), at=(at, 2), words=(words, 2))
+    _check_ranks(x=(x, 2), at=(at, 2), words=(words, 2), scales=(scales, 2))
     _check(x.shape[1] == _columns(words) and len(x) == len(at), x, at, words)
     _check_matrix(words, scales, x)
     return _call('gathered_products', at.shape, x, at.astype(jnp.int32), words, scales)
@@ -128,7 +128,7 @@ def gathered_sums(h: jax.Array, at: jax.Array, words: jax.Array, scales: jax.Arr
     Returns:
       (M, D) float32.
     """
-    _check_ranks(h=(h, 2), at=(at, 2), words=(words, 2))
+    _check_ranks(h=(h, 2), at=(at, 2), words=(words, 2), scales=(scales, 2))
     _check(h.shape == at.shape, h, at, words)
     _check_matrix(words, scales, h)
     shape = (h.shape[0], _columns(words))
@@ -311,7 +311,7 @@ def _check_matrix(words: jax.Array, scales: jax.Array, x: jax.Array) -> None:
         fits = scales.shape == (len(words), n_parts * n_groups)
         _check(words.size > 0 and whole and fits, words, scales)
     else:
-        _check(words.size > 0 and scales.size == 0, words, scales)
+        _check(words.size > 0 and scales.shape == (0, 0), words, scales)
 
 
 def _check_dtypes(words: jax.Array, *floats: jax.Array) -> None:

@@ -229,6 +229,7 @@ def test_shapes_are_checked():
         (np.ones((8, 8), np.uint8), np.ones((8, 1), np.float32)),
         (np.ones((8, 8), np.uint8), np.ones((8, 3), np.float32)),
         (np.ones((8, 16), np.float32), scales),
+        (np.ones((8, 16), np.float32), np.ones((0, 5), np.float32)),
     ):
         with pytest.raises(ValueError, match='shapes do not fit together'):
             kernels.row_products(x, its_words, its_scales)
@@ -246,6 +247,8 @@ def test_shapes_are_checked():
         lambda: kernels.gathered_means(x, np.zeros((2, 16), int), x),
         lambda: kernels.layer_norm(x[None], x, x, 0.1),
         lambda: kernels.row_products(x[0], x, none),
+        lambda: kernels.row_products(x, x, none.reshape(0)),
+        lambda: kernels.gathered_sums(x, np.zeros((2, 16), int), words, scales[:, 0]),
         lambda: kernels.query_attention(x, x[:, None], x[:, None, None], np.ones((2, 1), bool)),
     ):
         with pytest.raises(ValueError, match=r'\w+ must have \d axes, got \('):

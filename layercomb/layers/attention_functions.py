@@ -170,7 +170,7 @@ def one_query(
     seen = jax.vmap(lambda t: blockwise.visible(plan, 0, 0, None, t)[0])(start)  # (B or 1, Lk)
     seen = seen[:, None] if mask is None else (seen & mask)[:, None]  # (B or 1, 1, Lk)
     q_1 = q[:, :, 0].astype(jnp.float32) * scale  # (B, H, K)
-    if rng is None and has_kernels(1, q_1, k, v):  # each query has keys of its own
+    if rng is None and has_kernels(1, q_1, k, v):  # which reads what is seen alone
         seen = jnp.broadcast_to(seen[:, 0], (len(q), n_keys))
         return _fast_attend(q_1, k, v, seen)[:, :, None]  # (B, H, 1, D)
     p = tiles.drop(dropout_rate, rng, 0, _probabilities(q_1, k, seen))

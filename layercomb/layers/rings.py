@@ -51,7 +51,7 @@ def push(
 def cosines(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
     """The products of queries with some of their keys, which are k / ‖k‖.
 
-    Each query has keys of its own, so that a kernel is as good for many queries as for one.
+    Each query has keys of its own, which a kernel reads where they are, however many queries ask.
 
     Args:
       q: (N, K).

@@ -177,8 +177,7 @@ def muon(
     """Muon on the matrices inside a model, Nesterov's Adam on tables, head, biases and scales.
 
     The units of a `SparseFF` are rows that few positions choose, as those of a table are, and go by
-    Adam, too, whose steps know how often each is chosen; they are matrices still, and take smaller
-    steps than tables.
+    Adam, too, whose steps know how often each is chosen, and are smaller than those of tables.
 
     A matrix W moves along the momentum M of its gradient, made orthogonal: W ← W − η U Vᵀ √max(1,
     out / in), where M = U S Vᵀ, to the precision of five Newton–Schulz steps.
@@ -188,7 +187,7 @@ def muon(
       adam_fraction: Adam's learning rate as a part of it.
       momentum: of M.
       b1, b2: of Adam.
-      weight_decay: of the matrices, times the learning rate.
+      weight_decay: of what Muon moves, times the learning rate.
       unit_fraction: the learning rate of units as a part of Adam's.
 
     Returns:

@@ -171,6 +171,8 @@ def test_where_kernels_are_of_no_use_xla_multiplies(monkeypatch):
     if not layercomb_kernels.available():
         pytest.skip('no kernels here')
     x = jnp.ones((1, 4))
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
     assert native.has_kernels(1, x) and native.has_kernels(32, x)
     for n_rows, array in ((33, x), (0, x), (1, x[:0]), (1, x.astype(jnp.bfloat16))):
         assert not native.has_kernels(n_rows, array)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import layercomb_kernels
 from layercomb import tl, trees
 from layercomb.layers.base import DECISIONS, Mode, init_state
+from layercomb.layers.native import has_kernels
 from layercomb.shapes import shape_dtype
 
 B, L, D, F, N = 2, 6, 12, 24, 4
@@ -353,7 +354,7 @@ class TestLocalConv:
             tl.LocalConv(5).init((shape_dtype((1, 4, 12)),), jax.random.key(0))
 
 
-@pytest.mark.skipif(not layercomb_kernels.available(), reason='no kernels here')
+@pytest.mark.skipif(not has_kernels(1), reason='no kernels here')
 @pytest.mark.parametrize(
     'layer',
     [
