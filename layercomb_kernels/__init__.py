@@ -135,22 +135,25 @@ def gathered_sums(h: jax.Array, at: jax.Array, words: jax.Array, scales: jax.Arr
     return _call('gathered_sums', shape, h, at.astype(jnp.int32), words, scales)
 
 
-def factored_products(x: jax.Array, modules: jax.Array, features: jax.Array) -> jax.Array:
-    """y[m, s, f] = Σ_d x[m, d] A[s, d] B[f, d].
+def factored_products(
+    x: jax.Array, modules: jax.Array, words: jax.Array, scales: jax.Array
+) -> jax.Array:
+    """y[m, s, f] = Σ_d x[m, d] A[s, d] W[f, d].
 
     Args:
       x: (M, D) float32.
       modules: A (S, D) float32.
-      features: B (F, D) float32.
+      words, scales: as of `row_products`.
 
     Returns:
       (M, S, F) float32.
     """
-    _check_ranks(x=(x, 2), modules=(modules, 2), features=(features, 2))
-    _check(x.shape[1] == modules.shape[1] == features.shape[1], x, modules, features)
-    _check_dtypes(features, x, modules, features)
-    shape = (x.shape[0], modules.shape[0], features.shape[0])
-    return _call('factored_products', shape, x, modules, features)
+    _check_ranks(x=(x, 2), modules=(modules, 2), words=(words, 2), scales=(scales, 2))
+    _check(x.shape[1] == modules.shape[1] == _columns(words), x, modules, words)
+    _check_matrix(words, scales, x)
+    _check_dtypes(words, modules)
+    shape = (x.shape[0], modules.shape[0], words.shape[0])
+    return _call('factored_products', shape, x, modules, words, scales)
 
 
 def module_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -77,9 +77,8 @@ ffi::Error GatheredSums(ffi::ThreadPool threads, ffi::RemainingArgs args,
 ffi::Error FactoredProducts(ffi::ThreadPool threads, ffi::RemainingArgs args,
                             ffi::RemainingRets results) {
   Call call(threads, args, results);
-  layercomb::FactoredProducts(call.pool(), call.floats(0), call.floats(1), call.floats(2),
-                              call.size(0, 0), call.size(1, 0), call.size(2, 0), call.size(0, 1),
-                              call.y());
+  layercomb::FactoredProducts(call.pool(), call.weights(2), call.floats(0), call.floats(1),
+                              call.size(0, 0), call.size(1, 0), call.y());
   return ffi::Error::Success();
 }
 

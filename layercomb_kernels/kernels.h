@@ -43,10 +43,9 @@ void GatheredProducts(const Pool& pool, const Weights& w, const float* x, const 
 void GatheredSums(const Pool& pool, const Weights& w, const float* h, const int32_t* at,
                   int64_t n_x, int64_t n_k, float* y);
 
-// y[m, s, f] = Σ_d x[m, d] modules[s, d] features[f, d].
-void FactoredProducts(const Pool& pool, const float* x, const float* modules,
-                      const float* features, int64_t n_x, int64_t n_s, int64_t n_f, int64_t d,
-                      float* y);
+// y[m, s, f] = Σ_d x[m, d] modules[s, d] w[f, d].
+void FactoredProducts(const Pool& pool, const Weights& w, const float* x, const float* modules,
+                      int64_t n_x, int64_t n_s, float* y);
 
 // y[m, s, f] = Σ_p Σ_j x[m, p, step · s + j] kernel[p, j, f], for windows of n_j.
 void ModuleConvolution(const Pool& pool, const float* x, const float* kernel, int64_t n_x,

@@ -1,63 +1,86 @@
-// Products of one position, or a few, with the factors and kernels of sparse layers, in float32.
+// Products of one position, or a few, with the factors and kernels of sparse layers.
 //
 // XLA multiplies a few rows by copying the matrix into another order first, which takes as long as
 // the product.
 
-#include "kernels.h"
-#include "vectors.h"
+#include "matrices.h"
 
 namespace layercomb {
 namespace {
 
-constexpr int kLine = 16;  // floats in a line of the cache
-
-// y[s · n_f + f] = Σ_d x[d] modules[s, d] features[f, d], for n features from `first` on. A product
-// of x and a feature serves four modules.
-void Factored(const float* x, const float* modules, const float* features, int64_t n_s,
-              int64_t n_f, int64_t d, int64_t first, int64_t n, float* y) {
-  constexpr int S = 4, R = 3;
+// y[s · n_rows + f] = Σ_d x[d] modules[s, d] w[f, d], for n rows of w from `first` on. A product of x
+// and a weight serves four modules.
+template <typename W>
+void Factored(const Matrix<W>& w, const float* x, const float* modules, int64_t n_s, int64_t first,
+              int64_t n, float* y) {
+  constexpr int S = 4, R = 3, P = W::parts, kLine = 64 / sizeof(typename W::Word);
   for (int64_t s = 0; s < n_s; s += S) {
     const float* module[S];
-    for (int i = 0; i < S; ++i) module[i] = modules + std::min(s + i, n_s - 1) * d;
+    for (int i = 0; i < S; ++i) module[i] = modules + std::min(s + i, n_s - 1) * w.n * P;
     for (int64_t f = first; f < first + n; f += R) {
-      const float *feature[R], *next[R];
+      const typename W::Word *row[R], *next[R];
       for (int r = 0; r < R; ++r) {
-        feature[r] = features + std::min(f + r, first + n - 1) * d;
-        next[r] = features + std::min(f + R + r, first + n - 1) * d;
+        row[r] = w.Row(std::min(f + r, first + n - 1));
+        next[r] = w.Row(std::min(f + R + r, first + n - 1));
       }
       Floats sums[S][R] = {};
-      auto add = [&](const auto& load) {
-        Floats its_x = load(x);
-        Keep(its_x);
-        Floats scaled[R];
-        LAYERCOMB_UNROLL
-        for (int r = 0; r < R; ++r) scaled[r] = its_x * load(feature[r]);
-        LAYERCOMB_UNROLL
-        for (int i = 0; i < S; ++i) {
-          Floats its = load(module[i]);
-          Keep(its);
-          LAYERCOMB_UNROLL
-          for (int r = 0; r < R; ++r) sums[i][r] += its * scaled[r];
+      for (int64_t j = 0; j < w.n; j += w.g) {
+        float scales[R][P];
+        for (int r = 0; r < R; ++r) {
+          const int64_t its = std::min(f + r, first + n - 1);
+          for (int p = 0; p < P; ++p) {
+            scales[r][p] = w.scales ? W::unit[p] * w.Scales(its)[(p * w.n + j) / w.g] : 1;
+          }
         }
-      };
-      auto add_at = [&](int64_t j) {
-        add([j](const float* from) { return Load<Floats>(from + j); });
-      };
-      int64_t j = 0;
-      for (; j + kLine <= d; j += kLine) {
-        Prefetch<R>(next, j);
-        LAYERCOMB_UNROLL
-        for (int i = 0; i < kLine; i += kLanes) add_at(j + i);
-      }
-      for (; j + kLanes <= d; j += kLanes) add_at(j);
-      if (const int64_t rest = d - j) {
-        add([=](const float* from) { return Load<Floats>(Padded<float>(from + j, rest).values); });
+        // `its_row` are the words of row r, and `load` what belongs to them of a row of floats.
+        auto add = [&](const auto& its_row, const auto& load) {
+          Floats weights[R][P];
+          LAYERCOMB_UNROLL
+          for (int r = 0; r < R; ++r) W::Widen(its_row(r), weights[r]);
+          LAYERCOMB_UNROLL
+          for (int p = 0; p < P; ++p) {
+            Floats its_x = load(x + p * w.n);
+            Keep(its_x);
+            Floats scaled[R];
+            LAYERCOMB_UNROLL
+            for (int r = 0; r < R; ++r) {
+              scaled[r] = its_x * weights[r][p];
+              if constexpr (W::integer) scaled[r] *= scales[r][p];
+            }
+            LAYERCOMB_UNROLL
+            for (int i = 0; i < S; ++i) {
+              Floats its = load(module[i] + p * w.n);
+              Keep(its);
+              LAYERCOMB_UNROLL
+              for (int r = 0; r < R; ++r) sums[i][r] += its * scaled[r];
+            }
+          }
+        };
+        auto add_at = [&](int64_t at) {
+          add([&](int r) { return row[r] + at; },
+              [&](const float* from) { return Load<Floats>(from + at); });
+        };
+        int64_t at = j;
+        for (; at + kLine <= j + w.g; at += kLine) {
+          Prefetch<R>(next, at);
+          for (int i = 0; i < kLine; i += kLanes) add_at(at + i);
+        }
+        for (; at + kLanes <= j + w.g; at += kLanes) add_at(at);
+        if (const int64_t rest = j + w.g - at) {
+          Padded<typename W::Word> ends[R];
+          LAYERCOMB_UNROLL
+          for (int r = 0; r < R; ++r) ends[r] = {row[r] + at, rest};
+          add([&](int r) { return ends[r].values; },
+              [&](const float* from) {
+                return Load<Floats>(Padded<float>(from + at, rest).values);
+              });
+        }
       }
       LAYERCOMB_UNROLL
       for (int i = 0; i < S; ++i) {
         LAYERCOMB_UNROLL
         for (int r = 0; r < R; ++r) {
-          if (s + i < n_s && f + r < first + n) y[(s + i) * n_f + f + r] = Sum(sums[i][r]);
+          if (s + i < n_s && f + r < first + n) y[(s + i) * w.n_rows + f + r] = Sum(sums[i][r]);
         }
       }
     }
@@ -103,15 +126,17 @@ void Convolve(const Sizes& sizes, const float* x, const float* kernel, int64_t f
 
 }  // namespace
 
-void FactoredProducts(const Pool& pool, const float* x, const float* modules,
-                      const float* features, int64_t n_x, int64_t n_s, int64_t n_f, int64_t d,
-                      float* y) {
-  for (int64_t m = 0; m < n_x; ++m) {
-    const int64_t bytes = std::max<int64_t>(4, n_s / kProductsToAByte) * n_f * d;
-    InPieces(pool, bytes, n_f, 3, [&](int64_t f, int64_t n) {
-      Factored(x + m * d, modules, features, n_s, n_f, d, f, n, y + m * n_s * n_f);
-    });
-  }
+void FactoredProducts(const Pool& pool, const Weights& weights, const float* x,
+                      const float* modules, int64_t n_x, int64_t n_s, float* y) {
+  WithMatrix(weights, [&](const auto& w) {
+    const int64_t d = w.n * w.parts, products = n_s * w.n_rows * d;
+    const int64_t bytes = std::max(weights.n_bytes, products / kProductsToAByte);
+    for (int64_t m = 0; m < n_x; ++m) {
+      InPieces(pool, bytes, w.n_rows, 3, [&](int64_t f, int64_t n) {
+        Factored(w, x + m * d, modules, n_s, f, n, y + m * n_s * w.n_rows);
+      });
+    }
+  });
 }
 
 void ModuleConvolution(const Pool& pool, const float* x, const float* kernel, int64_t n_x,

@@ -7,8 +7,7 @@
 
 #include <vector>
 
-#include "kernels.h"
-#include "vectors.h"
+#include "matrices.h"
 
 namespace layercomb {
 namespace {
@@ -249,19 +248,23 @@ class AsShorts {
     };
     Floats most[2] = {}, unknown = {};
     for (int64_t j = 0; j < n; j += kLanes) {
-      const Floats its = load(j), size = its < 0 ? -its : its;
+      const Floats its = load(j);
       Floats& so_far = most[j / kLanes % 2];
-      so_far = size > so_far ? size : so_far;
+      so_far = Larger(its < 0 ? -its : its, so_far);
       unknown += 0 * its;  // NaN where there is NaN, or infinity
     }
-    float inverse[kPair];
-    for (int i = 0; i < kPair; ++i) {
-      const float pair = std::max(most[i / kLanes][i % kLanes], most[i / kLanes][(i ^ 1) % kLanes]);
-      scales[i / 2] = pair / 32767 + Sum(unknown);
-      inverse[i] = pair > 0 ? 32767 / pair : 0;
+    Floats inverse[2], pairs[2];
+    LAYERCOMB_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const Floats pair = Larger(most[i], NeighboursSwapped(most[i]));
+      inverse[i] = pair > 0 ? 32767 / pair : Floats{};
+      pairs[i] = pair / 32767 + Sum(unknown);
     }
+    float ends[kPair];  // both of a pair have the same
+    std::memcpy(ends, pairs, sizeof ends);
+    for (int i = 0; i < kLanes; ++i) scales[i] = ends[2 * i];
     for (int64_t j = 0; j < (n + kPair - 1) / kPair * kPair; j += kLanes) {
-      const Floats sum = load(j) * Load<Floats>(inverse + j % kPair) + kNearest;
+      const Floats sum = load(j) * inverse[j / kLanes % 2] + kNearest;
       const Halves whole = __builtin_convertvector(reinterpret_cast<Ints>(sum), Halves);
       std::memcpy(values + j, &whole, sizeof whole);
     }
@@ -307,22 +310,6 @@ void Rows(const Matrix<W>& w, const Activations<W>& x, int64_t m, int64_t n_m, c
     int64_t k = 0;
     for (; k + 4 <= n_m; k += 4) multiply(std::integral_constant<int, 4>(), k);
     for (; k < n_m; ++k) multiply(std::integral_constant<int, 1>(), k);
-  }
-}
-
-template <typename Work>
-void WithMatrix(const Weights& w, const Work& work) {
-  auto call = [&](auto kind) {
-    using W = decltype(kind);
-    const int64_t g = w.n_groups ? w.n * W::parts / w.n_groups : w.n;
-    work(Matrix<W>{static_cast<const typename W::Word*>(w.words), w.n_groups ? w.scales : nullptr,
-                   w.n_rows, w.n, g});
-  };
-  switch (w.kind) {
-    case Kind::kFloat32: return call(Float32());
-    case Kind::kBfloat16: return call(Bfloat16());
-    case Kind::kInt8: return call(Int8());
-    case Kind::kInt4: return call(Int4());
   }
 }
 

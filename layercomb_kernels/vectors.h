@@ -55,6 +55,15 @@ inline float Sum(Floats v) {
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+inline Floats Larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// Lanes 1, 0, 3, 2, and so on.
+inline Floats NeighboursSwapped(Floats v) {
+  using Pairs = uint64_t __attribute__((vector_size(4 * kLanes)));
+  const Pairs pairs = reinterpret_cast<Pairs>(v);
+  return reinterpret_cast<Floats>(pairs << 32 | pairs >> 32);
+}
+
 // As many bytes, or pairs of bytes, as there are lanes.
 #if defined(LAYERCOMB_WIDE)
 inline Ints Signed8(const void* from) {
@@ -163,20 +172,6 @@ struct Padded {
   T values[n] = {};
   Padded() = default;
   Padded(const T* from, int64_t count) { std::memcpy(values, from, count * sizeof(T)); }
-};
-
-// A matrix: n_rows rows of n words, and a float for every g weights along a row.
-template <typename W>
-struct Matrix {
-  using Kind = W;
-  static constexpr int parts = W::parts;
-  const typename W::Word* words;
-  const float* scales;  // null if there are none
-  int64_t n_rows, n, g;
-
-  const typename W::Word* Row(int64_t i) const { return words + i * n; }
-  const float* Scales(int64_t i) const { return scales + i * (n * W::parts / g); }
-  int64_t Clamped(int64_t i) const { return std::clamp<int64_t>(i, 0, n_rows - 1); }
 };
 
 // Asks for a line of the cache of each of the R rows that come next: hardware looks ahead within a

@@ -100,13 +100,16 @@ def test_what_is_not_finite_or_all_zero_stays_so(kind):
 
 
 @needs_kernels
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(
-    ('m', 's', 'f', 'd'), [(1, 16, 64, 128), (2, 3, 5, 21), (1, 4, 300, 96), (3, 1, 1, 8)]
+    ('m', 's', 'f', 'd', 'groups'),
+    [(1, 16, 64, 256, 2), (2, 3, 5, 44, 2), (1, 4, 300, 96, 4), (3, 1, 1, 8, 1), (1, 6, 7, 600, 6)],
 )
-def test_factored_products(m, s, f, d):
-    x, modules, features = (rng().normal(size=(n, d)).astype(np.float32) for n in (m, s, f))
-    y = jax.jit(kernels.factored_products)(x, modules, features)
-    assert_same(y, np.einsum('md,sd,fd->msf', x, modules, features))
+def test_factored_products(kind, m, s, f, d, groups):
+    words, scales, wide = matrix(kind, f, d, groups * (kind == 'int4') + groups)
+    x, modules = (rng().normal(size=(n, d)).astype(np.float32) for n in (m, s))
+    y = jax.jit(kernels.factored_products)(x, modules, words, scales)
+    assert_same(y, np.einsum('md,sd,fd->msf', x, modules, wide))
 
 
 @needs_kernels

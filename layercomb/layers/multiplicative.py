@@ -20,7 +20,7 @@ from layercomb.layers.convolution import check_rank, convolve
 from layercomb.layers.core import Dense, contract
 from layercomb.layers.fields import Size, nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import Initializer, Normal, lecun_normal, zeros
-from layercomb.layers.narrow import Narrow
+from layercomb.layers.narrow import Narrow, rows_of
 from layercomb.layers.native import has_kernels, kernel_named, with_kernel
 from layercomb.shapes import check_float
 
@@ -153,27 +153,12 @@ def multiplicative_dense(
         )
     n_rows = math.prod(x.shape[:-1])
     if n_rows < m:
-        if isinstance(features, Narrow):
-            y = features.product(x[..., None, :] * modules)  # (…, S, D) → (…, S, M)
-        else:
-            fast = has_kernels(n_rows, x, modules, features)
-            product = _factored_product if fast else _plain_product
-            y = product(x.reshape(n_rows, d), modules, features)  # (R, S, M)
+        y = rows_of(features).factored_product(x.reshape(n_rows, d), modules)  # (R, S, M)
         return y.reshape(*x.shape[:-1], s * m)
     if isinstance(features, Narrow):
         features = features.wide().astype(modules.dtype)
     kernel = modules[:, None] * features  # (S, M, D)
     return contract('...d,nd->...n', x, kernel.reshape(s * m, d))
-
-
-def _plain_product(x: jax.Array, modules: jax.Array, features: jax.Array) -> jax.Array:
-    """Of few rows: (R, D), (S, D), (M, D) → (R, S, M)."""
-    scaled = x[:, None] * modules  # (R, S, D)
-    y = contract('md,rsd->rms', features, scaled)  # this way round it reads E fastest
-    return y.swapaxes(1, 2)
-
-
-_factored_product = with_kernel(_plain_product, kernel_named('factored_products'))
 
 
 class LocalConv(Layer):
