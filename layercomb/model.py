@@ -12,8 +12,10 @@ import numpy as np
 
 from layercomb import trees
 from layercomb.errors import UsageError
-from layercomb.layers.base import POSITION, Layer, Mode, Tree, check_inputs
+from layercomb.layers.base import POSITION, Layer, Mode, Tree, Wrapper, check_inputs
+from layercomb.layers.combinators import Variadic
 from layercomb.layers.core import Embedding
+from layercomb.layers.routing import Rearrange
 from layercomb.shapes import is_float, signature_of
 
 
@@ -155,22 +157,43 @@ def refuse_full(layer: Layer, weights: Tree, state: Tree, inputs: tuple[Any, ...
     jax.eval_shape(run, weights, inputs)
 
 
-def first_embedding(layer: Layer) -> Embedding | None:
-    """The embedding that a model's first input meets, if it meets one before anything else."""
-    while layer.sublayers and not isinstance(layer, Embedding):
-        layer = layer.sublayers[0]
-    return layer if isinstance(layer, Embedding) else None
+def embeddings(layer: Layer) -> tuple[tuple[int, Embedding], ...]:
+    """The embeddings that look a model's inputs up as they come, each after the input's number.
+
+    `Serial` and its like route the numbers of inputs here as they route arrays, and whatever
+    computes something makes None of them.
+
+    >>> from layercomb import tl
+    >>> embeddings(tl.Parallel(None, tl.Serial(tl.Embedding(9, 4), tl.Dense(4))))
+    ((0, Embedding(9, 4)),)
+    """
+    found: list[tuple[int, Embedding]] = []
+
+    def follow(layer: Layer, stack: tuple[Any, ...]) -> tuple[Any, ...]:
+        if isinstance(layer, Rearrange):
+            return layer.pick(stack)
+        if isinstance(layer, Variadic):  # other combinators may compute between their layers
+            return layer.route(lambda i, values: follow(layer.sublayers[i], values), stack)
+        if isinstance(layer, Embedding) and stack[0] is not None:
+            found.append((stack[0], layer))
+        if isinstance(layer, Wrapper) and layer.n_in == layer.layer.n_in:
+            follow(layer.layer, stack)
+        return (None,) * layer.n_out
+
+    follow(layer, tuple(range(layer.n_in)))
+    return tuple(found)
 
 
 def check_tokens(layer: Layer, inputs: tuple[Any, ...]) -> None:
-    """Raises a ValueError if token ids lie outside the vocabulary of a model's first embedding.
+    """Raises a ValueError if token ids lie outside the vocabulary of what looks them up.
 
     Compiled code cannot raise, so this looks at the values before they go in.
 
     Args:
       layer: the model.
-      inputs: its inputs; the first are the token ids, where the model begins with an embedding.
+      inputs: its inputs, or the first few; None is not looked at.
     """
-    embedding = first_embedding(layer)
-    if embedding is not None and jnp.issubdtype(inputs[0].dtype, jnp.integer):
-        embedding.check_ids(inputs[0])
+    for i, embedding in embeddings(layer):
+        ids = inputs[i] if i < len(inputs) else None
+        if ids is not None and jnp.issubdtype(ids.dtype, jnp.integer):
+            embedding.check_ids(ids)

@@ -45,11 +45,13 @@ class Plan(chunkwise.Plan):
       n_buckets: buckets of real positions; padding has bucket n_buckets.
       by_bucket: whether a query sees its own bucket alone, or all of its window.
       once: whether a pair that meets in N rounds counts once instead of N times.
+      heads_together: heads taken at a time, at most; None for what `tiles.over_heads` chooses.
     """
 
     n_buckets: int = 1
     by_bucket: bool = True
     once: bool = False
+    heads_together: int | None = None
 
     @property
     def padded(self) -> int:
@@ -325,7 +327,9 @@ def attend(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> jax
 def attend_forward(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> Any:
     """The output, and what the backward pass needs."""
     heads = per_head(plan, q, v, buckets, mask, rng)
-    out, z = tiles.over_heads(functools.partial(forward_head, plan), heads, plan.n_pairs)
+    out, z = tiles.over_heads(
+        functools.partial(forward_head, plan), heads, plan.n_pairs, plan.heads_together
+    )
     out = out[:, :, : plan.length]
     return out, (q, v, buckets, mask, rng, out, z)
 
@@ -336,7 +340,9 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     q, v, buckets, mask, rng, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     heads = (*per_head(plan, q, v, buckets, mask, rng), z, fill(plan, d_out), fill(plan, dot_out))
-    d_q, d_v = tiles.over_heads(functools.partial(backward_head, plan), heads, plan.n_pairs)
+    d_q, d_v = tiles.over_heads(
+        functools.partial(backward_head, plan), heads, plan.n_pairs, plan.heads_together
+    )
     return d_q[:, :, : plan.length], d_v[:, :, : plan.length], None, None, None
 
 

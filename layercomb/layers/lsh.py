@@ -54,7 +54,8 @@ def lsh_attention(
     duplicates: Literal['count', 'once'] = 'count',
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
-    n_together: int | None = None,
+    chunks_together: int | None = None,
+    heads_together: int | None = None,
 ) -> jax.Array:
     """Softmax attention of each position to its neighbours in its buckets.
 
@@ -85,7 +86,9 @@ def lsh_attention(
         (log N is subtracted, at R more comparisons a pair).
       dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow.
       rng: the key of dropout, needed where the rate is not zero.
-      n_together: chunks computed together; by default what fits a cache.
+      chunks_together, heads_together: how many chunks of a head, and how many of the B·H heads, are
+        computed at a time: at most so many, in shares that leave little over. None takes on a CPU
+        what its caches hold, and elsewhere all heads and larger tiles of chunks.
 
     Returns:
       (B, H, L, D), in the dtype of v.
@@ -111,7 +114,8 @@ def lsh_attention(
         chunk_len=chunk_len,
         look_back=1,
         look_ahead=0 if causal else 1,
-        n_together=tiles.even_share(n_chunks, n_together or tiles.pairs_in_tile() // n_pairs),
+        n_together=tiles.even_share(n_chunks, chunks_together or tiles.pairs_in_tile() // n_pairs),
+        heads_together=heads_together,
         scale=1.0,
         causal=causal,
         dropout_rate=dropout_rate,
@@ -145,7 +149,7 @@ class LSHAttention(Layer):
       causal: whether position t sees positions up to t only.
       masked: whether a third input (B, L) boolean says which positions are real.
       dropout: the rate at which probabilities are dropped in training.
-      neighbourhood, duplicates: as of `lsh_attention`.
+      neighbourhood, duplicates, chunks_together, heads_together: as of `lsh_attention`.
       seed: of the rotations in ``EVAL`` and ``PREDICT``; layers of one seed have the same.
 
     Raises:
@@ -164,6 +168,8 @@ class LSHAttention(Layer):
     neighbourhood: Literal['bucket', 'chunk'] = 'bucket'
     duplicates: Literal['count', 'once'] = 'count'
     seed: int = 0
+    chunks_together: Size | None = None
+    heads_together: Size | None = None
 
     mixes_positions = True
     headwise = True
@@ -248,6 +254,8 @@ class LSHAttention(Layer):
             mask=mask,
             neighbourhood=self.neighbourhood,
             duplicates=self.duplicates,
+            chunks_together=self.chunks_together,
+            heads_together=self.heads_together,
             **dropout,
         )
 
@@ -301,6 +309,7 @@ class LSHSelfAttention(MultiHead):
       n_hashes: R, 1 to 16 as a rule; may be changed after training.
       chunk_len: C.
       n_buckets, max_len, neighbourhood, duplicates, seed: as of `LSHAttention`.
+      chunks_together, heads_together: as of `lsh_attention`.
       causal: whether position t sees positions up to t only.
       d_head: K, by default D / H.
       masked: whether a second input (B, L) boolean says which positions are real.
@@ -325,6 +334,8 @@ class LSHSelfAttention(MultiHead):
     neighbourhood: Literal['bucket', 'chunk'] = 'bucket'
     duplicates: Literal['count', 'once'] = 'count'
     seed: int = 0
+    chunks_together: Size | None = None
+    heads_together: Size | None = None
     rotary: Layer | None = None
     query: Layer | None = None
     value: Layer | None = None
@@ -336,8 +347,8 @@ class LSHSelfAttention(MultiHead):
     def parts(self) -> dict[str, Layer]:
         split = SplitHeads(self.n_heads, self.d_head)
         shared = ('n_hashes', 'chunk_len', 'n_buckets', 'max_len', 'causal', 'masked', 'dropout')
-        names = (*shared, 'neighbourhood', 'duplicates', 'seed')
-        core = LSHAttention(**{name: getattr(self, name) for name in names})
+        its_own = ('neighbourhood', 'duplicates', 'seed', 'chunks_together', 'heads_together')
+        core = LSHAttention(**{name: getattr(self, name) for name in (*shared, *its_own)})
         return {'query': split, 'value': split, 'core': core, 'output': MergeHeads()}
 
     def route(self, call, stack):

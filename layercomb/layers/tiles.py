@@ -53,23 +53,26 @@ def even_share(n: int, at_most: int) -> int:
     return whole if 2 * whole > at_most else -(-n // n_shares)
 
 
-def over_heads(f: Callable[..., Any], heads: tuple[Any, ...], n_pairs: int) -> Any:
+def over_heads(
+    f: Callable[..., Any], heads: tuple[Any, ...], n_pairs: int, at_most: int | None = None
+) -> Any:
     """Maps `f` over the two leading axes (B, H) of every array in `heads`.
 
     Args:
       f: a function of one head's arrays.
       heads: its arguments, trees of arrays (B, H, ...).
-      n_pairs: (query, key) pairs that `f` holds at a time. On the CPU, as many heads are taken
-        together as keep the temporaries in the caches; elsewhere all are.
+      n_pairs: (query, key) pairs that `f` holds at a time.
+      at_most: how many heads are taken together. None takes on the CPU as many as keep the
+        temporaries in the caches; elsewhere all.
 
     Returns:
       What `f` returns, with leading axes (B, H).
     """
     n_rows, n_heads = jax.tree.leaves(heads)[0].shape[:2]
-    n = together = n_rows * n_heads
-    if jax.default_backend() == 'cpu':
-        at_most = min(n, max(1, CPU_PAIRS // n_pairs))
-        together = next(g for g in range(at_most, 0, -1) if n % g == 0)
+    n = n_rows * n_heads
+    if at_most is None:
+        at_most = max(1, CPU_PAIRS // n_pairs) if jax.default_backend() == 'cpu' else n
+    together = next((g for g in range(min(n, at_most), 0, -1) if n % g == 0), n)
     if together == n:
         return jax.vmap(jax.vmap(f))(*heads)
     flat = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), heads)  # (B·H, ...)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from layercomb.errors import UsageError
-from layercomb.model import Model, first_embedding
+from layercomb.model import Model, embeddings
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal, Request
 from layercomb.serving.texts import Text
@@ -100,8 +100,8 @@ class Engine:
         self._free = asyncio.Semaphore(limits.max_concurrent)
         self._waiting = 0
         self._running: set[Running] = set()
-        embedding = first_embedding(net)
-        self.vocab_size = tokenizer.vocab_size if embedding is None else embedding.vocab_size
+        known = [embedding.vocab_size for _, embedding in embeddings(net)]
+        self.vocab_size = min(known, default=tokenizer.vocab_size)
 
     @property
     def n_running(self) -> int:

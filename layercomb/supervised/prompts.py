@@ -232,20 +232,11 @@ def padded(what: str, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
 
 def check_ids(net: Layer, what: str, tokens: np.ndarray) -> None:
     """Raises a UsageError if ids lie outside the vocabulary of what reads them."""
+    after_source = net.n_in > 1 and what != 'source'
     try:
-        for part in _readers(net, what == 'source'):
-            check_tokens(part, (tokens,))
+        check_tokens(net, (None, tokens) if after_source else (tokens,))
     except ValueError as e:
         raise UsageError(f'the {what} does not fit the model: {e}') from None
-
-
-def _readers(layer: Layer, of_source: bool) -> list[Layer]:
-    """The parts of a model that read the source, or those that do not."""
-    if isinstance(layer, Once):
-        return [layer.layer] if of_source else []
-    if not _has_once(layer):
-        return [] if of_source else [layer]
-    return [part for inner in layer.sublayers for part in _readers(inner, of_source)]
 
 
 def _has_once(layer: Layer) -> bool:

@@ -66,7 +66,7 @@ def case(length, n_hashes, n_buckets, seed=0, heads=2, depth=4):
     masked=st.booleans(),
     neighbourhood=st.sampled_from(['bucket', 'chunk']),
     duplicates=st.sampled_from(['count', 'once']),
-    n_together=st.sampled_from([None, 2]),
+    together=st.sampled_from([None, 1, 2]),
     seed=st.integers(0, 3),
 )
 def test_output_and_gradient_are_the_equations(
@@ -78,7 +78,7 @@ def test_output_and_gradient_are_the_equations(
     masked,
     neighbourhood,
     duplicates,
-    n_together,
+    together,
     seed,
 ):
     q, v, buckets = case(length, n_hashes, n_buckets, seed)
@@ -100,7 +100,8 @@ def test_output_and_gradient_are_the_equations(
             mask=mask,
             neighbourhood=neighbourhood,
             duplicates=duplicates,
-            n_together=n_together,
+            chunks_together=together,
+            heads_together=together,
         )
 
     def slow(q, v):
@@ -123,33 +124,62 @@ def test_one_bucket_and_one_chunk_is_dense_attention_with_shared_queries_and_key
         np.testing.assert_allclose(y[0, h], reference(q[0, h], v[0, h], causal), atol=1e-5)
 
 
-@pytest.mark.parametrize('n_hashes', [1, 4])
-def test_no_later_position_moves_an_earlier_output(n_hashes):
-    q, v, _ = case(50, n_hashes, 6)
-    hashed = functools.partial(lsh_buckets, rng=jax.random.key(1), n_buckets=6, n_hashes=n_hashes)
-    attend = functools.partial(lsh_attention, n_buckets=6, chunk_len=8)
-    before = attend(q, v, hashed(q))
-    for t in (1, 17, 33):
-        q_2, v_2 = q.at[:, :, t:].add(1.5), v.at[:, :, t:].multiply(-2)
-        after = attend(q_2, v_2, hashed(q_2))
-        np.testing.assert_allclose(after[:, :, :t], before[:, :, :t], atol=1e-6)
-        longer = jnp.concatenate([q_2, q_2], 2), jnp.concatenate([v_2, v_2], 2)
-        after = attend(*longer, hashed(longer[0]))
-        np.testing.assert_allclose(after[:, :, :t], before[:, :, :t], atol=1e-6)
+BUCKETS = st.sampled_from([{'n_buckets': 6}, {'n_buckets': (4, 2)}, {'max_len': 80}])
 
 
-@pytest.mark.parametrize('causal', [True, False])
-def test_padding_is_neither_seen_nor_seeing(causal):
-    q, v, buckets = case(30, 2, 4)
-    mask = jnp.arange(30)[None] % 3 != 1
-    attend = functools.partial(
-        lsh_attention, n_buckets=4, chunk_len=8, causal=causal, mask=mask, buckets=buckets
+@settings(max_examples=4, deadline=None)
+@given(
+    length=st.sampled_from([2, 9, 40]),
+    n_hashes=st.sampled_from([1, 3]),
+    chunk_len=st.sampled_from([3, 8]),
+    buckets=BUCKETS,
+    mode=st.sampled_from([Mode.EVAL, Mode.TRAIN]),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_no_later_position_moves_an_earlier_output(
+    length, n_hashes, chunk_len, buckets, mode, seed, data
+):
+    layer = tl.LSHAttention(n_hashes=n_hashes, chunk_len=chunk_len, seed=seed, **buckets)
+    q, v, _ = case(length, 1, 2, seed)
+
+    def attend(q, v):
+        return layer.apply({}, {}, (q, v), rng=jax.random.key(seed), mode=mode)[0][0]
+
+    t = data.draw(st.integers(1, length - 1))
+    before, q_2, v_2 = attend(q, v), q.at[:, :, t:].add(1.5), v.at[:, :, t:].multiply(-2)
+    np.testing.assert_array_equal(attend(q_2, v_2)[:, :, :t], before[:, :, :t])
+    after = attend(jnp.concatenate([q_2, q_2], 2), jnp.concatenate([v_2, v_2], 2))
+    np.testing.assert_allclose(after[:, :, :t], before[:, :, :t], atol=1e-6)
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    length=st.sampled_from([2, 9, 30]),
+    n_hashes=st.sampled_from([1, 3]),
+    buckets=BUCKETS,
+    causal=st.booleans(),
+    neighbourhood=st.sampled_from(['bucket', 'chunk']),
+    seed=st.integers(0, 99),
+)
+def test_padding_is_neither_seen_nor_seeing(length, n_hashes, buckets, causal, neighbourhood, seed):
+    layer = tl.LSHAttention(
+        n_hashes=n_hashes,
+        chunk_len=8,
+        causal=causal,
+        masked=True,
+        neighbourhood=neighbourhood,
+        seed=seed,
+        **buckets,
     )
-    before = attend(q, v)
+    q, v, _ = case(length, 1, 2, seed)
+    mask = jax.random.bernoulli(jax.random.key(seed), 0.6, (1, length))
+    (before,), _ = layer.apply({}, {}, (q, v, mask))
     hidden = ~mask[:, None, :, None]
-    after = attend(jnp.where(hidden, 9.0, q), jnp.where(hidden, -9.0, v))
+    other = jnp.where(hidden, 9.0, q), jnp.where(hidden, -9.0, v), mask
+    (after,), _ = layer.apply({}, {}, other)
     np.testing.assert_allclose(after, before, atol=1e-6)
-    assert not before[:, :, 1::3].any()
+    assert not jnp.where(hidden, before, 0.0).any()
 
 
 def test_dropout_has_the_gradient_of_what_it_computes():

@@ -285,3 +285,17 @@ def test_attention_that_does_not_fit_its_place_is_refused():
         build(1, 1, 0.0, None, tl.Remat(local))
     with pytest.raises(TypeError, match='takes 3 values off the stack, only 2 were there'):
         build().output_signature(lc.signature_of(values(masked=False)))
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_ids_of_either_side_are_looked_up_in_a_vocabulary_of_its_own(masked):
+    """Compiled code gives NaN for others, which training would take for a rate too high."""
+    attention = tl.SelfAttention(H, causal=False, masked=masked), tl.LocalSelfAttention(H, 4)
+    net = build(1, 1, 0.0, *attention, masked=masked)
+    model = lc.Model(net, weights_of(net), {})
+    source, inputs, *mask = values(masked)
+    wrong = 'token id {} is outside the vocabulary of {}'
+    with pytest.raises(ValueError, match=wrong.format(99, V)):
+        model(source.at[0, 1].set(99), inputs, *mask)
+    with pytest.raises(ValueError, match=wrong.format(W, W)):
+        model(source, inputs.at[1, 2].set(W), *mask)
