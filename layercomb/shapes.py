@@ -70,6 +70,21 @@ def check_float(owner: str, x: Any) -> None:
         )
 
 
+def check_rank(owner: str, x: Any, wanted: str, rank: int) -> None:
+    """Raises a ValueError unless an array or a signature has `rank` axes."""
+    if len(x.shape) != rank:
+        raise ValueError(f'{owner} takes {wanted}, got the shape {tuple(x.shape)}')
+
+
+def check_width(x: Any, width: int) -> None:
+    """Raises a ValueError unless the last axis of `x` is as wide as weights were made for."""
+    if x.shape[-1] != width:
+        raise ValueError(
+            f'the input is {x.shape[-1]} wide and the weights were made for {width}: give the '
+            'shape that the model was initialised with'
+        )
+
+
 def _describe_one(x: Any) -> str:
     if not (hasattr(x, 'shape') and hasattr(x, 'dtype')):
         return type(x).__name__

@@ -135,7 +135,7 @@ def test_too_few_inputs_and_wrong_shapes():
         TypeError, match='Serial takes 1 value off the stack, 2 were there: float32'
     ):
         model(x(), x())
-    with pytest.raises(ValueError, match='the input is 6 wide and the kernel was made for 5'):
+    with pytest.raises(ValueError, match='the input is 6 wide and the weights were made for 5'):
         model(np.zeros((4, 6), np.float32))
 
 

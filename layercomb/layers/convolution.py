@@ -13,6 +13,7 @@ from layercomb.layers.base import Layer, Mode
 from layercomb.layers.caches import init_past, with_past
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, he_normal, zeros
+from layercomb.shapes import check_rank, check_width
 
 
 class Conv1D(Layer):
@@ -71,6 +72,7 @@ class Conv1D(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_width(x, self.groups * weights['kernel'].shape[-2])
         padding: Any = self.padding.upper()
         if self.padding == 'causal':
             if mode is Mode.PREDICT:
@@ -125,6 +127,7 @@ class Conv2D(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_width(x, self.groups * weights['kernel'].shape[-2])
         y = convolve(
             x, weights['kernel'], self.strides, self.padding.upper(), (1, 1), groups=self.groups
         )
@@ -276,12 +279,6 @@ def _swap(x: jax.Array, axis: int, groups: int) -> jax.Array:
 
 
 _convolve_on_cpu.defvjp(_forward, _backward)
-
-
-def check_rank(owner: str, x: jax.ShapeDtypeStruct, wanted: str, rank: int) -> None:
-    """Raises a ValueError unless a signature has `rank` axes."""
-    if len(x.shape) != rank:
-        raise ValueError(f'{owner} takes {wanted}, got the shape {tuple(x.shape)}')
 
 
 def check_padding(owner: str, padding: str) -> None:

@@ -15,7 +15,7 @@ from layercomb.layers.base import POSITION_AXES, Layer, Mode, Tree
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.initializers import Initializer, Normal, glorot_uniform, zeros
 from layercomb.layers.narrow import Narrow
-from layercomb.shapes import check_float
+from layercomb.shapes import check_float, check_width
 
 
 class Dense(Layer):
@@ -71,11 +71,7 @@ def dense(weights: Tree, x: jax.Array) -> jax.Array:
       ValueError: if the widths do not fit.
     """
     kernel = weights['kernel']
-    if x.shape[-1] != kernel.shape[0]:
-        raise ValueError(
-            f'the input is {x.shape[-1]} wide and the kernel was made for {kernel.shape[0]}: give '
-            'the shape that the model was initialised with'
-        )
+    check_width(x, kernel.shape[0])
     y = matmul(x, kernel).astype(x.dtype)
     return y + weights['bias'] if 'bias' in weights else y
 

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.caches import init_past, with_past
 from layercomb.layers.combinators import Serial
-from layercomb.layers.convolution import check_rank, convolve
+from layercomb.layers.convolution import convolve
 from layercomb.layers.core import Dense, contract
 from layercomb.layers.fields import Size, nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import Initializer, Normal, lecun_normal, zeros
 from layercomb.layers.narrow import Narrow, rows_of
 from layercomb.layers.native import has_kernels, kernel_named, with_kernel
-from layercomb.shapes import check_float
+from layercomb.shapes import check_float, check_rank, check_width
 
 
 class MultiplicativeDense(Layer):
@@ -146,11 +146,7 @@ def multiplicative_dense(
       ValueError: if the widths do not fit.
     """
     (s, d), m = modules.shape, features.shape[0]
-    if x.shape[-1] != d:
-        raise ValueError(
-            f'the input is {x.shape[-1]} wide and the kernel was made for {d}: give the shape that '
-            'the model was initialised with'
-        )
+    check_width(x, d)
     n_rows = math.prod(x.shape[:-1])
     if n_rows < m:
         y = rows_of(features).factored_product(x.reshape(n_rows, d), modules)  # (R, S, M)
@@ -224,6 +220,7 @@ class LocalConv(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_width(x, self.n_modules * weights['kernel'].shape[2])
         length = x.shape[1]
         if mode is Mode.PREDICT:
             x, state = with_past(x, state, self._reach)

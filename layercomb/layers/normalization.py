@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.native import has_kernels, kernel_named, with_kernel
-from layercomb.shapes import check_float
+from layercomb.shapes import check_float, check_width
 
 
 class LayerNorm(Layer):
@@ -36,6 +36,7 @@ class LayerNorm(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_width(x, len(weights['scale']))
         bias = weights['bias'] if self.use_bias else 0.0
         fast = self.use_bias and _is_little(x, mode, weights)
         f = _fast_layer_norm if fast else _layer_norm
@@ -62,6 +63,7 @@ class RMSNorm(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_width(x, len(weights['scale']))
         f = _fast_rms_norm if _is_little(x, mode, weights) else _rms_norm
         return (f(x, weights['scale'], self.epsilon),), state
 
@@ -95,6 +97,7 @@ class BatchNorm(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_width(x, len(weights['scale']))
         h = x.astype(jnp.float32)
         mean, var = state['mean'], state['var']
         if mode.is_training:

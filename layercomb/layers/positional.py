@@ -16,7 +16,7 @@ from layercomb.layers.base import POSITION, Layer, Mode, Tree
 from layercomb.layers.caches import position_of, taken
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, Normal
-from layercomb.shapes import Signature, check_float
+from layercomb.shapes import Signature, check_float, check_rank, check_width
 
 
 class SinusoidalPositions(Layer):
@@ -41,6 +41,7 @@ class SinusoidalPositions(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_float('SinusoidalPositions', x)
+        check_rank('SinusoidalPositions', x, '(batch, length, features)', 3)
         check_length('SinusoidalPositions', x.shape[1], self.max_len)
         check_even('SinusoidalPositions', x.shape[-1])
         return {}, init_position(signature, mode)
@@ -72,12 +73,14 @@ class LearnedPositions(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_float('LearnedPositions', x)
+        check_rank('LearnedPositions', x, '(batch, length, features)', 3)
         check_length('LearnedPositions', x.shape[1], self.max_len)
         table = self.table_init(rng, (self.max_len, x.shape[-1]))
         return {'table': table}, init_position(signature, mode)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_width(x, weights['table'].shape[1])
         length = x.shape[1]
         where, state = next_positions(self, state, length, mode)  # (B or 1, L)
         if mode is not Mode.PREDICT:

@@ -15,7 +15,7 @@ from layercomb.layers.fields import Size, nearest_divisor
 from layercomb.layers.initializers import Initializer, glorot_uniform
 from layercomb.layers.narrow import Narrow
 from layercomb.layers.pieces import over_positions, positions
-from layercomb.shapes import check_float
+from layercomb.shapes import check_float, check_rank, check_width
 
 
 class SplitHeads(Layer):
@@ -45,6 +45,7 @@ class SplitHeads(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_float('SplitHeads', x)
+        check_rank('SplitHeads', x, '(batch, length, features)', 3)
         d = x.shape[-1]
         if self.d_head is None and d % self.n_heads:
             nearest = nearest_divisor(d, self.n_heads)
@@ -59,6 +60,7 @@ class SplitHeads(Layer):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         kernel = weights['kernel']
+        check_width(x, kernel.shape[0])
         if isinstance(kernel, Narrow):
             y = jnp.moveaxis(kernel.product(x), -2, 1)  # (B, L, H, K) → (B, H, L, K)
         else:
@@ -97,8 +99,9 @@ class MergeHeads(Layer):
         return {'kernel': kernel, **({'bias': jnp.zeros(d)} if self.use_bias else {})}, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        x, _ = inputs
+        x, like = inputs
         kernel = weights['kernel']
+        check_width(like, kernel.shape[-1])
         if isinstance(kernel, Narrow):
             y = kernel.product(jnp.moveaxis(x, 1, -2))  # (B, H, L, K) → (B, L, H, K) → (B, L, D)
         else:

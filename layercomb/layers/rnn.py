@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from layercomb.layers.activations import activation
 from layercomb.layers.base import POSITION, Layer, Mode, Tree
 from layercomb.layers.caches import init_past, poison_overflow, position_of, refuse_overflow
-from layercomb.layers.convolution import check_rank
 from layercomb.layers.core import dense
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, glorot_uniform
-from layercomb.shapes import Signature, check_float, shape_dtype
+from layercomb.shapes import Signature, check_float, check_rank, shape_dtype
 
 
 class SRU(Layer):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from layercomb.layers.base import POSITION_AXES, Arrays, Layer, Mode, _call_text, _named, _set
 from layercomb.layers.fields import Size
+from layercomb.shapes import describe
 
 
 class Rearrange(Layer):
@@ -96,6 +97,13 @@ class Multiply(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         a, b = inputs
+        try:
+            jnp.broadcast_shapes(a.shape, b.shape)
+        except ValueError:
+            raise ValueError(
+                f'Multiply: cannot multiply {tuple(a.shape)} by {tuple(b.shape)}: give a gate the '
+                'shape of what it gates, or 1 along an axis'
+            ) from None
         return (a * b,), state
 
 
@@ -114,7 +122,21 @@ class Concatenate(Layer):
     mixes_positions = property(lambda self: self.axis in POSITION_AXES)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        self._check(inputs)
         return (jnp.concatenate(inputs, self.axis),), state
+
+    def _check(self, inputs: Arrays) -> None:
+        """Raises a ValueError unless shapes are alike but for the axis that is joined."""
+        shapes, n = [tuple(x.shape) for x in inputs], len(inputs[0].shape)
+        alike = -n <= self.axis < n and all(len(shape) == n for shape in shapes)
+        if alike:
+            at = self.axis % n
+            alike = len({shape[:at] + shape[at + 1 :] for shape in shapes}) == 1
+        if not alike:
+            raise ValueError(
+                f'Concatenate: cannot join {describe(inputs)} along axis {self.axis}: they must '
+                'have that axis, and agree on all others'
+            )
 
 
 class Split(Layer):

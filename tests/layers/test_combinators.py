@@ -369,7 +369,7 @@ def test_too_many_inputs_are_refused():
 def test_notes_lead_to_the_layer():
     net = tl.Serial(tl.Residual(tl.Dense(512)))
     weights, _ = net.init((shape_dtype((2, 5, 512)),), jax.random.key(0))
-    with pytest.raises(ValueError, match='8 wide and the kernel was made for 512') as e:
+    with pytest.raises(ValueError, match='8 wide and the weights were made for 512') as e:
         net.apply(weights, {}, (jnp.zeros((2, 5, 8)),))
     assert our_notes(e.value) == [
         'in Residual.dense: Dense(512)(float32[2,5,8])',

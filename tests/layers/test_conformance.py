@@ -369,6 +369,22 @@ def test_outputs_are_as_announced(row):
         assert shapes(state) == shapes(facts.state)
 
 
+@pytest.mark.parametrize('name', [name for name, row in ROWS.items() if stream() in row.signature])
+def test_another_width_than_that_of_the_weights_is_refused_in_words(name):
+    layer, signature = ROWS[name].make(), ROWS[name].signature
+    weights, state = jax.eval_shape(lambda: layer.init(signature, rng()))
+    wider = tuple(stream(B, L, 2 * D) if s == stream() else s for s in signature)
+
+    def apply(weights: Any, state: Any, inputs: Any) -> Any:
+        return layer.apply(weights, state, inputs, rng=rng(), mode=Mode.TRAIN)
+
+    if not weights:
+        assert jax.eval_shape(apply, weights, state, wider)
+        return
+    with pytest.raises(ValueError, match='16 wide and the weights were made for 8: give the shape'):
+        jax.eval_shape(apply, weights, state, wider)
+
+
 @every_row
 def test_init_is_abstract_and_weights_know_no_mode(row):
     layer, _, facts = computed(row)

@@ -376,3 +376,11 @@ def test_decisions_are_taken_out_and_put_back(state):
     assert put_decisions(plain, found) == state
     assert take_decisions(plain) == (plain, {})
     assert 'decisions' not in str(plain)
+
+
+def test_a_state_for_decoding_is_refused_elsewhere():
+    layer = tl.Repeat(tl.Conv1D(8, padding='causal'), 2)
+    x = jnp.ones((1, 4, 8))
+    weights, state = layer.init((shape_dtype((1, 4, 8)),), jax.random.key(0), Mode.PREDICT)
+    with pytest.raises(ValueError, match='made for decoding, a block at a time: init without mode'):
+        layer.apply(weights, state, (x,), mode=Mode.EVAL)

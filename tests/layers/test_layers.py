@@ -93,7 +93,9 @@ def test_dense_takes_vectors_of_floats():
     with pytest.raises(TypeError, match=r'got float32\[\]'):
         tl.Dense(4).output_signature(shape_dtype(()))
     weights, _ = init(tl.Dense(2), values(1, 4))
-    with pytest.raises(ValueError, match='input is 3 wide and the kernel was made for 4: give the'):
+    with pytest.raises(
+        ValueError, match='input is 3 wide and the weights were made for 4: give the'
+    ):
         run(tl.Dense(2), values(1, 3), weights=weights)
 
 

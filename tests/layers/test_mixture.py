@@ -415,5 +415,5 @@ class TestRefusals:
         with pytest.raises(TypeError, match='takes floating-point vectors along the last axis'):
             layer.init((shape_dtype((2, D), 'int32'),), jax.random.key(0))
         weights, state = filled(layer, shape_dtype((2, D)))
-        with pytest.raises(ValueError, match='the input is 5 wide and the kernel was made for 6'):
+        with pytest.raises(ValueError, match='the input is 5 wide and the weights were made for 6'):
             layer.apply(weights, state, (normal(2, 5),))

@@ -286,7 +286,9 @@ class TestMultiplicativeDense:
         with pytest.raises(ValueError, match=message):
             tl.MultiplicativeDense(5).init((x,), jax.random.key(0))
         weights, _ = tl.MultiplicativeDense(4).init((x,), jax.random.key(0))
-        with pytest.raises(ValueError, match='the input is 7 wide and the kernel was made for 12'):
+        with pytest.raises(
+            ValueError, match='the input is 7 wide and the weights were made for 12'
+        ):
             tl.MultiplicativeDense(4).apply(weights, {}, (normal(2, 7),))
 
     def test_head_cuts_what_the_last_module_has_too_much(self):
