@@ -12,8 +12,9 @@ import operator
 import jax
 import jax.numpy as jnp
 
+import layercomb_kernels
 from layercomb.layers import blockwise, chunkwise, tiles
-from layercomb.layers.native import has_kernels, kernel_named, with_kernel
+from layercomb.layers.native import has_kernels, with_kernel
 
 
 def dot_product_attention(
@@ -193,7 +194,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Ar
 
 def _by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))  # (B, H, …) → (B·H, …)
-    y = kernel_named('query_attention')(q, k, v, seen)
+    y = layercomb_kernels.query_attention(q, k, v, seen)
     return y.reshape(len(seen), -1, v.shape[-1])  # (B, H, D)
 
 

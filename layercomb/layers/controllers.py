@@ -16,12 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import layercomb_kernels
 from layercomb.layers.activations import elementwise
 from layercomb.layers.base import Tree
 from layercomb.layers.core import dense, matmul
 from layercomb.layers.fields import nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import lecun_normal
-from layercomb.layers.native import has_kernels, kernel_named, with_kernel
+from layercomb.layers.native import has_kernels, with_kernel
 
 
 def check_fields(layer: Any, cut: str) -> None:
@@ -82,7 +83,7 @@ def _units(block_size: int, x: jax.Array, first: jax.Array, second: jax.Array) -
 
 
 def _fast_units(block_size: int, *arrays: jax.Array) -> jax.Array:
-    by_kernel = functools.partial(kernel_named('chosen_units'), block_size=block_size)
+    by_kernel = functools.partial(layercomb_kernels.chosen_units, block_size=block_size)
     return with_kernel(functools.partial(_units, block_size), by_kernel)(*arrays)
 
 

@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+import layercomb_kernels
 from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.caches import init_past, with_past
 from layercomb.layers.combinators import Serial
@@ -21,7 +22,7 @@ from layercomb.layers.core import Dense, contract
 from layercomb.layers.fields import Size, nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import Initializer, Normal, lecun_normal, zeros
 from layercomb.layers.narrow import Narrow, rows_of
-from layercomb.layers.native import has_kernels, kernel_named, with_kernel
+from layercomb.layers.native import has_kernels, with_kernel
 from layercomb.shapes import check_float, check_rank, check_width
 
 
@@ -248,7 +249,7 @@ def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _convolve_by_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return kernel_named('module_convolution')(x, kernel)[:, None]  # (B, 1, S, F)
+    return layercomb_kernels.module_convolution(x, kernel)[:, None]  # (B, 1, S, F)
 
 
 _convolve_one = with_kernel(_convolve, _convolve_by_kernel)

@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import layercomb_kernels
 from layercomb.layers.bucketwise import IN_BOUNDS
-from layercomb.layers.native import has_kernels, kernel_named, with_kernel
+from layercomb.layers.native import has_kernels, with_kernel
 from layercomb.shapes import is_float
 
 BITS = (4, 8, 16)
@@ -263,19 +264,19 @@ def _rows(w: Narrow, rows: jax.Array) -> jax.Array:
     return jax.tree.map(lambda x: x.at[rows].get(**IN_BOUNDS), w).wide()
 
 
-def _with_kernel(name: str, plain: Any) -> Any:
+def _with_kernel(plain: Any, kernel: Any) -> Any:
     def by_kernel(*args: Any) -> jax.Array:
         *arrays, w = args
         floats = (x.astype(jnp.float32) if is_float(x) else x for x in arrays)
-        return kernel_named(name)(*floats, *w._matrix())
+        return kernel(*floats, *w._matrix())
 
     return with_kernel(plain, by_kernel)
 
 
-_product = _with_kernel('row_products', _plain_product)
-_factored_product = _with_kernel('factored_products', _plain_factored_product)
-_gathered_product = _with_kernel('gathered_products', _plain_gathered_product)
-_gathered_sum = _with_kernel('gathered_sums', _plain_gathered_sum)
+_product = _with_kernel(_plain_product, layercomb_kernels.row_products)
+_factored_product = _with_kernel(_plain_factored_product, layercomb_kernels.factored_products)
+_gathered_product = _with_kernel(_plain_gathered_product, layercomb_kernels.gathered_products)
+_gathered_sum = _with_kernel(_plain_gathered_sum, layercomb_kernels.gathered_sums)
 
 
 @jax.custom_jvp

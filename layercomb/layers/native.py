@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Here, and not at a kernel's first use: programs depend on whether `layercomb_kernels.off()`
+# surrounds them, so JAX would compile again what it compiled before. Nothing is compiled by this.
+import layercomb_kernels
+
 FEW = 32  # rows, at most, for which a kernel is quicker than XLA
 
 
@@ -22,20 +26,7 @@ def has_kernels(n_rows: int, *wide: jax.Array) -> bool:
         return False
     if any(x.dtype != jnp.float32 or not x.size for x in wide):
         return False
-    import layercomb_kernels  # here, since it compiles, and most programs never come here
-
     return layercomb_kernels.available()
-
-
-def kernel_named(name: str) -> Callable[..., jax.Array]:
-    """A function of `layercomb_kernels`, which is not imported before it is called."""
-
-    def call(*args: Any, **options: Any) -> jax.Array:
-        import layercomb_kernels
-
-        return getattr(layercomb_kernels, name)(*args, **options)
-
-    return call
 
 
 def with_kernel(plain: Callable[..., Any], by_kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import layercomb_kernels
 from layercomb.layers.base import Layer, Mode, Tree
-from layercomb.layers.native import has_kernels, kernel_named, with_kernel
+from layercomb.layers.native import has_kernels, with_kernel
 from layercomb.shapes import check_float, check_width
 
 
@@ -132,12 +133,12 @@ def _is_little(x: jax.Array, mode: Mode, weights: Tree) -> bool:
     return mode is Mode.PREDICT and has_kernels(math.prod(x.shape[:-1]), x, *weights.values())
 
 
-def _with_kernel(name: str, plain: Any) -> Any:
+def _with_kernel(plain: Any, kernel: Any) -> Any:
     def by_kernel(x: jax.Array, *args: Any) -> jax.Array:
-        return kernel_named(name)(x.reshape(-1, x.shape[-1]), *args).reshape(x.shape)  # of (M, D)
+        return kernel(x.reshape(-1, x.shape[-1]), *args).reshape(x.shape)  # of (M, D)
 
     return with_kernel(plain, by_kernel)
 
 
-_fast_layer_norm = _with_kernel('layer_norm', _layer_norm)
-_fast_rms_norm = _with_kernel('rms_norm', _rms_norm)
+_fast_layer_norm = _with_kernel(_layer_norm, layercomb_kernels.layer_norm)
+_fast_rms_norm = _with_kernel(_rms_norm, layercomb_kernels.rms_norm)

@@ -13,10 +13,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+import layercomb_kernels
 from layercomb.layers import tiles
 from layercomb.layers.base import POSITION, Tree
 from layercomb.layers.bucketwise import IN_BOUNDS, UNIT_EPSILON, rows, sorted_by_bucket, unit
-from layercomb.layers.native import has_kernels, kernel_named, with_kernel
+from layercomb.layers.native import has_kernels, with_kernel
 
 
 def empty(n_rows: int, n_hashes: int, n_buckets: int, chunk_len: int) -> jax.Array:
@@ -84,11 +85,11 @@ def _means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _cosines_by_kernel(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
-    return kernel_named('gathered_cosines')(q, at, keys, UNIT_EPSILON)
+    return layercomb_kernels.gathered_cosines(q, at, keys, UNIT_EPSILON)
 
 
 _fast_cosines = with_kernel(_cosines, _cosines_by_kernel)
-_fast_means = with_kernel(_means, kernel_named('gathered_means'))
+_fast_means = with_kernel(_means, layercomb_kernels.gathered_means)
 
 
 def refill(cache: Tree) -> Tree:
