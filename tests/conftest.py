@@ -15,8 +15,10 @@ import pytest
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_debug_key_reuse', True)
-# Tests compile far more than they compute. What is about compiled programs asks for `optimized`.
-jax.config.update('jax_disable_most_optimizations', True)
+# Tests compile far more than they compute. What is about compiled programs asks for `optimized`,
+# and .ci/nightly for all that computes.
+if 'JAX_DISABLE_MOST_OPTIMIZATIONS' not in os.environ:
+    jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture
@@ -28,6 +30,7 @@ def key():
 @pytest.fixture
 def optimized():
     """Compiles as users' programs are compiled: for tests of memory, FLOPs and programs."""
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update('jax_disable_most_optimizations', False)
     yield
-    jax.config.update('jax_disable_most_optimizations', True)
+    jax.config.update('jax_disable_most_optimizations', before)

@@ -6,12 +6,12 @@ They know the tree of weights: biases and scales are not decayed, and Muon finds
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from layercomb import trees
 from layercomb.errors import require
-from layercomb.optimizers.tensors import by_tensor, matrix_axes
+from layercomb.optimizers.tensors import by_tensor, by_unit, matrix_axes
 
 
 def warmup_cosine(
@@ -172,15 +172,16 @@ def muon(
     b2: float = 0.98,
     weight_decay: float = 0.0,
     *,
-    unit_fraction: float = 0.2,
+    unit_decay: float = 0.9,
 ) -> Any:
     """Muon on the matrices inside a model, Nesterov's Adam on tables, head, biases and scales.
 
-    The units of a `SparseFF` are rows that few positions choose, as those of a table are, and go by
-    Adam, too, whose steps know how often each is chosen, and are smaller than those of tables.
-
     A matrix W moves along the momentum M of its gradient, made orthogonal: W ← W − η U Vᵀ √max(1,
     out / in), where M = U S Vᵀ, to the precision of five Newton–Schulz steps.
+
+    The units of a `SparseFF` are rows of which each sees few positions, some many more than others,
+    and the rows of U Vᵀ differ as much. There each is divided by the root of the running mean of
+    its own square, relative to that of all rows, as NorMuon does, so that all units learn.
 
     Args:
       learning_rate: η, a number or a schedule.
@@ -188,7 +189,7 @@ def muon(
       momentum: of M.
       b1, b2: of Adam.
       weight_decay: of what Muon moves, times the learning rate.
-      unit_fraction: the learning rate of units as a part of Adam's.
+      unit_decay: of the running means of the squares of units' steps.
 
     Returns:
       An `optax.GradientTransformation`.
@@ -197,13 +198,14 @@ def muon(
       TypeError, ValueError: for an argument of another type, or out of its range.
 
     References:
-      Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
+      Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Li et al. 2025, NorMuon,
+      https://arxiv.org/abs/2510.05491
     """
     if not callable(learning_rate):
         _check('learning_rate', learning_rate, low=0)
-    for name, value in (('adam_fraction', adam_fraction), ('unit_fraction', unit_fraction)):
-        _check(name, value, low=0)
-    for name, value in (('momentum', momentum), ('b1', b1), ('b2', b2)):
+    _check('adam_fraction', adam_fraction, low=0)
+    decays = {'momentum': momentum, 'b1': b1, 'b2': b2, 'unit_decay': unit_decay}
+    for name, value in decays.items():
         _check(name, value, low=0, high=1)
     _check('weight_decay', weight_decay, low=0)
     optax = require('optax', 'train')
@@ -223,14 +225,13 @@ def muon(
         adam_learning_rate=adam_rate,
         muon_weight_dimension_numbers=matrices,
     )
-    return optax.chain(whole, optax.masked(optax.scale(unit_fraction), _units))
+    return optax.chain(whole, optax.masked(by_unit(unit_decay), _units))
 
 
 def matrices(weights: Any) -> Any:
     """Which axes of each weight are a matrix's rows and columns, as optax's Muon asks for them.
 
-    Kernels are matrices, except the head's and those of a `SparseFF`'s units, along the axes that
-    `tensors.matrix_axes` says.
+    Kernels are matrices, except the head's, along the axes that `tensors.matrix_axes` says.
 
     Args:
       weights: a nested dict of arrays.
@@ -239,12 +240,11 @@ def matrices(weights: Any) -> Any:
       A tree of `optax.contrib.MuonDimensionNumbers`, None where Adam is to do the work.
     """
     optax = require('optax', 'train')
-    units = _kernels_of_units(trees.flatten(weights))
 
     def axes(path: str, weight: Any) -> Any:
         *above, leaf = path.split('/')
         is_kernel = leaf in ('kernel', 'kernel_transposed')
-        if not is_kernel or 'head' in above or path in units:
+        if not is_kernel or 'head' in above:
             return None
         return optax.contrib.MuonDimensionNumbers(*matrix_axes(path, weight.ndim))
 
@@ -252,16 +252,12 @@ def matrices(weights: Any) -> Any:
 
 
 def _units(weights: Any) -> Any:
-    """A tree that is true at the kernels of a `SparseFF`'s units."""
-    units = _kernels_of_units(trees.flatten(weights))
-    return trees.map_with_path(lambda path, _: path in units, weights)
-
-
-def _kernels_of_units(paths: Iterable[str]) -> set[str]:
-    """The paths of the kernels of sparse feed-forwards, which alone hold one transposed."""
+    """A tree that is true at kernels of sparse feed-forwards, which alone hold one transposed."""
     first, second = 'in/kernel_transposed', 'out/kernel'
+    paths = trees.flatten(weights)
     layers = [path.removesuffix(first) for path in paths if f'/{path}'.endswith(f'/{first}')]
-    return {layer + kernel for layer in layers for kernel in (first, second)}
+    units = {layer + kernel for layer in layers for kernel in (first, second)}
+    return trees.map_with_path(lambda path, _: path in units, weights)
 
 
 def _check(

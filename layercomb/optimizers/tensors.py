@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from layercomb import trees
 from layercomb.errors import require
@@ -93,3 +94,40 @@ def _stack(path: str, x: jax.Array) -> jax.Array:
     first, second = sorted(matrix_axes(path, x.ndim))
     rows, columns = (math.prod(x.shape[a] for a in axes) for axes in (first, second))
     return x.reshape(-1, rows, columns)  # a matrix and its transpose are treated alike
+
+
+def by_unit(decay: float) -> Any:
+    """Evens out the steps of the rows of matrices: (…, n, D) of n units.
+
+    With a running mean v ← β v + (1 − β) mean_d u² of each row u of a step::
+
+        u ← u √(mean(v) / (v + mean(v) / 100))
+
+    so that no row's step grows by more than tenfold, and their mean square stays about the same.
+
+    Args:
+      decay: β.
+
+    Returns:
+      An `optax.GradientTransformation`, whose state is the tree of v, (…, n).
+    """
+    optax = require('optax', 'train')
+
+    def init(weights: Any) -> Any:
+        return jax.tree.map(lambda w: jnp.zeros(w.shape[:-1], w.dtype), weights)
+
+    def update(steps: Any, state: Any, weights: Any = None) -> tuple[Any, Any]:
+        del weights
+        state = jax.tree.map(
+            lambda v, u: decay * v + (1 - decay) * jnp.square(u).mean(-1), state, steps
+        )
+        return jax.tree.map(_evened, steps, state), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _evened(step: jax.Array, v: jax.Array) -> jax.Array:
+    mean = v.mean(-1, keepdims=True)
+    moved = mean > 0
+    factor = jnp.sqrt(jnp.where(moved, mean, 1) / jnp.where(moved, v + mean / 100, 1))
+    return step * factor[..., None]

@@ -201,6 +201,14 @@ def test_dropout_has_the_gradient_of_what_it_computes():
     np.testing.assert_allclose((d_v * along).sum(), slope, rtol=2e-2)
 
 
+def test_rounds_may_be_changed_after_training():
+    few, many = (tl.LSHSelfAttention(2, n_hashes=n, chunk_len=4, max_len=16) for n in (1, 8))
+    x = jax.random.normal(jax.random.key(0), (1, 16, 8))
+    weights, _ = few.init(lc.signature_of(x), jax.random.key(1))
+    (y,), _ = many.apply(weights, {}, (x,))
+    assert np.isfinite(y).all() and not np.allclose(y, few.apply(weights, {}, (x,))[0][0])
+
+
 def test_more_rounds_keep_the_first_ones():
     q, _, _ = case(20, 1, 4)
     few = lsh_buckets(q, jax.random.key(3), n_buckets=(4, 2), n_hashes=2)

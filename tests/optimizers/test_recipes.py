@@ -6,6 +6,7 @@ import pytest
 
 import layercomb as lc
 from layercomb import optimizers, tl, trees
+from layercomb.optimizers.tensors import by_unit
 
 
 def test_warmup_cosine_goes_up_and_down():
@@ -52,24 +53,46 @@ def test_muon_makes_each_matrix_of_a_stack_orthogonal():
 
 
 @pytest.mark.parametrize('around', [lambda layer: layer, lambda layer: tl.Repeat(layer, 2)])
-def test_muon_leaves_units_that_few_positions_choose_to_adam(around):
+def test_muon_moves_units_alike_however_few_positions_choose_them(around):
     net = tl.Serial(around(tl.SparseFF(64, 8, use_bias=False)), tl.Dense(3))
     weights, _ = net.init(lc.signature_of(jnp.zeros((1, 4, 8))), jax.random.key(0))
-    found = {path for path, x in trees.flatten(optimizers.recipes.matrices(weights)).items() if x}
-    assert found == {
-        'dense/kernel',
-        'sparse_ff/controller/in/kernel',
-        'sparse_ff/controller/out/kernel',
-    }
-    steps = []
-    for fraction in (1, 0.25):
-        optimizer = optimizers.muon(1.0, unit_fraction=fraction)
-        grads = jax.tree.map(jnp.ones_like, weights)
-        with jax.numpy_dtype_promotion('standard'):
-            steps.append(optimizer.update(grads, optimizer.init(weights), weights)[0])
-    for path, step in trees.flatten(steps[1]).items():
-        part = 0.25 if path in ('sparse_ff/in/kernel_transposed', 'sparse_ff/out/kernel') else 1
-        np.testing.assert_allclose(step, part * trees.flatten(steps[0])[path], rtol=1e-5)
+    optimizer = optimizers.muon(1.0)
+    move = jax.jit(optimizer.update)
+    rng = np.random.default_rng(0)
+    often = np.geomspace(1e-3, 1, 64)[:, None]
+    units = ('sparse_ff/in/kernel_transposed', 'sparse_ff/out/kernel')
+
+    def gradient(path, w):
+        return jnp.asarray(rng.normal(size=w.shape) * (often if path in units else 1), w.dtype)
+
+    state = optimizer.init(weights)
+    with jax.numpy_dtype_promotion('standard'):
+        for _ in range(10):
+            grads = trees.map_with_path(gradient, weights)
+            steps, state = move(grads, state, weights)
+    flat = trees.flatten(steps)
+    for path in units:
+        norms = np.linalg.norm(flat[path], axis=-1)
+        assert norms.max() / norms.min() < 100  # of 1,000
+        assert norms[..., 32:].max() / norms[..., 32:].min() < 8  # of 30
+    assert np.linalg.svd(flat['dense/kernel'], compute_uv=False).max() < 1.6
+
+
+def test_steps_by_unit_are_the_equation():
+    rng, optimizer = np.random.default_rng(0), by_unit(0.75)
+    state, v = optimizer.init({'w': jnp.zeros((2, 3, 4))}), np.zeros((2, 3))
+    for _ in range(3):
+        step = rng.normal(size=(2, 3, 4)) * np.array([[1], [0.1], [0]])
+        got, state = optimizer.update({'w': jnp.asarray(step, jnp.float32)}, state)
+        v = 0.75 * v + 0.25 * np.square(step).mean(-1)
+        mean = v.mean(-1, keepdims=True)
+        np.testing.assert_allclose(
+            got['w'], step * np.sqrt(mean / (v + mean / 100))[..., None], rtol=1e-5
+        )
+    still, _ = optimizer.update(
+        {'w': jnp.zeros((2, 3, 4))}, optimizer.init({'w': jnp.zeros((2, 3, 4))})
+    )
+    assert not still['w'].any()
 
 
 @pytest.mark.parametrize('make', [optimizers.adamw, optimizers.muon])
