@@ -172,7 +172,7 @@ def muon(
     b2: float = 0.98,
     weight_decay: float = 0.0,
     *,
-    unit_decay: float = 0.9,
+    unit_factor: float = 2.0,
 ) -> Any:
     """Muon on the matrices inside a model, Nesterov's Adam on tables, head, biases and scales.
 
@@ -189,7 +189,7 @@ def muon(
       momentum: of M.
       b1, b2: of Adam.
       weight_decay: of what Muon moves, times the learning rate.
-      unit_decay: of the running means of the squares of units' steps.
+      unit_factor: how much larger steps of units are, on the whole.
 
     Returns:
       An `optax.GradientTransformation`.
@@ -203,9 +203,9 @@ def muon(
     """
     if not callable(learning_rate):
         _check('learning_rate', learning_rate, low=0)
-    _check('adam_fraction', adam_fraction, low=0)
-    decays = {'momentum': momentum, 'b1': b1, 'b2': b2, 'unit_decay': unit_decay}
-    for name, value in decays.items():
+    for name, value in (('adam_fraction', adam_fraction), ('unit_factor', unit_factor)):
+        _check(name, value, low=0)
+    for name, value in (('momentum', momentum), ('b1', b1), ('b2', b2)):
         _check(name, value, low=0, high=1)
     _check('weight_decay', weight_decay, low=0)
     optax = require('optax', 'train')
@@ -225,7 +225,8 @@ def muon(
         adam_learning_rate=adam_rate,
         muon_weight_dimension_numbers=matrices,
     )
-    return optax.chain(whole, optax.masked(by_unit(unit_decay), _units))
+    evened = optax.chain(by_unit(decay=0.9), optax.scale(unit_factor))
+    return optax.chain(whole, optax.masked(evened, _units))
 
 
 def matrices(weights: Any) -> Any:
