@@ -252,7 +252,7 @@ def test_mistakes_in_a_binding(files, capsys, binding):
 
 @pytest.mark.parametrize('error', [OverflowError, ZeroDivisionError, IndexError, LookupError])
 def test_errors_of_values_are_of_the_person(error):
-    with pytest.raises(UsageError, match='^too large$'), of_the_person():
+    with pytest.raises(UsageError, match='too large'), of_the_person():
         raise error('too large')
 
 

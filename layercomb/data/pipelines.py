@@ -66,7 +66,7 @@ def batches(
         nothing = tuple(np.zeros_like(x) for x in first)
         padding = grain.MapDataset.source([nothing] * missing)
         examples = grain.MapDataset.concatenate([examples, padding])
-    rows = examples[index::count].batch(batch_size, drop_remainder=True)
+    rows = examples[index::count].batch(batch_size, drop_remainder=True, batch_fn=_stacked)
     return rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD))
 
 
@@ -219,6 +219,17 @@ def _streamed(
     fill = partial(grain.experimental.batch_and_pad, batch_size=rows)
     dataset = iterators.PackedDocuments(documents, length, tokenizer).batch(rows, batch_fn=fill)
     return dataset.map(partial(_rows, index, count))
+
+
+def _stacked(examples: Sequence[Arrays]) -> Arrays:
+    first, *others = ([np.shape(x) for x in example] for example in examples)
+    for other in others:
+        if other != first:
+            raise ValueError(
+                f'batches takes examples of one shape, and the source holds {first} and {other}: '
+                'pad them, or use data.bucketed'
+            )
+    return tuple(np.stack(column) for column in zip(*examples, strict=True))
 
 
 def _rows(index: int, count: int, batch: Arrays) -> Arrays:

@@ -125,8 +125,8 @@ class Loop:
           The metrics of the last step: 'step', 'train/loss', …, 'valid/loss', …
 
         Raises:
-          UsageError: if a loss is not finite, a token is outside the vocabulary, a later batch's
-            shape does not fit the model, the data ends, or the disk is full.
+          UsageError: if a loss is not finite, a token is outside the vocabulary, a later batch
+            cannot be made or its shape does not fit the model, the data ends, or the disk is full.
         """
         check_count('Loop.run', 'n_steps', n_steps)
         if self.step >= n_steps:

@@ -327,6 +327,15 @@ def test_batches_of_documents():
         data.batches(DOCUMENTS, 4)
 
 
+def test_batches_of_two_shapes():
+    examples = [tuple(np.zeros(n, np.int32) for _ in range(3)) for n in (3, 4)]
+    message = (
+        r'of one shape, and the source holds \[\(3,\), \(3,\), \(3,\)\] and \[\(4,\), .*bucketed'
+    )
+    with pytest.raises(ValueError, match=message):
+        next(iter(data.batches(examples, 2, shuffle=False)))
+
+
 def test_a_vocabulary_that_overflows():
     class Wide(data.ByteTokenizer):
         vocab_size = 100

@@ -15,7 +15,7 @@ import pytest
 import tiny_run
 from tiny_run import ADAM, LOSS, NET, SGD, B, PlainData, eval_task, grain_data, loop
 
-from layercomb import Layer, Mode, Model, UsageError, losses, tl, trees
+from layercomb import Layer, Mode, Model, UsageError, data, losses, tl, trees
 from layercomb.supervised import EvalTask, TrainTask
 from layercomb.supervised.reports import read_metrics
 
@@ -261,6 +261,13 @@ def test_data_that_ends():
         loop(data=PlainData(3)).run(4)
     with pytest.raises(UsageError, match="EvalTask 'valid': the data holds no batch: check"):
         loop(eval_tasks=EvalTask([], LOSS)).run(1)
+
+
+def test_an_element_of_the_data_that_is_like_no_other():
+    documents = data.bucketed(['ab'] * 6 + [5], [4], [2], shuffle=False)
+    net = tl.Serial(tl.Embedding(256, 4), tl.Dense(256))
+    with pytest.raises(UsageError, match=r'^batch 4 of the data: a document is a str .*: 5$'):
+        loop(net=net, data=documents).run(5)
 
 
 def test_data_of_the_wrong_form():
