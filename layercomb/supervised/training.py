@@ -14,7 +14,7 @@ import numpy as np
 
 from layercomb import trees
 from layercomb.errors import UsageError, of_the_machine, require
-from layercomb.layers.base import Layer, Tree
+from layercomb.layers.base import Layer, Mode, Tree, init_state
 from layercomb.model import Model, check_tokens, seeded
 from layercomb.shapes import Signature
 from layercomb.supervised import steps
@@ -156,7 +156,8 @@ class Loop:
         if restored is not None:
             weights, state, opt_state = restored
         elif isinstance(model, Model) and model.weights is not None:
-            weights, state = model.weights, jax.tree.map(jnp.copy, model.state)
+            _check_weights(model.weights, weights)
+            weights, state = model.weights, _trained_state(model, signature, state)
         else:
             weights, state = _init(self._net, signature, init_key)
         trainable, self._frozen = self._task.partition(weights)
@@ -289,6 +290,30 @@ class _Run:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _init(net: Layer, signature: Signature, key: jax.Array) -> tuple[Tree, Tree]:
     return net.init(signature, key)
+
+
+def _check_weights(given: Tree, wanted: Tree) -> None:
+    """Raises a ValueError at the first of a Model's weights that is not as its layer has it."""
+    there, here = trees.flatten(given), trees.flatten(wanted)
+    for path in sorted(there.keys() | here.keys()):
+        is_, should = (tuple(w[path].shape) if path in w else 'absent' for w in (there, here))
+        if is_ != should:
+            raise ValueError(
+                f"Loop: the Model's weights are not those of its layer ({path} is {is_} and should "
+                f'be {should}): init it, or load what was saved of an equal layer'
+            )
+
+
+def _trained_state(model: Model, signature: Signature, wanted: Tree) -> Tree:
+    """A copy of what training has a place for in a Model's state, which may be for ``PREDICT``."""
+    held = trees.flatten(model.state)
+    fresh = init_state(model.layer, signature, Mode.TRAIN) if jax.tree.leaves(wanted) else wanted
+
+    def kept(path: str, new: jax.Array) -> jax.Array:
+        old = held.get(path, new)
+        return jnp.copy(old) if old.shape == new.shape else new
+
+    return trees.map_with_path(kept, fresh)
 
 
 def _optimizer(task: TrainTask) -> Any:
