@@ -114,14 +114,18 @@ def packed(
     batch_size = checks.integer('batch_size', batch_size, 1)
     checks.tokenizer(tokenizer)
     checks.source(source)
+    nothing = UsageError(f'the {len(source)} documents are empty: give a source that holds text')
     if checks.flag('streaming', streaming):
+        # The first one that is not empty ends it, so this hardly ever reads a second.
+        if not any(encode_checked(source[i], tokenizer).size for i in range(len(source))):
+            raise nothing
         return _streamed(
             _in_order(source, seed, shuffle, num_epochs),
             length, batch_size, tokenizer, checks.shard(shard), endless=num_epochs is None,
         )  # fmt: skip
     stream = token_stream(source, tokenizer)
     if stream.size == len(source) + 1:
-        raise UsageError(f'the {len(source)} documents are empty: give a source that holds text')
+        raise nothing
     return batches(
         Windows(stream, length),
         batch_size,

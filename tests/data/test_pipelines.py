@@ -300,6 +300,7 @@ def test_streaming_hosts_read_other_documents():
         ({'source': None}, TypeError, 'source=None: give a sequence of documents or examples'),
         ({'source': []}, ValueError, 'the source is empty: give at least one document'),
         ({'source': ['', '']}, UsageError, 'the 2 documents are empty: give a source that holds'),
+        ({'source': ['', ''], 'streaming': True}, UsageError, 'the 2 documents are empty: give a'),
         ({'source': EXAMPLES}, TypeError, 'a document is a str or bytes, not tuple'),
     ],
 )
