@@ -237,7 +237,7 @@ def trained(
         if tokenizer is not None:
             with of_the_person():
                 checks.tokenizer(tokenizer)
-        tokens, mask = shape_dtype((1, 8), 'int32'), shape_dtype((1, 8), bool)
+        tokens, mask = shape_dtype((1, 1), 'int32'), shape_dtype((1, 1), bool)
         model, _ = runs.last_model(run_dir, net, (tokens, tokens, mask)[: net.n_in])
     if bits is not None:
         with of_the_person():

@@ -147,6 +147,15 @@ def test_generate_streams_and_reads_prompts(files, capsys, monkeypatch, tmp_path
     assert len(set(said)) == 1
 
 
+def test_generate_with_a_model_of_few_positions(files, capsys):
+    short = ('TransformerLM.max_len=4', 'data.packed.length=4', 'train.sample_prompt=None')
+    command = train(files, *short, 'train.steps=1', directory='short')
+    assert cli.main([str(word) for word in command]) == 0
+    run = str(files[0] / 'short')
+    assert cli.main(['generate', run, '--prompt', 'ca', '--n_tokens', '2']) == 0
+    assert '\nca' in capsys.readouterr().out
+
+
 def test_generate_with_narrow_weights(files, capsys):
     how = ['--prompt', 'cat', '--n_tokens', '4']
     for bits in ('16', '8', '4'):
@@ -263,6 +272,12 @@ def test_what_may_change_in_a_run(tmp_path):
     message = r'\(models.MLP.layer_widths is \(64, 32\) there, \(64, 16\) here\): choose'
     with pytest.raises(UsageError, match=message):
         runs.check_directory(tmp_path, text.replace('32', '16'))
+
+
+def test_an_output_dir_that_cannot_be(files, capsys):
+    (files[0] / 'letter').write_text('dear')
+    said = refused(capsys, *train(files, directory='letter/run'))
+    assert re.search(r'Not a directory \(.*letter.*\): choose another --output_dir', said), said
 
 
 def test_mistakes_with_files(files, capsys, tmp_path):
