@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +33,7 @@ class Bound:
         return f'at least {self.low:g}' + (f' and below {self.below:g}' if self.below else '')
 
 
+F = TypeVar('F', bound=Callable[..., Any])
 Size = Annotated[int, Bound(1)]
 Rate = Annotated[float, Bound(0, 1)]
 
@@ -83,6 +85,29 @@ def check_values(owner: str, values: Mapping[str, Any], annotated: Any) -> None:
         bound = _bound(hint)
         if bound and isinstance(value, (int, float)) and not bound.holds(value):
             raise ValueError(f'{owner}: {name} must be {bound}, got {value!r}')
+
+
+def checked(function: F) -> F:
+    """Makes a function check its arguments, as given, against its annotations at each call.
+
+    >>> @checked
+    ... def double(n: int):
+    ...     return 2 * n
+    >>> double('6')
+    Traceback (most recent call last):
+      ...
+    TypeError: double: n must be an int, got '6'
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(signature.parameters, args, strict=False)) | kwargs
+        check_values(function.__name__, {k: frozen(v) for k, v in given.items()}, function)
+        return function(*args, **kwargs)
+
+    wrapper.__dict__['__signature__'] = signature  # by which gin knows names and defaults
+    return typing.cast(F, wrapper)
 
 
 def nearest_divisor(n: int, to: int) -> int:
