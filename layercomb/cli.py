@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from layercomb import arguments, runs, terminal, transforms
+from layercomb.data import checks
 from layercomb.errors import UsageError, of_the_machine, of_the_person, one_line, require
 from layercomb.layers.base import Layer
 from layercomb.model import Model
@@ -100,8 +101,9 @@ def run_train(options: argparse.Namespace) -> None:
         runs.check_directory(directory, config.text)
         with of_the_person():
             experiment.check()  # before anything is written
-            directory.mkdir(parents=True, exist_ok=True)
-            config.write(directory)
+            with of_the_machine('choose another --output_dir'):
+                directory.mkdir(parents=True, exist_ok=True)
+                config.write(directory)
             loop = Loop(
                 experiment.model,
                 experiment.train_task,
@@ -114,7 +116,8 @@ def run_train(options: argparse.Namespace) -> None:
                 keep=experiment.keep,
             )
         row = loop.run(experiment.steps)
-        with of_the_machine('it is trained and saved; put that right, and run the same again'):
+        cure = 'it is trained and saved; put that right, and run the same again'
+        with of_the_person(), of_the_machine(cure):
             terminal.write_result(experiment, loop, row, directory)
 
 
@@ -140,13 +143,13 @@ def run_eval(options: argparse.Namespace) -> None:
 
 def run_generate(options: argparse.Namespace) -> None:
     """``layercomb generate RUN_DIR``: continues a prompt, or answers it, as it is made."""
-    from layercomb.supervised import decoding
+    from layercomb.supervised import decoding, prompts
 
     sampling = arguments.sampling(options)
     prompt = terminal.read_prompt(options.prompt, options.prompt_file, options.stdin)
     model, tokenizer = trained(options.run_dir, options.gin_param, options.bits)
     with of_the_person():
-        given = terminal.given(model, prompt, tokenizer)
+        given = prompts.given(model, prompt, tokenizer)
         given |= {'n_tokens': options.n_tokens, 'eos_id': tokenizer.eos_id}
         shown = '' if 'inputs' in given else prompt
         if options.beams is not None:
@@ -231,7 +234,10 @@ def trained(
             raise UsageError(f'{run_dir!r} has no model: bind train.model')
         if text and tokenizer is None:
             raise UsageError('this run has no tokenizer, so it makes no text: bind train.tokenizer')
-        tokens, mask = shape_dtype((1, 8), 'int32'), shape_dtype((1, 8), bool)
+        if tokenizer is not None:
+            with of_the_person():
+                checks.tokenizer(tokenizer)
+        tokens, mask = shape_dtype((1, 1), 'int32'), shape_dtype((1, 1), bool)
         model, _ = runs.last_model(run_dir, net, (tokens, tokens, mask)[: net.n_in])
     if bits is not None:
         with of_the_person():

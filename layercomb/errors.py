@@ -70,7 +70,7 @@ def of_the_person() -> Iterator[None]:
         yield
     except (UsageError, BrokenPipeError):
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, OSError) as e:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, OSError) as e:
         notes = [n for n in getattr(e, '__notes__', ()) if n.startswith('in ')]
         where = f' ({", ".join(notes)})' if notes else ''
         raise UsageError(f'{one_line(e)}{where}') from e

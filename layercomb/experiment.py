@@ -10,12 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import losses, trees
+from layercomb.data import checks
 from layercomb.errors import UsageError
-from layercomb.layers.base import Layer, Mode
-from layercomb.model import check_tokens
+from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.fields import check_values
+from layercomb.model import Model, check_tokens
 from layercomb.shapes import Signature, signature_of
 from layercomb.supervised import steps
+from layercomb.supervised.prompts import Start, begin, given
+from layercomb.supervised.sampling import Sampler
 from layercomb.supervised.tasks import EvalTask, TrainTask, check_count
+from layercomb.supervised.training import check_arguments
+
+_EVERY = ('eval_every', 'checkpoint_every', 'log_every', 'keep')  # as a `Loop` calls them
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,17 +60,22 @@ class Experiment:
     baseline_text: Any = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, Layer):
-            raise TypeError(f'train.model must be a layer, got {self.model!r}')
-        if not isinstance(self.train_task, TrainTask):
-            raise TypeError(f'train.train_task must be a TrainTask, got {self.train_task!r}')
+        check_values('train', vars(self), Experiment)
+        every = {name: getattr(self, name) for name in _EVERY}
+        check_arguments(self.model, self.train_task, tuple(self.eval_tasks), self.seed, every)
         check_count('train', 'steps', self.steps)
         check_count('train', 'sample_tokens', self.sample_tokens)
+        Sampler(self.sample_temperature)
+        if self.tokenizer is not None:
+            checks.tokenizer(self.tokenizer)
         if self.sample_prompt is not None and self.tokenizer is None:
             raise ValueError('train.sample_prompt needs train.tokenizer = @data.ByteTokenizer()')
-        if self.baseline_text is not None and not self.eval_tasks:
+        if self.baseline_text is None:
+            return
+        if not self.eval_tasks:
             raise ValueError('train.baseline_text needs train.eval_tasks to be measured on')
-        if self.baseline_text is not None and not isinstance(self.baseline_text[0], (str, bytes)):
+        first = checks.source(self.baseline_text, 'train.baseline_text')[0]
+        if not isinstance(first, (str, bytes)):
             raise TypeError('train.baseline_text must be one source of documents, str or bytes')
 
     def batch_signature(self) -> Signature:
@@ -103,10 +115,18 @@ class Experiment:
             scored = losses.attach(self.model, each.metrics, each.loss_chunk_len)
             scored.output_signature(_on_device(batch))
         check_tokens(self.model, _first_batch(task.data))
-        weights, _ = self.abstract(signature[: self.model.n_in])
-        trainable, _ = trees.partition(weights, task.trainable)
+        weights, state = self.abstract(signature[: self.model.n_in])
+        trainable, _ = task.partition(weights)
         with jax.numpy_dtype_promotion('standard'):
             jax.eval_shape(task.optimizer.init, trainable)
+        if self.sample_prompt is not None:
+            jax.eval_shape(self._begin_sample, weights, state)
+
+    def _begin_sample(self, weights: Tree, state: Tree) -> Start:
+        """What the sample begins with; raises what is wrong with it."""
+        model = Model(self.model, weights, state)
+        start = given(model, self.sample_prompt or '', self.tokenizer)
+        return begin(model, n_tokens=self.sample_tokens, eos_id=self.tokenizer.eos_id, **start)
 
     def training_bytes(self) -> dict[str, int]:
         """What a training step takes, by compiling it and asking the compiler; nothing is run.
@@ -116,7 +136,7 @@ class Experiment:
         """
         task, signature = self.train_task, self.batch_signature()
         weights, state = self.abstract(signature[: self.model.n_in])
-        trainable, frozen = trees.partition(weights, task.trainable)
+        trainable, frozen = task.partition(weights)
         with jax.numpy_dtype_promotion('standard'):
             opt_state = jax.eval_shape(task.optimizer.init, trainable)
         step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)

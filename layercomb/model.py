@@ -60,17 +60,19 @@ class Model:
           TypeError, ValueError: if the layers do not fit together, or not to the signature.
         """
         signature = signature_of(signature)
-        rng = jax.random.key(rng) if isinstance(rng, int) else rng
+        rng = rng if isinstance(rng, jax.Array) else seeded('rng', rng)
         _, self.weights, self.state = self.layer._build(signature, rng, mode)
         return self
 
-    def __call__(self, *inputs: Any, mode: Mode = Mode.EVAL, rng: jax.Array | None = None) -> Any:
+    def __call__(
+        self, *inputs: Any, mode: Mode = Mode.EVAL, rng: jax.Array | int | None = None
+    ) -> Any:
         """Applies the layer, compiled, and keeps the new state.
 
         Args:
           *inputs: arrays, as many as the layer takes.
           mode: see `Mode`; training needs a key where there is dropout.
-          rng: a typed key.
+          rng: a typed key, or a seed.
 
         Returns:
           The output, or a tuple of them unless there is just one.
@@ -84,7 +86,8 @@ class Model:
         arrays = tuple(jnp.asarray(x) for x in inputs)
         check_inputs(self.layer, arrays)
         check_tokens(self.layer, arrays)
-        outputs, state = _apply(self.layer, self.weights, self.state, arrays, rng, mode)
+        key = rng if rng is None or isinstance(rng, jax.Array) else seeded('rng', rng)
+        outputs, state = _apply(self.layer, self.weights, self.state, arrays, key, mode)
         if mode is Mode.PREDICT and any(is_float(y) and jnp.isnan(y).any() for y in outputs):
             refuse_full(self.layer, self.weights, self.state, arrays)
         self.state = state
@@ -126,6 +129,17 @@ class Model:
     def __repr__(self) -> str:
         size = f'{self.n_weights:,} weights' if self.weights is not None else 'no weights yet'
         return f'Model({self.layer!r})  # {size}'
+
+
+def seeded(name: str, seed: Any) -> jax.Array:
+    """The typed key of a seed.
+
+    Raises:
+      ValueError: if `seed`, which the message calls by its name, is none.
+    """
+    if isinstance(seed, bool) or not hasattr(seed, '__index__') or not -(2**63) <= seed < 2**63:
+        raise ValueError(f'{name}={seed!r}: give an integer in −2⁶³ … 2⁶³ − 1')
+    return jax.random.key(int(seed))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))

@@ -16,7 +16,8 @@ CONFIG = 'config.gin'
 OPERATIVE = 'operative_config.gin'
 # What may change between the parts of one run: how long it is, and what is shown of it.
 _MAY_CHANGE = re.compile(
-    r'cli\.train\.(steps|keep|\w+_every|eval_tasks|sample_\w+|baseline_text)$|.*EvalTask\.'
+    r'cli\.train\.(steps|keep|\w+_every|eval_tasks|tokenizer|sample_\w+|baseline_text)$'
+    r'|.*EvalTask\.'
 )
 
 
@@ -105,4 +106,5 @@ def _bindings(text: str) -> dict[str, str]:
     """What a configuration binds, without what may change between the parts of one run."""
     joined = re.sub(r'\\\n\s*', '', text)
     found = re.findall(r'^([\w./]+) = (.*(?:\n[ \t].*)*)', joined, re.MULTILINE)
-    return {name: value for name, value in found if not _MAY_CHANGE.match(name)}
+    lines = {name: re.sub(r'\s*\n\s*', ' ', value) for name, value in found}
+    return {name: value for name, value in lines.items() if not _MAY_CHANGE.match(name)}

@@ -40,17 +40,6 @@ def read_prompt(text: str | None, file: str | None, from_stdin: bool) -> str:
     return text
 
 
-def given(model: Model, prompt: str, tokenizer: Any) -> dict[str, Any]:
-    """What decoding begins with: the prompt; or what an encoder reads, and the end of no answer.
-
-    That is how `data.pairs` begins answers.
-    """
-    ids = [tokenizer.encode(prompt)]
-    if model.layer.n_in == 1:
-        return {'prompts': ids}
-    return {'inputs': ids, 'prompts': [[tokenizer.eos_id]]}
-
-
 def write_stream(prompt: str, tokens: Iterator[np.ndarray], tokenizer: Any) -> None:
     """Prints a prompt and its continuation as it is made, then its speed on standard error.
 
@@ -106,6 +95,7 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
         print(f'beside it, Witten–Bell byte models of order {orders}: {values} bits per byte')
     if experiment.sample_prompt is not None:
         from layercomb.supervised import decoding
+        from layercomb.supervised.prompts import given
 
         model = Model(experiment.model, loop.weights, loop.state)
         tokenizer, prompt = experiment.tokenizer, experiment.sample_prompt

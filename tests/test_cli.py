@@ -12,8 +12,9 @@ import urllib.request
 
 import pytest
 
-from layercomb import Model, cli, models, shape_dtype, trees
+from layercomb import Model, cli, models, runs, shape_dtype, trees
 from layercomb.data import ByteTokenizer
+from layercomb.errors import UsageError, of_the_person
 from layercomb.interop.safetensors import load_weights
 
 TINY = """
@@ -146,6 +147,15 @@ def test_generate_streams_and_reads_prompts(files, capsys, monkeypatch, tmp_path
     assert len(set(said)) == 1
 
 
+def test_generate_with_a_model_of_few_positions(files, capsys):
+    short = ('TransformerLM.max_len=4', 'data.packed.length=4', 'train.sample_prompt=None')
+    command = train(files, *short, 'train.steps=1', directory='short')
+    assert cli.main([str(word) for word in command]) == 0
+    run = str(files[0] / 'short')
+    assert cli.main(['generate', run, '--prompt', 'ca', '--n_tokens', '2']) == 0
+    assert '\nca' in capsys.readouterr().out
+
+
 def test_generate_with_narrow_weights(files, capsys):
     how = ['--prompt', 'cat', '--n_tokens', '4']
     for bits in ('16', '8', '4'):
@@ -208,7 +218,7 @@ def test_inspect_config_and_run(files, capsys):
 
 
 MISTAKES = {
-    'train.model=3': 'train.model must be a layer, got 3',
+    'train.model=3': 'train: model must be a Layer, got 3',
     "adamw.learning_rate='abc'": "learning_rate must be a number, got 'abc'",
     "TransformerLM.d_model='8'": "must be an int.*, got '8'",
     'TransformerLM.n_heads=3': r'3 heads do not divide the width 8: use \d',
@@ -219,13 +229,25 @@ MISTAKES = {
     'train.stepz=3': "doesn't have a parameter named 'stepz'",
     'tl.Denze.n_units=3': 'did you mean Dense',
     'train.steps=': 'Unable to parse',
-    "train.steps='3'": "train: steps='3': give a positive integer",
+    "train.steps='3'": "train: steps must be an int, got '3'",
+    'train.steps=0': 'train: steps=0: it must be at least 1',
+    "train.seed='abc'": "seed must be an int, got 'abc'",
+    'train.seed=99999999999999999999999': 'Loop: seed=9{23}: give an integer in −2⁶³ … 2⁶³ − 1',
+    'train.model=@models.TransformerLM': r'a function: call it, TransformerLM\(…\)',
+    'train.eval_tasks=5': r'eval_tasks must be a sequence of EvalTask, got \(5,\)',
+    'train.baseline_text=5': 'train.baseline_text=5: give a sequence of documents',
+    'train.baseline_text=()': 'the train.baseline_text is empty: give at least one',
+    'train.sample_prompt=5': 'sample_prompt must be a str or None, got 5',
+    'train.sample_temperature=-1': 'temperature must be at least 0 and finite, got -1',
+    'train.sample_tokens=30': "the prompt of 2 tokens and 30 new ones make 32, and the model's max",
+    "train.tokenizer='bytes'": "tokenizer='bytes': give one with encode, eos_id and vocab_size",
+    'train.tokenizer=@data.ByteTokenizer': 'give one with encode, eos_id and vocab_size',
     "text_files.pattern='nothing/*.txt'": "no file matches 'nothing/\\*.txt'|nothing",
     'data.packed.batch_size=0': 'batch_size=0',
     'TrainTask.accumulate=3': 'accumulate=3 does not divide a batch of 2 rows',
     'TransformerLM.max_len=4': 'the sequence is 8 long and max_len=4: shorten it',
     'TransformerLM.vocab_size=50': r'token id \d+ is outside the vocabulary of 50',
-    'train.train_task=@tl.CrossEntropyLoss()': 'train.train_task must be a TrainTask',
+    'train.train_task=@tl.CrossEntropyLoss()': 'train: train_task must be a TrainTask',
     'TrainTask.loss_chunk_len=-1': 'loss_chunk_len',
 }
 
@@ -234,7 +256,28 @@ MISTAKES = {
 def test_mistakes_in_a_binding(files, capsys, binding):
     said = refused(capsys, *train(files, binding, directory='mistake'))
     assert re.search(MISTAKES[binding], said), said
-    assert not (files[0] / 'mistake' / 'metrics.jsonl').exists()
+    assert not (files[0] / 'mistake').exists()  # so that the corrected command goes on
+
+
+@pytest.mark.parametrize('error', [OverflowError, ZeroDivisionError, IndexError, LookupError])
+def test_errors_of_values_are_of_the_person(error):
+    with pytest.raises(UsageError, match='too large'), of_the_person():
+        raise error('too large')
+
+
+def test_what_may_change_in_a_run(tmp_path):
+    text = "cli.train.tokenizer = 'bytes'\nmodels.MLP.layer_widths = \\\n    (64,\n     32)\n"
+    (tmp_path / 'config.gin').write_text(text)
+    runs.check_directory(tmp_path, text.replace("'bytes'", '@data.ByteTokenizer()'))
+    message = r'\(models.MLP.layer_widths is \(64, 32\) there, \(64, 16\) here\): choose'
+    with pytest.raises(UsageError, match=message):
+        runs.check_directory(tmp_path, text.replace('32', '16'))
+
+
+def test_an_output_dir_that_cannot_be(files, capsys):
+    (files[0] / 'letter').write_text('dear')
+    said = refused(capsys, *train(files, directory='letter/run'))
+    assert re.search(r'Not a directory \(.*letter.*\): choose another --output_dir', said), said
 
 
 def test_mistakes_with_files(files, capsys, tmp_path):
@@ -268,6 +311,8 @@ OUT_OF_RANGE = {
     ('--n_tokens', '0'): 'n_tokens must be',
     ('--repetition_penalty', '0'): 'repetition_penalty must be',
     ('--beams', '0'): 'n_beams must be',
+    ('--seed', '99999999999999999999'): 'give an integer in −2⁶³ … 2⁶³ − 1',
+    ('--gin_param', "train.tokenizer='bytes'"): "tokenizer='bytes': give one with encode",
     ('--n_tokens', 'few'): "argument --n_tokens: invalid int value: 'few': see layercomb generate",
     ('--bits', '5'): 'argument --bits: invalid choice',
     ('-',): 'give one of --prompt TEXT',

@@ -90,6 +90,16 @@ def test_dropout_at_the_prompt_needs_a_key():
     assert model(x(), mode=Mode.TRAIN, rng=jax.random.key(0)).shape == (4, 5)
 
 
+def test_a_seed_is_a_key():
+    x = jnp.ones((2, 8))
+    model = lc.Model(tl.Dropout(0.5)).init(x)
+    drawn = [model(x, mode=Mode.TRAIN, rng=rng) for rng in (3, jax.random.key(3))]
+    np.testing.assert_array_equal(*drawn)
+    for rng in (2**63, 0.5, 'a'):
+        with pytest.raises(ValueError, match=r'rng=.*: give an integer in −2⁶³ … 2⁶³ − 1'):
+            model(x, rng=rng)
+
+
 def test_save_and_load(tmp_path):
     model = lc.Model(net()).init(x(), 1)
     model(x(), mode=Mode.TRAIN)

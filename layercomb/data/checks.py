@@ -52,23 +52,24 @@ def shard(value: Any) -> tuple[int, int]:
     return integer('shard index', value[0], 0, count - 1), count
 
 
-def source(value: Any) -> Sequence[Any]:
+def source(value: Any, name: str = 'source') -> Sequence[Any]:
     """Returns `value` if it is a non-empty sequence that is not one string."""
     if isinstance(value, (str, bytes)) or not all(
         hasattr(value, name) for name in ('__len__', '__getitem__')
     ):
         raise TypeError(
-            f'source={value!r:.60}: give a sequence of documents or examples, '
+            f'{name}={value!r:.60}: give a sequence of documents or examples, '
             "e.g. data.python_stdlib() or data.text_files('*.txt')"
         )
     if len(value) == 0:
-        raise ValueError('the source is empty: give at least one document or example')
+        raise ValueError(f'the {name} is empty: give at least one document or example')
     return value
 
 
 def tokenizer(tokenizer: Any) -> None:
     """Raises a TypeError unless it is one."""
-    if not all(hasattr(tokenizer, name) for name in ('encode', 'eos_id', 'vocab_size')):
+    asked = ('encode', 'eos_id', 'vocab_size')
+    if isinstance(tokenizer, type) or not all(hasattr(tokenizer, name) for name in asked):
         raise TypeError(
             f'tokenizer={tokenizer!r}: give one with encode, eos_id and vocab_size, '
             'e.g. data.ByteTokenizer()'

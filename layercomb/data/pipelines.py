@@ -66,7 +66,7 @@ def batches(
         nothing = tuple(np.zeros_like(x) for x in first)
         padding = grain.MapDataset.source([nothing] * missing)
         examples = grain.MapDataset.concatenate([examples, padding])
-    rows = examples[index::count].batch(batch_size, drop_remainder=True)
+    rows = examples[index::count].batch(batch_size, drop_remainder=True, batch_fn=_stacked)
     return rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD))
 
 
@@ -114,14 +114,18 @@ def packed(
     batch_size = checks.integer('batch_size', batch_size, 1)
     checks.tokenizer(tokenizer)
     checks.source(source)
+    nothing = UsageError(f'the {len(source)} documents are empty: give a source that holds text')
     if checks.flag('streaming', streaming):
+        # The first one that is not empty ends it, so this hardly ever reads a second.
+        if not any(encode_checked(source[i], tokenizer).size for i in range(len(source))):
+            raise nothing
         return _streamed(
             _in_order(source, seed, shuffle, num_epochs),
             length, batch_size, tokenizer, checks.shard(shard), endless=num_epochs is None,
         )  # fmt: skip
     stream = token_stream(source, tokenizer)
     if stream.size == len(source) + 1:
-        raise UsageError(f'the {len(source)} documents are empty: give a source that holds text')
+        raise nothing
     return batches(
         Windows(stream, length),
         batch_size,
@@ -219,6 +223,17 @@ def _streamed(
     fill = partial(grain.experimental.batch_and_pad, batch_size=rows)
     dataset = iterators.PackedDocuments(documents, length, tokenizer).batch(rows, batch_fn=fill)
     return dataset.map(partial(_rows, index, count))
+
+
+def _stacked(examples: Sequence[Arrays]) -> Arrays:
+    first, *others = ([np.shape(x) for x in example] for example in examples)
+    for other in others:
+        if other != first:
+            raise ValueError(
+                f'batches takes examples of one shape, and the source holds {first} and {other}: '
+                'pad them, or use data.bucketed'
+            )
+    return tuple(np.stack(column) for column in zip(*examples, strict=True))
 
 
 def _rows(index: int, count: int, batch: Arrays) -> Arrays:

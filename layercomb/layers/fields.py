@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
 import typing
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +33,7 @@ class Bound:
         return f'at least {self.low:g}' + (f' and below {self.below:g}' if self.below else '')
 
 
+F = TypeVar('F', bound=Callable[..., Any])
 Size = Annotated[int, Bound(1)]
 Rate = Annotated[float, Bound(0, 1)]
 
@@ -50,26 +52,62 @@ def check_fields(instance: Any) -> None:
       TypeError: if a field holds something of another type, or something unhashable.
       ValueError: if a number is out of its range.
     """
-    cls: Any = type(instance)
-    owner, hints = cls.__name__, _hints(cls)
-    for field in dataclasses.fields(instance):
-        value = getattr(instance, field.name)
-        hint = hints.get(field.name, Any)
-        if not _matches(value, hint):
-            got = f'got {value!r}' + (
-                f', a class: call it, {value.__name__}(…)' if isinstance(value, type) else ''
-            )
-            raise TypeError(f'{owner}: {field.name} must be {_words(hint)}, {got}')
-        bound = _bound(hint)
-        if bound and isinstance(value, (int, float)) and not bound.holds(value):
-            raise ValueError(f'{owner}: {field.name} must be {bound}, got {value!r}')
+    owner = type(instance).__name__
+    fields = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+    check_values(owner, fields, type(instance))
+    for name, value in fields.items():
         try:
             hash(value)
         except TypeError:
             raise TypeError(
-                f'{owner}: {field.name} holds {type(value).__name__}, which is not hashable: '
+                f'{owner}: {name} holds {type(value).__name__}, which is not hashable: '
                 'a layer describes, arrays belong in its weights or state'
             ) from None
+
+
+def check_values(owner: str, values: Mapping[str, Any], annotated: Any) -> None:
+    """Checks values against annotations of the same names.
+
+    Args:
+      owner: what messages begin with.
+      values: by name.
+      annotated: the class or function that has the annotations.
+
+    Raises:
+      TypeError: if a value is of another type.
+      ValueError: if a number is out of its range.
+    """
+    hints = _hints(annotated)
+    for name, value in values.items():
+        hint = hints.get(name, Any)
+        if not _matches(value, hint):
+            raise TypeError(f'{owner}: {name} must be {_words(hint)}, got {_got(value)}')
+        bound = _bound(hint)
+        if bound and isinstance(value, (int, float)) and not bound.holds(value):
+            raise ValueError(f'{owner}: {name} must be {bound}, got {value!r}')
+
+
+def checked(function: F) -> F:
+    """Makes a function check its arguments, as given, against its annotations at each call.
+
+    >>> @checked
+    ... def double(n: int):
+    ...     return 2 * n
+    >>> double('6')
+    Traceback (most recent call last):
+      ...
+    TypeError: double: n must be an int, got '6'
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(signature.parameters, args, strict=False)) | kwargs
+        check_values(function.__name__, {k: frozen(v) for k, v in given.items()}, function)
+        return function(*args, **kwargs)
+
+    wrapper.__dict__['__signature__'] = signature  # by which gin knows names and defaults
+    return typing.cast(F, wrapper)
 
 
 def nearest_divisor(n: int, to: int) -> int:
@@ -137,9 +175,20 @@ def _matches_one(value: Any, hint: Any) -> bool:
             if inner[1:] == (Ellipsis,)
             else len(value) == len(inner) and all(map(_matches, value, inner))
         )
+    if origin is Sequence:
+        return isinstance(value, (tuple, list)) and all(
+            _matches(v, typing.get_args(hint)[0]) for v in value
+        )
     if Callable in (hint, origin):
         return callable(value)
-    return not isinstance(hint, type) or isinstance(value, hint)
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _got(value: Any) -> str:
+    """A value in words, and what to do where what makes one was given instead."""
+    uncalled = isinstance(value, (type, types.FunctionType)) and value.__name__.isidentifier()
+    kind = 'class' if isinstance(value, type) else 'function'
+    return f'{value!r}' + (f', a {kind}: call it, {value.__name__}(…)' if uncalled else '')
 
 
 def _words(hint: Any) -> str:
@@ -164,6 +213,8 @@ def _words_one(hint: Any) -> str:
         if inner[1:] == (Ellipsis,):
             return f'a tuple of {inner[0].__name__}'
         return f'a tuple of {len(inner)} {inner[0].__name__}'
+    if origin is Sequence:
+        return f'a sequence of {typing.get_args(hint)[0].__name__}'
     name = getattr(hint, '__name__', str(hint))
     if name == 'Callable':
         return 'a function'

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layercomb import layers as tl
+from layercomb.layers.fields import checked
 
 
+@checked
 def MLP(
     layer_widths: Sequence[int] = (128, 64),
     n_classes: int = 10,

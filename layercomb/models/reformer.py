@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from layercomb import layers as tl
 from layercomb.layers.axial import nearest_grid
+from layercomb.layers.fields import checked
 from layercomb.models.transformer import (
     attention_pattern,
     feed_forward,
@@ -15,6 +16,7 @@ from layercomb.models.transformer import (
 )
 
 
+@checked
 def ReformerLM(
     vocab_size: int,
     d_model: int = 512,

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 
 from layercomb import layers as tl
+from layercomb.layers.fields import checked
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,
@@ -21,6 +22,7 @@ from layercomb.models.transformer import (
 )
 
 
+@checked
 def Reformer(
     vocab_size: int,
     d_model: int = 512,

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from layercomb import layers as tl
-from layercomb.layers.fields import frozen
+from layercomb.layers.fields import checked, frozen
 
 
+@checked
 def RevNet(
     n_classes: int = 10,
     widths: Sequence[int] = (32, 64, 112),
@@ -43,8 +44,8 @@ def RevNet(
       head)``.
 
     Raises:
-      TypeError: if the widths or the numbers of blocks are no integers.
-      ValueError: if a width is odd, or the numbers of blocks are not as many as the widths.
+      ValueError: if there is no width, or an odd one, or the numbers of blocks are not as many as
+        the widths.
 
     References:
       The Reversible Residual Network (Gomez et al. 2017), https://arxiv.org/abs/1707.04585
@@ -103,9 +104,9 @@ def _conv(width: int, stride: int = 1) -> tl.Conv2D:
 
 
 def _integers(name: str, values: Any, least: int) -> tuple[int, ...]:
-    given = tuple(frozen(values)) if isinstance(values, (tuple, list)) else ()
-    if not given or any(type(n) is not int for n in given):
-        raise TypeError(f'{name}={values!r}: give integers, e.g. (32, 64)')
+    given = tuple(frozen(values))
+    if not given:
+        raise ValueError(f'{name}={given}: give integers, e.g. (32, 64)')
     if min(given) < least:
         raise ValueError(f'{name}={given}: each must be at least {least}')
     return given

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from layercomb import layers as tl
 from layercomb.layers.base import POSITION, Arrays, Mode, Tree, Wrapper
 from layercomb.layers.caches import BEFORE, position_of, set_positions
+from layercomb.layers.fields import checked
 from layercomb.layers.once import run_once
 from layercomb.layers.positional import init_position
 from layercomb.models.reformer import (
@@ -32,6 +33,7 @@ from layercomb.transforms import rewrite
 Attention = tl.Layer | Sequence[tl.Layer] | None
 
 
+@checked
 def TerraformerLM(
     vocab_size: int,
     d_model: int = 512,
@@ -121,6 +123,7 @@ def TerraformerLM(
     )
 
 
+@checked
 def Terraformer(
     vocab_size: int,
     d_model: int = 512,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layercomb import layers as tl
-from layercomb.layers.fields import nearest_multiple
+from layercomb.layers.fields import checked, nearest_multiple
 from layercomb.transforms import rewrite
 
 
+@checked
 def TransformerLM(
     vocab_size: int,
     d_model: int = 512,
@@ -82,6 +83,7 @@ def TransformerLM(
     )
 
 
+@checked
 def TransformerEncoder(
     vocab_size: int,
     n_classes: int = 10,
@@ -224,16 +226,12 @@ def attention_pattern(
     """The attention layers that alternate over depth.
 
     Raises:
-      TypeError: if they are not layers.
       ValueError: if there are none, or their number does not divide `n_layers`, naming the
         nearest that it does.
     """
     pattern = tuple(attention) if isinstance(attention, (list, tuple)) else (attention,)
     if not pattern:
         raise ValueError('attention is empty: give a layer, or several that alternate over depth')
-    for layer in pattern:
-        if not isinstance(layer, tl.Layer):
-            raise TypeError(f'attention must be a layer or a tuple of layers, got {layer!r}')
     n = len(pattern)
     if n_layers % n or n_layers < 1:
         raise ValueError(

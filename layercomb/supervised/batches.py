@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from layercomb.errors import UsageError
+from layercomb.errors import UsageError, one_line
 
 Batch = tuple[Any, ...]
 
@@ -19,6 +19,22 @@ def check_data(owner: str, data: Any) -> None:
             f'{owner}: data must be iterable more than once, and {kind} is not: give a Grain '
             'dataset, a list of batches, or an object whose __iter__ starts anew'
         )
+
+
+@contextlib.contextmanager
+def made(what: str) -> Iterator[None]:
+    """Blames the data for what making a batch of it raises.
+
+    Args:
+      what: how to call the batch.
+
+    Raises:
+      UsageError: for a TypeError or ValueError, of an element that is not like the others.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as e:
+        raise UsageError(f'{what}: {one_line(e)}') from e
 
 
 @contextlib.contextmanager
@@ -103,7 +119,8 @@ class Batches:
 
     def _next(self) -> Batch:
         try:
-            batch = next(self._iterator)
+            with made(f'batch {self.taken + 1} of the data'):
+                batch = next(self._iterator)
         except StopIteration:
             raise UsageError(
                 f'the data ended after {self.taken} batches: repeat it (num_epochs=None, or '

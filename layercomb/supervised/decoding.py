@@ -21,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.layers.base import Tree
-from layercomb.model import Model
+from layercomb.model import Model, seeded
 from layercomb.supervised.beams import Beams, beam_search
-from layercomb.supervised.numbers import whole
 from layercomb.supervised.prompts import (
     Sequences,
     Start,
@@ -118,7 +117,7 @@ def stream(
 
 
 def _row_keys(rng: jax.Array | int, start: Start) -> jax.Array:
-    rng = rng if isinstance(rng, jax.Array) else jax.random.key(whole('rng', rng, least=-(2**63)))
+    rng = rng if isinstance(rng, jax.Array) else seeded('rng', rng)
     return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(len(start.tokens)))
 
 

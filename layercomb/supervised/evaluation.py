@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -14,30 +15,33 @@ from layercomb.errors import UsageError
 from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.metrics import Metric, weighted_sum
 from layercomb.model import check_tokens
-from layercomb.supervised.batches import Batch, shaped_unlike
+from layercomb.supervised.batches import Batch, made, shaped_unlike
 from layercomb.supervised.tasks import EvalTask
 
 Sums = tuple[tuple[jax.Array, jax.Array], ...]  # Σ wv and Σ w, for each metric
 
 
-def evaluate(net: Layer, weights: Tree, state: Tree, tasks: Sequence[EvalTask]) -> dict[str, float]:
+def evaluate(
+    net: Layer, weights: Tree, state: Tree, tasks: Sequence[EvalTask] | EvalTask
+) -> dict[str, float]:
     """Measures a model, which is left as it is: nothing is random and no state is kept.
 
     Args:
       net: gives logits.
       weights: its weights.
       state: its state.
-      tasks: what to measure; each goes through its data from the start.
+      tasks: what to measure, one or several; each goes through its data from the start.
 
     Returns:
       'task/metric' -> the metric of the weighted mean over all positions of all batches.
 
     Raises:
-      UsageError: if there is no batch, a token is outside the vocabulary, a metric's sum is not
-        finite, its weights are all 0, or a later batch's shape does not fit the model.
+      UsageError: if there is no batch, or one cannot be made; if a token is outside the vocabulary,
+        a metric's sum is not finite, its weights are all 0, or a later batch's shape does not fit
+        the model.
     """
     measured = {}
-    for task in tasks:
+    for task in (tasks,) if isinstance(tasks, EvalTask) else tasks:
         metrics = cast(tuple[Metric, ...], task.metrics)  # made one by the task
         step = compiled(net, metrics, task.loss_chunk_len)
         sums = _run(task, net, functools.partial(step, weights, state))
@@ -63,8 +67,13 @@ def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[tuple[
     """Sums over batches, in double precision, one batch always being computed meanwhile."""
     per_batch: list[Any] = []
     first: Batch = ()
-    for i, batch in enumerate(task.batches(), 1):
+    batches = task.batches()
+    for i in itertools.count(1):
         where = f'EvalTask {task.name!r}, batch {i}'
+        with made(where):
+            batch = next(batches, None)
+        if batch is None:
+            break
         try:
             check_tokens(net, batch[: net.n_in])
         except ValueError as e:

@@ -88,7 +88,7 @@ def begin(
     model: Model,
     prompts: Sequences,
     n_tokens: int,
-    inputs: Sequences | None,
+    inputs: Sequences | None = None,
     eos_id: int | None = None,
 ) -> Start:
     """What decoding begins with; arguments and errors are those of `decoding.generate`."""
@@ -113,6 +113,17 @@ def begin(
     trained = unstack_state(net, state)
     arrays = jnp.asarray(tokens), jnp.asarray(lengths)
     return Start(unstacked, room, weights, trained, context, *arrays)
+
+
+def given(model: Model, prompt: str, tokenizer: Any) -> dict[str, Any]:
+    """What decoding begins with: the prompt; or what an encoder reads, and the end of no answer.
+
+    That is how `data.pairs` begins answers.
+    """
+    ids = [tokenizer.encode(prompt)]
+    if model.layer.n_in == 1:
+        return {'prompts': ids}
+    return {'inputs': ids, 'prompts': [[tokenizer.eos_id]]}
 
 
 def as_id(eos_id: int | None) -> np.int32:

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layercomb import trees
 from layercomb.errors import require
 from layercomb.layers.metrics import Metric
 from layercomb.supervised.batches import Batch, check_data
+from layercomb.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,6 +64,17 @@ class TrainTask:
                 f'TrainTask: trainable={self.trainable!r}: give a function of a path, such as '
                 "lambda path: path.endswith('bias')"
             )
+
+    def partition(self, weights: Tree) -> tuple[Tree, Tree]:
+        """The weights that train and those that do not; see `trees.partition`.
+
+        Raises:
+          ValueError: if none trains.
+        """
+        trainable, frozen = trees.partition(weights, self.trainable)
+        if not jax.tree.leaves(trainable):
+            raise ValueError('TrainTask: no weight trains: check the predicate trainable')
+        return trainable, frozen
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ import numpy as np
 
 from layercomb import trees
 from layercomb.errors import UsageError, of_the_machine, require
-from layercomb.layers.base import Layer, Tree
-from layercomb.model import Model, check_tokens
+from layercomb.layers.base import Layer, Mode, Tree, init_state
+from layercomb.model import Model, check_tokens, seeded
 from layercomb.shapes import Signature
 from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, Batches, shaped_unlike
@@ -81,7 +81,7 @@ class Loop:
         self._eval_tasks = tuple(eval_tasks) if isinstance(eval_tasks, Iterable) else (eval_tasks,)
         every = {'log_every': log_every, 'eval_every': eval_every}
         every |= {'checkpoint_every': checkpoint_every, 'keep': keep}
-        _check_arguments(model, train_task, self._eval_tasks, seed, every)
+        check_arguments(model, train_task, self._eval_tasks, seed, every)
         self._net = model.layer if isinstance(model, Model) else model
         self._task, self._seed, self._progress = train_task, seed, progress
         self._every = (log_every, eval_every, checkpoint_every)
@@ -125,8 +125,8 @@ class Loop:
           The metrics of the last step: 'step', 'train/loss', …, 'valid/loss', …
 
         Raises:
-          UsageError: if a loss is not finite, a token is outside the vocabulary, a later batch's
-            shape does not fit the model, the data ends, or the disk is full.
+          UsageError: if a loss is not finite, a token is outside the vocabulary, a later batch
+            cannot be made or its shape does not fit the model, the data ends, or the disk is full.
         """
         check_count('Loop.run', 'n_steps', n_steps)
         if self.step >= n_steps:
@@ -149,19 +149,18 @@ class Loop:
         signature = _signature(self._net, self._first)
         init_key, self._key = jax.random.split(jax.random.key(self._seed))
         weights, state = jax.eval_shape(lambda key: self._net.init(signature, key), init_key)
-        trainable, _ = trees.partition(weights, self._task.trainable)
-        if not jax.tree.leaves(trainable):
-            raise ValueError('TrainTask: no weight trains: check the predicate trainable')
+        trainable, _ = self._task.partition(weights)
         with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
             opt_state = jax.eval_shape(self._optimizer.init, trainable)
         restored = self._restore({'weights': weights, 'state': state, 'opt_state': opt_state})
         if restored is not None:
             weights, state, opt_state = restored
         elif isinstance(model, Model) and model.weights is not None:
-            weights, state = model.weights, jax.tree.map(jnp.copy, model.state)
+            _check_weights(model.weights, weights)
+            weights, state = model.weights, _trained_state(model, signature, state)
         else:
             weights, state = _init(self._net, signature, init_key)
-        trainable, self._frozen = trees.partition(weights, self._task.trainable)
+        trainable, self._frozen = self._task.partition(weights)
         if weights is getattr(model, 'weights', None):
             trainable = jax.tree.map(jnp.copy, trainable)  # donating would take the Model's own
         if restored is None:
@@ -293,6 +292,30 @@ def _init(net: Layer, signature: Signature, key: jax.Array) -> tuple[Tree, Tree]
     return net.init(signature, key)
 
 
+def _check_weights(given: Tree, wanted: Tree) -> None:
+    """Raises a ValueError at the first of a Model's weights that is not as its layer has it."""
+    there, here = trees.flatten(given), trees.flatten(wanted)
+    for path in sorted(there.keys() | here.keys()):
+        is_, should = (tuple(w[path].shape) if path in w else 'absent' for w in (there, here))
+        if is_ != should:
+            raise ValueError(
+                f"Loop: the Model's weights are not those of its layer ({path} is {is_} and should "
+                f'be {should}): init it, or load what was saved of an equal layer'
+            )
+
+
+def _trained_state(model: Model, signature: Signature, wanted: Tree) -> Tree:
+    """A copy of what training has a place for in a Model's state, which may be for ``PREDICT``."""
+    held = trees.flatten(model.state)
+    fresh = init_state(model.layer, signature, Mode.TRAIN) if jax.tree.leaves(wanted) else wanted
+
+    def kept(path: str, new: jax.Array) -> jax.Array:
+        old = held.get(path, new)
+        return jnp.copy(old) if old.shape == new.shape else new
+
+    return trees.map_with_path(kept, fresh)
+
+
 def _optimizer(task: TrainTask) -> Any:
     """The task's optimizer, behind clipping where that is asked for."""
     if task.clip_norm is None:
@@ -341,9 +364,10 @@ def _strange_target(net: Layer, batch: Batch) -> str | None:
     )
 
 
-def _check_arguments(
+def check_arguments(
     model: Any, train_task: Any, eval_tasks: tuple[Any, ...], seed: Any, every: dict[str, Any]
 ) -> None:
+    """Raises a TypeError or ValueError for arguments of a `Loop` that cannot be right."""
     if not isinstance(model, (Layer, Model)):
         raise TypeError(f'Loop: model={model!r} is no layer: give e.g. tl.Serial(…), or lc.Model')
     if not isinstance(train_task, TrainTask):
@@ -356,5 +380,6 @@ def _check_arguments(
         raise ValueError(f'Loop: two eval_tasks have one name in {names}: give each its own')
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f'Loop: seed={seed!r}: give an integer')
+    seeded('Loop: seed', seed)
     for name, value in every.items():
         check_count('Loop', name, value, optional=name in ('eval_every', 'checkpoint_every'))

@@ -300,6 +300,7 @@ def test_streaming_hosts_read_other_documents():
         ({'source': None}, TypeError, 'source=None: give a sequence of documents or examples'),
         ({'source': []}, ValueError, 'the source is empty: give at least one document'),
         ({'source': ['', '']}, UsageError, 'the 2 documents are empty: give a source that holds'),
+        ({'source': ['', ''], 'streaming': True}, UsageError, 'the 2 documents are empty: give a'),
         ({'source': EXAMPLES}, TypeError, 'a document is a str or bytes, not tuple'),
     ],
 )
@@ -325,6 +326,15 @@ def test_wrong_buckets(boundaries, batch_sizes, error, message):
 def test_batches_of_documents():
     with pytest.raises(TypeError, match=r'the source holds bytes: use data\.packed or'):
         data.batches(DOCUMENTS, 4)
+
+
+def test_batches_of_two_shapes():
+    examples = [tuple(np.zeros(n, np.int32) for _ in range(3)) for n in (3, 4)]
+    message = (
+        r'of one shape, and the source holds \[\(3,\), \(3,\), \(3,\)\] and \[\(4,\), .*bucketed'
+    )
+    with pytest.raises(ValueError, match=message):
+        next(iter(data.batches(examples, 2, shuffle=False)))
 
 
 def test_a_vocabulary_that_overflows():

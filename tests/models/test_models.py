@@ -134,18 +134,37 @@ def test_a_pattern_that_does_not_fit_names_the_nearest_depth(n_layers, n, neares
         models.TransformerLM(V, D, F, n_layers, H, L, attention=attention)
 
 
+@pytest.mark.parametrize(
+    ('build', 'message'),
+    [
+        (
+            lambda: models.TransformerLM(V, n_layers='6'),
+            'TransformerLM: n_layers must be an int, got',
+        ),
+        (lambda: lm(positions=['a']), r"TransformerLM: positions must be a str, got \('a',\)"),
+        (lambda: lm(remat='no'), "TransformerLM: remat must be a bool, got 'no'"),
+        (lambda: models.MLP(128), 'MLP: layer_widths must be a sequence of int, got 128'),
+        (
+            lambda: models.ReformerLM(V, axial_shape=8),
+            'ReformerLM: axial_shape must be a tuple of 2 int or None, got 8',
+        ),
+        (lambda: models.TransformerLM(vocab=V), "unexpected keyword argument 'vocab'"),
+    ],
+)
+def test_arguments_of_another_type(build, message):
+    with pytest.raises(TypeError, match=message):
+        build()
+
+
 def test_what_models_refuse():
     with pytest.raises(ValueError, match='attention is empty: give a layer, or several'):
         lm(attention=[])
     with pytest.raises(ValueError, match="no positions 'absolute': there are learned, sinusoidal"):
         lm(positions='absolute')
-    with pytest.raises(
-        TypeError, match='attention must be a layer or a tuple of layers, got <class'
-    ):
-        lm(attention=[tl.SelfAttention])
-    with pytest.raises(
-        TypeError, match=r'attention must be a layer or a tuple of layers, got .*clas'
-    ):
+    for wrong in (tl.SelfAttention, [tl.SelfAttention]):
+        with pytest.raises(TypeError, match='attention must be a Layer or a sequence of Layer or'):
+            lm(attention=wrong)
+    with pytest.raises(TypeError, match=r'got <class .*, a class: call it, SelfAttention\(…\)$'):
         lm(attention=tl.SelfAttention)
     with pytest.raises(ValueError, match="no activation 'gleu': there are elu"):
         lm(activation='gleu')

@@ -246,7 +246,7 @@ def test_what_is_refused():
         build(2, 1, 0.0, None, LOCAL_AND_LSH)
     with pytest.raises(ValueError, match='attention is empty: give a layer, or several'):
         build(1, 1, 0.0, [])
-    with pytest.raises(TypeError, match='attention must be a layer or a tuple of layers, got <cla'):
+    with pytest.raises(TypeError, match='attention must be a Layer or a sequence of Layer or None'):
         build(1, 1, 0.0, tl.SelfAttention)
     with pytest.raises(ValueError, match="no positions 'absolute': there are learned, sinusoidal"):
         build(positions='absolute')

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny_run import LOSS, PlainData
 
-from layercomb import UsageError, shape_dtype, tl
+from layercomb import UsageError, data, shape_dtype, tl
 from layercomb.supervised import EvalTask, evaluate
 
 NET = tl.Serial(tl.Embedding(16, 8), tl.Dense(16))
@@ -15,7 +15,7 @@ NET = tl.Serial(tl.Embedding(16, 8), tl.Dense(16))
 def measure():
     """The metrics of fresh weights on a list of batches."""
     weights, state = NET.init((shape_dtype((4, 6), 'int32'),), jax.random.key(0))
-    return lambda data: evaluate(NET, weights, state, [EvalTask(data, LOSS)])
+    return lambda data: evaluate(NET, weights, state, EvalTask(data, LOSS))
 
 
 def test_tokens_of_every_batch_are_checked(measure):
@@ -57,3 +57,9 @@ def test_a_later_batch_that_the_model_refuses():
         evaluate(net, weights, state, [EvalTask([short, long], LOSS)])
     with pytest.raises(ValueError, match='12'):
         evaluate(net, weights, state, [EvalTask([long], LOSS)])
+
+
+def test_an_element_of_the_data_that_is_like_no_other(measure):
+    documents = data.bucketed(['\1\2'] * 6 + [5], [4], [2], shuffle=False, num_epochs=1)
+    with pytest.raises(UsageError, match=r"^EvalTask 'valid', batch 4: a document is a str .*: 5$"):
+        measure(documents)

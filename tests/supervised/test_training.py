@@ -13,9 +13,9 @@ import numpy as np
 import optax
 import pytest
 import tiny_run
-from tiny_run import ADAM, LOSS, NET, SGD, B, PlainData, eval_task, grain_data, loop
+from tiny_run import ADAM, LOSS, NET, SGD, B, PlainData, V, eval_task, grain_data, loop
 
-from layercomb import Layer, Mode, Model, UsageError, losses, tl, trees
+from layercomb import Layer, Mode, Model, UsageError, data, init_state, losses, tl, trees
 from layercomb.supervised import EvalTask, TrainTask
 from layercomb.supervised.reports import read_metrics
 
@@ -263,6 +263,13 @@ def test_data_that_ends():
         loop(eval_tasks=EvalTask([], LOSS)).run(1)
 
 
+def test_an_element_of_the_data_that_is_like_no_other():
+    documents = data.bucketed(['ab'] * 6 + [5], [4], [2], shuffle=False)
+    net = tl.Serial(tl.Embedding(256, 4), tl.Dense(256))
+    with pytest.raises(UsageError, match=r'^batch 4 of the data: a document is a str .*: 5$'):
+        loop(net=net, data=documents).run(5)
+
+
 def test_data_of_the_wrong_form():
     x, y, _ = next(iter(PlainData()))
     with pytest.raises(TypeError, match=r'a batch is 3 arrays .*, and the data yields 2: check'):
@@ -300,6 +307,32 @@ def test_a_model_is_where_training_starts_and_keeps_its_weights():
     trained.run(2)
     assert leaves_equal(model.weights, before)
     assert not leaves_equal(trained.weights, before)
+
+
+def test_a_model_that_has_decoded_is_trained_without_its_caches(tmp_path):
+    net = tl.Serial(tl.Embedding(V, 8), tl.SelfAttention(2), tl.BatchNorm(), tl.Dense(V))
+    x = next(iter(PlainData()))[0]
+    model = Model(net).init(x, mode=Mode.PREDICT)
+    model(x, mode=Mode.PREDICT)
+    model.state['batch_norm']['mean'] += 7.0
+    trained = loop(tmp_path, net=model, optimizer=SGD)
+    trained.run(1)
+    of_training = init_state(net, x, Mode.TRAIN)
+    assert jax.tree.structure(trained.state) == jax.tree.structure(of_training)
+    assert (trained.state['batch_norm']['mean'] > 1).all()
+    assert loop(tmp_path, net=net, optimizer=SGD).step == 1
+
+
+def test_weights_of_another_layer():
+    x = next(iter(PlainData()))[0]
+    weights = Model(tl.Serial(tl.Embedding(V, 4), tl.Dense(V))).init(x).weights
+    for given, where in (
+        (weights, r'dense/kernel is \(4, 16\) and should be \(8, 16\)'),
+        ({}, r'dense/bias is absent and should be \(16,\)'),
+    ):
+        message = rf"the Model's weights are not those of its layer \({where}\): init it, or load"
+        with pytest.raises(ValueError, match=message):
+            loop(net=Model(NET, given))
 
 
 def test_equal_seeds_equal_runs():
