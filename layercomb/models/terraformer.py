@@ -27,6 +27,7 @@ from layercomb.models.transformer import (
     rotary_positions,
     with_positions,
 )
+from layercomb.shapes import shape_dtype
 from layercomb.transforms import rewrite
 
 Attention = tl.Layer | Sequence[tl.Layer] | None
@@ -260,14 +261,17 @@ class AfterMemory(Wrapper):
     n_in = property(lambda self: 2 + self.masked)
     mixes_positions = True
 
+    def inner_signature(self, signature):
+        """Of the joined sequence and, if `masked`, the joined mask."""
+        memory, x, *_ = signature
+        length = memory.shape[1] + x.shape[1]
+        joined = shape_dtype((x.shape[0], length, x.shape[2]), x.dtype)
+        return (joined, *[shape_dtype((x.shape[0], length), bool)] * self.masked)
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         """The layer's weights; its caches are as long as both sequences."""
         memory, x, *_ = signature
-        length = memory.shape[1] + x.shape[1]
-        joined = [jax.ShapeDtypeStruct((x.shape[0], length, x.shape[2]), x.dtype)]
-        if self.masked:
-            joined.append(jax.ShapeDtypeStruct((x.shape[0], length), bool))
-        weights, state = self.layer.init(tuple(joined), rng, mode)
+        weights, state = self.layer.init(self.inner_signature(signature), rng, mode)
         if mode is Mode.PREDICT:
             before = jnp.full(x.shape[0], memory.shape[1], jnp.int32)
             state = {'layer': state, 'has_memory': jnp.zeros((), bool), BEFORE: before}
