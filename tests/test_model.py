@@ -162,6 +162,25 @@ def test_tokens_outside_the_vocabulary(layer):
     assert model(np.array([[0, 6, 1]], np.int32)).shape[:2] == (1, 3)
 
 
+@pytest.mark.parametrize(
+    ('positions', 'asks'),
+    [
+        ('learned', 'LearnedPositions'),
+        ('sinusoidal', 'SinusoidalPositions'),
+        ('rotary', 'SplitHeads'),
+        ('none', 'SplitHeads'),
+    ],
+)
+def test_tokens_without_a_batch_axis_are_refused(positions, asks):
+    net = lc.models.TransformerLM(16, 8, 16, 1, 2, 32, positions=positions)
+    model, tokens = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32')), [7, 1, 2]
+    shape = r'takes \(batch, length, features\), got the shape \(3, 8\): add a batch axis, x\[None]'
+    with pytest.raises(ValueError, match=f'{asks} {shape}'):
+        model(tokens)
+    with pytest.raises(ValueError, match=shape):
+        model.layer.output_signature(lc.shape_dtype((3,), 'int32'))
+
+
 def test_repr():
     assert repr(lc.Model(tl.Dense(3)).init(x())) == 'Model(Dense(3))  # 18 weights'
 

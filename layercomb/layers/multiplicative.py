@@ -22,7 +22,7 @@ from layercomb.layers.fields import Size, nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import Initializer, Normal, lecun_normal, zeros
 from layercomb.layers.narrow import Narrow, rows_of
 from layercomb.layers.native import has_kernels, kernel_named, with_kernel
-from layercomb.shapes import check_float, check_rank, check_width
+from layercomb.shapes import check_float, check_sequence, check_width
 
 
 class MultiplicativeDense(Layer):
@@ -207,7 +207,7 @@ class LocalConv(Layer):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
-        check_rank('LocalConv', x, '(batch, length, features)', 3)
+        check_sequence('LocalConv', x)
         check_float('LocalConv', x)
         check_modules('LocalConv', self.n_modules, x.shape[-1])
         m, n = x.shape[-1] // self.n_modules, self.n_outputs
@@ -220,6 +220,7 @@ class LocalConv(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_sequence('LocalConv', x)
         check_width(x, self.n_modules * weights['kernel'].shape[2])
         length = x.shape[1]
         if mode is Mode.PREDICT:

@@ -15,7 +15,7 @@ from layercomb.layers.fields import Size, nearest_divisor
 from layercomb.layers.initializers import Initializer, glorot_uniform
 from layercomb.layers.narrow import Narrow
 from layercomb.layers.pieces import over_positions, positions
-from layercomb.shapes import check_float, check_rank, check_width
+from layercomb.shapes import check_float, check_sequence, check_width
 
 
 class SplitHeads(Layer):
@@ -45,7 +45,7 @@ class SplitHeads(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_float('SplitHeads', x)
-        check_rank('SplitHeads', x, '(batch, length, features)', 3)
+        check_sequence('SplitHeads', x)
         d = x.shape[-1]
         if self.d_head is None and d % self.n_heads:
             nearest = nearest_divisor(d, self.n_heads)
@@ -60,6 +60,7 @@ class SplitHeads(Layer):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         kernel = weights['kernel']
+        check_sequence('SplitHeads', x)
         check_width(x, kernel.shape[0])
         if isinstance(kernel, Narrow):
             y = jnp.moveaxis(kernel.product(x), -2, 1)  # (B, L, H, K) → (B, H, L, K)
