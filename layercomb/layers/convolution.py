@@ -274,8 +274,9 @@ def _backward(windows: _Windows, kept: Any, dy: jax.Array) -> tuple[jax.Array, j
 def _swap(x: jax.Array, axis: int, groups: int) -> jax.Array:
     """Exchanges the axis with the channels of each group, which are last."""
     axis %= x.ndim
-    x = jnp.swapaxes(x.reshape(*x.shape[:-1], groups, -1), axis, -1)  # (…, G, n)
-    return x.reshape(*x.shape[:-2], -1)
+    x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    x = jnp.swapaxes(x, axis, -1)  # (…, G, n)
+    return x.reshape(*x.shape[:-2], groups * x.shape[-1])
 
 
 _convolve_on_cpu.defvjp(_forward, _backward)

@@ -107,6 +107,8 @@ def rotated_buckets(
     factors = factors_of(n_buckets)
     b, h, length, k = x.shape
     n_hashes = rotations.shape[1]
+    if not length:
+        raise ValueError(f'LSH attention needs one position at least, got the shape {x.shape}')
     x = lax.stop_gradient(x).astype(jnp.float32)
 
     def choose(y: jax.Array) -> jax.Array:

@@ -221,21 +221,22 @@ class LocalConv(Layer):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         check_sequence('LocalConv', x)
-        check_width(x, self.n_modules * weights['kernel'].shape[2])
-        length = x.shape[1]
+        m, length = weights['kernel'].shape[2], x.shape[1]
+        check_width(x, self.n_modules * m)
         if mode is Mode.PREDICT:
             x, state = with_past(x, state, self._reach)
         else:
             x = jnp.pad(x, ((0, 0), (self._reach, 0), (0, 0)))
         side = self.kernel_size[1] - 1
-        x = x.reshape(*x.shape[:2], self.n_modules, -1)  # (B, reach + L, S, M)
+        x = x.reshape(*x.shape[:2], self.n_modules, m)  # (B, reach + L, S, M)
         x = jnp.pad(x, ((0, 0), (0, 0), (side // 2, side - side // 2), (0, 0)))
         one = mode is Mode.PREDICT and length == 1
         fast = one and has_kernels(x.shape[0], x, weights['kernel'])
         y = (_convolve_one if fast else _convolve)(x, weights['kernel'])  # (B, L, S, n·M)
-        y = y.reshape(*y.shape[:3], self.n_outputs, -1) + weights['bias']  # (B, L, S, n, M)
+        y = y.reshape(*y.shape[:3], self.n_outputs, m) + weights['bias']  # (B, L, S, n, M)
         return tuple(
-            y[..., i, :].reshape(x.shape[0], length, -1) for i in range(self.n_outputs)
+            y[..., i, :].reshape(x.shape[0], length, self.n_modules * m)
+            for i in range(self.n_outputs)
         ), state
 
     @property
