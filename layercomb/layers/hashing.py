@@ -94,7 +94,7 @@ def lsh_rotations(
     width = sum(f // 2 for f in factors_of(n_buckets))
 
     def rotation(key: jax.Array, r: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(key, r), (depth, width)).T
+        return jax.random.normal(jax.random.fold_in(key, r), (depth, width), jnp.float32).T
 
     keys, rounds = tiles.keys_of_heads(rng, n_heads), jnp.arange(n_hashes)
     return jax.vmap(lambda key: jax.vmap(lambda r: rotation(key, r))(rounds))(keys)

@@ -110,7 +110,10 @@ class MultiplicativeHead(Layer):
         (x,) = signature
         check_float('MultiplicativeHead', x)
         weights = _factors(rng, x.shape[-1], self.vocab_size, self.n_modules)
-        return {**weights, **({'bias': jnp.zeros(self.vocab_size)} if self.use_bias else {})}, {}
+        return {
+            **weights,
+            **({'bias': jnp.zeros(self.vocab_size, jnp.float32)} if self.use_bias else {}),
+        }, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs

@@ -31,8 +31,8 @@ class LayerNorm(Layer):
         (x,) = signature
         check_float('LayerNorm', x)
         d = x.shape[-1]
-        weights = {'scale': jnp.ones(d)}
-        return (weights | {'bias': jnp.zeros(d)} if self.use_bias else weights), {}
+        weights = {'scale': jnp.ones(d, jnp.float32)}
+        return (weights | {'bias': jnp.zeros(d, jnp.float32)} if self.use_bias else weights), {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
@@ -59,7 +59,7 @@ class RMSNorm(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_float('RMSNorm', x)
-        return {'scale': jnp.ones(x.shape[-1])}, {}
+        return {'scale': jnp.ones(x.shape[-1], jnp.float32)}, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
@@ -91,8 +91,8 @@ class BatchNorm(Layer):
         check_float('BatchNorm', x)
         d = x.shape[-1]
         return (
-            {'scale': jnp.ones(d), 'bias': jnp.zeros(d)},
-            {'mean': jnp.zeros(d), 'var': jnp.ones(d)},
+            {'scale': jnp.ones(d, jnp.float32), 'bias': jnp.zeros(d, jnp.float32)},
+            {'mean': jnp.zeros(d, jnp.float32), 'var': jnp.ones(d, jnp.float32)},
         )
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):

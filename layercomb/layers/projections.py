@@ -54,7 +54,7 @@ class SplitHeads(Layer):
             )
         k = self.d_head or d // self.n_heads
         kernel = self.kernel_init(rng, (d, self.n_heads * k)).reshape(d, self.n_heads, k)
-        bias = {'bias': jnp.zeros((self.n_heads, k))} if self.use_bias else {}
+        bias = {'bias': jnp.zeros((self.n_heads, k), jnp.float32)} if self.use_bias else {}
         return {'kernel': kernel, **bias}, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
@@ -90,14 +90,20 @@ class MergeHeads(Layer):
         if not self.use_bias:
             return {'kernel': kernel}
         bias = weights['bias']
-        return {'kernel': kernel, 'bias': jnp.zeros((len(kernel), *bias.shape)).at[0].set(bias)}
+        return {
+            'kernel': kernel,
+            'bias': jnp.zeros((len(kernel), *bias.shape), bias.dtype).at[0].set(bias),
+        }
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         x, like = signature
         _, h, _, k = x.shape
         d = like.shape[-1]
         kernel = self.kernel_init(rng, (h * k, d)).reshape(h, k, d)
-        return {'kernel': kernel, **({'bias': jnp.zeros(d)} if self.use_bias else {})}, {}
+        return {
+            'kernel': kernel,
+            **({'bias': jnp.zeros(d, jnp.float32)} if self.use_bias else {}),
+        }, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         x, like = inputs

@@ -71,7 +71,7 @@ class SRU(Layer):
         keys = jax.random.split(rng, 3 if n == d else 4)
         # Each part by itself, or its variance would be that of a layer several times as wide.
         kernel = jnp.concatenate([self.kernel_init(key, (d, n)) for key in keys], -1)
-        bias = jnp.zeros(kernel.shape[1]).at[n : 2 * n].set(self.forget_bias)
+        bias = jnp.zeros(kernel.shape[1], jnp.float32).at[n : 2 * n].set(self.forget_bias)
         weights = {'kernel': kernel, 'bias': bias}
         if mode is not Mode.PREDICT:
             return weights, {}

@@ -257,7 +257,7 @@ def test_source_and_target_are_limited_each_by_itself(masked):
     model = lc.Model(net, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), weights), {})
     start = prompts.begin(model, [[1, 2]], 3, [[3] * MAX])
     assert start.room == 5 and jax.eval_shape(prompts.ingest, start)[0].shape == (1, W)
-    with pytest.raises(lc.UsageError, match=r"2 tokens and 4 new ones make 6, and the .* is 5: "):
+    with pytest.raises(lc.UsageError, match=r'2 tokens and 4 new ones make 6, and the .* is 5: '):
         prompts.begin(model, [[1, 2]], 4, [[3] * MAX])
     longer = (given[0], lc.shape_dtype((1, 6), 'int32'), *signature[2:])
     for mode in (Mode.TRAIN, Mode.PREDICT):
