@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.fields import Bound, Rate
 from layercomb.layers.native import has_kernels, kernel_named, with_kernel
 from layercomb.shapes import check_float, check_width
 
@@ -22,7 +23,7 @@ class LayerNorm(Layer):
       Ba et al. 2016, https://arxiv.org/abs/1607.06450
     """
 
-    epsilon: float = 1e-6
+    epsilon: Annotated[float, Bound(0)] = 1e-6
     use_bias: bool = True
 
     float32 = True
@@ -52,7 +53,7 @@ class RMSNorm(Layer):
       Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
     """
 
-    epsilon: float = 1e-6
+    epsilon: Annotated[float, Bound(0)] = 1e-6
 
     float32 = True
 
@@ -80,8 +81,8 @@ class BatchNorm(Layer):
       Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167
     """
 
-    momentum: float = 0.99
-    epsilon: float = 1e-5
+    momentum: Rate = 0.99
+    epsilon: Annotated[float, Bound(0)] = 1e-5
 
     float32 = True
     mixes_positions = True

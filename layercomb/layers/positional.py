@@ -7,14 +7,14 @@ values are known, and gives NaN inside `jit`, where they are not.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 from layercomb.layers.base import POSITION, Layer, Mode, Tree
 from layercomb.layers.caches import position_of, taken
-from layercomb.layers.fields import Size
+from layercomb.layers.fields import Bound, Size
 from layercomb.layers.initializers import Initializer, Normal
 from layercomb.shapes import Signature, check_float, check_sequence, check_width
 
@@ -32,7 +32,7 @@ class SinusoidalPositions(Layer):
       Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762
     """
 
-    period: float = 10000.0
+    period: Annotated[float, Bound(1)] = 10000.0
     max_len: Size | None = None
 
     float32 = True
@@ -105,7 +105,7 @@ class RotaryPositions(Layer):
       Su et al., RoFormer, 2021, https://arxiv.org/abs/2104.09864
     """
 
-    period: float = 10000.0
+    period: Annotated[float, Bound(1)] = 10000.0
     max_len: Size | None = None
 
     n_in = 2
