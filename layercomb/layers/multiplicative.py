@@ -192,21 +192,13 @@ class LocalConv(Layer):
     """
 
     n_modules: Size
-    kernel_size: tuple[int, int] = (3, 3)
+    kernel_size: tuple[Size, Size] = (3, 3)
     n_outputs: Size = 1
     kernel_init: Initializer = lecun_normal()
     bias_init: Initializer = zeros()
 
     n_out = property(lambda self: self.n_outputs)
     mixes_positions = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.kernel_size) < 1:
-            raise ValueError(
-                f'LocalConv: kernel_size={self.kernel_size} must be two numbers of at least 1, '
-                'positions and modules'
-            )
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

@@ -511,6 +511,8 @@ def test_softmax_computes_in_float32(layer):
         (lambda: tl.Embedding(0, 4), ValueError, 'vocab_size must be at least 1, got 0'),
         (lambda: tl.Repeat(tl.Dense, 2), TypeError, r'Repeat: layer must be a Layer, .* call it'),
         (lambda: tl.Conv2D(4, (3, 3, 3)), TypeError, 'Conv2D: kernel_size must be a tuple'),
+        (lambda: tl.Conv2D(4, (0, 3)), ValueError, r'kernel_size must be at least 1, got \(0, 3'),
+        (lambda: tl.MaxPool(strides=(0, 1)), ValueError, r'strides must be at least 1, got \(0, 1'),
         (lambda: tl.LayerNorm(-1.0), ValueError, 'LayerNorm: epsilon must be at least 0, got -1.0'),
         (lambda: tl.RMSNorm(-1e-6), ValueError, 'RMSNorm: epsilon must be at least 0, got -1e-06'),
         (lambda: tl.BatchNorm(1.5), ValueError, 'momentum must be at least 0 and below 1, got 1.5'),
