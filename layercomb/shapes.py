@@ -73,7 +73,13 @@ def check_float(owner: str, x: Any) -> None:
 def check_rank(owner: str, x: Any, wanted: str, rank: int) -> None:
     """Raises a ValueError unless an array or a signature has `rank` axes."""
     if len(x.shape) != rank:
-        raise ValueError(f'{owner} takes {wanted}, got the shape {tuple(x.shape)}')
+        cure = ': add a batch axis, x[None]' if len(x.shape) == rank - 1 else ''
+        raise ValueError(f'{owner} takes {wanted}, got the shape {tuple(x.shape)}{cure}')
+
+
+def check_sequence(owner: str, x: Any) -> None:
+    """Raises a ValueError unless `x` is a batch of sequences of vectors."""
+    check_rank(owner, x, '(batch, length, features)', 3)
 
 
 def check_width(x: Any, width: int) -> None:

@@ -55,14 +55,11 @@ def _walk(
             return _walk(layer.sublayers[i], values, _join(path, key), how, below, found)
 
         return layer.route(call, signature)
-    if isinstance(layer, Repeat):
-        return _walk(layer.layer, signature, path, f'{how}{layer.n} × ', weights, found)
-    if isinstance(layer, Map):
-        k = layer.layer.n_in
-        _walk(layer.layer, signature[:k], path, f'{how}{layer.n} × ', weights, found)
-        return layer.output_signature(signature)
-    if isinstance(layer, Wrapper) and len(layer.sublayers) == 1 and layer.layer.sublayers:
-        return _walk(layer.layer, signature, path, how, weights, found)
+    n = f'{layer.n} × ' if isinstance(layer, (Repeat, Map)) else ''
+    if isinstance(layer, Wrapper) and len(layer.sublayers) == 1 and (n or layer.layer.sublayers):
+        inner = layer.inner_signature(signature)
+        made = _walk(layer.layer, inner, path, how + n, weights, found)
+        return made if inner == signature else layer.output_signature(signature)
     outputs = layer.output_signature(signature)
     name = how + _class_name(layer)
     found.append(Row(path or '.', name, outputs, trees.count(weights), trees.n_bytes(weights)))

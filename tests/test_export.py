@@ -84,6 +84,7 @@ def test_safetensors_keep_narrow_types_and_views(tmp_path):
     back = load_weights(tmp_path / 'x.safetensors')
     assert jax.tree.map(lambda x: x.dtype, back) == jax.tree.map(lambda x: x.dtype, tree)
     jax.tree.map(np.testing.assert_array_equal, back, tree)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(back))  # layers index with arrays
 
 
 def test_what_is_no_safetensors_is_named(tmp_path):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import layercomb as lc
-from layercomb import UsageError, tl, transforms
+from layercomb import UsageError, tl, transforms, trees
 from layercomb.layers.base import Mode
+from layercomb.summary import rows
 
 
 def net():
@@ -171,6 +172,25 @@ def test_tokens_outside_the_vocabulary(layer):
     assert model(np.array([[0, 6, 1]], np.int32)).shape[:2] == (1, 3)
 
 
+@pytest.mark.parametrize(
+    ('positions', 'asks'),
+    [
+        ('learned', 'LearnedPositions'),
+        ('sinusoidal', 'SinusoidalPositions'),
+        ('rotary', 'SplitHeads'),
+        ('none', 'SplitHeads'),
+    ],
+)
+def test_tokens_without_a_batch_axis_are_refused(positions, asks):
+    net = lc.models.TransformerLM(16, 8, 16, 1, 2, 32, positions=positions)
+    model, tokens = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32')), [7, 1, 2]
+    shape = r'takes \(batch, length, features\), got the shape \(3, 8\): add a batch axis, x\[None]'
+    with pytest.raises(ValueError, match=f'{asks} {shape}'):
+        model(tokens)
+    with pytest.raises(ValueError, match=shape):
+        model.layer.output_signature(lc.shape_dtype((3,), 'int32'))
+
+
 def test_repr():
     assert repr(lc.Model(tl.Dense(3)).init(x())) == 'Model(Dense(3))  # 18 weights'
 
@@ -207,6 +227,36 @@ def test_summary_counts_a_tied_weight_once():
     lines = lc.summary(layer, lc.shape_dtype((2, 4), 'int32')).splitlines()
     assert lines[-2].split()[0] == 'head' and lines[-2].split()[-2:] == ['0', '0']
     assert lines[-1].split() == ['total', '128', '512']
+
+
+SPARSE = {'ff_block_size': 4, 'qkv_modules': 4, 'head_modules': 2}
+MODELS = {
+    'MLP': lambda m: m.MLP((4, 5), 3),
+    'TransformerLM': lambda m: m.TransformerLM(11, 8, 8, 1, 2, 16),
+    'TransformerEncoder': lambda m: m.TransformerEncoder(11, 3, 8, 8, 1, 2, 16),
+    'ReformerLM': lambda m: m.ReformerLM(11, 8, 8, 1, 2, 16),
+    'Reformer': lambda m: m.Reformer(11, 8, 8, 1, 1, 2, 16, masked=True),
+    'RevNet': lambda m: m.RevNet(widths=(4, 8), n_blocks=1),
+    'TerraformerLM': lambda m: m.TerraformerLM(11, 8, 8, 1, 2, 16, **SPARSE),
+    'Terraformer': lambda m: m.Terraformer(11, 8, 8, 1, 1, 2, 16, **SPARSE),
+    'Terraformer masked': lambda m: m.Terraformer(11, 8, 8, 1, 1, 2, 16, masked=True, **SPARSE),
+}
+
+
+def test_every_model_has_a_row():
+    assert {name.split()[0] for name in MODELS} == set(lc.models.__all__)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_summary_shows_what_each_model_holds_and_puts_out(name):
+    net, image = MODELS[name](lc.models), lc.shape_dtype((1, 8, 8, 3))
+    tokens = [lc.shape_dtype((1, n), 'int32') for n in (8, 4)]
+    inputs = (image,) if name in ('MLP', 'RevNet') else (*tokens, lc.shape_dtype((1, 8), bool))
+    inputs = inputs[: net.n_in]
+    found = rows(net, inputs)
+    weights = jax.eval_shape(lambda: net.init(inputs, jax.random.key(0))[0])
+    assert sum(row.count for row in found) == trees.count(weights)
+    assert found[-1].outputs == net.output_signature(inputs)
 
 
 def test_summary_is_of_shapes_alone():

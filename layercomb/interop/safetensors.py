@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from layercomb import trees
@@ -41,7 +42,7 @@ def load_weights(path: str | Path) -> dict[str, Any]:
       path: of the file; a ``/`` in a name goes one level down.
 
     Returns:
-      A nested dict of NumPy arrays.
+      A nested dict of JAX arrays.
 
     Raises:
       UsageError: if safetensors is not installed, or there is no such file, or it is another kind
@@ -52,6 +53,6 @@ def load_weights(path: str | Path) -> dict[str, Any]:
 
     with of_the_machine('check the path'):
         try:
-            return trees.unflatten(numpy.load_file(path))
+            return jax.tree.map(jnp.asarray, trees.unflatten(numpy.load_file(path)))
         except SafetensorError as e:
             raise UsageError(f'{str(path)!r} is no file of safetensors ({e})') from None

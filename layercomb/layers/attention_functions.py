@@ -38,7 +38,8 @@ def dot_product_attention(
 
     A causal query at position t sees the keys 0 … t; blocks that no query sees are not computed.
     Scores and sums are float32 whatever the inputs are. On an NVIDIA GPU, where dtypes and
-    depths allow it, cuDNN's kernel does the work. A single query meets all keys at once.
+    depths allow it, cuDNN's kernel does the work. A single query meets all keys at once, unless
+    there is dropout.
 
     Args:
       q: (B, H, Lq, K), floating.
@@ -70,8 +71,8 @@ def dot_product_attention(
     check(q, k, v, mask, offset, dropout_rate, rng)
     rng = rng if dropout_rate else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if q.shape[2] == 1:
-        return one_query(q, k, v, causal, mask, offset, scale, dropout_rate, rng)
+    if q.shape[2] == 1 and rng is None:
+        return one_query(q, k, v, causal, mask, offset, scale)
     if mask is None and offset is None and rng is None and cudnn_applies(q, k, v, causal):
         return cudnn_attention(q, k, v, causal, scale)
     plan = blockwise.Plan(
@@ -161,8 +162,6 @@ def one_query(
     mask: jax.Array | None,
     offset: jax.Array | None,
     scale: float,
-    dropout_rate: float,
-    rng: jax.Array | None,
 ) -> jax.Array:
     """Attention of a single query a row, (B, H, 1, K), to all keys at once."""
     n_keys = k.shape[2]
@@ -171,10 +170,10 @@ def one_query(
     seen = jax.vmap(lambda t: blockwise.visible(plan, 0, 0, None, t)[0])(start)  # (B or 1, Lk)
     seen = seen[:, None] if mask is None else (seen & mask)[:, None]  # (B or 1, 1, Lk)
     q_1 = q[:, :, 0].astype(jnp.float32) * scale  # (B, H, K)
-    if rng is None and has_kernels(1, q_1, k, v):  # which reads what is seen alone
+    if has_kernels(1, q_1, k, v):  # which reads what is seen alone
         seen = jnp.broadcast_to(seen[:, 0], (len(q), n_keys))
         return _fast_attend(q_1, k, v, seen)[:, :, None]  # (B, H, 1, D)
-    p = tiles.drop(dropout_rate, rng, 0, _probabilities(q_1, k, seen))
+    p = _probabilities(q_1, k, seen)
     return tiles.dot('bhc,bhcd->bhd', p, v)[:, :, None].astype(v.dtype)  # (B, H, 1, D)
 
 

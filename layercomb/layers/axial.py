@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from layercomb.layers.base import Layer, Mode
 from layercomb.layers.initializers import Initializer, Normal
 from layercomb.layers.positional import check_length, init_position, next_positions
-from layercomb.shapes import check_float, check_rank, check_width
+from layercomb.shapes import check_float, check_sequence, check_width
 
 
 class AxialPositions(Layer):
@@ -59,7 +59,7 @@ class AxialPositions(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_float('AxialPositions', x)
-        check_rank('AxialPositions', x, '(batch, length, features)', 3)
+        check_sequence('AxialPositions', x)
         check_length('AxialPositions', x.shape[1], self.max_len)
         depths = self._depths(x.shape[-1])
         keys = jax.random.split(rng, len(depths))
@@ -71,6 +71,7 @@ class AxialPositions(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_sequence('AxialPositions', x)
         length = x.shape[1]
         where, state = next_positions(self, state, length, mode)  # (B or 1, L)
         tables = [weights[f'table_{a}'] for a in range(len(self.shape))]

@@ -290,6 +290,10 @@ class Wrapper(Layer):
         check_sublayers(self, sublayers)
         return self.replace(layer=sublayers[0])
 
+    def inner_signature(self, signature: Signature) -> Signature:
+        """The signature of what the inner layer is given, first if it is applied several times."""
+        return signature
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         """The inner layer's weights and state."""
         return self.layer.init(signature, rng, mode)

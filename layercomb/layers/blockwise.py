@@ -197,7 +197,8 @@ def cut(x: jax.Array, block: int) -> jax.Array:
 
 def join(x: jax.Array, length: int) -> jax.Array:
     """Undoes `cut`."""
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]  # (B, H, L, K)
+    whole = x.shape[2] * x.shape[3]
+    return x.reshape(*x.shape[:2], whole, *x.shape[4:])[:, :, :length]  # (B, H, L, K)
 
 
 def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any) -> Any:

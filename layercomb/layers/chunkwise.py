@@ -169,7 +169,8 @@ def cut(plan: Plan, x: jax.Array) -> jax.Array:
 
 def join(plan: Plan, x: jax.Array) -> jax.Array:
     """Undoes `cut`."""
-    return x.reshape(*x.shape[:2], -1, *x.shape[5:])[:, :, : plan.length]  # (B, H, L, ...)
+    whole = plan.n_tiles * plan.tile_len
+    return x.reshape(*x.shape[:2], whole, *x.shape[5:])[:, :, : plan.length]  # (B, H, L, ...)
 
 
 def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> Any:

@@ -171,6 +171,10 @@ class Map(Wrapper):
     n_in = property(lambda self: self.n * self.layer.n_in)
     n_out = property(lambda self: self.n * self.layer.n_out)
 
+    def inner_signature(self, signature):
+        """Of the first group."""
+        return self._groups(signature)[0]
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         """The layer's weights, from the first group; every group must have the same signature."""
         groups = self._groups(signature)

@@ -13,7 +13,7 @@ from layercomb.layers.base import Layer, Mode
 from layercomb.layers.caches import init_past, with_past
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, he_normal, zeros
-from layercomb.shapes import check_rank, check_width
+from layercomb.shapes import check_float, check_rank, check_width
 
 
 class Conv1D(Layer):
@@ -35,7 +35,8 @@ class Conv1D(Layer):
       use_bias: whether b is there.
 
     Raises:
-      ValueError: in ``PREDICT``, unless the padding is causal and the stride 1.
+      ValueError: in ``PREDICT``, unless the padding is causal and the stride 1; for an input
+        that is shorter than the kernel, if the padding is 'valid'.
     """
 
     n_units: Size
@@ -60,7 +61,7 @@ class Conv1D(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_rank('Conv1D', x, '(batch, length, channels)', 3)
-        weights = _weights(self, (self.width,), x.shape[-1], rng)
+        weights = _weights(self, (self.width,), x, rng)
         if mode is not Mode.PREDICT:
             return weights, {}
         if self.padding != 'causal' or self.stride != 1:
@@ -73,6 +74,7 @@ class Conv1D(Layer):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         check_width(x, self.groups * weights['kernel'].shape[-2])
+        check_window('Conv1D', (self._reach + 1,), x, self.padding)
         padding: Any = self.padding.upper()
         if self.padding == 'causal':
             if mode is Mode.PREDICT:
@@ -106,8 +108,8 @@ class Conv2D(Layer):
     """
 
     n_units: Size
-    kernel_size: tuple[int, int] = (3, 3)
-    strides: tuple[int, int] = (1, 1)
+    kernel_size: tuple[Size, Size] = (3, 3)
+    strides: tuple[Size, Size] = (1, 1)
     padding: str = 'same'
     groups: Size = 1
     use_bias: bool = True
@@ -123,11 +125,12 @@ class Conv2D(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_rank('Conv2D', x, '(batch, height, width, channels)', 4)
-        return _weights(self, self.kernel_size, x.shape[-1], rng), {}
+        return _weights(self, self.kernel_size, x, rng), {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         check_width(x, self.groups * weights['kernel'].shape[-2])
+        check_window('Conv2D', self.kernel_size, x, self.padding)
         y = convolve(
             x, weights['kernel'], self.strides, self.padding.upper(), (1, 1), groups=self.groups
         )
@@ -137,8 +140,8 @@ class Conv2D(Layer):
 class Pool(Layer):
     """A reduction over windows of height and width: (B, H, W, D) → (B, H', W', D)."""
 
-    window: tuple[int, int] = (2, 2)
-    strides: tuple[int, int] | None = None
+    window: tuple[Size, Size] = (2, 2)
+    strides: tuple[Size, Size] | None = None
     padding: str = 'valid'
 
     mixes_positions = True
@@ -151,6 +154,7 @@ class Pool(Layer):
 
     def reduce(self, x: jax.Array) -> jax.Array:
         """Combines the entries of each window."""
+        check_window(type(self).__name__, self.window, x, self.padding)
         return jax.lax.reduce_window(
             x,
             np.asarray(self.start, x.dtype),  # jnp's would be traced, and lose the gradient
@@ -163,6 +167,7 @@ class Pool(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_rank(type(self).__name__, x, '(batch, height, width, channels)', 4)
+        check_float(type(self).__name__, x)
         return {}, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
@@ -274,8 +279,9 @@ def _backward(windows: _Windows, kept: Any, dy: jax.Array) -> tuple[jax.Array, j
 def _swap(x: jax.Array, axis: int, groups: int) -> jax.Array:
     """Exchanges the axis with the channels of each group, which are last."""
     axis %= x.ndim
-    x = jnp.swapaxes(x.reshape(*x.shape[:-1], groups, -1), axis, -1)  # (…, G, n)
-    return x.reshape(*x.shape[:-2], -1)
+    x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    x = jnp.swapaxes(x, axis, -1)  # (…, G, n)
+    return x.reshape(*x.shape[:-2], groups * x.shape[-1])
 
 
 _convolve_on_cpu.defvjp(_forward, _backward)
@@ -287,7 +293,23 @@ def check_padding(owner: str, padding: str) -> None:
         raise ValueError(f"{owner}: padding is 'same' or 'valid', got {padding!r}")
 
 
-def _weights(layer: Any, size: tuple[int, ...], channels: int, rng: jax.Array) -> dict[str, Any]:
+def check_window(owner: str, window: tuple[int, ...], x: jax.Array, padding: str) -> None:
+    """Raises a ValueError if nothing is padded and a window is longer than x (B, *lengths, D)."""
+    lengths = x.shape[1:-1]
+    if padding == 'valid' and any(n < size for n, size in zip(lengths, window, strict=True)):
+        raise ValueError(
+            f'{owner}: a window of {_times(window)} does not fit into {_times(lengths)}: give a '
+            "smaller one, or padding='same'"
+        )
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return ' × '.join(map(str, sizes))
+
+
+def _weights(layer: Any, size: tuple[int, ...], x: Any, rng: jax.Array) -> dict[str, Any]:
+    check_float(type(layer).__name__, x)
+    channels = x.shape[-1]
     if channels % layer.groups or layer.n_units % layer.groups:
         raise ValueError(
             f'{type(layer).__name__}: groups={layer.groups} must divide the {channels} input '

@@ -82,8 +82,8 @@ def check_values(owner: str, values: Mapping[str, Any], annotated: Any) -> None:
         hint = hints.get(name, Any)
         if not _matches(value, hint):
             raise TypeError(f'{owner}: {name} must be {_words(hint)}, got {_got(value)}')
-        bound = _bound(hint)
-        if bound and isinstance(value, (int, float)) and not bound.holds(value):
+        bound, entries = _bound(hint), value if isinstance(value, tuple) else (value,)
+        if bound and not all(bound.holds(n) for n in entries if isinstance(n, (int, float))):
             raise ValueError(f'{owner}: {name} must be {bound}, got {value!r}')
 
 
@@ -144,7 +144,14 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 
 def _bound(hint: Any) -> Bound | None:
+    """The range of a number, or of each entry of a tuple.
+
+    >>> _bound(tuple[Size, Size] | None)
+    Bound(low=1, below=None)
+    """
     for part in _parts(hint):
+        if typing.get_origin(part) is tuple:
+            return _bound(typing.get_args(part)[0])
         if typing.get_origin(part) is Annotated:
             return next((m for m in typing.get_args(part)[1:] if isinstance(m, Bound)), None)
     return None

@@ -94,7 +94,7 @@ def lsh_rotations(
     width = sum(f // 2 for f in factors_of(n_buckets))
 
     def rotation(key: jax.Array, r: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(key, r), (depth, width)).T
+        return jax.random.normal(jax.random.fold_in(key, r), (depth, width), jnp.float32).T
 
     keys, rounds = tiles.keys_of_heads(rng, n_heads), jnp.arange(n_hashes)
     return jax.vmap(lambda key: jax.vmap(lambda r: rotation(key, r))(rounds))(keys)
@@ -107,6 +107,8 @@ def rotated_buckets(
     factors = factors_of(n_buckets)
     b, h, length, k = x.shape
     n_hashes = rotations.shape[1]
+    if not length:
+        raise ValueError(f'LSH attention needs one position at least, got the shape {x.shape}')
     x = lax.stop_gradient(x).astype(jnp.float32)
 
     def choose(y: jax.Array) -> jax.Array:

@@ -376,8 +376,6 @@ def _check(
     shapes = f'q {q.shape}, v {v.shape}, buckets {buckets.shape}'
     if not q.ndim == v.ndim == buckets.ndim == 4 or q.shape[:3] != v.shape[:3]:
         raise ValueError(f'LSH attention takes q (B, H, L, K) and v (B, H, L, D), got {shapes}')
-    if not q.shape[2]:
-        raise ValueError(f'LSH attention needs one position at least, got {shapes}')
     if (*buckets.shape[:2], buckets.shape[3]) != q.shape[:3] or not buckets.shape[2]:
         raise ValueError(f'buckets must be (B, H, R, L), got {shapes}')
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, v)):

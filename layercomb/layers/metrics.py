@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from layercomb.layers.base import Layer, Mode, snake_case
 from layercomb.layers.fields import Rate
+from layercomb.shapes import describe
 
 
 class Metric(Layer):
@@ -111,6 +112,7 @@ class Accuracy(Metric):
 
     def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """1 where right, 0 where wrong."""
+        check_targets(targets)
         return (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
 
 
@@ -123,13 +125,26 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
     Returns:
       (…) float32; NaN where the target is outside the vocabulary.
+
+    Raises:
+      TypeError: if the targets are no integers.
     """
+    check_targets(targets)
     # A comparison instead of a gather: its gradient is elementwise, where a gather's is a scatter.
     targets = targets.astype(jnp.int32)  # bytes, uint8, cannot hold a vocabulary's size
     ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), -1)
     inside = (targets >= 0) & (targets < logits.shape[-1])
     return jnp.where(inside, jax.nn.logsumexp(logits, -1) - picked, jnp.nan)
+
+
+def check_targets(targets: jax.Array) -> None:
+    """Raises a TypeError unless targets are integers."""
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(
+            f'targets must be integers, got {describe([targets])}: a batch is '
+            '(inputs…, targets, loss_weights)'
+        )
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:

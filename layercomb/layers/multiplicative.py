@@ -23,7 +23,7 @@ from layercomb.layers.fields import Size, nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import Initializer, Normal, lecun_normal, zeros
 from layercomb.layers.narrow import Narrow, rows_of
 from layercomb.layers.native import has_kernels, with_kernel
-from layercomb.shapes import check_float, check_rank, check_width
+from layercomb.shapes import check_float, check_sequence, check_width
 
 
 class MultiplicativeDense(Layer):
@@ -111,7 +111,10 @@ class MultiplicativeHead(Layer):
         (x,) = signature
         check_float('MultiplicativeHead', x)
         weights = _factors(rng, x.shape[-1], self.vocab_size, self.n_modules)
-        return {**weights, **({'bias': jnp.zeros(self.vocab_size)} if self.use_bias else {})}, {}
+        return {
+            **weights,
+            **({'bias': jnp.zeros(self.vocab_size, jnp.float32)} if self.use_bias else {}),
+        }, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
@@ -190,7 +193,7 @@ class LocalConv(Layer):
     """
 
     n_modules: Size
-    kernel_size: tuple[int, int] = (3, 3)
+    kernel_size: tuple[Size, Size] = (3, 3)
     n_outputs: Size = 1
     kernel_init: Initializer = lecun_normal()
     bias_init: Initializer = zeros()
@@ -198,17 +201,9 @@ class LocalConv(Layer):
     n_out = property(lambda self: self.n_outputs)
     mixes_positions = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.kernel_size) < 1:
-            raise ValueError(
-                f'LocalConv: kernel_size={self.kernel_size} must be two numbers of at least 1, '
-                'positions and modules'
-            )
-
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
-        check_rank('LocalConv', x, '(batch, length, features)', 3)
+        check_sequence('LocalConv', x)
         check_float('LocalConv', x)
         check_modules('LocalConv', self.n_modules, x.shape[-1])
         m, n = x.shape[-1] // self.n_modules, self.n_outputs
@@ -221,21 +216,23 @@ class LocalConv(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
-        check_width(x, self.n_modules * weights['kernel'].shape[2])
-        length = x.shape[1]
+        check_sequence('LocalConv', x)
+        m, length = weights['kernel'].shape[2], x.shape[1]
+        check_width(x, self.n_modules * m)
         if mode is Mode.PREDICT:
             x, state = with_past(x, state, self._reach)
         else:
             x = jnp.pad(x, ((0, 0), (self._reach, 0), (0, 0)))
         side = self.kernel_size[1] - 1
-        x = x.reshape(*x.shape[:2], self.n_modules, -1)  # (B, reach + L, S, M)
+        x = x.reshape(*x.shape[:2], self.n_modules, m)  # (B, reach + L, S, M)
         x = jnp.pad(x, ((0, 0), (0, 0), (side // 2, side - side // 2), (0, 0)))
         one = mode is Mode.PREDICT and length == 1
         fast = one and has_kernels(x.shape[0], x, weights['kernel'])
         y = (_convolve_one if fast else _convolve)(x, weights['kernel'])  # (B, L, S, n·M)
-        y = y.reshape(*y.shape[:3], self.n_outputs, -1) + weights['bias']  # (B, L, S, n, M)
+        y = y.reshape(*y.shape[:3], self.n_outputs, m) + weights['bias']  # (B, L, S, n, M)
         return tuple(
-            y[..., i, :].reshape(x.shape[0], length, -1) for i in range(self.n_outputs)
+            y[..., i, :].reshape(x.shape[0], length, self.n_modules * m)
+            for i in range(self.n_outputs)
         ), state
 
     @property

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 import layercomb_kernels
 from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.fields import Bound, Rate
 from layercomb.layers.native import has_kernels, with_kernel
 from layercomb.shapes import check_float, check_width
 
@@ -23,7 +24,7 @@ class LayerNorm(Layer):
       Ba et al. 2016, https://arxiv.org/abs/1607.06450
     """
 
-    epsilon: float = 1e-6
+    epsilon: Annotated[float, Bound(0)] = 1e-6
     use_bias: bool = True
 
     float32 = True
@@ -32,8 +33,8 @@ class LayerNorm(Layer):
         (x,) = signature
         check_float('LayerNorm', x)
         d = x.shape[-1]
-        weights = {'scale': jnp.ones(d)}
-        return (weights | {'bias': jnp.zeros(d)} if self.use_bias else weights), {}
+        weights = {'scale': jnp.ones(d, jnp.float32)}
+        return (weights | {'bias': jnp.zeros(d, jnp.float32)} if self.use_bias else weights), {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
@@ -53,14 +54,14 @@ class RMSNorm(Layer):
       Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
     """
 
-    epsilon: float = 1e-6
+    epsilon: Annotated[float, Bound(0)] = 1e-6
 
     float32 = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_float('RMSNorm', x)
-        return {'scale': jnp.ones(x.shape[-1])}, {}
+        return {'scale': jnp.ones(x.shape[-1], jnp.float32)}, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
@@ -81,8 +82,8 @@ class BatchNorm(Layer):
       Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167
     """
 
-    momentum: float = 0.99
-    epsilon: float = 1e-5
+    momentum: Rate = 0.99
+    epsilon: Annotated[float, Bound(0)] = 1e-5
 
     float32 = True
     mixes_positions = True
@@ -92,8 +93,8 @@ class BatchNorm(Layer):
         check_float('BatchNorm', x)
         d = x.shape[-1]
         return (
-            {'scale': jnp.ones(d), 'bias': jnp.zeros(d)},
-            {'mean': jnp.zeros(d), 'var': jnp.ones(d)},
+            {'scale': jnp.ones(d, jnp.float32), 'bias': jnp.zeros(d, jnp.float32)},
+            {'mean': jnp.zeros(d, jnp.float32), 'var': jnp.ones(d, jnp.float32)},
         )
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):

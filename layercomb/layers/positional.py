@@ -7,16 +7,16 @@ values are known, and gives NaN inside `jit`, where they are not.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 from layercomb.layers.base import POSITION, Layer, Mode, Tree
 from layercomb.layers.caches import position_of, taken
-from layercomb.layers.fields import Size
+from layercomb.layers.fields import Bound, Size
 from layercomb.layers.initializers import Initializer, Normal
-from layercomb.shapes import Signature, check_float, check_rank, check_width
+from layercomb.shapes import Signature, check_float, check_sequence, check_width
 
 
 class SinusoidalPositions(Layer):
@@ -32,7 +32,7 @@ class SinusoidalPositions(Layer):
       Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762
     """
 
-    period: float = 10000.0
+    period: Annotated[float, Bound(1)] = 10000.0
     max_len: Size | None = None
 
     float32 = True
@@ -41,13 +41,14 @@ class SinusoidalPositions(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_float('SinusoidalPositions', x)
-        check_rank('SinusoidalPositions', x, '(batch, length, features)', 3)
+        check_sequence('SinusoidalPositions', x)
         check_length('SinusoidalPositions', x.shape[1], self.max_len)
         check_even('SinusoidalPositions', x.shape[-1])
         return {}, init_position(signature, mode)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_sequence('SinusoidalPositions', x)
         where, state = next_positions(self, state, x.shape[1], mode)  # (B or 1, L)
         angle = angles(where, x.shape[-1], self.period, self.max_len)  # (B or 1, L, D/2)
         table = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)  # (B or 1, L, D)
@@ -73,13 +74,14 @@ class LearnedPositions(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_float('LearnedPositions', x)
-        check_rank('LearnedPositions', x, '(batch, length, features)', 3)
+        check_sequence('LearnedPositions', x)
         check_length('LearnedPositions', x.shape[1], self.max_len)
         table = self.table_init(rng, (self.max_len, x.shape[-1]))
         return {'table': table}, init_position(signature, mode)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_sequence('LearnedPositions', x)
         check_width(x, weights['table'].shape[1])
         length = x.shape[1]
         where, state = next_positions(self, state, length, mode)  # (B or 1, L)
@@ -103,7 +105,7 @@ class RotaryPositions(Layer):
       Su et al., RoFormer, 2021, https://arxiv.org/abs/2104.09864
     """
 
-    period: float = 10000.0
+    period: Annotated[float, Bound(1)] = 10000.0
     max_len: Size | None = None
 
     n_in = 2

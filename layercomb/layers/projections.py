@@ -15,7 +15,7 @@ from layercomb.layers.fields import Size, nearest_divisor
 from layercomb.layers.initializers import Initializer, glorot_uniform
 from layercomb.layers.narrow import Narrow
 from layercomb.layers.pieces import over_positions, positions
-from layercomb.shapes import check_float, check_rank, check_width
+from layercomb.shapes import check_float, check_sequence, check_width
 
 
 class SplitHeads(Layer):
@@ -45,7 +45,7 @@ class SplitHeads(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_float('SplitHeads', x)
-        check_rank('SplitHeads', x, '(batch, length, features)', 3)
+        check_sequence('SplitHeads', x)
         d = x.shape[-1]
         if self.d_head is None and d % self.n_heads:
             nearest = nearest_divisor(d, self.n_heads)
@@ -54,12 +54,13 @@ class SplitHeads(Layer):
             )
         k = self.d_head or d // self.n_heads
         kernel = self.kernel_init(rng, (d, self.n_heads * k)).reshape(d, self.n_heads, k)
-        bias = {'bias': jnp.zeros((self.n_heads, k))} if self.use_bias else {}
+        bias = {'bias': jnp.zeros((self.n_heads, k), jnp.float32)} if self.use_bias else {}
         return {'kernel': kernel, **bias}, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         kernel = weights['kernel']
+        check_sequence('SplitHeads', x)
         check_width(x, kernel.shape[0])
         if isinstance(kernel, Narrow):
             y = jnp.moveaxis(kernel.product(x), -2, 1)  # (B, L, H, K) → (B, H, L, K)
@@ -89,14 +90,20 @@ class MergeHeads(Layer):
         if not self.use_bias:
             return {'kernel': kernel}
         bias = weights['bias']
-        return {'kernel': kernel, 'bias': jnp.zeros((len(kernel), *bias.shape)).at[0].set(bias)}
+        return {
+            'kernel': kernel,
+            'bias': jnp.zeros((len(kernel), *bias.shape), bias.dtype).at[0].set(bias),
+        }
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         x, like = signature
         _, h, _, k = x.shape
         d = like.shape[-1]
         kernel = self.kernel_init(rng, (h * k, d)).reshape(h, k, d)
-        return {'kernel': kernel, **({'bias': jnp.zeros(d)} if self.use_bias else {})}, {}
+        return {
+            'kernel': kernel,
+            **({'bias': jnp.zeros(d, jnp.float32)} if self.use_bias else {}),
+        }, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         x, like = inputs

@@ -11,7 +11,7 @@ from layercomb.layers.caches import init_past, poison_overflow, position_of, ref
 from layercomb.layers.core import dense
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, glorot_uniform
-from layercomb.shapes import Signature, check_float, check_rank, shape_dtype
+from layercomb.shapes import Signature, check_float, check_sequence, shape_dtype
 
 
 class SRU(Layer):
@@ -65,13 +65,13 @@ class SRU(Layer):
         """See `Layer.init`."""
         (x,) = signature
         check_float('SRU', x)
-        check_rank('SRU', x, '(batch, length, features)', 3)
+        check_sequence('SRU', x)
         batch, length, d = x.shape
         n = self.n_units or d
         keys = jax.random.split(rng, 3 if n == d else 4)
         # Each part by itself, or its variance would be that of a layer several times as wide.
         kernel = jnp.concatenate([self.kernel_init(key, (d, n)) for key in keys], -1)
-        bias = jnp.zeros(kernel.shape[1]).at[n : 2 * n].set(self.forget_bias)
+        bias = jnp.zeros(kernel.shape[1], jnp.float32).at[n : 2 * n].set(self.forget_bias)
         weights = {'kernel': kernel, 'bias': bias}
         if mode is not Mode.PREDICT:
             return weights, {}
@@ -79,6 +79,7 @@ class SRU(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_sequence('SRU', x)
         parts = len(weights['bias']) // (self.n_units or x.shape[-1])
         projected = dense(weights, x).astype(jnp.float32)  # (B, L, parts·n_units)
         z, f, r, *highway = jnp.split(projected, parts, -1)

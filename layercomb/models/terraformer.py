@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import layers as tl
-from layercomb.layers.base import POSITION, Arrays, Mode, Tree, Wrapper
-from layercomb.layers.caches import BEFORE, position_of, set_positions
-from layercomb.layers.fields import checked
+from layercomb.layers.base import Arrays, Mode, Tree, Wrapper
+from layercomb.layers.caches import BEFORE, set_positions
+from layercomb.layers.fields import Size, checked
 from layercomb.layers.once import run_once
-from layercomb.layers.positional import init_position
+from layercomb.layers.positional import check_length, init_position, next_positions
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,
@@ -28,6 +28,7 @@ from layercomb.models.transformer import (
     rotary_positions,
     with_positions,
 )
+from layercomb.shapes import shape_dtype
 from layercomb.transforms import rewrite
 
 Attention = tl.Layer | Sequence[tl.Layer] | None
@@ -242,7 +243,7 @@ def Terraformer(
         tl.Swap(),
         tl.Serial(*embedding, name='embedding'),
         tl.Swap(),  # memory, embedded inputs[, mask]
-        AfterMemory(decoder, masked=masked),
+        AfterMemory(decoder, masked=masked, max_len=target_len),
         tl.Serial(tl.Concatenate(), norm, sparse_head(n_target, head_modules), name='head'),
     )
 
@@ -256,21 +257,30 @@ class AfterMemory(Wrapper):
 
     In ``PREDICT`` the memory is read at the first call, and the state says that it has been. Rows
     have positions of their own, counted from the first input.
+
+    Attributes:
+      masked: whether a third input says which positions of the memory are real.
+      max_len: the most inputs that are taken, the memory aside; None takes any number.
     """
 
     masked: bool = False
+    max_len: Size | None = None
 
     n_in = property(lambda self: 2 + self.masked)
     mixes_positions = True
 
+    def inner_signature(self, signature):
+        """Of the joined sequence and, if `masked`, the joined mask."""
+        memory, x, *_ = signature
+        length = memory.shape[1] + x.shape[1]
+        joined = shape_dtype((x.shape[0], length, x.shape[2]), x.dtype)
+        return (joined, *[shape_dtype((x.shape[0], length), bool)] * self.masked)
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         """The layer's weights; its caches are as long as both sequences."""
         memory, x, *_ = signature
-        length = memory.shape[1] + x.shape[1]
-        joined = [jax.ShapeDtypeStruct((x.shape[0], length, x.shape[2]), x.dtype)]
-        if self.masked:
-            joined.append(jax.ShapeDtypeStruct((x.shape[0], length), bool))
-        weights, state = self.layer.init(tuple(joined), rng, mode)
+        check_length('AfterMemory', x.shape[1], self.max_len)
+        weights, state = self.layer.init(self.inner_signature(signature), rng, mode)
         if mode is Mode.PREDICT:
             before = jnp.full(x.shape[0], memory.shape[1], jnp.int32)
             state = {'layer': state, 'has_memory': jnp.zeros((), bool), BEFORE: before}
@@ -280,6 +290,7 @@ class AfterMemory(Wrapper):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """The layer on the joined sequence, or in ``PREDICT`` on what follows."""
         memory, x, *mask = inputs
+        _, state = next_positions(self, state, x.shape[1], mode)
         if mask:
             memory, mask[0] = _at_the_end(memory, mask[0])
         real = [jnp.ones(x.shape[:2], bool)] * self.masked
@@ -300,11 +311,7 @@ class AfterMemory(Wrapper):
 
         inner = run_once(state['has_memory'], state['layer'], read)
         outputs, inner = self.layer.apply(weights, inner, values, mode=Mode.PREDICT)
-        moved = {
-            POSITION: position_of(state) + values[0].shape[1],
-            'has_memory': jnp.ones((), bool),
-        }
-        return outputs, {**state, 'layer': inner, **moved}
+        return outputs, {**state, 'layer': inner, 'has_memory': jnp.ones((), bool)}
 
 
 def _at_the_end(memory: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

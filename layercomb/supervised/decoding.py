@@ -1,9 +1,10 @@
 """Decoding: `generate` a batch in one compiled program, or `stream` it token by token.
 
 Both read the prompt at once, then go a position at a time in ``PREDICT``, with caches that are
-updated in place. Row b of step i draws with a key folded with b and i, so a sample does not depend
-on the batch it is made in, nor on which of the two functions makes it. `beam_search` looks for the
-likeliest continuations, and `score` tells how likely given ones are.
+updated in place. Row b of step i draws with a key folded with b and i, so what row b samples does
+not depend on how many rows there are and what they hold, nor on which of the two functions makes
+it; the same prompt in another row draws anew. `beam_search` looks for the likeliest continuations,
+and `score` tells how likely given ones are.
 
 All numbers are arrays in the programs: what is compiled anew is another model, another number of
 rows, and lengths that `round_up` tells apart; with LSH attention of neighbourhood='chunk', which

@@ -158,6 +158,28 @@ def test_what_comes_later_changes_nothing_before(layer):
         assert (changed[:, t:] != y[:, t:]).any(-1).all()
 
 
+@pytest.mark.parametrize(
+    'layer',
+    [
+        tl.SelfAttention(2, dropout=0.1),
+        tl.LocalSelfAttention(2, 4),
+        tl.LSHSelfAttention(2, chunk_len=4),
+        tl.SparseQKVAttention(2, 2),
+    ],
+)
+def test_no_rows_give_none_and_no_positions_are_refused(layer):
+    weights = jax.eval_shape(lambda: layer.init((shape_dtype((1, L, D)),), jax.random.key(0))[0])
+
+    def total(weights, x):
+        (y,), _ = layer.apply(weights, {}, (x,), rng=jax.random.key(1), mode=Mode.TRAIN)
+        assert y.shape == x.shape
+        return y.sum()
+
+    jax.eval_shape(jax.grad(total), weights, shape_dtype((0, L, D)))
+    with pytest.raises(ValueError, match='attention needs one position at least, got'):
+        jax.eval_shape(total, weights, shape_dtype((1, 0, D)))
+
+
 def test_dropout_of_probabilities_needs_a_key():
     layer = tl.SelfAttention(2, dropout=0.5)
     x, weights = values(B, L, D), made(tl.SelfAttention(2), (B, L, D))

@@ -430,6 +430,26 @@ def test_computes_in_bfloat16_with_float32_weights(row):
 
 
 @every_row
+def test_float32_stays_where_float64_is_the_default(row):
+    layer = row.make()
+
+    def total(weights: Any, state: Any, inputs: Any) -> Any:
+        made = layer.apply(weights, state, inputs, rng=rng(), mode=Mode.TRAIN)
+        floats = [jnp.sum(y) for y in made[0] if is_float(y)]
+        return sum(floats, jnp.float32(0)), made
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion('standard'):
+        for mode in (Mode.TRAIN, *[Mode.PREDICT] * bool(row.steps)):
+            init = functools.partial(layer.init, row.signature, mode=mode)
+            weights, state = jax.eval_shape(init, rng())
+            assert 'float64' not in {str(s.dtype) for s in jax.tree.leaves((weights, state))}
+        weights, state = jax.eval_shape(layer.init, row.signature, rng())
+        f = jax.grad(total, has_aux=True)
+        made = jax.eval_shape(f, weights, state, row.signature)
+        assert 'float64' not in {str(s.dtype) for s in jax.tree.leaves(made)}
+
+
+@every_row
 def test_is_a_value(row):
     one, two = row.make(), row.make()
     assert one == two and hash(one) == hash(two) and one is not two

@@ -59,6 +59,28 @@ def test_the_gradient_is_that_of_xla(layer, shape, dtype, monkeypatch):
     jax.tree.map(compare, ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ('layer', 'shape', 'text'),
+    [
+        (tl.MaxPool((8, 2)), (1, 4, 4, 3), 'MaxPool: a window of 8 × 2 does not fit into 4 × 4: '),
+        (tl.Conv1D(4, 3, padding='valid', dilation=2), (1, 4, 4), 'Conv1D: a window of 5 does not'),
+        (tl.Conv2D(4, (5, 1), padding='valid'), (1, 4, 4, 3), "a smaller one, or padding='same'"),
+    ],
+)
+def test_a_window_larger_than_the_input_is_refused(layer, shape, text):
+    with pytest.raises(ValueError, match=text):
+        layer.output_signature(jax.ShapeDtypeStruct(shape, jnp.float32))
+    padded = layer.replace(padding='same')
+    assert padded.output_signature(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+@pytest.mark.parametrize('layer', [tl.Conv1D(4), tl.Conv2D(4), tl.MaxPool(), tl.AvgPool()])
+def test_convolutions_and_pools_take_floats(layer):
+    shape = (1, 4, 3) if isinstance(layer, tl.Conv1D) else (1, 4, 4, 3)
+    with pytest.raises(TypeError, match=f'{type(layer).__name__} takes floating-point vectors'):
+        layer.output_signature(jax.ShapeDtypeStruct(shape, jnp.int32))
+
+
 def test_a_gradient_in_a_scan_needs_no_plain_loops(optimized):
     """Every convolution is one that the fast routine takes: batch first and channels last."""
     layer = tl.Conv2D(4, strides=(1, 1))

@@ -55,6 +55,15 @@ def test_accuracy():
     assert (np.asarray(values) == (LOGITS.argmax(-1) == TARGETS)).all()
 
 
+@pytest.mark.parametrize('metric', [tl.CrossEntropyLoss(), tl.Perplexity(), tl.Accuracy()])
+def test_targets_in_the_place_of_weights_are_refused(metric):
+    say = r'targets must be integers, got float32\[2,4\]: a batch is \(inputs…, targets, loss_w'
+    with pytest.raises(TypeError, match=say):
+        run(metric, targets=WEIGHTS, weights=TARGETS)
+    with pytest.raises(TypeError, match=say):
+        metric.output_signature((LOGITS, WEIGHTS, TARGETS))
+
+
 def test_finish():
     assert tl.CrossEntropyLoss().finish(2.0) == 2.0
     assert tl.Perplexity().finish(2.0) == math.exp(2.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,23 @@ def test_head_by_head_is_whole(make, monkeypatch):
     wanted = run(Combinator.apply, Layer.apply_and_grad)
     assert_close((y, again, *rest), wanted)
     assert_close(again, y)
+
+
+def test_one_position_has_dropout_in_a_reversible_stack():
+    half = tl.ReversibleHalfResidual(tl.SelfAttention(2, dropout=0.5))
+    net = tl.ReversibleSerial(half, tl.ReversibleSwap())
+    inputs = tuple(jax.random.normal(jax.random.key(1), (2, B, 1, D)))
+    weights, _ = net.init(tuple(jax.eval_shape(lambda: inputs)), jax.random.key(0))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(mode):
+        def total(weights):
+            outputs, _ = net.apply(weights, {}, inputs, rng=jax.random.key(2), mode=mode)
+            return sum(jnp.square(y).sum() for y in outputs)
+
+        return jax.grad(total)(weights)
+
+    assert_close(gradient(Mode.TRAIN), gradient(Mode.RECORD))
 
 
 def test_recorded_buckets_keep_their_layout():

@@ -14,6 +14,7 @@ from layercomb import models, tl, trees
 from layercomb.layers.base import Mode, init_state, take_decisions
 from layercomb.layers.caches import set_positions
 from layercomb.models.terraformer import AfterMemory
+from layercomb.supervised import prompts
 from layercomb.supervised.decoding import generate
 
 B, M, L, V, W, D, F, H, MAX = 2, 13, 10, 11, 7, 8, 16, 2, 16
@@ -245,6 +246,25 @@ def test_an_sru_takes_the_place_of_feed_forwards():
     whole = logits(net, (tokens,))
     made = decoded(net, (tokens,), ((0, 6), (6, 7), (7, M)))
     np.testing.assert_allclose(made, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_source_and_target_are_limited_each_by_itself(masked):
+    net = seq2seq(masked=masked, target_max_len=5)
+    given = [lc.shape_dtype((1, n), 'int32') for n in (MAX, 5)]
+    signature = (*given, lc.shape_dtype((1, MAX), bool))[: net.n_in]
+    weights = jax.eval_shape(lambda: net.init(signature, jax.random.key(0)))[0]
+    model = lc.Model(net, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), weights), {})
+    start = prompts.begin(model, [[1, 2]], 3, [[3] * MAX])
+    assert start.room == 5 and jax.eval_shape(prompts.ingest, start)[0].shape == (1, W)
+    with pytest.raises(lc.UsageError, match=r'2 tokens and 4 new ones make 6, and the .* is 5: '):
+        prompts.begin(model, [[1, 2]], 4, [[3] * MAX])
+    longer = (given[0], lc.shape_dtype((1, 6), 'int32'), *signature[2:])
+    for mode in (Mode.TRAIN, Mode.PREDICT):
+        with pytest.raises(ValueError, match='AfterMemory: the sequence is 6 long and max_len=5'):
+            net.output_signature(longer, mode)
+    with pytest.raises(ValueError, match='AfterMemory: the sequence is 6 long and max_len=5'):
+        jax.eval_shape(lambda w, x: net.apply(w, {}, x), weights, longer)
 
 
 def test_what_is_refused():
