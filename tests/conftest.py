@@ -30,7 +30,7 @@ def key():
 @pytest.fixture
 def optimized():
     """Compiles as users' programs are compiled: for tests of memory, FLOPs and programs."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read('jax_disable_most_optimizations')
     jax.config.update('jax_disable_most_optimizations', False)
     yield
     jax.config.update('jax_disable_most_optimizations', before)

@@ -99,7 +99,7 @@ TINY = {
         'cli.train.sample_prompt = None',
     ),
     'terraformer_c4_medium': (
-        'models.Terraformer.d_model = 16',
+        'models.Terraformer.d_model = 32',
         'models.Terraformer.d_ff = 64',
         'models.Terraformer.n_encoder_layers = 1',
         'models.Terraformer.n_decoder_layers = 1',
