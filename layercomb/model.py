@@ -12,10 +12,11 @@ import numpy as np
 
 from layercomb import trees
 from layercomb.errors import UsageError
-from layercomb.layers.base import POSITION, Layer, Mode, Tree, Wrapper, check_inputs
+from layercomb.layers.base import POSITION, Layer, Mode, Tree, Wrapper
 from layercomb.layers.combinators import Variadic
 from layercomb.layers.core import Embedding
 from layercomb.layers.routing import Rearrange
+from layercomb.layers.wiring import check_inputs
 from layercomb.shapes import is_float, signature_of
 
 

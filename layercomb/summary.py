@@ -8,9 +8,10 @@ from typing import Any
 import jax
 
 from layercomb import trees
-from layercomb.layers.base import Layer, Mode, Wrapper, check_inputs
+from layercomb.layers.base import Layer, Mode, Wrapper
 from layercomb.layers.combinators import Combinator
 from layercomb.layers.control import Map, Repeat
+from layercomb.layers.wiring import check_inputs
 from layercomb.model import Model
 from layercomb.shapes import Signature, describe, signature_of
 

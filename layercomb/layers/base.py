@@ -1,4 +1,4 @@
-"""A layer is a value: `Mode`, `Layer`, `Wrapper`, and notes that say where an error arose."""
+"""A layer is a value: `Mode`, `Layer` and `Wrapper`, and how a layer is named and shown."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import jax.numpy as jnp
 
 from layercomb.layers import fields
 from layercomb.layers.cotangents import Cotangents, Tree, matched, vjp
-from layercomb.shapes import Signature, describe, signature_of
+from layercomb.layers.decisions import DECISIONS
+from layercomb.layers.wiring import check_inputs, check_outputs, check_sublayers
+from layercomb.shapes import Signature, signature_of
 
 Arrays = tuple[jax.Array, ...]
 L = TypeVar('L', bound='Layer')
 
-DECISIONS = 'decisions'
 AUX_LOSS = 'aux_loss'
 POSITION = 'position'
 POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
@@ -315,84 +316,6 @@ def _state(layer: Layer, signature: Signature, mode: Mode) -> Tree:
     return layer.init(signature, jax.random.key(0), mode)[1]
 
 
-def take_decisions(state: Tree) -> tuple[Tree, Tree]:
-    """Separates a state from the decisions recorded in it, both with their paths."""
-    plain, found = {}, {}
-    for key, value in state.items():
-        if key == DECISIONS:
-            found[key] = value
-        elif isinstance(value, dict):
-            inner_plain, inner_found = take_decisions(value)
-            if inner_plain or not inner_found:
-                plain[key] = inner_plain
-            if inner_found:
-                found[key] = inner_found
-        else:
-            plain[key] = value
-    return plain, found
-
-
-def put_decisions(state: Tree, found: Tree) -> Tree:
-    """The inverse of `take_decisions`."""
-    out = dict(state)
-    for key, value in found.items():
-        out[key] = value if key == DECISIONS else put_decisions(out.get(key, {}), value)
-    return out
-
-
-def check_inputs(layer: Layer, inputs: tuple[Any, ...]) -> None:
-    """Raises a TypeError that says what `layer` takes if `inputs` are too few or too many."""
-    if len(inputs) != layer.n_in:
-        there = f': {describe(inputs)}' if inputs else ''
-        raise TypeError(
-            f'{type(layer).__name__} takes {_values(layer.n_in)} off the stack, '
-            f'{"only " if len(inputs) < layer.n_in else ""}{len(inputs)} '
-            f'{"was" if len(inputs) == 1 else "were"} there{there}'
-        )
-
-
-def check_outputs(layer: Layer, outputs: Any) -> Arrays:
-    """`outputs`, if they are a tuple of as many arrays as `layer.n_out` promises."""
-    if not isinstance(outputs, tuple):
-        raise TypeError(
-            f'{type(layer).__name__}.apply must return a tuple of outputs and the state, its '
-            f'outputs were {type(outputs).__name__}: write return (y,), state'
-        )
-    if len(outputs) != layer.n_out:
-        raise TypeError(
-            f'{type(layer).__name__} promises n_out={layer.n_out} and returned '
-            f'{_values(len(outputs))}: set n_out, or return as many'
-        )
-    return outputs
-
-
-def check_sublayers(layer: Layer, sublayers: tuple[Layer, ...]) -> None:
-    """Raises a ValueError unless `sublayers` are as many as `layer` holds."""
-    if len(sublayers) != len(layer.sublayers):
-        raise ValueError(
-            f'{type(layer).__name__} holds {len(layer.sublayers)} layers, {len(sublayers)} were '
-            'given: give one for each of layer.sublayers'
-        )
-
-
-class where:
-    """Adds to an error that leaves the block a note that says in which sublayer it arose."""
-
-    def __init__(self, parent: Layer, key: str, layer: Layer, values: tuple[Any, ...]):
-        self._parent, self._key, self._layer, self._values = parent, key, layer, values
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is not None:
-            note = f'in {type(self._parent).__name__}.{self._key}'
-            if not self._layer.sublayers:
-                one_line = re.sub(r'\s*\n\s*', ' ', repr(self._layer))
-                note += f': {one_line}({describe(self._values)})'
-            error.add_note(note)
-
-
 def snake_case(name: str) -> str:
     """A class's name as a key.
 
@@ -425,10 +348,6 @@ def fold(rng: jax.Array | None, i: Any) -> jax.Array | None:
 
 def _set(layer: Layer, field: str, value: Any) -> None:
     object.__setattr__(layer, field, value)
-
-
-def _values(n: int) -> str:
-    return '1 value' if n == 1 else f'{n} values'
 
 
 def _named(layer: Layer) -> list[str]:

@@ -23,16 +23,13 @@ from layercomb.layers.base import (
     _call_text,
     _set,
     _show,
-    check_inputs,
-    check_outputs,
-    check_sublayers,
     default_name,
     fold,
     given_name,
-    where,
 )
 from layercomb.layers.cotangents import add_cts
 from layercomb.layers.series import Call, Pass, Stack, serial_arity, serial_route
+from layercomb.layers.wiring import check_inputs, check_outputs, check_sublayers, where
 from layercomb.shapes import Signature
 
 

@@ -7,22 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.base import (
-    AUX_LOSS,
-    DECISIONS,
-    Arrays,
-    Layer,
-    Mode,
-    Tree,
-    Wrapper,
-    check_inputs,
-    check_outputs,
-    fold,
-    put_decisions,
-    take_decisions,
-)
+from layercomb.layers.base import AUX_LOSS, Arrays, Layer, Mode, Tree, Wrapper, fold
 from layercomb.layers.cotangents import zero_cts, zeros_once
+from layercomb.layers.decisions import DECISIONS, put_decisions, take_decisions
 from layercomb.layers.fields import Size
+from layercomb.layers.wiring import check_inputs, check_outputs
 from layercomb.shapes import Signature, describe
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers import bucketwise, rings, tiles
-from layercomb.layers.base import DECISIONS, Layer, Mode
+from layercomb.layers.base import Layer, Mode
 from layercomb.layers.caches import (
     append,
     by_row,
@@ -27,6 +27,7 @@ from layercomb.layers.caches import (
     position_of,
     refuse_overflow,
 )
+from layercomb.layers.decisions import DECISIONS
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.hashing import (
     automatic_buckets,

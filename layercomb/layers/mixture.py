@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from layercomb.layers import controllers
 from layercomb.layers.activations import elementwise
-from layercomb.layers.base import AUX_LOSS, DECISIONS, Layer, Mode, Tree
+from layercomb.layers.base import AUX_LOSS, Layer, Mode, Tree
 from layercomb.layers.bucketwise import put, rows
 from layercomb.layers.core import contract, dense
+from layercomb.layers.decisions import DECISIONS
 from layercomb.layers.fields import Bound, Rate, Size
 from layercomb.layers.initializers import Initializer, glorot_uniform, zeros
 from layercomb.shapes import check_float

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from layercomb.layers import tiles
-from layercomb.layers.base import Layer, Mode, Tree, _set, check_inputs, fold, where
+from layercomb.layers.base import Layer, Mode, Tree, _set, fold
 from layercomb.layers.combinators import Combinator
 from layercomb.layers.cotangents import add_cts, vjp, zero_cts, zeros_once
 from layercomb.layers.pieces import add_at, by_piece, over_positions, positions
 from layercomb.layers.projections import MergeHeads, SplitHeads
+from layercomb.layers.wiring import check_inputs, where
 from layercomb.shapes import is_float
 
 

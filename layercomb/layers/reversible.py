@@ -24,20 +24,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.base import (
-    Arrays,
-    Layer,
-    Mode,
-    Tree,
-    _call_text,
-    _named,
-    fold,
-    put_decisions,
-    take_decisions,
-)
+from layercomb.layers.base import Arrays, Layer, Mode, Tree, _call_text, _named, fold
 from layercomb.layers.combinators import Add, Serial, Variadic
 from layercomb.layers.control import Repeat
 from layercomb.layers.cotangents import Cotangents, add_cts, zero_cts
+from layercomb.layers.decisions import put_decisions, take_decisions
 from layercomb.layers.routing import Select, Swap
 from layercomb.layers.series import Pass, serial_arity, serial_route
 from layercomb.shapes import Signature, is_float

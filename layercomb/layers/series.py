@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
-from layercomb.layers.base import Layer, Mode, Tree, check_inputs, check_outputs, fold, where
+from layercomb.layers.base import Layer, Mode, Tree, fold
 from layercomb.layers.cotangents import matched, vjp
+from layercomb.layers.wiring import check_inputs, check_outputs, where
 
 Stack = tuple[Any, ...]
 Call = Callable[[int, Stack], Stack]

@@ -13,9 +13,10 @@ import jax
 
 from layercomb.layers import controllers
 from layercomb.layers.activations import elementwise
-from layercomb.layers.base import DECISIONS, Layer, Mode, Tree
+from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.bucketwise import IN_BOUNDS
 from layercomb.layers.core import contract, dense
+from layercomb.layers.decisions import DECISIONS
 from layercomb.layers.fields import Bound, Size
 from layercomb.layers.initializers import Initializer, glorot_uniform, zeros
 from layercomb.layers.narrow import Narrow, rows_of

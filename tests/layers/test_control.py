@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 
 from layercomb import init_state, tl
-from layercomb.layers.base import (
-    AUX_LOSS,
-    DECISIONS,
-    Layer,
-    Mode,
-    put_decisions,
-    take_decisions,
-)
+from layercomb.layers.base import AUX_LOSS, Layer, Mode
+from layercomb.layers.decisions import DECISIONS, put_decisions, take_decisions
 from layercomb.shapes import shape_dtype
 from layercomb.supervised.steps import aux_loss
 

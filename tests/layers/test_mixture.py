@@ -12,7 +12,8 @@ import pytest
 
 from layercomb import tl, transforms
 from layercomb.layers import mixture
-from layercomb.layers.base import AUX_LOSS, DECISIONS, Mode
+from layercomb.layers.base import AUX_LOSS, Mode
+from layercomb.layers.decisions import DECISIONS
 from layercomb.layers.mixture import BlockSparseFF, SwitchFF
 from layercomb.shapes import shape_dtype
 from layercomb.supervised.steps import aux_loss

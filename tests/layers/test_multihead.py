@@ -11,8 +11,9 @@ import pytest
 
 from layercomb import tl
 from layercomb.layers import multihead, pieces
-from layercomb.layers.base import DECISIONS, Layer, Mode
+from layercomb.layers.base import Layer, Mode
 from layercomb.layers.combinators import Combinator
+from layercomb.layers.decisions import DECISIONS
 from layercomb.layers.multihead import MultiHead
 from layercomb.layers.projections import kernel_gradient
 

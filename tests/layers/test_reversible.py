@@ -11,7 +11,8 @@ import pytest
 
 import layercomb as lc
 from layercomb import tl
-from layercomb.layers.base import AUX_LOSS, Layer, Mode, take_decisions
+from layercomb.layers.base import AUX_LOSS, Layer, Mode
+from layercomb.layers.decisions import take_decisions
 
 B, L, D = 2, 12, 8
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import layercomb_kernels
 from layercomb import tl, trees
-from layercomb.layers.base import DECISIONS, Mode, init_state
+from layercomb.layers.base import Mode, init_state
+from layercomb.layers.decisions import DECISIONS
 from layercomb.layers.native import has_kernels
 from layercomb.shapes import shape_dtype
 

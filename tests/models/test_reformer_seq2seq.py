@@ -12,7 +12,8 @@ import pytest
 
 import layercomb as lc
 from layercomb import losses, models, tl, trees
-from layercomb.layers.base import Mode, init_state, take_decisions
+from layercomb.layers.base import Mode, init_state
+from layercomb.layers.decisions import take_decisions
 from layercomb.shapes import describe, shape_dtype
 from layercomb.supervised import Loop, TrainTask
 

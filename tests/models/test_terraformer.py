@@ -11,8 +11,9 @@ import pytest
 
 import layercomb as lc
 from layercomb import models, tl, trees
-from layercomb.layers.base import Mode, init_state, take_decisions
+from layercomb.layers.base import Mode, init_state
 from layercomb.layers.caches import set_positions
+from layercomb.layers.decisions import take_decisions
 from layercomb.models.terraformer import AfterMemory
 from layercomb.supervised import prompts
 from layercomb.supervised.decoding import generate

@@ -1,0 +1,35 @@
+"""Decisions of layers, such as LSH's buckets: they stand in a state under `DECISIONS`.
+
+``RECORD`` keeps them beside what else a state holds, and ``REPLAY`` takes them.
+"""
+
+from __future__ import annotations
+
+from layercomb.layers.cotangents import Tree
+
+DECISIONS = 'decisions'
+
+
+def take_decisions(state: Tree) -> tuple[Tree, Tree]:
+    """Separates a state from the decisions recorded in it, both with their paths."""
+    plain, found = {}, {}
+    for key, value in state.items():
+        if key == DECISIONS:
+            found[key] = value
+        elif isinstance(value, dict):
+            inner_plain, inner_found = take_decisions(value)
+            if inner_plain or not inner_found:
+                plain[key] = inner_plain
+            if inner_found:
+                found[key] = inner_found
+        else:
+            plain[key] = value
+    return plain, found
+
+
+def put_decisions(state: Tree, found: Tree) -> Tree:
+    """The inverse of `take_decisions`."""
+    out = dict(state)
+    for key, value in found.items():
+        out[key] = value if key == DECISIONS else put_decisions(out.get(key, {}), value)
+    return out
