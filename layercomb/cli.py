@@ -23,7 +23,7 @@ from layercomb.data import checks
 from layercomb.errors import UsageError, of_the_machine, of_the_person, one_line, require
 from layercomb.layers.base import Layer
 from layercomb.model import Model
-from layercomb.shapes import shape_dtype
+from layercomb.shapes import Signature, shape_dtype
 
 
 def train(
@@ -237,13 +237,22 @@ def trained(
         if tokenizer is not None:
             with of_the_person():
                 checks.tokenizer(tokenizer)
-        tokens, mask = shape_dtype((1, 1), 'int32'), shape_dtype((1, 1), bool)
-        model, _ = runs.last_model(run_dir, net, (tokens, tokens, mask)[: net.n_in])
+        model, _ = runs.last_model(run_dir, net, _signature_of_text(net))
     if bits is not None:
         with of_the_person():
             narrow = transforms.quantize(model.layer, model.weights or {}, bits=bits)
             model = Model(*narrow, model.state)
     return model, tokenizer
+
+
+def _signature_of_text(net: Layer) -> Signature:
+    """Of a few tokens that a model reads, and those of its source, with their mask."""
+    from layercomb.supervised import prompts
+
+    length, of_source = (min(8, f(net) or 8) for f in (prompts.max_len, prompts.source_max_len))
+    tokens, source = (shape_dtype((1, n), 'int32') for n in (length, of_source))
+    mask = shape_dtype((1, of_source), bool)
+    return (tokens,) if net.n_in == 1 else (source, tokens, mask)[: net.n_in]
 
 
 class Config:

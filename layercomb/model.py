@@ -14,6 +14,7 @@ from layercomb import trees
 from layercomb.errors import UsageError
 from layercomb.layers.base import POSITION, Layer, Mode, Tree, Wrapper
 from layercomb.layers.combinators import Variadic
+from layercomb.layers.control import Map
 from layercomb.layers.core import Embedding
 from layercomb.layers.routing import Rearrange
 from layercomb.layers.wiring import check_inputs
@@ -133,14 +134,17 @@ class Model:
 
 
 def seeded(name: str, seed: Any) -> jax.Array:
-    """The typed key of a seed.
+    """The typed key of a seed, of whose 64 bits all count: those above 32 are folded in.
 
     Raises:
       ValueError: if `seed`, which the message calls by its name, is none.
     """
-    if isinstance(seed, bool) or not hasattr(seed, '__index__') or not -(2**63) <= seed < 2**63:
+    known = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not known or not -(2**63) <= seed < 2**63:
         raise ValueError(f'{name}={seed!r}: give an integer in −2⁶³ … 2⁶³ − 1')
-    return jax.random.key(int(seed))
+    high, low = divmod(int(seed), 2**32)
+    key = jax.random.key(low)
+    return jax.random.fold_in(key, high % 2**32) if high else key
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
@@ -172,6 +176,7 @@ def refuse_full(layer: Layer, weights: Tree, state: Tree, inputs: tuple[Any, ...
     jax.eval_shape(run, weights, inputs)
 
 
+@functools.lru_cache(maxsize=64)  # it is asked at every step
 def embeddings(layer: Layer) -> tuple[tuple[int, Embedding], ...]:
     """The embeddings that look a model's inputs up as they come, each after the input's number.
 
@@ -191,8 +196,11 @@ def embeddings(layer: Layer) -> tuple[tuple[int, Embedding], ...]:
             return layer.route(lambda i, values: follow(layer.sublayers[i], values), stack)
         if isinstance(layer, Embedding) and stack[0] is not None:
             found.append((stack[0], layer))
-        if isinstance(layer, Wrapper) and layer.n_in == layer.layer.n_in:
-            follow(layer.layer, stack)
+        if isinstance(layer, Wrapper):
+            n, n_times = layer.layer.n_in, layer.n if isinstance(layer, Map) else 1
+            if layer.n_in == n_times * n:
+                for i in range(n_times):
+                    follow(layer.layer, stack[i * n : (i + 1) * n])
         return (None,) * layer.n_out
 
     follow(layer, tuple(range(layer.n_in)))

@@ -13,6 +13,7 @@ import pytest
 import layercomb as lc
 from layercomb import UsageError, tl, transforms, trees
 from layercomb.layers.base import Mode
+from layercomb.model import seeded
 from layercomb.summary import rows
 
 
@@ -267,3 +268,18 @@ def test_summary_is_of_shapes_alone():
 def test_layers_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         tl.Dense(4).n_units = 5
+
+
+def test_ids_are_checked_in_each_group_of_a_map():
+    model = lc.Model(tl.Map(tl.Embedding(9, 4), 2)).init([lc.shape_dtype((1, 1), 'int32')] * 2)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(ValueError, match='token id 88 is outside the vocabulary of 9'):
+        model(ids, ids + 88)
+
+
+def test_all_bits_of_a_seed_count():
+    keys = {str(jax.random.key_data(seeded('rng', n))) for n in (0, 1, -1, 2**32, -(2**63))}
+    assert len(keys) == 5
+    assert (jax.random.key_data(seeded('rng', 7)) == jax.random.key_data(jax.random.key(7))).all()
+    with pytest.raises(ValueError, match='give an integer in'):
+        seeded('rng', np.array([1, 2]))

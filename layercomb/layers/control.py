@@ -78,7 +78,7 @@ class Repeat(Wrapper):
         """Runs the blocks in order; block `i` draws from `rng` folded with `i`."""
         if mode is Mode.PREDICT:
             return self._apply_one_by_one(weights, state, inputs, rng)
-        if '0' in state:
+        if isinstance(state.get('0'), dict):
             raise ValueError(
                 f'{type(self).__name__}: this state was made for decoding, a block at a time: init '
                 f'without mode=PREDICT to apply in {mode.name}'

@@ -183,7 +183,7 @@ def _matches_one(value: Any, hint: Any) -> bool:
             else len(value) == len(inner) and all(map(_matches, value, inner))
         )
     if origin is Sequence:
-        return isinstance(value, (tuple, list)) and all(
+        return isinstance(value, Sequence) and all(
             _matches(v, typing.get_args(hint)[0]) for v in value
         )
     if Callable in (hint, origin):
@@ -207,6 +207,10 @@ def _words(hint: Any) -> str:
     return ' or '.join(_words_one(part) for part in _parts(hint))
 
 
+def _name(hint: Any) -> str:
+    return getattr(hint, '__name__', str(hint))
+
+
 def _words_one(hint: Any) -> str:
     origin = typing.get_origin(hint)
     if origin is Annotated:
@@ -218,11 +222,11 @@ def _words_one(hint: Any) -> str:
     if origin is tuple:
         inner = typing.get_args(hint)
         if inner[1:] == (Ellipsis,):
-            return f'a tuple of {inner[0].__name__}'
-        return f'a tuple of {len(inner)} {inner[0].__name__}'
+            return f'a tuple of {_name(inner[0])}'
+        return f'a tuple of {len(inner)} {_name(inner[0])}'
     if origin is Sequence:
-        return f'a sequence of {typing.get_args(hint)[0].__name__}'
-    name = getattr(hint, '__name__', str(hint))
+        return f'a sequence of {_name(typing.get_args(hint)[0])}'
+    name = _name(hint)
     if name == 'Callable':
         return 'a function'
     return f'{"an" if name[0].lower() in "aeiou" else "a"} {name}'

@@ -87,9 +87,10 @@ def lsh_attention(
         (log N is subtracted, at R more comparisons a pair).
       dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow.
       rng: the key of dropout, needed where the rate is not zero.
-      chunks_together, heads_together: how many chunks of a head, and how many of the B·H heads, are
-        computed at a time: at most so many, in shares that leave little over. None takes on a CPU
-        what its caches hold, and elsewhere all heads and larger tiles of chunks.
+      chunks_together: how many chunks of a head are computed at a time: at most so many, in shares
+        that leave little over. None takes what a CPU's caches hold, and elsewhere larger tiles.
+      heads_together: how many heads are: the largest divisor of B·H up to this. None takes what a
+        CPU's caches hold, and elsewhere all.
 
     Returns:
       (B, H, L, D), in the dtype of v.
@@ -105,6 +106,9 @@ def lsh_attention(
     _check(q, v, buckets, mask, chunk_len, n_buckets, neighbourhood, duplicates)
     if not 0 <= dropout_rate < 1:
         raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
+    for n in (chunks_together, heads_together):
+        if n is not None and n < 1:
+            raise ValueError(f'chunks_together and heads_together must be at least 1, got {n}')
     if dropout_rate and rng is None:
         raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
     length = q.shape[2]

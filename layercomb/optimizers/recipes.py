@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from layercomb import trees
 from layercomb.errors import require
 from layercomb.optimizers.tensors import by_tensor, by_unit, matrix_axes
@@ -181,15 +183,15 @@ def muon(
 
     The units of a `SparseFF` are rows of which each sees few positions, some many more than others,
     and the rows of U Vᵀ differ as much. There each is divided by the root of the running mean of
-    its own square, relative to that of all rows, as NorMuon does, so that all units learn.
+    its own square, relative to that of all rows, after NorMuon, so that all units learn.
 
     Args:
       learning_rate: η, a number or a schedule.
       adam_fraction: Adam's learning rate as a part of it.
       momentum: of M.
       b1, b2: of Adam.
-      weight_decay: of what Muon moves, times the learning rate.
-      unit_factor: how much larger steps of units are, on the whole.
+      weight_decay: of what Muon moves but units, times the learning rate.
+      unit_factor: what steps of units are multiplied by then.
 
     Returns:
       An `optax.GradientTransformation`.
@@ -220,6 +222,7 @@ def muon(
         learning_rate=learning_rate,
         beta=momentum,
         weight_decay=weight_decay,
+        weight_decay_mask=_others,
         adam_b1=b1,
         adam_b2=b2,
         adam_learning_rate=adam_rate,
@@ -250,6 +253,11 @@ def matrices(weights: Any) -> Any:
         return optax.contrib.MuonDimensionNumbers(*matrix_axes(path, weight.ndim))
 
     return trees.map_with_path(axes, weights)
+
+
+def _others(weights: Any) -> Any:
+    """A tree that is true but for the kernels of units."""
+    return jax.tree.map(lambda is_unit: not is_unit, _units(weights))
 
 
 def _units(weights: Any) -> Any:

@@ -103,7 +103,8 @@ def by_unit(decay: float) -> Any:
 
         u ← u √(mean(v) / (v + mean(v) / 100))
 
-    so that no row's step grows by more than tenfold, and their mean square stays about the same.
+    so that no row's step grows by more than tenfold. Where all rows move, their mean square stays
+    about the same; where few do, it falls as their number: what stands still gives nothing away.
 
     Args:
       decay: β.

@@ -198,7 +198,7 @@ def context_of(net: Layer, inputs: Sequences | None, n_rows: int) -> tuple[jax.A
     source, lengths = padded('source', inputs)
     if len(source) != n_rows:
         raise UsageError(f'{len(source)} sources and {n_rows} prompts: give as many of each')
-    longest, limit = source.shape[1], _limit_of_source(net)
+    longest, limit = source.shape[1], source_max_len(net)
     check_ids(net, 'source', source)
     if limit is not None and longest > limit:
         raise UsageError(
@@ -262,11 +262,11 @@ def max_len(layer: Layer) -> int | None:
     return min((n for n in limits if n is not None), default=None)
 
 
-def _limit_of_source(layer: Layer) -> int | None:
+def source_max_len(layer: Layer) -> int | None:
     """The longest sequence that a model's encoder reads."""
     if isinstance(layer, Once):
         return max_len(layer.layer)
-    limits = map(_limit_of_source, layer.sublayers)
+    limits = map(source_max_len, layer.sublayers)
     return min((n for n in limits if n is not None), default=None)
 
 

@@ -309,9 +309,21 @@ def _trained_state(model: Model, signature: Signature, wanted: Tree) -> Tree:
     held = trees.flatten(model.state)
     fresh = init_state(model.layer, signature, Mode.TRAIN) if jax.tree.leaves(wanted) else wanted
 
+    def numbers(path: str) -> list[int]:
+        return [int(part) for part in path.split('/') if part.isdigit()]
+
+    blocks: dict[str, list[Any]] = {}  # for decoding, states of a `Repeat` lie apart: 0/…, 1/…
+    for path in sorted(held, key=numbers):
+        stacked = '/'.join(part for part in path.split('/') if not part.isdigit())
+        blocks.setdefault(stacked, []).append(held[path])
+
     def kept(path: str, new: jax.Array) -> jax.Array:
-        old = held.get(path, new)
-        return jnp.copy(old) if old.shape == new.shape else new
+        if path in held:
+            old = held[path]
+            return jnp.copy(old) if old.shape == new.shape else new
+        old = blocks.get(path, [])
+        fits = sum(x.size for x in old) == new.size > 0
+        return jnp.stack(old).reshape(new.shape) if fits else new
 
     return trees.map_with_path(kept, fresh)
 

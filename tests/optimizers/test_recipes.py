@@ -78,6 +78,16 @@ def test_muon_moves_units_alike_however_few_positions_choose_them(around):
     assert np.linalg.svd(flat['dense/kernel'], compute_uv=False).max() < 1.6
 
 
+def test_units_are_not_decayed():
+    weights, _ = tl.SparseFF(64, 8).init(lc.signature_of(jnp.zeros((1, 4, 8))), jax.random.key(0))
+    zeros, optimizer = jax.tree.map(jnp.zeros_like, weights), optimizers.muon(0.1, weight_decay=0.5)
+    with jax.numpy_dtype_promotion('standard'):
+        steps, _ = optimizer.update(zeros, optimizer.init(weights), weights)
+    assert not steps['in']['kernel_transposed'].any() and not steps['out']['kernel'].any()
+    kernel = weights['controller']['in']['kernel']
+    np.testing.assert_allclose(steps['controller']['in']['kernel'], -0.05 * kernel, rtol=1e-5)
+
+
 def test_steps_by_unit_are_the_equation():
     rng, optimizer = np.random.default_rng(0), by_unit(0.75)
     state, v = optimizer.init({'w': jnp.zeros((2, 3, 4))}), np.zeros((2, 3))

@@ -310,16 +310,19 @@ def test_a_model_is_where_training_starts_and_keeps_its_weights():
 
 
 def test_a_model_that_has_decoded_is_trained_without_its_caches(tmp_path):
-    net = tl.Serial(tl.Embedding(V, 8), tl.SelfAttention(2), tl.BatchNorm(), tl.Dense(V))
+    net = tl.Serial(
+        tl.Embedding(V, 8), tl.SelfAttention(2), tl.Repeat(tl.BatchNorm(), 11), tl.Dense(V)
+    )
     x = next(iter(PlainData()))[0]
     model = Model(net).init(x, mode=Mode.PREDICT)
     model(x, mode=Mode.PREDICT)
-    model.state['batch_norm']['mean'] += 7.0
+    for i in range(11):
+        model.state['batch_norm'][str(i)]['mean'] += 7.0 + i
     trained = loop(tmp_path, net=model, optimizer=SGD)
     trained.run(1)
     of_training = init_state(net, x, Mode.TRAIN)
     assert jax.tree.structure(trained.state) == jax.tree.structure(of_training)
-    assert (trained.state['batch_norm']['mean'] > 1).all()
+    assert (jnp.diff(trained.state['batch_norm']['mean'], axis=0) > 0.5).all()
     assert loop(tmp_path, net=net, optimizer=SGD).step == 1
 
 
