@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import inspect
 import re
@@ -15,7 +14,14 @@ import jax.numpy as jnp
 from layercomb.layers import fields
 from layercomb.layers.cotangents import Cotangents, Tree, matched, vjp
 from layercomb.layers.decisions import DECISIONS
-from layercomb.layers.wiring import check_inputs, check_outputs, check_sublayers
+from layercomb.layers.mode import Mode
+from layercomb.layers.wiring import (
+    check_inputs,
+    check_outputs,
+    check_sublayers,
+    checking_apply,
+    checking_init,
+)
 from layercomb.shapes import Signature, signature_of
 
 Arrays = tuple[jax.Array, ...]
@@ -25,27 +31,6 @@ AUX_LOSS = 'aux_loss'
 POSITION = 'position'
 POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
 RESERVED = (DECISIONS, AUX_LOSS)  # what a state may hold beside the states of sublayers
-
-
-class Mode(enum.Enum):
-    """What a layer is applied for. Static: a description trains, evaluates and decodes.
-
-    ``TRAIN``: dropout on, statistics updated, soft decisions sampled. ``EVAL``: deterministic.
-    ``PREDICT``: incremental, inputs are the next positions and state carries caches. ``RECORD``:
-    as ``TRAIN``, and the returned state also holds each discrete decision taken. ``REPLAY``: as
-    ``TRAIN``, taking the decisions found in the state.
-    """
-
-    TRAIN = 'train'
-    EVAL = 'eval'
-    PREDICT = 'predict'
-    RECORD = 'record'
-    REPLAY = 'replay'
-
-    @property
-    def is_training(self) -> bool:
-        """Whether dropout is on and statistics are updated."""
-        return self in (Mode.TRAIN, Mode.RECORD, Mode.REPLAY)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
@@ -97,8 +82,14 @@ class Layer:
     matrices: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:
-        """Makes the class a frozen dataclass; ``init=False`` leaves the constructor it has."""
+        """Makes the class a frozen dataclass; ``init=False`` leaves the constructor it has.
+
+        Its `init` and `apply` check what they are given, whoever calls them.
+        """
         super().__init_subclass__(**kwargs)
+        for name, checks in (('init', checking_init), ('apply', checking_apply)):
+            if name in vars(cls):
+                setattr(cls, name, checks(vars(cls)[name]))
         dataclasses.dataclass(frozen=True, repr=False, init=init)(cls)
 
     def __post_init__(self) -> None:
@@ -117,13 +108,17 @@ class Layer:
         """Initial weights and state.
 
         Args:
-          signature: of the inputs, a tuple of `jax.ShapeDtypeStruct`.
+          signature: of the inputs, a tuple of `jax.ShapeDtypeStruct`, or one alone; a subclass's own
+            `init` is always handed a tuple.
           rng: a typed key, from `jax.random.key`.
           mode: weights do not depend on it; state may: in ``PREDICT`` it holds caches as long as
             the signature.
 
         Returns:
           Two nested dicts of arrays, empty where there is nothing.
+
+        Raises:
+          TypeError: if `mode` is no `Mode`.
         """
         del signature, rng, mode
         return {}, {}
@@ -148,6 +143,9 @@ class Layer:
 
         Returns:
           A tuple of `n_out` arrays, and the new state.
+
+        Raises:
+          TypeError: if the inputs are no tuple of `n_in` values, or `mode` is no `Mode`.
         """
         raise NotImplementedError(f'{type(self).__name__} has no apply')
 

@@ -1,11 +1,42 @@
-"""What goes in and out of layers is counted, and an error says in which of them it arose."""
+"""What goes in and out of layers is checked, and an error says in which of them it arose."""
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
-from layercomb.shapes import describe
+from layercomb.layers.mode import Mode, check_mode
+from layercomb.shapes import describe, signature_of
+
+
+def checking_init(init: Any) -> Any:
+    """`Layer.init` that takes one signature alone too, and refuses what is no mode."""
+
+    @functools.wraps(init)
+    def checking(self: Any, signature: Any, rng: Any, mode: Any = Mode.TRAIN) -> Any:
+        check_mode(f'{type(self).__name__}.init', mode)
+        signature = signature if isinstance(signature, tuple) else signature_of(signature)
+        return init(self, signature, rng, mode)
+
+    return checking
+
+
+def checking_apply(apply: Any) -> Any:
+    """`Layer.apply` that refuses other inputs than a tuple of `n_in`, and what is no mode."""
+
+    @functools.wraps(apply)
+    def checking(self: Any, weights: Any, state: Any, inputs: Any, **given: Any) -> Any:
+        check_mode(f'{type(self).__name__}.apply', given.get('mode', Mode.EVAL))
+        if not isinstance(inputs, (tuple, list)):
+            raise TypeError(
+                f'{type(self).__name__}.apply takes a tuple of inputs, got {describe([inputs])}: '
+                'write apply(weights, state, (x,))'
+            )
+        check_inputs(self, tuple(inputs))
+        return apply(self, weights, state, tuple(inputs), **given)
+
+    return checking
 
 
 def check_inputs(layer: Any, inputs: tuple[Any, ...]) -> None:
