@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +13,7 @@ from layercomb.data.packing import Arrays, encode_checked, window
 from layercomb.data.tokenizers import Tokenizer
 
 _AHEAD = 8  # elements read before they are asked for
+_BATCHES_AHEAD = 4  # batches made before they are asked for
 
 
 class _ReadAhead:
@@ -37,6 +38,69 @@ class _ReadAhead:
             for i in ahead
         }
         return self._futures[index].result()
+
+
+class Examples(grain.IterDataset):
+    """Batches of examples that have one shape, in order.
+
+    The state is the number of examples taken, by all hosts together, so a run may go on with
+    another batch size, or on another number of hosts, from the next example that it has not seen.
+
+    Attributes:
+      examples: tuples of arrays by random access, shuffled and repeated as wanted.
+      batch_size: rows of a batch, on this host.
+      shard: (index, count) of this host, which takes every count-th example.
+      stack: a function from the examples of a batch to the batch.
+    """
+
+    def __init__(
+        self,
+        examples: grain.MapDataset,
+        batch_size: int,
+        shard: tuple[int, int],
+        stack: Callable[[Sequence[Arrays]], Arrays],
+    ):
+        super().__init__(examples)
+        self.examples, self.batch_size, self.shard, self.stack = examples, batch_size, shard, stack
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _ExampleIterator(self)
+
+
+class _ExampleIterator(grain.DatasetIterator):
+    def __init__(self, dataset: Examples):
+        super().__init__()
+        self._dataset = dataset
+        self._rows = dataset.batch_size * dataset.shard[1]  # of all hosts
+        self._taken = 0
+        self._batches: Any = None
+
+    def __next__(self) -> Arrays:
+        if self._batches is None:
+            self._batches = self._from(self._taken)
+        batch = next(self._batches)
+        self._taken += self._rows
+        return batch
+
+    def _from(self, start: int) -> Any:
+        """The batches from an example on, a few of them made in a thread before they are asked."""
+        examples, (index, count) = self._dataset.examples, self._dataset.shard
+        if start >= len(examples):
+            return iter(())
+        batches = examples[start + index :: count].batch(
+            self._dataset.batch_size, drop_remainder=True, batch_fn=self._dataset.stack
+        )
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BATCHES_AHEAD)
+        return iter(batches.to_iter_dataset(options))
+
+    def get_state(self) -> dict[str, Any]:
+        return {'examples': self._taken}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        # Checkpoints of earlier versions count batches, of the size they still have.
+        counted = 'examples' in state
+        self._taken = state['examples'] if counted else state['next_index'] * self._rows
+        self._batches = None
 
 
 class PackedDocuments(grain.IterDataset):
@@ -136,17 +200,20 @@ class _BucketIterator(grain.DatasetIterator):
         self._fetched: dict[int, Arrays] = {}
 
     def __next__(self) -> Arrays:
-        while self._next < len(self._examples):
+        while (bucket := self._full()) is None and self._next < len(self._examples):
             example = self._fetched[self._next] = self._ahead[self._next]
-            bucket = self._bucket_of(example)
-            self._waiting[bucket].append(self._next)
+            self._waiting[self._bucket_of(example)].append(self._next)
             self._next += 1
-            if len(self._waiting[bucket]) == self._batch_sizes[bucket]:
-                return self._leave(bucket)
-        for bucket, waiting in enumerate(self._waiting):
-            if waiting:
-                return self._leave(bucket)
-        raise StopIteration
+        if bucket is None:
+            bucket = next((i for i, waiting in enumerate(self._waiting) if waiting), None)
+        if bucket is None:
+            raise StopIteration
+        return self._leave(bucket)
+
+    def _full(self) -> int | None:
+        """A bucket from which a batch can leave, if there is one."""
+        sizes = zip(self._waiting, self._batch_sizes, strict=True)
+        return next((i for i, (waiting, size) in enumerate(sizes) if len(waiting) >= size), None)
 
     def _bucket_of(self, example: Arrays) -> int:
         length = max(x.size for x in example)
@@ -154,10 +221,11 @@ class _BucketIterator(grain.DatasetIterator):
         return min(bucket, len(self._boundaries) - 1)
 
     def _leave(self, bucket: int) -> Arrays:
-        waiting, self._waiting[bucket] = self._waiting[bucket], []
+        size = self._batch_sizes[bucket]
+        waiting, self._waiting[bucket] = self._waiting[bucket][:size], self._waiting[bucket][size:]
         # Those that waited when the run was stopped are fetched again.
         examples = [self._fetched.pop(i, None) or self._examples[i] for i in waiting]
-        shape = self._batch_sizes[bucket], self._boundaries[bucket]  # (B, L)
+        shape = size, self._boundaries[bucket]  # (B, L)
         batch = tuple(np.zeros(shape, x.dtype) for x in examples[0])
         for row, example in enumerate(examples):
             for padded, x in zip(batch, example, strict=True):
@@ -168,6 +236,9 @@ class _BucketIterator(grain.DatasetIterator):
         return {'next': self._next, 'waiting': [list(waiting) for waiting in self._waiting]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._next = state['next']
-        self._waiting = [list(waiting) for waiting in state['waiting']]
-        self._fetched = {}
+        self._next, self._fetched = state['next'], {}
+        self._waiting = [[] for _ in self._boundaries]
+        for i in sorted(i for waiting in state['waiting'] for i in waiting):
+            # Sorted anew, since a run may go on with other buckets.
+            self._fetched[i] = self._examples[i]
+            self._waiting[self._bucket_of(self._fetched[i])].append(i)

@@ -16,8 +16,6 @@ from layercomb.errors import UsageError, require
 if TYPE_CHECKING:
     import grain
 
-_AHEAD = 4  # batches made before they are asked for
-
 
 def batches(
     source: Sequence[Arrays],
@@ -30,9 +28,9 @@ def batches(
 ) -> grain.IterDataset:
     """Returns batches of examples that all have one shape, such as those of `duplication`.
 
-    The batches depend on the arguments alone. Their iterator's `get_state()` is the position after
-    the last batch taken, whatever a thread has made ahead, and goes through JSON; `set_state` on an
-    iterator of an equal data set goes on from there. With `shard=(i, n)`, n hosts take the rows
+    The batches depend on the arguments alone. Their iterator's `get_state()` is the number of
+    examples taken, whatever a thread has made ahead, and goes through JSON; `set_state` on an
+    iterator of an equal data set, whose batch size may differ, goes on from there. With `shard=(i, n)`, n hosts take the rows
     of batches n times as large, so training does not depend on how many they are, and all
     get equally many batches.
 
@@ -66,8 +64,9 @@ def batches(
         nothing = tuple(np.zeros_like(x) for x in first)
         padding = grain.MapDataset.source([nothing] * missing)
         examples = grain.MapDataset.concatenate([examples, padding])
-    rows = examples[index::count].batch(batch_size, drop_remainder=True, batch_fn=_stacked)
-    return rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD))
+    from layercomb.data import iterators  # needs grain
+
+    return iterators.Examples(examples, batch_size, (index, count), _stacked)
 
 
 def packed(

@@ -108,8 +108,8 @@ class Layer:
         """Initial weights and state.
 
         Args:
-          signature: of the inputs, a tuple of `jax.ShapeDtypeStruct`, or one alone; a subclass's own
-            `init` is always handed a tuple.
+          signature: of the inputs, a tuple of `jax.ShapeDtypeStruct`, or one alone, which becomes
+            a tuple of one before a subclass's `init` sees it.
           rng: a typed key, from `jax.random.key`.
           mode: weights do not depend on it; state may: in ``PREDICT`` it holds caches as long as
             the signature.
