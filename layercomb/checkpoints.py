@@ -94,7 +94,7 @@ def load_tree(directory: str | Path, abstract: Tree) -> Tree:
 def save_args(trees: Mapping[str, Tree], record: Mapping[str, Any]) -> Any:
     """Orbax's arguments that save named trees, and a record that JSON can hold."""
     trees = {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
-    arrays = {name: _describe(tree) for name, tree in trees.items()}
+    arrays = {name: kinds(tree) for name, tree in trees.items()}
     text = json.dumps({'values': record, 'arrays': arrays})
     sealed = {'text': text, 'crc32': zlib.crc32(text.encode())}
     items = {name: _Save(tree) for name, tree in trees.items()}
@@ -117,8 +117,8 @@ def read(path: Path, abstract: Mapping[str, Tree], cure: str) -> tuple[dict[str,
       UsageError: if a file is damaged, or the trees are others.
     """
     saved = {name: tree for name, tree in abstract.items() if jax.tree.leaves(tree)}
-    record = _read_record(path, cure)
-    _same(path, record['arrays'], {name: _describe(tree) for name, tree in abstract.items()})
+    record = read_record(path, cure)
+    _same(path, record['arrays'], {name: kinds(tree) for name, tree in abstract.items()})
     for name in saved:
         _verify(path, name, cure)
     items = {name: _Restore(_placed(tree)) for name, tree in saved.items()}
@@ -128,7 +128,16 @@ def read(path: Path, abstract: Mapping[str, Tree], cure: str) -> tuple[dict[str,
     return trees, record['values']
 
 
-def _read_record(path: Path, cure: str) -> dict:
+def read_record(path: Path, cure: str) -> dict[str, Any]:
+    """What `save_args` kept beside arrays: the record as 'values', and as 'arrays' their kinds.
+
+    Args:
+      path: what was written with `save_args`.
+      cure: what an error should advise.
+
+    Raises:
+      UsageError: if it cannot be read, or its checksum is another.
+    """
     try:
         sealed = json.loads((path / _RECORD / 'metadata').read_text())
         if zlib.crc32(sealed['text'].encode()) == sealed['crc32']:
@@ -182,8 +191,8 @@ def _same(path: Path, there: Mapping[str, Kinds], here: Mapping[str, Kinds]) -> 
                 )
 
 
-def _describe(tree: Tree) -> Kinds:
-    """What stands where; an optimizer's state has tuples and named tuples on the way."""
+def kinds(tree: Tree) -> Kinds:
+    """The type and shape of each array of a tree, by path, such as 'float32[4,5]'."""
     return {
         jax.tree_util.keystr(path, simple=True, separator='/'): (
             f'{jnp.dtype(leaf.dtype).name}[{",".join(map(str, leaf.shape))}]'

@@ -30,9 +30,9 @@ def batches(
 
     The batches depend on the arguments alone. Their iterator's `get_state()` is the number of
     examples taken, whatever a thread has made ahead, and goes through JSON; `set_state` on an
-    iterator of an equal data set, whose batch size may differ, goes on from there. With `shard=(i, n)`, n hosts take the rows
-    of batches n times as large, so training does not depend on how many they are, and all
-    get equally many batches.
+    iterator of an equal data set, whose batch size may differ, goes on from there. With
+    `shard=(i, n)`, n hosts take the rows of batches n times as large, so training does not depend
+    on how many they are, and all get equally many batches.
 
     Args:
       source: a sequence of (inputs, targets, …, loss_weights), numpy arrays.

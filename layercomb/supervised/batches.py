@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from layercomb.errors import UsageError, one_line
+from layercomb.shapes import describe
 
 Batch = tuple[Any, ...]
+
+# Keys of the states of this library's pipelines, which say what was read and not in how many rows.
+_COUNTS_EXAMPLES = {'examples', 'document', 'waiting'}
+_ENDLESS = 1 << 60  # Grain's length of what is repeated for ever is near the greatest integer
 
 
 def check_data(owner: str, data: Any) -> None:
@@ -67,18 +73,28 @@ class Batches:
     An iterator with `get_state` and `set_state`, such as Grain's, is asked for its own. Any other
     is gone through again from the start, so its batches must come out the same each time.
 
+    What interrupts the making of a batch (Ctrl-C, an error that is mended) leaves the position as
+    it is: the next call makes that batch anew.
+
     Args:
       data: an iterable of tuples of arrays.
+
+    Attributes:
+      taken: how many batches were taken.
+      examples: how many rows these had.
     """
 
     def __init__(self, data: Iterable[Batch]) -> None:
-        self._iterator: Any = iter(data)
+        self._data = data
         self._peeked: Batch | None = None
-        self.taken = 0
+        self._interrupted = False
+        self._start()
 
     def peek(self) -> Batch:
         """The next batch, which stays the next."""
         if self._peeked is None:
+            if self._interrupted:  # a generator that has raised would only say that it has ended
+                self._go_back()
             self._peeked = self._next()
         return self._peeked
 
@@ -86,22 +102,26 @@ class Batches:
         """The next batch."""
         batch, self._peeked = self.peek(), None
         self.taken += 1
+        self.examples += n_rows(batch)
+        self._state = self._own_state()
         return batch
 
     def position(self) -> dict[str, Any]:
         """Where `take` stands, as JSON can hold it."""
-        if self._peeked is not None:
-            raise RuntimeError('a batch was peeked at: the iterator stands one further than `take`')
-        state = self._iterator.get_state() if hasattr(self._iterator, 'get_state') else None
-        if isinstance(state, bytes):
-            state = {'utf8': state.decode()}
-        return {'taken': self.taken, 'state': state}
+        state = {'utf8': self._state.decode()} if isinstance(self._state, bytes) else self._state
+        return {'taken': self.taken, 'examples': self.examples, 'state': state}
 
-    def go_to(self, position: dict[str, Any]) -> None:
+    def go_to(self, position: dict[str, Any], resized: bool = False) -> None:
         """Goes to a position of an equal data set; nothing may have been taken yet.
 
+        Args:
+          position: from `position`.
+          resized: whether batches have other sizes than those that were counted: the examples taken
+            are what counts then.
+
         Raises:
-          UsageError: if it is a position in data of another kind.
+          UsageError: if it is a position in data of another kind, or cannot be found with the
+            present size of batches.
         """
         state = position['state']
         if (state is None) == hasattr(self._iterator, 'get_state'):
@@ -110,12 +130,43 @@ class Batches:
                 'or choose another output_dir'
             )
         if state is None:
-            for _ in range(position['taken']):
-                self.take()
-        else:
-            self._iterator.set_state(state['utf8'].encode() if 'utf8' in state else state)
-            self._peeked = None
-        self.taken = position['taken']
+            self._skip(position, resized)
+            return
+        if resized and not _COUNTS_EXAMPLES & state.keys():
+            raise UsageError(
+                'the position of this data counts batches, so their size cannot change: keep it, '
+                'or make them by data.batches, data.packed or data.bucketed'
+            )
+        self._state = state['utf8'].encode() if 'utf8' in state else state
+        self._iterator.set_state(self._state)
+        self._peeked = None
+        self.taken, self.examples = position['taken'], position.get('examples', 0)
+
+    def _start(self) -> None:
+        self._iterator: Any = iter(self._data)
+        self.taken = self.examples = 0
+        self._state = self._own_state()
+
+    def _own_state(self) -> Any:
+        return self._iterator.get_state() if hasattr(self._iterator, 'get_state') else None
+
+    def _skip(self, position: dict[str, Any], resized: bool) -> None:
+        """Takes what was taken before: so many examples, or so many batches."""
+        by, goal = ('examples', position['examples']) if resized else ('taken', position['taken'])
+        while getattr(self, by) < goal:
+            rows = n_rows(self.take())
+        if getattr(self, by) > goal:
+            raise UsageError(
+                f'{goal} examples were taken, and batches of {rows} do not end there: choose a '
+                'batch size that divides them'
+            )
+
+    def _go_back(self) -> None:
+        """An iterator of its own again, at the position that the one before had."""
+        position = self.position()
+        self._interrupted = False
+        self._start()
+        self.go_to(position)
 
     def _next(self) -> Batch:
         try:
@@ -126,9 +177,45 @@ class Batches:
                 f'the data ended after {self.taken} batches: repeat it (num_epochs=None, or '
                 'dataset.repeat()), or ask for fewer steps'
             ) from None
-        if not isinstance(batch, (tuple, list)) or not all(hasattr(x, 'shape') for x in batch):
-            raise TypeError(
-                'data must yield tuples of arrays (inputs…, targets, loss_weights), got '
-                f'{type(batch).__name__}'
-            )
-        return tuple(batch)
+        except BaseException:
+            self._interrupted = True
+            raise
+        # A first batch that is none is a mistake in the program, a later one is in the data.
+        blamed = made(f'batch {self.taken + 1} of the data') if self.taken else nullcontext()
+        with blamed:
+            return checked(batch)
+
+
+def checked(batch: Any) -> Batch:
+    """A batch as a tuple.
+
+    Raises:
+      TypeError: if it is no tuple of arrays, or one of them has no axis of rows.
+      ValueError: if its arrays have different numbers of rows.
+    """
+    if not isinstance(batch, (tuple, list)) or not all(hasattr(x, 'shape') for x in batch):
+        raise TypeError(
+            'data must yield tuples of arrays (inputs…, targets, loss_weights), got '
+            f'{type(batch).__name__}'
+        )
+    if len({x.shape[:1] for x in batch}) > 1 or not all(x.shape for x in batch):
+        raise ValueError(
+            f'the arrays of a batch must have one number of rows, their first axis, got '
+            f'({describe(batch)})'
+        )
+    return tuple(batch)
+
+
+def n_rows(batch: Batch) -> int:
+    """How many examples a batch holds."""
+    return batch[0].shape[0] if batch else 0
+
+
+def is_endless(data: Any) -> bool:
+    """Whether a Grain data set is known to have no end, since something in it repeats for ever."""
+    try:
+        if len(data) >= _ENDLESS:
+            return True
+    except (TypeError, OverflowError):  # a data set without a length says nothing
+        pass
+    return any(map(is_endless, getattr(data, 'parents', ())))

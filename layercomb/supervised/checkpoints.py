@@ -20,19 +20,30 @@ class Checkpoints:
     """The last `keep` checkpoints of a run, in one directory.
 
     Args:
-      directory: where the steps' directories stand; made at the first save.
+      directory: where the steps' directories stand; made by `open`, or by the first save.
       keep: how many steps to keep; older ones are deleted.
     """
 
     def __init__(self, directory: str | Path, keep: int = 3) -> None:
         self.directory = Path(directory).absolute()
+        self._keep = keep
+        self._manager: Any = None
+
+    def open(self) -> None:
+        """Makes the directory, and what writes into it in the background, unless they are there.
+
+        Raises:
+          UsageError: if the directory cannot be made.
+        """
+        if self._manager is not None:
+            return
         _usable(self.directory)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
         """The last complete step, or None."""
-        return self._manager.latest_step()
+        return max(_steps(self.directory), default=None)
 
     def save(self, step: int, trees: Mapping[str, Tree], record: Mapping[str, Any]) -> None:
         """Starts to save a step; returns when the arrays may be donated again.
@@ -42,7 +53,23 @@ class Checkpoints:
           trees: named trees of arrays.
           record: what else to keep, as JSON can hold it.
         """
+        self.open()
         self._manager.save(step, args=checkpoints.save_args(trees, record))
+
+    def record(self, step: int) -> tuple[dict[str, Any], dict[str, checkpoints.Kinds]]:
+        """What a step keeps beside arrays, and the type and shape of each array.
+
+        Args:
+          step: a complete step.
+
+        Returns:
+          (record, kinds): the record as it was saved, and for each tree, path -> 'float32[4,5]'.
+
+        Raises:
+          UsageError: if it cannot be read.
+        """
+        record = checkpoints.read_record(self.directory / str(step), _cure(self.directory, step))
+        return record['values'], record['arrays']
 
     def restore(self, step: int, abstract: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict]:
         """Reads a step back.
@@ -61,12 +88,14 @@ class Checkpoints:
         return _restore(self.directory, step, abstract)
 
     def wait(self) -> None:
-        """Waits until what was saved is on the disk."""
-        self._manager.wait_until_finished()
+        """Waits until what was saved is on the disk; errors of writing it are raised here."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and lets the background threads go."""
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
 
 def latest_weights(
@@ -116,6 +145,11 @@ def _restore(
 ) -> tuple[dict[str, Tree], dict]:
     """Reads one step, naming in an error the step that would come before it."""
     path = directory / str(step)
+    return checkpoints.read(path, abstract, _cure(directory, step))
+
+
+def _cure(directory: Path, step: int) -> str:
+    """What to do about a damaged step."""
     others = [s for s in _steps(directory) if s < step]
     then = f'continue from step {others[-1]}' if others else 'start again'
-    return checkpoints.read(path, abstract, cure=f'delete that directory to {then}')
+    return f'delete that directory to {then}'

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import losses, trees
-from layercomb.errors import require
 from layercomb.layers.base import AUX_LOSS, Layer, Mode, Tree
 from layercomb.layers.metrics import Metric, weighted_sum
+from layercomb.supervised.updates import hyperparams, update
 
 Batch = tuple[Any, ...]
 Metrics = dict[str, jax.Array]
@@ -44,18 +44,20 @@ def compiled(
 
     The carry is donated. The key of a step is that of the run with the step folded in.
     """
-    optax = require('optax', 'train')
     scored = losses.attach(net, loss, chunk_len)
     gradient = _whole(scored) if accumulate == 1 else _accumulated(scored, accumulate)
 
     def step(carry: Carry, frozen: Tree, key: jax.Array, batch: Batch) -> tuple[Carry, Metrics]:
         key = jax.random.fold_in(key, carry.step)
         value, state, grads = gradient(carry.trainable, frozen, carry.state, key, batch)
-        norm = _norm(grads)
-        with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
-            updates, opt_state = optimizer.update(grads, carry.opt_state, carry.trainable)
-            trainable = optax.apply_updates(carry.trainable, updates)
-        metrics = {'loss': value, 'grad_norm': norm, **_learning_rate(opt_state)}
+
+        def loss_of(trainable: Tree) -> jax.Array:  # only line searches ask for it
+            return _mean(scored, trainable, frozen, carry.state, key, batch)[0]
+
+        trainable, opt_state = update(
+            optimizer, grads, carry.opt_state, carry.trainable, value, loss_of
+        )
+        metrics = {'loss': value, 'grad_norm': _norm(grads), **_learning_rate(opt_state)}
         return Carry(trainable, state, opt_state, carry.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -74,16 +76,22 @@ def aux_loss(state: Tree) -> jax.Array | None:
 def _whole(scored: Layer) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
     """(loss, state, gradient) of a batch at once."""
 
-    def mean(trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch) -> Any:
-        total, weight, aux, state = _sums(scored, trainable, frozen, state, key, batch)
-        value = total / _positive(weight)
-        return value if aux is None else value + aux, state
+    mean = jax.value_and_grad(functools.partial(_mean, scored), has_aux=True)
 
     def gradient(*args: Any) -> tuple[jax.Array, Tree, Tree]:
-        (value, state), grads = jax.value_and_grad(mean, has_aux=True)(*args)
+        (value, state), grads = mean(*args)
         return value, state, grads
 
     return gradient
+
+
+def _mean(
+    scored: Layer, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
+) -> tuple[jax.Array, Tree]:
+    """The loss of a batch, its auxiliary losses among it, and the new state."""
+    total, weight, aux, state = _sums(scored, trainable, frozen, state, key, batch)
+    value = total / _positive(weight)
+    return value if aux is None else value + aux, state
 
 
 def _accumulated(scored: Layer, n: int) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
@@ -157,9 +165,6 @@ def _norm(grads: Tree) -> jax.Array:
 
 def _learning_rate(opt_state: Any) -> Metrics:
     """The learning rate, where `optax.inject_hyperparams` keeps it."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
-        if jax.tree_util.keystr(path, simple=True, separator='/').endswith(
-            'hyperparams/learning_rate'
-        ):
-            return {'learning_rate': leaf}
-    return {}
+    rates = (x for path, x in hyperparams(opt_state).items() if path.endswith('/learning_rate'))
+    rate = next(rates, None)
+    return {} if rate is None else {'learning_rate': rate}

@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layercomb import trees
 from layercomb.errors import require
 from layercomb.layers.metrics import Metric
-from layercomb.supervised.batches import Batch, check_data
+from layercomb.supervised import updates
+from layercomb.supervised.batches import Batch, check_data, checked, is_endless
 from layercomb.trees import Tree
 
 
@@ -28,7 +30,8 @@ class TrainTask:
         any other, a resumed run skips the batches it has seen, so they must be the same again.
       loss: a metric, such as `tl.CrossEntropyLoss()`, of the model's output. The step minimises
         Σ wv / Σ w over all positions of a batch.
-      optimizer: an `optax.GradientTransformation`.
+      optimizer: an `optax.GradientTransformation`. What it asks for beside gradients and weights,
+        the loss as `value` or `value_fn` and the gradient as `grad`, it is given.
       accumulate: into how many micro batches a batch is cut, each run by itself, to save memory.
         Losses and weights are summed and divided once, so the gradient is that of the whole batch.
       clip_norm: gradients of a greater global norm are scaled down to it.
@@ -55,7 +58,8 @@ class TrainTask:
         check_count('TrainTask', 'accumulate', self.accumulate)
         check_count('TrainTask', 'loss_chunk_len', self.loss_chunk_len, optional=True)
         if self.clip_norm is not None:
-            if isinstance(self.clip_norm, bool) or not isinstance(self.clip_norm, (int, float)):
+            kinds = (int, float, np.integer, np.floating)
+            if isinstance(self.clip_norm, bool) or not isinstance(self.clip_norm, kinds):
                 raise TypeError(f'TrainTask: clip_norm={self.clip_norm!r}: give a number or None')
             if not self.clip_norm > 0:
                 raise ValueError(f'TrainTask: clip_norm={self.clip_norm}: it must be above 0')
@@ -85,7 +89,8 @@ class EvalTask:
       data: as for `TrainTask`; each evaluation goes through it from the start.
       metrics: one metric, or several.
       name: what comes before the `/` in reports: `valid/loss`.
-      n_batches: how many batches to go through; None for all, and then the data must end.
+      n_batches: how many batches to go through; None for all, and then the data must end: a data
+        set of Grain's that repeats for ever is refused.
       loss_chunk_len: how many positions of logits exist at a time; None for all.
 
     Raises:
@@ -115,17 +120,22 @@ class EvalTask:
             raise ValueError("EvalTask: the name 'train' is that of training: choose another")
         check_count('EvalTask', 'n_batches', self.n_batches, optional=True)
         check_count('EvalTask', 'loss_chunk_len', self.loss_chunk_len, optional=True)
+        if self.n_batches is None and is_endless(self.data):
+            raise ValueError(
+                f'EvalTask {self.name!r}: the data repeats for ever, so a measurement of it would '
+                'never end: give n_batches, or data that ends (num_epochs=1)'
+            )
 
     def batches(self) -> Iterator[Batch]:
         """What an evaluation goes through: the same batches each time, `n_batches` of them."""
-        return map(tuple, itertools.islice(iter(self.data), self.n_batches))
+        return map(checked, itertools.islice(iter(self.data), self.n_batches))
 
 
 def check_count(owner: str, name: str, value: Any, optional: bool = False) -> None:
     """Raises TypeError or ValueError unless `value` is a positive integer, or None if optional."""
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         wanted = 'a positive integer' + (' or None' if optional else '')
         raise TypeError(f'{owner}: {name}={value!r}: give {wanted}')
     if value < 1:
@@ -147,14 +157,9 @@ def check_optimizer(optimizer: Any) -> None:
         )
     weights = {'kernel': jnp.zeros((2, 2)), 'bias': jnp.zeros(2)}
     try:
-        with jax.numpy_dtype_promotion('standard'):
-            jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), weights)
+        updates.traced(optimizer, weights)
     except TypeError as e:
-        cause = str(e).strip().splitlines()[0][:120].rstrip(' .')
-        raise TypeError(
-            f'TrainTask: the optimizer cannot take a step ({cause}): its learning rate and other '
-            'arguments must be numbers or schedules, not strings or None'
-        ) from None
+        raise TypeError(f'TrainTask: {updates.why_not(optimizer, e)}') from None
     except Exception:
         return
 

@@ -20,8 +20,10 @@ from layercomb.shapes import Signature
 from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, Batches, shaped_unlike
 from layercomb.supervised.evaluation import evaluate
+from layercomb.supervised.fingerprint import Fingerprint, check_allowed, fingerprint
 from layercomb.supervised.progress import Progress, Throughput
 from layercomb.supervised.reports import MetricsLog, Row, read_metrics, write_report
+from layercomb.supervised.resuming import Resumed, resume
 from layercomb.supervised.tasks import EvalTask, TrainTask, check_count
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ class Loop:
 
     With an `output_dir` that holds checkpoints, the last one is restored at construction: weights,
     state, optimizer, random key and the data's position. What follows is bitwise what a run that
-    was never stopped would have done, on the same machine. Without one, nothing is written.
+    was never stopped would have done, on the same machine. Without one, nothing is written. A
+    checkpoint says what the run was made of, and a run made of something else is refused.
 
     A step is one compiled function that donates its carry, so arrays taken from `weights`, `state`
     or `opt_state` are valid until the next `run`. The loss of a step is looked at while the next
@@ -53,6 +56,9 @@ class Loop:
       log_every: steps between rows of metrics. Evaluations and the last step have a row too.
       keep: how many checkpoints to keep.
       progress: where to show progress, by default standard error; False for nowhere.
+      allow_changes: what may differ from the run so far: names out of `fingerprint.PARTS`, or
+        'all'. `resuming.resume` says what then happens. How a run is computed and shown may always
+        differ: `accumulate`, `loss_chunk_len`, the evaluations, and the arguments above but `seed`.
 
     Attributes:
       step: how many steps have been taken.
@@ -61,7 +67,7 @@ class Loop:
       TypeError, ValueError: for an argument that cannot be right, or a model that does not fit
         the data.
       UsageError: if the directory cannot be written to, or holds a damaged checkpoint or another
-        experiment.
+        run, naming what differs.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class Loop:
         log_every: int = 10,
         keep: int = 3,
         progress: TextIO | bool | None = None,
+        allow_changes: str | Sequence[str] = (),
     ) -> None:
         self._eval_tasks = tuple(eval_tasks) if isinstance(eval_tasks, Iterable) else (eval_tasks,)
         every = {'log_every': log_every, 'eval_every': eval_every}
@@ -85,6 +92,7 @@ class Loop:
         self._net = model.layer if isinstance(model, Model) else model
         self._task, self._seed, self._progress = train_task, seed, progress
         self._every = (log_every, eval_every, checkpoint_every)
+        self._allowed = check_allowed(allow_changes)
         self._optimizer = _optimizer(train_task)
         self._compiled = steps.compiled(
             self._net, train_task.loss, self._optimizer,
@@ -97,6 +105,7 @@ class Loop:
 
             self._checkpoints = Checkpoints(self._directory / 'checkpoints', keep)
         self._batches = Batches(train_task.data)
+        self._made_of: Fingerprint = {}
         self.step = 0
         self._begin(model)
 
@@ -149,37 +158,44 @@ class Loop:
         signature = _signature(self._net, self._first)
         init_key, self._key = jax.random.split(jax.random.key(self._seed))
         weights, state = jax.eval_shape(lambda key: self._net.init(signature, key), init_key)
-        trainable, _ = self._task.partition(weights)
-        with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
-            opt_state = jax.eval_shape(self._optimizer.init, trainable)
-        restored = self._restore({'weights': weights, 'state': state, 'opt_state': opt_state})
-        if restored is not None:
-            weights, state, opt_state = restored
-        elif isinstance(model, Model) and model.weights is not None:
-            _check_weights(model.weights, weights)
-            weights, state = model.weights, _trained_state(model, signature, state)
+        given = model.weights if isinstance(model, Model) else None
+        if given is not None:
+            _check_weights(given, weights)
+        resumed = self._resume(weights, state, given)
+        if resumed is not None:
+            self.step, weights, state = resumed.step, resumed.weights, resumed.state
+            self._key = self._key if resumed.key is None else resumed.key
+        elif isinstance(model, Model) and given is not None:
+            weights, state = given, _trained_state(model, signature, state)
         else:
             weights, state = _init(self._net, signature, init_key)
         trainable, self._frozen = self._task.partition(weights)
-        if weights is getattr(model, 'weights', None):
+        if weights is given:
             trainable = jax.tree.map(jnp.copy, trainable)  # donating would take the Model's own
-        if restored is None:
-            with jax.numpy_dtype_promotion('standard'):
+        opt_state = None if resumed is None else resumed.opt_state
+        if opt_state is None:
+            with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
                 opt_state = jax.jit(self._optimizer.init)(trainable)
         step = jnp.int32(self.step)
         self._carry = _distinct(steps.Carry(trainable, state, opt_state, step))
+        if self._checkpoints is not None:
+            self._checkpoints.open()  # not before all is known to be right
 
-    def _restore(self, abstract: dict[str, Tree]) -> tuple[Tree, Tree, Any] | None:
-        """Goes back to the last checkpoint, if there is one."""
-        step = None if self._checkpoints is None else self._checkpoints.latest()
-        if self._checkpoints is None or step is None:
+    def _resume(self, weights: Tree, state: Tree, given: Tree | None) -> Resumed | None:
+        """What the last checkpoint holds, if there is one; weights and state are abstract."""
+        if self._checkpoints is None:
             return None
-        saved, record = self._checkpoints.restore(step, abstract)
-        self._batches.go_to(record['data'])
-        key = jnp.array(record['key'], jnp.uint32)
-        self._key = jax.random.wrap_key_data(key, impl=record['key_impl'])
-        self.step = step
-        return saved['weights'], saved['state'], saved['opt_state']
+        trainable, _ = self._task.partition(weights)
+        with jax.numpy_dtype_promotion('standard'):
+            opt_state = jax.eval_shape(self._optimizer.init, trainable)
+        self._made_of = fingerprint(
+            self._net, self._task, self._optimizer, trainable, given, self._first, self._seed
+        )
+        abstract = {'weights': weights, 'state': state, 'opt_state': opt_state}
+        return resume(
+            self._checkpoints, self._made_of, self._allowed,
+            abstract, self._optimizer, trainable, self._batches,
+        )  # fmt: skip
 
     def _save(self) -> None:
         """Starts to write a checkpoint of this step."""
@@ -187,6 +203,7 @@ class Loop:
             return
         saved = {'weights': self.weights, 'state': self.state, 'opt_state': self.opt_state}
         record = {
+            'made_of': self._made_of,
             'data': self._batches.position(),
             'key': np.asarray(jax.random.key_data(self._key)).tolist(),
             'key_impl': str(jax.random.key_impl(self._key)),
@@ -195,13 +212,14 @@ class Loop:
 
     def _advance(self) -> tuple[steps.Metrics, Batch]:
         """Sets off a step; its metrics are arrays still being computed."""
-        batch, where = self._batches.take(), f'the batch of step {self.step + 1}'
+        batch, where = self._batches.peek(), f'the batch of step {self.step + 1}'
         try:
             check_tokens(self._net, batch[: self._net.n_in])
         except ValueError as e:
             raise UsageError(f'{where}: {e}') from None
         with shaped_unlike(self._first, batch, where):
             self._carry, metrics = self._compiled(self._carry, self._frozen, self._key, batch)
+        self._batches.take()
         self.step += 1
         return metrics, batch
 
@@ -390,7 +408,7 @@ def check_arguments(
     names = [task.name for task in eval_tasks]
     if len(set(names)) < len(names):
         raise ValueError(f'Loop: two eval_tasks have one name in {names}: give each its own')
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise TypeError(f'Loop: seed={seed!r}: give an integer')
     seeded('Loop: seed', seed)
     for name, value in every.items():

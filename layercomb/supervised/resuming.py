@@ -1,0 +1,96 @@
+"""Going on from a checkpoint: what of it is taken, and what was changed on purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.supervised.batches import Batches
+from layercomb.supervised.fingerprint import Fingerprint, check
+from layercomb.supervised.updates import fresh_hyperparams, with_hyperparams
+from layercomb.trees import Tree
+
+if TYPE_CHECKING:
+    from layercomb.supervised.checkpoints import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """What a run goes on with.
+
+    Attributes:
+      step: how many steps were taken.
+      weights: the model's.
+      state: the model's.
+      opt_state: the optimizer's; None where it begins anew, because its form changed.
+      key: of all that is random; None where the seed changed, whose own is taken.
+    """
+
+    step: int
+    weights: Tree
+    state: Tree
+    opt_state: Any
+    key: jax.Array | None
+
+
+def resume(
+    checkpoints: Checkpoints,
+    made_of: Fingerprint,
+    allowed: Sequence[str],
+    abstract: dict[str, Tree],
+    optimizer: Any,
+    trainable: Tree,
+    batches: Batches,
+) -> Resumed | None:
+    """Reads the last checkpoint of a run, and puts the data where it stood.
+
+    What was changed on purpose is used: another optimizer of the same form keeps its moments and
+    takes the new numbers, one of another form begins anew; other data begins at its beginning; of
+    batches of another size, the next is of the examples that were not seen yet.
+
+    Args:
+      checkpoints: of the run.
+      made_of: what the run is made of now.
+      allowed: parts of it that may have changed, out of `fingerprint.PARTS`.
+      abstract: 'weights', 'state' and 'opt_state' as `jax.ShapeDtypeStruct`.
+      optimizer: what made `abstract['opt_state']`.
+      trainable: the weights that train, as `jax.ShapeDtypeStruct`.
+      batches: of the data, of which nothing was taken yet.
+
+    Returns:
+      What was found; None if there is no checkpoint.
+
+    Raises:
+      UsageError: if the run was another one, or the checkpoint is damaged.
+    """
+    step = checkpoints.latest()
+    if step is None:
+        return None
+    record, kinds = checkpoints.record(step)
+    where = repr(str(checkpoints.directory.parent))
+    changed = check(where, record.get('made_of'), made_of, allowed)
+    wanted = dict(abstract)
+    if changed & {'optimizer', 'trainable'} and not _same_form(kinds, abstract['opt_state']):
+        del wanted['opt_state']
+    saved, _ = checkpoints.restore(step, wanted)
+    opt_state = saved.get('opt_state')
+    if opt_state is not None and 'optimizer' in changed:
+        opt_state = with_hyperparams(opt_state, fresh_hyperparams(optimizer, trainable))
+    if 'data' not in changed:
+        batches.go_to(record['data'], resized='batch_size' in changed)
+    key = None
+    if 'seed' not in changed:
+        data = jnp.array(record['key'], jnp.uint32)
+        key = jax.random.wrap_key_data(data, impl=record['key_impl'])
+    return Resumed(step, saved['weights'], saved['state'], opt_state, key)
+
+
+def _same_form(kinds: dict[str, Any], opt_state: Any) -> bool:
+    """Whether an optimizer's state has the arrays that were saved."""
+    from layercomb import checkpoints  # needs orbax
+
+    return kinds.get('opt_state', {}) == checkpoints.kinds(opt_state)

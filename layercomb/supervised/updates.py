@@ -1,0 +1,116 @@
+"""An optimizer's update, with all that optimizers of optax may ask for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.errors import require
+from layercomb.trees import Tree
+
+GIVEN = ('value', 'grad', 'value_fn')  # beside gradients, state and weights
+
+
+def update(
+    optimizer: Any,
+    grads: Tree,
+    opt_state: Any,
+    weights: Tree,
+    value: jax.Array,
+    value_fn: Callable[[Tree], jax.Array],
+) -> tuple[Tree, Any]:
+    """The weights after one update of an optimizer, and its state.
+
+    Args:
+      optimizer: an `optax.GradientTransformation`, with extra arguments or without.
+      grads: the gradient, a tree like `weights`.
+      opt_state: the optimizer's state.
+      weights: those that train.
+      value: float32 (), the loss: `optax.contrib.reduce_on_plateau` asks for it.
+      value_fn: the loss as a function of the weights: line searches ask for it.
+
+    Returns:
+      (weights, opt_state).
+    """
+    optax = require('optax', 'train')
+    with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
+        moved, opt_state = optax.with_extra_args_support(optimizer).update(
+            grads, opt_state, weights, value=value, grad=grads, value_fn=value_fn
+        )
+        return optax.apply_updates(weights, moved), opt_state
+
+
+def traced(optimizer: Any, weights: Tree) -> tuple[Any, Any]:
+    """The programs of an optimizer, `init` and `update`, as jaxprs; nothing is computed.
+
+    Args:
+      optimizer: an `optax.GradientTransformation`.
+      weights: those that train, as arrays or `jax.ShapeDtypeStruct`.
+    """
+    with jax.numpy_dtype_promotion('standard'):
+        init, state = jax.make_jaxpr(optimizer.init, return_shape=True)(weights)
+        loss = jax.ShapeDtypeStruct((), jnp.float32)
+
+        def step(grads: Tree, state: Any, weights: Tree, value: jax.Array) -> Any:
+            return update(optimizer, grads, state, weights, value, _no_loss)
+
+        return init, jax.make_jaxpr(step)(weights, state, weights, loss)
+
+
+def hyperparams(opt_state: Any) -> dict[str, jax.Array]:
+    """The scalars of an optimizer's state that `optax.inject_hyperparams` keeps, by path."""
+    found = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        path = jax.tree_util.keystr(keys, simple=True, separator='/')
+        if re.search(r'(^|/)hyperparams/\w+$', path) and leaf.shape == ():
+            found[path] = leaf
+    return found
+
+
+def fresh_hyperparams(optimizer: Any, weights: Tree) -> dict[str, jax.Array]:
+    """What `hyperparams` finds in the state that an optimizer begins with.
+
+    Args:
+      optimizer: an `optax.GradientTransformation`.
+      weights: those that train, as arrays or `jax.ShapeDtypeStruct`: their values do not matter.
+    """
+
+    def made() -> dict[str, jax.Array]:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), weights)
+        return hyperparams(optimizer.init(zeros))  # all else is never computed
+
+    with jax.numpy_dtype_promotion('standard'):
+        return jax.jit(made)()
+
+
+def with_hyperparams(opt_state: Any, values: dict[str, jax.Array]) -> Any:
+    """An optimizer's state with other values of what `hyperparams` finds in it."""
+
+    def chosen(keys: Any, leaf: Any) -> Any:
+        return values.get(jax.tree_util.keystr(keys, simple=True, separator='/'), leaf)
+
+    return jax.tree_util.tree_map_with_path(chosen, opt_state)
+
+
+def why_not(optimizer: Any, error: TypeError) -> str:
+    """Why an optimizer cannot take a step, and what to do about it."""
+    cause = str(error).strip().splitlines()[0][:160].rstrip(' .')
+    missing = re.search(r'missing \d+ required (?:keyword-only|positional) arguments?: (.*)', cause)
+    if missing:
+        return (
+            f'the optimizer asks for {missing[1]} at each step, and a Loop gives it '
+            f'{", ".join(GIVEN)}: choose another, or bind the rest with functools.partial'
+        )
+    return (
+        f'the optimizer cannot take a step ({cause}): its learning rate and other '
+        'arguments must be numbers or schedules, not strings or None'
+    )
+
+
+def _no_loss(weights: Tree) -> jax.Array:
+    """A loss for tracing, which depends on all weights."""
+    return sum((jnp.sum(x).astype(jnp.float32) for x in jax.tree.leaves(weights)), jnp.float32(0))
