@@ -137,12 +137,14 @@ def _difference(part: str, then: Fingerprint, now: Fingerprint) -> str | None:
 
 def _of_optimizers(then: Fingerprint, now: Fingerprint) -> str | None:
     old, new = then['optimizer'], now['optimizer']
-    rates, others = old['rates'], new['rates']
-    changed = sorted(n for n in rates.keys() | others.keys() if rates.get(n) != others.get(n))
-    if changed:
-        name = changed[0]
-        was, wanted = (f'{r[name]:g}' if name in r else 'absent' for r in (rates, others))
-        return f"the optimizer's {name.split('/')[-1]} is {was} there, {wanted} here"
+    was, wanted = old['rates'], new['rates']
+    if was.keys() == wanted.keys() and was != wanted:
+        changed = [
+            f"the optimizer's {name.split('/')[-1]} is {was[name]:g} there, {wanted[name]:g} here"
+            for name in sorted(was)
+            if was[name] != wanted[name]
+        ]
+        return ', '.join(changed)
     if then['versions'] == now['versions']:
         return 'the optimizer makes other updates'
     if old['programs'] != new['programs']:
