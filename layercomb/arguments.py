@@ -48,6 +48,13 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     a_run = 'the output_dir of a run'
     add = command('train', 'config', a_config)
     add('--output_dir', help='where the run is kept; by default runs/NAME')
+    add(
+        '--allow_changes',
+        default='',
+        metavar='NAME,…',
+        help='what may differ from the run so far: model, weights, loss, optimizer, trainable, '
+        'data, batch_size, seed, or all',
+    )
     command('eval', 'run_dir', a_run)
     command('inspect', 'config', f'{a_config}, or {a_run}')
     _generate_options(command('generate', 'run_dir', a_run))

@@ -94,6 +94,7 @@ def load_tree(directory: str | Path, abstract: Tree) -> Tree:
 def save_args(trees: Mapping[str, Tree], record: Mapping[str, Any]) -> Any:
     """Orbax's arguments that save named trees, and a record that JSON can hold."""
     trees = {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+    trees = {name: jax.tree.map(_without_key, tree) for name, tree in trees.items()}
     arrays = {name: kinds(tree) for name, tree in trees.items()}
     text = json.dumps({'values': record, 'arrays': arrays})
     sealed = {'text': text, 'crc32': zlib.crc32(text.encode())}
@@ -117,15 +118,40 @@ def read(path: Path, abstract: Mapping[str, Tree], cure: str) -> tuple[dict[str,
       UsageError: if a file is damaged, or the trees are others.
     """
     saved = {name: tree for name, tree in abstract.items() if jax.tree.leaves(tree)}
+    plain = {name: jax.tree.map(_without_key, tree) for name, tree in saved.items()}
     record = read_record(path, cure)
     _same(path, record['arrays'], {name: kinds(tree) for name, tree in abstract.items()})
     for name in saved:
         _verify(path, name, cure)
-    items = {name: _Restore(_placed(tree)) for name, tree in saved.items()}
+    items = {name: _Restore(_placed(tree)) for name, tree in plain.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(path, args=ocp.args.Composite(**items))
-    trees = {name: restored[name] if name in saved else tree for name, tree in abstract.items()}
-    return trees, record['values']
+    found = {name: jax.tree.map(_as_it_was, restored[name], tree) for name, tree in saved.items()}
+    return {**abstract, **found}, record['values']
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _without_key(x: Any) -> Any:
+    """A typed key, of an optimizer that draws, as the integers in it, which can be written."""
+    if not _is_key(x):
+        return x
+    return jax.random.key_data(x) if isinstance(x, jax.Array) else jax.eval_shape(_data, x)
+
+
+def _data(key: jax.Array) -> jax.Array:
+    return jax.random.key_data(key)
+
+
+def _as_it_was(x: jax.Array, like: Any) -> jax.Array:
+    """What `_without_key` made of a value like `like`, as the value."""
+    if not _is_key(like):
+        return x
+    implementations: list[Any] = []  # which a struct does not say, and a traced key does
+    jax.eval_shape(lambda key: implementations.append(jax.random.key_impl(key)), like)
+    return jax.random.wrap_key_data(x, impl=implementations[0])
 
 
 def read_record(path: Path, cure: str) -> dict[str, Any]:
@@ -197,7 +223,7 @@ def kinds(tree: Tree) -> Kinds:
         jax.tree_util.keystr(path, simple=True, separator='/'): (
             f'{jnp.dtype(leaf.dtype).name}[{",".join(map(str, leaf.shape))}]'
         )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.tree.map(_without_key, tree))
     }
 
 

@@ -77,7 +77,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
     parsed = argparse.Namespace(run=None)
     try:
         parsed = arguments.parser(_COMMANDS).parse_args(command_line)
-        parsed.run(parsed)
+        with terminal.plain_warnings():
+            parsed.run(parsed)
     except UsageError as e:
         print(f'layercomb: {one_line(e)}', file=sys.stderr)  # gin adds lines of its own
         return 2
@@ -98,12 +99,9 @@ def run_train(options: argparse.Namespace) -> None:
     directory = Path(options.output_dir or Path('runs') / source.stem)
     with configured(runs.read_text(source), options.gin_param, source.name) as config:
         experiment = config.build()
-        runs.check_directory(directory, config.text)
+        runs.check_directory(directory, config.text, bool(options.allow_changes))
         with of_the_person():
             experiment.check()  # before anything is written
-            with of_the_machine('choose another --output_dir'):
-                directory.mkdir(parents=True, exist_ok=True)
-                config.write(directory)
             loop = Loop(
                 experiment.model,
                 experiment.train_task,
@@ -114,7 +112,10 @@ def run_train(options: argparse.Namespace) -> None:
                 checkpoint_every=experiment.checkpoint_every,
                 log_every=experiment.log_every,
                 keep=experiment.keep,
+                allow_changes=options.allow_changes,
             )
+            with of_the_machine('choose another --output_dir'):
+                config.write(directory)
         row = loop.run(experiment.steps)
         cure = 'it is trained and saved; put that right, and run the same again'
         with of_the_person(), of_the_machine(cure):

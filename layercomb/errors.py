@@ -19,6 +19,13 @@ class UsageError(Exception):
     """
 
 
+class UsageWarning(UserWarning):
+    """Something a person should look at, of which a run may be right all the same.
+
+    The launcher prints its message in one line.
+    """
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Imports `module`, or says which extra to install.
 

@@ -17,7 +17,7 @@ OPERATIVE = 'operative_config.gin'
 # What may change between the parts of one run: how long it is, and what is shown of it.
 _MAY_CHANGE = re.compile(
     r'cli\.train\.(steps|keep|\w+_every|eval_tasks|tokenizer|sample_\w+|baseline_text)$'
-    r'|.*EvalTask\.'
+    r'|.*EvalTask\.|.*TrainTask\.(accumulate|loss_chunk_len)$'
 )
 
 
@@ -76,11 +76,18 @@ def last_model(run_dir: str | Path, net: Layer, signature: Any) -> tuple[Model, 
     return Model(net, weights, state), step
 
 
-def check_directory(directory: Path, text: str) -> None:
-    """Raises UsageError unless a run may be kept in the directory: a new one, or this one."""
+def check_directory(directory: Path, text: str, allow_changes: bool = False) -> None:
+    """Raises UsageError unless a run may be kept in the directory: a new one, or this one.
+
+    Args:
+      directory: the run's.
+      text: its configuration.
+      allow_changes: whether that may differ from the one there, as far as the `Loop` allows.
+    """
     with of_the_machine('choose another --output_dir'):
         if (directory / CONFIG).exists():
-            _same_experiment(directory, text)
+            if not allow_changes:
+                _same_experiment(directory, text)
         elif directory.exists() and not _is_empty(directory):
             raise UsageError(
                 f'{str(directory)!r} is not empty and holds no run: choose another --output_dir'
@@ -94,7 +101,7 @@ def _same_experiment(directory: Path, text: str) -> None:
         raise UsageError(
             f'{str(directory)!r} holds another experiment ({changed[0]} is '
             f'{old.get(changed[0], "not bound")} there, {new.get(changed[0], "not bound")} '
-            'here): choose another --output_dir, or delete it'
+            'here): choose another --output_dir, delete it, or allow the change by --allow_changes'
         )
 
 

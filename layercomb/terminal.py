@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layercomb import runs
-from layercomb.errors import UsageError, of_the_person
+from layercomb.errors import UsageError, UsageWarning, of_the_person
 from layercomb.model import Model
 
 if TYPE_CHECKING:
@@ -67,6 +69,22 @@ def write_text(prompt: str, tokens: np.ndarray, tokenizer: Any) -> None:
     """Prints a prompt and its continuation, (T,) token ids, up to the end of the text in it."""
     ends = np.flatnonzero(tokens == tokenizer.eos_id)
     print(prompt + _text(tokenizer, tokens[: ends[0]] if ends.size else tokens))
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Shows a `UsageWarning` in one line, without the place in the program that it comes from."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def shown(message: Any, category: Any, *where: Any, **more: Any) -> None:
+            if issubclass(category, UsageWarning):
+                print(f'layercomb: {message}', file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = shown
+        yield
 
 
 def stop_writing() -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 
 from layercomb import losses
-from layercomb.errors import UsageError
+from layercomb.errors import UsageError, UsageWarning
 from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.metrics import Metric, weighted_sum
 from layercomb.model import check_tokens
 from layercomb.supervised.batches import Batch, made, shaped_unlike
 from layercomb.supervised.tasks import EvalTask
+
+_MANY = 10_000  # batches after which an evaluation without an end in sight says so
 
 Sums = tuple[tuple[jax.Array, jax.Array], ...]  # Σ wv and Σ w, for each metric
 
@@ -81,6 +84,13 @@ def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[tuple[
         first = first or batch
         with shaped_unlike(first, batch, where):
             per_batch.append(step(batch))
+        if i == _MANY and task.n_batches is None:
+            warnings.warn(
+                f'EvalTask {task.name!r}: {i:,} batches so far, and no end: if the data never '
+                'ends, give n_batches',
+                UsageWarning,
+                stacklevel=2,
+            )
         if len(per_batch) > 1:
             per_batch[-2] = jax.device_get(per_batch[-2])
     if not per_batch:

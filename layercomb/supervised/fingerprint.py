@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from layercomb import trees
-from layercomb.errors import UsageError
+from layercomb.errors import UsageError, UsageWarning
 from layercomb.layers.base import Layer
 from layercomb.shapes import describe
 from layercomb.supervised import updates
@@ -84,6 +84,7 @@ def check(
         warnings.warn(
             f'{where}: its checkpoint does not say what the run was made of: it goes on unchecked, '
             'so make sure that model, data, loss, optimizer and seed are the same',
+            UsageWarning,
             stacklevel=2,
         )
         return frozenset()
@@ -152,7 +153,8 @@ def _of_optimizers(then: Fingerprint, now: Fingerprint) -> str | None:
         warnings.warn(
             f'the checkpoint was made by {", ".join(versions)}, other versions than these, so the '
             'optimizer cannot be compared: make sure that it is the same',
-            stacklevel=4,
+            UsageWarning,
+            stacklevel=2,
         )
     return None
 
