@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -37,11 +38,21 @@ def update(
       (weights, opt_state).
     """
     optax = require('optax', 'train')
+    extra = {'value': value, 'grad': grads, 'value_fn': value_fn}
+    taken = {name: extra[name] for name in _taken(optimizer)}
     with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
-        moved, opt_state = optax.with_extra_args_support(optimizer).update(
-            grads, opt_state, weights, value=value, grad=grads, value_fn=value_fn
-        )
+        moved, opt_state = optimizer.update(grads, opt_state, weights, **taken)
         return optax.apply_updates(weights, moved), opt_state
+
+
+def _taken(optimizer: Any) -> tuple[str, ...]:
+    """Which extra arguments an optimizer's update takes."""
+    optax = require('optax', 'train')
+    if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        return ()
+    parameters = inspect.signature(optimizer.update).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return tuple(name for name in GIVEN if takes_all or name in parameters)
 
 
 def traced(optimizer: Any, weights: Tree) -> tuple[Any, Any]:

@@ -242,6 +242,16 @@ def test_another_seed_is_refused_and_draws_anew_when_allowed(tmp_path):
     assert keys[0] == jax.random.key_data(trained._key).tolist() != keys[1]
 
 
+def test_an_optimizer_that_draws_goes_on_drawing_the_same(tmp_path):
+    noisy = optax.noisy_sgd(0.1, key=1)
+    whole = loop(None, noisy)
+    whole.run(4)
+    loop(tmp_path, noisy).run(2)
+    parts = loop(tmp_path, noisy)
+    parts.run(4)
+    assert np.array_equal(kernel(parts), kernel(whole))
+
+
 def test_a_change_of_the_model_that_keeps_its_shapes_is_named(tmp_path):
     def net(rate):
         return tl.Serial(tl.Dense(8), tl.Dropout(rate), tl.Dense(2))
