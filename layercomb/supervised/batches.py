@@ -88,6 +88,7 @@ class Batches:
         self._data = data
         self._peeked: Batch | None = None
         self._interrupted = False
+        self.taken = self.examples = 0
         self._start()
 
     def peek(self) -> Batch:

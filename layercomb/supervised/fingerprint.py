@@ -120,7 +120,9 @@ def check_allowed(allow_changes: str | Iterable[str]) -> tuple[str, ...]:
 
 def _difference(part: str, then: Fingerprint, now: Fingerprint) -> str | None:
     """How a part changed, in words; None if it did not."""
-    old, new = then.get(part), now[part]
+    if part not in then:  # which the version that wrote it did not know
+        return None
+    old, new = then[part], now[part]
     if old == new or (part == 'weights' and new == _OF_THE_SEED):
         return None
     if part == 'optimizer':
