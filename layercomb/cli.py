@@ -101,8 +101,8 @@ def run_train(options: argparse.Namespace) -> None:
         experiment = config.build()
         runs.check_directory(directory, config.text, bool(options.allow_changes))
         with of_the_person():
-            experiment.check()  # before anything is written
-            loop = Loop(
+            experiment.check_sample()
+            loop = Loop(  # which checks the rest, before anything is written
                 experiment.model,
                 experiment.train_task,
                 experiment.eval_tasks,

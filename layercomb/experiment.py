@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb import losses, trees
+from layercomb import trees
 from layercomb.data import checks
 from layercomb.errors import UsageError
 from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.fields import check_values
-from layercomb.model import Model, check_tokens
-from layercomb.shapes import Signature, signature_of
+from layercomb.model import Model
+from layercomb.shapes import Signature
 from layercomb.supervised import steps
+from layercomb.supervised.fit import check_arity, check_fit, on_device
 from layercomb.supervised.prompts import Start, begin, given
 from layercomb.supervised.sampling import Sampler
 from layercomb.supervised.tasks import EvalTask, TrainTask, check_count
@@ -80,7 +81,7 @@ class Experiment:
 
     def batch_signature(self) -> Signature:
         """Of a batch: inputs, targets and weights."""
-        return _on_device(_first_batch(self.train_task.data))
+        return on_device(_first_batch(self.train_task.data))
 
     def abstract(self, signature: Signature) -> tuple[Any, Any]:
         """Weights and state as `jax.ShapeDtypeStruct`, for inputs of a signature."""
@@ -90,37 +91,29 @@ class Experiment:
         )
 
     def check(self) -> None:
-        """Looks at the first batch, traces model, losses and optimizer, and computes nothing.
+        """Looks at the first batches, traces model, losses and optimizer, and computes nothing.
 
         Raises:
           TypeError, ValueError: if they do not fit together, or not to the data.
+          UsageError: if the data has no batch, or one that does not fit.
         """
+        first = _first_batch(self.train_task.data)
+        check_arity(self.model, first, 'the data')
+        abstract = self.abstract(on_device(first[: self.model.n_in]))
+        check_fit(self.model, *abstract, self.train_task, self.eval_tasks, first)
+        self.check_sample()
+
+    def check_sample(self) -> None:
+        """Traces the sample that is shown at the end, if one is; nothing is computed.
+
+        Raises:
+          ValueError, UsageError: if the model cannot make it.
+        """
+        if self.sample_prompt is None:
+            return
         signature = self.batch_signature()
-        if len(signature) != self.model.n_in + 2:
-            raise TypeError(
-                f'the model takes {self.model.n_in} inputs, so a batch is {self.model.n_in + 2} '
-                f'arrays (inputs…, targets, weights), and the data gives {len(signature)}'
-            )
-        task = self.train_task
-        rows = signature[0].shape[0]
-        if rows % task.accumulate:
-            raise ValueError(
-                f'accumulate={task.accumulate} does not divide a batch of {rows} rows: choose a '
-                'batch size that it divides'
-            )
-        losses.attach(self.model, task.loss, task.loss_chunk_len).output_signature(signature)
-        for each in self.eval_tasks:
-            batch = _first_batch(each.data)
-            check_tokens(self.model, batch)
-            scored = losses.attach(self.model, each.metrics, each.loss_chunk_len)
-            scored.output_signature(_on_device(batch))
-        check_tokens(self.model, _first_batch(task.data))
         weights, state = self.abstract(signature[: self.model.n_in])
-        trainable, _ = task.partition(weights)
-        with jax.numpy_dtype_promotion('standard'):
-            jax.eval_shape(task.optimizer.init, trainable)
-        if self.sample_prompt is not None:
-            jax.eval_shape(self._begin_sample, weights, state)
+        jax.eval_shape(self._begin_sample, weights, state)
 
     def _begin_sample(self, weights: Tree, state: Tree) -> Start:
         """What the sample begins with; raises what is wrong with it."""
@@ -158,11 +151,3 @@ def _first_batch(data: Any) -> tuple[Any, ...]:
     if batch is None:
         raise UsageError('the data has no batch: give more text, or a smaller batch_size or length')
     return tuple(batch)
-
-
-def _on_device(batch: tuple[Any, ...]) -> Signature:
-    """The signature of a batch once it is an array of JAX's."""
-    return tuple(
-        jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
-        for x in signature_of(batch)
-    )

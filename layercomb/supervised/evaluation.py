@@ -17,6 +17,7 @@ from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.metrics import Metric, weighted_sum
 from layercomb.model import check_tokens
 from layercomb.supervised.batches import Batch, made, shaped_unlike
+from layercomb.supervised.fit import check_arity, no_batch
 from layercomb.supervised.tasks import EvalTask
 
 _MANY = 10_000  # batches after which an evaluation without an end in sight says so
@@ -77,6 +78,8 @@ def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[tuple[
             batch = next(batches, None)
         if batch is None:
             break
+        if not first:
+            check_arity(net, batch, f'EvalTask {task.name!r}')
         try:
             check_tokens(net, batch[: net.n_in])
         except ValueError as e:
@@ -94,7 +97,7 @@ def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[tuple[
         if len(per_batch) > 1:
             per_batch[-2] = jax.device_get(per_batch[-2])
     if not per_batch:
-        raise UsageError(f'EvalTask {task.name!r}: the data holds no batch: check its source')
+        raise no_batch(task)
     columns = zip(*jax.device_get(per_batch), strict=True)
     return [(_sum([t for t, _ in column]), _sum([w for _, w in column])) for column in columns]
 

@@ -21,6 +21,7 @@ from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, Batches, shaped_unlike
 from layercomb.supervised.evaluation import evaluate
 from layercomb.supervised.fingerprint import Fingerprint, check_allowed, fingerprint
+from layercomb.supervised.fit import check_arity, check_fit, on_device
 from layercomb.supervised.progress import Progress, Throughput
 from layercomb.supervised.reports import MetricsLog, Row, read_metrics, write_report
 from layercomb.supervised.resuming import Resumed, resume
@@ -155,12 +156,14 @@ class Loop:
     def _begin(self, model: Layer | Model) -> None:
         """Sets the carry: from the last checkpoint, from the Model given, or from the seed."""
         self._first = self._batches.peek()
-        signature = _signature(self._net, self._first)
+        check_arity(self._net, self._first, 'the data')
+        signature = on_device(self._first[: self._net.n_in])
         init_key, self._key = jax.random.split(jax.random.key(self._seed))
         weights, state = jax.eval_shape(lambda key: self._net.init(signature, key), init_key)
         given = model.weights if isinstance(model, Model) else None
         if given is not None:
             _check_weights(given, weights)
+        check_fit(self._net, weights, state, self._task, self._eval_tasks, self._first)
         resumed = self._resume(weights, state, given)
         if resumed is not None:
             self.step, weights, state = resumed.step, resumed.weights, resumed.state
@@ -354,18 +357,6 @@ def _optimizer(task: TrainTask) -> Any:
     return optax.chain(optax.clip_by_global_norm(task.clip_norm), task.optimizer)
 
 
-def _signature(net: Layer, batch: Batch) -> Signature:
-    """The signature of the inputs in a batch, as they are on the device."""
-    if len(batch) != net.n_in + 2:
-        raise TypeError(
-            f'the model takes {net.n_in} inputs, so a batch is {net.n_in + 2} arrays (inputs…, '
-            f'targets, loss_weights), and the data yields {len(batch)}: check the data'
-        )
-    return tuple(
-        jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in batch[:-2]
-    )
-
-
 def _distinct(carry: steps.Carry) -> steps.Carry:
     """Copies an array that stands in two places, which cannot be donated twice."""
     seen: set[int] = set()
@@ -385,7 +376,7 @@ def _strange_target(net: Layer, batch: Batch) -> str | None:
     counted = np.asarray(targets)[np.asarray(weights) != 0]
     if not np.issubdtype(counted.dtype, np.integer) or counted.size == 0:
         return None
-    n_logits = net.output_signature(_signature(net, batch))[0].shape[-1]
+    n_logits = net.output_signature(on_device(batch[: net.n_in]))[0].shape[-1]
     strange = counted[(counted < 0) | (counted >= n_logits)]
     if strange.size == 0:
         return None

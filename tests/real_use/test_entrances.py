@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import layercomb as lc
-from layercomb import Mode, models, tl
+from layercomb import Mode, models, supervised, tl
 
 LM = models.TransformerLM(16, 8, 8, 1, 1, max_len=8)
 LAYERS = {
@@ -80,3 +81,52 @@ def test_too_many_inputs_are_counted_in_every_layer(key):
         weights, state = layer.init(x, key)
         with pytest.raises(TypeError, match=r'takes 1 value off the stack, 2 were there'):
             layer.apply(weights, state, (x, x))
+
+
+BATCH = np.ones((4, 3), np.float32), np.zeros(4, np.int32), np.ones(4, np.float32)
+LOSS = tl.CrossEntropyLoss()
+
+
+def loop(where, eval_data=None, **task):
+    train_task = supervised.TrainTask(
+        **{'data': [BATCH] * 3, 'loss': LOSS, 'optimizer': optax.sgd(0.1), **task}
+    )
+    eval_tasks = () if eval_data is None else supervised.EvalTask(eval_data, LOSS)
+    return supervised.Loop(tl.Dense(2), train_task, eval_tasks, where, progress=False)
+
+
+@pytest.mark.parametrize(
+    ('eval_data', 'task', 'said'),
+    [
+        ([BATCH[:2]], {}, r"3 arrays \(inputs…, targets, loss_weights\), and EvalTask 'valid' yi"),
+        ([(BATCH[0][:, :2], *BATCH[1:])], {}, 'the input is 2 wide and the weights were made for'),
+        ([(BATCH[0], BATCH[1].astype(np.float32), BATCH[2])], {}, 'targets must be integers'),
+        ([(BATCH[0][:2], *BATCH[1:])], {}, 'the arrays of a batch must have one number of rows'),
+        ([], {}, "EvalTask 'valid': the data holds no batch"),
+        (None, {'accumulate': 3}, 'accumulate=3 does not divide a batch of 4 rows'),
+        (None, {'data': [BATCH[:2]]}, 'a batch is 3 arrays'),
+        (None, {'data': [(*BATCH[:2], np.float32(1))]}, 'the arrays of a batch must have one num'),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_first_step_and_nothing_is_written(
+    tmp_path, eval_data, task, said
+):
+    with pytest.raises((TypeError, ValueError, lc.UsageError), match=said):
+        loop(tmp_path / 'run', eval_data, **task)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_by_itself_refuses_the_same(key):
+    weights, state = tl.Dense(2).init(BATCH[0], key)
+    for batch, said in (
+        (BATCH[:2], 'a batch is 3 arrays'),
+        ((BATCH[0][:, :2], *BATCH[1:]), 'the input is 2 wide'),
+    ):
+        with pytest.raises((TypeError, ValueError), match=said):
+            supervised.evaluate(tl.Dense(2), weights, state, supervised.EvalTask([batch], LOSS))
+
+
+def test_a_later_batch_of_another_form_is_the_data_s_fault(tmp_path):
+    late = loop(tmp_path, data=[BATCH, BATCH, BATCH[0]])
+    with pytest.raises(lc.UsageError, match=r'^batch 3 of the data: data must yield tuples of arr'):
+        late.run(3)
