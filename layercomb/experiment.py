@@ -67,7 +67,9 @@ class Experiment:
         check_count('train', 'sample_tokens', self.sample_tokens)
         Sampler(self.sample_temperature)
         if self.tokenizer is not None:
-            checks.tokenizer(self.tokenizer)
+            checks.tokenizer(
+                self.tokenizer, 'train.tokenizer', decodes=self.sample_prompt is not None
+            )
         if self.sample_prompt is not None and self.tokenizer is None:
             raise ValueError('train.sample_prompt needs train.tokenizer = @data.ByteTokenizer()')
         if self.baseline_text is None:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb import trees
-from layercomb.errors import UsageError
+from layercomb.data.adapted import adapted
+from layercomb.errors import UsageError, one_line
 from layercomb.layers.attention import LocalSelfAttention, SelfAttention
 from layercomb.layers.base import Layer, Mode, Signature, Tree, Wrapper
 from layercomb.layers.caches import set_positions
@@ -119,11 +120,18 @@ def given(model: Model, prompt: str, tokenizer: Any) -> dict[str, Any]:
     """What decoding begins with: the prompt; or what an encoder reads, and the end of no answer.
 
     That is how `data.pairs` begins answers.
+
+    Raises:
+      UsageError: if the tokenizer makes no token of the prompt.
     """
-    ids = [tokenizer.encode(prompt)]
+    tokenizer = adapted(tokenizer)
+    ids = tokenizer.encode(prompt)
+    if not ids.size:
+        whose = type(tokenizer.tokenizer).__name__
+        raise UsageError(f'{whose} makes no token of the prompt {prompt!r:.60}: give another one')
     if model.layer.n_in == 1:
-        return {'prompts': ids}
-    return {'inputs': ids, 'prompts': [[tokenizer.eos_id]]}
+        return {'prompts': [ids]}
+    return {'inputs': [ids], 'prompts': [[tokenizer.eos_id]]}
 
 
 def as_id(eos_id: int | None) -> np.int32:
@@ -223,7 +231,10 @@ def padded(what: str, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       UsageError: if they are not sequences of integers, if one is empty, or if there is none.
     """
-    rows: Sequence[np.ndarray] = [np.asarray(row) for row in sequences]
+    try:
+        rows: Sequence[np.ndarray] = [np.asarray(row) for row in sequences]
+    except (TypeError, ValueError) as e:  # no list, or lists in it that are ragged themselves
+        raise UsageError(f'{what}s are a list of sequences of token ids ({one_line(e)})') from None
     for row in rows:
         if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
             raise UsageError(
