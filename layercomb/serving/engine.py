@@ -117,8 +117,8 @@ class Engine:
 
         How they are drawn is no other program; more rows, and longer prompts and answers are.
         """
-        ids = tuple(self._tokenizer.encode('The').tolist()) or (self._tokenizer.eos_id,)
-        for _ in zip(range(2), self._tokens(Request((ids,), 2)), strict=False):
+        request = Request(((self._tokenizer.eos_id,),), 2)
+        for _ in zip(range(2), self._tokens(request), strict=False):
             pass
 
     async def start(self, request: Request) -> Running:

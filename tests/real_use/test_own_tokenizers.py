@@ -63,8 +63,12 @@ def model():
 
 def answered(application, request):
     async def ask():
-        running = await application.state.engine.start(request)
-        return ''.join([piece.text async for piece in running.pieces()])
+        engine = application.state.engine
+        running = await engine.start(request)
+        text = ''.join([piece.text async for piece in running.pieces()])
+        while engine.n_running:
+            await asyncio.sleep(0.001)
+        return text
 
     return asyncio.run(ask())
 
@@ -184,7 +188,7 @@ def test_an_encoder_may_make_nothing_of_a_text(model):
         def encode(self, text):
             return [int(c) for c in text if c.isdigit()]
 
-    serving.app(model, Digits(), 'own')  # whose warming up reads a word
+    serving.app(model, Digits(), 'own')
     with pytest.raises(UsageError, match="Digits makes no token of the prompt 'The'"):
         prompts.given(model, 'The', Digits())
     with pytest.raises(UsageError, match='the 2 documents are empty'):
