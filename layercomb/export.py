@@ -27,7 +27,7 @@ from layercomb.layers.base import Mode
 from layercomb.model import Model, embeddings
 from layercomb.shapes import shape_dtype
 from layercomb.supervised.numbers import whole
-from layercomb.supervised.prompts import checked, fresh_state
+from layercomb.supervised.prompts import checked, fresh_state, logits_of
 from layercomb.supervised.prompts import max_len as longest
 from layercomb.transforms import unstack, unstack_state
 from layercomb.version import __version__
@@ -168,8 +168,8 @@ def decode_programs(
 
     def step(weights: Any, state: Any, tokens: jax.Array) -> Any:
         weights, state = trees.unflatten(weights), trees.unflatten(state)
-        (logits,), state = net.apply(weights, state, (tokens,), mode=Mode.PREDICT)
-        return logits[:, 0], trees.flatten(state)
+        outputs, state = net.apply(weights, state, (tokens,), mode=Mode.PREDICT)
+        return logits_of(outputs)[:, 0], trees.flatten(state)
 
     tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
     arguments = trees.flatten(weights), jax.eval_shape(init), tokens

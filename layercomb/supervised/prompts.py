@@ -29,7 +29,7 @@ from layercomb.layers.multiplicative import MultiplicativeHead
 from layercomb.layers.once import Once
 from layercomb.layers.sparse_attention import SparseQKVAttention
 from layercomb.model import Model, check_tokens
-from layercomb.shapes import shape_dtype
+from layercomb.shapes import is_float, shape_dtype
 from layercomb.supervised.numbers import whole
 from layercomb.transforms import Tied, bare, unstack, unstack_state
 
@@ -331,12 +331,27 @@ def ingest(start: Start) -> tuple[jax.Array, Tree]:
     state = fresh_state(start.net, start.trained, start.signature(length))
     inputs, short = start.inputs(start.tokens), at_one_position(start.net)
     if short is None:
-        (logits,), state = start.net.apply(start.weights, state, inputs, mode=Mode.PREDICT)
-        logits = _take(logits, at)
+        outputs, state = start.net.apply(start.weights, state, inputs, mode=Mode.PREDICT)
+        logits = _take(logits_of(outputs), at)
     else:
         inputs = (*inputs, at)
         (logits,), state = short.apply(start.weights, state, inputs, mode=Mode.PREDICT)
     return logits[:, 0], set_positions(_grown(start, state), start.lengths)
+
+
+def logits_of(outputs: tuple[jax.Array, ...]) -> jax.Array:
+    """A language model's only output, (B, L, V).
+
+    Raises:
+      UsageError: if it is no such model.
+    """
+    if len(outputs) != 1 or outputs[0].ndim != 3 or not is_float(outputs[0]):
+        given = ', '.join(f'{x.dtype}{list(x.shape)}' for x in outputs)
+        raise UsageError(
+            'decoding needs a language model, (B, L) → logits (B, L, V), and of tokens this one '
+            f'makes {given}'
+        )
+    return outputs[0]
 
 
 def _grown(start: Start, state: Tree) -> Tree:
@@ -365,7 +380,8 @@ class _AtPosition(Wrapper):
     n_in = property(lambda self: 2)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        x = _take(*inputs)
+        x, at = inputs
+        x = _take(logits_of((x,)), at)
         return self.layer.apply(weights, state, (x,), rng=rng, mode=mode)
 
 
