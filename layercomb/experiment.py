@@ -35,7 +35,8 @@ class Experiment:
       eval_tasks: what to measure.
       steps: how many steps to train.
       seed, eval_every, checkpoint_every, log_every, keep: as for `Loop`.
-      tokenizer: turns text into tokens and back; None where the data is no text.
+      tokenizer: turns text into tokens and back, see `data.Tokenizer`; None where the data is no
+        text.
       sample_prompt: what to continue as a sample, once trained; None for no sample.
       sample_tokens: the sample's length.
       sample_temperature: how it is drawn.

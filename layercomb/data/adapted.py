@@ -65,7 +65,7 @@ class Adapted:
         )
 
     def decode(self, ids: Any) -> str:
-        """The text of ids of any integer type.
+        """The text of ids of any integer type; halves of surrogate pairs are U+FFFD.
 
         Raises:
           TypeError: if the tokenizer gives none.
@@ -73,6 +73,10 @@ class Adapted:
         text = self.tokenizer.decode(as_list(ids))
         if not isinstance(text, str):
             raise TypeError(f'{self._name}.decode gave {type(text).__name__}: text is a str')
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
         return text
 
     def incremental_decoder(self) -> Any:

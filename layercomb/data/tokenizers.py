@@ -193,9 +193,9 @@ def as_document(text: Any) -> str | bytes:
       TypeError: if it is neither, nor of a kind of them.
     """
     if isinstance(text, str):
-        return str(text)
+        return str.__str__(text)  # not what an enumeration, for one, prints
     if isinstance(text, (bytes, bytearray, memoryview)):
-        return bytes(text)
+        return memoryview(text).tobytes()
     raise TypeError(f'a document is a str or bytes, not {type(text).__name__}: {text!r:.60}')
 
 

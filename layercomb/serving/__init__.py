@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from layercomb.errors import UsageError, require
 from layercomb.model import Model
 from layercomb.serving.hosts import allowed
@@ -87,11 +89,11 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
       UsageError: if the address is taken, not allowed, or not of this machine.
     """
     require('uvicorn', 'serve')
-    if not 0 <= port < 1 << 16:
+    if not isinstance(port, int | np.integer) or not 0 <= port < 1 << 16:
         raise UsageError(f'port {port} cannot be: choose --port from 0 to {(1 << 16) - 1}')
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         made = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as e:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import enum
+import logging
 import types
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import layercomb as lc
-from layercomb import data, models, serving, terminal
+from layercomb import data, models, serving, terminal, tl
 from layercomb.data import checks
 from layercomb.data.adapted import adapted
 from layercomb.data.packing import token_stream
 from layercomb.data.tokenizers import PieceDecoder
 from layercomb.errors import UsageError
-from layercomb.serving.protocol import Request
-from layercomb.supervised import decoding, prompts
+from layercomb.experiment import Experiment
+from layercomb.serving.protocol import Refusal, Request
+from layercomb.supervised import TrainTask, decoding, prompts
 
 
 class Words:
@@ -183,6 +188,45 @@ def test_a_tokenizer_without_incremental_decoding_serves_and_generates(model, ca
     assert capsys.readouterr().out.startswith('x xx')
 
 
+def experiment(model, tokenizer, **fields):
+    batches = data.packed(['a bb ccc'], 4, 2, Words())
+    task = TrainTask(batches, tl.CrossEntropyLoss(), optax.sgd(0.1))
+    return Experiment(model.layer, task, tokenizer=tokenizer, **fields)
+
+
+def test_a_sample_is_one_text_with_its_prompt(model, capsys):
+    made = experiment(model, Words(), sample_prompt='a bb', sample_tokens=5, sample_temperature=0)
+    made.check()
+    trained = types.SimpleNamespace(weights=model.weights, state=model.state)
+    terminal.write_result(made, trained, {'step': 1}, Path('run'))
+    tokens = decoding.generate(model, [[1, 2]], 5, temperature=0, eos_id=0)[0].tolist()
+    tokens = tokens[: tokens.index(0)] if 0 in tokens else tokens
+    assert f'a sample:\n{Words().decode([1, 2, *tokens])}\n' in capsys.readouterr().out
+
+
+def test_an_experiment_refuses_a_tokenizer_when_it_is_described(model):
+    experiment(model, other(decode=raises))  # nothing is shown
+    with pytest.raises(TypeError, match='does not decode that list'):
+        experiment(model, other(decode=raises), sample_prompt='a bb')
+    with pytest.raises(ValueError, match='eos_id=16: give an integer in 0 … 15'):
+        experiment(model, other(eos_id=16))
+
+
+def test_ids_that_the_tokenizer_does_not_decode_end_an_answer(model, monkeypatch, caplog):
+    class Few(Words):
+        def decode(self, ids):
+            return ' '.join(['', 'x', 'xx'][i] for i in ids)
+
+    application = serving.app(model, Few(), 'own')
+    tokens = [np.array([1]), np.array([7])]
+    monkeypatch.setattr(application.state.engine, '_tokens', lambda request: iter(tokens))
+    with caplog.at_level(logging.CRITICAL, 'layercomb'), pytest.raises(Refusal) as caught:
+        answered(application, Request(((1,),), 6))
+    assert caught.value.status == 500
+    with pytest.raises(UsageError, match='list index out of range'):
+        terminal.write_stream([1], iter(tokens), Few())
+
+
 def test_an_encoder_may_make_nothing_of_a_text(model):
     class Digits(Words):
         def encode(self, text):
@@ -232,8 +276,13 @@ class Title(str):
     pass
 
 
+class Titles(str, enum.Enum):  # noqa: UP042  (which prints its name)
+    FIRST = 'né'
+
+
 @pytest.mark.parametrize(
-    'document', [Title('né'), np.str_('né'), bytearray('né'.encode()), memoryview('né'.encode())]
+    'document',
+    [Title('né'), Titles.FIRST, np.str_('né'), bytearray('né'.encode()), memoryview('né'.encode())],
 )
 def test_documents_of_kinds_of_text(document):
     assert token_stream([document], data.ByteTokenizer()).tolist() == [0, 110, 195, 169, 0]
@@ -299,6 +348,14 @@ def test_a_character_whose_bytes_are_marked_one_by_one():
 
     assert pieces_of(decode, list('€€'.encode())) == ['', '', '€', '', '', '€', '']
     assert ''.join(pieces_of(decode, list('€€'.encode())[:-1])) == '€\ufffd\ufffd'
+
+
+def test_unfinished_bytes_as_halves_of_surrogate_pairs():
+    """As decoders make them that let no byte be lost."""
+    escaped = other(decode=lambda self, ids: bytes(ids).decode(errors='surrogateescape'))
+    decoder = adapted(escaped).incremental_decoder()
+    assert [decoder.decode(i) for i in 'a€'.encode()] == ['a', '', '', '€']
+    assert decoder.decode([0xE2], final=True) == '\ufffd'
 
 
 def test_a_text_that_later_ids_change_still_goes_on():

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 
+import numpy as np
 import pytest
 import uvicorn
 from hypothesis import given
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 import layercomb as lc
 from layercomb import cli, models, serving
 from layercomb.data import ByteTokenizer
+from layercomb.errors import UsageError
 from layercomb.serving import Limits, hosts
 from layercomb.serving.protocol import Refusal, parse
 
@@ -305,6 +307,14 @@ def test_one_name_is_not_taken_for_its_letters(model):
 
     assert asyncio.run(call(b'chat.example.org')) == 200
     assert asyncio.run(call(b'example.org')) == 403
+
+
+def test_ports_are_whole_numbers_of_any_kind():
+    with serving.bound('127.0.0.1', np.int64(0)) as listener:
+        assert listener.getsockname()[1] > 0
+    for wrong in (80.0, '80', None):
+        with pytest.raises(UsageError, match='cannot be: choose --port'):
+            serving.bound('127.0.0.1', wrong).__enter__()
 
 
 def test_the_launcher_names_what_is_no_host(capsys):
