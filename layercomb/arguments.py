@@ -118,6 +118,12 @@ def _serve_options(add: Any) -> None:
         default='127.0.0.1',
         help='the address to listen on; 0.0.0.0 for all (%(default)s)',
     )
+    add(
+        '--allowed_hosts',
+        default='',
+        metavar='NAME[,NAME…]',
+        help='further names under which it answers, such as that of a proxy; * for any',
+    )
     add('--port', type=int, default=8000, help='0 takes a free one (%(default)s)')
     add('--max_tokens', type=int, default=1024, help='that a request may ask for (%(default)s)')
     add('--max_prompt', type=int, default=8192, help='tokens of a prompt, at most (%(default)s)')

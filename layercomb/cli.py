@@ -152,7 +152,7 @@ def run_generate(options: argparse.Namespace) -> None:
     with of_the_person():
         given = prompts.given(model, prompt, tokenizer)
         given |= {'n_tokens': options.n_tokens, 'eos_id': tokenizer.eos_id}
-        shown = '' if 'inputs' in given else prompt
+        shown = [] if 'inputs' in given else given['prompts'][0]
         if options.beams is not None:
             found = decoding.beam_search(model, n_beams=options.beams, **given)
             terminal.write_text(shown, found.tokens[0, 0], tokenizer)
@@ -185,6 +185,7 @@ def run_inspect(options: argparse.Namespace) -> None:
 def run_serve(options: argparse.Namespace) -> None:
     """``layercomb serve RUN_DIR``: answers completions over HTTP, and shows a page to try them."""
     from layercomb import serving
+    from layercomb.serving import hosts
 
     with of_the_person():
         limits = serving.Limits(
@@ -193,9 +194,11 @@ def run_serve(options: argparse.Namespace) -> None:
             max_concurrent=options.max_concurrent,
             max_queue=options.max_queue,
         )
+        names = hosts.allowed(options.allowed_hosts) if options.allowed_hosts else ()
     with serving.bound(options.host, options.port) as socket:  # a taken port is known at once
         model, tokenizer = trained(options.run_dir, options.gin_param, options.bits)
-        serving.run(model, tokenizer, Path(options.run_dir).resolve().name, limits, socket)
+        name = Path(options.run_dir).resolve().name
+        serving.run(model, tokenizer, name, limits, socket, names)
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -237,7 +240,7 @@ def trained(
             raise UsageError('this run has no tokenizer, so it makes no text: bind train.tokenizer')
         if tokenizer is not None:
             with of_the_person():
-                checks.tokenizer(tokenizer)
+                tokenizer = checks.tokenizer(tokenizer, decodes=text)
         model, _ = runs.last_model(run_dir, net, _signature_of_text(net))
     if bits is not None:
         with of_the_person():

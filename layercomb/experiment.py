@@ -36,7 +36,8 @@ class Experiment:
       eval_tasks: what to measure.
       steps: how many steps to train.
       seed, eval_every, checkpoint_every, log_every, keep: as for `Loop`.
-      tokenizer: turns text into tokens and back; None where the data is no text.
+      tokenizer: turns text into tokens and back, see `data.Tokenizer`; None where the data is no
+        text.
       sample_prompt: what to continue as a sample, once trained; None for no sample.
       sample_tokens: the sample's length.
       sample_temperature: how it is drawn.
@@ -68,7 +69,9 @@ class Experiment:
         check_count('train', 'sample_tokens', self.sample_tokens)
         Sampler(self.sample_temperature)
         if self.tokenizer is not None:
-            checks.tokenizer(self.tokenizer)
+            checks.tokenizer(
+                self.tokenizer, 'train.tokenizer', decodes=self.sample_prompt is not None
+            )
         if self.sample_prompt is not None and self.tokenizer is None:
             raise ValueError('train.sample_prompt needs train.tokenizer = @data.ByteTokenizer()')
         if self.baseline_text is None:

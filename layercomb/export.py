@@ -24,9 +24,10 @@ from layercomb import trees
 from layercomb.errors import UsageError, of_the_machine, require
 from layercomb.interop.safetensors import save_weights
 from layercomb.layers.base import Mode
-from layercomb.model import Model
+from layercomb.model import Model, embeddings
 from layercomb.shapes import shape_dtype
-from layercomb.supervised.prompts import checked, fresh_state
+from layercomb.supervised.numbers import whole
+from layercomb.supervised.prompts import checked, fresh_state, logits_of
 from layercomb.supervised.prompts import max_len as longest
 from layercomb.transforms import unstack, unstack_state
 from layercomb.version import __version__
@@ -42,8 +43,9 @@ _README = """\
 {state}* `decode_init.bin`, `decode_step.bin`: programs of `jax.export`, for {platforms}.
   The first gives the state that decoding begins with. The second takes weights, state and the
   next tokens, int32 (B, 1), and gives logits (B, vocabulary) and the next state: B is
-  {batch_size}, and the state has room for {room} positions. Weights and state are dicts from
-  paths to arrays.
+  {batch_size}, and the state has room for {room} positions. Logits are NaN for a row that has
+  gone past them, or has had an id outside the vocabulary of {vocab_size}: look at them before a
+  token is chosen. Weights and state are dicts from paths to arrays.
 * `decode_step.json`: those paths, in the order the program takes them, with shapes and types. A
   weight of one layer among several alike is a slice of what `model.safetensors` has.
 
@@ -62,12 +64,26 @@ def program(name):
     return export.deserialize(bytearray(Path(name).read_bytes())).call
 
 def continued(prompt, n_tokens):
+    room, vocab_size = layout['max_len'], layout['vocab_size']
+    prompt = np.asarray(prompt)
+    if prompt.ndim != 1 or not prompt.size or prompt.dtype.kind not in 'iu' or n_tokens < 1:
+        raise ValueError('give a prompt of at least one token id, and ask for at least one')
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        raise ValueError(f'the prompt has ids outside the vocabulary of {{vocab_size}}')
+    if len(prompt) + n_tokens - 1 > room:
+        raise ValueError(
+            f'the caches hold {{room}} positions, and {{len(prompt)}} tokens with {{n_tokens}} new '
+            'ones need more: ask for fewer, or export with a larger max_len'
+        )
     state, made = start(), []
     for i in range(len(prompt) + n_tokens - 1):
         token = prompt[i] if i < len(prompt) else made[-1]
         logits, state = step(weights, state, np.full(({batch_size}, 1), token, np.int32))
         if i >= len(prompt) - 1:
-            made.append(int(logits[0].argmax()))
+            likely = np.asarray(logits[0], np.float32)
+            if not np.isfinite(likely.max()):
+                raise ValueError(f'the logits are NaN or infinite after position {{i}}')
+            made.append(int(likely.argmax()))
     return made
 
 arrays = load_file('model.safetensors')
@@ -99,11 +115,12 @@ def write(
       The size in bytes of each file written, by its name.
 
     Raises:
+      ValueError: if a size is no whole number of at least 1.
       UsageError: if the directory holds anything or cannot be written, or an extra is missing; and
         as for `decode_programs`.
     """
     require('flatbuffers', 'export')  # jax would ask for it as late as in serialize
-    max_len = _room(model, max_len)
+    batch_size, max_len = whole('batch_size', batch_size), _room(model, max_len)
     programs = decode_programs(model, batch_size, max_len)
     with _whole(Path(out)) as folder, of_the_machine('free some space, or write elsewhere'):
         save_weights(folder / 'model.safetensors', model.weights or {})
@@ -131,13 +148,14 @@ def decode_programs(
     Returns:
       ``decode_init``: () → state, and ``decode_step``: (weights, state, tokens (B, 1)) →
       (logits (B, V), state). Weights are unstacked; weights and state are flat dicts by path.
+      Logits are NaN for a row that has gone past its caches, or has had an id outside the
+      vocabulary.
 
     Raises:
       UsageError: if it is no language model, or `max_len` is more than the model's.
-      ValueError: if a size is not positive.
+      ValueError: if a size is no whole number of at least 1.
     """
-    if batch_size < 1:
-        raise ValueError(f'batch_size must be at least 1, got {batch_size}')
+    batch_size = whole('batch_size', batch_size)
     layer, given, state = checked(model)
     if model.layer.n_in != 1:
         raise UsageError(f'export takes a language model: this one has {model.layer.n_in} inputs')
@@ -150,8 +168,8 @@ def decode_programs(
 
     def step(weights: Any, state: Any, tokens: jax.Array) -> Any:
         weights, state = trees.unflatten(weights), trees.unflatten(state)
-        (logits,), state = net.apply(weights, state, (tokens,), mode=Mode.PREDICT)
-        return logits[:, 0], trees.flatten(state)
+        outputs, state = net.apply(weights, state, (tokens,), mode=Mode.PREDICT)
+        return logits_of(outputs)[:, 0], trees.flatten(state)
 
     tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
     arguments = trees.flatten(weights), jax.eval_shape(init), tokens
@@ -177,9 +195,7 @@ def _no_locations() -> Iterator[None]:
 def _room(model: Model, max_len: int | None) -> int:
     """How many positions the caches hold."""
     limit = longest(model.layer)
-    room = (limit or _MAX_LEN) if max_len is None else max_len
-    if room < 1:
-        raise ValueError(f'max_len must be at least 1, got {room}')
+    room = (limit or _MAX_LEN) if max_len is None else whole('max_len', max_len)
     if limit is not None and room > limit:
         raise UsageError(f"max_len={room} is more than the model's {limit}: ask for fewer")
     return room
@@ -205,6 +221,7 @@ def _layout(model: Model, step: jax.export.Exported) -> dict[str, Any]:
     slices = trees.flatten(unstack(model.layer, whole)[1])
     (weights, state, tokens), _ = jax.tree.unflatten(step.in_tree, step.in_avals)
     logits, _ = jax.tree.unflatten(step.out_tree, step.out_avals)
+    known = [embedding.vocab_size for _, embedding in embeddings(model.layer)]
     return {
         'made_by': f'layercomb {__version__}, jax {jax.__version__}',
         'platforms': list(step.platforms),
@@ -215,6 +232,7 @@ def _layout(model: Model, step: jax.export.Exported) -> dict[str, Any]:
         'state': [{'path': path, **_kind(x)} for path, x in state.items()],
         'tokens': _kind(tokens),
         'logits': _kind(logits),
+        'vocab_size': min(known, default=logits.shape[-1]),
     }
 
 
@@ -229,6 +247,7 @@ def _readme(model: Model, layout: dict[str, Any]) -> str:
         platforms=', '.join(layout['platforms']),
         batch_size=layout['tokens']['shape'][0],
         room=layout['max_len'],
+        vocab_size=layout['vocab_size'],
     )
 
 

@@ -7,13 +7,14 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from layercomb import runs
+from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, UsageWarning, of_the_person
 from layercomb.model import Model
 
@@ -42,16 +43,17 @@ def read_prompt(text: str | None, file: str | None, from_stdin: bool) -> str:
     return text
 
 
-def write_stream(prompt: str, tokens: Iterator[np.ndarray], tokenizer: Any) -> None:
+def write_stream(prompt: Sequence[int], tokens: Iterator[np.ndarray], tokenizer: Any) -> None:
     """Prints a prompt and its continuation as it is made, then its speed on standard error.
 
     Args:
-      prompt: what is continued.
+      prompt: the tokens that are continued; with what comes they are one text, as the model has it.
       tokens: (1,) token ids, one after the other.
       tokenizer: what turns them into text.
     """
-    print(prompt, end='', flush=True)
+    tokenizer = adapted(tokenizer)
     decoder = tokenizer.incremental_decoder()
+    print(_text(decoder, prompt), end='', flush=True)
     started, n = time.perf_counter(), 0
     first = started
     for token in tokens:
@@ -65,10 +67,12 @@ def write_stream(prompt: str, tokens: Iterator[np.ndarray], tokenizer: Any) -> N
     print(f'{n} tokens: the first after {first - started:.2f} s{speed}', file=sys.stderr)
 
 
-def write_text(prompt: str, tokens: np.ndarray, tokenizer: Any) -> None:
+def write_text(prompt: Sequence[int], tokens: np.ndarray, tokenizer: Any) -> None:
     """Prints a prompt and its continuation, (T,) token ids, up to the end of the text in it."""
+    tokenizer = adapted(tokenizer)
     ends = np.flatnonzero(tokens == tokenizer.eos_id)
-    print(prompt + _text(tokenizer, tokens[: ends[0]] if ends.size else tokens))
+    made = tokens[: ends[0]] if ends.size else tokens
+    print(_text(tokenizer.incremental_decoder(), [*prompt, *made], final=True))
 
 
 @contextlib.contextmanager
@@ -116,7 +120,7 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
         from layercomb.supervised.prompts import given
 
         model = Model(experiment.model, loop.weights, loop.state)
-        tokenizer, prompt = experiment.tokenizer, experiment.sample_prompt
+        tokenizer, prompt = adapted(experiment.tokenizer), experiment.sample_prompt
         start = given(model, prompt, tokenizer)
         tokens = decoding.generate(
             model,
@@ -126,10 +130,12 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
             **start,
         )[0]
         print('\na sample:')
-        write_text(f'{prompt}\n' if 'inputs' in start else prompt, tokens, tokenizer)
+        if 'inputs' in start:
+            print(prompt)
+        write_text([] if 'inputs' in start else start['prompts'][0], tokens, tokenizer)
     print(f'\nkept in {directory}: report.png, metrics.jsonl, checkpoints, TensorBoard events')
 
 
-def _text(decoder: Any, token: Any, **how: bool) -> str:
+def _text(decoder: Any, tokens: Any, final: bool = False) -> str:
     with of_the_person():  # an id beyond the tokenizer's, where the model's vocabulary is larger
-        return decoder.decode(token, **how)
+        return decoder.decode([int(i) for i in tokens], final=final)

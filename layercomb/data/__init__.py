@@ -14,11 +14,12 @@ from layercomb.data.pairs import continuations, pairs
 from layercomb.data.pipelines import batches, bucketed, packed
 from layercomb.data.sources import python_stdlib, text_files, tfds
 from layercomb.data.tasks import copy, copy_pairs, duplication
-from layercomb.data.tokenizers import ByteTokenizer
+from layercomb.data.tokenizers import ByteTokenizer, Tokenizer
 from layercomb.data.wikipedia import enwik8
 
 __all__ = [
     'ByteTokenizer',
+    'Tokenizer',
     'batches',
     'bucketed',
     'c4',

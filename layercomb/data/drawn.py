@@ -48,7 +48,7 @@ def shapes(size: int = 32, n_examples: int = 50_000, seed: int = 0) -> Sequence[
     >>> image.shape, label.dtype, weight
     ((8, 8, 3), dtype('int32'), array(1., dtype=float32))
     """
-    checks.integer('size', size, 1)
+    size = checks.integer('size', size, 1)
     return Generated(_draw, (size,), n_examples, seed)
 
 

@@ -43,7 +43,7 @@ def png_images(pattern: str, size: int = 64, split: str | None = None) -> Sequen
       ValueError: if the size is out of range, or there is no such split.
       UsageError: if no file is left, one is no image, or Pillow is not installed.
     """
-    checks.integer('size', size, 1)
+    size = checks.integer('size', size, 1)
     require('PIL.Image', 'images')
     return Mapped(files.matching(pattern, split, files.PNG), partial(_decoded, size=size))
 

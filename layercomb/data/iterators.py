@@ -152,9 +152,10 @@ class _PackedIterator(grain.DatasetIterator):
     def _piece(self, document: int) -> np.ndarray:
         """The separator and the document after it; after the last document, the separator."""
         if self._encoded is None or self._encoded[0] != document:
-            text = self._documents[document] if document < len(self._documents) else b''
+            ids = np.zeros(0, np.int32)
+            if document < len(self._documents):
+                ids = encode_checked(self._documents[document], self._tokenizer)
             eos = np.array([self._tokenizer.eos_id], np.int32)
-            ids = encode_checked(text, self._tokenizer)
             self._encoded = document, np.concatenate([eos, ids])
         return self._encoded[1]
 
@@ -226,7 +227,8 @@ class _BucketIterator(grain.DatasetIterator):
         # Those that waited when the run was stopped are fetched again.
         examples = [self._fetched.pop(i, None) or self._examples[i] for i in waiting]
         shape = size, self._boundaries[bucket]  # (B, L)
-        batch = tuple(np.zeros(shape, x.dtype) for x in examples[0])
+        columns = zip(*examples, strict=True)
+        batch = tuple(np.zeros(shape, np.result_type(*column)) for column in columns)
         for row, example in enumerate(examples):
             for padded, x in zip(batch, example, strict=True):
                 padded[row, : x.size] = x[: shape[1]]

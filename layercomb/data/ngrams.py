@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from layercomb.data import checks
 from layercomb.data.packing import token_stream
 from layercomb.data.tokenizers import ByteTokenizer
 from layercomb.errors import UsageError
@@ -48,7 +49,7 @@ def witten_bell_bits_per_byte(
     >>> witten_bell_bits_per_byte(['abab' * 99], ['abababab'], orders=[1])[1] < 1.5
     True
     """
-    _check_orders(orders)
+    orders = _checked_orders(orders)
     asked = _padded_stream('valid', valid)
     wanted, times = np.unique(_grams(asked, _MAX_ORDER), return_counts=True)
     known = np.full(wanted.shape, _MAX_ORDER)
@@ -81,7 +82,7 @@ def witten_bell_bits_on_batches(
     >>> witten_bell_bits_on_batches(['abab' * 99], [batch], orders=[1])[1] < 0.2
     True
     """
-    _check_orders(orders)
+    orders = _checked_orders(orders)
     columns = [_grams_of_batch(batch) for batch in batches]
     if not any(times.size for _, _, times in columns):
         raise UsageError('no target in the batches counts: byte models have nothing to predict')
@@ -89,9 +90,14 @@ def witten_bell_bits_on_batches(
     return _bits(_padded_stream('train', train), wanted, known, times, orders)
 
 
-def _check_orders(orders: Sequence[int]) -> None:
-    if not orders or any(type(n) is not int or not 0 <= n <= _MAX_ORDER for n in orders):
+def _checked_orders(orders: Sequence[int]) -> list[int]:
+    try:
+        checked = [checks.integer('order', n, 0, _MAX_ORDER) for n in orders]
+    except (TypeError, ValueError):
+        checked = []
+    if not checked:
         raise ValueError(f'orders={orders!r}: give numbers of context bytes from 0 to {_MAX_ORDER}')
+    return checked
 
 
 def _bits(

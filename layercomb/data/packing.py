@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from layercomb.data.adapted import adapted
 from layercomb.data.tokenizers import Tokenizer
 
 Arrays = tuple[np.ndarray, ...]
@@ -33,6 +34,7 @@ def token_stream(source: Sequence[str | bytes], tokenizer: Tokenizer) -> np.ndar
     >>> token_stream(['a', 'bc'], ByteTokenizer())
     array([ 0, 97,  0, 98, 99,  0], dtype=uint8)
     """
+    tokenizer = adapted(tokenizer)
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     eos = np.array([tokenizer.eos_id], dtype)
     pieces = [eos]
@@ -52,16 +54,10 @@ def encode_checked(document: str | bytes, tokenizer: Tokenizer) -> np.ndarray:
       Token ids, (L,) int32.
 
     Raises:
+      TypeError: if the document is no text, or the tokenizer gives no ids.
       ValueError: if an id is outside the vocabulary.
     """
-    ids = tokenizer.encode(document)
-    if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
-        bad = ids.max() if ids.min() >= 0 else ids.min()
-        raise ValueError(
-            f'{type(tokenizer).__name__} gave the id {bad}, but its vocab_size is '
-            f'{tokenizer.vocab_size}: ids must be in 0 … {tokenizer.vocab_size - 1}'
-        )
-    return ids
+    return adapted(tokenizer).encode(document)
 
 
 def window(tokens: np.ndarray, length: int) -> Arrays:

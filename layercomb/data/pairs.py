@@ -10,7 +10,7 @@ from layercomb.data import checks
 from layercomb.data.packing import Arrays, encode_checked
 from layercomb.data.sources import Mapped
 from layercomb.data.tasks import sequence_pair
-from layercomb.data.tokenizers import ByteTokenizer, Tokenizer
+from layercomb.data.tokenizers import ByteTokenizer, Tokenizer, as_document
 
 
 def pairs(
@@ -46,12 +46,11 @@ def pairs(
     >>> [x.tolist() for x in pairs([('ab', 'c')], 3, 3)[0]]
     [[97, 98, 0], [0, 99, 0], [True, True, False], [99, 0, 0], [1.0, 1.0, 0.0]]
     """
-    checks.tokenizer(tokenizer)
     make = partial(
         _example,
         source_length=checks.integer('source_length', source_length, 1),
         target_length=checks.integer('target_length', target_length, 1),
-        tokenizer=tokenizer,
+        tokenizer=checks.tokenizer(tokenizer),
         masked=checks.flag('masked', masked),
     )
     return Mapped(checks.source(source), make)
@@ -80,7 +79,8 @@ def continuations(source: Sequence[str | bytes], n_bytes: int) -> Sequence[tuple
 
 
 def _cut(document: str | bytes, n_bytes: int) -> tuple[bytes, bytes]:
-    text = document.encode() if isinstance(document, str) else bytes(document)
+    text = as_document(document)
+    text = text.encode() if isinstance(text, str) else text
     at = min(n_bytes, len(text) // 2)
     return text[:at], text[at:]
 

@@ -111,7 +111,7 @@ def packed(
     """
     length = checks.integer('length', length, 1)
     batch_size = checks.integer('batch_size', batch_size, 1)
-    checks.tokenizer(tokenizer)
+    tokenizer = checks.tokenizer(tokenizer)
     checks.source(source)
     nothing = UsageError(f'the {len(source)} documents are empty: give a source that holds text')
     if checks.flag('streaming', streaming):
@@ -183,7 +183,7 @@ def bucketed(
             f'{len(boundaries)} boundaries and {len(batch_sizes)} batch_sizes: '
             'give one batch size for each boundary'
         )
-    checks.tokenizer(tokenizer)
+    tokenizer = checks.tokenizer(tokenizer)
     index, count = checks.shard(shard)
     documents = _in_order(checks.source(source), seed, shuffle, num_epochs)
     from layercomb.data import iterators  # needs grain
@@ -241,7 +241,13 @@ def _rows(index: int, count: int, batch: Arrays) -> Arrays:
 
 def _as_example(document: Any, tokenizer: Tokenizer) -> Arrays:
     if isinstance(document, tuple):
-        return tuple(np.asarray(x) for x in document)
+        example = tuple(np.asarray(x) for x in document)
+        if any(x.ndim != 1 for x in example):
+            raise ValueError(
+                'bucketed takes documents, or tuples of 1-D arrays, and the source holds arrays of '
+                f'{[x.shape for x in example]}: use data.batches for examples of one shape'
+            )
+        return example
     ids = encode_checked(document, tokenizer)
     eos = np.array([tokenizer.eos_id], np.int32)
     return (
@@ -252,6 +258,7 @@ def _as_example(document: Any, tokenizer: Tokenizer) -> Arrays:
 
 
 def _integers(name: str, values: Any) -> tuple[int, ...]:
+    values = values.tolist() if isinstance(values, np.ndarray) else values
     if not isinstance(values, (tuple, list)) or not values:
         raise TypeError(f'{name}={values!r}: give a list of positive integers')
     return tuple(checks.integer(f'an element of {name}', value, 1) for value in values)

@@ -44,8 +44,8 @@ def duplication(
     >>> bool((inputs[:4] == inputs[4:]).all()), loss_weights
     (True, array([0., 0., 0., 1., 1., 1., 1., 0.], dtype=float32))
     """
-    checks.integer('length', length, 4)
-    checks.integer('vocab_size', vocab_size, 2)
+    length = checks.integer('length', length, 4)
+    vocab_size = checks.integer('vocab_size', vocab_size, 2)
     if length % 2:
         raise ValueError(f'length={length}: give an even number, for two equal halves')
     return Generated(_duplicate, (length // 2, vocab_size), n_examples, seed)
@@ -81,9 +81,9 @@ def copy(
     >>> int(inputs[3]), bool((targets[3:] == inputs[:3]).all()), loss_weights
     (1, True, array([0., 0., 0., 1., 1., 1.], dtype=float32))
     """
-    checks.integer('max_length', max_length, 1)
-    checks.integer('min_length', min_length, 1, max_length)
-    checks.integer('vocab_size', vocab_size, 3)
+    max_length = checks.integer('max_length', max_length, 1)
+    min_length = checks.integer('min_length', min_length, 1, max_length)
+    vocab_size = checks.integer('vocab_size', vocab_size, 3)
     return Generated(_copy, (min_length, max_length, vocab_size), n_examples, seed)
 
 
@@ -119,9 +119,9 @@ def copy_pairs(
     >>> bool((targets == source).all()), bool((inputs[1:] == source[:2]).all()), int(inputs[0])
     (True, True, 0)
     """
-    checks.integer('max_length', max_length, 1)
-    checks.integer('min_length', min_length, 1, max_length)
-    checks.integer('vocab_size', vocab_size, 2)
+    max_length = checks.integer('max_length', max_length, 1)
+    min_length = checks.integer('min_length', min_length, 1, max_length)
+    vocab_size = checks.integer('vocab_size', vocab_size, 2)
     return Generated(_copy_pair, (min_length, max_length, vocab_size), n_examples, seed)
 
 
@@ -168,8 +168,9 @@ class Generated(Sequence[Any]):
     seed: int
 
     def __post_init__(self) -> None:
-        checks.integer('n_examples', self.n_examples, 1)
-        checks.seed(self.seed)
+        n_examples = checks.integer('n_examples', self.n_examples, 1)
+        object.__setattr__(self, 'n_examples', n_examples)
+        object.__setattr__(self, 'seed', checks.seed(self.seed))
 
     def __len__(self) -> int:
         return self.n_examples

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 
 class Tokenizer(Protocol):
-    """What the pipelines ask of a tokenizer.
+    """What the library asks of a tokenizer: these four, and nothing more.
+
+    Data needs `vocab_size`, `eos_id` and `encode`; whatever shows text needs `decode`, too. One
+    that lacks what is needed, or gives something else, is refused when it is given. Optional is
+    ``incremental_decoder()``, which returns a new object with ``decode(ids, final=False)``: the
+    text that the next ids complete, all of it where `final`. Without it, text is made piece by
+    piece from `decode` of the last ids, see `PieceDecoder`.
 
     Attributes:
-      vocab_size: ids are less than this.
-      eos_id: the id that separates documents.
+      vocab_size: ids are less than this; an integer, NumPy's or Python's.
+      eos_id: the id that separates documents, and ends an answer; one of the vocabulary.
     """
 
     @property
@@ -26,10 +32,13 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int:
         """The token that ends a document."""
 
-    def encode(self, text: str | bytes) -> np.ndarray:
-        """Returns the ids of `text`, (L,) int32."""
+    def encode(self, text: str | bytes) -> Sequence[int] | np.ndarray:
+        """Returns the ids of `text`, (L,) integers of any type: an array, a list, a tuple.
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        It is given a str, and bytes only where they are no UTF-8.
+        """
+
+    def decode(self, ids: list[int]) -> str:
         """Returns the text of `ids`."""
 
 
@@ -62,12 +71,9 @@ class ByteTokenizer:
         Raises:
           TypeError: if `text` is neither.
         """
+        text = as_document(text)
         if isinstance(text, str):
             text = text.encode('utf-8')
-        if not isinstance(text, bytes):
-            raise TypeError(
-                f'a document is a str or bytes, not {type(text).__name__}: {text!r:.60}'
-            )
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
@@ -81,8 +87,10 @@ class ByteTokenizer:
         """
         return _as_bytes(ids).decode('utf-8', errors='replace')
 
-    def incremental_decoder(self) -> IncrementalDecoder:
+    def incremental_decoder(self) -> IncrementalDecoder | PieceDecoder:
         """Returns a decoder for tokens that arrive one by one."""
+        if type(self).decode is not ByteTokenizer.decode:  # a tokenizer made of this one
+            return PieceDecoder(self.decode)
         return IncrementalDecoder()
 
 
@@ -108,6 +116,97 @@ class IncrementalDecoder:
           ValueError: if an id is no byte.
         """
         return self._decoder.decode(_as_bytes(ids), final)
+
+
+class PieceDecoder:
+    """Decodes ids as they come, for a tokenizer that can only decode sequences.
+
+    What is shown is what `decode` adds to the text when it is given the ids so far, so that it may
+    treat the beginning of a text apart, as SentencePiece does. Held back is what U+FFFD at the end
+    stands for: a character whose last bytes are still to come. Only the last ids are decoded each
+    time, so that a token costs the same however long the text is.
+
+    Args:
+      decode: from a list of ids to their text.
+
+    >>> decoder = PieceDecoder(lambda ids: ' '.join('x' * i for i in ids))
+    >>> [decoder.decode(i) for i in (2, 1, 3)]
+    ['xx', ' x', ' xxx']
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []  # the last ones
+        self._shown = ''  # of their text
+        self._n_done = 0  # how many of them there were when something was shown last
+        self._limit = 2 * _CONTEXT
+
+    def decode(self, ids: int | Iterable[int] | np.ndarray, final: bool = False) -> str:
+        """Returns the characters that `ids` complete; all that is left where `final`."""
+        self._ids += as_list(ids)
+        text = self._text(self._ids)
+        until = len(text) if final else len(text) - _n_unfinished(text)
+        if not text.startswith(self._shown):  # what comes has changed the text before it
+            if not final and len(self._ids) - self._n_done <= _PATIENCE:
+                return ''
+            self._ids, self._shown = self._ids[self._n_done :], ''
+            text = self._text(self._ids)
+            until = len(text)
+        piece = text[len(self._shown) : until]
+        if piece:
+            self._shown, self._n_done = text[:until], len(self._ids)
+        if len(self._ids) >= self._limit:
+            self._forget(text)
+        return piece
+
+    def _text(self, ids: list[int]) -> str:
+        return self._decode(ids) if ids else ''
+
+    def _forget(self, text: str) -> None:
+        """Drops ids that no later text depends on, if there are some."""
+        pending = len(text) - len(self._shown)
+        for kept in range(_CONTEXT, 2 * _CONTEXT):
+            rest = self._decode(self._ids[-kept:])
+            if len(rest) > pending and text.endswith(rest):  # else a character was cut in two
+                dropped = len(self._ids) - kept
+                self._ids, self._shown = self._ids[dropped:], rest[: len(rest) - pending]
+                self._n_done, self._limit = max(0, self._n_done - dropped), 2 * _CONTEXT
+                return
+        self._limit = 2 * len(self._ids)  # not at every token
+
+
+_CONTEXT = 16  # ids of what was shown that are decoded again with what comes
+_PATIENCE = 8  # ids that are waited for where a text does not go on as it began
+_UNFINISHED = 3  # bytes, at most, of a character of UTF-8 that lacks one
+
+
+def _n_unfinished(text: str) -> int:
+    """How many characters at the end stand for one that is not there yet."""
+    tail = text[-_UNFINISHED:]
+    return len(tail) - len(tail.rstrip('\ufffd'))
+
+
+def as_document(text: Any) -> str | bytes:
+    """A document as plain str or bytes.
+
+    Raises:
+      TypeError: if it is neither, nor of a kind of them.
+    """
+    if isinstance(text, str):
+        return str.__str__(text)  # not what an enumeration, for one, prints
+    if isinstance(text, (bytes, bytearray, memoryview)):
+        return memoryview(text).tobytes()
+    raise TypeError(f'a document is a str or bytes, not {type(text).__name__}: {text!r:.60}')
+
+
+def as_list(ids: int | Iterable[int] | np.ndarray) -> list[int]:
+    """One id, or several of any kind, as Python's."""
+    if isinstance(ids, Iterable) and not hasattr(ids, '__array__'):
+        ids = list(ids)
+    values = np.atleast_1d(np.asarray(ids))
+    if values.size and values.dtype.kind not in 'iu':
+        raise ValueError(f'token ids are integers, got {values.dtype}: {values[:8]}')
+    return [int(i) for i in values]
 
 
 def _as_bytes(ids: int | Iterable[int] | np.ndarray) -> bytes:

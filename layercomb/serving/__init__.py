@@ -15,8 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from layercomb.errors import UsageError, require
 from layercomb.model import Model
+from layercomb.serving.hosts import allowed
 from layercomb.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -32,26 +35,31 @@ def app(
     tokenizer: Any,
     name: str,
     limits: Limits = Limits(),
-    hosts: Sequence[str] | None = None,
+    hosts: str | Sequence[str] | None = None,
 ) -> Starlette:
     """The application, compiled for most requests already.
 
-    ``POST /v1/completions`` takes `prompt` (a text, texts, or token ids), `max_tokens`,
-    `temperature`, `top_p`, `n`, `stop`, `stream`, `stream_options`, `seed`, `echo`, and beyond
-    OpenAI's `top_k` and `repetition_penalty`. ``GET /v1/models``, ``/healthz`` and ``/``, a page.
-    Errors are JSON.
+    ``POST /v1/completions`` takes `prompt` (a text, texts, or token ids), `max_tokens` (1 at
+    least), `temperature`, `top_p`, `n`, `stop`, `stream`, `stream_options`, `seed`, `echo`, and
+    beyond OpenAI's `top_k` and `repetition_penalty`. What else OpenAI's clients send is accepted
+    where it asks for nothing. Prompt and answer are one text: an answer is what its tokens add to
+    the prompt's. Stop texts are looked for in the answer alone; the one that ends first counts.
+    ``GET /v1/models``, ``/healthz`` and ``/``, a page. Errors are JSON.
 
     Args:
       model: a language model with weights, (B, L) → (B, L, V).
-      tokenizer: turns text into tokens and back, as they come.
+      tokenizer: turns text into tokens and back: see `data.Tokenizer`.
       name: of the model.
       limits: what is allowed.
-      hosts: the names under which it answers; None for any.
+      hosts: the names under which it answers, without ports; ``'*'`` or None for any. A request
+        without a Host, which no browser sends, is answered.
 
     Returns:
       An ASGI application; its `state.engine` makes the completions.
 
     Raises:
+      TypeError, ValueError: if the tokenizer lacks what `data.Tokenizer` names, or a host is no
+        name.
       UsageError: if starlette is not installed, or the model is no language model, or cannot be
         decoded.
     """
@@ -81,11 +89,11 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
       UsageError: if the address is taken, not allowed, or not of this machine.
     """
     require('uvicorn', 'serve')
-    if not 0 <= port < 1 << 16:
+    if not isinstance(port, int | np.integer) or not 0 <= port < 1 << 16:
         raise UsageError(f'port {port} cannot be: choose --port from 0 to {(1 << 16) - 1}')
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         made = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as e:
@@ -102,17 +110,31 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
         yield made
 
 
-def run(model: Model, tokenizer: Any, name: str, limits: Limits, listener: socket.socket) -> None:
+def run(
+    model: Model,
+    tokenizer: Any,
+    name: str,
+    limits: Limits,
+    listener: socket.socket,
+    allowed_hosts: str | Sequence[str] = (),
+) -> None:
     """Serves until it is interrupted, and says when it is ready.
 
     Args:
       model, tokenizer, name, limits: as for `app`.
       listener: from `bound`. Where it is of this machine alone, other names are refused.
+      allowed_hosts: further names under which it answers, such as that of a proxy on this machine
+        which hands the Host on; ``'*'`` for any. Where the listener is open to other machines it
+        answers under any name, unless some are given: then under these and the loopback's.
+
+    Raises:
+      TypeError, ValueError, UsageError: as `app`.
     """
     uvicorn = require('uvicorn', 'serve')
     address, port, *_ = listener.getsockname()
     here = ipaddress.ip_address(address).is_loopback
-    hosts = (*_LOOPBACK, address) if here else None
+    further = allowed(allowed_hosts)
+    hosts = (*_LOOPBACK, address, *further) if here or further else None
     print(f'{name}: compiling', flush=True)
     started = time.perf_counter()
     application = app(model, tokenizer, name, limits, hosts)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from layercomb.data import checks
 from layercomb.errors import UsageError
 from layercomb.model import Model, embeddings
 from layercomb.serving.limits import Limits
@@ -86,14 +87,17 @@ class Engine:
 
     Args:
       model: a language model with weights.
-      tokenizer: with `encode`, `eos_id` and `incremental_decoder`.
+      tokenizer: with what `data.Tokenizer` names.
       limits: how many are made at once, and how many wait.
+
+    Raises:
+      TypeError, ValueError: if the tokenizer lacks something.
     """
 
     def __init__(self, model: Model, tokenizer: Any, limits: Limits) -> None:
         net, weights = unstack(model.layer, model.weights or {})  # once, not for each request
         self._model = Model(net, weights, unstack_state(model.layer, model.state))
-        self._tokenizer = tokenizer
+        self._tokenizer = checks.tokenizer(tokenizer, decodes=True)
         self._max_len = decoding.max_len(net)
         self._limits = limits
         self._threads = ThreadPoolExecutor(limits.max_concurrent, 'completion')
@@ -101,7 +105,7 @@ class Engine:
         self._waiting = 0
         self._running: set[Running] = set()
         known = [embedding.vocab_size for _, embedding in embeddings(net)]
-        self.vocab_size = min(known, default=tokenizer.vocab_size)
+        self.vocab_size = min([*known, self._tokenizer.vocab_size])  # what both can read
 
     @property
     def n_running(self) -> int:
@@ -113,8 +117,8 @@ class Engine:
 
         How they are drawn is no other program; more rows, and longer prompts and answers are.
         """
-        ids = tuple(int(i) for i in self._tokenizer.encode('The'))
-        for _ in zip(range(2), self._tokens(Request((ids,), 2)), strict=False):
+        request = Request(((self._tokenizer.eos_id,),), 2)
+        for _ in zip(range(2), self._tokens(request), strict=False):
             pass
 
     async def start(self, request: Request) -> Running:
@@ -172,8 +176,10 @@ class Engine:
         """Decodes one request; runs in a thread."""
         try:
             self._post_pieces(running)
-        except UsageError as e:
-            running.post(Refusal(400, str(e), 'invalid_value'))
+        except Refusal as e:
+            running.post(e)
+        except UsageError as e:  # the request was right: weights that diverged, for one
+            running.post(Refusal(500, str(e), 'internal_error'))
         except Exception:
             logging.getLogger(__name__).exception('a completion failed')
             running.post(Refusal(500, 'the model failed: its log says why', 'internal_error'))
@@ -181,11 +187,17 @@ class Engine:
 
     def _post_pieces(self, running: Running) -> None:
         request = running.request
-        texts = [Text(self._tokenizer, request.stop, request.max_tokens) for _ in request.rows]
+        texts = [
+            Text(self._tokenizer, request.stop, request.max_tokens, row) for row in request.rows
+        ]
+        try:
+            made = self._tokens(request)
+        except UsageError as e:  # prompts that the model cannot read together
+            raise Refusal(400, str(e), 'invalid_value') from None
         if request.echo:
-            for index, row in enumerate(request.rows):
-                running.post(Piece(index, self._tokenizer.decode(row), None))
-        for tokens in self._tokens(request):
+            for index, text in enumerate(texts):
+                running.post(Piece(index, text.prompt, None))
+        for tokens in made:
             for index, (text, token) in enumerate(zip(texts, tokens, strict=True)):
                 if text.finish_reason is None:
                     shown = text.add(int(token))

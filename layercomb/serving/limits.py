@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+
+from layercomb.supervised.numbers import real, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +38,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == 'max_queue' else 1
+            name, value = field.name, getattr(self, field.name)
             if field.type == 'float':
-                if not value > 0:
-                    raise ValueError(f'{field.name} must be above 0, got {value!r}')
-            elif not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f'{field.name} must be a whole number of at least {least}, got {value!r}'
-                )
+                value = real(name, value, 'above 0', 0, math.inf, above=True)
+            else:
+                value = whole(name, value, least=0 if name == 'max_queue' else 1)
+            object.__setattr__(self, name, value)

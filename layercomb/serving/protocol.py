@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from layercomb.data.adapted import adapted
+from layercomb.errors import one_line
 from layercomb.serving.limits import Limits
 
 _STOPS, _STOP_LENGTH = 4, 256
@@ -83,6 +85,11 @@ class Request:
 def parse(body: bytes, tokenizer: Any, model: str, vocab_size: int, limits: Limits) -> Request:
     """Reads a request.
 
+    What clients send although it asks for nothing is taken, in view of all the other fields:
+    `best_of` of at most `n`, penalties and biases of 0, an empty `suffix`, and null for anything.
+    What asks for more is refused by name. Whole numbers may be written as JSON allows, 16.0 too. No
+    field may come twice.
+
     Args:
       body: JSON.
       tokenizer: turns prompts into tokens.
@@ -94,7 +101,7 @@ def parse(body: bytes, tokenizer: Any, model: str, vocab_size: int, limits: Limi
       Refusal: if anything in it is wrong.
     """
     try:
-        fields = json.loads(body, parse_constant=_no_constant)
+        fields = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_once)
     except (ValueError, RecursionError) as e:
         raise Refusal(400, f'the body is no JSON ({e})', 'invalid_json') from None
     if not isinstance(fields, dict):
@@ -106,10 +113,10 @@ def parse(body: bytes, tokenizer: Any, model: str, vocab_size: int, limits: Limi
         raise _wrong(name, 'is not a field of a completion', 'unknown_field')
     if fields.get('model', model) != model:
         raise Refusal(404, f'there is only the model {model!r}', 'model_not_found', 'model')
-    for name, neutral in _NEUTRAL.items():
-        if name in fields and not _is(fields[name], neutral):
-            raise _wrong(name, f'is not supported: leave it out, or at {json.dumps(neutral)}')
     values = {name: read(fields[name]) for name, read in _READERS.items() if name in fields}
+    for name, (asks_nothing, neutral) in _NEUTRAL.items():
+        if name in fields and not asks_nothing(fields[name], values):
+            raise _wrong(name, f'is not supported: leave it out, or at {neutral}')
     usage = values.pop('stream_options', False)
     values.setdefault('seed', secrets.randbits(31))
     prompts = _prompts(fields.get('prompt'), tokenizer, vocab_size)
@@ -175,15 +182,15 @@ def _prompts(value: Any, tokenizer: Any, vocab_size: int) -> tuple[tuple[int, ..
 def _prompt(value: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     if isinstance(value, str):
         try:
-            ids = [int(i) for i in tokenizer.encode(value)]
-        except ValueError as e:  # half of a surrogate pair, for one
-            raise _wrong('prompt', f'is no text ({e})') from None
+            ids = adapted(tokenizer).encode(value).tolist()
+        except (ValueError, TypeError, LookupError) as e:  # half of a surrogate pair, for one
+            raise _wrong('prompt', f'is no text ({one_line(e)})') from None
     elif isinstance(value, list) and all(map(_is_whole, value)):
-        ids = value
+        ids = [int(i) for i in value]
     else:
         raise _wrong('prompt', 'must be a text, a list of texts, or token ids')
     if not ids:
-        raise _wrong('prompt', 'is empty: give at least one character')
+        raise _wrong('prompt', 'is empty: give a text that has at least one token')
     for i in ids:
         if not 0 <= i < vocab_size:
             raise _wrong('prompt', f'has a token {i} outside the vocabulary of {vocab_size}')
@@ -205,7 +212,7 @@ def _whole(name: str, least: int, most: int) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         if not _is_whole(value) or not least <= value <= most:
             raise _wrong(name, f'must be a whole number from {least} to {most}')
-        return value
+        return int(value)
 
     return read
 
@@ -232,9 +239,13 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 
 def _stream_options(value: Any) -> bool:
-    if not isinstance(value, dict) or not value.keys() <= {'include_usage'}:
+    options = dict(value) if isinstance(value, dict) else {'': value}
+    options = {name: option for name, option in options.items() if option is not None}
+    if options.get('include_obfuscation') is False:  # nothing is
+        del options['include_obfuscation']
+    if not options.keys() <= {'include_usage'}:
         raise _wrong('stream_options', "must be an object with 'include_usage' alone")
-    return _flag('stream_options')(value.get('include_usage', False))
+    return _flag('stream_options')(options.get('include_usage', False))
 
 
 _MANY = 2**31 - 1
@@ -252,25 +263,47 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     'stream_options': _stream_options,
 }
 
-# What clients send by default, and is accepted because it asks for nothing.
-_NEUTRAL: dict[str, Any] = {
-    'presence_penalty': 0,
-    'frequency_penalty': 0,
-    'best_of': 1,
-    'logprobs': False,
-    'logit_bias': {},
-    'suffix': '',
+
+def _is_zero(value: Any, values: Mapping[str, Any] = {}) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0
+
+
+def _is_bias_of_nothing(value: Any, values: Mapping[str, Any]) -> bool:
+    return isinstance(value, dict) and all(map(_is_zero, value.values()))
+
+
+def _is_at_most_n(value: Any, values: Mapping[str, Any]) -> bool:
+    return _is_whole(value) and 1 <= value <= values.get('n', 1)
+
+
+# What clients send by default, and is accepted where it asks for nothing more than the fields that
+# are read; and what it may be left at.
+_NEUTRAL: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
+    'presence_penalty': (_is_zero, '0'),
+    'frequency_penalty': (_is_zero, '0'),
+    'best_of': (_is_at_most_n, 'n'),
+    'logprobs': (lambda value, _: value is False, 'false'),
+    'logit_bias': (_is_bias_of_nothing, '{}'),
+    'suffix': (lambda value, _: value == '', '""'),
 }
 _NAMES = {'model', 'prompt', 'user'}  # the user is of no interest
 
 
-def _is(value: Any, other: Any) -> bool:
-    """Equality in which 0 is not false."""
-    return value == other and isinstance(value, bool) == isinstance(other, bool)
-
-
 def _is_whole(value: Any) -> bool:
+    """Whether it is a whole number; JSON has one kind of number, and 16.0 is 16."""
+    if isinstance(value, float):
+        return value.is_integer()
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; which of two values was meant cannot be known."""
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f'{name[:64]!a} is there twice')
+        made[name] = value
+    return made
 
 
 def _no_constant(name: str) -> None:

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from layercomb.serving import protocol
 from layercomb.serving.engine import Engine, Running
+from layercomb.serving.hosts import ANY, allowed, name_of
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal
 
@@ -32,7 +33,7 @@ _DISCARDED = 16
 
 
 def build(
-    engine: Engine, tokenizer: Any, name: str, limits: Limits, hosts: Sequence[str] | None
+    engine: Engine, tokenizer: Any, name: str, limits: Limits, hosts: str | Sequence[str] | None
 ) -> Starlette:
     """The application around an engine; see `serving.app`."""
     routes = _Routes(engine, tokenizer, name, limits, hosts)
@@ -66,10 +67,10 @@ class _Routes:
         tokenizer: Any,
         name: str,
         limits: Limits,
-        hosts: Sequence[str] | None,
+        hosts: str | Sequence[str] | None,
     ) -> None:
         self._engine, self._tokenizer, self._name = engine, tokenizer, name
-        self._limits, self._hosts = limits, hosts
+        self._limits, self._hosts = limits, None if hosts is None else allowed(hosts)
 
     def guarded(self, answer: Any) -> Any:
         """An endpoint that answers only under the names it is known by.
@@ -78,8 +79,16 @@ class _Routes:
         """
 
         async def endpoint(request: Request) -> Response:
-            if self._hosts is not None and request.url.hostname not in self._hosts:
-                raise Refusal(403, 'unknown Host: use the address the server told', 'unknown_host')
+            said = request.headers.get('host')  # browsers always send one
+            if said is not None and self._hosts is not None and ANY not in self._hosts:
+                name = name_of(said)
+                if name not in self._hosts:
+                    shown = ascii(name[:64])[1:-1] or 'NAME'
+                    message = (
+                        f'unknown Host {shown}: use the address the server told, or start it with '
+                        f'--allowed_hosts {shown}'
+                    )
+                    raise Refusal(403, message, 'unknown_host')
             return await answer(request)
 
         return endpoint

@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from layercomb.data.adapted import adapted
+
 
 class Text:
     """Turns tokens into text that may be shown, and says when the text is done.
 
-    What might be the beginning of a stop text is held back until it is known not to be.
+    Prompt and answer are one stream: the answer is what its tokens add to the text of the prompt,
+    a character that the prompt began included. Stop texts are looked for in the answer alone, and
+    the one that ends first counts, however the text is cut into tokens. What might be the beginning
+    of one is held back until it is known not to be. A character that is unfinished at the end
+    becomes U+FFFD.
 
     Args:
       tokenizer: what decodes the tokens.
       stop: texts that end it, and are no part of it.
       max_tokens: how many tokens it has at most.
+      prompt: the tokens before it.
+
+    Attributes:
+      prompt: the characters that the prompt has whole.
+      finish_reason: 'stop' or 'length' once it is done.
+      n_tokens: how many tokens it has, the one that ended it included.
 
     >>> from layercomb.data import ByteTokenizer
     >>> text = Text(ByteTokenizer(), ['END'], 9)
@@ -24,12 +36,16 @@ class Text:
     ('stop', 9)
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], max_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str], max_tokens: int, prompt: Sequence[int] = ()
+    ) -> None:
+        tokenizer = adapted(tokenizer)
         self._decoder = tokenizer.incremental_decoder()
         self._eos_id = tokenizer.eos_id
         self._stop = tuple(stop)
         self._max_tokens = max_tokens
         self._held = ''
+        self.prompt: str = self._decoder.decode(list(prompt)) if prompt else ''
         self.finish_reason: str | None = None
         self.n_tokens = 0
 
@@ -41,9 +57,9 @@ class Text:
         ended = token == self._eos_id
         last = ended or self.n_tokens == self._max_tokens
         self._held += self._decoder.decode([] if ended else [token], final=last)
-        found = [at for text in self._stop if (at := self._held.find(text)) >= 0]
+        found = [(at + len(text), at) for text in self._stop if (at := self._held.find(text)) >= 0]
         if found:
-            shown, self.finish_reason = self._held[: min(found)], 'stop'
+            shown, self.finish_reason = self._held[: min(found)[1]], 'stop'
         elif last:
             shown, self.finish_reason = self._held, 'stop' if ended else 'length'
         else:

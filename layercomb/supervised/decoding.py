@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.layers.base import Tree
-from layercomb.model import Model, seeded
+from layercomb.model import Model
 from layercomb.supervised.beams import Beams, beam_search
+from layercomb.supervised.numbers import key
 from layercomb.supervised.prompts import (
     Sequences,
     Start,
@@ -80,7 +81,7 @@ def generate(
 
     Raises:
       TypeError: if the model has no weights.
-      ValueError: if a number is out of its range.
+      ValueError: if a number is out of its range, or `rng` is neither a key nor a seed.
       UsageError: if a prompt is empty, holds ids outside the vocabulary, or is with `n_tokens`
         longer than the model's positions reach; if the model looks ahead; if `inputs` do not go
         with the model and the prompts; or if logits are NaN, which says at which token.
@@ -118,7 +119,7 @@ def stream(
 
 
 def _row_keys(rng: jax.Array | int, start: Start) -> jax.Array:
-    rng = rng if isinstance(rng, jax.Array) else seeded('rng', rng)
+    rng = key('rng', rng)
     return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(len(start.tokens)))
 
 

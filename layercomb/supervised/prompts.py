@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb import trees
-from layercomb.errors import UsageError
+from layercomb.data.adapted import adapted
+from layercomb.errors import UsageError, one_line
 from layercomb.layers.attention import LocalSelfAttention, SelfAttention
 from layercomb.layers.base import Layer, Mode, Signature, Tree, Wrapper
 from layercomb.layers.caches import set_positions
@@ -28,7 +29,7 @@ from layercomb.layers.multiplicative import MultiplicativeHead
 from layercomb.layers.once import Once
 from layercomb.layers.sparse_attention import SparseQKVAttention
 from layercomb.model import Model, check_tokens
-from layercomb.shapes import shape_dtype
+from layercomb.shapes import is_float, shape_dtype
 from layercomb.supervised.numbers import whole
 from layercomb.transforms import Tied, bare, unstack, unstack_state
 
@@ -119,11 +120,18 @@ def given(model: Model, prompt: str, tokenizer: Any) -> dict[str, Any]:
     """What decoding begins with: the prompt; or what an encoder reads, and the end of no answer.
 
     That is how `data.pairs` begins answers.
+
+    Raises:
+      UsageError: if the tokenizer makes no token of the prompt.
     """
-    ids = [tokenizer.encode(prompt)]
+    tokenizer = adapted(tokenizer)
+    ids = tokenizer.encode(prompt)
+    if not ids.size:
+        whose = type(tokenizer.tokenizer).__name__
+        raise UsageError(f'{whose} makes no token of the prompt {prompt!r:.60}: give another one')
     if model.layer.n_in == 1:
-        return {'prompts': ids}
-    return {'inputs': ids, 'prompts': [[tokenizer.eos_id]]}
+        return {'prompts': [ids]}
+    return {'inputs': [ids], 'prompts': [[tokenizer.eos_id]]}
 
 
 def as_id(eos_id: int | None) -> np.int32:
@@ -223,7 +231,10 @@ def padded(what: str, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       UsageError: if they are not sequences of integers, if one is empty, or if there is none.
     """
-    rows: Sequence[np.ndarray] = [np.asarray(row) for row in sequences]
+    try:
+        rows: Sequence[np.ndarray] = [np.asarray(row) for row in sequences]
+    except (TypeError, ValueError) as e:  # no list, or lists in it that are ragged themselves
+        raise UsageError(f'{what}s are a list of sequences of token ids ({one_line(e)})') from None
     for row in rows:
         if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
             raise UsageError(
@@ -320,12 +331,27 @@ def ingest(start: Start) -> tuple[jax.Array, Tree]:
     state = fresh_state(start.net, start.trained, start.signature(length))
     inputs, short = start.inputs(start.tokens), at_one_position(start.net)
     if short is None:
-        (logits,), state = start.net.apply(start.weights, state, inputs, mode=Mode.PREDICT)
-        logits = _take(logits, at)
+        outputs, state = start.net.apply(start.weights, state, inputs, mode=Mode.PREDICT)
+        logits = _take(logits_of(outputs), at)
     else:
         inputs = (*inputs, at)
         (logits,), state = short.apply(start.weights, state, inputs, mode=Mode.PREDICT)
     return logits[:, 0], set_positions(_grown(start, state), start.lengths)
+
+
+def logits_of(outputs: tuple[jax.Array, ...]) -> jax.Array:
+    """A language model's only output, (B, L, V).
+
+    Raises:
+      UsageError: if it is no such model.
+    """
+    if len(outputs) != 1 or outputs[0].ndim != 3 or not is_float(outputs[0]):
+        given = ', '.join(f'{x.dtype}{list(x.shape)}' for x in outputs)
+        raise UsageError(
+            'decoding needs a language model, (B, L) → logits (B, L, V), and of tokens this one '
+            f'makes {given}'
+        )
+    return outputs[0]
 
 
 def _grown(start: Start, state: Tree) -> Tree:
@@ -354,7 +380,8 @@ class _AtPosition(Wrapper):
     n_in = property(lambda self: 2)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        x = _take(*inputs)
+        x, at = inputs
+        x = _take(logits_of((x,)), at)
         return self.layer.apply(weights, state, (x,), rng=rng, mode=mode)
 
 
