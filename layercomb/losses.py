@@ -156,7 +156,7 @@ def apply_counted(
     """
     if not (mode.is_training and _counts(net)):
         return net.apply(weights, state, inputs, rng=rng, mode=mode)
-    counted = jnp.asarray(loss_weights) != 0
+    counted = jnp.asarray(loss_weights).astype(bool)
     state = put_counted(state, _given(net, counted))
     outputs, new = net.apply(weights, state, inputs, rng=rng, mode=mode)
     return outputs, take_counted(new)[0]

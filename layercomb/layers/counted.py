@@ -27,7 +27,7 @@ def counted_positions(state: Tree, x: jax.Array) -> tuple[Tree, jax.Array | None
     """A layer's state without what says which positions count, and that, for its input.
 
     A layer of one's own that averages over positions sets ``counts_positions = True``, and begins
-    with this in training.
+    with this in training. It must be ready for none to count, where its mean would be 0 / 0.
 
     Args:
       state: the layer's.
@@ -76,6 +76,23 @@ def along_length(found: Tree, shape: tuple[int, int]) -> Tree:
         fits = value if value.shape[:2] == shape else _fitted(value, shape)
         made |= {} if fits is None else {key: fits}
     return made
+
+
+def after_memory(found: Tree, real: jax.Array, shape: tuple[int, int]) -> Tree:
+    """What `take_counted` found, for positions that stand behind those of a memory.
+
+    Args:
+      found: a tree of boolean arrays.
+      real: (B, M), which positions of the memory are real; of a row that counts, these count.
+      shape: (B, L), of the positions behind it. An array of another shape stays as it is.
+    """
+
+    def one(counted: jax.Array) -> jax.Array:
+        if counted.shape != shape:
+            return counted
+        return jnp.concatenate([real & counted.any(1, keepdims=True), counted], 1)  # (B, M + L)
+
+    return jax.tree.map(one, found)
 
 
 def _fitted(counted: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from layercomb.errors import UsageError, one_line
 
 Batch = tuple[Any, ...]
@@ -18,6 +20,23 @@ def check_data(owner: str, data: Any) -> None:
         raise TypeError(
             f'{owner}: data must be iterable more than once, and {kind} is not: give a Grain '
             'dataset, a list of batches, or an object whose __iter__ starts anew'
+        )
+
+
+def check_loss_weights(batch: Batch, where: str) -> None:
+    """Raises a UsageError if a loss weight is negative or NaN: of such there is no weighted mean.
+
+    Args:
+      batch: whose last array is the loss weights.
+      where: how to call the batch.
+    """
+    weights = np.asarray(batch[-1])
+    if weights.size and not weights.min() >= 0:  # NaN is not either
+        wrong = weights[~(weights >= 0)][0]
+        raise UsageError(
+            f'{where}: a loss weight is {wrong}: it says how much a position counts in the mean, '
+            'so give 0 for padding and positive numbers elsewhere; a sign belongs into a loss of '
+            'your own'
         )
 
 

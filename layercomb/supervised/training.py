@@ -18,7 +18,7 @@ from layercomb.layers.base import Layer, Mode, Tree, init_state
 from layercomb.model import Model, check_tokens, seeded
 from layercomb.shapes import Signature
 from layercomb.supervised import steps
-from layercomb.supervised.batches import Batch, Batches, shaped_unlike
+from layercomb.supervised.batches import Batch, Batches, check_loss_weights, shaped_unlike
 from layercomb.supervised.evaluation import evaluate
 from layercomb.supervised.progress import Progress, Throughput
 from layercomb.supervised.reports import MetricsLog, Row, read_metrics, write_report
@@ -50,7 +50,9 @@ class Loop:
       seed: of the weights and of all that is random in training.
       eval_every: steps between evaluations; None for one at the end.
       checkpoint_every: steps between checkpoints; None for one at the end.
-      log_every: steps between rows of metrics. Evaluations and the last step have a row too.
+      log_every: steps between rows of metrics. Evaluations and the last step have a row too. Loss,
+        gradient norm and learning rate of a row are those of its step alone, no means since the row
+        before; tokens a second (positions of loss weight not 0) are over all steps since then.
       keep: how many checkpoints to keep.
       progress: where to show progress, by default standard error; False for nowhere.
 
@@ -125,8 +127,9 @@ class Loop:
           The metrics of the last step: 'step', 'train/loss', …, 'valid/loss', …
 
         Raises:
-          UsageError: if a loss is not finite, a token is outside the vocabulary, a later batch
-            cannot be made or its shape does not fit the model, the data ends, or the disk is full.
+          UsageError: if a loss is not finite, a token is outside the vocabulary, a loss weight is
+            negative, a later batch cannot be made or its shape does not fit the model, the data
+            ends, or the disk is full.
         """
         check_count('Loop.run', 'n_steps', n_steps)
         if self.step >= n_steps:
@@ -196,6 +199,7 @@ class Loop:
     def _advance(self) -> tuple[steps.Metrics, Batch]:
         """Sets off a step; its metrics are arrays still being computed."""
         batch, where = self._batches.take(), f'the batch of step {self.step + 1}'
+        check_loss_weights(batch, where)
         try:
             check_tokens(self._net, batch[: self._net.n_in])
         except ValueError as e:
