@@ -60,7 +60,7 @@ def put_counted(state: Tree, found: Tree) -> Tree:
     return put_back(state, found, COUNTED)
 
 
-def along_length(found: Tree, shape: tuple[int, int]) -> Tree:
+def along_length(found: Tree, shape: tuple[int, ...]) -> Tree:
     """What `take_counted` found, each array (B, L, …), so that it may be cut along axis 1.
 
     Args:
@@ -78,7 +78,7 @@ def along_length(found: Tree, shape: tuple[int, int]) -> Tree:
     return made
 
 
-def after_memory(found: Tree, real: jax.Array, shape: tuple[int, int]) -> Tree:
+def after_memory(found: Tree, real: jax.Array, shape: tuple[int, ...]) -> Tree:
     """What `take_counted` found, for positions that stand behind those of a memory.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Annotated, Any
 
@@ -120,14 +121,13 @@ class BatchNorm(Layer):
         """Mean and variance to normalize with, and the new running means."""
         old = state['mean'], state['var']
         new = _moments(h, counted)
-        running = tuple(map(self._running, old, new))
+        running = self._running(old[0], new[0]), self._running(old[1], new[1])
         if counted is not None:
             found = counted.any()
-            new, running = (
-                tuple(jnp.where(found, x, y) for x, y in zip(values, old, strict=True))
-                for values in (new, running)
+            new, running = jax.tree.map(
+                functools.partial(jnp.where, found), (new, running), (old, old)
             )
-        return new, dict(zip(('mean', 'var'), running, strict=True))
+        return new, {'mean': running[0], 'var': running[1]}
 
     def _running(self, old: jax.Array, new: jax.Array) -> jax.Array:
         return self.momentum * old + (1 - self.momentum) * jax.lax.stop_gradient(new)

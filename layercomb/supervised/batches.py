@@ -24,17 +24,19 @@ def check_data(owner: str, data: Any) -> None:
 
 
 def check_loss_weights(batch: Batch, where: str) -> None:
-    """Raises a UsageError if a loss weight is negative or NaN: of such there is no weighted mean.
+    """Raises a UsageError if a loss weight is negative: a mean has no such weights.
+
+    What is not finite shows in the loss, and is left to those who look at that.
 
     Args:
       batch: whose last array is the loss weights.
       where: how to call the batch.
     """
     weights = np.asarray(batch[-1])
-    if weights.size and not weights.min() >= 0:  # NaN is not either
-        wrong = weights[~(weights >= 0)][0]
+    least = weights.min() if weights.size else 0
+    if -np.inf < least < 0:
         raise UsageError(
-            f'{where}: a loss weight is {wrong}: it says how much a position counts in the mean, '
+            f'{where}: a loss weight is {least}: it says how much a position counts in the mean, '
             'so give 0 for padding and positive numbers elsewhere; a sign belongs into a loss of '
             'your own'
         )

@@ -219,8 +219,10 @@ class Loop:
                 last = (
                     f'last good checkpoint: step {good}, {self._checkpoints.directory / str(good)}'
                 )
-        cure = _strange_target(self._net, batch) or (
-            'lower the learning rate or warm it up, set clip_norm, or look at the batch'
+        cure = (
+            _strange_target(self._net, batch)
+            or _strange_weight(batch)
+            or ('lower the learning rate or warm it up, set clip_norm, or look at the batch')
         )
         return UsageError(f'step {step}: {what} is {value} ({last}): {cure}')
 
@@ -378,6 +380,12 @@ def _strange_target(net: Layer, batch: Batch) -> str | None:
     return (
         f'target {strange[0]} is none of the {n_logits} logits; check the tokenizer and vocab_size'
     )
+
+
+def _strange_weight(batch: Batch) -> str | None:
+    weights = np.asarray(batch[-1])
+    strange = weights[~np.isfinite(weights)]
+    return f'a loss weight is {strange[0]}; check the data' if strange.size else None
 
 
 def check_arguments(

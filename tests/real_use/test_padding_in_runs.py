@@ -153,11 +153,18 @@ def test_a_row_of_metrics_is_of_its_own_step_and_not_of_those_between(tmp_path):
     assert each[3] != pytest.approx(np.mean([each[1], each[2], each[3]]), rel=1e-6)
 
 
-@pytest.mark.parametrize('wrong', [-1.0, np.nan])
-def test_a_loss_weight_that_is_no_weight_is_refused(wrong):
-    good, (x, y, w) = batch(), batch(1)
+@pytest.mark.parametrize('wrong', [np.nan, np.inf])
+def test_a_loss_weight_that_is_not_finite_is_blamed_on_the_data(wrong):
+    x, y, w = batch(1)
     w[2, 3] = wrong
-    cause = rf'a loss weight is {wrong}: it says how much a position counts in the mean, so give 0'
+    with pytest.raises(UsageError, match=f'step 2: the loss is nan .* loss weight is {wrong}; ch'):
+        loop([batch(), (x, y, w)], STILL).run(2)
+
+
+def test_a_negative_loss_weight_is_refused():
+    good, (x, y, w) = batch(), batch(1)
+    w[2, 3] = -0.5
+    cause = r'a loss weight is -0\.5: it says how much a position counts in the mean, so give 0'
     with pytest.raises(UsageError, match=f'the batch of step 2: {cause}'):
         loop([good, (x, y, w)], STILL).run(2)
     weights, state = STILL.init(lc.signature_of((x,)), jax.random.key(0))
