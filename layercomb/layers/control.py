@@ -12,7 +12,7 @@ from layercomb.layers.cotangents import zero_cts, zeros_once
 from layercomb.layers.counted import along_length, put_counted, take_counted
 from layercomb.layers.decisions import DECISIONS, put_decisions, take_decisions
 from layercomb.layers.fields import Size
-from layercomb.layers.shares import add_aux, by_share, passes_on, shares
+from layercomb.layers.shares import add_aux, by_share, how_many, passes_on, shares
 from layercomb.layers.wiring import check_inputs, check_outputs
 from layercomb.shapes import Signature, describe
 
@@ -269,6 +269,7 @@ class Chunk(Wrapper):
         n = length // self.chunk_len
         found, state, counted = _parts(state, inputs)
         pieces, rest = _cut((tuple(inputs), counted), n, self.chunk_len)
+        n_counted = how_many(counted)
         state = add_aux({}, state, 0.0)
 
         def one(state: Tree, weights: Tree, xs: Any) -> tuple[Tree, Any]:
@@ -277,7 +278,7 @@ class Chunk(Wrapper):
             outputs, new = self.layer.apply(weights, its_state, values, rng=fold(rng, i), mode=mode)
             new, decisions = take_decisions(take_counted(new)[0])
             share = values[0].shape[1] / length
-            state = add_aux(state, new, share, shares(its_counted, counted))
+            state = add_aux(state, new, share, shares(its_counted, n_counted))
             return state, (outputs, decisions)
 
         again = jax.checkpoint(one, prevent_cse=False)  # a scan separates the passes by itself
@@ -309,7 +310,7 @@ class Chunk(Wrapper):
         found, plain, counted = _parts(state, inputs)
         if passes_on(plain):  # a piece needs the new state of the one before
             return super().apply_and_grad(weights, state, inputs, cts, **given)
-        n = length // self.chunk_len
+        n, n_counted = length // self.chunk_len, how_many(counted)
 
         def one(total: Tree, at: Any, size: int, decisions: Tree) -> tuple[Tree, Any]:
             values, its_cts, its_counted = jax.tree.map(
@@ -323,7 +324,7 @@ class Chunk(Wrapper):
                 its_cts,
                 rng=fold(rng, at),
                 mode=mode,
-                state_cts=by_share(state_cts, size / length, shares(its_counted, counted)),
+                state_cts=by_share(state_cts, size / length, shares(its_counted, n_counted)),
             )
             return jax.tree.map(jnp.add, total, d), (tuple(outputs), tuple(d_values))
 

@@ -12,13 +12,19 @@ from layercomb.layers.cotangents import Tree
 from layercomb.layers.counted import COUNTED
 
 
-def shares(piece: Tree, whole: Tree) -> Tree:
-    """How much of what counts lies in a piece, as float32 in the place of each array; 0 of none."""
+def how_many(found: Tree) -> Tree:
+    """How many positions count, float32 (), in the place of each array that `take_counted` found."""
+    return jax.tree.map(lambda counted: counted.sum(dtype=jnp.float32), found)
 
-    def one(piece: jax.Array, whole: jax.Array) -> jax.Array:
-        return piece.sum(dtype=jnp.float32) / jnp.maximum(whole.sum(dtype=jnp.float32), 1)
 
-    return jax.tree.map(one, piece, whole)
+def shares(piece: Tree, of_all: Tree) -> Tree:
+    """How much of what counts lies in a piece, in the place of each of its arrays; 0 of none.
+
+    Args:
+      piece: the piece of what `take_counted` found.
+      of_all: `how_many` count in all pieces.
+    """
+    return jax.tree.map(lambda n, m: n / jnp.maximum(m, 1), how_many(piece), of_all)
 
 
 def add_aux(state: Tree, new: Tree, share: float, by_layer: Tree | None = None) -> Tree:

@@ -29,7 +29,7 @@ class TrainTask:
         The data must start anew each time it is gone through. A Grain data set's position is saved;
         with any other, a resumed run skips the batches it has seen, so they must be the same again.
       loss: a metric, such as `tl.CrossEntropyLoss()`, of the model's output. The step minimises
-        Σ wv / Σ w over all positions of a batch.
+        Σ wv / Σ w over all positions of a batch, 0 where none counts, plus auxiliary losses.
       optimizer: an `optax.GradientTransformation`.
       accumulate: into how many micro batches a batch is cut, each run by itself, to save memory.
         Losses and weights are summed and divided once, so the gradient is that of the whole batch;
