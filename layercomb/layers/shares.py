@@ -13,7 +13,7 @@ from layercomb.layers.counted import COUNTED
 
 
 def how_many(found: Tree) -> Tree:
-    """How many positions count, float32 (), in the place of each array that `take_counted` found."""
+    """How many positions count, float32 (), in place of each array that `take_counted` found."""
     return jax.tree.map(lambda counted: counted.sum(dtype=jnp.float32), found)
 
 
