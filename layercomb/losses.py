@@ -1,16 +1,19 @@
-"""How a loss is attached to a model, without the logits of a whole sequence ever existing."""
+"""How a loss is attached to a model, and how what the loss leaves out counts nowhere else."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from layercomb.layers.base import Layer, Mode, Wrapper, fold
-from layercomb.layers.combinators import Serial
+from layercomb.layers.base import Arrays, Layer, Mode, Tree, Wrapper, fold
+from layercomb.layers.combinators import Combinator, Serial
 from layercomb.layers.control import Chunk
+from layercomb.layers.counted import COUNTED, put_counted, take_counted
 from layercomb.layers.fn import Fn
 from layercomb.layers.metrics import Metric
+from layercomb.layers.once import Once
 from layercomb.transforms import Tied
 
 
@@ -115,3 +118,63 @@ def _attach(
         )
     scored = Scored(net, losses)
     return scored if chunk_len is None else Chunk(scored, chunk_len)
+
+
+def apply_counted(
+    net: Layer,
+    weights: Tree,
+    state: Tree,
+    inputs: Arrays,
+    loss_weights: Any,
+    *,
+    rng: jax.Array | None = None,
+    mode: Mode = Mode.TRAIN,
+) -> tuple[Arrays, Tree]:
+    """`net.apply` in training, where positions of loss weight 0 count nowhere inside either.
+
+    Whatever averages over positions (`SwitchFF`'s balance, the statistics of `BatchNorm`) is told
+    which of them count; see `tl.counted_positions`. A `Loop` does this; use it in a loop of your
+    own. In an encoder of `Once`, whose positions are others, all of a row count if one of its loss
+    weights is not 0. A model without such layers is applied as it is, and so is any outside of
+    training.
+
+    Args:
+      net: a model, or one that a loss is attached to.
+      weights, state, inputs, rng, mode: as of `Layer.apply`.
+      loss_weights: (B, …), the last array of a batch.
+
+    Returns:
+      Outputs, and the new state, of the structure that `apply` gives it.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from layercomb import tl, losses
+    >>> x, loss_weights = jnp.array([[[1.0], [3.0], [99.0]]]), jnp.array([[1, 1, 0]])
+    >>> weights, state = tl.BatchNorm(momentum=0.0).init((x,), jax.random.key(0))
+    >>> _, state = losses.apply_counted(tl.BatchNorm(0.0), weights, state, (x,), loss_weights)
+    >>> float(state['mean'][0])
+    2.0
+    """
+    if not (mode.is_training and _counts(net)):
+        return net.apply(weights, state, inputs, rng=rng, mode=mode)
+    counted = jnp.asarray(loss_weights).astype(bool)
+    state = put_counted(state, _given(net, counted))
+    outputs, new = net.apply(weights, state, inputs, rng=rng, mode=mode)
+    return outputs, take_counted(new)[0]
+
+
+def _counts(net: Layer) -> bool:
+    return net.counts_positions or any(map(_counts, net.sublayers))
+
+
+def _given(net: Layer, counted: jax.Array) -> Tree:
+    """What `put_counted` puts into the state of a model."""
+    given: Tree = {COUNTED: counted} if net.counts_positions else {}
+    if isinstance(net, Combinator):
+        for key, layer in zip(net.keys, net.sublayers, strict=True):
+            if inner := _given(layer, counted):
+                given[key] = inner
+    elif isinstance(net, Once):
+        given |= _given(net.layer, counted.any(tuple(range(1, counted.ndim))))
+    elif isinstance(net, Wrapper):
+        given |= _given(net.layer, counted)
+    return given

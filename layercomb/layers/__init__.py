@@ -38,6 +38,7 @@ from layercomb.layers.combinators import (
 from layercomb.layers.control import Chunk, Map, Remat, Repeat
 from layercomb.layers.convolution import AvgPool, Conv1D, Conv2D, MaxPool
 from layercomb.layers.core import Dense, Dropout, Embedding, Flatten, Mean
+from layercomb.layers.counted import counted_positions
 from layercomb.layers.fn import Fn
 from layercomb.layers.hashing import lsh_buckets
 from layercomb.layers.initializers import (
@@ -194,6 +195,7 @@ __all__ = [
     'VarianceScaling',
     'Wrapper',
     'activation',
+    'counted_positions',
     'cross_entropy',
     'dot_product_attention',
     'glorot_uniform',

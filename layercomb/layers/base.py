@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from layercomb.layers import fields
 from layercomb.layers.cotangents import Cotangents, Tree, matched, vjp
+from layercomb.layers.counted import COUNTED
 from layercomb.layers.decisions import DECISIONS
 from layercomb.layers.mode import Mode
 from layercomb.layers.wiring import (
@@ -30,7 +31,7 @@ L = TypeVar('L', bound='Layer')
 AUX_LOSS = 'aux_loss'
 POSITION = 'position'
 POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
-RESERVED = (DECISIONS, AUX_LOSS)  # what a state may hold beside the states of sublayers
+RESERVED = (COUNTED, DECISIONS, AUX_LOSS)  # what a state may hold beside the states of sublayers
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
@@ -67,6 +68,8 @@ class Layer:
         in letters, as `narrow` explains.
       mixes_positions: whether an output position depends on other positions, so that `Chunk` must
         not cut it.
+      counts_positions: whether it averages over positions in training, so that its state is told
+        which of them count: see `counted_positions`.
     """
 
     name: str | None = dataclasses.field(default=None, kw_only=True)
@@ -79,6 +82,7 @@ class Layer:
     recomputes = False
     headwise = False
     float32: ClassVar[bool] = False
+    counts_positions: ClassVar[bool] = False
     matrices: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:
@@ -98,8 +102,8 @@ class Layer:
         fields.check_fields(self)
         if self.name is not None and ('/' in self.name or self.name in (*RESERVED, '')):
             raise ValueError(
-                f'{type(self).__name__}: a layer cannot be named {self.name!r}: names have no "/" '
-                f'and {" and ".join(map(repr, RESERVED))} are reserved'
+                f'{type(self).__name__}: a layer cannot be named {self.name!r}: names have no "/", '
+                f'and {RESERVED[0]!r}, {RESERVED[1]!r} and {RESERVED[2]!r} are reserved'
             )
 
     def init(

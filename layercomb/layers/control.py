@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.base import AUX_LOSS, Arrays, Layer, Mode, Tree, Wrapper, fold
+from layercomb.layers.base import Arrays, Layer, Mode, Tree, Wrapper, fold
 from layercomb.layers.cotangents import zero_cts, zeros_once
+from layercomb.layers.counted import along_length, put_counted, take_counted
 from layercomb.layers.decisions import DECISIONS, put_decisions, take_decisions
 from layercomb.layers.fields import Size
+from layercomb.layers.shares import add_aux, by_share, how_many, passes_on, shares
 from layercomb.layers.wiring import check_inputs, check_outputs
 from layercomb.shapes import Signature, describe
 
@@ -84,10 +86,16 @@ class Repeat(Wrapper):
                 f'without mode=PREDICT to apply in {mode.name}'
             )
 
+        state, counted = take_counted(state)  # the same for all blocks
+
         def step(values: Arrays, xs: Any) -> tuple[Arrays, Tree]:
             its_weights, its_state, i = xs
             its_weights = weights if self.shared else its_weights
-            return self.layer.apply(its_weights, its_state, values, rng=fold(rng, i), mode=mode)
+            its_state = put_counted(its_state, counted)
+            made, new = self.layer.apply(
+                its_weights, its_state, values, rng=fold(rng, i), mode=mode
+            )
+            return made, take_counted(new)[0]
 
         scanned = None if self.shared else weights
         return jax.lax.scan(step, tuple(inputs), (scanned, state, jnp.arange(self.n)))
@@ -183,8 +191,8 @@ class Map(Wrapper):
         check_inputs(self, inputs)
         apart = mode is Mode.PREDICT
         found = state.get(DECISIONS, {})
-        state = {k: v for k, v in state.items() if k != DECISIONS}
-        state = state if apart else _add_aux({}, state, 0.0)
+        state, counted = take_counted({k: v for k, v in state.items() if k != DECISIONS})
+        state = state if apart else add_aux({}, state, 0.0)
         outputs: Arrays = ()
         kept: Tree = {}
         decisions: Tree = {}
@@ -192,13 +200,14 @@ class Map(Wrapper):
             its_state = put_decisions(
                 state.get(str(i), {}) if apart else state, found.get(str(i), {})
             )
+            its_state = put_counted(its_state, counted)
             made, new = self.layer.apply(weights, its_state, group, rng=fold(rng, i), mode=mode)
             outputs += check_outputs(self.layer, made)
-            new, its_decisions = take_decisions(new)
+            new, its_decisions = take_decisions(take_counted(new)[0])
             if apart and new:
                 kept[str(i)] = new
             if not apart:
-                state = _add_aux(state, new, 1.0)
+                state = add_aux(state, new, 1.0)
             if its_decisions:
                 decisions[str(i)] = its_decisions
         new_state = kept if apart else state
@@ -224,7 +233,8 @@ class Chunk(Wrapper):
 
     The forward pass holds what is inside the layer for one piece only, and so does the backward,
     which computes each piece again. What `chunk_len` does not divide runs as a shorter last piece.
-    An auxiliary loss is the mean of the pieces', each by its share of the positions.
+    An auxiliary loss is the mean of the pieces', each by its share of the positions, or of those
+    that count if the layer that has the loss is told which do.
 
     Attributes:
       layer: works on each position by itself, as feed-forwards, norms, dropout and losses do.
@@ -257,18 +267,19 @@ class Chunk(Wrapper):
         if length <= self.chunk_len:
             return self.layer.apply(weights, state, tuple(inputs), rng=rng, mode=mode)
         n = length // self.chunk_len
-        pieces, rest = _cut(tuple(inputs), n, self.chunk_len)
-        found = state.get(DECISIONS, {})
-        state = _add_aux({}, {k: v for k, v in state.items() if k != DECISIONS}, 0.0)
+        found, state, counted = _parts(state, inputs)
+        pieces, rest = _cut((tuple(inputs), counted), n, self.chunk_len)
+        n_counted = how_many(counted)
+        state = add_aux({}, state, 0.0)
 
         def one(state: Tree, weights: Tree, xs: Any) -> tuple[Tree, Any]:
-            values, i, decisions = xs
-            outputs, new = self.layer.apply(
-                weights, put_decisions(state, decisions), values, rng=fold(rng, i), mode=mode
-            )
-            new, decisions = take_decisions(new)
+            (values, its_counted), i, decisions = xs
+            its_state = put_counted(put_decisions(state, decisions), its_counted)
+            outputs, new = self.layer.apply(weights, its_state, values, rng=fold(rng, i), mode=mode)
+            new, decisions = take_decisions(take_counted(new)[0])
             share = values[0].shape[1] / length
-            return _add_aux(state, new, share), (outputs, decisions)
+            state = add_aux(state, new, share, shares(its_counted, n_counted))
+            return state, (outputs, decisions)
 
         again = jax.checkpoint(one, prevent_cse=False)  # a scan separates the passes by itself
         state, (outputs, decisions) = jax.lax.scan(
@@ -296,25 +307,24 @@ class Chunk(Wrapper):
         given = {'rng': rng, 'mode': mode, 'state_cts': state_cts}
         if length <= self.chunk_len:
             return self.layer.apply_and_grad(weights, state, inputs, cts, **given)
-        found = state.get(DECISIONS, {})
-        plain = {k: v for k, v in state.items() if k != DECISIONS}
-        if _passes_on(plain):  # a piece needs the new state of the one before
+        found, plain, counted = _parts(state, inputs)
+        if passes_on(plain):  # a piece needs the new state of the one before
             return super().apply_and_grad(weights, state, inputs, cts, **given)
-        n = length // self.chunk_len
+        n, n_counted = length // self.chunk_len, how_many(counted)
 
         def one(total: Tree, at: Any, size: int, decisions: Tree) -> tuple[Tree, Any]:
-            values, its_cts = jax.tree.map(
+            values, its_cts, its_counted = jax.tree.map(
                 lambda x: jax.lax.dynamic_slice_in_dim(x, at * self.chunk_len, size, 1),
-                (tuple(inputs), tuple(cts)),
+                (tuple(inputs), tuple(cts), counted),
             )
             outputs, d_values, d = self.layer.apply_and_grad(
                 weights,
-                put_decisions(plain, decisions),
+                put_counted(put_decisions(plain, decisions), its_counted),
                 values,
                 its_cts,
                 rng=fold(rng, at),
                 mode=mode,
-                state_cts=jax.tree.map(lambda ct: size / length * ct, state_cts),
+                state_cts=by_share(state_cts, size / length, shares(its_counted, n_counted)),
             )
             return jax.tree.map(jnp.add, total, d), (tuple(outputs), tuple(d_values))
 
@@ -373,25 +383,10 @@ def _join(pieces: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])  # (B, n·C, …)
 
 
-def _add_aux(state: Tree, new: Tree, share: float) -> Tree:
-    """`new`, with its auxiliary losses times `share` and added to those in `state`."""
-    out = {}
-    for key, value in new.items():
-        if key == AUX_LOSS:
-            scaled = jax.tree.map(lambda x: share * x, value)
-            out[key] = jax.tree.map(jnp.add, state[key], scaled) if key in state else scaled
-        else:
-            nested = isinstance(value, dict)
-            out[key] = _add_aux(state.get(key, {}), value, share) if nested else value
-    return out
-
-
-def _passes_on(state: Tree) -> bool:
-    """Whether a state holds more than auxiliary losses, which are only summed."""
-    return any(
-        key != AUX_LOSS and (not isinstance(value, dict) or _passes_on(value))
-        for key, value in state.items()
-    )
+def _parts(state: Tree, inputs: Arrays) -> tuple[Tree, Tree, Tree]:
+    """Decisions of pieces, the rest of a state, and which positions of the inputs count."""
+    plain, counted = take_counted({k: v for k, v in state.items() if k != DECISIONS})
+    return state.get(DECISIONS, {}), plain, along_length(counted, inputs[0].shape[:2])
 
 
 def _find_mixer(layer: Layer) -> Layer | None:

@@ -18,6 +18,7 @@ from layercomb.layers.activations import elementwise
 from layercomb.layers.base import AUX_LOSS, Layer, Mode, Tree
 from layercomb.layers.bucketwise import put, rows
 from layercomb.layers.core import contract, dense
+from layercomb.layers.counted import counted_positions
 from layercomb.layers.decisions import DECISIONS
 from layercomb.layers.fields import Bound, Rate, Size
 from layercomb.layers.initializers import Initializer, glorot_uniform, zeros
@@ -43,8 +44,10 @@ class SwitchFF(Layer):
         balance · E · Σₑ share[e] · mean[e]
 
     where share[e] is the part of the positions that chose e, taken as constant, and mean[e] the
-    mean of p[e]. It is `balance` where all are used alike. The chosen experts are decisions:
-    ``RECORD`` keeps them, ``REPLAY`` takes them.
+    mean of p[e]. It is `balance` where all are used alike. Positions of loss weight 0 count neither
+    as parts nor in means, and none is 0; a prompt of weight 0 counts as little as padding. A `Loop`
+    sees to that, and `losses.apply_counted` in a loop of one's own; else all positions count. All
+    are computed. The chosen experts are decisions: ``RECORD`` keeps them, ``REPLAY`` takes them.
 
     Weights: ``router`` (kernel (D, E)), ``in`` (kernel (E, D, F), bias (E, F)), ``out`` (kernel
     (E, F, D), bias (E, D)).
@@ -80,6 +83,8 @@ class SwitchFF(Layer):
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
 
+    counts_positions = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         elementwise(type(self).__name__, self.activation)  # a wrong name is an error now
@@ -107,6 +112,7 @@ class SwitchFF(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        state, counted = counted_positions(state, x)
         flat = x.reshape(-1, x.shape[-1])  # (T, D)
         p = self._probabilities(weights['router'], flat, rng, mode)  # (T, E)
         if mode is Mode.REPLAY:
@@ -123,7 +129,7 @@ class SwitchFF(Layer):
         own = jnp.take_along_axis(p, experts[:, None].astype(jnp.int32), 1)  # (T, 1)
         y = (y * own.astype(y.dtype)).reshape(x.shape)
         if mode.is_training:
-            state = {**state, AUX_LOSS: self.balance * imbalance(p, experts)}
+            state = {**state, AUX_LOSS: self.balance * imbalance(p, experts, counted)}
         if mode is Mode.RECORD:
             state = {**state, DECISIONS: {'experts': experts.reshape(x.shape[:-1])}}
         return (y,), state
@@ -244,19 +250,26 @@ class BlockSparseFF(Layer):
         return contract('...em,emd->...d', h, weights['out']['kernel'])
 
 
-def imbalance(p: jax.Array, experts: jax.Array) -> jax.Array:
+def imbalance(p: jax.Array, experts: jax.Array, counted: jax.Array | None = None) -> jax.Array:
     """E · Σₑ share[e] · mean[e]: 1 where all experts are used alike, E where one is used alone.
 
     Args:
       p: (T, E) float32, what a router gives to each expert.
       experts: (T,) integers, the chosen ones; their shares are constants.
+      counted: T booleans of any shape, which positions count; None for all.
 
     Returns:
-      float32 ().
+      float32 (); 0 if no position counts.
     """
     t, e = p.shape
-    counts = (experts[:, None] == jnp.arange(e, dtype=experts.dtype)).sum(0, dtype=p.dtype)
-    return e * jnp.sum(counts * p.sum(0)) / max(t, 1) ** 2
+    chosen = experts[:, None] == jnp.arange(e, dtype=experts.dtype)  # (T, E)
+    if counted is None:
+        n: Any = max(t, 1)
+    else:
+        n = jnp.maximum(counted.sum(dtype=p.dtype), 1)
+        counts = counted.reshape(-1, 1)
+        chosen, p = chosen & counts, jnp.where(counts, p, 0)
+    return e * jnp.sum(chosen.sum(0, dtype=p.dtype) * p.sum(0)) / n**2
 
 
 def by_expert(w_in: Tree, w_out: Tree, f: Function, x: jax.Array, experts: jax.Array) -> jax.Array:

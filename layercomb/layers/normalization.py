@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 import layercomb_kernels
 from layercomb.layers.base import Layer, Mode, Tree
+from layercomb.layers.counted import counted_positions
 from layercomb.layers.fields import Bound, Rate
 from layercomb.layers.native import has_kernels, with_kernel
 from layercomb.shapes import check_float, check_width
@@ -76,6 +78,10 @@ class BatchNorm(Layer):
     y = (x − mean) / √(var + epsilon) · scale + bias, with the batch's statistics in training and
     their running means elsewhere: running ← momentum · running + (1 − momentum) · batch.
 
+    Positions of loss weight 0 are normalized as the others are, but do not count in the statistics:
+    a `Loop` sees to that, and `losses.apply_counted` in a loop of one's own; else all positions
+    count. Where none does, the running means are taken, and stay as they are.
+
     Weights: ``scale`` and ``bias`` (D,). State: ``mean`` and ``var`` (D,).
 
     References:
@@ -87,6 +93,7 @@ class BatchNorm(Layer):
 
     float32 = True
     mixes_positions = True
+    counts_positions = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -101,19 +108,39 @@ class BatchNorm(Layer):
         (x,) = inputs
         check_width(x, len(weights['scale']))
         h = x.astype(jnp.float32)
+        state, counted = counted_positions(state, x)
         mean, var = state['mean'], state['var']
         if mode.is_training:
-            axes = tuple(range(h.ndim - 1))
-            mean, var = h.mean(axes), h.var(axes)
-            state = {
-                'mean': self._running(state['mean'], mean),
-                'var': self._running(state['var'], var),
-            }
+            (mean, var), state = self._trained(h, state, counted)
         h = (h - mean) * jax.lax.rsqrt(var + self.epsilon)
         return ((h * weights['scale'] + weights['bias']).astype(x.dtype),), state
 
+    def _trained(
+        self, h: jax.Array, state: Tree, counted: jax.Array | None
+    ) -> tuple[tuple[jax.Array, jax.Array], Tree]:
+        """Mean and variance to normalize with, and the new running means."""
+        old = state['mean'], state['var']
+        new = _moments(h, counted)
+        running = self._running(old[0], new[0]), self._running(old[1], new[1])
+        if counted is not None:
+            found = counted.any()
+            new, running = jax.tree.map(
+                functools.partial(jnp.where, found), (new, running), (old, old)
+            )
+        return new, {'mean': running[0], 'var': running[1]}
+
     def _running(self, old: jax.Array, new: jax.Array) -> jax.Array:
         return self.momentum * old + (1 - self.momentum) * jax.lax.stop_gradient(new)
+
+
+def _moments(h: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of each feature over the positions that count: (…, D) → (D,) twice."""
+    axes = tuple(range(h.ndim - 1))
+    if counted is None:
+        return h.mean(axes), h.var(axes)
+    n, counts = jnp.maximum(counted.sum(dtype=h.dtype), 1), counted[..., None]
+    mean = jnp.where(counts, h, 0).sum(axes) / n
+    return mean, jnp.square(jnp.where(counts, h - mean, 0)).sum(axes) / n
 
 
 def _layer_norm(x: jax.Array, scale: jax.Array, bias: Any, epsilon: float) -> jax.Array:

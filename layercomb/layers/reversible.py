@@ -28,6 +28,7 @@ from layercomb.layers.base import Arrays, Layer, Mode, Tree, _call_text, _named,
 from layercomb.layers.combinators import Add, Serial, Variadic
 from layercomb.layers.control import Repeat
 from layercomb.layers.cotangents import Cotangents, add_cts, zero_cts
+from layercomb.layers.counted import put_counted, take_counted
 from layercomb.layers.decisions import put_decisions, take_decisions
 from layercomb.layers.routing import Select, Swap
 from layercomb.layers.series import Pass, serial_arity, serial_route
@@ -293,13 +294,14 @@ class ReversibleRepeat(ReversibleStack, Repeat):
     ):
         """Undoes the blocks from the last to the first, in one scan."""
         block: Any = self.layer
+        state, counted = take_counted(state)  # the same for all blocks
 
         def step(carry: Any, xs: Any) -> tuple[Any, Tree | None]:
             values, cts, total = carry
             its_weights, its_state, its_cts, i = xs
             inputs, d_inputs, d = block.reverse_and_grad(
                 weights if self.shared else its_weights,
-                its_state,
+                put_counted(its_state, counted),
                 values,
                 cts,
                 rng=fold(rng, i),

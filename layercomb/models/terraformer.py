@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from layercomb import layers as tl
 from layercomb.layers.base import Arrays, Mode, Tree, Wrapper
 from layercomb.layers.caches import BEFORE, set_positions
+from layercomb.layers.counted import after_memory, put_counted, take_counted
 from layercomb.layers.fields import Size, checked
 from layercomb.layers.once import run_once
 from layercomb.layers.positional import check_length, init_position, next_positions
@@ -296,6 +297,9 @@ class AfterMemory(Wrapper):
         real = [jnp.ones(x.shape[:2], bool)] * self.masked
         if mode is Mode.PREDICT:
             return self._extend(weights, state, (memory, *mask), (x, *real))
+        state, counted = take_counted(state)
+        before = mask[0] if mask else jnp.ones(memory.shape[:2], bool)
+        state = put_counted(state, after_memory(counted, before, x.shape[:2]))
         joined = [
             jnp.concatenate(pair, 1) for pair in zip((memory, *mask), (x, *real), strict=True)
         ]

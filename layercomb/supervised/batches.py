@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
+
 from layercomb.errors import UsageError, one_line
 from layercomb.shapes import describe
 
@@ -24,6 +26,25 @@ def check_data(owner: str, data: Any) -> None:
         raise TypeError(
             f'{owner}: data must be iterable more than once, and {kind} is not: give a Grain '
             'dataset, a list of batches, or an object whose __iter__ starts anew'
+        )
+
+
+def check_loss_weights(batch: Batch, where: str) -> None:
+    """Raises a UsageError if a loss weight is negative: a mean has no such weights.
+
+    What is not finite shows in the loss, and is left to those who look at that.
+
+    Args:
+      batch: whose last array is the loss weights.
+      where: how to call the batch.
+    """
+    weights = np.asarray(batch[-1])
+    least = weights.min() if weights.size else 0
+    if -np.inf < least < 0:
+        raise UsageError(
+            f'{where}: a loss weight is {least}: it says how much a position counts in the mean, '
+            'so give 0 for padding and positive numbers elsewhere; a sign belongs into a loss of '
+            'your own'
         )
 
 

@@ -16,7 +16,7 @@ from layercomb.errors import UsageError, UsageWarning
 from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.metrics import Metric, weighted_sum
 from layercomb.model import check_tokens
-from layercomb.supervised.batches import Batch, made, shaped_unlike
+from layercomb.supervised.batches import Batch, check_loss_weights, made, shaped_unlike
 from layercomb.supervised.fit import check_arity, no_batch
 from layercomb.supervised.tasks import EvalTask
 
@@ -37,12 +37,13 @@ def evaluate(
       tasks: what to measure, one or several; each goes through its data from the start.
 
     Returns:
-      'task/metric' -> the metric of the weighted mean over all positions of all batches.
+      'task/metric' -> the metric of the weighted mean over all positions of all batches; what has
+      loss weight 0 counts nowhere.
 
     Raises:
       UsageError: if there is no batch, or one cannot be made; if a token is outside the vocabulary,
-        a metric's sum is not finite, its weights are all 0, or a later batch's shape does not fit
-        the model.
+        a loss weight is negative, a metric's sum is not finite, its weights are all 0, or a later
+        batch's shape does not fit the model.
     """
     measured = {}
     for task in (tasks,) if isinstance(tasks, EvalTask) else tasks:
@@ -80,6 +81,7 @@ def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[tuple[
             break
         if not first:
             check_arity(net, batch, f'EvalTask {task.name!r}')
+        check_loss_weights(batch, where)
         try:
             check_tokens(net, batch[: net.n_in])
         except ValueError as e:

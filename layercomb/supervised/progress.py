@@ -15,6 +15,9 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Throughput:
     """Tokens and steps a second, over the time spent training alone.
 
+    Tokens are the positions that count: neither padding nor a prompt of loss weight 0, though both
+    are computed. Where an example has one weight, as in classification, it is one token.
+
     The clock starts after the first step, which compiles, and stands still in `pause`.
     """
 
@@ -25,7 +28,7 @@ class Throughput:
         self._total_steps = 0
 
     def step(self, tokens: int) -> None:
-        """Counts a finished step."""
+        """Counts a finished step, of so many positions whose loss weight is not 0."""
         now = time.perf_counter()
         if self._started is not None:
             self._seconds += now - self._started

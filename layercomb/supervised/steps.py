@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import losses, trees
-from layercomb.layers.base import AUX_LOSS, Layer, Mode, Tree
+from layercomb.layers.base import AUX_LOSS, Layer, Tree
 from layercomb.layers.metrics import Metric, weighted_sum
 from layercomb.supervised.updates import hyperparams, update
 
@@ -133,7 +133,9 @@ def _sums(
     scored: Layer, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, Tree]:
     weights = trees.merge(trainable, frozen)
-    (values, loss_weights), state = scored.apply(weights, state, batch, rng=key, mode=Mode.TRAIN)
+    (values, loss_weights), state = losses.apply_counted(
+        scored, weights, state, batch, batch[-1], rng=key
+    )
     total, weight = weighted_sum(values, loss_weights)
     return total, jax.lax.stop_gradient(weight), aux_loss(state), state
 

@@ -25,15 +25,18 @@ class TrainTask:
 
     Attributes:
       data: an iterable whose iterators yield batches (inputs…, targets, loss_weights) of numpy
-        arrays, the first axis of which is the batch. Positions of loss weight 0 do not count. It
-        must start anew each time it is gone through. A Grain data set's position is saved; with
-        any other, a resumed run skips the batches it has seen, so they must be the same again.
+        arrays, the first axis of which is the batch. Positions of loss weight 0 count nowhere:
+        neither in the loss nor in mixtures' balance, the statistics of `BatchNorm`, or tokens a
+        second. Other positions see them all the same, unless attention and means are `masked`.
+        The data must start anew each time it is gone through. A Grain data set's position is saved;
+        with any other, a resumed run skips the batches it has seen, so they must be the same again.
       loss: a metric, such as `tl.CrossEntropyLoss()`, of the model's output. The step minimises
-        Σ wv / Σ w over all positions of a batch.
+        Σ wv / Σ w over all positions of a batch, 0 where none counts, plus auxiliary losses.
       optimizer: an `optax.GradientTransformation`. What it asks for beside gradients and weights,
         the loss as `value` or `value_fn` and the gradient as `grad`, it is given.
       accumulate: into how many micro batches a batch is cut, each run by itself, to save memory.
-        Losses and weights are summed and divided once, so the gradient is that of the whole batch.
+        Losses and weights are summed and divided once, so the gradient is that of the whole batch;
+        but what layers average over a batch (balance, statistics) is over a micro batch.
       clip_norm: gradients of a greater global norm are scaled down to it.
       loss_chunk_len: how many positions of logits exist at a time; None for all.
       trainable: a predicate on paths of weights; None trains all. The rest are neither

@@ -18,7 +18,7 @@ from layercomb.layers.base import Layer, Mode, Tree, init_state
 from layercomb.model import Model, check_tokens, seeded
 from layercomb.shapes import Signature
 from layercomb.supervised import steps
-from layercomb.supervised.batches import Batch, Batches, shaped_unlike
+from layercomb.supervised.batches import Batch, Batches, check_loss_weights, shaped_unlike
 from layercomb.supervised.evaluation import evaluate
 from layercomb.supervised.fingerprint import Fingerprint, check_allowed, fingerprint
 from layercomb.supervised.fit import check_arity, check_fit, on_device
@@ -54,7 +54,9 @@ class Loop:
       seed: of the weights and of all that is random in training.
       eval_every: steps between evaluations; None for one at the end.
       checkpoint_every: steps between checkpoints; None for one at the end.
-      log_every: steps between rows of metrics. Evaluations and the last step have a row too.
+      log_every: steps between rows of metrics. Evaluations and the last step have a row too. Loss,
+        gradient norm and learning rate of a row are those of its step alone, no means since the row
+        before; tokens a second (positions of loss weight not 0) are over all steps since then.
       keep: how many checkpoints to keep.
       progress: where to show progress, by default standard error; False for nowhere.
       allow_changes: what may differ from the run so far: names out of `fingerprint.PARTS`, or
@@ -135,8 +137,9 @@ class Loop:
           The metrics of the last step: 'step', 'train/loss', …, 'valid/loss', …
 
         Raises:
-          UsageError: if a loss is not finite, a token is outside the vocabulary, a later batch
-            cannot be made or its shape does not fit the model, the data ends, or the disk is full.
+          UsageError: if a loss is not finite, a token is outside the vocabulary, a loss weight is
+            negative, a later batch cannot be made or its shape does not fit the model, the data
+            ends, or the disk is full.
         """
         check_count('Loop.run', 'n_steps', n_steps)
         if self.step >= n_steps:
@@ -216,6 +219,7 @@ class Loop:
     def _advance(self) -> tuple[steps.Metrics, Batch]:
         """Sets off a step; its metrics are arrays still being computed."""
         batch, where = self._batches.peek(), f'the batch of step {self.step + 1}'
+        check_loss_weights(batch, where)
         try:
             check_tokens(self._net, batch[: self._net.n_in])
         except ValueError as e:
@@ -236,8 +240,10 @@ class Loop:
                 last = (
                     f'last good checkpoint: step {good}, {self._checkpoints.directory / str(good)}'
                 )
-        cure = _strange_target(self._net, batch) or (
-            'lower the learning rate or warm it up, set clip_norm, or look at the batch'
+        cure = (
+            _strange_target(self._net, batch)
+            or _strange_weight(batch)
+            or ('lower the learning rate or warm it up, set clip_norm, or look at the batch')
         )
         return UsageError(f'step {step}: {what} is {value} ({last}): {cure}')
 
@@ -383,6 +389,12 @@ def _strange_target(net: Layer, batch: Batch) -> str | None:
     return (
         f'target {strange[0]} is none of the {n_logits} logits; check the tokenizer and vocab_size'
     )
+
+
+def _strange_weight(batch: Batch) -> str | None:
+    weights = np.asarray(batch[-1])
+    strange = weights[~np.isfinite(weights)]
+    return f'a loss weight is {strange[0]}; check the data' if strange.size else None
 
 
 def check_arguments(

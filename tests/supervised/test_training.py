@@ -234,13 +234,19 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
     with pytest.raises(UsageError) as error:
         loop(tmp_path, data=Spoiled(), checkpoint_every=1).run(9)
     assert str(error.value) == (
-        f'step 3: the loss is nan (last good checkpoint: step 2, {tmp_path}/checkpoints/2): lower '
-        'the learning rate or warm it up, set clip_norm, or look at the batch'
+        f'step 3: the loss is nan (last good checkpoint: step 2, {tmp_path}/checkpoints/2): '
+        'a loss weight is inf; check the data'
     )
     assert max(losses_of(tmp_path)) == 2
     assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['1', '2']
-    with pytest.raises(UsageError, match=r'step 3: the loss is nan \(no checkpoint yet\): lower'):
+    with pytest.raises(
+        UsageError, match=r'step 3: the loss is nan \(no checkpoint yet\): a loss w'
+    ):
         loop(data=Spoiled()).run(9)
+    with pytest.raises(
+        UsageError, match='lower the learning rate or warm it up, set clip_norm, or l'
+    ):
+        loop(net=STILL, data=PlainData(), optimizer=optax.sgd(1e38)).run(9)
 
 
 def test_a_value_at_a_padded_position_does_not_count():
