@@ -84,7 +84,7 @@ class Fn(Layer):
         if signature is None:
             return
         try:
-            signature.bind(*[None] * self.n_in)
+            signature.bind(*[None] * (self.n_in or 0))
         except TypeError as e:
             only = [
                 p.name

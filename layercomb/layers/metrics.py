@@ -304,14 +304,13 @@ def _cure_of_targets(targets: Any, outputs: Shape, wanted: Shape) -> str:
         return 'drop the last axis, np.squeeze(targets, -1), which is targets[:, 0] of (B, 1)'
     if (*got, 1) == wanted:
         return 'add the last axis, targets[..., None]'
-    if got == outputs and jnp.issubdtype(targets.dtype, jnp.integer):
+    if got != outputs or wanted != outputs[:-1]:
+        return 'a batch is (inputs…, targets, loss_weights)'
+    if jnp.issubdtype(targets.dtype, jnp.integer):
         return 'give the class instead of a row of zeros with a one, targets.argmax(-1)'
-    if got == outputs:
-        return (
-            'for numbers as wide as the outputs take e.g. tl.L2Loss(), or a metric with '
-            'targets_shape'
-        )
-    return 'a batch is (inputs…, targets, loss_weights)'
+    return (
+        'for numbers as wide as the outputs take e.g. tl.L2Loss(), or a metric with targets_shape'
+    )
 
 
 def _cure_of_weights(got: Shape, wanted: Shape) -> str:

@@ -64,14 +64,15 @@ class SmoothL1Loss(Elementwise):
 class BinaryCrossEntropyLoss(Elementwise):
     """−t log σ(x) − (1 − t) log(1 − σ(x)), in nats, of logits x and targets t.
 
-    Outputs are logits, any number; it is computed as max(x, 0) − x t + log(1 + e^−|x|), which is
-    exact for large ones. Targets are 0 or 1, or probabilities between, of any numeric dtype. One
-    outside of 0 … 1 gives NaN, never a silent number.
+    Outputs are logits, any number; it is computed by log(1 + eˣ), which is exact for large ones.
+    Targets are 0 or 1, or probabilities between, of any numeric dtype. One outside of 0 … 1 gives
+    NaN, never a silent number.
     """
 
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """The cross entropy of each entry."""
-        loss = jnp.maximum(outputs, 0) - outputs * targets + jnp.log1p(jnp.exp(-jnp.abs(outputs)))
+        softplus = jax.nn.softplus
+        loss = targets * softplus(-outputs) + (1 - targets) * softplus(outputs)
         return jnp.where(_is_rate(targets), loss, jnp.nan)
 
 
