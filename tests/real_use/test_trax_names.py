@@ -406,6 +406,15 @@ def test_a_gate_is_no_outer_product():
             run(tl.Multiply(), a, b)
 
 
+def test_a_residual_is_no_broadcast_in_any_pass():
+    net = tl.Residual(tl.Fn('Mean', lambda x: x.mean(1, keepdims=True)))
+    x = floats(2, 4, 8)
+    with pytest.raises(ValueError, match=r'Add: cannot add \(2, 1, 8\) to \(2, 4, 8\)'):
+        net.apply({}, {}, (x,))
+    with pytest.raises(ValueError, match='VJP'):
+        net.apply_and_grad({}, {}, (x,), (x,))
+
+
 def test_queries_and_keys_of_two_shapes_are_not_rotated():
     q = floats(2, 4, 6, 8)
     assert [y.shape for y in run(tl.RotaryPositions(), q, q[:, :2])] == [q.shape, (2, 2, 6, 8)]
