@@ -74,7 +74,8 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
       A layer with ``n_in = net.n_in + 2``.
 
     Raises:
-      TypeError: if `loss` is not made of metrics, or `net` has more outputs than logits.
+      TypeError: if `loss` is not made of metrics, or there are pieces and one of them needs whole
+        sequences; if `net` has more outputs than logits.
       ValueError: if the logits are not what the last layer puts back.
 
     >>> from layercomb import tl, losses
@@ -89,6 +90,11 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
         if not isinstance(metric, Metric):
             raise TypeError(
                 f'attach: a loss is a metric such as tl.CrossEntropyLoss(), got {metric!r}'
+            )
+        if chunk_len is not None and metric.mixes_positions:
+            raise TypeError(
+                f'attach: {type(metric).__name__} needs all positions of a sequence and cannot be '
+                'made of pieces: measure it without chunk_len (of a task, loss_chunk_len=None)'
             )
     if net.n_out != 1:
         raise TypeError(f'attach: the model must give logits alone, it has {net.n_out} outputs')

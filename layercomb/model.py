@@ -12,6 +12,7 @@ import numpy as np
 
 from layercomb import trees
 from layercomb.errors import UsageError
+from layercomb.layers.assert_shape import AssertShape
 from layercomb.layers.base import POSITION, Layer, Mode, Tree, Wrapper
 from layercomb.layers.combinators import Variadic
 from layercomb.layers.control import Map
@@ -185,13 +186,15 @@ def embeddings(layer: Layer) -> tuple[tuple[int, Embedding], ...]:
 
     >>> from layercomb import tl
     >>> embeddings(tl.Parallel(None, tl.Serial(tl.Embedding(9, 4), tl.Dense(4))))
-    ((0, Embedding(9, 4)),)
+    ((1, Embedding(9, 4)),)
     """
     found: list[tuple[int, Embedding]] = []
 
     def follow(layer: Layer, stack: tuple[Any, ...]) -> tuple[Any, ...]:
         if isinstance(layer, Rearrange):
             return layer.pick(stack)
+        if isinstance(layer, AssertShape):
+            return follow(layer.layer, stack)
         if isinstance(layer, Variadic):  # other combinators may compute between their layers
             return layer.route(lambda i, values: follow(layer.sublayers[i], values), stack)
         if isinstance(layer, Embedding) and stack[0] is not None:

@@ -77,13 +77,49 @@ def check_rank(owner: str, x: Any, wanted: str, rank: int) -> None:
         raise ValueError(f'{owner} takes {wanted}, got the shape {tuple(x.shape)}{cure}')
 
 
+def check_axis(owner: str, x: Any, axis: int) -> None:
+    """Raises a ValueError unless an array or a signature has the axis."""
+    n = len(x.shape)
+    if not -n <= axis < n:
+        raise ValueError(f'{owner}: there is no axis {axis} in the shape {tuple(x.shape)}')
+
+
 def check_sequence(owner: str, x: Any) -> None:
     """Raises a ValueError unless `x` is a batch of sequences of vectors."""
     check_rank(owner, x, '(batch, length, features)', 3)
 
 
+def check_mask(mask: Any, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError unless a mask is boolean, and of the shape (batch, length).
+
+    Numbers are refused: of 0 and 1 nobody knows whether 1 means real or hidden, and a mask of 0 and
+    −∞, which others add, would mean the opposite.
+    """
+    if mask.dtype == jnp.bool_ and tuple(mask.shape) == shape:
+        return
+    if mask.dtype != jnp.bool_:
+        cure = 'True where a position is real, e.g. mask != 0'
+    elif tuple(mask.shape) == (shape[0], 1, 1, shape[1]):
+        cure = 'give mask[:, 0, 0]'
+    else:
+        cure = f'one entry a position; np.broadcast_to(mask, {shape}) repeats what all rows share'
+    raise ValueError(f'mask must be bool{shape}, got {mask.dtype}{tuple(mask.shape)}: {cure}')
+
+
 def check_width(x: Any, width: int) -> None:
-    """Raises a ValueError unless the last axis of `x` is as wide as weights were made for."""
+    """Raises unless `x` is floating-point, and as wide as weights were made for.
+
+    Integers would go through, and the results be cut to integers.
+
+    Raises:
+      TypeError: for integers.
+      ValueError: for another width.
+    """
+    if not is_float(x):
+        raise TypeError(
+            f'the weights were made for floating-point inputs, got {describe([x])}: convert them, '
+            'x.astype(np.float32)'
+        )
     if x.shape[-1] != width:
         raise ValueError(
             f'the input is {x.shape[-1]} wide and the weights were made for {width}: give the '

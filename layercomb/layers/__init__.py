@@ -17,6 +17,7 @@ from layercomb.layers.activations import (
     Tanh,
     activation,
 )
+from layercomb.layers.assert_shape import AssertShape
 from layercomb.layers.attention import (
     CrossAttention,
     DotProductAttention,
@@ -55,14 +56,18 @@ from layercomb.layers.initializers import (
     zeros,
 )
 from layercomb.layers.lsh import LSHAttention, LSHSelfAttention, lsh_attention
+from layercomb.layers.masks import PaddingMask
 from layercomb.layers.metrics import (
     Accuracy,
     BitsPerByte,
     CrossEntropyLoss,
+    MaskedSequenceAccuracy,
     Metric,
     Perplexity,
+    SequenceAccuracy,
     cross_entropy,
     weighted_mean,
+    weighted_sum,
 )
 from layercomb.layers.mixture import BlockSparseFF, SwitchFF
 from layercomb.layers.multiplicative import (
@@ -76,6 +81,12 @@ from layercomb.layers.normalization import BatchNorm, LayerNorm, RMSNorm
 from layercomb.layers.once import Once
 from layercomb.layers.positional import LearnedPositions, RotaryPositions, SinusoidalPositions
 from layercomb.layers.projections import MergeHeads, SplitHeads
+from layercomb.layers.regression import (
+    BinaryAccuracy,
+    BinaryCrossEntropyLoss,
+    L2Loss,
+    SmoothL1Loss,
+)
 from layercomb.layers.reversible import (
     Reversible,
     ReversibleConcatenatePair,
@@ -108,9 +119,12 @@ __all__ = [
     'Accuracy',
     'Activation',
     'Add',
+    'AssertShape',
     'AvgPool',
     'AxialPositions',
     'BatchNorm',
+    'BinaryAccuracy',
+    'BinaryCrossEntropyLoss',
     'BitsPerByte',
     'BlockSparseFF',
     'Branch',
@@ -136,6 +150,7 @@ __all__ = [
     'Gelu',
     'HardSigmoid',
     'Initializer',
+    'L2Loss',
     'LSHAttention',
     'LSHSelfAttention',
     'Layer',
@@ -148,6 +163,7 @@ __all__ = [
     'LogSoftmax',
     'LowRankDense',
     'Map',
+    'MaskedSequenceAccuracy',
     'MaxPool',
     'Mean',
     'MergeHeads',
@@ -159,6 +175,7 @@ __all__ = [
     'Normal',
     'Once',
     'Orthogonal',
+    'PaddingMask',
     'Parallel',
     'Perplexity',
     'RMSNorm',
@@ -177,10 +194,12 @@ __all__ = [
     'RotaryPositions',
     'Select',
     'SelfAttention',
+    'SequenceAccuracy',
     'Serial',
     'Sigmoid',
     'Silu',
     'SinusoidalPositions',
+    'SmoothL1Loss',
     'Softmax',
     'Softplus',
     'SparseFF',
@@ -208,5 +227,6 @@ __all__ = [
     'ones',
     'sparse_qkv',
     'weighted_mean',
+    'weighted_sum',
     'zeros',
 ]

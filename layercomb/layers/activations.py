@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.base import Layer, Mode, snake_case
+from layercomb.shapes import check_float
 
 
 class Activation(Layer):
@@ -75,9 +76,19 @@ class Elu(Activation):
 
 
 class LeakyRelu(Activation):
-    """x where positive, 0.01 x elsewhere."""
+    """x where positive, a x elsewhere.
+
+    Attributes:
+      a: the slope; where an activation is chosen by name, as in `SparseFF`, it is 0.01.
+    """
+
+    a: float = 0.01
 
     function = staticmethod(jax.nn.leaky_relu)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        return (jax.nn.leaky_relu(x, self.a),), state
 
 
 class Softplus(Activation):
@@ -86,18 +97,28 @@ class Softplus(Activation):
     function = staticmethod(jax.nn.softplus)
 
 
+def _softmax(x: jax.Array) -> jax.Array:
+    check_float('Softmax', x)  # integers between 0 and 1 are all 0
+    return jax.nn.softmax(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _log_softmax(x: jax.Array) -> jax.Array:
+    check_float('LogSoftmax', x)
+    return jax.nn.log_softmax(x.astype(jnp.float32)).astype(x.dtype)
+
+
 class Softmax(Activation):
     """Softmax over the last axis, in float32."""
 
     float32 = True
-    function = staticmethod(lambda x: jax.nn.softmax(x.astype(jnp.float32)).astype(x.dtype))
+    function = staticmethod(_softmax)
 
 
 class LogSoftmax(Activation):
     """Logarithm of the softmax over the last axis, in float32."""
 
     float32 = True
-    function = staticmethod(lambda x: jax.nn.log_softmax(x.astype(jnp.float32)).astype(x.dtype))
+    function = staticmethod(_log_softmax)
 
 
 NAMES: dict[str, type[Activation]] = {

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import layercomb_kernels
 from layercomb.layers import blockwise, chunkwise, tiles
 from layercomb.layers.native import has_kernels, with_kernel
+from layercomb.shapes import check_mask
 
 
 def dot_product_attention(
@@ -249,9 +250,8 @@ def check(
         raise ValueError(f'k and v must have the same length, got {shapes}')
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k, v)):
         raise ValueError(f'attention takes floats, got q {q.dtype}, k {k.dtype}, v {v.dtype}')
-    expected = (k.shape[0], k.shape[2])
-    if mask is not None and (mask.dtype != jnp.bool_ or mask.shape != expected):
-        raise ValueError(f'mask must be bool{expected}, got {mask.dtype}{mask.shape}')
+    if mask is not None:
+        check_mask(mask, (k.shape[0], k.shape[2]))
     integer = offset is None or jnp.issubdtype(offset.dtype, jnp.integer)
     if offset is not None and not (integer and offset.shape == q.shape[:1]):
         raise ValueError(f'offset must be int32{q.shape[:1]}, got {offset.dtype}{offset.shape}')

@@ -174,7 +174,9 @@ class Combinator(Layer):
 class Variadic(Combinator, init=False):
     """A combinator that is made of any number of layers: ``Serial(layer, layer, …)``.
 
-    Lists of layers are flattened, and None is left out.
+    In series, lists of layers are flattened and None is left out. Where layers stand side by side,
+    as in `Branch` and `Parallel`, each argument has a place: a list there is a `Serial` of its
+    layers, and None or an empty list is ``Serial()``, which passes one value on as it is.
     """
 
     layers: tuple[Layer, ...] = ()
@@ -183,10 +185,14 @@ class Variadic(Combinator, init=False):
         self._hold(layers=layers, name=name)
 
     def _hold(self, layers: Any, **values: Any) -> None:
-        _set(self, 'layers', tuple(_flatten(type(self).__name__, layers)))
+        _set(self, 'layers', self._arranged(layers))
         for field, value in values.items():
             _set(self, field, value)
         self.__post_init__()
+
+    def _arranged(self, layers: Any) -> tuple[Layer, ...]:
+        """The layers, of the constructor's arguments."""
+        return tuple(_flatten(type(self).__name__, layers))
 
     def replace(self, **changes: Any) -> Any:
         """The same layer with other values in some fields."""
@@ -246,12 +252,24 @@ class Serial(Variadic, init=False):
         return Pass(self, weights, state, rng, mode, state_cts).apply_and_grad(inputs, cts)
 
 
-class Parallel(Variadic, init=False):
+class _SideBySide(Variadic, init=False):
+    """Layers side by side, where None is the identity and a list is a `Serial`."""
+
+    def _arranged(self, layers: Any) -> tuple[Layer, ...]:
+        owner = type(self).__name__
+        return tuple(_one_layer(owner, layer) for layer in layers)
+
+
+class Parallel(_SideBySide, init=False):
     """Layers side by side, each on values of its own: the first takes the top of the stack.
+
+    None or an empty list is the identity, which takes one value; a list is a `Serial`.
 
     >>> from layercomb import tl
     >>> tl.Parallel(tl.Dense(4), tl.Add()).n_in
     3
+    >>> tl.Parallel(None, [tl.Dense(4), tl.Relu()])
+    Parallel(Serial(), Serial(Dense(4), Relu()))
     """
 
     n_in = property(lambda self: sum(layer.n_in for layer in self.layers))
@@ -265,8 +283,10 @@ class Parallel(Variadic, init=False):
         return outputs + stack
 
 
-class Branch(Variadic, init=False):
+class Branch(_SideBySide, init=False):
     """Layers side by side on the same values: each gets the top of the stack, none moves it.
+
+    None or an empty list is the identity, which gives the top of the stack; a list is a `Serial`.
 
     >>> from layercomb import tl
     >>> net = tl.Branch(tl.Dense(4), tl.Dense(8))
@@ -310,13 +330,16 @@ class Residual(Variadic, init=False):
 
     Attributes:
       layers: f; its first output is added, further ones are put back beneath the sum.
-      shortcut: a layer for the other way, e.g. a projection; None is the identity.
+      shortcut: a layer for the other way, e.g. a projection, whose one output is what f's is added
+        to; a list is a `Serial` of its layers, and None or an empty list is the identity.
     """
 
     shortcut: Layer | None = None
     add: Layer = Add()
 
-    def __init__(self, *layers: Any, shortcut: Layer | None = None, name: str | None = None):
+    def __init__(self, *layers: Any, shortcut: Any = None, name: str | None = None):
+        if isinstance(shortcut, (list, tuple)):
+            shortcut = _one_layer('Residual', shortcut) if shortcut else None
         self._hold(layers=layers, shortcut=shortcut, add=Add(), name=name)
 
     @functools.cached_property
@@ -352,6 +375,14 @@ class Residual(Variadic, init=False):
         d_x, *d_beside = d_inputs or (None,)  # layers that make values of nothing have none
         y = x + y.astype(x.dtype)
         return (y, *more), (add_cts(d_x, cts[0]), *d_beside), d_weights
+
+
+def _one_layer(owner: str, layer: Any) -> Layer:
+    """What stands in one place beside others: a layer, the `Serial` of a list, or the identity."""
+    if layer is None or isinstance(layer, (list, tuple)):
+        return Serial(*_flatten(owner, layer or ()))
+    (layer,) = _flatten(owner, (layer,))
+    return layer
 
 
 def _flatten(owner: str, layers: Any) -> Iterator[Layer]:

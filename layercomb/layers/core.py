@@ -15,7 +15,7 @@ from layercomb.layers.base import POSITION_AXES, Layer, Mode, Tree
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.initializers import Initializer, Normal, glorot_uniform, zeros
 from layercomb.layers.narrow import Narrow
-from layercomb.shapes import check_float, check_width
+from layercomb.shapes import check_axis, check_float, check_mask, check_width
 
 
 class Dense(Layer):
@@ -149,21 +149,25 @@ class Embedding(Layer):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (ids,) = signature
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(
-                f'Embedding takes integers, got {ids.dtype}{list(ids.shape)}: give token ids as '
-                'int32'
-            )
+        self._check_integers(ids)
         return {'table': self.table_init(rng, (self.vocab_size, self.d_model))}, {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (ids,) = inputs
+        self._check_integers(ids)
         self.check_ids(ids)
         ids = jnp.where(ids < 0, self.vocab_size, ids)  # or −1 would take the last row
         table = weights['table']
         if isinstance(table, Narrow):
             return (table.take(ids),), state
         return (jnp.take(table, ids, axis=0, mode='fill', fill_value=jnp.nan),), state
+
+    def _check_integers(self, ids: Any) -> None:
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(
+                f'Embedding takes integers, got {ids.dtype}{list(ids.shape)}: give token ids as '
+                'int32'
+            )
 
     def check_ids(self, ids: jax.Array) -> None:
         """Raises a ValueError if a known id lies outside the vocabulary; a traced one passes."""
@@ -227,7 +231,11 @@ class Dropout(Layer):
 
 
 class Flatten(Layer):
-    """Joins all axes from `first_axis` on into one: (B, H, W, C) → (B, H·W·C)."""
+    """Joins all axes from `first_axis` on into one: (B, H, W, C) → (B, H·W·C).
+
+    Raises:
+      ValueError: when applied to an input without that axis.
+    """
 
     first_axis: Size = 1
 
@@ -235,6 +243,11 @@ class Flatten(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        if self.first_axis >= len(x.shape):
+            raise ValueError(
+                f'Flatten: there is no axis {self.first_axis} to join with those after it in the '
+                f'shape {tuple(x.shape)}: give first_axis below {len(x.shape)}, or x[..., None]'
+            )
         return (
             x.reshape(*x.shape[: self.first_axis], math.prod(x.shape[self.first_axis :])),
         ), state
@@ -261,8 +274,10 @@ class Mean(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         x = inputs[0]
+        check_axis('Mean', x, self.axis)
         if not self.masked:
             return (x.mean(self.axis),), state
+        check_mask(inputs[1], tuple(x.shape[:2]))
         real = inputs[1].astype(x.dtype)  # (B, L)
         total = jnp.einsum('bl...,bl->b...', x, real)
         count = jnp.maximum(real.sum(1), 1)

@@ -40,6 +40,7 @@ from layercomb.layers.hashing import (
 from layercomb.layers.multihead import MultiHead, dropout_arguments
 from layercomb.layers.positional import check_length
 from layercomb.layers.projections import MergeHeads, SplitHeads
+from layercomb.shapes import check_mask
 
 
 def lsh_attention(
@@ -387,9 +388,8 @@ def _check(
         raise ValueError(f'LSH attention takes floats, got q {q.dtype}, v {v.dtype}')
     if not jnp.issubdtype(buckets.dtype, jnp.integer):
         raise ValueError(f'buckets must be integers, got {buckets.dtype}')
-    expected = (q.shape[0], q.shape[2])
-    if mask is not None and (mask.dtype != jnp.bool_ or mask.shape != expected):
-        raise ValueError(f'mask must be bool{expected}, got {mask.dtype}{mask.shape}')
+    if mask is not None:
+        check_mask(mask, (q.shape[0], q.shape[2]))
     if chunk_len < 1 or n_buckets < 1:
         raise ValueError(f'chunk_len and n_buckets must be positive, got {chunk_len}, {n_buckets}')
     if neighbourhood not in ('bucket', 'chunk') or duplicates not in ('count', 'once'):

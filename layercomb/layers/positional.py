@@ -16,17 +16,19 @@ from layercomb.layers.base import POSITION, Layer, Mode, Tree
 from layercomb.layers.caches import position_of, taken
 from layercomb.layers.fields import Bound, Size
 from layercomb.layers.initializers import Initializer, Normal
-from layercomb.shapes import Signature, check_float, check_sequence, check_width
+from layercomb.shapes import Signature, check_float, check_rank, check_sequence, check_width
 
 
 class SinusoidalPositions(Layer):
     """x + P, with P[t, i] = sin(t ω_i) and P[t, D/2 + i] = cos(t ω_i), ω_i = period^(−2i/D).
 
-    x is (B, L, D) with D even; no weights.
+    x is (B, L, D) with D even. There are no weights, unless it is trainable: then P is ``table``
+    (max_len, D), which begins so and learns.
 
     Attributes:
       period: of the slowest wave, times 2π.
       max_len: the longest sequence that is taken; None takes any.
+      trainable: whether P learns; `max_len` must be given then.
 
     References:
       Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762
@@ -34,9 +36,17 @@ class SinusoidalPositions(Layer):
 
     period: Annotated[float, Bound(1)] = 10000.0
     max_len: Size | None = None
+    trainable: bool = False
 
     float32 = True
     mixes_positions = True  # a piece of a sequence does not know where it begins
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trainable and self.max_len is None:
+            raise ValueError(
+                'SinusoidalPositions: what trains is a table of max_len rows: give max_len'
+            )
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -44,15 +54,25 @@ class SinusoidalPositions(Layer):
         check_sequence('SinusoidalPositions', x)
         check_length('SinusoidalPositions', x.shape[1], self.max_len)
         check_even('SinusoidalPositions', x.shape[-1])
-        return {}, init_position(signature, mode)
+        state = init_position(signature, mode)
+        if self.max_len is None or not self.trainable:
+            return {}, state
+        every = jnp.arange(self.max_len, dtype=jnp.int32)
+        return {'table': self._waves(every, x.shape[-1])}, state
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         check_sequence('SinusoidalPositions', x)
+        if self.trainable:
+            return add_rows(self, weights['table'], state, x, mode)
         where, state = next_positions(self, state, x.shape[1], mode)  # (B or 1, L)
-        angle = angles(where, x.shape[-1], self.period, self.max_len)  # (B or 1, L, D/2)
-        table = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)  # (B or 1, L, D)
+        table = self._waves(where, x.shape[-1])  # (B or 1, L, D)
         return (x + table.astype(x.dtype),), state
+
+    def _waves(self, where: jax.Array, depth: int) -> jax.Array:
+        """P at the positions in `where` (…), (…, depth) float32."""
+        angle = angles(where, depth, self.period, self.max_len)  # (…, depth/2)
+        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
 
 class LearnedPositions(Layer):
@@ -82,13 +102,7 @@ class LearnedPositions(Layer):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         check_sequence('LearnedPositions', x)
-        check_width(x, weights['table'].shape[1])
-        length = x.shape[1]
-        where, state = next_positions(self, state, length, mode)  # (B or 1, L)
-        if mode is not Mode.PREDICT:
-            return (x + weights['table'][:length].astype(x.dtype),), state
-        rows = jnp.take(weights['table'], where, axis=0, mode='fill', fill_value=jnp.nan)
-        return (x + rows.astype(x.dtype),), state
+        return add_rows(self, weights['table'], state, x, mode)
 
 
 class RotaryPositions(Layer):
@@ -115,16 +129,41 @@ class RotaryPositions(Layer):
     mixes_positions = True  # a piece of a sequence does not know where it begins
 
     def init(self, signature, rng, mode=Mode.TRAIN):
+        self._check(*signature)
         check_length('RotaryPositions', signature[0].shape[2], self.max_len)
         check_even('RotaryPositions', signature[0].shape[-1])
         return {}, init_position(signature, mode)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         q, k = inputs
+        self._check(q, k)
         where, state = next_positions(self, state, q.shape[2], mode)  # (B or 1, L)
         angle = angles(where, q.shape[-1], self.period, self.max_len)  # (B or 1, L, K/2)
         sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]  # (B or 1, 1, L, K/2)
         return (rotate(q, sin, cos), rotate(k, sin, cos)), state
+
+    def _check(self, q: Any, k: Any) -> None:
+        """Raises a ValueError unless queries and keys differ in their number of heads alone."""
+        check_rank('RotaryPositions', q, 'queries (batch, heads, length, depth)', 4)
+        alike = len(k.shape) == 4 and q.shape[:1] + q.shape[2:] == k.shape[:1] + k.shape[2:]
+        if not alike:
+            raise ValueError(
+                f'RotaryPositions takes q and k (batch, heads, length, depth) that agree in all '
+                f'but heads, got {tuple(q.shape)} and {tuple(k.shape)}'
+            )
+
+
+def add_rows(
+    layer: Any, table: jax.Array, state: Tree, x: jax.Array, mode: Mode
+) -> tuple[tuple[jax.Array], Tree]:
+    """The outputs of a layer that adds to x (B, L, D) a row of its table a position, and state."""
+    check_width(x, table.shape[1])
+    length = x.shape[1]
+    where, state = next_positions(layer, state, length, mode)  # (B or 1, L)
+    if mode is not Mode.PREDICT:
+        return (x + table[:length].astype(x.dtype),), state
+    rows = jnp.take(table, where, axis=0, mode='fill', fill_value=jnp.nan)
+    return (x + rows.astype(x.dtype),), state
 
 
 def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:

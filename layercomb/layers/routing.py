@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from layercomb.layers.base import POSITION_AXES, Arrays, Layer, Mode, _call_text, _named, _set
 from layercomb.layers.fields import Size
-from layercomb.shapes import describe
+from layercomb.shapes import check_axis, describe
 
 
 class Rearrange(Layer):
@@ -41,7 +41,7 @@ class Select(Rearrange):
         super().__post_init__()
         reach = max(self.indices, default=-1) + 1
         n_in = reach if self.n_in is None else self.n_in
-        if min(self.indices, default=0) < 0 or reach > n_in:
+        if min(self.indices, default=0) < 0 or reach > n_in or n_in < 0:
             raise ValueError(
                 f'Select: indices {list(self.indices)} must lie between 0 and n_in - 1 = {n_in - 1}'
             )
@@ -91,19 +91,23 @@ class Swap(Rearrange):
 
 
 class Multiply(Layer):
-    """a · b, elementwise, for gates."""
+    """a · b, elementwise, for gates.
+
+    Both have as many axes, and one of them has the product's shape; the other may have 1 along an
+    axis, as a gate does that is one for all positions.
+    """
 
     n_in = 2
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         a, b = inputs
-        try:
-            jnp.broadcast_shapes(a.shape, b.shape)
-        except ValueError:
+        sizes = tuple(zip(a.shape, b.shape, strict=False))
+        gates = [all(m in (n, 1) for n, m in sizes), all(n in (m, 1) for n, m in sizes)]
+        if len(a.shape) != len(b.shape) or not any(gates):
             raise ValueError(
                 f'Multiply: cannot multiply {tuple(a.shape)} by {tuple(b.shape)}: give a gate the '
                 'shape of what it gates, or 1 along an axis'
-            ) from None
+            )
         return (a * b,), state
 
 
@@ -154,6 +158,7 @@ class Split(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
+        check_axis('Split', x, self.axis)
         if x.shape[self.axis] % self.n_items:
             raise ValueError(
                 f'Split: {self.n_items} does not divide the length {x.shape[self.axis]} of axis '

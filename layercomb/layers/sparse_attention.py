@@ -114,7 +114,7 @@ class SparseQKVAttention(MultiHead):
             'mix': dense,
             'project': Serial(
                 LocalConv(self.n_modules, self.kernel_size, n),
-                Parallel([FoldHeads(self.n_heads)] * n),
+                Parallel(*[FoldHeads(self.n_heads)] * n),
             ),
             'output': Serial(UnfoldHeads(), dense),
         }

@@ -432,9 +432,7 @@ def test_fn_counts_required_parameters():
 
 def test_fn_shows_all_that_makes_it():
     assert repr(tl.Fn('Max', jnp.maximum, name='m')) == "Fn('Max', maximum, name='m')"
-    assert repr(tl.Fn('Two', to_float32, n_in=3, n_out=2)) == (
-        "Fn('Two', to_float32, n_in=3, n_out=2)"
-    )
+    assert repr(tl.Fn('Two', max, n_in=3, n_out=2)) == "Fn('Two', max, n_in=3, n_out=2)"
 
 
 def test_a_tuple_of_one_layer_shows_its_comma():

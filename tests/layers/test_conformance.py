@@ -76,17 +76,24 @@ SCORES = (stream(B, L, 7), tokens(), stream(B, L))
 IMAGE = (stream(B, 4, 4, 4),)
 QKV = (heads(), heads(), heads())
 TWO = (stream(), stream())
+THREE = (*TWO, stream())
+CHANCES = (stream(B, L, 7), shape_dtype((B, L, 7), bool), stream(B, L, 7))
 
 ROWS: dict[str, Row] = {
     'Accuracy': Row(tl.Accuracy, SCORES),
     'Add': Row(tl.Add, TWO),
+    'AssertShape': Row(lambda: tl.AssertShape('bld,...d'), TWO),
+    'AssertShape of a layer': Row(lambda: tl.AssertShape('b...d->b...e', tl.Dense(4))),
     'AvgPool': Row(tl.AvgPool, IMAGE, ()),
     'AvgPool same': Row(lambda: tl.AvgPool((3, 3), (2, 2), 'same'), IMAGE, ()),
     'AxialPositions': Row(lambda: tl.AxialPositions((2, 2))),
     'BatchNorm': Row(tl.BatchNorm),
+    'BinaryAccuracy': Row(tl.BinaryAccuracy, CHANCES),
+    'BinaryCrossEntropyLoss': Row(tl.BinaryCrossEntropyLoss, CHANCES),
     'BitsPerByte': Row(lambda: tl.BitsPerByte(bytes_per_token=3.5), SCORES),
     'BlockSparseFF': Row(lambda: tl.BlockSparseFF(12, 3), draws=True),
     'Branch': Row(lambda: tl.Branch(tl.Dense(4), tl.Add()), TWO),
+    'Branch beside nothing': Row(lambda: tl.Branch(None, [tl.Dense(4), tl.Relu()], [])),
     'Chunk': Row(lambda: tl.Chunk(feed_forward(), 3), draws=True),
     'Concatenate': Row(tl.Concatenate, TWO),
     'Conv1D': Row(lambda: tl.Conv1D(4), axes=()),
@@ -118,6 +125,7 @@ ROWS: dict[str, Row] = {
     'FoldHeads': Row(lambda: tl.FoldHeads(2), out=2),
     'Gelu': Row(tl.Gelu),
     'HardSigmoid': Row(tl.HardSigmoid),
+    'L2Loss': Row(tl.L2Loss, THREE),
     'LSHAttention': Row(
         lambda: tl.LSHAttention(n_hashes=2, chunk_len=2, n_buckets=2, masked=True),
         (heads(), heads(), mask()),
@@ -130,6 +138,7 @@ ROWS: dict[str, Row] = {
     ),
     'LayerNorm': Row(lambda: tl.LayerNorm(epsilon=1e-5)),
     'LeakyRelu': Row(tl.LeakyRelu),
+    'LeakyRelu steeper': Row(lambda: tl.LeakyRelu(0.2)),
     'LearnedPositions': Row(lambda: tl.LearnedPositions(L)),
     'LocalAttention': Row(lambda: tl.LocalAttention(2), QKV, (2, 2, 2), 2),
     'LocalConv': Row(lambda: tl.LocalConv(2, (2, 3), n_outputs=2)),
@@ -138,6 +147,7 @@ ROWS: dict[str, Row] = {
     ),
     'LogSoftmax': Row(tl.LogSoftmax),
     'Map': Row(lambda: tl.Map(tl.Serial(tl.BatchNorm(), tl.Dense(4)), 2), TWO),
+    'MaskedSequenceAccuracy': Row(tl.MaskedSequenceAccuracy, SCORES, ()),
     'MaxPool': Row(lambda: tl.MaxPool(padding='same'), IMAGE, ()),
     'Mean': Row(tl.Mean, axes=()),
     'Mean masked': Row(lambda: tl.Mean(masked=True), (stream(), mask()), ()),
@@ -146,7 +156,8 @@ ROWS: dict[str, Row] = {
     'MultiplicativeHead': Row(lambda: tl.MultiplicativeHead(7)),
     'Multiply': Row(tl.Multiply, TWO),
     'Once': Row(lambda: tl.Once(tl.Conv1D(D)), axes=()),  # it takes no next positions
-    'Parallel': Row(lambda: tl.Parallel(tl.Dense(4), None, [tl.Relu()]), TWO),
+    'PaddingMask': Row(lambda: tl.PaddingMask(3), (tokens(),)),
+    'Parallel': Row(lambda: tl.Parallel(tl.Dense(4), None, [tl.Relu()]), (*TWO, stream())),
     'Perplexity': Row(tl.Perplexity, SCORES),
     'RMSNorm': Row(tl.RMSNorm),
     'Relu': Row(tl.Relu),
@@ -179,6 +190,7 @@ ROWS: dict[str, Row] = {
     'SRU': Row(lambda: tl.SRU(6)),
     'Select': Row(lambda: tl.Select([1, 0, 1], n_in=3), (*TWO, stream())),
     'SelfAttention': Row(lambda: tl.SelfAttention(2, rotary=tl.RotaryPositions())),
+    'SequenceAccuracy': Row(tl.SequenceAccuracy, SCORES, ()),
     'Serial': Row(
         lambda: tl.Serial(tl.Dup(), tl.Dense(), tl.Multiply(), tl.Dropout(0.1)), draws=True
     ),
@@ -186,6 +198,8 @@ ROWS: dict[str, Row] = {
     'Sigmoid': Row(tl.Sigmoid),
     'Silu': Row(tl.Silu),
     'SinusoidalPositions': Row(tl.SinusoidalPositions),
+    'SinusoidalPositions trainable': Row(lambda: tl.SinusoidalPositions(max_len=L, trainable=True)),
+    'SmoothL1Loss': Row(tl.SmoothL1Loss, THREE),
     'Softmax': Row(tl.Softmax),
     'Softplus': Row(tl.Softplus),
     'SparseFF': Row(lambda: tl.SparseFF(12, 4), draws=True),

@@ -356,7 +356,10 @@ def test_flatten():
     x = values(2, 3, 4, 5)
     assert (run(tl.Flatten(), x) == x.reshape(2, 60)).all()
     assert (run(tl.Flatten(2), x) == x.reshape(2, 3, 20)).all()
-    assert run(tl.Flatten(), values(2)).shape == (2, 1)
+    with pytest.raises(
+        ValueError, match=r'no axis 1 to join .* shape \(2,\): give first_axis below'
+    ):
+        run(tl.Flatten(), values(2))
 
 
 def test_concatenate_and_split():

@@ -1,0 +1,188 @@
+"""`AssertShape`: what shapes a model's author has in mind, written in the model and checked."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from layercomb.layers.base import Arrays, Layer, Mode, Wrapper, _call_text, _named, _set, _show
+from layercomb.layers.routing import Rearrange
+from layercomb.layers.wiring import check_sublayers
+from layercomb.shapes import Signature, describe
+
+
+class AssertShape(Wrapper, init=False):
+    """Checks the shapes of values, or of what goes in and out of a layer, and changes nothing.
+
+    ``AssertShape('bld,b')`` takes two values off the stack and puts them back.
+    ``AssertShape('bld,b->bd', layer)`` is the layer, whose two inputs and one output are checked.
+    It adds no level to the paths of the weights, and costs nothing at run time: shapes are known
+    before.
+
+    One letter is one axis, and equal letters are equal sizes, wherever they stand; a digit is the
+    size 0 … 9 itself; ``...`` is any number of axes, equal everywhere; commas separate values, and
+    nothing at all is a scalar. Letters mean something new at each call: in ``PREDICT`` a length may
+    be another each time.
+
+    Attributes:
+      spec: the shapes.
+      layer: what is checked; by default what passes values on.
+
+    Raises:
+      ValueError: for a spec that cannot be read, or of another number of values than the layer's;
+        when applied, for shapes that do not fit.
+
+    >>> from layercomb import tl
+    >>> tl.AssertShape('bld->bd', tl.Mean())
+    AssertShape('bld->bd', Mean())
+    >>> tl.AssertShape('bld,b').n_in
+    2
+    """
+
+    spec: str
+
+    def __init__(self, spec: str, layer: Layer | None = None, *, name: str | None = None):
+        _set(self, 'spec', spec)
+        if layer is None:
+            written = str(spec)
+            if '->' in written:
+                raise ValueError(
+                    f'AssertShape: {spec!r} has an arrow, so it is about a layer: give it, '
+                    f'AssertShape({spec!r}, layer), or only check values, '
+                    f'AssertShape({written.split("->")[0]!r})'
+                )
+            layer = _Unchanged(written.count(',') + 1)
+        _set(self, 'layer', layer)
+        _set(self, 'name', name)
+        self.__post_init__()
+
+    n_in = property(lambda self: self.layer.n_in)
+    n_out = property(lambda self: self.layer.n_out)
+    recomputes = property(lambda self: self.layer.recomputes)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        spec = self.spec.replace(' ', '')
+        checks_values = isinstance(self.layer, _Unchanged)
+        before, arrow, after = spec.partition('->')
+        if not checks_values and not arrow:
+            raise ValueError(
+                f'AssertShape: {self.spec!r} says nothing of outputs: write inputs->outputs, such '
+                "as 'bld->bd'"
+            )
+        sides = [('takes', before, self.layer.n_in), ('puts back', after, self.layer.n_out)]
+        for verb, side, n in sides[: 2 if arrow else 1]:
+            specs = _specs(side, n)
+            for one in specs:
+                if not re.fullmatch(r'[A-Za-z0-9]*(\.\.\.[A-Za-z0-9]*)?', one):
+                    raise ValueError(
+                        f'AssertShape: {self.spec!r} cannot be read at {one!r}: a value is '
+                        "letters, digits and at most one '...'; values are separated by ','"
+                    )
+            if len(specs) != n:
+                raise ValueError(
+                    f'AssertShape: {self.spec!r} describes {len(specs)} values that '
+                    f'{type(self.layer).__name__} {verb}, there are {n}'
+                )
+
+    def with_sublayers(self, sublayers: tuple[Layer, ...]) -> Any:
+        """The same around another layer."""
+        check_sublayers(self, sublayers)
+        return self.replace(layer=sublayers[0])
+
+    def replace(self, **changes: Any) -> Any:
+        """The same layer with other values in some fields."""
+        return type(self)(**{'spec': self.spec, 'layer': self.layer, 'name': self.name, **changes})
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        """The inner layer's weights and state."""
+        return self._build(tuple(signature), rng, mode)[1:]
+
+    def _build(self, signature: Signature, rng: Any, mode: Mode) -> Any:
+        sizes = self._check_inputs(signature)
+        outputs, weights, state = self.layer._build(signature, rng, mode)
+        self._check_outputs(outputs, sizes)
+        return outputs, weights, state
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Applies the layer between its checks."""
+        sizes = self._check_inputs(inputs)
+        outputs, state = self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
+        self._check_outputs(outputs, sizes)
+        return outputs, state
+
+    def apply_and_grad(
+        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
+    ):
+        """The layer's own, between the checks."""
+        sizes = self._check_inputs(inputs)
+        made = self.layer.apply_and_grad(
+            weights, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
+        )
+        self._check_outputs(made[0], sizes)
+        return made
+
+    def __repr__(self) -> str:
+        parts = [repr(self.spec)]
+        parts += [] if isinstance(self.layer, _Unchanged) else [_show(self.layer)]
+        return _call_text('AssertShape', [*parts, *_named(self)])
+
+    def _check_inputs(self, values: Any) -> dict[str, Any]:
+        sizes: dict[str, Any] = {}
+        self._check('inputs', self.spec.partition('->')[0], values, sizes)
+        return sizes
+
+    def _check_outputs(self, values: Any, sizes: dict[str, Any]) -> None:
+        if '->' in self.spec:
+            self._check('outputs', self.spec.partition('->')[2], values, sizes)
+
+    def _check(self, which: str, side: str, values: Any, sizes: dict[str, Any]) -> None:
+        """Raises a ValueError unless values fit; writes what letters mean into `sizes`."""
+        if isinstance(self.layer, _Unchanged):
+            which = 'values'
+        specs = _specs(side.replace(' ', ''), len(values))
+        for i, (spec, x) in enumerate(zip(specs, values, strict=True)):
+            wrong = _misfit(spec, tuple(x.shape), sizes)
+            if wrong:
+                of = '' if which == 'values' else f' of {type(self.layer).__name__}'
+                raise ValueError(
+                    f'AssertShape({self.spec!r}): the {which}{of} are {describe(values)}; '
+                    f'in number {i + 1}, {spec!r}, {wrong}'
+                )
+
+
+class _Unchanged(Rearrange):
+    """Passes `n` values on; it stands in an `AssertShape` that is around nothing."""
+
+    n: int
+
+    n_in = property(lambda self: self.n)
+    n_out = property(lambda self: self.n)
+
+    @property
+    def _class_name(self) -> str:
+        return 'AssertShape'
+
+    def pick(self, values: Arrays) -> Arrays:
+        return values
+
+
+def _specs(side: str, n: int) -> list[str]:
+    """The shapes of `n` values; of none, if there is none and nothing is written."""
+    return [] if n == 0 and not side else side.split(',')
+
+
+def _misfit(spec: str, shape: tuple[int, ...], sizes: dict[str, Any]) -> str:
+    """What is wrong with a shape, in words; empty if nothing is. Fills `sizes`."""
+    before, dots, after = spec.partition('...')
+    n = len(before) + len(after)
+    if len(shape) < n or (len(shape) > n and not dots):
+        return f'there should be {"at least " if dots else ""}{n} axes, there are {len(shape)}'
+    stop = len(shape) - len(after)
+    pairs: list[Any] = [*zip(before, shape, strict=False), *zip(after, shape[stop:], strict=True)]
+    pairs += [('...', shape[len(before) : stop])] if dots else []
+    for letter, size in pairs:
+        wanted = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+        if size != wanted:
+            return f'{letter!r} is {size} and should be {wanted}'
+    return ''
