@@ -8,31 +8,47 @@ step before it restorable.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from layercomb import checkpoints
+from layercomb import checkpoints, paths
 from layercomb.checkpoints import Tree, ocp
 from layercomb.errors import UsageError
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of a run, in one directory.
+    """The last `keep` checkpoints of a run, in one directory, which is made at the first save.
 
     Args:
-      directory: where the steps' directories stand; made at the first save.
+      directory: where the steps' directories stand.
       keep: how many steps to keep; older ones are deleted.
+
+    Raises:
+      UsageError: if the directory cannot be, or cannot be written to.
     """
 
     def __init__(self, directory: str | Path, keep: int = 3) -> None:
-        self.directory = Path(directory).absolute()
-        _usable(self.directory)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self.directory, self._keep = paths.local(directory, 'output_dir'), keep
+        paths.check_for_arrays(self.directory)
+        try:
+            paths.check_can_hold(self.directory)
+        except OSError as e:
+            raise _unwritable(self.directory, e) from None
+
+    @cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager, which makes the directory: not before there is something to keep."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            return ocp.CheckpointManager(self.directory, options=options)
+        except OSError as e:
+            raise _unwritable(self.directory, e) from None
 
     def latest(self) -> int | None:
         """The last complete step, or None."""
-        return self._manager.latest_step()
+        return max(_steps(self.directory), default=None)
 
     def save(self, step: int, trees: Mapping[str, Tree], record: Mapping[str, Any]) -> None:
         """Starts to save a step; returns when the arrays may be donated again.
@@ -62,11 +78,13 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk."""
-        self._manager.wait_until_finished()
+        if '_manager' in vars(self):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and lets the background threads go."""
-        self._manager.close()
+        if '_manager' in vars(self):
+            self._manager.close()
 
 
 def latest_weights(
@@ -85,7 +103,7 @@ def latest_weights(
     Raises:
       UsageError: if there is no checkpoint, it is damaged, or it is of another model.
     """
-    directory = Path(run_dir).absolute() / 'checkpoints'
+    directory = paths.local(run_dir, 'run_dir') / 'checkpoints'
     step = max(_steps(directory), default=None)
     if step is None:
         raise UsageError(f'no checkpoint in {str(run_dir)!r}: give the output_dir of a run')
@@ -94,14 +112,10 @@ def latest_weights(
     return trees['weights'], trees['state'], step
 
 
-def _usable(directory: Path) -> None:
-    """Raises UsageError where no directory can be."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UsageError(
-            f'cannot write to {str(directory)!r} ({e.strerror}): choose another output_dir'
-        ) from None
+def _unwritable(directory: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f'cannot write to {str(directory)!r} ({error.strerror}): choose another output_dir'
+    )
 
 
 def _steps(directory: Path) -> list[int]:

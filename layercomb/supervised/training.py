@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb import trees
+from layercomb import paths, trees
 from layercomb.errors import UsageError, of_the_machine, require
 from layercomb.layers.base import Layer, Mode, Tree, init_state
 from layercomb.model import Model, check_tokens, seeded
@@ -90,7 +90,7 @@ class Loop:
             self._net, train_task.loss, self._optimizer,
             train_task.accumulate, train_task.loss_chunk_len,
         )  # fmt: skip
-        self._directory = None if output_dir is None else Path(output_dir)
+        self._directory = None if output_dir is None else paths.local(output_dir, 'output_dir')
         self._checkpoints: Checkpoints | None = None
         if self._directory is not None:
             from layercomb.supervised.checkpoints import Checkpoints  # needs orbax
