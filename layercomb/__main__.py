@@ -25,7 +25,7 @@ def wants_huge_pages(environment: dict[str, str], arguments: list[str]) -> bool:
     if platform.libc_ver()[0] != 'glibc':
         return False
     try:
-        return '[madvise]' in _KERNEL.read_text()
+        return '[madvise]' in _KERNEL.read_text('utf-8')
     except OSError:
         return False
 

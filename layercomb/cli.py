@@ -266,7 +266,7 @@ class Config:
 
     def __init__(self, gin: Any):
         self._gin = gin
-        self.text: str = includes.dynamic_first(gin.config_str())
+        self.text: str = includes.written(gin, gin.config_str)
 
     def build(self) -> Any:
         """The experiment."""
@@ -286,7 +286,7 @@ class Config:
         The latter has what nobody bound, too: the defaults of everything built so far.
         """
         (directory / runs.CONFIG).write_text(self.text, encoding='utf-8')
-        operative = includes.dynamic_first(self._gin.operative_config_str())
+        operative = includes.written(self._gin, self._gin.operative_config_str)
         (directory / runs.OPERATIVE).write_text(operative, encoding='utf-8')
 
     def value(self, name: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.resources
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ class Includes:
     def imports(self) -> str:
         """The imports of all that was parsed; where two give one name, the outer file's is last."""
         lines = [line for text in reversed(self._texts) for line in _IMPORT.findall(text)]
-        return dynamic_first('\n'.join(dict.fromkeys(lines)))
+        return '\n'.join(
+            sorted(dict.fromkeys(lines), key=lambda x: not x.startswith('from __gin__'))
+        )
 
     def _include(self, name: str, skip_unknown: Any = False, *_: Any) -> Any:
         """What gin calls for a file by its name."""
@@ -65,17 +67,23 @@ class Includes:
         return self._gin.config.ParsedConfigFileIncludesAndImports(str(file), imports, includes)
 
 
-def dynamic_first(text: str) -> str:
-    """A configuration whose ``from __gin__ …`` stands above other imports, as gin demands.
+def written(gin: Any, write: Callable[[], str]) -> str:
+    """What gin writes of a configuration, as gin can read it again.
 
-    Gin itself writes imports in the order of ASCII, where a module in capitals precedes ``_``.
-
-    >>> dynamic_first('import Mine\\nfrom __gin__ import dynamic_registration')
-    'from __gin__ import dynamic_registration\\nimport Mine'
+    Gin sorts imports as ASCII does, where a module in capitals comes before ``__gin__``, and then
+    refuses what it wrote, since its own imports must come first.
     """
-    lines = text.split('\n')
-    first = [line for line in lines if line.startswith('from __gin__ ')]
-    return '\n'.join([*dict.fromkeys(first), *(line for line in lines if line not in first)])
+    manager = gin.config.ImportManager
+    own = manager.sorted_imports
+
+    def order(statement: Any) -> tuple[bool, str]:
+        return not statement.module.startswith('__gin__.'), statement.module
+
+    manager.sorted_imports = property(lambda self: sorted(self.imports, key=order))
+    try:
+        return write()
+    finally:
+        manager.sorted_imports = own
 
 
 def library() -> dict[str, Path]:
@@ -106,9 +114,9 @@ def _find(name: str, includer: Path) -> Path:
     file = paths.local(name, 'include', includer.parent)
     if file.is_file():
         return file
-    known: Sequence[str] = tuple(library())
+    known = library()
     if name.removesuffix('.gin') in known:
-        return library()[name.removesuffix('.gin')]
+        return known[name.removesuffix('.gin')]
     raise UsageError(
         f'{includer.name} includes {name!r}, and there is no file {str(file)!r}: check its path, '
         f'which goes from {str(includer.parent)!r}, or name one of {", ".join(known)}'

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 def any_console() -> Iterator[None]:
     """Standard output and error take any text, so that no letter ends a command.
 
-    What their encoding lacks becomes a '?', in messages on standard error its number. Where there is no stream, as for a
-    Windows program without a console, or it is closed, text goes nowhere. The streams are those of
-    the moment, and are given back as they were.
+    What their encoding lacks becomes a '?', and on standard error its number. Where there is no
+    stream, as for a Windows program without a console, or it is closed, text goes nowhere. The
+    streams are those of the moment, and are given back as they were.
     """
     with contextlib.ExitStack() as stack:
         for name, errors in (('stdout', 'replace'), ('stderr', 'backslashreplace')):

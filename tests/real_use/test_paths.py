@@ -240,25 +240,32 @@ def test_the_split_of_a_file_does_not_depend_on_how_its_folder_is_named(here):
         assert list(data.text_files('../here/*.txt', split)) == by_name
 
 
-NAMES = ['läuf 100% #1?&x', '模型', "it's {x} $a$b_$c", 'new\nline', ' spaces ', 'a b:']
+NAMES = [
+    'läuf 100% #1?&x',
+    Path('模型'),
+    b"it's {x} $a$b_$c",
+    'new\nline',
+    Path(' spaces '),
+    b'a b:',
+]
 
 
 @pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('kind', [str, Path, os.fsencode], ids=['str', 'Path', 'bytes'])
-def test_any_name_is_a_directory(tmp_path, name, kind):
-    run = tmp_path / name
-    loop(kind(run)).run(1)
+def test_any_name_is_a_directory(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / os.fsdecode(name)
+    loop(name).run(1)
     assert loop(run).step == 1
     assert {'checkpoints', 'metrics.jsonl', 'report.png'} <= {path.name for path in run.iterdir()}
-    model().save(kind(run / 'model'))
+    assert [path.name for path in tmp_path.iterdir()] == [os.fsdecode(name)]
+    model().save(run / 'model')
     assert model().load(run / 'model').weights is not None
-    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_name_that_is_no_utf8_is_refused_where_the_arrays_go(tmp_path):
     strange = os.path.join(os.fsencode(tmp_path), b'x\xff')
     for write in (loop, lambda path: model().save(path)):
-        with pytest.raises(UsageError, match='is no UTF-8, and checkpoints need one that is'):
+        with pytest.raises(UsageError, match=r'is no UTF-8, and checkpoints need one that is'):
             write(strange)
     assert below(tmp_path) == []
 
@@ -291,7 +298,7 @@ def test_no_directory_is_made_below_a_file(tmp_path, entrance, where):
 @pytest.mark.parametrize('entrance', [name for name in WRITES if name != 'save_weights'])
 def test_a_file_where_a_directory_is_wanted(tmp_path, entrance):
     (tmp_path / 'file').write_text('dear')
-    with pytest.raises(UsageError, match='Not a directory|File exists|is not empty'):
+    with pytest.raises(UsageError, match=r'Not a directory|File exists|is not empty'):
         WRITES[entrance](tmp_path / 'file')
     assert (tmp_path / 'file').read_text() == 'dear' and below(tmp_path) == ['file']
 
@@ -306,7 +313,7 @@ def test_a_link_to_nothing_is_no_directory(tmp_path):
 def test_a_directory_where_a_file_is_wanted(tmp_path):
     for write in (lambda: save_weights(tmp_path, {'x': np.ones(3)}), lambda: load_weights(tmp_path),
                   lambda: data.enwik8(tmp_path)):  # fmt: skip
-        with pytest.raises(UsageError, match='[Ii]s a directory|os error'):
+        with pytest.raises(UsageError, match=r'[Ii]s a directory|os error'):
             write()
     assert below(tmp_path) == []
 
@@ -321,7 +328,7 @@ def test_a_place_that_nobody_may_write_to(tmp_path, monkeypatch, entrance):
         place = tmp_path / 'locked' / 'run'
     if entrance == 'MetricsLog':
         monkeypatch.setattr(Path, 'mkdir', _refuse(errno.EROFS))
-    with pytest.raises(UsageError, match='Permission denied|No such file|Read-only file system'):
+    with pytest.raises(UsageError, match=r'Permission denied|No such file|Read-only file system'):
         WRITES[entrance](place)
     assert below(tmp_path) == ['locked']
 
@@ -403,7 +410,6 @@ def test_a_tilde_in_a_binding_of_the_launcher(here, capsys):
         'data.packed.source = @data.text_files()\ndata.packed.length = 8\n'
         "data.packed.batch_size = 2\ndata.text_files.pattern = '~/texts/*.txt'\n"
     )
-    assert cli.main(['inspect', str(config)]) == 0
     for binding, said in {
         "text_files.pattern='gs://bucket/*'": "pattern='gs://bucket/*' is a URL",
         "text_files.pattern=''": 'pattern is empty',
@@ -415,7 +421,6 @@ def test_a_tilde_in_a_binding_of_the_launcher(here, capsys):
     assert (
         cli.main(['train', str(config), '--output_dir=~/run', '--gin_param', 'train.steps=1']) == 0
     )
-    assert cli.main(['inspect', '~/run']) == 0
     assert (texts.parent / 'run' / 'config.gin').is_file() and below(here) == ['mine.gin']
 
 
@@ -425,7 +430,7 @@ def test_kernels_are_not_kept_in_a_relative_cache(here, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', 'cache')  # which the XDG specification says to ignore
     assert build._cache() == here.parent / 'home' / '.cache'
     monkeypatch.setattr(os.path, 'expanduser', lambda path: path)  # nobody knows the home
-    with pytest.raises(build.Unavailable, match='no home directory .*: set XDG_CACHE_HOME'):
+    with pytest.raises(build.Unavailable, match=r'no home directory .*: set XDG_CACHE_HOME'):
         build._cache()
 
 
