@@ -285,9 +285,9 @@ class Config:
 
         The latter has what nobody bound, too: the defaults of everything built so far.
         """
-        (directory / runs.CONFIG).write_text(self.text, encoding='utf-8')
+        runs.write_text(directory / runs.CONFIG, self.text)
         operative = includes.written(self._gin, self._gin.operative_config_str)
-        (directory / runs.OPERATIVE).write_text(operative, encoding='utf-8')
+        runs.write_text(directory / runs.OPERATIVE, operative)
 
     def value(self, name: str) -> Any:
         """One argument of `train` alone, without building the others."""

@@ -69,6 +69,17 @@ def read_text(path: Path) -> str:
         raise UsageError(f'cannot read {str(path)!r}: {not_utf8(e)}: save it as UTF-8') from None
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of text, whole or not at all: half a configuration is of another experiment."""
+    unfinished = path.with_name(f'.{path.name}')
+    try:
+        unfinished.write_text(text, encoding='utf-8')
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
 def not_utf8(error: UnicodeDecodeError) -> str:
     """Where text stops to be UTF-8: 'byte 0xff at 0 is no UTF-8'."""
     return f'byte 0x{error.object[error.start]:02x} at {error.start} is no UTF-8'

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -238,6 +241,22 @@ def test_a_name_that_two_files_import_differently_is_the_outer_one_for_bindings(
     assert lines[-1] == 'from layercomb import losses as t'
     experiment, kept = built(write(conf, f"{text}include 'base.gin'\n"))
     assert built(write(conf, kept, 'kept.gin'))[0].model == experiment.model
+
+
+def test_a_full_disk_leaves_no_half_a_configuration(conf, capsys, monkeypatch):
+    mine = write(conf, "include 'base.gin'\ncli.train.steps = 1\n")
+    half = Path.write_text
+
+    def full(path, text, encoding=None):
+        half(path, text[:20], encoding=encoding)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'write_text', full)
+        said = refused(capsys, 'train', mine, '--output_dir', 'run')
+    assert 'No space left on device' in said and 'choose another --output_dir' in said
+    assert not list((conf.parent / 'elsewhere' / 'run').iterdir())
+    assert cli.main(['train', mine, '--output_dir', 'run']) == 0
 
 
 def test_gin_itself_is_left_as_it_was(conf):

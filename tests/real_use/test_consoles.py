@@ -120,6 +120,21 @@ def test_a_process_whose_standard_output_is_full():
     assert b'Traceback' not in done.stderr
 
 
+def test_a_file_does_not_get_the_number_of_a_closed_standard_stream(tmp_path):
+    code = (
+        'import os\n'
+        'from layercomb.__main__ import hold_descriptors\n'
+        'for descriptor in (0, 1, 2):\n'
+        '    os.close(descriptor)\n'
+        'hold_descriptors()\n'
+        f'with open({str(tmp_path / "x")!r}, "w", encoding="utf-8") as file:\n'
+        '    os.write(2, b"what a library in C prints")\n'
+        '    os._exit(0 if file.fileno() > 2 else 1)\n'
+    )
+    assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+    assert (tmp_path / 'x').read_bytes() == b''
+
+
 def from_standard_input(monkeypatch, given, encoding='utf-8'):
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(given), encoding))
     return terminal.read_prompt(None, None, True)
