@@ -25,13 +25,26 @@ def wants_huge_pages(environment: dict[str, str], arguments: list[str]) -> bool:
     if platform.libc_ver()[0] != 'glibc':
         return False
     try:
-        return '[madvise]' in _KERNEL.read_text()
+        return '[madvise]' in _KERNEL.read_text('utf-8')
     except OSError:
         return False
 
 
+def hold_descriptors() -> None:
+    """Opens what of standard input, output and error is closed (``>&-``), to nowhere.
+
+    The next file to be opened would get its number, and what libraries print there.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
 def launch() -> None:
     """Runs the launcher, with huge pages where they help, and exits with its code."""
+    hold_descriptors()
     if wants_huge_pages(dict(os.environ), sys.argv[1:]):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, 'GLIBC_TUNABLES': HUGE_PAGES})
     sys.exit(main())

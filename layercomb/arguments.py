@@ -93,7 +93,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 def _generate_options(add: Any) -> None:
     add('-', dest='stdin', action='store_true', help='continue what standard input says')
     add('--prompt', help='what to continue; an encoder-decoder reads it, and answers')
-    add('--prompt_file', help='a file to continue, or to read and answer')
+    add('--prompt_file', help='a file in UTF-8 to continue, or to read and answer')
     add('--n_tokens', type=int, default=300, help='how many tokens to make (%(default)s)')
     add(
         '--temperature',

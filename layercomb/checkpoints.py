@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +19,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.errors import UsageError, require
+from layercomb import paths
+from layercomb.errors import UsageError, of_the_machine, require
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 else:
     ocp = require('orbax.checkpoint', 'train')
+
+# Its threads log tracebacks of errors that are raised as well, and said in a line where it matters.
+logging.getLogger('absl').addFilter(lambda r: r.exc_info is None or 'orbax' not in r.pathname)
 
 Tree = Any  # nested containers of arrays, or of jax.ShapeDtypeStruct
 Kinds = dict[str, str]  # path -> 'float32[4,5]'
@@ -39,7 +44,7 @@ class _CheckedHandler(ocp.StandardCheckpointHandler):
         """Called in the background, when all files are there and before the step is renamed."""
         super().finalize(directory)
         path = Path(directory)
-        (path / _CHECKSUMS).write_text(json.dumps(_file_checksums(path)))
+        (path / _CHECKSUMS).write_text(json.dumps(_file_checksums(path)), encoding='utf-8')
 
 
 @ocp.args.register_with_handler(_CheckedHandler, for_save=True)
@@ -62,13 +67,19 @@ def save_tree(directory: str | Path, tree: Tree) -> None:
       tree: nested dicts of arrays.
 
     Raises:
-      UsageError: if the directory holds anything.
+      UsageError: if the directory holds anything, or cannot be written.
     """
-    path = Path(directory).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f'{str(directory)!r} is not empty: save to a new directory, or empty it')
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=save_args({'tree': tree}, {}), force=path.exists())
+    path = paths.local(directory, 'directory')
+    paths.check_for_arrays(path)
+    with of_the_machine('free some space, or save elsewhere'):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f'{str(path)!r} is not empty: save to a new directory, or empty it')
+        paths.check_can_hold(path)
+        with (
+            paths.whole(path) as folder,
+            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+        ):
+            checkpointer.save(folder, args=save_args({'tree': tree}, {}))
 
 
 def load_tree(directory: str | Path, abstract: Tree) -> Tree:
@@ -84,10 +95,11 @@ def load_tree(directory: str | Path, abstract: Tree) -> Tree:
     Raises:
       UsageError: if nothing was saved there, it is damaged, or it is another tree.
     """
-    path = Path(directory).absolute()
-    if not (path / _RECORD).is_dir():
-        raise UsageError(f'{str(directory)!r} holds no saved weights: check the path')
-    trees, _ = read(path, {'tree': abstract}, cure='save it again')
+    path = paths.local(directory, 'directory')
+    with of_the_machine('check the path'):
+        if not (path / _RECORD).is_dir():
+            raise UsageError(f'{str(path)!r} holds no saved weights: check the path')
+        trees, _ = read(path, {'tree': abstract}, cure='save it again')
     return trees['tree']
 
 
@@ -117,6 +129,7 @@ def read(path: Path, abstract: Mapping[str, Tree], cure: str) -> tuple[dict[str,
     Raises:
       UsageError: if a file is damaged, or the trees are others.
     """
+    paths.check_for_arrays(path)
     saved = {name: tree for name, tree in abstract.items() if jax.tree.leaves(tree)}
     plain = {name: jax.tree.map(_without_key, tree) for name, tree in saved.items()}
     record = read_record(path, cure)
@@ -165,7 +178,7 @@ def read_record(path: Path, cure: str) -> dict[str, Any]:
       UsageError: if it cannot be read, or its checksum is another.
     """
     try:
-        sealed = json.loads((path / _RECORD / 'metadata').read_text())
+        sealed = json.loads((path / _RECORD / 'metadata').read_text('utf-8'))
         if zlib.crc32(sealed['text'].encode()) == sealed['crc32']:
             return json.loads(sealed['text'])
     except (OSError, ValueError, TypeError, KeyError):
@@ -176,7 +189,7 @@ def read_record(path: Path, cure: str) -> dict[str, Any]:
 def _verify(path: Path, name: str, cure: str) -> None:
     """Raises UsageError unless every file of one tree is what was written."""
     try:
-        expected = json.loads((path / name / _CHECKSUMS).read_text())
+        expected = json.loads((path / name / _CHECKSUMS).read_text('utf-8'))
     except (OSError, ValueError):
         raise _damaged(path, f'{name}/{_CHECKSUMS} cannot be read', cure) from None
     found = _file_checksums(path / name)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import importlib.resources
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from layercomb import arguments, runs, terminal, transforms
+from layercomb import arguments, includes, paths, runs, terminal, transforms
 from layercomb.data import checks
 from layercomb.errors import UsageError, of_the_machine, of_the_person, one_line, require
 from layercomb.layers.base import Layer
@@ -65,6 +64,7 @@ def train(
     )
 
 
+@terminal.any_console()
 def main(command_line: Sequence[str] | None = None) -> int:
     """Runs the launcher.
 
@@ -77,8 +77,10 @@ def main(command_line: Sequence[str] | None = None) -> int:
     parsed = argparse.Namespace(run=None)
     try:
         parsed = arguments.parser(_COMMANDS).parse_args(command_line)
-        with terminal.plain_warnings():
+        cure = 'put that right, and run the same again'
+        with terminal.plain_warnings(), of_the_machine(cure):
             parsed.run(parsed)
+            terminal.flush()
     except UsageError as e:
         print(f'layercomb: {one_line(e)}', file=sys.stderr)  # gin adds lines of its own
         return 2
@@ -96,8 +98,10 @@ def run_train(options: argparse.Namespace) -> None:
     from layercomb.supervised import Loop
 
     source = find_config(options.config)
-    directory = Path(options.output_dir or Path('runs') / source.stem)
-    with configured(runs.read_text(source), options.gin_param, source.name) as config:
+    named = options.output_dir
+    directory = paths.local(Path('runs') / source.stem if named is None else named, '--output_dir')
+    text = runs.read_text(source)
+    with configured(text, options.gin_param, source.name, source) as config:
         experiment = config.build()
         runs.check_directory(directory, config.text, bool(options.allow_changes))
         with of_the_person():
@@ -115,6 +119,7 @@ def run_train(options: argparse.Namespace) -> None:
                 allow_changes=options.allow_changes,
             )
             with of_the_machine('choose another --output_dir'):
+                directory.mkdir(parents=True, exist_ok=True)
                 config.write(directory)
         row = loop.run(experiment.steps)
         cure = 'it is trained and saved; put that right, and run the same again'
@@ -126,8 +131,8 @@ def run_eval(options: argparse.Namespace) -> None:
     """``layercomb eval RUN_DIR``: measures a trained model, perhaps under other bindings."""
     from layercomb.supervised import evaluate
 
-    text = runs.config_of(options.run_dir)
-    with configured(text, options.gin_param, options.run_dir) as config:
+    file = runs.config_file(options.run_dir)
+    with configured(runs.read_text(file), options.gin_param, options.run_dir, file) as config:
         experiment = config.build()
         with of_the_person():
             experiment.check()
@@ -166,11 +171,11 @@ def run_inspect(options: argparse.Namespace) -> None:
     from layercomb.summary import summary
 
     if runs.is_run(options.config):
-        text, name = runs.config_of(options.config), options.config
+        source, name = runs.config_file(options.config), options.config
     else:
         source = find_config(options.config)
-        text, name = runs.read_text(source), source.name
-    with configured(text, options.gin_param, name) as config:
+        name = source.name
+    with configured(runs.read_text(source), options.gin_param, name, source) as config:
         experiment = config.build()
         with of_the_person():
             signature = experiment.batch_signature()
@@ -195,9 +200,9 @@ def run_serve(options: argparse.Namespace) -> None:
             max_queue=options.max_queue,
         )
         names = hosts.allowed(options.allowed_hosts) if options.allowed_hosts else ()
+    name = paths.shown(paths.local(options.run_dir, 'run_dir').resolve().name)
     with serving.bound(options.host, options.port) as socket:  # a taken port is known at once
         model, tokenizer = trained(options.run_dir, options.gin_param, options.bits)
-        name = Path(options.run_dir).resolve().name
         serving.run(model, tokenizer, name, limits, socket, names)
 
 
@@ -232,7 +237,8 @@ def trained(
     Raises:
       UsageError: if there is no such run, or no tokenizer to make text with.
     """
-    with configured(runs.config_of(run_dir), bindings, run_dir) as config:
+    file = runs.config_file(run_dir)
+    with configured(runs.read_text(file), bindings, run_dir, file) as config:
         net, tokenizer = config.value('model'), config.value('tokenizer')
         if not isinstance(net, Layer):
             raise UsageError(f'{run_dir!r} has no model: bind train.model')
@@ -264,7 +270,7 @@ class Config:
 
     def __init__(self, gin: Any):
         self._gin = gin
-        self.text: str = gin.config_str()
+        self.text: str = includes.written(gin, gin.config_str)
 
     def build(self) -> Any:
         """The experiment."""
@@ -283,8 +289,9 @@ class Config:
 
         The latter has what nobody bound, too: the defaults of everything built so far.
         """
-        (directory / runs.CONFIG).write_text(self.text, encoding='utf-8')
-        (directory / runs.OPERATIVE).write_text(self._gin.operative_config_str(), encoding='utf-8')
+        runs.write_text(directory / runs.CONFIG, self.text)
+        operative = includes.written(self._gin, self._gin.operative_config_str)
+        runs.write_text(directory / runs.OPERATIVE, operative)
 
     def value(self, name: str) -> Any:
         """One argument of `train` alone, without building the others."""
@@ -298,30 +305,40 @@ class Config:
 
 
 @contextlib.contextmanager
-def configured(text: str, bindings: Sequence[str], name: str) -> Iterator[Config]:
+def configured(
+    text: str, bindings: Sequence[str], name: str, file: Path | None = None
+) -> Iterator[Config]:
     """Parses a configuration and then further bindings, such as ``train.steps=100``.
+
+    Args:
+      text: the configuration.
+      bindings: what goes before it; includes there go from the directory of the process.
+      name: what messages call it.
+      file: where it stands: beside it lies what it includes.
 
     Raises:
       UsageError: if something in it is unknown, or does not parse.
     """
     gin = require('gin', 'train')
-    gin.clear_config(clear_constants=True)
-    imports = '\n'.join(re.findall(r'^(?:from|import) .*$', text, re.MULTILINE))
+    gin.clear_config()
+    parser = includes.Includes(gin)
     try:
         with _parsing(f'in {name}'):
-            gin.parse_config(text)
+            parser.parse(text, file or Path(name))
         for binding in bindings:
             with _parsing(f'in --gin_param {binding!r}'):
+                terminal.check_text(binding, '--gin_param')
+                imports = parser.imports
                 try:
-                    gin.parse_config(binding)
+                    parser.parse(binding, Path('--gin_param'))
                 except ValueError:  # what the file does not mention is reached by its imports
                     if "doesn't have a parameter" in str(sys.exc_info()[1]):
                         raise
-                    gin.parse_config(f'{imports}\n{binding}')
+                    parser.parse(f'{imports}\n{binding}', Path('--gin_param'))
         gin.finalize()
         yield Config(gin)
     finally:
-        gin.clear_config(clear_constants=True)
+        gin.clear_config()
 
 
 @contextlib.contextmanager
@@ -331,6 +348,7 @@ def _parsing(where: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as e:
+        where = includes.place(e) or where
         raise UsageError(f'{one_line(e)} ({where}){_nearest(e)}') from e
 
 
@@ -340,14 +358,14 @@ def find_config(name: str) -> Path:
     Raises:
       UsageError: if there is none, listing those there are.
     """
-    with of_the_machine('check the path'):
-        if Path(name).is_file():
-            return Path(name)
-    folder = Path(str(importlib.resources.files('layercomb.gin_configs')))
-    known = sorted(path.stem for path in folder.glob('*.gin'))
+    known = includes.library()
     stem = name.removesuffix('.gin')
-    if stem in known:
-        return folder / f'{stem}.gin'
+    with of_the_machine('check the path'):
+        if stem in known and not Path(name).is_file():
+            return known[stem]
+        path = paths.local(name, 'config')
+        if path.is_file():
+            return path
     raise UsageError(
         f'no configuration {name!r}: give the path of a .gin file, or one of {", ".join(known)}'
     )

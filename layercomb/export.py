@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import jax.export
 import jax.numpy as jnp
 
 import layercomb_kernels
-from layercomb import trees
+from layercomb import paths, trees
 from layercomb.errors import UsageError, of_the_machine, require
 from layercomb.interop.safetensors import save_weights
 from layercomb.layers.base import Mode
@@ -87,7 +85,7 @@ def continued(prompt, n_tokens):
     return made
 
 arrays = load_file('model.safetensors')
-layout = json.loads(Path('decode_step.json').read_text())
+layout = json.loads(Path('decode_step.json').read_text('utf-8'))
 weights = {{w['path']: arrays[w['name']][tuple(w['index'])] for w in layout['weights']}}
 start, step = program('decode_init.bin'), jax.jit(program('decode_step.bin'), donate_argnums=1)
 ```
@@ -121,8 +119,14 @@ def write(
     """
     require('flatbuffers', 'export')  # jax would ask for it as late as in serialize
     batch_size, max_len = whole('batch_size', batch_size), _room(model, max_len)
+    path = paths.local(out, 'out')
+    with of_the_machine('choose another directory'):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f'{str(path)!r} is not empty: export to a new directory, or empty it')
+        paths.check_can_hold(path)
     programs = decode_programs(model, batch_size, max_len)
-    with _whole(Path(out)) as folder, of_the_machine('free some space, or write elsewhere'):
+    with of_the_machine('free some space, or write elsewhere'), paths.whole(path) as folder:
+        folder.mkdir()
         save_weights(folder / 'model.safetensors', model.weights or {})
         if jax.tree.leaves(model.state):
             save_weights(folder / 'state.safetensors', model.state)
@@ -249,22 +253,3 @@ def _readme(model: Model, layout: dict[str, Any]) -> str:
         room=layout['max_len'],
         vocab_size=layout['vocab_size'],
     )
-
-
-@contextlib.contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A directory to write into, which gets its name at the end, or vanishes."""
-    with of_the_machine('choose another directory'):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f'{str(out)!r} is not empty: export to a new directory, or empty it')
-        folder = out.absolute().with_name(f'.{out.absolute().name}.{os.getpid()}')
-        folder.mkdir(parents=True)
-    try:
-        yield folder
-        with of_the_machine('choose another directory'):
-            if out.exists():
-                out.rmdir()
-            folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from layercomb import paths
 from layercomb.errors import UsageError, of_the_machine, of_the_person
 from layercomb.layers.base import Layer
 from layercomb.model import Model
@@ -27,8 +28,9 @@ def is_run(directory: str | Path) -> bool:
     Raises:
       UsageError: if the machine will not say.
     """
+    folder = paths.local(directory, 'run_dir')
     with of_the_machine('check the path'):
-        return (Path(directory) / CONFIG).is_file()
+        return (folder / CONFIG).is_file()
 
 
 def config_of(run_dir: str | Path) -> str:
@@ -37,19 +39,50 @@ def config_of(run_dir: str | Path) -> str:
     Raises:
       UsageError: if there is no run, or it cannot be read.
     """
+    return read_text(config_file(run_dir))
+
+
+def config_file(run_dir: str | Path) -> Path:
+    """Where the configuration of a run stands.
+
+    Raises:
+      UsageError: if there is no run.
+    """
     if not is_run(run_dir):
         raise UsageError(
             f'{str(run_dir)!r} holds no run ({CONFIG} is missing): give the output_dir of one'
         )
-    return read_text(Path(run_dir) / CONFIG)
+    return paths.local(run_dir, 'run_dir') / CONFIG
 
 
 def read_text(path: Path) -> str:
-    """A file of text, or a UsageError that says why it cannot be read."""
+    """A file of text in UTF-8, its mark left out and its lines ended by a newline alone.
+
+    Raises:
+      UsageError: if it cannot be read, or is other text.
+    """
     try:
-        return path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e:
+        return path.read_text(encoding='utf-8-sig')
+    except OSError as e:
         raise UsageError(f'cannot read {str(path)!r} ({e}): check the path') from None
+    except UnicodeDecodeError as e:
+        raise UsageError(f'cannot read {str(path)!r}: {not_utf8(e)}: save it as UTF-8') from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of text, whole or not at all: half a configuration is of another experiment."""
+    unfinished = path.with_name(f'.{path.name}')
+    try:
+        unfinished.write_text(text, encoding='utf-8')
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """Where text stops to be UTF-8: 'byte 0xff at 0 is no UTF-8'."""
+    return f'byte 0x{error.object[error.start]:02x} at {error.start} is no UTF-8'
 
 
 def last_model(run_dir: str | Path, net: Layer, signature: Any) -> tuple[Model, int]:
@@ -92,6 +125,7 @@ def check_directory(directory: Path, text: str, allow_changes: bool = False) -> 
             raise UsageError(
                 f'{str(directory)!r} is not empty and holds no run: choose another --output_dir'
             )
+        paths.check_can_hold(directory)
 
 
 def _same_experiment(directory: Path, text: str) -> None:

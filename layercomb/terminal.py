@@ -13,14 +13,50 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layercomb import runs
+from layercomb import paths, runs
 from layercomb.data.adapted import adapted
-from layercomb.errors import UsageError, UsageWarning, of_the_person
+from layercomb.errors import UsageError, UsageWarning, of_the_machine, of_the_person
 from layercomb.model import Model
 
 if TYPE_CHECKING:
     from layercomb.experiment import Experiment
     from layercomb.supervised import Loop
+
+
+@contextlib.contextmanager
+def any_console() -> Iterator[None]:
+    """Standard output and error take any text, so that no letter ends a command.
+
+    What their encoding lacks becomes a '?', and on standard error its number. Where there is no
+    stream, as for a Windows program without a console, or it is closed, text goes nowhere. The
+    streams are those of the moment, and are given back as they were.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, errors in (('stdout', 'replace'), ('stderr', 'backslashreplace')):
+            stream: Any = getattr(sys, name)
+            if stream is None or getattr(stream, 'closed', False):
+                nowhere = stack.enter_context(open(os.devnull, 'w', encoding='utf-8'))
+                stack.callback(setattr, sys, name, stream)
+                setattr(sys, name, nowhere)
+            elif hasattr(stream, 'reconfigure'):
+                stack.callback(_give_back, stream, stream.errors)
+                stream.reconfigure(errors=errors)
+        yield
+
+
+def flush() -> None:
+    """Writes what was printed, so that a full disk or a closed pipe shows while it can be said."""
+    sys.stdout.flush()
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises UsageError where an argument of the command line was no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f'{what} {text!r} is no UTF-8: check the encoding of the terminal'
+        ) from None
 
 
 def read_prompt(text: str | None, file: str | None, from_stdin: bool) -> str:
@@ -32,15 +68,38 @@ def read_prompt(text: str | None, file: str | None, from_stdin: bool) -> str:
     if (text is not None) + (file is not None) + from_stdin != 1:
         raise UsageError("give one of --prompt TEXT, --prompt_file FILE, or '-' (standard input)")
     if from_stdin:
-        try:
-            text = sys.stdin.read()
-        except UnicodeDecodeError as e:
-            raise UsageError(f'standard input is no text ({e}): check its encoding') from None
+        text = _standard_input()
     elif file is not None:
-        text = runs.read_text(Path(file))
+        text = runs.read_text(paths.local(file, '--prompt_file'))
     if not text:
         raise UsageError('the prompt is empty: give at least one character to continue')
+    check_text(text, 'the prompt')
     return text
+
+
+def _standard_input() -> str:
+    """All of standard input, with lines as `runs.read_text` ends them.
+
+    Where it comes as bytes, it is UTF-8, as files are, or else what the stream declares.
+    """
+    stream = sys.stdin
+    if stream is None or stream.closed:
+        raise UsageError('there is no standard input: give --prompt TEXT or --prompt_file FILE')
+    with of_the_machine('give --prompt TEXT or --prompt_file FILE'):
+        given: str | bytes = (getattr(stream, 'buffer', None) or stream).read()
+    text = given if isinstance(given, str) else _decoded(given, stream.encoding or 'ascii')
+    return text.replace('\r\n', '\n').replace('\r', '\n')
+
+
+def _decoded(given: bytes, declared: str) -> str:
+    try:
+        return given.decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        try:
+            return given.decode(declared)
+        except UnicodeDecodeError:
+            cause = f'standard input: {runs.not_utf8(e)}'
+            raise UsageError(f'{cause}: convert it to UTF-8') from None
 
 
 def write_stream(prompt: Sequence[int], tokens: Iterator[np.ndarray], tokenizer: Any) -> None:
@@ -93,7 +152,7 @@ def plain_warnings() -> Iterator[None]:
 
 def stop_writing() -> None:
     """Lets standard output go to nowhere, once whoever read it has gone (``| head``)."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _to_nowhere(sys.stdout)
 
 
 def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], directory: Path) -> None:
@@ -134,6 +193,19 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
             print(prompt)
         write_text([] if 'inputs' in start else start['prompts'][0], tokens, tokenizer)
     print(f'\nkept in {directory}: report.png, metrics.jsonl, checkpoints, TensorBoard events')
+
+
+def _give_back(stream: Any, errors: str) -> None:
+    """Ends the patience of a stream; what it could not write till now, it will not write."""
+    try:
+        stream.reconfigure(errors=errors)
+    except (OSError, ValueError):
+        _to_nowhere(stream)
+
+
+def _to_nowhere(stream: Any) -> None:
+    with contextlib.suppress(OSError, ValueError):  # one in memory has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _text(decoder: Any, tokens: Any, final: bool = False) -> str:

@@ -55,7 +55,7 @@ def library_path() -> Path:
     """Where the compiled kernels of this machine are kept.
 
     Raises:
-      Unavailable: if there is no compiler.
+      Unavailable: if there is no compiler, or no place for a user's cache.
     """
     parts = [
         *(path.read_text(encoding='utf-8') for path in [*SOURCES, *HEADERS]),
@@ -64,8 +64,15 @@ def library_path() -> Path:
         _processor(),
     ]
     digest = _digest('\0'.join(parts).encode())[:16]
-    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    return Path(cache) / 'layercomb' / f'kernels-{digest}.so'
+    return _cache() / 'layercomb' / f'kernels-{digest}.so'
+
+
+def _cache() -> Path:
+    """The user's cache. A relative one does not count, as the XDG specification has it."""
+    for path in (os.environ.get('XDG_CACHE_HOME', ''), os.path.expanduser('~/.cache')):
+        if os.path.isabs(path):
+            return Path(path)
+    raise Unavailable('there is no home directory to keep them in: set XDG_CACHE_HOME')
 
 
 def _digest(content: bytes) -> str:
@@ -131,9 +138,10 @@ def _run(commands: Iterable[list[str]]) -> None:
     """Runs compilers, all at once."""
 
     def run(command: list[str]) -> None:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+        done = subprocess.run(command, capture_output=True, timeout=_SECONDS)
         if done.returncode:
-            said = next((x for x in done.stderr.splitlines() if 'error' in x), done.stderr)
+            lines = done.stderr.decode('utf-8', 'replace').strip().splitlines() or ['no word why']
+            said = next((x for x in lines if 'error' in x), lines[0])
             raise Unavailable(f'{command[0]} cannot compile the kernels: {said.strip()}')
 
     with ThreadPoolExecutor() as pool:

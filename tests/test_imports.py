@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob('*.py'))
 
 # Each floor may import from those below it, and from itself; a name may be a package or a module.
 FLOORS = [
-    {'version', 'errors', 'shapes', 'trees', 'arguments'},
+    {'version', 'errors', 'paths', 'shapes', 'trees', 'arguments'},
     {'layers'},
     {'checkpoints', 'transforms'},
     {'losses'},
@@ -25,7 +25,7 @@ FLOORS = [
     {'summary'},
     {'data', 'optimizers', 'parallel', 'interop', 'supervised'},
     {'runs'},
-    {'experiment', 'export', 'serving', 'terminal'},
+    {'experiment', 'export', 'includes', 'serving', 'terminal'},
     {'cli', '__main__'},
 ]
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from layercomb import paths
 from layercomb.errors import UsageError
 
 StandIn = Sequence[Any] | Callable[[], Sequence[Any]] | None
@@ -27,7 +28,7 @@ def choose(
       what: the data set's name, for messages.
       path: where it is, or None. What is wrong with a given path is an error, whatever could stand
         in.
-      local: reads it from a path.
+      local: reads it from a path, which is absolute.
       prepared: reads it from TFDS, or raises a UsageError.
       stand_in: other data of the same kind, for machines that have neither, or a function that
         returns it. One line on stderr says that it is used.
@@ -39,9 +40,9 @@ def choose(
       UsageError: if nothing is there.
     """
     if path is not None:
-        if not isinstance(path, (str, os.PathLike)):
+        if not isinstance(path, (str, bytes, os.PathLike)):
             raise TypeError(f'path={path!r}: give {cure}')
-        return local(os.path.expanduser(os.fspath(path)))
+        return local(str(paths.local(path, 'path')))
     try:
         return prepared()
     except UsageError as e:

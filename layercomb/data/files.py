@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from layercomb import paths
 from layercomb.errors import UsageError
 
 
@@ -27,12 +28,15 @@ class Kind:
     belongs: Callable[[str], bool]
 
 
-def matching(pattern: str | os.PathLike[str], split: str | None, kind: Kind) -> tuple[str, ...]:
-    """The files that a pattern means, in the order of their paths.
+def matching(
+    pattern: str | bytes | os.PathLike[str], split: str | None, kind: Kind
+) -> tuple[str, ...]:
+    """The files that a pattern means, absolute, in the order of their paths.
 
     Args:
       pattern: a glob pattern, where `**` stands for any directories and `~` for the home; or a
-        directory, for all files of the kind in it (hidden ones are passed over).
+        directory, for all files of the kind in it (hidden ones are passed over). A relative one
+        means the directory of the process at this moment.
       split: None for all, or 'train', 'valid', 'test' for about 90, 5 and 5 % of them, which go by
         a checksum of the path below the pattern's fixed part.
       kind: which files of a directory are meant.
@@ -40,30 +44,30 @@ def matching(pattern: str | os.PathLike[str], split: str | None, kind: Kind) -> 
     Raises:
       TypeError: if the pattern is no string.
       ValueError: if there is no such split.
-      UsageError: if no file is left.
+      UsageError: if it is no path, or no file is left.
     """
-    if not isinstance(pattern, (str, os.PathLike)):
+    if not isinstance(pattern, (str, bytes, os.PathLike)):
         raise TypeError(f"pattern={pattern!r}: give a glob pattern, e.g. 'texts/**/*.txt'")
     if split is not None:
         check_split(split)
-    where = os.path.expanduser(os.fspath(pattern))
+    where = str(paths.local(pattern, 'pattern'))
     if os.path.isdir(where):
-        root, paths = where, [path for path in walk(where) if kind.belongs(path)]
-        if not paths:
+        root, found = where, [path for path in walk(where) if kind.belongs(path)]
+        if not found:
             raise UsageError(
                 f'no {kind.word} in {where!r}: give a directory that holds {kind.content}'
             )
     else:
         root = _fixed_part(where)
-        paths = sorted(path for path in glob.glob(where, recursive=True) if os.path.isfile(path))
-        if not paths:
+        found = sorted(path for path in glob.glob(where, recursive=True) if os.path.isfile(path))
+        if not found:
             raise UsageError(
                 f'no file matches {where!r}: check the pattern, or give an absolute path'
             )
-    chosen = paths if split is None else of_split(paths, root, split)
+    chosen = found if split is None else of_split(found, root, split)
     if not chosen:
         raise UsageError(
-            f'none of the {len(paths)} files of {where!r} is in split {split!r}: '
+            f'none of the {len(found)} files of {where!r} is in split {split!r}: '
             'give more files, or split=None'
         )
     return tuple(chosen)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from layercomb import paths
 from layercomb.data import files
 from layercomb.errors import UsageError, require
 
@@ -53,9 +54,9 @@ def python_stdlib(split: str = 'train') -> TextFiles:
     """
     files.check_split(split)
     root = sysconfig.get_paths()['stdlib']
-    paths = [path for path in files.walk(root, skip=_NOT_LIBRARY) if path.endswith('.py')]
+    found = [path for path in files.walk(root, skip=_NOT_LIBRARY) if path.endswith('.py')]
     chosen = [
-        path for path in files.of_split(paths, root, split) if files.is_utf8(files.read(path))
+        path for path in files.of_split(found, root, split) if files.is_utf8(files.read(path))
     ]
     if not chosen:
         raise UsageError(
@@ -82,7 +83,7 @@ def text_files(pattern: str, split: str | None = None) -> TextFiles:
     chosen = files.matching(pattern, split, files.TEXT)
     if not any(os.path.getsize(path) for path in chosen):
         raise UsageError(
-            f'the files of {os.fspath(pattern)!r} are empty: give files that hold text'
+            f'the files of {os.fsdecode(pattern)!r} are empty: give files that hold text'
         )
     return TextFiles(chosen)
 
@@ -197,10 +198,11 @@ def _plain(x: Any) -> np.ndarray:
 
 
 def _records(name: str, split: str, data_dir: str | None) -> Any:
+    if data_dir is not None:
+        data_dir = str(paths.local(data_dir, 'data_dir'))
     library = require('tensorflow_datasets', 'tfds')
     build = f'tfds build {name} --file_format=array_record'
     if data_dir is not None:
-        data_dir = os.path.expanduser(data_dir)
         build += f' --data_dir={data_dir}'
     try:
         builder = library.builder(name, data_dir=data_dir)

@@ -5,6 +5,8 @@ The format: https://github.com/huggingface/safetensors
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb import trees
+from layercomb import paths, trees
 from layercomb.errors import UsageError, of_the_machine, require
 
 
@@ -28,11 +30,17 @@ def save_weights(path: str | Path, weights: Mapping[str, Any]) -> None:
       UsageError: if safetensors is not installed, or the file cannot be written.
     """
     numpy = require('safetensors.numpy', 'export')
+    from safetensors import SafetensorError
+
+    file = paths.local(path, 'path')
     arrays = {  # the format knows no strides: it would write what a view looks at, in its order
         name: np.array(jax.device_get(x), order='C') for name, x in trees.flatten(weights).items()
     }
     with of_the_machine('free some space, or write elsewhere'):
-        numpy.save_file(arrays, path, {'format': 'layercomb'})
+        try:
+            numpy.save_file(arrays, file, {'format': 'layercomb'})
+        except SafetensorError as e:
+            raise _of_the_system(e, file) from None
 
 
 def load_weights(path: str | Path) -> dict[str, Any]:
@@ -51,8 +59,15 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     numpy = require('safetensors.numpy', 'export')
     from safetensors import SafetensorError
 
+    file = paths.local(path, 'path')
     with of_the_machine('check the path'):
         try:
-            return jax.tree.map(jnp.asarray, trees.unflatten(numpy.load_file(path)))
+            return jax.tree.map(jnp.asarray, trees.unflatten(numpy.load_file(file)))
         except SafetensorError as e:
-            raise UsageError(f'{str(path)!r} is no file of safetensors ({e})') from None
+            raise UsageError(f'{str(file)!r} is no file of safetensors ({e})') from None
+
+
+def _of_the_system(error: Exception, file: Path) -> Exception:
+    """The OSError that an error of the library tells of, or the error itself."""
+    code = re.search(r'\(os error (\d+)\)', str(error))
+    return error if code is None else OSError(int(code[1]), os.strerror(int(code[1])), str(file))

@@ -8,38 +8,43 @@ step before it restorable.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from layercomb import checkpoints
+from layercomb import checkpoints, paths
 from layercomb.checkpoints import Tree, ocp
 from layercomb.errors import UsageError
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of a run, in one directory.
+    """The last `keep` checkpoints of a run, in one directory, which is made at the first save.
 
     Args:
-      directory: where the steps' directories stand; made by `open`, or by the first save.
+      directory: where the steps' directories stand.
       keep: how many steps to keep; older ones are deleted.
+
+    Raises:
+      UsageError: if the directory cannot be, or cannot be written to.
     """
 
     def __init__(self, directory: str | Path, keep: int = 3) -> None:
-        self.directory = Path(directory).absolute()
-        self._keep = keep
-        self._manager: Any = None
+        self.directory, self._keep = paths.local(directory, 'output_dir'), keep
+        paths.check_for_arrays(self.directory)
+        try:
+            paths.check_can_hold(self.directory)
+        except OSError as e:
+            raise _unwritable(self.directory, e) from None
 
-    def open(self) -> None:
-        """Makes the directory, and what writes into it in the background, unless they are there.
-
-        Raises:
-          UsageError: if the directory cannot be made.
-        """
-        if self._manager is not None:
-            return
-        _usable(self.directory)
+    @cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager, which makes the directory: not before there is something to keep."""
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            return ocp.CheckpointManager(self.directory, options=options)
+        except OSError as e:
+            raise _unwritable(self.directory, e) from None
 
     def latest(self) -> int | None:
         """The last complete step, or None."""
@@ -53,7 +58,6 @@ class Checkpoints:
           trees: named trees of arrays.
           record: what else to keep, as JSON can hold it.
         """
-        self.open()
         self._manager.save(step, args=checkpoints.save_args(trees, record))
 
     def record(self, step: int) -> tuple[dict[str, Any], dict[str, checkpoints.Kinds]]:
@@ -89,12 +93,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk; errors of writing it are raised here."""
-        if self._manager is not None:
+        if '_manager' in vars(self):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and lets the background threads go."""
-        if self._manager is not None:
+        if '_manager' in vars(self):
             self._manager.close()
 
 
@@ -114,7 +118,7 @@ def latest_weights(
     Raises:
       UsageError: if there is no checkpoint, it is damaged, or it is of another model.
     """
-    directory = Path(run_dir).absolute() / 'checkpoints'
+    directory = paths.local(run_dir, 'run_dir') / 'checkpoints'
     step = max(_steps(directory), default=None)
     if step is None:
         raise UsageError(f'no checkpoint in {str(run_dir)!r}: give the output_dir of a run')
@@ -123,14 +127,10 @@ def latest_weights(
     return trees['weights'], trees['state'], step
 
 
-def _usable(directory: Path) -> None:
-    """Raises UsageError where no directory can be."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UsageError(
-            f'cannot write to {str(directory)!r} ({e.strerror}): choose another output_dir'
-        ) from None
+def _unwritable(directory: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f'cannot write to {str(directory)!r} ({error.strerror}): choose another output_dir'
+    )
 
 
 def _steps(directory: Path) -> list[int]:

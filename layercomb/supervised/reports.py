@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layercomb import paths
 from layercomb.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class MetricsLog:
     """
 
     def __init__(self, directory: str | Path, step: int = 0) -> None:
-        self.directory = Path(directory)
+        self.directory = paths.local(directory, 'directory')
         self._step = step
         self._events: Any = None
         try:
@@ -77,9 +79,9 @@ def read_metrics(run_dir: str | Path) -> list[Row]:
     Args:
       run_dir: the output directory of a run.
     """
-    path = Path(run_dir) / _FILE
+    path = paths.local(run_dir, 'run_dir') / _FILE
     rows = []
-    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
+    for line in path.read_text('utf-8', 'replace').splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
             rows.append({**row, 'step': int(row['step'])})
@@ -97,12 +99,14 @@ def write_report(run_dir: str | Path) -> Path | None:
     Returns:
       The picture's path; None if there are no metrics.
     """
-    rows = read_metrics(run_dir)
+    path = paths.local(run_dir, 'run_dir') / 'report.png'
+    rows = read_metrics(path.parent)
     if not rows:
         return None
-    path = Path(run_dir) / 'report.png'
     unfinished = path.with_name('.report.png')  # so that a killed run leaves no half a picture
-    draw(rows, Path(run_dir).absolute().name).savefig(unfinished, dpi=150, format='png')
+    with warnings.catch_warnings():  # what the font lacks becomes a box: the run's name, a task's
+        warnings.filterwarnings('ignore', r'Glyph \d+ .*missing from')
+        draw(rows, paths.shown(path.parent.name)).savefig(unfinished, dpi=150, format='png')
     os.replace(unfinished, path)
     return path
 
@@ -139,6 +143,8 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     figure.text(
         0.974, y, _summary(rows, labels), fontsize=9.5, color=_FAINT, va='center', ha='right'
     )
+    for text in figure.findobj(require('matplotlib.text', 'train').Text):
+        text.set_parse_math(False)  # a name with two dollar signs is no formula
     return figure
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb import trees
+from layercomb import paths, trees
 from layercomb.errors import UsageError, of_the_machine, require
 from layercomb.layers.base import Layer, Mode, Tree, init_state
 from layercomb.model import Model, check_tokens, seeded
@@ -101,7 +101,7 @@ class Loop:
             self._net, train_task.loss, self._optimizer,
             train_task.accumulate, train_task.loss_chunk_len,
         )  # fmt: skip
-        self._directory = None if output_dir is None else Path(output_dir)
+        self._directory = None if output_dir is None else paths.local(output_dir, 'output_dir')
         self._checkpoints: Checkpoints | None = None
         if self._directory is not None:
             from layercomb.supervised.checkpoints import Checkpoints  # needs orbax
@@ -184,8 +184,6 @@ class Loop:
                 opt_state = jax.jit(self._optimizer.init)(trainable)
         step = jnp.int32(self.step)
         self._carry = _distinct(steps.Carry(trainable, state, opt_state, step))
-        if self._checkpoints is not None:
-            self._checkpoints.open()  # not before all is known to be right
 
     def _resume(self, weights: Tree, state: Tree, given: Tree | None) -> Resumed | None:
         """What the last checkpoint holds, if there is one; weights and state are abstract."""

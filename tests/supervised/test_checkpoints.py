@@ -143,7 +143,7 @@ def test_latest_weights_says_where_there_is_no_checkpoint(tmp_path):
 def test_a_directory_that_cannot_be(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UsageError, match=r'cannot write to .*: choose another output_dir'):
-        Checkpoints(tmp_path / 'file' / 'run').open()
+        Checkpoints(tmp_path / 'file' / 'run')
 
 
 def test_a_tree_by_itself(tmp_path):
