@@ -30,6 +30,7 @@ class Metric(Layer):
     metric whose targets are of another shape says so in `targets_shape`. Weights are of the
     targets' shape, and so must be what `values` gives. A metric whose values are not one a target
     overrides `scores`, and says `mixes_positions = True` if a value depends on several positions.
+    One that counts says ``has_gradient = False``, and no task trains on it.
 
     >>> class Margin(Metric):
     ...     '''How far the largest logit is above the mean.'''
@@ -45,6 +46,7 @@ class Metric(Layer):
     n_in = 3
     n_out = 2
     float32 = True
+    has_gradient: ClassVar[bool] = True
     takes: ClassVar[str] = 'logits (…, V), targets (…) and weights (…)'
 
     @property
@@ -196,6 +198,8 @@ class BitsPerByte(Metric):
 class Accuracy(Metric):
     """How often the largest logit is the target's."""
 
+    has_gradient = False
+
     def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """1 where right, 0 where wrong."""
         check_targets(targets)
@@ -210,6 +214,7 @@ class SequenceAccuracy(Metric):
     """
 
     mixes_positions = True
+    has_gradient = False
 
     def scores(
         self, outputs: jax.Array, targets: jax.Array, weights: jax.Array

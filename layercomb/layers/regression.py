@@ -82,6 +82,8 @@ class BinaryAccuracy(Elementwise):
     A target outside of 0 … 1 gives NaN; one between counts as 1 above ½.
     """
 
+    has_gradient = False
+
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """1 where right, 0 where wrong."""
         right = (outputs > 0) == (targets > 0.5)

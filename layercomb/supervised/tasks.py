@@ -57,6 +57,11 @@ class TrainTask:
     def __post_init__(self) -> None:
         check_data('TrainTask', self.data)
         _check_metric('TrainTask', 'loss', self.loss)
+        if not self.loss.has_gradient:
+            raise ValueError(
+                f'TrainTask: loss={self.loss!r} has no gradient, so nothing would train: give e.g. '
+                'tl.CrossEntropyLoss(), and measure this one in an EvalTask'
+            )
         check_optimizer(self.optimizer)
         check_count('TrainTask', 'accumulate', self.accumulate)
         check_count('TrainTask', 'loss_chunk_len', self.loss_chunk_len, optional=True)

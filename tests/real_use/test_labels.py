@@ -508,3 +508,26 @@ def test_every_metric_of_numbers_is_evaluated_over_batches_of_other_weights():
     }
     for label, values in wanted.items():
         np.testing.assert_allclose(got[label], (values * w).sum() / w.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'metric',
+    [tl.Accuracy(), tl.BinaryAccuracy(), tl.SequenceAccuracy(), tl.MaskedSequenceAccuracy()],
+)
+def test_what_only_counts_is_no_loss_to_train_on(metric):
+    with pytest.raises(ValueError, match=r'has no gradient, so nothing would train: give e.g. tl'):
+        supervised.TrainTask([()], metric, optax.sgd(0.1))
+
+
+@pytest.mark.parametrize(
+    'metric', [tl.Perplexity(), tl.BitsPerByte(), tl.L2Loss(), tl.SmoothL1Loss()]
+)
+def test_what_has_a_gradient_trains(metric):
+    outputs = jnp.array([[0.5, -1.0, 2.0]])
+    targets = jnp.array([1]) if metric.targets_shape((1, 3)) == (1,) else jnp.zeros((1, 3))
+
+    def loss(outputs):
+        (values, weights), _ = metric.apply({}, {}, (outputs, targets, jnp.ones(targets.shape)))
+        return tl.weighted_mean(values, weights)
+
+    assert metric.has_gradient and jnp.abs(jax.grad(loss)(outputs)).max() > 0.01
