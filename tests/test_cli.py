@@ -277,7 +277,7 @@ def test_what_may_change_in_a_run(tmp_path):
 def test_an_output_dir_that_cannot_be(files, capsys):
     (files[0] / 'letter').write_text('dear')
     said = refused(capsys, *train(files, directory='letter/run'))
-    assert re.search(r'letter.*\(Not a directory\): choose another output_dir', said), said
+    assert re.search(r'Not a directory \(.*letter.*\): choose another --output_dir', said), said
 
 
 def test_mistakes_with_files(files, capsys, tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from layercomb import trees
 from layercomb.errors import require
@@ -272,7 +273,8 @@ def _units(weights: Any) -> Any:
 def _check(
     name: str, value: Any, low: float, high: float | None = None, whole: bool = False
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, kinds):
         wanted = 'a whole number' if whole else 'a number'
         raise TypeError(f'{name} must be {wanted}, got {value!r}')
     if value < low or (high is not None and value > high):

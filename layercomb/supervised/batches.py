@@ -212,18 +212,19 @@ def checked(batch: Any) -> Batch:
     """A batch as a tuple.
 
     Raises:
-      TypeError: if it is no tuple of arrays, or one of them has no axis of rows.
-      ValueError: if its arrays have different numbers of rows.
+      TypeError: if it is no tuple of arrays.
+      ValueError: if its inputs have different numbers of rows, or none.
     """
     if not isinstance(batch, (tuple, list)) or not all(hasattr(x, 'shape') for x in batch):
         raise TypeError(
             'data must yield tuples of arrays (inputs…, targets, loss_weights), got '
             f'{type(batch).__name__}'
         )
-    if len({x.shape[:1] for x in batch}) > 1 or not all(x.shape for x in batch):
+    inputs = batch[:-2]  # targets and loss weights are compared with the outputs, by the loss
+    if len({x.shape[:1] for x in inputs}) > 1 or not all(x.shape for x in inputs):
         raise ValueError(
-            f'the arrays of a batch must have one number of rows, their first axis, got '
-            f'({describe(batch)})'
+            f'the inputs of a batch must have one number of rows, their first axis, got '
+            f'({describe(inputs)}): check the data'
         )
     return tuple(batch)
 

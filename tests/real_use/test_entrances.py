@@ -101,11 +101,12 @@ def loop(where, eval_data=None, **task):
         ([BATCH[:2]], {}, r"3 arrays \(inputs…, targets, loss_weights\), and EvalTask 'valid' yi"),
         ([(BATCH[0][:, :2], *BATCH[1:])], {}, 'the input is 2 wide and the weights were made for'),
         ([(BATCH[0], BATCH[1].astype(np.float32), BATCH[2])], {}, 'targets must be integers'),
-        ([(BATCH[0][:2], *BATCH[1:])], {}, 'the arrays of a batch must have one number of rows'),
+        ([(BATCH[0][:2], *BATCH[1:])], {}, r'targets must be \(2,\) here'),
         ([], {}, "EvalTask 'valid': the data holds no batch"),
         (None, {'accumulate': 3}, 'accumulate=3 does not divide a batch of 4 rows'),
         (None, {'data': [BATCH[:2]]}, 'a batch is 3 arrays'),
-        (None, {'data': [(*BATCH[:2], np.float32(1))]}, 'the arrays of a batch must have one num'),
+        (None, {'data': [(*BATCH[:2], np.float32(1))]}, r'weights must be \(4,\) here'),
+        (None, {'data': [(np.float32(1), *BATCH[1:])]}, r'one number of rows.*got \(float32\[\]\)'),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_first_step_and_nothing_is_written(
