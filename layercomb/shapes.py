@@ -61,13 +61,23 @@ def is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def check_float(owner: str, x: Any) -> None:
-    """Raises a TypeError unless `x` is floating-point and has a last axis."""
-    if not x.shape or not is_float(x):
-        raise TypeError(
-            f'{owner} takes floating-point vectors along the last axis, got {describe([x])}: '
-            'embed integers first, with tl.Embedding'
-        )
+def check_float(owner: str, x: Any, cure: str = 'embed integers first, with tl.Embedding') -> None:
+    """Raises a TypeError unless `x` is floating-point and has a last axis.
+
+    Args:
+      owner: who takes it.
+      x: an array or a signature.
+      cure: of integers.
+    """
+    if x.shape and is_float(x):
+        return
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        cure = 'give real numbers, e.g. their absolute values'
+    elif is_float(x):
+        cure = 'add an axis, x[None]'
+    raise TypeError(
+        f'{owner} takes floating-point vectors along the last axis, got {describe([x])}: {cure}'
+    )
 
 
 def check_rank(owner: str, x: Any, wanted: str, rank: int) -> None:

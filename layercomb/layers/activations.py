@@ -79,7 +79,7 @@ class LeakyRelu(Activation):
     """x where positive, a x elsewhere.
 
     Attributes:
-      a: the slope; where an activation is chosen by name, as in `SparseFF`, it is 0.01.
+      a: the slope below 0. An activation that is chosen by name, as in `SparseFF`, has 0.01.
     """
 
     a: float = 0.01
@@ -97,13 +97,16 @@ class Softplus(Activation):
     function = staticmethod(jax.nn.softplus)
 
 
+_CURE = 'convert scores or counts, x.astype(np.float32)'
+
+
 def _softmax(x: jax.Array) -> jax.Array:
-    check_float('Softmax', x)  # integers between 0 and 1 are all 0
+    check_float('Softmax', x, _CURE)  # integers between 0 and 1 are all 0
     return jax.nn.softmax(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _log_softmax(x: jax.Array) -> jax.Array:
-    check_float('LogSoftmax', x)
+    check_float('LogSoftmax', x, _CURE)
     return jax.nn.log_softmax(x.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from layercomb.layers.base import Arrays, Layer, Mode, Wrapper, _call_text, _named, _set, _show
 from layercomb.layers.routing import Rearrange
-from layercomb.layers.wiring import check_sublayers
+from layercomb.layers.wiring import check_inputs, check_sublayers
 from layercomb.shapes import Signature, describe
 
 
@@ -17,7 +17,7 @@ class AssertShape(Wrapper, init=False):
     ``AssertShape('bld,b')`` takes two values off the stack and puts them back.
     ``AssertShape('bld,b->bd', layer)`` is the layer, whose two inputs and one output are checked.
     It adds no level to the paths of the weights, and costs nothing at run time: shapes are known
-    before.
+    before. It can stand wherever its layer can, among reversible layers too.
 
     One letter is one axis, and equal letters are equal sizes, wherever they stand; a digit is the
     size 0 … 9 itself; ``...`` is any number of axes, equal everywhere; commas separate values, and
@@ -26,11 +26,11 @@ class AssertShape(Wrapper, init=False):
 
     Attributes:
       spec: the shapes.
-      layer: what is checked; by default what passes values on.
+      layer: the layer that is checked; by default one that passes its values on.
 
     Raises:
-      ValueError: for a spec that cannot be read, or of another number of values than the layer's;
-        when applied, for shapes that do not fit.
+      ValueError: for a spec that cannot be read, or that describes more or fewer values than the
+        layer has; when applied, for shapes that do not fit.
 
     >>> from layercomb import tl
     >>> tl.AssertShape('bld->bd', tl.Mean())
@@ -47,8 +47,8 @@ class AssertShape(Wrapper, init=False):
             written = str(spec)
             if '->' in written:
                 raise ValueError(
-                    f'AssertShape: {spec!r} has an arrow, so it is about a layer: give it, '
-                    f'AssertShape({spec!r}, layer), or only check values, '
+                    f'AssertShape: {spec!r} has an arrow, so it is about a layer: give the layer, '
+                    f'AssertShape({spec!r}, layer), or check values alone, '
                     f'AssertShape({written.split("->")[0]!r})'
                 )
             layer = _Unchanged(written.count(',') + 1)
@@ -59,13 +59,15 @@ class AssertShape(Wrapper, init=False):
     n_in = property(lambda self: self.layer.n_in)
     n_out = property(lambda self: self.layer.n_out)
     recomputes = property(lambda self: self.layer.recomputes)
+    mixes_positions = property(lambda self: self.layer.mixes_positions)
+    diagonal = property(lambda self: self.layer.diagonal)
+    headwise = property(lambda self: self.layer.headwise and _fits_one_head(self.spec))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         spec = self.spec.replace(' ', '')
-        checks_values = isinstance(self.layer, _Unchanged)
         before, arrow, after = spec.partition('->')
-        if not checks_values and not arrow:
+        if not self.changes_nothing and not arrow:
             raise ValueError(
                 f'AssertShape: {self.spec!r} says nothing of outputs: write inputs->outputs, such '
                 "as 'bld->bd'"
@@ -81,9 +83,14 @@ class AssertShape(Wrapper, init=False):
                     )
             if len(specs) != n:
                 raise ValueError(
-                    f'AssertShape: {self.spec!r} describes {len(specs)} values that '
-                    f'{type(self.layer).__name__} {verb}, there are {n}'
+                    f'AssertShape: {self.spec!r} describes {_many(len(specs), "value")} that '
+                    f'{type(self.layer).__name__} {verb}, there {"is" if n == 1 else "are"} {n}'
                 )
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether it is around no layer, and checks values alone."""
+        return isinstance(self.layer, _Unchanged)
 
     def with_sublayers(self, sublayers: tuple[Layer, ...]) -> Any:
         """The same around another layer."""
@@ -99,6 +106,7 @@ class AssertShape(Wrapper, init=False):
         return self._build(tuple(signature), rng, mode)[1:]
 
     def _build(self, signature: Signature, rng: Any, mode: Mode) -> Any:
+        check_inputs(self, signature)
         sizes = self._check_inputs(signature)
         outputs, weights, state = self.layer._build(signature, rng, mode)
         self._check_outputs(outputs, sizes)
@@ -122,9 +130,25 @@ class AssertShape(Wrapper, init=False):
         self._check_outputs(made[0], sizes)
         return made
 
+    def reverse_and_grad(
+        self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
+    ):
+        """That of a reversible layer; the outputs themselves where nothing is changed."""
+        if self.changes_nothing:
+            return tuple(outputs), tuple(cts), {}
+        layer: Any = self.layer
+        return layer.reverse_and_grad(
+            weights, state, outputs, cts, rng=rng, mode=mode, state_cts=state_cts
+        )
+
+    def by_head(self, weights: Any) -> Any:
+        """The layer's."""
+        layer: Any = self.layer
+        return layer.by_head(weights)
+
     def __repr__(self) -> str:
         parts = [repr(self.spec)]
-        parts += [] if isinstance(self.layer, _Unchanged) else [_show(self.layer)]
+        parts += [] if self.changes_nothing else [_show(self.layer)]
         return _call_text('AssertShape', [*parts, *_named(self)])
 
     def _check_inputs(self, values: Any) -> dict[str, Any]:
@@ -138,7 +162,7 @@ class AssertShape(Wrapper, init=False):
 
     def _check(self, which: str, side: str, values: Any, sizes: dict[str, Any]) -> None:
         """Raises a ValueError unless values fit; writes what letters mean into `sizes`."""
-        if isinstance(self.layer, _Unchanged):
+        if self.changes_nothing:
             which = 'values'
         specs = _specs(side.replace(' ', ''), len(values))
         for i, (spec, x) in enumerate(zip(specs, values, strict=True)):
@@ -158,6 +182,8 @@ class _Unchanged(Rearrange):
 
     n_in = property(lambda self: self.n)
     n_out = property(lambda self: self.n)
+    diagonal = property(lambda self: self.n == 1)
+    headwise = True
 
     @property
     def _class_name(self) -> str:
@@ -172,12 +198,30 @@ def _specs(side: str, n: int) -> list[str]:
     return [] if n == 0 and not side else side.split(',')
 
 
+def _fits_one_head(spec: str) -> bool:
+    """Whether a spec that fits values (B, H, …) fits one of their heads too, where H is 1.
+
+    It does not if it says a number for H, or compares H with what is no H. Where '...' may hide H
+    between letters, that is not known.
+    """
+    specs = re.split('->|,', spec.replace(' ', ''))
+    heads = {one[1] for one in specs if len(one) == 4 and '.' not in one}
+    others = {c for one in specs for c in (one[0] + one[2:] if one[1:2] in heads else one)}
+    dotted = all(re.fullmatch(r'\w?\.\.\.\w?\w?', one) for one in specs if '.' in one)
+    return dotted and not heads & others and not any(head.isdigit() for head in heads)
+
+
+def _many(n: int, one: str, several: str | None = None) -> str:
+    return f'{n} {one if n == 1 else several or one + "s"}'
+
+
 def _misfit(spec: str, shape: tuple[int, ...], sizes: dict[str, Any]) -> str:
     """What is wrong with a shape, in words; empty if nothing is. Fills `sizes`."""
     before, dots, after = spec.partition('...')
     n = len(before) + len(after)
     if len(shape) < n or (len(shape) > n and not dots):
-        return f'there should be {"at least " if dots else ""}{n} axes, there are {len(shape)}'
+        least, are = 'at least ' if dots else '', 'is' if len(shape) == 1 else 'are'
+        return f'there should be {least}{_many(n, "axis", "axes")}, there {are} {len(shape)}'
     stop = len(shape) - len(after)
     pairs: list[Any] = [*zip(before, shape, strict=False), *zip(after, shape[stop:], strict=True)]
     pairs += [('...', shape[len(before) : stop])] if dots else []

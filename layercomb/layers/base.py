@@ -106,6 +106,7 @@ class Layer:
                 f'and {RESERVED[0]!r}, {RESERVED[1]!r} and {RESERVED[2]!r} are reserved'
             )
 
+    @checking_init
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:

@@ -174,9 +174,9 @@ class Combinator(Layer):
 class Variadic(Combinator, init=False):
     """A combinator that is made of any number of layers: ``Serial(layer, layer, …)``.
 
-    In series, lists of layers are flattened and None is left out. Where layers stand side by side,
-    as in `Branch` and `Parallel`, each argument has a place: a list there is a `Serial` of its
-    layers, and None or an empty list is ``Serial()``, which passes one value on as it is.
+    In series, lists of layers are flattened and None is left out. In `Branch` and `Parallel`, whose
+    layers stand side by side, each argument is one layer: a list is a `Serial` of its layers, and
+    None or an empty list is ``Serial()``, which passes one value on as it is.
     """
 
     layers: tuple[Layer, ...] = ()
@@ -330,8 +330,11 @@ class Residual(Variadic, init=False):
 
     Attributes:
       layers: f; its first output is added, further ones are put back beneath the sum.
-      shortcut: a layer for the other way, e.g. a projection, whose one output is what f's is added
-        to; a list is a `Serial` of its layers, and None or an empty list is the identity.
+      shortcut: a layer in x's way, e.g. a projection; f's output is added to its one output. A list
+        is a `Serial` of its layers, and None or an empty list is the identity.
+
+    Raises:
+      ValueError: if the layers leave nothing to add, or the shortcut more values than one, or none.
     """
 
     shortcut: Layer | None = None
@@ -341,6 +344,15 @@ class Residual(Variadic, init=False):
         if isinstance(shortcut, (list, tuple)):
             shortcut = _one_layer('Residual', shortcut) if shortcut else None
         self._hold(layers=layers, shortcut=shortcut, add=Add(), name=name)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n = self.shortcut.n_out if self.shortcut else 1
+        if n != 1:
+            raise ValueError(
+                f'Residual: its shortcut must leave the one value that is added to, it leaves {n}: '
+                'end it with Add, Concatenate or Drop'
+            )
 
     @functools.cached_property
     def _arity(self) -> tuple[int, int]:
@@ -378,7 +390,7 @@ class Residual(Variadic, init=False):
 
 
 def _one_layer(owner: str, layer: Any) -> Layer:
-    """What stands in one place beside others: a layer, the `Serial` of a list, or the identity."""
+    """One argument as one layer: a list as its `Serial`, None as the identity."""
     if layer is None or isinstance(layer, (list, tuple)):
         return Serial(*_flatten(owner, layer or ()))
     (layer,) = _flatten(owner, (layer,))

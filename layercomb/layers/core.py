@@ -244,9 +244,11 @@ class Flatten(Layer):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         if self.first_axis >= len(x.shape):
+            n = len(x.shape)
+            lower = f'give first_axis below {n}, or ' if n > 1 else 'give '
             raise ValueError(
                 f'Flatten: there is no axis {self.first_axis} to join with those after it in the '
-                f'shape {tuple(x.shape)}: give first_axis below {len(x.shape)}, or x[..., None]'
+                f'shape {tuple(x.shape)}: {lower}x[...{", None" * (self.first_axis + 1 - n)}]'
             )
         return (
             x.reshape(*x.shape[: self.first_axis], math.prod(x.shape[self.first_axis :])),

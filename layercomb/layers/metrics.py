@@ -28,9 +28,11 @@ class Metric(Layer):
 
     Outputs are the model's. By default targets (…) are a class for each row of logits (…, V); a
     metric whose targets are of another shape says so in `targets_shape`. Weights are of the
-    targets' shape, and so must be what `values` gives. A metric whose values are not one a target
-    overrides `scores`, and says `mixes_positions = True` if a value depends on several positions.
-    One that counts says ``has_gradient = False``, and no task trains on it.
+    targets' shape, and `values` gives an array of that shape too. A metric that does not give one
+    value for each target overrides `scores`, and says ``mixes_positions = True`` if a value depends
+    on several positions.
+    A metric without a gradient, such as an accuracy, says ``has_gradient = False``, and no task
+    trains on it.
 
     >>> class Margin(Metric):
     ...     '''How far the largest logit is above the mean.'''
@@ -39,7 +41,8 @@ class Metric(Layer):
     ...         return outputs.max(-1) - outputs.mean(-1)
 
     Raises:
-      TypeError: when applied, if outputs or weights are complex, or values no numbers.
+      TypeError: when applied, if outputs or weights are complex, or `values` gives no array of real
+        numbers.
       ValueError: when applied, if the shapes are not those.
     """
 
@@ -121,7 +124,8 @@ class Metric(Layer):
             or jnp.issubdtype(values.dtype, jnp.floating)
         ):
             raise TypeError(
-                f'{owner}.values must give an array of real numbers, got {describe([values])}'
+                f'{owner}.values must give an array of real numbers, got {describe([values])}: '
+                f'{_cure_of_values(values)}'
             )
         if values.shape != tuple(wanted):
             wider = values.shape[: len(wanted)] == tuple(wanted)
@@ -130,8 +134,9 @@ class Metric(Layer):
                 f'e.g. values.mean({axes[0] if len(axes) == 1 else axes})'
                 if wider
                 else (
-                    'nothing is broadcast; a value of several targets is made in `scores`, with '
-                    'weights of its own shape'
+                    'nothing is broadcast; one value for all targets is '
+                    'jnp.full(targets.shape, …), and one for several, with one weight, is given by '
+                    '`scores`'
                 )
             )
             raise ValueError(
@@ -233,7 +238,7 @@ class SequenceAccuracy(Metric):
 
 
 class MaskedSequenceAccuracy(SequenceAccuracy):
-    """`SequenceAccuracy` by its other name: there, too, positions of weight 0 do not count."""
+    """The same as `SequenceAccuracy`, by Trax's other name."""
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -274,24 +279,36 @@ def check_targets(targets: jax.Array) -> None:
         )
 
 
-def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σ wv / Σ w, over the positions whose weight is not 0; 0 where there is none.
+def weighted_mean(values: jax.Array, weights: jax.Array | float) -> jax.Array:
+    """Σ wv / Σ w, over the positions whose weight is not 0; 0 if there is none.
+
+    Args:
+      values: (…).
+      weights: of the same shape, or one number for all.
 
     Raises:
-      ValueError: if values and weights are not of one shape.
+      ValueError: if values and weights are of two shapes.
     """
     total, weight = weighted_sum(values, weights)
     return total / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
 
 
-def weighted_sum(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Σ wv and Σ w; what has weight 0 adds nothing, not even a NaN.
+def weighted_sum(values: jax.Array, weights: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    """Σ wv and Σ w; a value of weight 0 adds nothing, not even a NaN.
+
+    Args:
+      values: (…).
+      weights: of the same shape, or one number for all.
 
     Raises:
-      ValueError: if values and weights are not of one shape.
+      ValueError: if values and weights are of two shapes.
     """
     wanted, got = jnp.shape(values), jnp.shape(weights)
-    if wanted != got:
+    if not got:
+        wide = jnp.result_type(values) == jnp.float64
+        weights = jnp.full(wanted, weights, jnp.float64 if wide else jnp.float32)
+        values = jnp.asarray(values).astype(weights.dtype)
+    elif wanted != got:
         raise ValueError(
             f'values {wanted} and weights {got} must be of one shape: '
             f'{_cure_of_weights(got, wanted)}'
@@ -316,6 +333,16 @@ def _cure_of_targets(targets: Any, outputs: Shape, wanted: Shape) -> str:
     return (
         'for numbers as wide as the outputs take e.g. tl.L2Loss(), or a metric with targets_shape'
     )
+
+
+def _cure_of_values(values: Any) -> str:
+    if hasattr(values, 'dtype'):
+        return 'give real ones, e.g. their absolute values'
+    if isinstance(values, (bool, int, float)):
+        return 'one for all targets is jnp.full(targets.shape, …)'
+    if isinstance(values, (list, tuple)):
+        return 'one a target is jnp.stack(values), and one for all is jnp.full(targets.shape, …)'
+    return 'give one a target, or jnp.full(targets.shape, …)'
 
 
 def _cure_of_weights(got: Shape, wanted: Shape) -> str:

@@ -45,9 +45,11 @@ class SwitchFF(Layer):
 
     where share[e] is the part of the positions that chose e, taken as constant, and mean[e] the
     mean of p[e]. It is `balance` where all are used alike. Positions of loss weight 0 count neither
-    as parts nor in means, and none is 0; a prompt of weight 0 counts as little as padding. A `Loop`
-    sees to that, and `losses.apply_counted` in a loop of one's own; else all positions count. All
-    are computed. The chosen experts are decisions: ``RECORD`` keeps them, ``REPLAY`` takes them.
+    in share nor in mean, be they padding or a prompt; if none counts, the loss is 0. They are still
+    computed. A `Loop` sees to that, and `losses.apply_counted` in a loop of one's own; else all
+    positions count.
+
+    The chosen experts are decisions: ``RECORD`` keeps them, ``REPLAY`` takes them.
 
     Weights: ``router`` (kernel (D, E)), ``in`` (kernel (E, D, F), bias (E, F)), ``out`` (kernel
     (E, F, D), bias (E, D)).
@@ -256,7 +258,7 @@ def imbalance(p: jax.Array, experts: jax.Array, counted: jax.Array | None = None
     Args:
       p: (T, E) float32, what a router gives to each expert.
       experts: (T,) integers, the chosen ones; their shares are constants.
-      counted: T booleans of any shape, which positions count; None for all.
+      counted: T booleans, of any shape, true where a position counts; None if all do.
 
     Returns:
       float32 (); 0 if no position counts.

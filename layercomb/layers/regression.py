@@ -1,6 +1,6 @@
 """Losses and metrics of numbers: outputs, targets and weights are all of one shape.
 
-As in `metrics`, the loss is the weighted mean of the values, and what has weight 0 does not count.
+As in `metrics`, the loss is the weighted mean of the values; those of weight 0 do not count.
 """
 
 from __future__ import annotations
@@ -58,28 +58,32 @@ class SmoothL1Loss(Elementwise):
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """The smoothed distance of each entry."""
         distance = jnp.abs(outputs - targets)
-        return jnp.where(distance < 1, 0.5 * jnp.square(distance), distance - 0.5)
+        near = distance < 1
+        # The square of an infinite distance must not meet the gradient, as 0 · ∞.
+        square = jnp.square(jnp.where(near, distance, 0))
+        return jnp.where(near, 0.5 * square, distance - 0.5)
 
 
 class BinaryCrossEntropyLoss(Elementwise):
     """−t log σ(x) − (1 − t) log(1 − σ(x)), in nats, of logits x and targets t.
 
-    Outputs are logits, any number; it is computed by log(1 + eˣ), which is exact for large ones.
-    Targets are 0 or 1, or probabilities between, of any numeric dtype. One outside of 0 … 1 gives
-    NaN, never a silent number.
+    Outputs are logits, any number, ±∞ too; it is computed by log(1 + eˣ), which is exact for large
+    ones. Targets are 0 or 1, or probabilities between, of any numeric dtype. One outside of 0 … 1
+    gives NaN, never a silent number.
     """
 
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """The cross entropy of each entry."""
-        softplus = jax.nn.softplus
-        loss = targets * softplus(-outputs) + (1 - targets) * softplus(outputs)
-        return jnp.where(_is_rate(targets), loss, jnp.nan)
+        # What is multiplied by 0 is finite, or 0 · ∞ would be NaN.
+        if_1 = targets * jax.nn.softplus(-jnp.where(targets == 0, 0, outputs))
+        if_0 = (1 - targets) * jax.nn.softplus(jnp.where(targets == 1, 0, outputs))
+        return jnp.where(_is_rate(targets), if_1 + if_0, jnp.nan)
 
 
 class BinaryAccuracy(Elementwise):
-    """How often a logit is above 0 where the target is 1, and is not where it is 0.
+    """How often a logit is above 0 where the target is 1, and is not above 0 where it is 0.
 
-    A target outside of 0 … 1 gives NaN; one between counts as 1 above ½.
+    A target between 0 and 1 counts as 1 if it is above ½, else as 0; one outside gives NaN.
     """
 
     has_gradient = False

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layercomb.layers.assert_shape import AssertShape
 from layercomb.layers.base import Arrays, Layer, Mode, Tree, _call_text, _named, fold
 from layercomb.layers.combinators import Add, Serial, Variadic
 from layercomb.layers.control import Repeat
@@ -370,7 +371,10 @@ def _widened_signature(signature: Signature) -> Signature:
 
 
 def _check_reversible(owner: str, layer: Layer) -> None:
-    if not isinstance(layer, Reversible):
+    if isinstance(layer, AssertShape):
+        if not layer.changes_nothing:
+            _check_reversible(owner, layer.layer)
+    elif not isinstance(layer, Reversible):
         raise TypeError(
             f'{owner}: {type(layer).__name__} is not reversible: put it into a '
             'ReversibleHalfResidual, which adds what it computes to another stream'

@@ -2,41 +2,66 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from layercomb.layers.mode import Mode, check_mode
+from layercomb.layers.arguments import ABSENT, Method
+from layercomb.layers.mode import check_mode
 from layercomb.shapes import describe, signature_of
 
-
-def checking_init(init: Any) -> Any:
-    """`Layer.init` that takes one signature alone too, and refuses what is no mode."""
-
-    @functools.wraps(init)
-    def checking(self: Any, signature: Any, rng: Any, mode: Any = Mode.TRAIN) -> Any:
-        check_mode(f'{type(self).__name__}.init', mode)
-        signature = signature if isinstance(signature, tuple) else signature_of(signature)
-        return init(self, signature, rng, mode)
-
-    return checking
+F = TypeVar('F', bound=Callable[..., Any])
 
 
-def checking_apply(apply: Any) -> Any:
-    """`Layer.apply` that refuses other inputs than a tuple of `n_in`, and what is no mode."""
+def checking_init(init: F) -> F:
+    """A class's `init`, which takes one signature alone too, counts them, and checks the mode.
 
-    @functools.wraps(apply)
-    def checking(self: Any, weights: Any, state: Any, inputs: Any, **given: Any) -> Any:
-        check_mode(f'{type(self).__name__}.apply', given.get('mode', Mode.EVAL))
-        if not isinstance(inputs, (tuple, list)):
-            raise TypeError(
-                f'{type(self).__name__}.apply takes a tuple of inputs, got {describe([inputs])}: '
-                'write apply(weights, state, (x,))'
-            )
-        check_inputs(self, tuple(inputs))
-        return apply(self, weights, state, tuple(inputs), **given)
+    Arguments are passed on as they came; an `init` without `mode`, whose state depends on none, is
+    given none.
+    """
+    method = Method(init, ('signature', 'rng', 'mode'))
 
-    return checking
+    def checking(self: Any, *args: Any, **given: Any) -> Any:
+        mode = method.find('mode', args, given)
+        if mode is not ABSENT:
+            check_mode(f'{type(self).__name__}.init', mode)
+            args, given = method.as_taken('mode', args, given)
+        signature = method.find('signature', args, given)
+        if signature is not ABSENT:
+            signature = signature if isinstance(signature, tuple) else signature_of(signature)
+            if not hasattr(self, 'route'):  # a combinator lets the layer say so that finds too few
+                check_inputs(self, signature)
+            args, given = method.put('signature', signature, args, given)
+        return method(self, args, given)
+
+    made: F = method.wrapper(checking)
+    return made
+
+
+def checking_apply(apply: F) -> F:
+    """A class's `apply`, which refuses inputs that are no tuple of `n_in`, and what is no mode.
+
+    Arguments are passed on as they came.
+    """
+    method = Method(apply, ('weights', 'state', 'inputs', 'rng', 'mode'))
+
+    def checking(self: Any, *args: Any, **given: Any) -> Any:
+        mode = method.find('mode', args, given)
+        if mode is not ABSENT:
+            check_mode(f'{type(self).__name__}.apply', mode)
+        inputs = method.find('inputs', args, given)
+        if inputs is not ABSENT:
+            if not isinstance(inputs, (tuple, list)):
+                raise TypeError(
+                    f'{type(self).__name__}.apply takes a tuple of inputs, got '
+                    f'{describe([inputs])}: write apply(weights, state, (x,))'
+                )
+            check_inputs(self, tuple(inputs))
+            args, given = method.put('inputs', tuple(inputs), args, given)
+        return method(self, args, given)
+
+    made: F = method.wrapper(checking)
+    return made
 
 
 def check_inputs(layer: Any, inputs: tuple[Any, ...]) -> None:

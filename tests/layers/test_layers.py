@@ -357,7 +357,7 @@ def test_flatten():
     assert (run(tl.Flatten(), x) == x.reshape(2, 60)).all()
     assert (run(tl.Flatten(2), x) == x.reshape(2, 3, 20)).all()
     with pytest.raises(
-        ValueError, match=r'no axis 1 to join .* shape \(2,\): give first_axis below'
+        ValueError, match=r'no axis 1 to join .* shape \(2,\): give x\[..., None\]'
     ):
         run(tl.Flatten(), values(2))
 

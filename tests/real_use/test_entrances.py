@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,173 @@ def test_too_many_inputs_are_counted_in_every_layer(key):
         weights, state = layer.init(x, key)
         with pytest.raises(TypeError, match=r'takes 1 value off the stack, 2 were there'):
             layer.apply(weights, state, (x, x))
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [
+        tl.Dense(3),
+        tl.Embedding(9, 4),
+        tl.Add(),
+        tl.CrossEntropyLoss(),
+        tl.Serial(tl.Dense(3)),
+        tl.Residual(tl.Dense()),
+        tl.SelfAttention(1),
+        tl.Remat(tl.Dense(3)),
+        tl.Chunk(tl.Dense(3), 2),
+        tl.Once(tl.Dense(3)),
+        tl.Map(tl.Dense(3), 2),
+        Doubled(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_signatures_are_counted_as_inputs_are(layer, key):
+    x = lc.shape_dtype((2, 4, 6))
+    for n in {0, layer.n_in - 1, layer.n_in + 1}:
+        many = 'value' if layer.n_in == 1 else 'values'
+        with pytest.raises(TypeError, match=rf'takes {layer.n_in} {many} off the stack, .*{n} w'):
+            layer.init((x,) * n, jax.random.clone(key))
+
+
+# Layers from elsewhere write `init` and `apply` in their own way.
+
+
+class WithoutMode(lc.Layer):
+    """Its state depends on no mode."""
+
+    def init(self, signature, rng):
+        (x,) = signature
+        return {'factor': jnp.full(x.shape[-1], 2.0)}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        return (inputs[0] * weights['factor'],), state
+
+
+class ByName(Doubled):
+    """A mode by name alone, and another order."""
+
+    def init(self, signature, rng, *, mode=Mode.TRAIN):
+        return super().init(signature, rng, mode=mode)
+
+    def apply(self, weights, state, inputs, mode=Mode.EVAL, rng=None):
+        return super().apply(weights, state, inputs, rng=rng, mode=mode)
+
+
+class OtherNames(Doubled):
+    """Names of its own."""
+
+    def init(self, xs, key, m=Mode.TRAIN):
+        return super().init(xs, key, m)
+
+    def apply(self, w, s, xs, rng=None, mode=Mode.EVAL):
+        return super().apply(w, s, xs, rng=rng, mode=mode)
+
+
+class PassedOn(Doubled):
+    """Whatever it is given, it hands on."""
+
+    def init(self, *args, **given):
+        return super().init(*args, **given)
+
+    def apply(self, *args, **given):
+        return super().apply(*args, **given)
+
+
+def doubled(weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    return (inputs[0] * weights['factor'],), state
+
+
+def factors(signature, rng, mode=Mode.TRAIN):
+    return {'factor': jnp.full(signature[0].shape[-1], 2.0)}, {}
+
+
+class Static(lc.Layer):
+    """Functions that know no layer."""
+
+    init = staticmethod(factors)
+    apply = staticmethod(doubled)
+
+
+class Again(Static):
+    """Taken from another class by name."""
+
+    init = Static.init
+    apply = Static.apply
+
+
+class Compiled(Doubled):
+    """Compiled by itself."""
+
+    apply = functools.partial(jax.jit, static_argnums=0, static_argnames='mode')(Doubled.apply)
+
+
+ELSEWHERE = [WithoutMode(), ByName(), OtherNames(), PassedOn(), Static(), Again(), Compiled()]
+elsewhere = pytest.mark.parametrize('layer', ELSEWHERE, ids=lambda layer: type(layer).__name__)
+
+
+@elsewhere
+def test_a_layer_from_elsewhere_stands_where_others_do(layer, key):
+    x = jnp.arange(6.0).reshape(2, 3)
+    weights, state = layer.init((x,), jax.random.clone(key))
+    np.testing.assert_array_equal(layer.apply(weights, state, (x,))[0][0], 2 * x)
+    net = tl.Serial(layer, tl.Repeat(layer, 2), tl.AssertShape('bd->bd', layer))
+    np.testing.assert_array_equal(lc.Model(net).init(x, key)(x, mode=Mode.TRAIN), 16 * x)
+    assert lc.init_state(layer, (x,)) == {}
+
+
+@elsewhere
+def test_a_layer_from_elsewhere_is_checked_as_others_are(layer, key):
+    x = jnp.ones((2, 3))
+    weights, state = layer.init(x, jax.random.clone(key))
+    assert weights['factor'].shape == (3,)
+    for call, text in (
+        (lambda: layer.init((x, x), key), 'takes 1 value off the stack, 2 were there'),
+        (lambda: layer.init(x, key, 'predict'), r'init: mode=.* is no Mode: give Mode\.PREDICT'),
+        (lambda: layer.apply(weights, state, (x, x)), 'takes 1 value off the stack, 2 were'),
+        (lambda: layer.apply(weights, state, x), 'takes a tuple of inputs, got float32'),
+        (lambda: layer.apply(weights, state, (x,), mode='eval'), r'apply: mode=.* is no Mode'),
+    ):
+        with pytest.raises(TypeError, match=text):
+            call()
+
+
+def test_arguments_by_name_and_by_place_mean_the_same(key):
+    x = jnp.ones((2, 3))
+    for layer in (tl.Dense(3), Doubled(), ByName(), PassedOn(), Static(), WithoutMode()):
+        weights, _ = layer.init(signature=x, rng=jax.random.clone(key), mode=Mode.EVAL)
+        named = {'weights': weights, 'state': {}, 'inputs': (x,)}
+        (got,), _ = layer.apply(**named)
+        np.testing.assert_array_equal(got, layer.apply(weights, {}, inputs=[x])[0][0])
+        with pytest.raises(TypeError, match='takes a tuple of inputs'):
+            layer.apply(**{**named, 'inputs': x})
+        with pytest.raises(TypeError, match='is no Mode'):
+            layer.apply(**named, mode='eval')
+    weights, _ = OtherNames().init(xs=x, key=jax.random.clone(key), m=Mode.EVAL)
+    (got,), _ = OtherNames().apply(w=weights, s={}, xs=(x,))
+    np.testing.assert_array_equal(got, 2 * x)
+    with pytest.raises(TypeError, match='takes 1 value off the stack, 2 were'):
+        OtherNames().apply(w=weights, s={}, xs=(x, x))
+    (got,), _ = OtherNames().apply(weights, {}, (x,), key, Mode.TRAIN)
+    np.testing.assert_array_equal(got, 2 * x)
+    for layer, place in ((OtherNames(), (key, 'eval')), (ByName(), ('eval',))):
+        with pytest.raises(TypeError, match=r'apply: mode=.eval. is no Mode'):
+            layer.apply(weights, {}, (x,), *place)
+
+
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda layer, key: layer.init(),
+        lambda layer, key: layer.init((), key, Mode.EVAL, 3),
+        lambda layer, key: layer.init(jnp.ones(3), key, more=3),
+        lambda layer, key: layer.apply({}, {}),
+        lambda layer, key: layer.apply({}, {}, (jnp.ones(3),), key, Mode.EVAL),
+    ],
+)
+def test_what_python_refuses_is_refused_by_python(call, key):
+    for layer in (Doubled(), tl.Dense(3)):
+        with pytest.raises(TypeError, match=r'argument|takes 1 value'):
+            call(layer, key)
 
 
 BATCH = np.ones((4, 3), np.float32), np.zeros(4, np.int32), np.ones(4, np.float32)

@@ -159,7 +159,7 @@ def test_public_functions_broadcast_nothing():
             tl.cross_entropy(z, targets)
     values = tl.cross_entropy(z, y)
     for f in (tl.weighted_mean, weighted_sum, tl.weighted_sum):
-        for weights in (w[:, None], w[:1], jnp.float32(1), jnp.tile(w, (2, 1))):
+        for weights in (w[:, None], w[:1], jnp.tile(w, (2, 1))):
             with pytest.raises(
                 ValueError, match=r'values \(8,\) and weights .* must be of one sha'
             ):
@@ -217,6 +217,7 @@ class Own(tl.Metric):
             'pairs': margin[:, None] - margin[None],
             'rows': outputs,
             'number': 1.0,
+            'list': list(margin),
             'nothing': None,
             'complex': margin.astype(jnp.complex64),
         }[self.which]
@@ -242,7 +243,11 @@ def test_numbers_of_a_metric_of_ones_own_are_float32(which):
 @pytest.mark.parametrize(
     ('which', 'error', 'text'),
     [
-        ('mean', ValueError, r'one number a target, of the shape \(8,\), got \(\): nothing is'),
+        (
+            'mean',
+            ValueError,
+            r'one number a target, of the shape \(8,\), got \(\): nothing is.*jnp.full\(tar',
+        ),
         (
             'column',
             ValueError,
@@ -258,9 +263,18 @@ def test_numbers_of_a_metric_of_ones_own_are_float32(which):
             ValueError,
             r'one number a target, of the shape \(8,\), got \(8, 3\): e.g. values.mean\(-1',
         ),
-        ('number', TypeError, 'an array of real numbers, got float'),
-        ('nothing', TypeError, 'an array of real numbers, got NoneType'),
-        ('complex', TypeError, r'an array of real numbers, got complex64\[8\]'),
+        ('number', TypeError, r'an array .* got float: one .* jnp.full\(targets.shape, …\)'),
+        (
+            'list',
+            TypeError,
+            r'an array .* got list: one a target is jnp.stack\(values\), and one f',
+        ),
+        (
+            'nothing',
+            TypeError,
+            r'an array of real numbers, got NoneType: give one a target, or jnp.f',
+        ),
+        ('complex', TypeError, r'an array of real numbers, got complex64\[8\]: give real ones'),
     ],
 )
 def test_values_of_another_shape_are_refused_at_every_entrance(which, error, text):
@@ -378,6 +392,69 @@ def test_binary_cross_entropy_is_that_of_numpy_and_exact_for_large_logits():
     np.testing.assert_allclose(got, [0, 200, 200, 0], rtol=1e-6)
     slope = jax.grad(lambda x: score(loss, x, t, np.ones_like(t))[0].sum())(jnp.asarray(x))
     np.testing.assert_allclose(slope, p - t, rtol=1e-5, atol=1e-6)  # at 0, too
+
+
+INFINITE = np.array([-np.inf, -1e30, -1.0, 0.0, 1.0, 1e30, np.inf])
+
+
+def value_and_slope(metric, x, t):
+    """Of one output and one target, by the metric; infinite ones are not averaged."""
+
+    def value(x):
+        return score(metric, x, jnp.asarray([t]), jnp.ones(1))[0][0]
+
+    y, slope = jax.value_and_grad(value)(jnp.asarray([x], jnp.float32))
+    return float(y), float(slope[0])
+
+
+@pytest.mark.parametrize('t', [0, 1, 0.25])
+def test_binary_cross_entropy_of_infinite_logits_is_its_limit(t):
+    for x in INFINITE:
+        # −log of a probability is max(∓x, 0) far from 0, and a term of probability 0 is none.
+        terms = [(p, np.logaddexp(0, z)) for p, z in ((t, -x), (1 - t, x))]
+        wanted = sum(p * z for p, z in terms if p)
+        rate = 0.5 * (1 + np.tanh(x / 2))
+        got = value_and_slope(tl.BinaryCrossEntropyLoss(), x, t)
+        np.testing.assert_allclose(got, (wanted, rate - t), rtol=1e-6, atol=1e-7)
+
+
+def test_a_right_answer_without_doubt_costs_nothing_in_a_mean():
+    x = jnp.array([np.inf, -np.inf, 1.0])
+    t, w = np.array([1, 0, 1]), np.ones(3)
+    loss = tl.BinaryCrossEntropyLoss()
+    np.testing.assert_allclose(mean(loss, x, t, w), np.log1p(np.exp(-1)) / 3, rtol=1e-6)
+
+
+def test_no_nan_arises_on_the_way_to_a_number():
+    with jax.debug_nans(True):
+        for metric in NUMBERS[:3]:
+            for x in (np.inf, -np.inf):
+                value_and_slope(metric, x, float(x > 0))
+
+
+@pytest.mark.parametrize('t', [0.0, -3.5])
+def test_the_smoothed_error_pulls_by_1_however_far_it_is(t):
+    for x in (*INFINITE, t + 0.5, t - 0.5, t + 1):
+        d = x - t
+        wanted = d * d / 2 if abs(d) < 1 else abs(d) - 0.5
+        got = value_and_slope(tl.SmoothL1Loss(), x, t)
+        np.testing.assert_allclose(got, (wanted, np.clip(d, -1, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize('weight', [2, 0.5, True, np.float32(3), jnp.float32(0.25)], ids=repr)
+def test_one_weight_for_all_values_gives_the_plain_mean(weight):
+    for values in (X, X[:, 0], X[0, 0]):
+        values = jnp.asarray(values)
+        want = np.asarray(values, float)
+        got = tl.weighted_mean(values, weight)
+        np.testing.assert_allclose(got, want.mean(), rtol=1e-5)
+        total = jax.jit(tl.weighted_sum)(values, jnp.float32(weight))
+        wanted = want.sum() * float(weight), want.size * float(weight)
+        np.testing.assert_allclose(total, wanted, rtol=1e-5)
+
+
+def test_no_weight_for_all_values_gives_0():
+    assert float(tl.weighted_mean(jnp.full(3, jnp.nan), 0.0)) == 0.0
 
 
 @pytest.mark.parametrize('metric', NUMBERS[2:], ids=lambda m: m.label)

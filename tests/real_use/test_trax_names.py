@@ -12,7 +12,7 @@ import pytest
 from layercomb import losses, tl, transforms, trees
 from layercomb.layers.base import Mode
 from layercomb.layers.cotangents import vjp
-from layercomb.model import embeddings
+from layercomb.model import Model, embeddings
 from layercomb.shapes import shape_dtype, signature_of
 
 made = np.random.default_rng(0)
@@ -161,6 +161,22 @@ def test_a_shortcut_of_several_layers_is_a_series():
         tl.Residual(tl.Relu(), shortcut=[3])
 
 
+@pytest.mark.parametrize(
+    ('shortcut', 'n'), [([tl.Dup()], 2), (tl.Drop(), 0), (tl.Branch(None, None, tl.Tanh()), 3)]
+)
+def test_a_shortcut_of_several_values_is_refused_when_it_is_written(shortcut, n):
+    text = f'Residual: its shortcut must leave the one value that is added to, it leaves {n}: end'
+    with pytest.raises(ValueError, match=text):
+        tl.Residual(tl.Relu(), shortcut=shortcut)
+    with pytest.raises(ValueError, match=text):
+        tl.Residual(tl.Relu(), shortcut=tl.Tanh()).replace(shortcut=tl.Serial(shortcut))
+    x, y = floats(2, 3), floats(2, 3)
+    joined = tl.Residual(tl.Relu(), shortcut=[tl.Dup(), tl.Add()])
+    np.testing.assert_allclose(run(joined, x), 2 * np.asarray(x) + relu(x), rtol=1e-6)
+    two = tl.Residual(tl.Relu(), shortcut=tl.Add())  # of two inputs one value
+    np.testing.assert_allclose(run(two, x, y), np.asarray(x) + y + relu(x), rtol=1e-6)
+
+
 # Flatten, LeakyRelu, PaddingMask, positions.
 
 
@@ -170,6 +186,24 @@ def test_flatten_keeps_no_more_axes_than_there_are(first_axis):
         run(tl.Flatten(first_axis), floats(2, 3))
     assert run(tl.Flatten(2), floats(2, 3, 4)).shape == (2, 3, 4)
     assert run(tl.Flatten(2), floats(2, 3, 5, 7, 11)).shape == (2, 3, 385)
+
+
+@pytest.mark.parametrize('first_axis', [1, 2])
+@pytest.mark.parametrize('shape', [(), (2,), (2, 3)])
+def test_what_flatten_proposes_can_be_done(first_axis, shape):
+    x = floats(*shape)
+    if first_axis < x.ndim:
+        return
+    with pytest.raises(ValueError, match='Flatten: there is no axis') as e:
+        run(tl.Flatten(first_axis), x)
+    *_, proposals = str(e.value).partition(': give ')[2].rpartition(': ')
+    for proposal in proposals.removeprefix('give ').split(', or '):
+        if proposal.startswith('first_axis'):
+            assert x.ndim > 1
+            run(tl.Flatten(x.ndim - 1), x)
+        else:
+            wider = eval(proposal.removeprefix('give '), {'x': x})
+            np.testing.assert_array_equal(np.ravel(run(tl.Flatten(first_axis), wider)), x.ravel())
 
 
 def test_a_slope_of_the_leak():
@@ -274,6 +308,149 @@ def test_shapes_in_and_out_of_a_layer_are_checked():
         r"'bl', 'l' is 4 and should be 3",
     ):
         run(wrong, x, y)
+
+
+@pytest.mark.parametrize(
+    ('layer', 'inputs', 'text'),
+    [
+        (tl.AssertShape('bd,b'), 1, 'AssertShape takes 2 values off the stack, only 1 was there'),
+        (tl.AssertShape('bd,b'), 3, 'AssertShape takes 2 values off the stack, 3 were there'),
+        (tl.AssertShape('bd->bd', tl.Dense()), 2, 'AssertShape takes 1 value .* 2 were there'),
+        (tl.AssertShape('bd,bd->bd', tl.Add()), 0, 'AssertShape takes 2 values .* only 0 were'),
+        (tl.Serial(tl.Dense(6), tl.AssertShape('bd,bd')), 1, 'AssertShape takes 2 .* only 1 was'),
+    ],
+)
+def test_too_few_or_too_many_values_to_check_are_counted(layer, inputs, text):
+    signature = (shape_dtype((2, 4)),) * inputs
+    for call in (
+        lambda: layer.init(signature, jax.random.key(0)),
+        lambda: Model(layer).init(signature),
+        lambda: layer.output_signature(signature),
+    ):
+        with pytest.raises(TypeError, match=text):
+            call()
+
+
+def test_one_axis_is_one_and_one_value_too():
+    with pytest.raises(ValueError, match=r"'b', there should be 1 axis, there are 2"):
+        run(tl.AssertShape('b'), floats(2, 3))
+    with pytest.raises(ValueError, match='there should be at least 2 axes, there is 1'):
+        run(tl.AssertShape('b...d'), floats(2))
+    with pytest.raises(ValueError, match='there should be at least 1 axis, there are 0'):
+        run(tl.AssertShape('...d'), floats())
+    with pytest.raises(ValueError, match='describes 2 values that Mean takes, there is 1'):
+        tl.AssertShape('b,c->b', tl.Mean())
+    with pytest.raises(ValueError, match='describes 1 value that Add takes, there are 2'):
+        tl.AssertShape('b->b', tl.Add())
+
+
+def reversible(half, *checks):
+    return tl.Serial(
+        tl.Dup(), tl.ReversibleSerial(*checks, half, tl.ReversibleSwap(), *checks), tl.Add()
+    )
+
+
+def test_assertions_stand_among_reversible_layers():
+    half = tl.ReversibleHalfResidual(tl.Dense(4), tl.Tanh())
+    plain = reversible(half)
+    spec = 'bd,bd->bd,bd'
+    checked = reversible(tl.AssertShape(spec, half), tl.AssertShape('bd,bd'))
+    inside = tl.AssertShape(spec, tl.ReversibleSerial(half, tl.ReversibleSwap()))
+    repeated = tl.Serial(tl.Dup(), tl.ReversibleRepeat(inside, 1), tl.Add())
+    x = floats(3, 4)
+    weights, _ = plain.init(signature_of(x), jax.random.key(0))
+
+    def slopes(net, weights):
+        def loss(weights, x):
+            return jnp.sum(net.apply(weights, {}, (x,), mode=Mode.TRAIN)[0][0] ** 2)
+
+        return jax.grad(loss, (0, 1))(weights, x)
+
+    def by_hand(weights, x):
+        w = jax.tree.leaves(weights)
+        return jnp.sum((2 * x + jnp.tanh(x @ w[1] + w[0])) ** 2)
+
+    wanted = jax.grad(by_hand, (0, 1))(weights, x)
+    for net in (plain, checked):
+        for got, should in zip(
+            jax.tree.leaves(slopes(net, weights)), jax.tree.leaves(wanted), strict=True
+        ):
+            np.testing.assert_allclose(got, should, rtol=1e-5, atol=1e-6)
+    stacked, _ = repeated.init(signature_of(x), jax.random.key(0))
+    leaves = [w[None] for w in jax.tree.leaves(weights)]
+    stacked = jax.tree.unflatten(jax.tree.structure(stacked), leaves)
+    for got, should in zip(
+        jax.tree.leaves(slopes(repeated, stacked)), jax.tree.leaves(wanted), strict=True
+    ):
+        np.testing.assert_allclose(got.reshape(should.shape), should, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r'in number 1, .*should be'):
+        run(reversible(half, tl.AssertShape('bb,bd')), x)
+
+
+@pytest.mark.parametrize('make', [tl.ReversibleSerial, lambda x: tl.ReversibleRepeat(x, 2)])
+def test_an_assertion_does_not_make_a_layer_reversible(make):
+    with pytest.raises(TypeError, match='Swap is not reversible: put it into a ReversibleHalf'):
+        make(tl.AssertShape('bd,bd->bd,bd', tl.Swap()))
+
+
+def test_an_assertion_at_the_end_takes_no_gradient_from_the_layer_before_it():
+    assert tl.AssertShape('bd').diagonal and not tl.AssertShape('bd,b').diagonal
+    assert tl.AssertShape('bd->bd', tl.Dropout(0.5)).diagonal
+    assert not tl.AssertShape('bd->bd', tl.Dense()).diagonal
+    dropout = tl.Dropout(0.5, name='dropout')
+    plain = tl.Residual(tl.Dense(4), dropout)
+    checked = tl.Residual(tl.Dense(4), tl.AssertShape('bd->bd', dropout), tl.AssertShape('bd'))
+    x, ct, key = floats(3, 4), floats(3, 4), jax.random.key(1)
+    weights, _ = plain.init(signature_of(x), jax.random.key(0))
+    results = [
+        net.apply_and_grad(weights, {}, (x,), (ct,), rng=jax.random.clone(key))
+        for net in (plain, checked)
+    ]
+    for got, wanted in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ('spec', 'fits'),
+    [
+        ('bhlk,bhmk,bhmk->bhlk', True),
+        ('bhlk,bgmk,bgmk->bhlk', True),
+        ('...lk,...mk,...mk->...lk', True),
+        ('b2lk,b2mk,b2mk->b2lk', False),
+        ('bhlh,bhmh,bhmh->bhlh', False),
+        ('bh...,bhmk,bhmk->bhlk', False),
+    ],
+)
+def test_an_assertion_about_attention_goes_a_head_at_a_time_if_it_fits_one(spec, fits):
+    plain = tl.SelfAttention(2)
+    checked = plain.replace(core=tl.AssertShape(spec, plain.core))
+    assert checked.core.headwise == fits
+    x, ct = floats(2, 5, 4), floats(2, 5, 4)
+    weights, state = plain.init(signature_of(x), jax.random.key(0))
+    got = checked.apply_and_grad(weights, state, (x,), (ct,), rng=jax.random.key(1))
+    wanted = plain.apply_and_grad(weights, state, (x,), (ct,), rng=jax.random.key(1))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_assertion_about_a_projection_has_its_heads():
+    plain = tl.SelfAttention(2)
+    checked = plain.replace(query=tl.AssertShape('bld->bhlk', plain.query))
+    assert checked.query.headwise
+    x = floats(2, 5, 4)
+    weights, _ = plain.init(signature_of(x), jax.random.key(0))
+    got = checked.apply_and_grad(weights, {}, (x,), (x,), rng=jax.random.key(1))
+    wanted = plain.apply_and_grad(weights, {}, (x,), (x,), rng=jax.random.key(1))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_positions_that_mix_inside_an_assertion_are_not_cut():
+    for layer in (tl.SelfAttention(2), tl.SinusoidalPositions(), tl.Dropout(0.1, (1,))):
+        checked = tl.AssertShape('bld->bld', layer)
+        assert checked.mixes_positions == layer.mixes_positions
+        with pytest.raises(TypeError, match='mixes positions'):
+            tl.Chunk(checked, 2)
 
 
 @pytest.mark.parametrize(
@@ -449,8 +626,19 @@ def test_integers_into_a_model_of_floats_are_not_cut_to_integers(layer):
 
 @pytest.mark.parametrize('layer', [tl.Softmax(), tl.LogSoftmax()])
 def test_a_softmax_of_integers_is_not_all_zeros(layer):
-    with pytest.raises(TypeError, match='takes floating-point vectors'):
-        run(layer, np.ones((2, 3), np.int32))
+    name = type(layer).__name__
+    text = rf'{name} takes floating-point vectors .*, got .*: convert scores or counts, x.astype'
+    for dtype in (np.int32, np.uint8, bool):
+        with pytest.raises(TypeError, match=text):
+            run(layer, np.ones((2, 3), dtype))
+
+
+@pytest.mark.parametrize('layer', [tl.Softmax(), tl.LogSoftmax(), tl.Dense(2), tl.LayerNorm()])
+def test_a_number_and_what_is_complex_are_not_told_to_embed_integers(layer):
+    with pytest.raises(TypeError, match=r'got float32\[\]: add an axis, x\[None\]'):
+        run(layer, np.float32(1))
+    with pytest.raises(TypeError, match=r'got complex64\[2,3\]: give real numbers'):
+        run(layer, np.ones((2, 3), np.complex64))
 
 
 def test_what_is_looked_up_is_integers_at_every_call():
