@@ -1,4 +1,4 @@
-"""`AssertShape`: what shapes a model's author has in mind, written in the model and checked."""
+"""`AssertShape`: the shapes that a model's author expects, written in the model and checked."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class AssertShape(Wrapper, init=False):
 
     One letter is one axis, and equal letters are equal sizes, wherever they stand; a digit is the
     size 0 … 9 itself; ``...`` is any number of axes, equal everywhere; commas separate values, and
-    nothing at all is a scalar. Letters mean something new at each call: in ``PREDICT`` a length may
-    be another each time.
+    nothing at all is a scalar. Letters take their sizes anew at each call, for in ``PREDICT`` a
+    length may change.
 
     Attributes:
       spec: the shapes.
@@ -171,7 +171,7 @@ class AssertShape(Wrapper, init=False):
                 of = '' if which == 'values' else f' of {type(self.layer).__name__}'
                 raise ValueError(
                     f'AssertShape({self.spec!r}): the {which}{of} are {describe(values)}; '
-                    f'in number {i + 1}, {spec!r}, {wrong}'
+                    f'value {i + 1} should fit {spec!r}: {wrong}'
                 )
 
 
@@ -201,8 +201,8 @@ def _specs(side: str, n: int) -> list[str]:
 def _fits_one_head(spec: str) -> bool:
     """Whether a spec that fits values (B, H, …) fits one of their heads too, where H is 1.
 
-    It does not if it says a number for H, or compares H with what is no H. Where '...' may hide H
-    between letters, that is not known.
+    It does not if it gives H a number, or uses its letter for another axis. A letter beside '...'
+    may be that of H; then it counts as not fitting.
     """
     specs = re.split('->|,', spec.replace(' ', ''))
     heads = {one[1] for one in specs if len(one) == 4 and '.' not in one}

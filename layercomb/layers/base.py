@@ -123,7 +123,7 @@ class Layer:
           Two nested dicts of arrays, empty where there is nothing.
 
         Raises:
-          TypeError: if `mode` is no `Mode`.
+          TypeError: if the signatures are not `n_in`, or `mode` is no `Mode`.
         """
         del signature, rng, mode
         return {}, {}

@@ -26,9 +26,9 @@ class Fn(Layer):
     Attributes:
       label: what `repr` and the paths call it.
       f: a function of `n_in` arrays that gives an array, or a tuple of `n_out`.
-      n_in: by default the number of required positional parameters of `f`. Where it has parameters
-        and requires none, as ``functools.partial(jnp.clip, min=0, max=1)``, or does not say what it
-        takes, `n_in` must be given.
+      n_in: by default the number of required positional parameters of `f`. It must be given if `f`
+        does not say what it takes, or requires none of its parameters, as
+        ``functools.partial(jnp.clip, min=0, max=1)``.
       n_out: how many arrays `f` gives.
 
     Raises:

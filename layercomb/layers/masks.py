@@ -11,7 +11,7 @@ from layercomb.shapes import check_rank, describe
 class PaddingMask(Layer):
     """ids (B, L) → (B, L) boolean, True where a position is real: where the id is not `pad`.
 
-    It is what layers with ``masked=True`` take, here on top of a model's embedding:
+    Layers with ``masked=True`` take it, here beside what a model's embedding gives:
 
     >>> from layercomb import tl
     >>> net = tl.Serial(

@@ -1,4 +1,4 @@
-"""Losses and metrics: layers from (outputs, targets, weights) to values and weights a position.
+"""Losses and metrics: layers from (outputs, targets, weights) to values and their weights.
 
 Each gives two outputs of the targets' shape, a value and a weight, both float32. The metric is the
 weighted mean of the values (`weighted_mean`), passed through `Metric.finish`; padding has weight 0.
@@ -70,7 +70,7 @@ class Metric(Layer):
     ) -> tuple[jax.Array, jax.Array]:
         """Values, and weights of the same shape; outputs and weights are float32."""
         values = self.values(outputs, targets)
-        self._check_values(values, targets.shape, 'one number a target')
+        self._check_values(values, targets.shape, 'one number for each target')
         return values, weights
 
     def finish(self, mean: float) -> float:
@@ -113,7 +113,7 @@ class Metric(Layer):
             outputs.astype(jnp.float32), targets, loss_weights.astype(jnp.float32)
         )
         values, loss_weights = scored
-        self._check_values(values, loss_weights.shape, 'one number a weight')
+        self._check_values(values, loss_weights.shape, 'one number for each weight')
         return _as_float32(values, loss_weights), state
 
     def _check_values(self, values: Any, wanted: Shape, words: str) -> None:
@@ -134,9 +134,9 @@ class Metric(Layer):
                 f'e.g. values.mean({axes[0] if len(axes) == 1 else axes})'
                 if wider
                 else (
-                    'nothing is broadcast; one value for all targets is '
-                    'jnp.full(targets.shape, …), and one for several, with one weight, is given by '
-                    '`scores`'
+                    'nothing is broadcast; the same value everywhere is '
+                    'jnp.full(targets.shape, …), and a metric with one value for several targets '
+                    'writes `scores`, which gives its weight too'
                 )
             )
             raise ValueError(
@@ -215,7 +215,7 @@ class SequenceAccuracy(Metric):
     """How often a whole sequence is right: (B, L, V), (B, L), (B, L) → (B,), (B,).
 
     A sequence is right if the largest logit is the target's at every position whose weight is not
-    0. It counts 1, whatever those weights are; one without any such position counts 0.
+    0. Its own weight is 1, whatever those weights are; it is 0 if they are all 0.
     """
 
     mixes_positions = True
@@ -329,9 +329,10 @@ def _cure_of_targets(targets: Any, outputs: Shape, wanted: Shape) -> str:
     if got != outputs or wanted != outputs[:-1]:
         return 'a batch is (inputs…, targets, loss_weights)'
     if jnp.issubdtype(targets.dtype, jnp.integer):
-        return 'give the class instead of a row of zeros with a one, targets.argmax(-1)'
+        return 'give the class instead of a one-hot row, targets.argmax(-1)'
     return (
-        'for numbers as wide as the outputs take e.g. tl.L2Loss(), or a metric with targets_shape'
+        "targets of the outputs' shape are for regression, e.g. tl.L2Loss(), or for a metric with "
+        'its own targets_shape'
     )
 
 
@@ -339,10 +340,10 @@ def _cure_of_values(values: Any) -> str:
     if hasattr(values, 'dtype'):
         return 'give real ones, e.g. their absolute values'
     if isinstance(values, (bool, int, float)):
-        return 'one for all targets is jnp.full(targets.shape, …)'
+        return 'the same value everywhere is jnp.full(targets.shape, …)'
     if isinstance(values, (list, tuple)):
-        return 'one a target is jnp.stack(values), and one for all is jnp.full(targets.shape, …)'
-    return 'give one a target, or jnp.full(targets.shape, …)'
+        return 'give jnp.stack(values); the same value everywhere is jnp.full(targets.shape, …)'
+    return 'give one for each target; the same value everywhere is jnp.full(targets.shape, …)'
 
 
 def _cure_of_weights(got: Shape, wanted: Shape) -> str:

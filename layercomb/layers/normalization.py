@@ -80,7 +80,7 @@ class BatchNorm(Layer):
 
     Positions of loss weight 0 are normalized as the others are, but do not count in the statistics:
     a `Loop` sees to that, and `losses.apply_counted` in a loop of one's own; else all positions
-    count. Where none does, the running means are taken, and stay as they are.
+    count. If none counts, the running means are used, and stay as they are.
 
     Weights: ``scale`` and ``bias`` (D,). State: ``mean`` and ``var`` (D,).
 

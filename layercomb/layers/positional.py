@@ -22,8 +22,8 @@ from layercomb.shapes import Signature, check_float, check_rank, check_sequence,
 class SinusoidalPositions(Layer):
     """x + P, with P[t, i] = sin(t ω_i) and P[t, D/2 + i] = cos(t ω_i), ω_i = period^(−2i/D).
 
-    x is (B, L, D) with D even. There are no weights, unless it is trainable: then P is ``table``
-    (max_len, D), which begins so and learns.
+    x is (B, L, D) with D even. There are no weights, unless `trainable`: then P is the weight
+    ``table`` (max_len, D), which starts with these values.
 
     Attributes:
       period: of the slowest wave, times 2π.
@@ -45,7 +45,7 @@ class SinusoidalPositions(Layer):
         super().__post_init__()
         if self.trainable and self.max_len is None:
             raise ValueError(
-                'SinusoidalPositions: what trains is a table of max_len rows: give max_len'
+                'SinusoidalPositions: trainable positions are a table of max_len rows: give max_len'
             )
 
     def init(self, signature, rng, mode=Mode.TRAIN):
@@ -143,7 +143,7 @@ class RotaryPositions(Layer):
         return (rotate(q, sin, cos), rotate(k, sin, cos)), state
 
     def _check(self, q: Any, k: Any) -> None:
-        """Raises a ValueError unless queries and keys differ in their number of heads alone."""
+        """Raises a ValueError if queries and keys differ in more than their number of heads."""
         check_rank('RotaryPositions', q, 'queries (batch, heads, length, depth)', 4)
         alike = len(k.shape) == 4 and q.shape[:1] + q.shape[2:] == k.shape[:1] + k.shape[2:]
         if not alike:
@@ -156,7 +156,7 @@ class RotaryPositions(Layer):
 def add_rows(
     layer: Any, table: jax.Array, state: Tree, x: jax.Array, mode: Mode
 ) -> tuple[tuple[jax.Array], Tree]:
-    """The outputs of a layer that adds to x (B, L, D) a row of its table a position, and state."""
+    """Outputs and state of a layer that adds to each position of x (B, L, D) a row of its table."""
     check_width(x, table.shape[1])
     length = x.shape[1]
     where, state = next_positions(layer, state, length, mode)  # (B or 1, L)

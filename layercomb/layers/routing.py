@@ -93,8 +93,8 @@ class Swap(Rearrange):
 class Multiply(Layer):
     """a · b, elementwise, for gates.
 
-    Both have as many axes, and one of them has the product's shape; the other may have 1 along an
-    axis, as a gate does that is one for all positions.
+    Both have the same number of axes. One has the shape of the product; the other may have size 1
+    along an axis, such as a gate that is the same at all positions.
     """
 
     n_in = 2

@@ -1,4 +1,4 @@
-"""Auxiliary losses of a layer that works piece by piece: a mean, to which each has its share."""
+"""Auxiliary losses of a layer that works piece by piece: the pieces' mean, weighted by shares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def how_many(found: Tree) -> Tree:
 
 
 def shares(piece: Tree, of_all: Tree) -> Tree:
-    """How much of what counts lies in a piece, in the place of each of its arrays; 0 of none.
+    """Which part of the positions that count is in a piece, in place of each array; 0 if none does.
 
     Args:
       piece: the piece of what `take_counted` found.

@@ -16,8 +16,7 @@ F = TypeVar('F', bound=Callable[..., Any])
 def checking_init(init: F) -> F:
     """A class's `init`, which takes one signature alone too, counts them, and checks the mode.
 
-    Arguments are passed on as they came; an `init` without `mode`, whose state depends on none, is
-    given none.
+    Arguments are passed on as they came. An `init` that has no parameter `mode` is given none.
     """
     method = Method(init, ('signature', 'rng', 'mode'))
 
@@ -29,7 +28,9 @@ def checking_init(init: F) -> F:
         signature = method.find('signature', args, given)
         if signature is not ABSENT:
             signature = signature if isinstance(signature, tuple) else signature_of(signature)
-            if not hasattr(self, 'route'):  # a combinator lets the layer say so that finds too few
+            if not hasattr(
+                self, 'route'
+            ):  # in a combinator the sublayer that finds too few says so
                 check_inputs(self, signature)
             args, given = method.put('signature', signature, args, given)
         return method(self, args, given)

@@ -356,9 +356,7 @@ def test_flatten():
     x = values(2, 3, 4, 5)
     assert (run(tl.Flatten(), x) == x.reshape(2, 60)).all()
     assert (run(tl.Flatten(2), x) == x.reshape(2, 3, 20)).all()
-    with pytest.raises(
-        ValueError, match=r'no axis 1 to join .* shape \(2,\): give x\[..., None\]'
-    ):
+    with pytest.raises(ValueError, match=r'no axis 1 to join .* shape \(2,\): give x\[..., None\]'):
         run(tl.Flatten(), values(2))
 
 

@@ -79,7 +79,7 @@ WRONG = {
     'rows of probabilities': (
         np.eye(V, dtype=np.float32)[Y],
         W,
-        r'targets must be \(8,\) here: for numbers as wide as the outputs take e.g. tl.L2Loss',
+        r'targets must be \(8,\) here: targets of the outputs. shape are for regression, e.g. tl',
     ),
 }
 wrong = pytest.mark.parametrize(('y', 'w', 'text'), WRONG.values(), ids=list(WRONG))
@@ -246,33 +246,33 @@ def test_numbers_of_a_metric_of_ones_own_are_float32(which):
         (
             'mean',
             ValueError,
-            r'one number a target, of the shape \(8,\), got \(\): nothing is.*jnp.full\(tar',
+            r'one number for each target, of the shape \(8,\), got \(\): nothing is.*jnp.full\(tar',
         ),
         (
             'column',
             ValueError,
-            r'one number a target, of the shape \(8,\), got \(8, 1\): e.g. values.mean',
+            r'one number for each target, of the shape \(8,\), got \(8, 1\): e.g. values.mean',
         ),
         (
             'pairs',
             ValueError,
-            r'one number a target, of the shape \(8,\), got \(8, 8\): e.g. values.mean',
+            r'one number for each target, of the shape \(8,\), got \(8, 8\): e.g. values.mean',
         ),
         (
             'rows',
             ValueError,
-            r'one number a target, of the shape \(8,\), got \(8, 3\): e.g. values.mean\(-1',
+            r'one number for each target, of the shape \(8,\), got \(8, 3\): e.g. values.mean\(-1',
         ),
-        ('number', TypeError, r'an array .* got float: one .* jnp.full\(targets.shape, …\)'),
+        ('number', TypeError, r'an array .* got float: .* jnp.full\(targets.shape, …\)'),
         (
             'list',
             TypeError,
-            r'an array .* got list: one a target is jnp.stack\(values\), and one f',
+            r'an array .* got list: give jnp.stack\(values\); the same',
         ),
         (
             'nothing',
             TypeError,
-            r'an array of real numbers, got NoneType: give one a target, or jnp.f',
+            r'an array of real numbers, got NoneType: give one for each',
         ),
         ('complex', TypeError, r'an array of real numbers, got complex64\[8\]: give real ones'),
     ],
@@ -323,7 +323,9 @@ def test_a_metric_of_whole_rows_gives_weights_of_its_own():
     distance = np.abs(np.maximum(LOGITS, 0).argmax(-1) - SEQUENCE).sum(-1)
     by_row = weights.max(-1)
     np.testing.assert_allclose(got['rows'], (distance * by_row).sum() / by_row.sum(), rtol=1e-6)
-    with pytest.raises(ValueError, match=r'Wide.values must give one number a weight, .* \(8, 4\)'):
+    with pytest.raises(
+        ValueError, match=r'Wide.values must give one number for each weight, .* \(8, 4\)'
+    ):
         score(Wide(), LOGITS, SEQUENCE, weights)
 
 

@@ -291,7 +291,7 @@ def test_shapes_on_the_stack_are_checked_and_left_as_they_are():
     x, y = floats(2, 3, 4), floats(2)
     for got, wanted in zip(run(layer, x, y), (x, y), strict=True):
         assert got is wanted or (got == wanted).all()
-    with pytest.raises(ValueError, match=r"in number 2, 'b', 'b' is 3 and should be 2"):
+    with pytest.raises(ValueError, match=r"value 2 should fit 'b': 'b' is 3 and should be 2"):
         run(layer, x, floats(3))
     with pytest.raises(ValueError, match='there should be 3 axes, there are 2'):
         run(layer, floats(2, 3), y)
@@ -304,8 +304,8 @@ def test_shapes_in_and_out_of_a_layer_are_checked():
     wrong = tl.AssertShape('bld,b->bl', tl.Serial(tl.Mean(), tl.Swap(), tl.Drop()))
     with pytest.raises(
         ValueError,
-        match=r"AssertShape\('bld,b->bl'\): the outputs of Serial are float32\[2,4\]; in number 1, "
-        r"'bl', 'l' is 4 and should be 3",
+        match=r"AssertShape\('bld,b->bl'\): the outputs of Serial are float32\[2,4\]; value 1 "
+        r"should fit 'bl': 'l' is 4 and should be 3",
     ):
         run(wrong, x, y)
 
@@ -332,7 +332,7 @@ def test_too_few_or_too_many_values_to_check_are_counted(layer, inputs, text):
 
 
 def test_one_axis_is_one_and_one_value_too():
-    with pytest.raises(ValueError, match=r"'b', there should be 1 axis, there are 2"):
+    with pytest.raises(ValueError, match=r"'b': there should be 1 axis, there are 2"):
         run(tl.AssertShape('b'), floats(2, 3))
     with pytest.raises(ValueError, match='there should be at least 2 axes, there is 1'):
         run(tl.AssertShape('b...d'), floats(2))
@@ -383,7 +383,7 @@ def test_assertions_stand_among_reversible_layers():
         jax.tree.leaves(slopes(repeated, stacked)), jax.tree.leaves(wanted), strict=True
     ):
         np.testing.assert_allclose(got.reshape(should.shape), should, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r'in number 1, .*should be'):
+    with pytest.raises(ValueError, match=r'value 1 should fit .*should be'):
         run(reversible(half, tl.AssertShape('bb,bd')), x)
 
 
