@@ -36,6 +36,8 @@ class Repeat(Wrapper):
     (3, 4, 4)
     """
 
+    carries_counted = True
+
     n: Size = 1
     shared: bool = False
 
@@ -131,6 +133,8 @@ class Remat(Wrapper):
     Under `Repeat` this makes the memory of training grow with depth by the block's inputs alone.
     """
 
+    carries_counted = True
+
     recomputes = True
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
@@ -162,6 +166,8 @@ class Map(Wrapper):
     >>> tl.Map(tl.Dense(4), 3).n_in
     3
     """
+
+    carries_counted = True
 
     n: Size = 1
 
@@ -247,6 +253,8 @@ class Chunk(Wrapper):
     References:
       Kitaev et al., Reformer, 2020, section 3, https://arxiv.org/abs/2001.04451
     """
+
+    carries_counted = True
 
     chunk_len: Size = 128
 

@@ -264,6 +264,8 @@ class AfterMemory(Wrapper):
       max_len: the most inputs that are taken, the memory aside; None takes any number.
     """
 
+    carries_counted = True
+
     masked: bool = False
     max_len: Size | None = None
 
