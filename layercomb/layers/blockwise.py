@@ -65,10 +65,10 @@ def visible(plan: Plan, i: Any, j: Any, mask: Any, start: Any) -> jax.Array:
     key = j * plan.k_block + jnp.arange(plan.k_block)
     seen = (key < plan.n_keys)[None]  # (1, c)
     if mask is not None:
-        seen = seen & mask[j]
+        seen = seen & mask[j][None]
     if plan.causal:
         query = start + i * plan.q_block + jnp.arange(plan.q_block)[:, None]
-        seen = seen & (key <= query)
+        seen = seen & (key[None] <= query)
     return seen
 
 

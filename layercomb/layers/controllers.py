@@ -79,7 +79,7 @@ def _units(block_size: int, x: jax.Array, first: jax.Array, second: jax.Array) -
     c = logits({'in': {'kernel': first}, 'out': {'kernel': second}}, x)
     n_blocks = c.shape[1] // block_size
     chosen = largest(c.reshape(len(c), n_blocks, block_size))  # (M, F) → (M, F / N)
-    return chosen + block_size * jnp.arange(n_blocks, dtype=chosen.dtype)
+    return chosen + block_size * jnp.arange(n_blocks, dtype=chosen.dtype)[None]
 
 
 def _fast_units(block_size: int, *arrays: jax.Array) -> jax.Array:

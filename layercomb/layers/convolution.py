@@ -13,7 +13,7 @@ from layercomb.layers.base import Layer, Mode
 from layercomb.layers.caches import init_past, with_past
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, he_normal, zeros
-from layercomb.shapes import check_float, check_rank, check_width
+from layercomb.shapes import as_deep, check_float, check_rank, check_width
 
 
 class Conv1D(Layer):
@@ -85,7 +85,7 @@ class Conv1D(Layer):
         y = convolve(
             x, weights['kernel'], (self.stride,), padding, (self.dilation,), groups=self.groups
         )
-        return (y + weights['bias'] if self.use_bias else y,), state
+        return (y + as_deep(weights['bias'], y) if self.use_bias else y,), state
 
     @property
     def _reach(self) -> int:
@@ -134,7 +134,7 @@ class Conv2D(Layer):
         y = convolve(
             x, weights['kernel'], self.strides, self.padding.upper(), (1, 1), groups=self.groups
         )
-        return (y + weights['bias'] if self.use_bias else y,), state
+        return (y + as_deep(weights['bias'], y) if self.use_bias else y,), state
 
 
 class Pool(Layer):

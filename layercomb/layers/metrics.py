@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from layercomb.layers.base import Layer, Mode, snake_case
 from layercomb.layers.fields import Rate
-from layercomb.shapes import describe
+from layercomb.shapes import as_deep, describe
 
 
 class Metric(Layer):
@@ -132,7 +132,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     check_targets(targets)
     # A comparison instead of a gather: its gradient is elementwise, where a gather's is a scatter.
     targets = targets.astype(jnp.int32)  # bytes, uint8, cannot hold a vocabulary's size
-    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    ids = as_deep(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits)
     picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), -1)
     inside = (targets >= 0) & (targets < logits.shape[-1])
     return jnp.where(inside, jax.nn.logsumexp(logits, -1) - picked, jnp.nan)

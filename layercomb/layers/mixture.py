@@ -21,7 +21,7 @@ from layercomb.layers.core import contract, dense
 from layercomb.layers.decisions import DECISIONS
 from layercomb.layers.fields import Bound, Rate, Size
 from layercomb.layers.initializers import Initializer, glorot_uniform, zeros
-from layercomb.shapes import check_float
+from layercomb.shapes import as_deep, check_float
 
 Function = Callable[[jax.Array], jax.Array]
 
@@ -232,13 +232,13 @@ class BlockSparseFF(Layer):
                 weights['in'], each, elementwise(type(self).__name__, self.activation), flat, blocks
             )
             y = y.reshape(x.shape)
-        return (y + out['bias'] if self.use_bias else y,), state
+        return (y + as_deep(out['bias'], y) if self.use_bias else y,), state
 
     def _whole(self, weights: Tree, x: jax.Array, mask: jax.Array) -> jax.Array:
         """All blocks, times the mask, without b₂."""
         h = contract('...d,edm->...em', x, weights['in']['kernel'])
         h = elementwise(type(self).__name__, self.activation)(
-            h + weights['in']['bias'] if self.use_bias else h
+            h + as_deep(weights['in']['bias'], h) if self.use_bias else h
         )
         h = h * mask[..., None].astype(h.dtype)
         return contract('...em,emd->...d', h, weights['out']['kernel'])
@@ -255,7 +255,7 @@ def imbalance(p: jax.Array, experts: jax.Array) -> jax.Array:
       float32 ().
     """
     t, e = p.shape
-    counts = (experts[:, None] == jnp.arange(e, dtype=experts.dtype)).sum(0, dtype=p.dtype)
+    counts = (experts[:, None] == jnp.arange(e, dtype=experts.dtype)[None]).sum(0, dtype=p.dtype)
     return e * jnp.sum(counts * p.sum(0)) / max(t, 1) ** 2
 
 
@@ -304,14 +304,14 @@ def _tiles(experts: jax.Array, n_experts: int) -> _Tiles:
         return _Tiles(experts, position[:, None], position)
     size = _tile_size(t, n_experts)
     n = n_experts + (t - n_experts) // size  # where each expert has one position at least
-    count = (experts[:, None] == jnp.arange(n_experts)).sum(0, dtype=jnp.int32)  # (E,)
+    count = (experts[:, None] == jnp.arange(n_experts)[None]).sum(0, dtype=jnp.int32)  # (E,)
     n_tiles = -(-count // size)
     end = jnp.cumsum(jnp.stack([count, n_tiles]), 1)
     first, first_tile = end - jnp.stack([count, n_tiles])  # of each expert
     order = jnp.argsort(experts, stable=True)
     place = position + rows(first_tile * size - first, rows(experts, order))  # in sorted order
     row = put(jnp.full(n * size, t), place, order).reshape(n, size)
-    expert = (position[:n, None] >= end[1]).sum(1, dtype=jnp.int32)
+    expert = (position[:n, None] >= end[1][None]).sum(1, dtype=jnp.int32)
     expert = jnp.minimum(expert, n_experts - 1)  # of tiles left over, which are empty
     return _Tiles(expert, row, put(jnp.zeros_like(order), order, place))
 

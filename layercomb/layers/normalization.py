@@ -12,7 +12,7 @@ import layercomb_kernels
 from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.fields import Bound, Rate
 from layercomb.layers.native import has_kernels, with_kernel
-from layercomb.shapes import check_float, check_width
+from layercomb.shapes import as_deep, check_float, check_width
 
 
 class LayerNorm(Layer):
@@ -109,8 +109,11 @@ class BatchNorm(Layer):
                 'mean': self._running(state['mean'], mean),
                 'var': self._running(state['var'], var),
             }
+        mean, var, scale, bias = (
+            as_deep(v, h) for v in (mean, var, weights['scale'], weights['bias'])
+        )
         h = (h - mean) * jax.lax.rsqrt(var + self.epsilon)
-        return ((h * weights['scale'] + weights['bias']).astype(x.dtype),), state
+        return ((h * scale + bias).astype(x.dtype),), state
 
     def _running(self, old: jax.Array, new: jax.Array) -> jax.Array:
         return self.momentum * old + (1 - self.momentum) * jax.lax.stop_gradient(new)
@@ -120,13 +123,13 @@ def _layer_norm(x: jax.Array, scale: jax.Array, bias: Any, epsilon: float) -> ja
     h = x.astype(jnp.float32)
     h = h - h.mean(-1, keepdims=True)
     h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + epsilon)
-    return (h * scale + bias).astype(x.dtype)
+    return (h * as_deep(scale, h) + as_deep(bias, h)).astype(x.dtype)
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     h = x.astype(jnp.float32)
     h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + epsilon)
-    return (h * scale).astype(x.dtype)
+    return (h * as_deep(scale, h)).astype(x.dtype)
 
 
 def _is_little(x: jax.Array, mode: Mode, weights: Tree) -> bool:

@@ -101,7 +101,7 @@ def refill(cache: Tree) -> Tree:
     rings, buckets = cache['rings'], cache['buckets'].swapaxes(1, 2)  # (N, R, L)
     _, _, n_buckets, chunk_len = rings.shape
     length = buckets.shape[2]
-    seen = cache['mask'] & (jnp.arange(length) < cache[POSITION][:, None])  # (B, L)
+    seen = cache['mask'] & (jnp.arange(length)[None] < cache[POSITION][:, None])  # (B, L)
     seen = jnp.repeat(seen, len(buckets) // len(seen), 0)[:, None]  # (N, 1, L)
     buckets = jnp.where(seen, buckets.astype(jnp.int32), n_buckets)
 
