@@ -253,7 +253,10 @@ def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
         out_i = (tiles.dot('gqw,gwd->gqd', p, v_i) + old * rows(out, at)) / total
         return put(out, at, out_i), put(z, at, (m + jnp.log(total))[..., 0])
 
-    start = jnp.zeros((plan.padded, v.shape[-1]), jnp.float32), jnp.full(plan.padded, -tiles.FAR)
+    start = (
+        jnp.zeros((plan.padded, v.shape[-1]), jnp.float32),
+        jnp.full(plan.padded, -tiles.FAR, jnp.float32),
+    )
     out, z = over_tiles(plan, buckets, add_tile, start)
     blind = z < -tiles.FAR / 2
     out = jnp.where(blind[:, None], 0.0, out).astype(v.dtype)

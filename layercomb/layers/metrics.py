@@ -113,7 +113,9 @@ class Accuracy(Metric):
     def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """1 where right, 0 where wrong."""
         check_targets(targets)
-        return (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
+        # Integers of one type, since that of argmax is what JAX is set to.
+        found, targets = (y.astype(jnp.int32) for y in (jnp.argmax(logits, -1), targets))
+        return (found == targets).astype(jnp.float32)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -299,18 +299,19 @@ class _Tiles(NamedTuple):
 
 def _tiles(experts: jax.Array, n_experts: int) -> _Tiles:
     t = len(experts)
-    position = jnp.arange(t)
+    position = jnp.arange(t, dtype=jnp.int32)
     if t <= n_experts:
         return _Tiles(experts, position[:, None], position)
     size = _tile_size(t, n_experts)
     n = n_experts + (t - n_experts) // size  # where each expert has one position at least
-    count = (experts[:, None] == jnp.arange(n_experts)[None]).sum(0, dtype=jnp.int32)  # (E,)
+    all_experts = jnp.arange(n_experts, dtype=jnp.int32)[None]
+    count = (experts[:, None] == all_experts).sum(0, dtype=jnp.int32)  # (E,)
     n_tiles = -(-count // size)
     end = jnp.cumsum(jnp.stack([count, n_tiles]), 1)
     first, first_tile = end - jnp.stack([count, n_tiles])  # of each expert
-    order = jnp.argsort(experts, stable=True)
+    order = jnp.argsort(experts, stable=True).astype(jnp.int32)
     place = position + rows(first_tile * size - first, rows(experts, order))  # in sorted order
-    row = put(jnp.full(n * size, t), place, order).reshape(n, size)
+    row = put(jnp.full(n * size, t, jnp.int32), place, order).reshape(n, size)
     expert = (position[:n, None] >= end[1][None]).sum(1, dtype=jnp.int32)
     expert = jnp.minimum(expert, n_experts - 1)  # of tiles left over, which are empty
     return _Tiles(expert, row, put(jnp.zeros_like(order), order, place))

@@ -145,7 +145,10 @@ def check_optimizer(optimizer: Any) -> None:
             f'TrainTask: optimizer={said} is no optax.GradientTransformation: '
             'give e.g. optax.adamw(1e-3)'
         )
-    weights = {'kernel': jnp.zeros((2, 2)), 'bias': jnp.zeros(2)}
+    weights = {
+        'kernel': jnp.zeros((2, 2), jnp.float32),
+        'bias': jnp.zeros(2, jnp.float32),
+    }
     try:
         with jax.numpy_dtype_promotion('standard'):
             jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), weights)
