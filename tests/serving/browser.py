@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 
-
 def _runs(program: str) -> bool:
     """Whether a browser starts; some systems have a stub there, which only says where to get it."""
     try:
