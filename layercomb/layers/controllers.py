@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import layercomb_kernels
 from layercomb.layers.activations import elementwise
@@ -111,7 +112,7 @@ def sample(
     p = jax.nn.softmax(c)
     choices = largest(c).astype(smallest_integers(c.shape[-1])) if taken is None else taken
     through = one_hot(choices, p) + (p - jax.lax.stop_gradient(p))
-    is_hard = jax.random.bernoulli(hard_key, float(layer.hard_prob))
+    is_hard = jax.random.bernoulli(hard_key, np.float32(layer.hard_prob))
     return jnp.where(is_hard, through, p), choices
 
 

@@ -222,7 +222,8 @@ class Dropout(Layer):
         shape = list(x.shape)
         for axis in self.shared_axes:
             shape[axis] = 1
-        kept = jax.random.bernoulli(rng, 1 - self.rate, shape)
+        # In float32, since what is drawn for a float64 is something else.
+        kept = jax.random.bernoulli(rng, np.float32(1 - self.rate), shape)
         return (jnp.where(kept, x / (1 - self.rate), 0),), state
 
 

@@ -150,7 +150,7 @@ def _likeliest(logits: jax.Array, shares: jax.Array, wanted: jax.Array) -> jax.A
     order = jnp.where(bits >= sign, ~bits, bits | sign)  # integers in the order of the floats
 
     def one(i: jax.Array, least: jax.Array) -> jax.Array:
-        tried = least | (sign >> i.astype(jnp.uint32))  # (B,)
+        tried = least | (sign >> jnp.asarray(i, jnp.uint32))  # (B,)
         total = jnp.where(order >= tried[:, None], shares, 0.0).sum(-1)
         return jnp.where(total >= wanted, tried, least)
 
