@@ -210,7 +210,7 @@ def convolve(
 
     Args:
       x: the input.
-      kernel: of the dtype of `x`.
+      kernel: of whatever dtype; the two are computed in that to which both promote.
       strides: one for each length.
       padding: 'SAME' or 'VALID'.
       dilation: the distances between taps, one for each length.
@@ -223,6 +223,7 @@ def convolve(
     lengths, seen = x.shape[1:-1], [n + 1 for n in reach]
     pads = tuple(jax.lax.padtype_to_pads(lengths, seen, strides, padding))
     convolution = _convolve_on_cpu if jax.default_backend() == 'cpu' else _convolve
+    x, kernel = (v.astype(jnp.promote_types(x.dtype, kernel.dtype)) for v in (x, kernel))
     return convolution(x, kernel, _Windows(strides, pads, dilation, groups))
 
 

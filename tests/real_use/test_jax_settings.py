@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -95,13 +96,16 @@ def sparse() -> tl.Layer:
 
 
 class Data:
-    """Two batches; the next token is the one after, and some positions are padding."""
+    """Two batches; the next token is the one after, and some positions are padding.
+
+    Of 64 bits, which is what NumPy makes.
+    """
 
     def __iter__(self):
         made = np.random.default_rng(0)
         for _ in range(2):
-            x = made.integers(0, V, (B, L)).astype(np.int32)
-            yield x, (x + 1) % V, (made.random((B, L)) < 0.8).astype(np.float32)
+            x = made.integers(0, V, (B, L))
+            yield x, (x + 1) % V, (made.random((B, L)) < 0.8).astype(np.float64)
 
 
 def trained(layer: tl.Layer) -> tuple[Loop, dict[str, Any]]:
@@ -198,3 +202,96 @@ def test_sparse_and_reversible_layers_under_all_settings_at_once():
         greedy = decoding.generate(model, prompt, 3, temperature=0)
         assert greedy[0].tolist() == continued(model, prompt[0], 3)
         assert dtypes((loop.weights, loop.state, loop.opt_state)) <= {'float32', 'int32'}
+
+
+MIXED = tl.Serial(
+    tl.Conv1D(D, padding='causal'),
+    tl.LocalConv(2, (2, 3)),
+    tl.Residual(tl.LayerNorm(), tl.SelfAttention(2)),
+    tl.BatchNorm(),
+    tl.Dense(V),
+)
+
+
+@pytest.mark.parametrize('of_weights', ['float16', 'bfloat16', 'float64'])
+@pytest.mark.parametrize('of_inputs', ['float16', 'bfloat16', 'float64'])
+def test_weights_and_inputs_of_other_dtypes(of_weights, of_inputs):
+    x = np.random.default_rng(0).normal(size=(B, L, D)).astype(np.float32)
+    model = lc.Model(MIXED).init(x)
+    wanted = model(x)
+    narrow = {'float16', 'bfloat16'} & {of_weights, of_inputs}
+    with setting({'jax_enable_x64': True, 'jax_numpy_dtype_promotion': 'standard'}):
+        weights = jax.tree.map(lambda w: jnp.asarray(w, of_weights), model.weights)
+        got = lc.Model(MIXED, weights, model.state)(jnp.asarray(x, of_inputs))
+        assert got.dtype == jnp.promote_types(of_weights, of_inputs)
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64), wanted, atol=0.05 if narrow else 1e-5
+        )
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('name', ['float64', 'all at once'])
+def test_a_model_cast_to_few_bits_decodes_what_it_evaluates(dtype, name):
+    with setting(SETTINGS[name]):
+        model = lc.Model(lc.cast(plain(), dtype)).init(lc.shape_dtype((B, L), 'int64'))
+        assert dtypes((model.weights, model.state)) == {'float32'}
+        prompts = [[1, 2, 3], [4, 5]]
+        greedy = decoding.generate(model, prompts, 2, temperature=0)
+        assert greedy.tolist() == [continued(model, prompt, 2) for prompt in prompts]
+
+
+def test_a_setting_for_one_thread_leaves_nothing_behind_for_the_next():
+    model = lc.Model(plain()).init(lc.shape_dtype((B, L), 'int32'))
+    made = []
+    for context in (jax.enable_x64(True), contextlib.nullcontext(), jax.enable_x64(True)):
+        with context:
+            made.append(decoding.generate(model, [[1, 2, 3]], 2, temperature=0).tolist())
+    assert made == [[continued(model, [1, 2, 3], 2)]] * 3
+
+
+def test_a_run_with_keys_of_rbg_goes_on_as_if_it_had_not_stopped(tmp_path):
+    adamw, whole = optax.adamw(1e-2), []
+    net = tl.Serial(tl.Embedding(V, D), tl.Dropout(0.3), tl.Dense(V))
+    for stops in ((2,), (1, 2)):
+        directory = tmp_path / str(len(stops))
+        for stop in stops:
+            with setting(SETTINGS['keys of rbg']):
+                task = TrainTask(Data(), tl.CrossEntropyLoss(), adamw)
+                loop = Loop(net, task, output_dir=directory, progress=False)
+                loop.run(stop)
+        whole.append(loop.weights)
+    jax.tree.map(np.testing.assert_array_equal, *whole)
+
+
+def test_a_checkpoint_made_without_x64_is_read_with_it(tmp_path):
+    net = tl.Serial(tl.Embedding(V, D), tl.Dropout(0.3), tl.Dense(V))
+    ends = []
+    for name, wide in (('without', False), ('with', True)):
+        for stop, x64 in ((1, False), (2, wide)):
+            with setting({'jax_enable_x64': x64}):
+                task = TrainTask(Data(), tl.CrossEntropyLoss(), optax.sgd(0.1))
+                loop = Loop(net, task, output_dir=tmp_path / name, progress=False)
+                loop.run(stop)
+        ends.append(loop.weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *ends)
+    assert dtypes(ends) == {'float32'}
+
+
+def test_a_model_saved_with_x64_is_loaded_without(tmp_path):
+    net = tl.Serial(tl.Dense(3), tl.BatchNorm())
+    x = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    with setting({'jax_enable_x64': True}):
+        model = lc.Model(net).init(x)
+        model.save(tmp_path / 'saved')
+        wanted = model(x)
+    again = lc.Model(net).init(x, 1).load(tmp_path / 'saved')
+    np.testing.assert_allclose(again(x), wanted, rtol=1e-6)
+
+
+def test_decoding_past_the_room_says_so_where_NaN_is_an_error():
+    model = lc.Model(tl.SelfAttention(1)).init(lc.shape_dtype((1, 1, 2)), mode=lc.Mode.PREDICT)
+    x = np.ones((1, 1, 2), np.float32)
+    with setting(SETTINGS['NaN is an error']):
+        model(x, mode=lc.Mode.PREDICT)
+        with pytest.raises(ValueError, match='the cache holds 1 positions, 1 are taken'):
+            model(x, mode=lc.Mode.PREDICT)
