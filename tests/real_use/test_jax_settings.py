@@ -7,8 +7,11 @@ is what NumPy makes of the logits.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +21,11 @@ import optax
 import pytest
 
 import layercomb as lc
-from layercomb import tl
+from layercomb import export, models, tl
+from layercomb.data import ByteTokenizer
+from layercomb.serving.engine import Engine
+from layercomb.serving.limits import Limits
+from layercomb.serving.protocol import Request
 from layercomb.supervised import EvalTask, Loop, TrainTask, decoding
 
 V, L, B, D = 12, 8, 2, 8
@@ -295,3 +302,63 @@ def test_decoding_past_the_room_says_so_where_NaN_is_an_error():
         model(x, mode=lc.Mode.PREDICT)
         with pytest.raises(ValueError, match='the cache holds 1 positions, 1 are taken'):
             model(x, mode=lc.Mode.PREDICT)
+
+
+SPARSE = {'ff_block_size': 4, 'qkv_modules': 4, 'head_modules': 2}
+MODELS = {
+    'MLP': lambda: models.MLP((4, 5), 3),
+    'TransformerLM': lambda: models.TransformerLM(V, D, D, 2, 2, 16),
+    'TransformerLM, rotary': lambda: models.TransformerLM(V, D, D, 2, 2, 16, positions='rotary'),
+    'TransformerEncoder': lambda: models.TransformerEncoder(V, 3, D, D, 1, 2, 16),
+    'ReformerLM': lambda: models.ReformerLM(V, D, D, 1, 2, 16),
+    'Reformer': lambda: models.Reformer(V, D, D, 1, 1, 2, 16, masked=True),
+    'RevNet': lambda: models.RevNet(widths=(4, 8), n_blocks=1),
+    'TerraformerLM': lambda: models.TerraformerLM(V, D, D, 1, 2, 16, **SPARSE),
+    'Terraformer': lambda: models.Terraformer(V, D, D, 1, 1, 2, 16, masked=True, **SPARSE),
+}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_model_stays_in_32_bits_and_promotes_no_rank(name):
+    net, image = MODELS[name](), lc.shape_dtype((1, 8, 8, 3))
+    tokens = [lc.shape_dtype((1, n), 'int32') for n in (8, 4)]
+    inputs = (image,) if name in ('MLP', 'RevNet') else (*tokens, lc.shape_dtype((1, 8), bool))
+    inputs = inputs[: net.n_in]
+    modes = (lc.Mode.TRAIN,) if name in ('MLP', 'RevNet') else (lc.Mode.TRAIN, lc.Mode.PREDICT)
+
+    def total(mode, weights, state, *values):
+        made = net.apply(weights, state, values, rng=jax.random.key(0), mode=mode)
+        return made[0][0].sum(), made
+
+    with setting({'jax_enable_x64': True, 'jax_numpy_rank_promotion': 'raise'}):
+        for mode in modes:
+            init = functools.partial(net.init, inputs, mode=mode)
+            weights, state = jax.eval_shape(init, jax.random.key(0))
+            run = functools.partial(total, mode)
+            f = jax.grad(run, has_aux=True) if mode is lc.Mode.TRAIN else run
+            made = jax.eval_shape(f, weights, state, *inputs)
+            assert not {'float64', 'int64'} & dtypes((weights, state, made))
+
+
+def test_an_exported_decoder_and_a_server_do_as_the_library_does(tmp_path, monkeypatch):
+    net = models.TransformerLM(256, D, D, 1, 2, 32)
+    with setting(SETTINGS['all at once']):
+        model = lc.Model(net).init(lc.shape_dtype((1, 4), 'int32'))
+        wanted = decoding.generate(model, [[5, 6, 7]], 4, temperature=0)[0].tolist()
+        assert wanted == [int(t) for (t,) in decoding.stream(model, [[5, 6, 7]], 4, temperature=0)]
+        export.write(model, tmp_path / 'out', 'a = 1\n')
+        served = asyncio.run(completion(model, Request(((5, 6, 7),), 4, temperature=0.0)))
+    monkeypatch.chdir(tmp_path / 'out')
+    (code,) = re.findall(r'```python\n(.*?)```', Path('README.md').read_text(), re.DOTALL)
+    session: dict = {}
+    exec(code, session)
+    assert session['continued']([5, 6, 7], 4) == wanted
+    assert served == ByteTokenizer().decode(wanted)
+
+
+async def completion(model: lc.Model, request: Request) -> str:
+    engine = Engine(model, ByteTokenizer(), Limits())
+    running = await engine.start(request)
+    text = ''.join([piece.text async for piece in running.pieces()])
+    await engine.close()
+    return text
