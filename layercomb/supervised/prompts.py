@@ -20,7 +20,7 @@ from layercomb import trees
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, one_line
 from layercomb.layers.attention import LocalSelfAttention, SelfAttention
-from layercomb.layers.base import Layer, Mode, Signature, Tree, Wrapper
+from layercomb.layers.base import AUX_LOSS, Layer, Mode, Signature, Tree, Wrapper
 from layercomb.layers.caches import set_positions
 from layercomb.layers.combinators import Serial
 from layercomb.layers.core import Dense
@@ -315,7 +315,11 @@ def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
     fresh = net.init(signature, jax.random.key(0), Mode.PREDICT)[1]
     made = jax.eval_shape(lambda: net.init(signature, jax.random.key(0), Mode.TRAIN)[1])
     of_training = trees.flatten(made)
-    kept = {path: x for path, x in trees.flatten(trained).items() if path in of_training}
+    kept = {
+        path: x
+        for path, x in trees.flatten(trained).items()
+        if path in of_training and path.split('/')[-1] != AUX_LOSS  # no business of decoding
+    }
     homeless = sorted(kept.keys() - trees.flatten(fresh).keys())
     if homeless:
         raise UsageError(

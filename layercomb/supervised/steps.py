@@ -118,7 +118,7 @@ def _accumulated(scored: Layer, n: int) -> Callable[..., tuple[jax.Array, Tree, 
 
         zero = jnp.zeros((), jnp.float32)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _at_least_float32(x)), trainable)
-        micros = (jnp.arange(n), tuple(_cut(x, n) for x in batch))
+        micros = (jnp.arange(n, dtype=jnp.int32), tuple(_cut(x, n) for x in batch))
         (value, weight, state, grads), _ = jax.lax.scan(add, (zero, zero, state, zeros), micros)
         scale = 1 / _positive(weight)
         grads = jax.tree.map(

@@ -163,7 +163,10 @@ def check_optimizer(optimizer: Any) -> None:
             f'TrainTask: optimizer={said} is no optax.GradientTransformation: '
             'give e.g. optax.adamw(1e-3)'
         )
-    weights = {'kernel': jnp.zeros((2, 2)), 'bias': jnp.zeros(2)}
+    weights = {
+        'kernel': jnp.zeros((2, 2), jnp.float32),
+        'bias': jnp.zeros(2, jnp.float32),
+    }
     try:
         updates.traced(optimizer, weights)
     except TypeError as e:
