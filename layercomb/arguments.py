@@ -52,7 +52,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
         '--allow_changes',
         default='',
         metavar='NAME,…',
-        help='what may differ from the run so far: model, weights, loss, optimizer, trainable, '
+        help='what may differ from the run so far: model, loss, optimizer, trainable, '
         'data, batch_size, seed, or all',
     )
     command('eval', 'run_dir', a_run)

@@ -96,6 +96,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 def run_train(options: argparse.Namespace) -> None:
     """``layercomb train CONFIG``: trains, or goes on training, and shows what came out."""
     from layercomb.supervised import Loop
+    from layercomb.supervised.fingerprint import check_allowed
 
     source = find_config(options.config)
     named = options.output_dir
@@ -103,7 +104,9 @@ def run_train(options: argparse.Namespace) -> None:
     text = runs.read_text(source)
     with configured(text, options.gin_param, source.name, source) as config:
         experiment = config.build()
-        runs.check_directory(directory, config.text, bool(options.allow_changes))
+        with of_the_person():
+            allowed = check_allowed(options.allow_changes)
+        runs.check_directory(directory, config.text, bool(allowed))
         with of_the_person():
             experiment.check_sample()
             loop = Loop(  # which checks the rest, before anything is written
@@ -116,7 +119,7 @@ def run_train(options: argparse.Namespace) -> None:
                 checkpoint_every=experiment.checkpoint_every,
                 log_every=experiment.log_every,
                 keep=experiment.keep,
-                allow_changes=options.allow_changes,
+                allow_changes=allowed,
             )
             with of_the_machine('choose another --output_dir'):
                 directory.mkdir(parents=True, exist_ok=True)

@@ -230,7 +230,8 @@ class SequenceAccuracy(Metric):
         check_targets(targets)
         axes = tuple(range(1, len(targets.shape)))
         counts = weights != 0
-        right = (jnp.argmax(outputs, -1) == targets) | ~counts
+        found, targets = (y.astype(jnp.int32) for y in (jnp.argmax(outputs, -1), targets))
+        right = (found == targets) | ~counts
         return jnp.all(right, axes), jnp.any(counts, axes)
 
 

@@ -167,6 +167,7 @@ def _norm(grads: Tree) -> jax.Array:
 
 def _learning_rate(opt_state: Any) -> Metrics:
     """The learning rate, where `optax.inject_hyperparams` keeps it."""
-    rates = (x for path, x in hyperparams(opt_state).items() if path.endswith('/learning_rate'))
+    found = hyperparams(opt_state).items()
+    rates = (x for path, x in found if path.endswith('hyperparams/learning_rate') and not x.shape)
     rate = next(rates, None)
     return {} if rate is None else {'learning_rate': rate}

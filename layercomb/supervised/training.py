@@ -142,6 +142,7 @@ class Loop:
             ends, or the disk is full.
         """
         check_count('Loop.run', 'n_steps', n_steps)
+        self._settle()
         if self.step >= n_steps:
             rows = [] if self._directory is None else read_metrics(self._directory)
             return next((r for r in rows if r['step'] == self.step), {'step': self.step})
@@ -156,8 +157,23 @@ class Loop:
                 write_report(self._directory)
         return run.row
 
+    def _settle(self) -> None:
+        """Finishes what an interrupt left undone beside a step that was taken."""
+        taken = self._carry.step
+        if taken.is_deleted():
+            then = '; it goes on from the last checkpoint' if self._checkpoints else ''
+            raise UsageError(
+                f'the last run was interrupted inside a step, and its weights are gone: make the '
+                f'Loop anew{then}'
+            )
+        if int(taken) > self.step:
+            self._batches.take()
+            self.step += 1
+
     def _begin(self, model: Layer | Model) -> None:
         """Sets the carry: from the last checkpoint, from the Model given, or from the seed."""
+        if self._checkpoints is not None:
+            self._batches.position()  # which must be what a checkpoint can hold
         self._first = self._batches.peek()
         check_arity(self._net, self._first, 'the data')
         signature = on_device(self._first[: self._net.n_in])
@@ -166,6 +182,7 @@ class Loop:
         given = model.weights if isinstance(model, Model) else None
         if given is not None:
             _check_weights(given, weights)
+            weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
         check_fit(self._net, weights, state, self._task, self._eval_tasks, self._first)
         resumed = self._resume(weights, state, given)
         if resumed is not None:
