@@ -320,9 +320,8 @@ def configured(
       UsageError: if something in it is unknown, or does not parse.
     """
     gin = require('gin', 'train')
-    gin.clear_config()
     parser = includes.Includes(gin)
-    try:
+    with includes.alone(gin):
         with _parsing(f'in {name}'):
             parser.parse(text, file or Path(name))
         for binding in bindings:
@@ -337,8 +336,6 @@ def configured(
                     parser.parse(f'{imports}\n{binding}', Path('--gin_param'))
         gin.finalize()
         yield Config(gin)
-    finally:
-        gin.clear_config()
 
 
 @contextlib.contextmanager
