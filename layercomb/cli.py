@@ -246,7 +246,7 @@ def trained(
             raise UsageError('this run has no tokenizer, so it makes no text: bind train.tokenizer')
         if tokenizer is not None:
             with of_the_person():
-                tokenizer = checks.tokenizer(tokenizer, decodes=text)
+                tokenizer = checks.tokenizer(tokenizer, must_decode=text)
         model, _ = runs.last_model(run_dir, net, _signature_of_text(net))
     if bits is not None:
         with of_the_person():
