@@ -249,7 +249,7 @@ def trained(
             raise UsageError('this run has no tokenizer, so it makes no text: bind train.tokenizer')
         if tokenizer is not None:
             with of_the_person():
-                tokenizer = checks.tokenizer(tokenizer, decodes=text)
+                tokenizer = checks.tokenizer(tokenizer, must_decode=text)
         model, _ = runs.last_model(run_dir, net, _signature_of_text(net))
     if bits is not None:
         with of_the_person():
@@ -323,9 +323,8 @@ def configured(
       UsageError: if something in it is unknown, or does not parse.
     """
     gin = require('gin', 'train')
-    gin.clear_config()
     parser = includes.Includes(gin)
-    try:
+    with includes.alone(gin):
         with _parsing(f'in {name}'):
             parser.parse(text, file or Path(name))
         for binding in bindings:
@@ -340,8 +339,6 @@ def configured(
                     parser.parse(f'{imports}\n{binding}', Path('--gin_param'))
         gin.finalize()
         yield Config(gin)
-    finally:
-        gin.clear_config()
 
 
 @contextlib.contextmanager

@@ -349,13 +349,18 @@ def logits_of(outputs: tuple[jax.Array, ...]) -> jax.Array:
     Raises:
       UsageError: if it is no such model.
     """
-    if len(outputs) != 1 or outputs[0].ndim != 3 or not is_float(outputs[0]):
-        given = ', '.join(f'{x.dtype}{list(x.shape)}' for x in outputs)
+    return _of_each_position(outputs, 'of tokens')
+
+
+def _of_each_position(values: tuple[jax.Array, ...], where: str) -> jax.Array:
+    """The only value, (B, L, …), in numbers; `where` says what of a model makes it."""
+    if len(values) != 1 or values[0].ndim != 3 or not is_float(values[0]):
+        given = ', '.join(f'{x.dtype}{list(x.shape)}' for x in values)
         raise UsageError(
-            'decoding needs a language model, (B, L) → logits (B, L, V), and of tokens this one '
+            f'decoding needs a language model, (B, L) → logits (B, L, V), and {where} this one '
             f'makes {given}'
         )
-    return outputs[0]
+    return values[0]
 
 
 def _grown(start: Start, state: Tree) -> Tree:
@@ -385,7 +390,7 @@ class _AtPosition(Wrapper):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         x, at = inputs
-        x = _take(logits_of((x,)), at)
+        x = _take(_of_each_position((x,), 'before its last layer'), at)
         return self.layer.apply(weights, state, (x,), rng=rng, mode=mode)
 
 
