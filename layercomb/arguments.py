@@ -52,7 +52,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
         '--allow_changes',
         default='',
         metavar='NAME,…',
-        help='what may differ from the run so far: model, weights, loss, optimizer, trainable, '
+        help='what may differ from the run so far: model, loss, optimizer, trainable, '
         'data, batch_size, seed, or all',
     )
     command('eval', 'run_dir', a_run)
@@ -122,7 +122,8 @@ def _serve_options(add: Any) -> None:
         '--allowed_hosts',
         default='',
         metavar='NAME[,NAME…]',
-        help='further names under which it answers, such as that of a proxy; * for any',
+        help='further names under which it answers, such as that of a proxy, '
+        'as a browser sends them; * for any',
     )
     add('--port', type=int, default=8000, help='0 takes a free one (%(default)s)')
     add('--max_tokens', type=int, default=1024, help='that a request may ask for (%(default)s)')

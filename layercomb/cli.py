@@ -96,6 +96,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 def run_train(options: argparse.Namespace) -> None:
     """``layercomb train CONFIG``: trains, or goes on training, and shows what came out."""
     from layercomb.supervised import Loop
+    from layercomb.supervised.fingerprint import check_allowed
 
     source = find_config(options.config)
     named = options.output_dir
@@ -103,7 +104,9 @@ def run_train(options: argparse.Namespace) -> None:
     text = runs.read_text(source)
     with configured(text, options.gin_param, source.name, source) as config:
         experiment = config.build()
-        runs.check_directory(directory, config.text, bool(options.allow_changes))
+        with of_the_person():
+            allowed = check_allowed(options.allow_changes)
+        runs.check_directory(directory, config.text, bool(allowed))
         with of_the_person():
             experiment.check_sample()
             loop = Loop(  # which checks the rest, before anything is written
@@ -116,7 +119,7 @@ def run_train(options: argparse.Namespace) -> None:
                 checkpoint_every=experiment.checkpoint_every,
                 log_every=experiment.log_every,
                 keep=experiment.keep,
-                allow_changes=options.allow_changes,
+                allow_changes=allowed,
             )
             with of_the_machine('choose another --output_dir'):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -246,7 +249,7 @@ def trained(
             raise UsageError('this run has no tokenizer, so it makes no text: bind train.tokenizer')
         if tokenizer is not None:
             with of_the_person():
-                tokenizer = checks.tokenizer(tokenizer, decodes=text)
+                tokenizer = checks.tokenizer(tokenizer, must_decode=text)
         model, _ = runs.last_model(run_dir, net, _signature_of_text(net))
     if bits is not None:
         with of_the_person():
@@ -320,9 +323,8 @@ def configured(
       UsageError: if something in it is unknown, or does not parse.
     """
     gin = require('gin', 'train')
-    gin.clear_config()
     parser = includes.Includes(gin)
-    try:
+    with includes.alone(gin):
         with _parsing(f'in {name}'):
             parser.parse(text, file or Path(name))
         for binding in bindings:
@@ -337,8 +339,6 @@ def configured(
                     parser.parse(f'{imports}\n{binding}', Path('--gin_param'))
         gin.finalize()
         yield Config(gin)
-    finally:
-        gin.clear_config()
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ class Experiment:
         Sampler(self.sample_temperature)
         if self.tokenizer is not None:
             checks.tokenizer(
-                self.tokenizer, 'train.tokenizer', decodes=self.sample_prompt is not None
+                self.tokenizer, 'train.tokenizer', must_decode=self.sample_prompt is not None
             )
         if self.sample_prompt is not None and self.tokenizer is None:
             raise ValueError('train.sample_prompt needs train.tokenizer = @data.ByteTokenizer()')

@@ -21,7 +21,7 @@ import layercomb_kernels
 from layercomb import paths, trees
 from layercomb.errors import UsageError, of_the_machine, require
 from layercomb.interop.safetensors import save_weights
-from layercomb.layers.base import Mode
+from layercomb.layers.base import Layer, Mode
 from layercomb.model import Model, embeddings
 from layercomb.shapes import shape_dtype
 from layercomb.supervised.numbers import whole
@@ -31,6 +31,9 @@ from layercomb.transforms import unstack, unstack_state
 from layercomb.version import __version__
 
 _MAX_LEN = 1024  # where nothing in the model limits it
+# In the state, where no path begins so: how many tokens each row has had, or more than there is
+# room for.
+_READ = '/n_read'
 _PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 _README = """\
@@ -152,8 +155,8 @@ def decode_programs(
     Returns:
       ``decode_init``: () → state, and ``decode_step``: (weights, state, tokens (B, 1)) →
       (logits (B, V), state). Weights are unstacked; weights and state are flat dicts by path.
-      Logits are NaN for a row that has gone past its caches, or has had an id outside the
-      vocabulary.
+      Logits are NaN for a row that has gone past `max_len`, or has had an id outside the
+      vocabulary: of an embedding, or of the logits where there is none.
 
     Raises:
       UsageError: if it is no language model, or `max_len` is more than the model's.
@@ -163,17 +166,25 @@ def decode_programs(
     layer, given, state = checked(model)
     if model.layer.n_in != 1:
         raise UsageError(f'export takes a language model: this one has {model.layer.n_in} inputs')
-    signature = shape_dtype((batch_size, _room(model, max_len)), 'int32')
+    room = _room(model, max_len)
+    signature = shape_dtype((batch_size, room), 'int32')
     net, weights = unstack(layer, given)
     trained = unstack_state(layer, state)
 
     def init() -> dict[str, Any]:
-        return trees.flatten(fresh_state(net, trained, (signature,)))
+        read = jnp.zeros(batch_size, jnp.int32)
+        return {**trees.flatten(fresh_state(net, trained, (signature,))), _READ: read}
 
     def step(weights: Any, state: Any, tokens: jax.Array) -> Any:
-        weights, state = trees.unflatten(weights), trees.unflatten(state)
-        outputs, state = net.apply(weights, state, (tokens,), mode=Mode.PREDICT)
-        return logits_of(outputs)[:, 0], trees.flatten(state)
+        weights, state = trees.unflatten(weights), dict(state)
+        read = state.pop(_READ)
+        outputs, state = net.apply(weights, trees.unflatten(state), (tokens,), mode=Mode.PREDICT)
+        logits = logits_of(outputs)[:, 0]
+        size = _vocab_size(net, logits.shape[-1])
+        known = jnp.all((tokens >= 0) & (tokens < size), axis=1)
+        read = jnp.where(known & (read < room), read + 1, room + 1)  # and so for good
+        logits = jnp.where((read <= room)[:, None], logits, jnp.full_like(logits, jnp.nan))
+        return logits, {**trees.flatten(state), _READ: read}
 
     tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
     arguments = trees.flatten(weights), jax.eval_shape(init), tokens
@@ -225,7 +236,6 @@ def _layout(model: Model, step: jax.export.Exported) -> dict[str, Any]:
     slices = trees.flatten(unstack(model.layer, whole)[1])
     (weights, state, tokens), _ = jax.tree.unflatten(step.in_tree, step.in_avals)
     logits, _ = jax.tree.unflatten(step.out_tree, step.out_avals)
-    known = [embedding.vocab_size for _, embedding in embeddings(model.layer)]
     return {
         'made_by': f'layercomb {__version__}, jax {jax.__version__}',
         'platforms': list(step.platforms),
@@ -236,8 +246,13 @@ def _layout(model: Model, step: jax.export.Exported) -> dict[str, Any]:
         'state': [{'path': path, **_kind(x)} for path, x in state.items()],
         'tokens': _kind(tokens),
         'logits': _kind(logits),
-        'vocab_size': min(known, default=logits.shape[-1]),
+        'vocab_size': _vocab_size(model.layer, logits.shape[-1]),
     }
+
+
+def _vocab_size(net: Layer, n_logits: int) -> int:
+    """How many ids there are: as many as the least embedding has, or as there are logits."""
+    return min((each.vocab_size for _, each in embeddings(net)), default=n_logits)
 
 
 def _kind(x: Any) -> dict[str, Any]:

@@ -5,10 +5,12 @@ Gin would look in the directory of the process, where there may be another of th
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import io
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,54 @@ class Includes:
         includes, imports = self._gin.parse_config(source, skip_unknown)
         self._open.pop()
         return self._gin.config.ParsedConfigFileIncludesAndImports(str(file), imports, includes)
+
+
+@contextlib.contextmanager
+def alone(gin: Any) -> Iterator[None]:
+    """Leaves gin as it was, so that a configuration means the same whatever was read before it.
+
+    Gin keeps for good what one has named, and later ones, in a notebook for instance, would find it
+    by parts of its name: without the import that they lack, or in place of a macro of their own.
+    """
+    config = gin.config
+    named, constants = dict(config._REGISTRY.items()), dict(config._CONSTANTS.items())
+    own, config.ParseContext.process_import = (
+        config.ParseContext.process_import,
+        _noting_constants(config.ParseContext.process_import, config._CONSTANTS),
+    )
+    gin.clear_config()
+    try:
+        yield
+    finally:
+        config.ParseContext.process_import = own
+        gin.clear_config()
+        for name, made in list(config._REGISTRY.items()):
+            if name not in named and made.import_source is not None:  # not by a decorator of gin
+                config._REGISTRY.pop(name)
+                config._INVERSE_REGISTRY.pop(made.wrapped, None)
+        for name in {name for made in _constants.values() for name in made} - constants.keys():
+            if name in config._CONSTANTS:
+                config._CONSTANTS.pop(name)
+
+
+_constants: dict[str, dict[str, Any]] = {}  # what importing a module made, which happens but once
+
+
+def _noting_constants(process_import: Any, constants: Any) -> Any:
+    """Gin's `process_import`, after which a module's constants are there each time."""
+
+    def noting(context: Any, statement: Any) -> None:
+        before, loaded = dict(constants.items()), set(sys.modules)
+        process_import(context, statement)
+        made = {name: value for name, value in constants.items() if name not in before}
+        if made:  # by this module, or by one that it imports
+            for module in {statement.module} | (set(sys.modules) - loaded):
+                _constants.setdefault(module, {}).update(made)
+        for name, value in _constants.get(statement.module, {}).items():
+            if name not in constants:
+                constants[name] = value
+
+    return noting
 
 
 def written(gin: Any, write: Callable[[], str]) -> str:

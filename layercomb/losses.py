@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from layercomb.errors import UsageWarning
 from layercomb.layers.base import Arrays, Layer, Mode, Tree, Wrapper, fold
 from layercomb.layers.combinators import Combinator, Serial
 from layercomb.layers.control import Chunk
 from layercomb.layers.counted import COUNTED, put_counted, take_counted
 from layercomb.layers.fn import Fn
 from layercomb.layers.metrics import Metric
+from layercomb.layers.mode import check_mode
 from layercomb.layers.once import Once
 from layercomb.transforms import Tied
 
@@ -26,6 +29,8 @@ class Scored(Wrapper):
       layer: the head, from which the logits come.
       losses: metrics, each of which gives values and weights.
     """
+
+    carries_counted = True
 
     losses: tuple[Metric, ...]
 
@@ -152,6 +157,14 @@ def apply_counted(
     Returns:
       Outputs, and the new state, of the structure that `apply` gives it.
 
+    Raises:
+      TypeError: if `mode` is no `Mode`.
+      ValueError: if `loss_weights` have other rows than the inputs.
+
+    Warns:
+      UsageWarning: if a layer of another kind than the library's holds one that averages, and does
+        not say ``carries_counted``: inside it all positions count.
+
     >>> import jax, jax.numpy as jnp
     >>> from layercomb import tl, losses
     >>> x, loss_weights = jnp.array([[[1.0], [3.0], [99.0]]]), jnp.array([[1, 1, 0]])
@@ -160,9 +173,15 @@ def apply_counted(
     >>> float(state['mean'][0])
     2.0
     """
+    check_mode('apply_counted', mode)
     if not (mode.is_training and _counts(net)):
         return net.apply(weights, state, inputs, rng=rng, mode=mode)
     counted = jnp.asarray(loss_weights).astype(bool)
+    if counted.shape[:1] != inputs[0].shape[:1] or not counted.ndim:
+        raise ValueError(
+            f'apply_counted: loss weights {tuple(counted.shape)} beside inputs of the shape '
+            f'{tuple(inputs[0].shape)}: give a weight for each row, (B,), or position, (B, L)'
+        )
     state = put_counted(state, _given(net, counted))
     outputs, new = net.apply(weights, state, inputs, rng=rng, mode=mode)
     return outputs, take_counted(new)[0]
@@ -175,7 +194,16 @@ def _counts(net: Layer) -> bool:
 def _given(net: Layer, counted: jax.Array) -> Tree:
     """What `put_counted` puts into the state of a model."""
     given: Tree = {COUNTED: counted} if net.counts_positions else {}
-    if isinstance(net, Combinator):
+    averaging = [layer for layer in net.sublayers if _counts(layer)]
+    if averaging and not net.carries_counted:
+        warnings.warn(
+            f'{type(net).__name__} holds {type(averaging[0]).__name__}, and hands no word of which '
+            'positions count on to it, so padding counts there: set carries_counted = True on a '
+            'class that hands on its state as it is, or by tl.take_counted and tl.put_counted',
+            UsageWarning,
+            stacklevel=2,
+        )
+    elif isinstance(net, Combinator):
         for key, layer in zip(net.keys, net.sublayers, strict=True):
             if inner := _given(layer, counted):
                 given[key] = inner

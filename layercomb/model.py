@@ -60,17 +60,30 @@ class Model:
           This model.
 
         Raises:
-          TypeError, ValueError: if the layers do not fit together, or not to the signature.
+          TypeError, ValueError: if the layers do not fit together, or not to the signature; inside
+            `jax.jit` and the like, where there are no arrays to remember.
         """
         signature = signature_of(signature)
         rng = rng if isinstance(rng, jax.Array) else seeded('rng', rng)
-        _, self.weights, self.state = self.layer._build(signature, rng, mode)
+        _, weights, state = self.layer._build(signature, rng, mode)
+        if is_traced((weights, state)):
+            raise ValueError(
+                'Model.init inside jax.jit, jax.eval_shape or the like would leave tracers in the '
+                'Model: init it outside, or call weights, state = layer.init(signature, key)'
+            )
+        self.weights, self.state = weights, state
         return self
 
     def __call__(
         self, *inputs: Any, mode: Mode = Mode.EVAL, rng: jax.Array | int | None = None
     ) -> Any:
         """Applies the layer, compiled, and keeps the new state.
+
+        Inside `jax.jit` and the like, where the new state is no array yet, a Model from outside is
+        a pure function: in ``EVAL`` its state stays, and in other modes, where statistics or caches
+        would be lost, that is refused. A Model made there of traced weights keeps its state.
+
+        Threads may evaluate one Model together; to train or decode, each needs its own.
 
         Args:
           *inputs: arrays, as many as the layer takes.
@@ -82,7 +95,8 @@ class Model:
 
         Raises:
           ValueError: before `init`; for a shape that does not fit; for a token id that is not in
-            the vocabulary; in ``PREDICT``, for positions past the end of a cache (the state stays).
+            the vocabulary; in ``PREDICT``, for positions past the end of a cache (the state stays);
+            for a new state that would be lost inside `jax.jit` and the like.
         """
         if self.weights is None:
             raise ValueError('this model has no weights yet: call model.init(x) first')
@@ -91,7 +105,15 @@ class Model:
         check_tokens(self.layer, arrays)
         key = rng if rng is None or isinstance(rng, jax.Array) else seeded('rng', rng)
         outputs, state = _apply(self.layer, self.weights, self.state, arrays, key, mode)
-        if mode is Mode.PREDICT and any(is_float(y) and jnp.isnan(y).any() for y in outputs):
+        if is_traced(state) and not is_traced((self.weights, self.state)):
+            if mode is not Mode.EVAL:
+                raise ValueError(
+                    f'a Model cannot keep its state in {mode.name} inside jax.jit, jax.grad or the '
+                    'like, where it is no array yet: call outputs, state = layer.apply(weights, '
+                    'state, inputs, rng=rng, mode=mode), and hand the state on'
+                )
+            state = self.state
+        if mode is Mode.PREDICT and not is_traced(outputs) and _has_nan(outputs):
             refuse_full(self.layer, self.weights, self.state, arrays)
         self.state = state
         return outputs[0] if len(outputs) == 1 else outputs
@@ -132,6 +154,15 @@ class Model:
     def __repr__(self) -> str:
         size = f'{self.n_weights:,} weights' if self.weights is not None else 'no weights yet'
         return f'Model({self.layer!r})  # {size}'
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether there is a tracer among the leaves: the value of a program that is being made."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def _has_nan(outputs: tuple[Any, ...]) -> bool:
+    return any(is_float(y) and bool(jnp.isnan(y).any()) for y in outputs)
 
 
 def seeded(name: str, seed: Any) -> jax.Array:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,16 +89,18 @@ def whole(out: Path) -> Iterator[Path]:
       out: absolute; an empty directory, or one that does not exist yet.
     """
     made = [parent for parent in out.parents if not _exists(parent)]
-    folder = out.with_name(f'.{out.name}.{os.getpid()}')
+    folder = out.parent
     try:
-        folder.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
         yield folder / out.name
         if out.exists():
             out.rmdir()
         (folder / out.name).rename(out)
         folder.rmdir()
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder != out.parent:
+            shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # others may have put something there meanwhile
             for parent in made:
                 parent.rmdir()

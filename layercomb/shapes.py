@@ -61,6 +61,18 @@ def is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
+def as_deep(x: Any, like: jax.Array) -> jax.Array:
+    """`x` with axes of 1 in front, as many axes as `like` has: broadcasting as NumPy does it.
+
+    It is said, since ``jax_numpy_rank_promotion='raise'`` forbids what is not. The program is the
+    same.
+
+    >>> as_deep(jnp.ones(3), jnp.ones((2, 5, 3))).shape
+    (1, 1, 3)
+    """
+    return jax.lax.broadcast_to_rank(x, like.ndim)
+
+
 def check_float(owner: str, x: Any, cure: str = 'embed integers first, with tl.Embedding') -> None:
     """Raises a TypeError unless `x` is floating-point and has a last axis.
 

@@ -57,6 +57,8 @@ class Cast(Wrapper):
       TypeError: if there is a combinator inside, or a layer that stays in float32 (a norm).
     """
 
+    carries_counted = True
+
     dtype: str = 'bfloat16'
 
     def __post_init__(self) -> None:
@@ -157,6 +159,8 @@ class Tied(Wrapper):
       Press & Wolf 2017, https://arxiv.org/abs/1608.05859
     """
 
+    carries_counted = True
+
     source: str
     target: str
     via: Callable[..., Any] | None = None
@@ -211,6 +215,8 @@ class Quantized(Wrapper):
       ValueError: for other bits.
       TypeError: if the layer has no matrices.
     """
+
+    carries_counted = True
 
     bits: int = 8
     group_size: Size = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import numpy as np
 
 from layercomb.data.tokenizers import ByteTokenizer, PieceDecoder, Tokenizer, as_document, as_list
+
+
+class NoText(TypeError):
+    """What a tokenizer gave is no str, whatever the ids were."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,12 @@ class Adapted:
 
     tokenizer: Any
 
-    @property
+    @functools.cached_property  # which some tokenizers count anew each time
     def vocab_size(self) -> int:
-        """Number of token ids."""
+        """Number of token ids, as it was when it was first asked for."""
         return operator.index(self.tokenizer.vocab_size)
 
-    @property
+    @functools.cached_property
     def eos_id(self) -> int:
         """The token that ends a document."""
         return operator.index(self.tokenizer.eos_id)
@@ -68,11 +73,11 @@ class Adapted:
         """The text of ids of any integer type; halves of surrogate pairs are U+FFFD.
 
         Raises:
-          TypeError: if the tokenizer gives none.
+          NoText: if the tokenizer gives none.
         """
         text = self.tokenizer.decode(as_list(ids))
         if not isinstance(text, str):
-            raise TypeError(f'{self._name}.decode gave {type(text).__name__}: text is a str')
+            raise NoText(f'{self._name}.decode gave {type(text).__name__}: text is a str')
         try:
             text.encode()
         except UnicodeEncodeError:

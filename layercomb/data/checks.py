@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from layercomb.data.adapted import Adapted, adapted
+from layercomb.data.adapted import Adapted, NoText, adapted
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -76,48 +76,72 @@ def source(value: Any, name: str = 'source') -> Sequence[Any]:
     return value
 
 
-def tokenizer(tokenizer: Any, name: str = 'tokenizer', *, decodes: bool = False) -> Adapted:
+def tokenizer(tokenizer: Any, name: str = 'tokenizer', *, must_decode: bool = False) -> Adapted:
     """Returns a tokenizer as the library uses it, if it has what `data.Tokenizer` names.
 
     Args:
       tokenizer: what was given.
       name: what the message calls it.
-      decodes: whether it must make text of tokens, too.
+      must_decode: whether it must make text of tokens, too.
 
     Raises:
       TypeError: if it lacks something, or gives something else for a first text.
       ValueError: if `eos_id` is none of its ids.
     """
     made = adapted(tokenizer)
-    asked = ('encode', 'eos_id', 'vocab_size') + ('decode',) * decodes
+    asked = ('encode', 'eos_id', 'vocab_size') + ('decode',) * must_decode
     given = made.tokenizer
     if isinstance(given, type) or not all(hasattr(given, each) for each in asked):
         raise TypeError(
             f'{name}={given!r:.60}: give one with encode, eos_id and vocab_size'
-            f'{", and decode" if decodes else ""}, e.g. data.ByteTokenizer()'
+            f'{", and decode" if must_decode else ""}, e.g. data.ByteTokenizer()'
         )
     whose = type(given).__name__
     size = integer(f'{whose}.vocab_size', given.vocab_size, 1, 2**31 - 1)
     integer(f'{whose}.eos_id', given.eos_id, 0, size - 1)
-    try:
-        ids = given.encode('a')
-    except Exception:  # it may not know this text
-        return made
-    ids = made.as_ids(ids)
-    if decodes:
-        _check_decoding(made, ids.tolist())
+    probes = _encoded(made, _PROBES if must_decode else _PROBES[:1])
+    if must_decode:
+        _check_decoding(made, probes)
     return made
 
 
-def _check_decoding(tokenizer: Adapted, ids: list[int]) -> None:
-    """Raises a TypeError unless ids of its own become text, all at once and one by one."""
+_PROBES = ('a', 'aa', 'A', '0')  # each known, or unknown, as a whole
+
+
+def _encoded(tokenizer: Adapted, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of those texts that the tokenizer knows."""
+    made = []
+    for text in texts:
+        try:
+            ids = tokenizer.tokenizer.encode(text)
+        except Exception:  # it may be for another alphabet
+            continue
+        made.append(tokenizer.as_ids(ids).tolist())
+    return [ids for ids in made if ids]
+
+
+def _check_decoding(tokenizer: Adapted, probes: list[list[int]]) -> None:
+    """Raises a TypeError unless ids of its own become text, all at once and one by one.
+
+    One that gives the same ids for any text may know none of these letters, and its `decode` need
+    not take what stands for unknown ones: then nothing is known.
+    """
     whose = type(tokenizer.tokenizer).__name__
-    try:
-        made = tokenizer.decode(ids), tokenizer.incremental_decoder().decode(ids, final=True)
-    except Exception as e:
+    failures: list[tuple[list[int], Exception]] = []
+    for ids in probes:
+        try:
+            tokenizer.decode(ids)
+            text = tokenizer.incremental_decoder().decode(ids, final=True)
+            if not isinstance(text, str):
+                raise NoText(f'the incremental_decoder of {whose} gave {text!r:.60}: text is a str')
+            return
+        except NoText:
+            raise
+        except Exception as e:
+            failures.append((ids, e))
+    if len({frozenset(ids) for ids in probes}) > 1:
+        ids, cause = failures[0]
         raise TypeError(
-            f'{whose} gave the ids {ids} and does not decode that list ({type(e).__name__}: {e}): '
-            'see data.Tokenizer for what decode and incremental_decoder are given'
-        ) from e
-    if not isinstance(made[1], str):
-        raise TypeError(f'the incremental_decoder of {whose} gave {made[1]!r:.60}: text is a str')
+            f'{whose} gave the ids {ids} and does not decode that list ({type(cause).__name__}: '
+            f'{cause}): see data.Tokenizer for what decode and incremental_decoder are given'
+        ) from cause

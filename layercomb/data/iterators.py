@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ from layercomb.data.tokenizers import Tokenizer
 
 _AHEAD = 8  # elements read before they are asked for
 _BATCHES_AHEAD = 4  # batches made before they are asked for
+_SAMPLES = 8  # examples by which a data set is known again
 
 
 class _ReadAhead:
@@ -51,6 +53,7 @@ class Examples(grain.IterDataset):
       batch_size: rows of a batch, on this host.
       shard: (index, count) of this host, which takes every count-th example.
       stack: a function from the examples of a batch to the batch.
+      padding: an example that fills the last batch; None drops what does not fill one.
     """
 
     def __init__(
@@ -59,19 +62,29 @@ class Examples(grain.IterDataset):
         batch_size: int,
         shard: tuple[int, int],
         stack: Callable[[Sequence[Arrays]], Arrays],
+        padding: Arrays | None,
     ):
         super().__init__(examples)
-        self.examples, self.batch_size, self.shard, self.stack = examples, batch_size, shard, stack
+        self.examples, self.batch_size, self.shard = examples, batch_size, shard
+        self.stack, self.padding = stack, padding
 
     def __iter__(self) -> grain.DatasetIterator:
         return _ExampleIterator(self)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of a batch of all hosts together."""
+        return self.batch_size * self.shard[1]
+
+    def identity(self) -> dict[str, Any]:
+        """By what it is known again: see `identity_of`."""
+        return {'rows': self.n_rows, **identity_of(self.examples)}
 
 
 class _ExampleIterator(grain.DatasetIterator):
     def __init__(self, dataset: Examples):
         super().__init__()
         self._dataset = dataset
-        self._rows = dataset.batch_size * dataset.shard[1]  # of all hosts
         self._taken = 0
         self._batches: Any = None
 
@@ -79,16 +92,20 @@ class _ExampleIterator(grain.DatasetIterator):
         if self._batches is None:
             self._batches = self._from(self._taken)
         batch = next(self._batches)
-        self._taken += self._rows
+        self._taken += self._dataset.n_rows
         return batch
 
     def _from(self, start: int) -> Any:
         """The batches from an example on, a few of them made in a thread before they are asked."""
-        examples, (index, count) = self._dataset.examples, self._dataset.shard
-        if start >= len(examples):
+        given, (index, count) = self._dataset, self._dataset.shard
+        if start >= len(given.examples):
             return iter(())
-        batches = examples[start + index :: count].batch(
-            self._dataset.batch_size, drop_remainder=True, batch_fn=self._dataset.stack
+        examples = given.examples[start:]
+        if given.padding is not None and (missing := -len(examples) % given.n_rows):
+            padding = grain.MapDataset.source([given.padding] * missing)
+            examples = grain.MapDataset.concatenate([examples, padding])
+        batches = examples[index::count].batch(
+            given.batch_size, drop_remainder=True, batch_fn=given.stack
         )
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BATCHES_AHEAD)
         return iter(batches.to_iter_dataset(options))
@@ -97,10 +114,40 @@ class _ExampleIterator(grain.DatasetIterator):
         return {'examples': self._taken}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        # Checkpoints of earlier versions count batches, of the size they still have.
+        # Checkpoints of earlier versions count batches, of the size that they have now.
         counted = 'examples' in state
-        self._taken = state['examples'] if counted else state['next_index'] * self._rows
+        self._taken = state['examples'] if counted else state['next_index'] * self._dataset.n_rows
         self._batches = None
+
+
+def identity_of(examples: grain.MapDataset) -> dict[str, Any]:
+    """By what a data set is known again: how many examples it has, and checksums of a few of them.
+
+    Those are spread over an epoch, in the order in which they are taken, so another seed, another
+    source or one of another length gives others.
+
+    Args:
+      examples: tuples of arrays, or documents, by random access.
+
+    Returns:
+      ``n``, of one epoch, and ``samples``: what JSON can hold.
+    """
+    source = examples
+    while source.parents:
+        source = source.parents[0]
+    n = min(len(source), len(examples))
+    picked = sorted({*range(min(n, 2)), *(i * (n - 1) // _SAMPLES for i in range(_SAMPLES + 1))})
+    return {'n': len(source), 'samples': [_checksum(examples[i]) for i in picked]}
+
+
+def _checksum(example: Any) -> int:
+    parts = example if isinstance(example, tuple) else (example,)
+    checksum = 0
+    for x in parts:
+        data = x.encode() if isinstance(x, str) else x
+        data = bytes(data) if isinstance(data, (bytes, bytearray)) else np.asarray(data).tobytes()
+        checksum = zlib.crc32(data, checksum)
+    return checksum
 
 
 class PackedDocuments(grain.IterDataset):
@@ -123,6 +170,10 @@ class PackedDocuments(grain.IterDataset):
 
     def __iter__(self) -> grain.DatasetIterator:
         return _PackedIterator(self)
+
+    def identity(self) -> dict[str, Any]:
+        """By what it is known again: see `identity_of`."""
+        return {'length': self.length, **identity_of(self.documents)}
 
 
 class _PackedIterator(grain.DatasetIterator):
@@ -189,6 +240,11 @@ class Buckets(grain.IterDataset):
 
     def __iter__(self) -> grain.DatasetIterator:
         return _BucketIterator(self)
+
+    def identity(self) -> dict[str, Any]:
+        """By what it is known again: see `identity_of`; how long buckets are is none of it."""
+        rows = [list(self.boundaries), list(self.batch_sizes)]
+        return {'rows': rows, **identity_of(self.examples)}
 
 
 class _BucketIterator(grain.DatasetIterator):

@@ -57,16 +57,12 @@ def batches(
             f'batches takes (inputs, targets, loss_weights), and the source holds '
             f'{type(first).__name__}: use data.packed or data.bucketed for documents'
         )
-    index, count = checks.shard(shard)
+    shard = checks.shard(shard)
     examples = _in_order(source, seed, shuffle, num_epochs)
-    grain = require('grain', 'train')
-    if num_epochs is not None and (missing := -len(examples) % (batch_size * count)):
-        nothing = tuple(np.zeros_like(x) for x in first)
-        padding = grain.MapDataset.source([nothing] * missing)
-        examples = grain.MapDataset.concatenate([examples, padding])
     from layercomb.data import iterators  # needs grain
 
-    return iterators.Examples(examples, batch_size, (index, count), _stacked)
+    padding = None if num_epochs is None else tuple(np.zeros_like(x) for x in first)
+    return iterators.Examples(examples, batch_size, shard, _stacked, padding)
 
 
 def packed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +17,11 @@ class Tokenizer(Protocol):
     that lacks what is needed, or gives something else, is refused when it is given. Optional is
     ``incremental_decoder()``, which returns a new object with ``decode(ids, final=False)``: the
     text that the next ids complete, all of it where `final`. Without it, text is made piece by
-    piece from `decode` of the last ids, see `PieceDecoder`.
+    piece from `decode`, see `PieceDecoder`. Then `decode` must only append: the text of ids begins
+    with the text of the first ones, but for U+FFFD at its end, which stands for a character that is
+    still to be completed; and what an id adds depends on a few ids before it. Give an
+    ``incremental_decoder`` where `decode` changes what it gave before, as clean-up rules do that
+    take spaces out again.
 
     Attributes:
       vocab_size: ids are less than this; an integer, NumPy's or Python's.
@@ -124,7 +128,12 @@ class PieceDecoder:
     What is shown is what `decode` adds to the text when it is given the ids so far, so that it may
     treat the beginning of a text apart, as SentencePiece does. Held back is what U+FFFD at the end
     stands for: a character whose last bytes are still to come. Only the last ids are decoded each
-    time, so that a token costs the same however long the text is.
+    time, so that a token costs the same however long the text is, unless what it adds depends on
+    ids far before it.
+
+    What was shown cannot be taken back. Where `decode` does not append, but changes what it gave
+    before, text goes on at once: after the same letters if only the spaces between them have
+    changed, and else with the text of the new ids alone. So no letter is lost, or shown twice.
 
     Args:
       decode: from a list of ids to their text.
@@ -142,16 +151,19 @@ class PieceDecoder:
         self._limit = 2 * _CONTEXT
 
     def decode(self, ids: int | Iterable[int] | np.ndarray, final: bool = False) -> str:
-        """Returns the characters that `ids` complete; all that is left where `final`."""
+        """Returns the characters that `ids` complete; all that is left where `final`.
+
+        More may follow even then, as an answer follows a prompt.
+        """
         self._ids += as_list(ids)
         text = self._text(self._ids)
-        until = len(text) if final else len(text) - _n_unfinished(text)
-        if not text.startswith(self._shown):  # what comes has changed the text before it
-            if not final and len(self._ids) - self._n_done <= _PATIENCE:
-                return ''
-            self._ids, self._shown = self._ids[self._n_done :], ''
-            text = self._text(self._ids)
-            until = len(text)
+        unfinished = 0 if final else _n_unfinished(text)
+        if not text.startswith(self._shown):
+            if unfinished and len(self._ids) - self._n_done <= _UNFINISHED:
+                return ''  # bytes that are no character yet, and hide those before them
+            text = self._resumed(text)
+            unfinished = 0 if final else _n_unfinished(text)
+        until = max(len(self._shown), len(text) - unfinished)
         piece = text[len(self._shown) : until]
         if piece:
             self._shown, self._n_done = text[:until], len(self._ids)
@@ -162,22 +174,79 @@ class PieceDecoder:
     def _text(self, ids: list[int]) -> str:
         return self._decode(ids) if ids else ''
 
+    def _resumed(self, text: str) -> str:
+        """The text that goes on after what was shown, which is made the beginning of it."""
+        at = _end_in(text, self._shown)
+        if at is None:
+            self._ids, self._n_done, at = self._ids[self._n_done :], 0, 0
+            text = self._text(self._ids)
+        self._shown = text[:at]
+        return text
+
     def _forget(self, text: str) -> None:
         """Drops ids that no later text depends on, if there are some."""
-        pending = len(text) - len(self._shown)
-        for kept in range(_CONTEXT, 2 * _CONTEXT):
-            rest = self._decode(self._ids[-kept:])
-            if len(rest) > pending and text.endswith(rest):  # else a character was cut in two
-                dropped = len(self._ids) - kept
-                self._ids, self._shown = self._ids[dropped:], rest[: len(rest) - pending]
-                self._n_done, self._limit = max(0, self._n_done - dropped), 2 * _CONTEXT
-                return
-        self._limit = 2 * len(self._ids)  # not at every token
+        if not (self._forget_silent(text) or self._forget_first(text)):
+            self._limit = 2 * len(self._ids)  # not at every token
+
+    def _forget_silent(self, text: str) -> bool:
+        """Drops ids that have added nothing, if there are many at the end."""
+        if len(self._ids) - self._n_done < _CONTEXT:
+            return False
+        kept = self._ids[: self._n_done] + self._ids[-_CONTEXT // 2 :]
+        if self._decode(kept) != text:
+            return False
+        self._ids, self._limit = kept, len(kept) + _CONTEXT
+        return True
+
+    def _forget_first(self, text: str) -> bool:
+        """Drops all but the last ids, if what the last ones add is the same after fewer.
+
+        Where a character is cut in two, nothing can be compared; so near cuts are tried, too.
+        """
+        n, pending = len(self._ids), len(text) - len(self._shown)
+        for last in range(_CONTEXT // 2, _CONTEXT // 2 + _UNFINISHED + 1):
+            at = _end_in(text, self._text(self._ids[:-last]))
+            if at is None or len(text) - at < pending:
+                continue
+            for kept in _numbers_kept(n):
+                head, rest = self._text(self._ids[-kept:-last]), self._text(self._ids[-kept:])
+                start = _end_in(rest, head) if head else None
+                if start is not None and rest[start:] == text[at:]:
+                    self._ids, self._shown = self._ids[-kept:], rest[: len(rest) - pending]
+                    self._n_done = max(0, self._n_done - (n - kept))
+                    self._limit = max(2 * _CONTEXT, kept + _CONTEXT)
+                    return True
+        return False
 
 
 _CONTEXT = 16  # ids of what was shown that are decoded again with what comes
-_PATIENCE = 8  # ids that are waited for where a text does not go on as it began
 _UNFINISHED = 3  # bytes, at most, of a character of UTF-8 that lacks one
+
+
+def _numbers_kept(n: int) -> Iterator[int]:
+    """How many of n ids may be enough: a few, twice as many …, each cut at several bytes."""
+    kept = _CONTEXT
+    while kept + _UNFINISHED < n:
+        yield from range(kept, kept + _UNFINISHED + 1)
+        kept *= 2
+
+
+def _end_in(text: str, shown: str) -> int | None:
+    """Where a text goes on after what was shown of it, which may differ in spaces."""
+    if text.startswith(shown):
+        return len(shown)
+    at = 0
+    for letter in shown:
+        if letter.isspace():
+            continue
+        while at < len(text) and text[at].isspace():
+            at += 1
+        if at == len(text) or text[at] != letter:
+            return None
+        at += 1
+    while shown[-1:].isspace() and at < len(text) and text[at].isspace():
+        at += 1
+    return at
 
 
 def _n_unfinished(text: str) -> int:

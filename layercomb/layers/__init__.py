@@ -39,7 +39,7 @@ from layercomb.layers.combinators import (
 from layercomb.layers.control import Chunk, Map, Remat, Repeat
 from layercomb.layers.convolution import AvgPool, Conv1D, Conv2D, MaxPool
 from layercomb.layers.core import Dense, Dropout, Embedding, Flatten, Mean
-from layercomb.layers.counted import counted_positions
+from layercomb.layers.counted import counted_positions, put_counted, take_counted
 from layercomb.layers.fn import Fn
 from layercomb.layers.hashing import lsh_buckets
 from layercomb.layers.initializers import (
@@ -225,7 +225,9 @@ __all__ = [
     'lsh_buckets',
     'multiplicative_dense',
     'ones',
+    'put_counted',
     'sparse_qkv',
+    'take_counted',
     'weighted_mean',
     'weighted_sum',
     'zeros',

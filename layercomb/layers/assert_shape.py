@@ -39,6 +39,8 @@ class AssertShape(Wrapper, init=False):
     2
     """
 
+    carries_counted = True
+
     spec: str
 
     def __init__(self, spec: str, layer: Layer | None = None, *, name: str | None = None):

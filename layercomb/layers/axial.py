@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from layercomb.layers.base import Layer, Mode
 from layercomb.layers.initializers import Initializer, Normal
 from layercomb.layers.positional import check_length, init_position, next_positions
-from layercomb.shapes import check_float, check_sequence, check_width
+from layercomb.shapes import as_deep, check_float, check_sequence, check_width
 
 
 class AxialPositions(Layer):
@@ -83,7 +83,7 @@ class AxialPositions(Layer):
             added = jnp.where(inside, jnp.concatenate(rows, -1), jnp.nan)
         else:
             added = self._grid(tables, length)
-        return (x + added.astype(x.dtype),), state
+        return (x + as_deep(added, x).astype(x.dtype),), state
 
     def _grid(self, tables: list[jax.Array], length: int) -> jax.Array:
         """The first `length` rows, (L, D): broadcast, since a gather's gradient is slow."""

@@ -70,6 +70,8 @@ class Layer:
         not cut it.
       counts_positions: whether it averages over positions in training, so that its state is told
         which of them count: see `counted_positions`.
+      carries_counted: whether it hands on to its layers what their states are told so: as it is, or
+        by `take_counted` and `put_counted` where it loops over states or cuts positions.
     """
 
     name: str | None = dataclasses.field(default=None, kw_only=True)
@@ -83,6 +85,7 @@ class Layer:
     headwise = False
     float32: ClassVar[bool] = False
     counts_positions: ClassVar[bool] = False
+    carries_counted: ClassVar[bool] = False
     matrices: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:

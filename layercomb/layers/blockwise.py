@@ -62,13 +62,13 @@ class Plan:
 
 def visible(plan: Plan, i: Any, j: Any, mask: Any, start: Any) -> jax.Array:
     """Which keys of block j each query of block i sees, (q or 1, c)."""
-    key = j * plan.k_block + jnp.arange(plan.k_block)
+    key = j * plan.k_block + jnp.arange(plan.k_block, dtype=jnp.int32)
     seen = (key < plan.n_keys)[None]  # (1, c)
     if mask is not None:
-        seen = seen & mask[j]
+        seen = seen & mask[j][None]
     if plan.causal:
-        query = start + i * plan.q_block + jnp.arange(plan.q_block)[:, None]
-        seen = seen & (key <= query)
+        query = start + i * plan.q_block + jnp.arange(plan.q_block, dtype=jnp.int32)[:, None]
+        seen = seen & (key[None] <= query)
     return seen
 
 

@@ -30,6 +30,7 @@ import numpy as np
 from jax import lax
 
 from layercomb.layers import chunkwise, tiles
+from layercomb.shapes import as_deep
 
 # A position's score with itself: it counts where nothing else is seen. The paper's −1e5 would put
 # z there, where float32 holds no fraction finer than 0.008; e⁻¹⁰⁰ is as good as nothing.
@@ -168,7 +169,7 @@ def visible(plan: Plan, tile: Tile) -> jax.Array:
         low = 0 if plan.causal else 1 - plan.chunk_len
         near: Any = (apart >= low) & (apart < plan.chunk_len)
         query = jnp.where(query < plan.n_buckets, query, -1)  # padding sees nothing
-        return near & (query == key)
+        return as_deep(near, key) & (query == key)
     seen: jax.Array = (key < plan.n_buckets) & (query < plan.n_buckets)
     if plan.causal:
         query, key = pairs(plan, tile.position)
@@ -252,7 +253,10 @@ def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
         out_i = (tiles.dot('gqw,gwd->gqd', p, v_i) + old * rows(out, at)) / total
         return put(out, at, out_i), put(z, at, (m + jnp.log(total))[..., 0])
 
-    start = jnp.zeros((plan.padded, v.shape[-1]), jnp.float32), jnp.full(plan.padded, -tiles.FAR)
+    start = (
+        jnp.zeros((plan.padded, v.shape[-1]), jnp.float32),
+        jnp.full(plan.padded, -tiles.FAR, jnp.float32),
+    )
     out, z = over_tiles(plan, buckets, add_tile, start)
     blind = z < -tiles.FAR / 2
     out = jnp.where(blind[:, None], 0.0, out).astype(v.dtype)

@@ -92,8 +92,8 @@ def visible(plan: Plan, real: jax.Array, i: Any) -> jax.Array:
     """Which keys of its window each query of tile i sees, (G, C, W)."""
     seen = windows(plan, slice_of_tile(plan, real, i))[:, None]  # (G, 1, W)
     if plan.causal:
-        key = jnp.arange(plan.window_len) - plan.look_back * plan.chunk_len
-        seen = seen & (key <= jnp.arange(plan.chunk_len)[:, None])
+        key = jnp.arange(plan.window_len, dtype=jnp.int32)[None] - plan.look_back * plan.chunk_len
+        seen = seen & (key <= jnp.arange(plan.chunk_len, dtype=jnp.int32)[:, None])[None]
     return jnp.broadcast_to(seen, (plan.n_together, plan.chunk_len, plan.window_len))
 
 

@@ -44,6 +44,8 @@ class Combinator(Layer):
     ('dense', 'dense_1', 'layer_norm')
     """
 
+    carries_counted = True
+
     def route(self, call: Call, stack: Stack) -> Stack:
         """Sends a stack of values (or of signatures) through the sublayers.
 

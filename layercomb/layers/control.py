@@ -36,6 +36,8 @@ class Repeat(Wrapper):
     (3, 4, 4)
     """
 
+    carries_counted = True
+
     n: Size = 1
     shared: bool = False
 
@@ -98,7 +100,8 @@ class Repeat(Wrapper):
             return made, take_counted(new)[0]
 
         scanned = None if self.shared else weights
-        return jax.lax.scan(step, tuple(inputs), (scanned, state, jnp.arange(self.n)))
+        numbers = jnp.arange(self.n, dtype=jnp.int32)
+        return jax.lax.scan(step, tuple(inputs), (scanned, state, numbers))
 
     def _apply_one_by_one(
         self, weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array | None
@@ -131,6 +134,8 @@ class Remat(Wrapper):
     Under `Repeat` this makes the memory of training grow with depth by the block's inputs alone.
     """
 
+    carries_counted = True
+
     recomputes = True
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
@@ -162,6 +167,8 @@ class Map(Wrapper):
     >>> tl.Map(tl.Dense(4), 3).n_in
     3
     """
+
+    carries_counted = True
 
     n: Size = 1
 
@@ -248,6 +255,8 @@ class Chunk(Wrapper):
       Kitaev et al., Reformer, 2020, section 3, https://arxiv.org/abs/2001.04451
     """
 
+    carries_counted = True
+
     chunk_len: Size = 128
 
     recomputes = True
@@ -285,7 +294,7 @@ class Chunk(Wrapper):
         state, (outputs, decisions) = jax.lax.scan(
             lambda state, xs: again(state, weights, xs),
             state,
-            (pieces, jnp.arange(n), found.get('pieces', {})),
+            (pieces, jnp.arange(n, dtype=jnp.int32), found.get('pieces', {})),
         )
         taken = {'pieces': decisions} if decisions else {}
         outputs = jax.tree.map(_join, outputs)
@@ -347,7 +356,8 @@ class Chunk(Wrapper):
         whole = jax.tree.map(
             lambda x: zeros_once((x.shape[0], length, *x.shape[2:]), x.dtype, known), made
         )
-        (total, whole), _ = jax.lax.scan(step, (total, whole), (jnp.arange(n), pieces))
+        numbers = jnp.arange(n, dtype=jnp.int32)
+        (total, whole), _ = jax.lax.scan(step, (total, whole), (numbers, pieces))
         if length % self.chunk_len:
             rest = found.get('rest', {})
             total, made = one(total, jnp.int32(n), length % self.chunk_len, rest)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import layercomb_kernels
 from layercomb.layers.activations import elementwise
@@ -79,7 +80,7 @@ def _units(block_size: int, x: jax.Array, first: jax.Array, second: jax.Array) -
     c = logits({'in': {'kernel': first}, 'out': {'kernel': second}}, x)
     n_blocks = c.shape[1] // block_size
     chosen = largest(c.reshape(len(c), n_blocks, block_size))  # (M, F) → (M, F / N)
-    return chosen + block_size * jnp.arange(n_blocks, dtype=chosen.dtype)
+    return chosen + block_size * jnp.arange(n_blocks, dtype=chosen.dtype)[None]
 
 
 def _fast_units(block_size: int, *arrays: jax.Array) -> jax.Array:
@@ -111,7 +112,7 @@ def sample(
     p = jax.nn.softmax(c)
     choices = largest(c).astype(smallest_integers(c.shape[-1])) if taken is None else taken
     through = one_hot(choices, p) + (p - jax.lax.stop_gradient(p))
-    is_hard = jax.random.bernoulli(hard_key, float(layer.hard_prob))
+    is_hard = jax.random.bernoulli(hard_key, np.float32(layer.hard_prob))
     return jnp.where(is_hard, through, p), choices
 
 

@@ -13,7 +13,7 @@ from layercomb.layers.base import Layer, Mode
 from layercomb.layers.caches import init_past, with_past
 from layercomb.layers.fields import Size
 from layercomb.layers.initializers import Initializer, he_normal, zeros
-from layercomb.shapes import check_float, check_rank, check_width
+from layercomb.shapes import as_deep, check_float, check_rank, check_width
 
 
 class Conv1D(Layer):
@@ -85,7 +85,7 @@ class Conv1D(Layer):
         y = convolve(
             x, weights['kernel'], (self.stride,), padding, (self.dilation,), groups=self.groups
         )
-        return (y + weights['bias'] if self.use_bias else y,), state
+        return (y + as_deep(weights['bias'], y) if self.use_bias else y,), state
 
     @property
     def _reach(self) -> int:
@@ -134,7 +134,7 @@ class Conv2D(Layer):
         y = convolve(
             x, weights['kernel'], self.strides, self.padding.upper(), (1, 1), groups=self.groups
         )
-        return (y + weights['bias'] if self.use_bias else y,), state
+        return (y + as_deep(weights['bias'], y) if self.use_bias else y,), state
 
 
 class Pool(Layer):
@@ -210,7 +210,7 @@ def convolve(
 
     Args:
       x: the input.
-      kernel: of the dtype of `x`.
+      kernel: of whatever dtype; the two are computed in that to which both promote.
       strides: one for each length.
       padding: 'SAME' or 'VALID'.
       dilation: the distances between taps, one for each length.
@@ -223,6 +223,7 @@ def convolve(
     lengths, seen = x.shape[1:-1], [n + 1 for n in reach]
     pads = tuple(jax.lax.padtype_to_pads(lengths, seen, strides, padding))
     convolution = _convolve_on_cpu if jax.default_backend() == 'cpu' else _convolve
+    x, kernel = (v.astype(jnp.promote_types(x.dtype, kernel.dtype)) for v in (x, kernel))
     return convolution(x, kernel, _Windows(strides, pads, dilation, groups))
 
 

@@ -15,7 +15,7 @@ from layercomb.layers.base import POSITION_AXES, Layer, Mode, Tree
 from layercomb.layers.fields import Rate, Size
 from layercomb.layers.initializers import Initializer, Normal, glorot_uniform, zeros
 from layercomb.layers.narrow import Narrow
-from layercomb.shapes import check_axis, check_float, check_mask, check_width
+from layercomb.shapes import as_deep, check_axis, check_float, check_mask, check_width
 
 
 class Dense(Layer):
@@ -73,7 +73,7 @@ def dense(weights: Tree, x: jax.Array) -> jax.Array:
     kernel = weights['kernel']
     check_width(x, kernel.shape[0])
     y = matmul(x, kernel).astype(x.dtype)
-    return y + weights['bias'] if 'bias' in weights else y
+    return y + as_deep(weights['bias'], y) if 'bias' in weights else y
 
 
 def matmul(x: jax.Array, kernel: jax.Array | Narrow) -> jax.Array:
@@ -226,7 +226,8 @@ class Dropout(Layer):
         shape = list(x.shape)
         for axis in self.shared_axes:
             shape[axis] = 1
-        kept = jax.random.bernoulli(rng, 1 - self.rate, shape)
+        # In float32, since what is drawn for a float64 is something else.
+        kept = jax.random.bernoulli(rng, np.float32(1 - self.rate), shape)
         return (jnp.where(kept, x / (1 - self.rate), 0),), state
 
 

@@ -35,9 +35,10 @@ def counted_positions(state: Tree, x: jax.Array) -> tuple[Tree, jax.Array | None
 
     Returns:
       The state to go on with, and a boolean array of ``x.shape[:-1]``, true where a position's loss
-      weight is not 0. Where positions of x are not those of the loss weights (pooled, strided,
-      joined to others), all of a row count if one of its weights is not 0. None, and all count, if
-      nothing was given, or if the rows of x are not those of the batch.
+      weight is not 0. Positions are told apart by their number alone: where x has another number of
+      them than there are loss weights (pooled, strided, joined to others), all of a row count if
+      one of its weights is not 0. None, and all count, if nothing was given, or if rows of x are
+      not those of the batch.
 
     >>> import jax.numpy as jnp
     >>> from layercomb import tl

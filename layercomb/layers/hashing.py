@@ -96,7 +96,7 @@ def lsh_rotations(
     def rotation(key: jax.Array, r: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(key, r), (depth, width), jnp.float32).T
 
-    keys, rounds = tiles.keys_of_heads(rng, n_heads), jnp.arange(n_hashes)
+    keys, rounds = tiles.keys_of_heads(rng, n_heads), jnp.arange(n_hashes, dtype=jnp.int32)
     return jax.vmap(lambda key: jax.vmap(lambda r: rotation(key, r))(rounds))(keys)
 
 
@@ -131,7 +131,7 @@ def rotated_buckets(
     t = min(length, together)
     n = -(-length // t)
     x = jnp.pad(x, [(0, 0), (0, 0), (0, n * t - length), (0, 0)])
-    heads = jnp.broadcast_to(jnp.arange(h)[:, None], (b, h, n)).reshape(-1)
+    heads = jnp.broadcast_to(jnp.arange(h, dtype=jnp.int32)[:, None], (b, h, n)).reshape(-1)
     x = x.reshape(b * h * n, t, k)
     pieces = lax.map(hash_piece, (x, heads), batch_size=n_heads if n_heads > 1 else None)
     buckets = pieces.reshape(b, h, n, n_hashes, t).swapaxes(2, 3)  # (B, H, R, n, T)

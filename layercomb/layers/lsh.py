@@ -277,7 +277,7 @@ class LSHAttention(Layer):
             y, cache['rings'] = self._next(cache, q, buckets, position, real)
         else:
             held = by_row(cache)
-            filled = jnp.arange(room) < (position + length)[:, None]
+            filled = jnp.arange(room, dtype=jnp.int32)[None] < (position + length)[:, None]
             by_round = held['buckets'].swapaxes(2, 3)  # (B, H, R, L)
             y = self._attend(held['k'], held['v'], by_round, held['mask'] & filled)
             y = jax.vmap(lambda y, at: jax.lax.dynamic_slice_in_dim(y, at, length, 1))(y, position)

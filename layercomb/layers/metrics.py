@@ -18,7 +18,7 @@ import numpy as np
 
 from layercomb.layers.base import Arrays, Layer, Mode, snake_case
 from layercomb.layers.fields import Rate
-from layercomb.shapes import describe
+from layercomb.shapes import as_deep, describe
 
 Shape = tuple[int, ...]
 
@@ -208,7 +208,9 @@ class Accuracy(Metric):
     def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """1 where right, 0 where wrong."""
         check_targets(targets)
-        return (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
+        # Integers of one type, since that of argmax is what JAX is set to.
+        found, targets = (y.astype(jnp.int32) for y in (jnp.argmax(logits, -1), targets))
+        return (found == targets).astype(jnp.float32)
 
 
 class SequenceAccuracy(Metric):
@@ -233,7 +235,8 @@ class SequenceAccuracy(Metric):
         check_targets(targets)
         axes = tuple(range(1, len(targets.shape)))
         counts = weights != 0
-        right = (jnp.argmax(outputs, -1) == targets) | ~counts
+        found, targets = (y.astype(jnp.int32) for y in (jnp.argmax(outputs, -1), targets))
+        right = (found == targets) | ~counts
         return jnp.all(right, axes), jnp.any(counts, axes)
 
 
@@ -264,7 +267,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
         )
     # A comparison instead of a gather: its gradient is elementwise, where a gather's is a scatter.
     targets = targets.astype(jnp.int32)  # bytes, uint8, cannot hold a vocabulary's size
-    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    ids = as_deep(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits)
     picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), -1)
     inside = (targets >= 0) & (targets < logits.shape[-1])
     return jnp.where(inside, jax.nn.logsumexp(logits, -1) - picked, jnp.nan)

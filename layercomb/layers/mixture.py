@@ -22,7 +22,7 @@ from layercomb.layers.counted import counted_positions
 from layercomb.layers.decisions import DECISIONS
 from layercomb.layers.fields import Bound, Rate, Size
 from layercomb.layers.initializers import Initializer, glorot_uniform, zeros
-from layercomb.shapes import check_float
+from layercomb.shapes import as_deep, check_float
 
 Function = Callable[[jax.Array], jax.Array]
 
@@ -240,13 +240,13 @@ class BlockSparseFF(Layer):
                 weights['in'], each, elementwise(type(self).__name__, self.activation), flat, blocks
             )
             y = y.reshape(x.shape)
-        return (y + out['bias'] if self.use_bias else y,), state
+        return (y + as_deep(out['bias'], y) if self.use_bias else y,), state
 
     def _whole(self, weights: Tree, x: jax.Array, mask: jax.Array) -> jax.Array:
         """All blocks, times the mask, without b₂."""
         h = contract('...d,edm->...em', x, weights['in']['kernel'])
         h = elementwise(type(self).__name__, self.activation)(
-            h + weights['in']['bias'] if self.use_bias else h
+            h + as_deep(weights['in']['bias'], h) if self.use_bias else h
         )
         h = h * mask[..., None].astype(h.dtype)
         return contract('...em,emd->...d', h, weights['out']['kernel'])
@@ -264,7 +264,7 @@ def imbalance(p: jax.Array, experts: jax.Array, counted: jax.Array | None = None
       float32 (); 0 if no position counts.
     """
     t, e = p.shape
-    chosen = experts[:, None] == jnp.arange(e, dtype=experts.dtype)  # (T, E)
+    chosen = experts[:, None] == jnp.arange(e, dtype=experts.dtype)[None]  # (T, E)
     if counted is None:
         n: Any = max(t, 1)
     else:
@@ -314,19 +314,20 @@ class _Tiles(NamedTuple):
 
 def _tiles(experts: jax.Array, n_experts: int) -> _Tiles:
     t = len(experts)
-    position = jnp.arange(t)
+    position = jnp.arange(t, dtype=jnp.int32)
     if t <= n_experts:
         return _Tiles(experts, position[:, None], position)
     size = _tile_size(t, n_experts)
     n = n_experts + (t - n_experts) // size  # where each expert has one position at least
-    count = (experts[:, None] == jnp.arange(n_experts)).sum(0, dtype=jnp.int32)  # (E,)
+    all_experts = jnp.arange(n_experts, dtype=jnp.int32)[None]
+    count = (experts[:, None] == all_experts).sum(0, dtype=jnp.int32)  # (E,)
     n_tiles = -(-count // size)
     end = jnp.cumsum(jnp.stack([count, n_tiles]), 1)
     first, first_tile = end - jnp.stack([count, n_tiles])  # of each expert
-    order = jnp.argsort(experts, stable=True)
+    order = jnp.argsort(experts, stable=True).astype(jnp.int32)
     place = position + rows(first_tile * size - first, rows(experts, order))  # in sorted order
-    row = put(jnp.full(n * size, t), place, order).reshape(n, size)
-    expert = (position[:n, None] >= end[1]).sum(1, dtype=jnp.int32)
+    row = put(jnp.full(n * size, t, jnp.int32), place, order).reshape(n, size)
+    expert = (position[:n, None] >= end[1][None]).sum(1, dtype=jnp.int32)
     expert = jnp.minimum(expert, n_experts - 1)  # of tiles left over, which are empty
     return _Tiles(expert, row, put(jnp.zeros_like(order), order, place))
 

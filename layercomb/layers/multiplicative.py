@@ -23,7 +23,7 @@ from layercomb.layers.fields import Size, nearest_divisor, nearest_multiple
 from layercomb.layers.initializers import Initializer, Normal, lecun_normal, zeros
 from layercomb.layers.narrow import Narrow, rows_of
 from layercomb.layers.native import has_kernels, with_kernel
-from layercomb.shapes import check_float, check_sequence, check_width
+from layercomb.shapes import as_deep, check_float, check_sequence, check_width
 
 
 class MultiplicativeDense(Layer):
@@ -75,7 +75,7 @@ class MultiplicativeDense(Layer):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         y = multiplicative_dense(x, weights['modules'], weights['features'])
-        return (y + weights['bias'] if self.use_bias else y,), state
+        return (y + as_deep(weights['bias'], y) if self.use_bias else y,), state
 
 
 class MultiplicativeHead(Layer):
@@ -120,7 +120,7 @@ class MultiplicativeHead(Layer):
         (x,) = inputs
         y = multiplicative_dense(x, weights['modules'], weights['features'])
         y = y[..., : self.vocab_size]
-        return (y + weights['bias'] if self.use_bias else y,), state
+        return (y + as_deep(weights['bias'], y) if self.use_bias else y,), state
 
 
 def _factors(rng: jax.Array, d: int, n: int, n_modules: int) -> Tree:
@@ -157,7 +157,7 @@ def multiplicative_dense(
         return y.reshape(*x.shape[:-1], s * m)
     if isinstance(features, Narrow):
         features = features.wide().astype(modules.dtype)
-    kernel = modules[:, None] * features  # (S, M, D)
+    kernel = modules[:, None] * features[None]  # (S, M, D)
     return contract('...d,nd->...n', x, kernel.reshape(s * m, d))
 
 
@@ -229,7 +229,8 @@ class LocalConv(Layer):
         one = mode is Mode.PREDICT and length == 1
         fast = one and has_kernels(x.shape[0], x, weights['kernel'])
         y = (_convolve_one if fast else _convolve)(x, weights['kernel'])  # (B, L, S, n·M)
-        y = y.reshape(*y.shape[:3], self.n_outputs, m) + weights['bias']  # (B, L, S, n, M)
+        y = y.reshape(*y.shape[:3], self.n_outputs, m)  # (B, L, S, n, M)
+        y = y + as_deep(weights['bias'], y)
         return tuple(
             y[..., i, :].reshape(x.shape[0], length, self.n_modules * m)
             for i in range(self.n_outputs)

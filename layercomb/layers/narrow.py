@@ -243,7 +243,7 @@ def _plain_product(x: jax.Array, w: Narrow) -> jax.Array:
 
 def _plain_factored_product(x: jax.Array, modules: jax.Array, w: Narrow) -> jax.Array:
     wide = w.wide_rows().astype(x.dtype)  # (F, D)
-    scaled = x[:, None] * modules.astype(x.dtype)  # (M, S, D)
+    scaled = x[:, None] * modules.astype(x.dtype)[None]  # (M, S, D)
     # This way round it reads the table fastest.
     y = jnp.einsum('fd,msd->mfs', wide, scaled, preferred_element_type=jnp.float32)
     return y.swapaxes(1, 2)

@@ -14,7 +14,7 @@ from layercomb.layers.base import Layer, Mode, Tree
 from layercomb.layers.counted import counted_positions
 from layercomb.layers.fields import Bound, Rate
 from layercomb.layers.native import has_kernels, with_kernel
-from layercomb.shapes import check_float, check_width
+from layercomb.shapes import as_deep, check_float, check_width
 
 
 class LayerNorm(Layer):
@@ -112,8 +112,11 @@ class BatchNorm(Layer):
         mean, var = state['mean'], state['var']
         if mode.is_training:
             (mean, var), state = self._trained(h, state, counted)
+        mean, var, scale, bias = (
+            as_deep(v, h) for v in (mean, var, weights['scale'], weights['bias'])
+        )
         h = (h - mean) * jax.lax.rsqrt(var + self.epsilon)
-        return ((h * weights['scale'] + weights['bias']).astype(x.dtype),), state
+        return ((h * scale + bias).astype(x.dtype),), state
 
     def _trained(
         self, h: jax.Array, state: Tree, counted: jax.Array | None
@@ -140,20 +143,21 @@ def _moments(h: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, jax.Ar
         return h.mean(axes), h.var(axes)
     n, counts = jnp.maximum(counted.sum(dtype=h.dtype), 1), counted[..., None]
     mean = jnp.where(counts, h, 0).sum(axes) / n
-    return mean, jnp.square(jnp.where(counts, h - mean, 0)).sum(axes) / n
+    away = jnp.where(counts, h - as_deep(mean, h), 0)
+    return mean, jnp.square(away).sum(axes) / n
 
 
 def _layer_norm(x: jax.Array, scale: jax.Array, bias: Any, epsilon: float) -> jax.Array:
     h = x.astype(jnp.float32)
     h = h - h.mean(-1, keepdims=True)
     h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + epsilon)
-    return (h * scale + bias).astype(x.dtype)
+    return (h * as_deep(scale, h) + as_deep(bias, h)).astype(x.dtype)
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     h = x.astype(jnp.float32)
     h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + epsilon)
-    return (h * scale).astype(x.dtype)
+    return (h * as_deep(scale, h)).astype(x.dtype)
 
 
 def _is_little(x: jax.Array, mode: Mode, weights: Tree) -> bool:

@@ -32,6 +32,8 @@ class Once(Wrapper):
     outputs are state from then on. In other modes it is the layer itself.
     """
 
+    carries_counted = True
+
     headwise = property(lambda self: self.layer.headwise)
     mixes_positions = property(lambda self: self.layer.mixes_positions)
 

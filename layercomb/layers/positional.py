@@ -16,7 +16,14 @@ from layercomb.layers.base import POSITION, Layer, Mode, Tree
 from layercomb.layers.caches import position_of, taken
 from layercomb.layers.fields import Bound, Size
 from layercomb.layers.initializers import Initializer, Normal
-from layercomb.shapes import Signature, check_float, check_rank, check_sequence, check_width
+from layercomb.shapes import (
+    Signature,
+    as_deep,
+    check_float,
+    check_rank,
+    check_sequence,
+    check_width,
+)
 
 
 class SinusoidalPositions(Layer):
@@ -161,7 +168,7 @@ def add_rows(
     length = x.shape[1]
     where, state = next_positions(layer, state, length, mode)  # (B or 1, L)
     if mode is not Mode.PREDICT:
-        return (x + table[:length].astype(x.dtype),), state
+        return (x + table[None, :length].astype(x.dtype),), state
     rows = jnp.take(table, where, axis=0, mode='fill', fill_value=jnp.nan)
     return (x + rows.astype(x.dtype),), state
 
@@ -181,7 +188,7 @@ def angles(where: jax.Array, depth: int, period: float, max_len: int | None) -> 
     """t·ω_i for the positions t in `where` (…, L), (…, L, depth/2) float32; NaN past `max_len`."""
     t = where[..., None].astype(jnp.float32)
     t = t if max_len is None else jnp.where(t < max_len, t, jnp.nan)
-    return t * frequencies(depth, period)
+    return t * as_deep(frequencies(depth, period), t)
 
 
 def init_position(signature: Signature, mode: Mode) -> Tree:

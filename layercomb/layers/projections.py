@@ -15,7 +15,7 @@ from layercomb.layers.fields import Size, nearest_divisor
 from layercomb.layers.initializers import Initializer, glorot_uniform
 from layercomb.layers.narrow import Narrow
 from layercomb.layers.pieces import over_positions, positions
-from layercomb.shapes import check_float, check_sequence, check_width
+from layercomb.shapes import as_deep, check_float, check_sequence, check_width
 
 
 class SplitHeads(Layer):
@@ -66,7 +66,7 @@ class SplitHeads(Layer):
             y = jnp.moveaxis(kernel.product(x), -2, 1)  # (B, L, H, K) → (B, H, L, K)
         else:
             y = split_heads(x, kernel)
-        return (y + weights['bias'][:, None] if self.use_bias else y,), state
+        return (y + weights['bias'][None, :, None] if self.use_bias else y,), state
 
 
 class MergeHeads(Layer):
@@ -113,7 +113,7 @@ class MergeHeads(Layer):
             y = kernel.product(jnp.moveaxis(x, 1, -2))  # (B, H, L, K) → (B, L, H, K) → (B, L, D)
         else:
             y = merge_heads(x, kernel)
-        return (y + weights['bias'] if self.use_bias else y,), state
+        return (y + as_deep(weights['bias'], y) if self.use_bias else y,), state
 
 
 def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:

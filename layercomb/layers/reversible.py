@@ -317,7 +317,7 @@ class ReversibleRepeat(ReversibleStack, Repeat):
         (inputs, d_inputs, total), d_weights = jax.lax.scan(
             step,
             (tuple(outputs), tuple(cts), total),
-            (scanned, state, state_cts, jnp.arange(self.n)),
+            (scanned, state, state_cts, jnp.arange(self.n, dtype=jnp.int32)),
             reverse=True,
         )
         return inputs, d_inputs, total if self.shared else d_weights

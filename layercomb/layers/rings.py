@@ -42,7 +42,8 @@ def push(
       The rings, and those of the buckets given, (N, R, C), negative where they hold nothing.
     """
     n_rows, n_hashes = buckets.shape
-    at = jnp.arange(n_rows)[:, None], jnp.arange(n_hashes), buckets.astype(jnp.int32)
+    of_row, of_round = (jnp.arange(n, dtype=jnp.int32) for n in (n_rows, n_hashes))
+    at = of_row[:, None], of_round, buckets.astype(jnp.int32)
     ring = rings.at[at].get(**IN_BOUNDS)  # (N, R, C)
     oldest = ring == ring.min(-1, keepdims=True)
     ring = jnp.where(oldest & real[:, None, None], position[:, None, None], ring)
@@ -73,7 +74,7 @@ def means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
 def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
     """(N, L, D), (N, J) → (N, J, D)."""
     n, length, d = x.shape
-    return rows(x.reshape(n * length, d), at + jnp.arange(n)[:, None] * length)
+    return rows(x.reshape(n * length, d), at + jnp.arange(n, dtype=jnp.int32)[:, None] * length)
 
 
 def _cosines(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
@@ -101,7 +102,8 @@ def refill(cache: Tree) -> Tree:
     rings, buckets = cache['rings'], cache['buckets'].swapaxes(1, 2)  # (N, R, L)
     _, _, n_buckets, chunk_len = rings.shape
     length = buckets.shape[2]
-    seen = cache['mask'] & (jnp.arange(length) < cache[POSITION][:, None])  # (B, L)
+    numbers = jnp.arange(length, dtype=jnp.int32)
+    seen = cache['mask'] & (numbers[None] < cache[POSITION][:, None])  # (B, L)
     seen = jnp.repeat(seen, len(buckets) // len(seen), 0)[:, None]  # (N, 1, L)
     buckets = jnp.where(seen, buckets.astype(jnp.int32), n_buckets)
 
@@ -111,7 +113,7 @@ def refill(cache: Tree) -> Tree:
         last = bucket != jnp.pad(
             bucket[chunk_len:], (0, min(chunk_len, length)), constant_values=-1
         )
-        place = jnp.arange(length) % chunk_len  # C in a row have places of their own
+        place = numbers % chunk_len  # C in a row have places of their own
         at = jnp.where(last, bucket, n_buckets), place  # padding's bucket is none
         return empty(1, 1, n_buckets, chunk_len)[0, 0].at[at].set(order, mode='drop')
 

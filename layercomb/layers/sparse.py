@@ -20,7 +20,7 @@ from layercomb.layers.decisions import DECISIONS
 from layercomb.layers.fields import Bound, Size
 from layercomb.layers.initializers import Initializer, glorot_uniform, zeros
 from layercomb.layers.narrow import Narrow, rows_of
-from layercomb.shapes import check_float
+from layercomb.shapes import as_deep, check_float
 
 
 class SparseFF(Layer):
@@ -130,8 +130,8 @@ class SparseFF(Layer):
         bias = None if bias is None else bias.at[at].get(**IN_BOUNDS)  # (d_ff,) → (…, F / N)
         h = rows_of(weights['in']['kernel_transposed']).gathered_product(x, at)
         y = rows_of(weights['out']['kernel']).gathered_sum(self._activated(h, bias), at)
-        return y + weights['out']['bias'] if self.use_bias else y
+        return y + as_deep(weights['out']['bias'], y) if self.use_bias else y
 
     def _activated(self, h: jax.Array, bias: jax.Array | None) -> jax.Array:
         f = elementwise('SparseFF', self.activation)
-        return f(h if bias is None else h + bias)
+        return f(h if bias is None else h + as_deep(bias, h))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Large and finite: differences of two of them are zero, where infinities would give NaN.
@@ -93,7 +94,9 @@ def keys_of_heads(rng: jax.Array, n_heads: int) -> jax.Array:
         raise ValueError(
             f'rng holds keys {rng.shape} for {n_heads} heads: give one key, or one each'
         )
-    return rng if rng.ndim else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(n_heads))
+    if rng.ndim:
+        return rng
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(n_heads, dtype=jnp.int32))
 
 
 def key_per_head(rng: jax.Array | None, shape: tuple[int, int]) -> jax.Array | None:
@@ -102,7 +105,7 @@ def key_per_head(rng: jax.Array | None, shape: tuple[int, int]) -> jax.Array | N
         return None
     n_rows, n_heads = shape
     by_row = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
-    return by_row(keys_of_heads(rng, n_heads), jnp.arange(n_rows))
+    return by_row(keys_of_heads(rng, n_heads), jnp.arange(n_rows, dtype=jnp.int32))
 
 
 def drop(rate: float, rng: jax.Array | None, tile: Any, probabilities: jax.Array) -> jax.Array:
@@ -123,6 +126,8 @@ def loop(low: Any, high: Any, body: Callable[[Any, Any], Any], carry: Any) -> An
     """`lax.fori_loop` that leaves no loop behind where it is known to run never or once."""
     if isinstance(low, int) and isinstance(high, int) and high - low <= 1:
         return body(low, carry) if high > low else carry
+    # A Python number would be counted in what JAX's default integers are set to.
+    low, high = (np.int32(x) if isinstance(x, int) else x for x in (low, high))
     return lax.fori_loop(low, high, body, carry)
 
 

@@ -264,6 +264,8 @@ class AfterMemory(Wrapper):
       max_len: the most inputs that are taken, the memory aside; None takes any number.
     """
 
+    carries_counted = True
+
     masked: bool = False
     max_len: Size | None = None
 
@@ -320,7 +322,7 @@ class AfterMemory(Wrapper):
 
 def _at_the_end(memory: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What is real moved to the end of each row, in its order, and zeros before it."""
-    order = jnp.argsort(mask, axis=1, stable=True)  # False is before True
+    order = jnp.argsort(mask, axis=1, stable=True).astype(jnp.int32)  # False is before True
     mask = jnp.take_along_axis(mask, order, 1)
     moved = jnp.take_along_axis(memory, order[..., None], 1)
     return jnp.where(mask[..., None], moved, 0), mask

@@ -43,7 +43,8 @@ def app(
     least), `temperature`, `top_p`, `n`, `stop`, `stream`, `stream_options`, `seed`, `echo`, and
     beyond OpenAI's `top_k` and `repetition_penalty`. What else OpenAI's clients send is accepted
     where it asks for nothing. Prompt and answer are one text: an answer is what its tokens add to
-    the prompt's. Stop texts are looked for in the answer alone; the one that ends first counts.
+    the prompt's. Stop texts are looked for in the answer alone; the one whose end comes first ends
+    the answer.
     ``GET /v1/models``, ``/healthz`` and ``/``, a page. Errors are JSON.
 
     Args:
@@ -134,7 +135,8 @@ def run(
     address, port, *_ = listener.getsockname()
     here = ipaddress.ip_address(address).is_loopback
     further = allowed(allowed_hosts)
-    hosts = (*_LOOPBACK, address, *further) if here or further else None
+    own = address.partition('%')[0]  # without the interface, which no browser names
+    hosts = (*_LOOPBACK, own, *further) if here or further else None
     print(f'{name}: compiling', flush=True)
     started = time.perf_counter()
     application = app(model, tokenizer, name, limits, hosts)

@@ -97,7 +97,7 @@ class Engine:
     def __init__(self, model: Model, tokenizer: Any, limits: Limits) -> None:
         net, weights = unstack(model.layer, model.weights or {})  # once, not for each request
         self._model = Model(net, weights, unstack_state(model.layer, model.state))
-        self._tokenizer = checks.tokenizer(tokenizer, decodes=True)
+        self._tokenizer = checks.tokenizer(tokenizer, must_decode=True)
         self._max_len = decoding.max_len(net)
         self._limits = limits
         self._threads = ThreadPoolExecutor(limits.max_concurrent, 'completion')
@@ -188,7 +188,8 @@ class Engine:
     def _post_pieces(self, running: Running) -> None:
         request = running.request
         texts = [
-            Text(self._tokenizer, request.stop, request.max_tokens, row) for row in request.rows
+            Text(self._tokenizer, request.stop, request.max_tokens, row, whole)
+            for row, whole in zip(request.rows, request.rows_of_text, strict=True)
         ]
         try:
             made = self._tokens(request)

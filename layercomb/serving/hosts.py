@@ -12,14 +12,16 @@ import re
 from collections.abc import Sequence
 
 ANY = '*'
+_LABEL = re.compile(r'[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?')
+_LONGEST = 253  # characters of a name, RFC 1035
 
 
 def allowed(names: str | Sequence[str]) -> tuple[str, ...]:
     """Names in the form that `name_of` gives.
 
     Args:
-      names: host names and addresses, without ports; several in one text with commas between.
-        ``*`` allows any.
+      names: host names as a browser sends them, ``xn--…`` for letters beyond ASCII, and
+        addresses, without ports; several in one text with commas between. ``*`` allows any.
 
     Raises:
       ValueError: if one is no name of a host.
@@ -27,8 +29,9 @@ def allowed(names: str | Sequence[str]) -> tuple[str, ...]:
     >>> allowed('Chat.Example.org., [::1]')
     ('chat.example.org', '::1')
     """
-    given = names.split(',') if isinstance(names, str) else names
-    return tuple(_checked(each) for each in given)
+    if isinstance(names, str):
+        names = [each for each in names.split(',') if each.strip()] or [names]
+    return tuple(map(checked, names))
 
 
 def name_of(host: str) -> str:
@@ -46,18 +49,27 @@ def name_of(host: str) -> str:
         return host.removesuffix('.')
 
 
-def _checked(name: str) -> str:
+def checked(name: str) -> str:
+    """One name in the form that `name_of` gives, or ``*``.
+
+    Raises:
+      ValueError: if it is no name of a host. Names in letters beyond ASCII are none: there are
+        several rules for what becomes of them, and another host may have what the wrong one gives.
+    """
     made = name.strip() if isinstance(name, str) else ''
     if made == ANY:
         return made
-    with contextlib.suppress(ValueError):
-        return str(ipaddress.ip_address(made.removeprefix('[').removesuffix(']')))
-    made = made.lower().removesuffix('.')
-    with contextlib.suppress(UnicodeError):
-        made = made if made.isascii() else made.encode('idna').decode()  # as browsers send it
-    if not re.fullmatch(r'[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?', made):
+    if not made.isascii():
         raise ValueError(
-            f'allowed hosts have {name!r}: give names as a browser shows them, without scheme, '
+            f'{name!r:.80} is not in ASCII: give the name as the browser sends it, xn--…'
+        )
+    if '%' not in made:  # which no browser sends after an address
+        with contextlib.suppress(ValueError):
+            return str(ipaddress.ip_address(made.removeprefix('[').removesuffix(']')))
+    made = made.lower().removesuffix('.')
+    if len(made) > _LONGEST or not all(map(_LABEL.fullmatch, made.split('.'))):
+        raise ValueError(
+            f'{name!r:.80} is no host name: give names as a browser sends them, without scheme, '
             'port and path, e.g. chat.example.org, or * for any'
         )
     return made

@@ -61,6 +61,7 @@ class Request:
       echo: whether each choice begins with its prompt.
       stream: whether to send text as it is made.
       include_usage: whether a stream ends with the usage.
+      of_text: whether each prompt was given as a text; of none where it is empty.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -75,6 +76,12 @@ class Request:
     echo: bool = False
     stream: bool = False
     include_usage: bool = False
+    of_text: tuple[bool, ...] = ()
+
+    @property
+    def rows_of_text(self) -> list[bool]:
+        """Whether the prompt of each choice was given as a text."""
+        return [text for text in self.of_text or [False] * len(self.prompts) for _ in range(self.n)]
 
     @property
     def rows(self) -> list[tuple[int, ...]]:
@@ -109,18 +116,19 @@ def parse(body: bytes, tokenizer: Any, model: str, vocab_size: int, limits: Limi
     fields = {name: value for name, value in fields.items() if value is not None}
     unknown = sorted(fields.keys() - _READERS.keys() - _NEUTRAL.keys() - _NAMES)
     if unknown:
-        name = unknown[0][:64].encode(errors='replace').decode()  # it is sent back
-        raise _wrong(name, 'is not a field of a completion', 'unknown_field')
+        raise _wrong(_name(unknown[0]), 'is not a field of a completion', 'unknown_field')
     if fields.get('model', model) != model:
         raise Refusal(404, f'there is only the model {model!r}', 'model_not_found', 'model')
     values = {name: read(fields[name]) for name, read in _READERS.items() if name in fields}
     for name, (asks_nothing, neutral) in _NEUTRAL.items():
         if name in fields and not asks_nothing(fields[name], values):
-            raise _wrong(name, f'is not supported: leave it out, or at {neutral}')
+            raise _wrong(name, neutral.format(n=values.get('n', 1)))
     usage = values.pop('stream_options', False)
     values.setdefault('seed', secrets.randbits(31))
-    prompts = _prompts(fields.get('prompt'), tokenizer, vocab_size)
-    request = Request(prompts, include_usage=usage, **values)
+    given = _prompts(fields.get('prompt'))
+    prompts = tuple(_prompt(prompt, tokenizer, vocab_size) for prompt in given)
+    of_text = tuple(isinstance(prompt, str) for prompt in given)
+    request = Request(prompts, include_usage=usage, of_text=of_text, **values)
     _within(request, limits)
     return request
 
@@ -170,13 +178,13 @@ def _within(request: Request, limits: Limits) -> None:
         )
 
 
-def _prompts(value: Any, tokenizer: Any, vocab_size: int) -> tuple[tuple[int, ...], ...]:
+def _prompts(value: Any) -> list[Any]:
     """A text, texts, token ids, or lists of token ids."""
     one = isinstance(value, str) or (isinstance(value, list) and value and _is_whole(value[0]))
     prompts = [value] if one else value
     if not isinstance(prompts, list) or not prompts:
         raise _wrong('prompt', 'must be a text, a list of texts, or token ids')
-    return tuple(_prompt(prompt, tokenizer, vocab_size) for prompt in prompts)
+    return prompts
 
 
 def _prompt(value: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
@@ -184,7 +192,7 @@ def _prompt(value: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
         try:
             ids = adapted(tokenizer).encode(value).tolist()
         except (ValueError, TypeError, LookupError) as e:  # half of a surrogate pair, for one
-            raise _wrong('prompt', f'is no text ({one_line(e)})') from None
+            raise _wrong('prompt', f'is no text ({cut(one_line(e), 200)})') from None
     elif isinstance(value, list) and all(map(_is_whole, value)):
         ids = [int(i) for i in value]
     else:
@@ -193,7 +201,8 @@ def _prompt(value: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
         raise _wrong('prompt', 'is empty: give a text that has at least one token')
     for i in ids:
         if not 0 <= i < vocab_size:
-            raise _wrong('prompt', f'has a token {i} outside the vocabulary of {vocab_size}')
+            shown = cut(str(i), 20)
+            raise _wrong('prompt', f'has a token {shown} outside the vocabulary of {vocab_size}')
     return tuple(ids)
 
 
@@ -277,14 +286,15 @@ def _is_at_most_n(value: Any, values: Mapping[str, Any]) -> bool:
 
 
 # What clients send by default, and is accepted where it asks for nothing more than the fields that
-# are read; and what it may be left at.
+# are read; and what is said where it does.
+_UNSUPPORTED = 'is not supported: leave it out, or at'
 _NEUTRAL: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
-    'presence_penalty': (_is_zero, '0'),
-    'frequency_penalty': (_is_zero, '0'),
-    'best_of': (_is_at_most_n, 'n'),
-    'logprobs': (lambda value, _: value is False, 'false'),
-    'logit_bias': (_is_bias_of_nothing, '{}'),
-    'suffix': (lambda value, _: value == '', '""'),
+    'presence_penalty': (_is_zero, f'{_UNSUPPORTED} 0'),
+    'frequency_penalty': (_is_zero, f'{_UNSUPPORTED} 0'),
+    'best_of': (_is_at_most_n, 'may be at most n, here {n}, as a whole number from 1'),
+    'logprobs': (lambda value, _: value is False, f'{_UNSUPPORTED} false'),
+    'logit_bias': (_is_bias_of_nothing, _UNSUPPORTED + ' {{}}'),
+    'suffix': (lambda value, _: value == '', f'{_UNSUPPORTED} ""'),
 }
 _NAMES = {'model', 'prompt', 'user'}  # the user is of no interest
 
@@ -301,13 +311,23 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in pairs:
         if name in made:
-            raise ValueError(f'{name[:64]!a} is there twice')
+            raise _wrong(_name(name), 'is there twice: give it once', 'duplicate_field')
         made[name] = value
     return made
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f'{name} is no number of JSON')
+
+
+def _name(given: str) -> str:
+    """What a client calls a field, as it can be sent back."""
+    return cut(given, 64).encode(errors='replace').decode()
+
+
+def cut(text: str, most: int) -> str:
+    """A text of a client's, or its beginning: a message is one line, and not a long one."""
+    return text if len(text) <= most else f'{text[:most]}…'
 
 
 def _wrong(param: str, what: str, code: str = 'invalid_value') -> Refusal:

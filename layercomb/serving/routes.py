@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from layercomb.serving import protocol
 from layercomb.serving.engine import Engine, Running
-from layercomb.serving.hosts import ANY, allowed, name_of
+from layercomb.serving.hosts import ANY, allowed, checked, name_of
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal
 
@@ -83,7 +83,7 @@ class _Routes:
             if said is not None and self._hosts is not None and ANY not in self._hosts:
                 name = name_of(said)
                 if name not in self._hosts:
-                    shown = ascii(name[:64])[1:-1] or 'NAME'
+                    shown = _suggested(name)
                     message = (
                         f'unknown Host {shown}: use the address the server told, or start it with '
                         f'--allowed_hosts {shown}'
@@ -152,6 +152,14 @@ class _Routes:
         )
 
 
+def _suggested(name: str) -> str:
+    """A name that may be allowed, or NAME; whoever reads it may copy it into a command."""
+    try:
+        return 'NAME' if name == ANY else checked(name)
+    except ValueError:
+        return 'NAME'
+
+
 class _EventStream(StreamingResponse):
     """A completion as server-sent events, as it is made."""
 
@@ -208,7 +216,9 @@ async def _refused(request: Request, refusal: Refusal) -> Response:
 
 async def _http(request: Request, error: HTTPException) -> Response:
     code = {404: 'not_found', 405: 'method_not_allowed'}.get(error.status_code, 'http_error')
-    refusal = Refusal(error.status_code, f'{error.detail}: {request.url.path}', code)
+    refusal = Refusal(
+        error.status_code, f'{error.detail}: {protocol.cut(request.url.path, 200)}', code
+    )
     return JSONResponse(refusal.body, refusal.status, {**(error.headers or {})})
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layercomb.data.adapted import adapted
+from layercomb.data.tokenizers import PieceDecoder
 
 
 class Text:
@@ -13,15 +14,17 @@ class Text:
 
     Prompt and answer are one stream: the answer is what its tokens add to the text of the prompt,
     a character that the prompt began included. Stop texts are looked for in the answer alone, and
-    the one that ends first counts, however the text is cut into tokens. What might be the beginning
-    of one is held back until it is known not to be. A character that is unfinished at the end
-    becomes U+FFFD.
+    the one whose end comes first ends it, however the text is cut into tokens. What might be the
+    beginning of one is held back until it is known not to be. A character that is unfinished at the
+    end becomes U+FFFD.
 
     Args:
       tokenizer: what decodes the tokens.
       stop: texts that end it, and are no part of it.
       max_tokens: how many tokens it has at most.
       prompt: the tokens before it.
+      whole: whether the prompt was given as a text, and so ends with a whole character: a U+FFFD
+        there is its own, and not of a character that the answer goes on with.
 
     Attributes:
       prompt: the characters that the prompt has whole.
@@ -37,7 +40,12 @@ class Text:
     """
 
     def __init__(
-        self, tokenizer: Any, stop: Sequence[str], max_tokens: int, prompt: Sequence[int] = ()
+        self,
+        tokenizer: Any,
+        stop: Sequence[str],
+        max_tokens: int,
+        prompt: Sequence[int] = (),
+        whole: bool = False,
     ) -> None:
         tokenizer = adapted(tokenizer)
         self._decoder = tokenizer.incremental_decoder()
@@ -45,7 +53,9 @@ class Text:
         self._stop = tuple(stop)
         self._max_tokens = max_tokens
         self._held = ''
-        self.prompt: str = self._decoder.decode(list(prompt)) if prompt else ''
+        # A tokenizer's own decoder ends with `final`, and may know the one from the other.
+        final = whole and isinstance(self._decoder, PieceDecoder)
+        self.prompt: str = self._decoder.decode(list(prompt), final=final) if prompt else ''
         self.finish_reason: str | None = None
         self.n_tokens = 0
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +18,18 @@ Batch = tuple[Any, ...]
 
 # Keys of the states of this library's pipelines, which say what was read and not in how many rows.
 _COUNTS_EXAMPLES = {'examples', 'document', 'waiting'}
+# Data sets that end where those they are made of end.
+_AS_LONG = {
+    'BatchIterDataset',
+    'Buckets',
+    'Examples',
+    'FilterIterDataset',
+    'MapIterDataset',
+    'MapWithIndexIterDataset',
+    'PackedDocuments',
+    'PrefetchIterDataset',
+    'RandomMapIterDataset',
+}
 _ENDLESS = 1 << 60  # Grain's length of what is repeated for ever is near the greatest integer
 
 
@@ -107,16 +121,18 @@ class Batches:
 
     def __init__(self, data: Iterable[Batch]) -> None:
         self._data = data
+        self._iterator: Any = iter(data)
         self._peeked: Batch | None = None
         self._interrupted = False
         self.taken = self.examples = 0
-        self._start()
+        self._anchor = _Anchor(0, self._own_state())
 
     def peek(self) -> Batch:
         """The next batch, which stays the next."""
         if self._peeked is None:
             if self._interrupted:  # a generator that has raised would only say that it has ended
-                self._go_back()
+                self._iterator = self._gone_back()
+                self._interrupted = False
             self._peeked = self._next()
         return self._peeked
 
@@ -125,12 +141,27 @@ class Batches:
         batch, self._peeked = self.peek(), None
         self.taken += 1
         self.examples += n_rows(batch)
-        self._state = self._own_state()
         return batch
 
     def position(self) -> dict[str, Any]:
-        """Where `take` stands, as JSON can hold it."""
-        state = {'utf8': self._state.decode()} if isinstance(self._state, bytes) else self._state
+        """Where `take` stands, as JSON can hold it.
+
+        Raises:
+          TypeError: if the iterator's own state is nothing that JSON can hold.
+        """
+        if self._peeked is not None:
+            raise RuntimeError('a batch was peeked at: the iterator stands one further than `take`')
+        state = self._own_state()
+        self._anchor = _Anchor(self.taken, state)
+        if isinstance(state, bytes):
+            state = {'utf8': state.decode()}
+        try:
+            state = json.loads(json.dumps(state))
+        except TypeError as e:
+            raise TypeError(
+                'where the data stands cannot be saved: get_state() of its iterator gives what '
+                f'JSON cannot hold ({e}): give numbers, texts, lists and dicts'
+            ) from None
         return {'taken': self.taken, 'examples': self.examples, 'state': state}
 
     def go_to(self, position: dict[str, Any], resized: bool = False) -> None:
@@ -154,23 +185,21 @@ class Batches:
         if state is None:
             self._skip(position, resized)
             return
-        if resized and not _COUNTS_EXAMPLES & state.keys():
+        known = state if isinstance(state, dict) else {}
+        if resized and not _COUNTS_EXAMPLES & known.keys():
             raise UsageError(
                 'the position of this data counts batches, so their size cannot change: keep it, '
                 'or make them by data.batches, data.packed or data.bucketed'
             )
-        self._state = state['utf8'].encode() if 'utf8' in state else state
-        self._iterator.set_state(self._state)
+        state = known['utf8'].encode() if 'utf8' in known else state
+        self._iterator.set_state(state)
         self._peeked = None
         self.taken, self.examples = position['taken'], position.get('examples', 0)
-
-    def _start(self) -> None:
-        self._iterator: Any = iter(self._data)
-        self.taken = self.examples = 0
-        self._state = self._own_state()
+        self._anchor = _Anchor(self.taken, copy.deepcopy(state))
 
     def _own_state(self) -> Any:
-        return self._iterator.get_state() if hasattr(self._iterator, 'get_state') else None
+        has_state = hasattr(self._iterator, 'get_state')
+        return copy.deepcopy(self._iterator.get_state()) if has_state else None
 
     def _skip(self, position: dict[str, Any], resized: bool) -> None:
         """Takes what was taken before: so many examples, or so many batches."""
@@ -183,12 +212,14 @@ class Batches:
                 'batch size that divides them'
             )
 
-    def _go_back(self) -> None:
-        """An iterator of its own again, at the position that the one before had."""
-        position = self.position()
-        self._interrupted = False
-        self._start()
-        self.go_to(position)
+    def _gone_back(self) -> Any:
+        """A new iterator, at the position that the one before had."""
+        iterator: Any = iter(self._data)
+        if self._anchor.state is not None:
+            iterator.set_state(copy.deepcopy(self._anchor.state))
+        for _ in range(self.taken - self._anchor.taken):
+            next(iterator)
+        return iterator
 
     def _next(self) -> Batch:
         try:
@@ -206,6 +237,13 @@ class Batches:
         blamed = made(f'batch {self.taken + 1} of the data') if self.taken else nullcontext()
         with blamed:
             return checked(batch)
+
+
+class _Anchor(NamedTuple):
+    """Where an iterator can be brought: its own state after so many batches."""
+
+    taken: int
+    state: Any
 
 
 def checked(batch: Any) -> Batch:
@@ -237,8 +275,7 @@ def n_rows(batch: Batch) -> int:
 def is_endless(data: Any) -> bool:
     """Whether a Grain data set is known to have no end, since something in it repeats for ever."""
     try:
-        if len(data) >= _ENDLESS:
-            return True
-    except (TypeError, OverflowError):  # a data set without a length says nothing
-        pass
-    return any(map(is_endless, getattr(data, 'parents', ())))
+        return len(data) >= _ENDLESS
+    except (TypeError, OverflowError):  # one that is iterated over does not know its length
+        passes_on = type(data).__name__ in _AS_LONG
+        return passes_on and any(map(is_endless, getattr(data, 'parents', ())))

@@ -142,9 +142,9 @@ def _run(start: Start, search: _Search) -> tuple[jax.Array, ...]:
         length=jnp.int32(0),
         tokens=jnp.full((b, k, start.room), fill, jnp.int32),
         # All beams are the same at first: one of them is enough.
-        totals=jnp.full((b, k), _LOW).at[:, 0].set(0.0),
+        totals=jnp.full((b, k), _LOW, jnp.float32).at[:, 0].set(0.0),
         ended=jnp.full((b, n, start.room), fill, jnp.int32),
-        scores=jnp.full((b, n), -jnp.inf),
+        scores=jnp.full((b, n), -jnp.inf, jnp.float32),
         logits=jnp.repeat(logits[:, None], k, 1).astype(jnp.float32),
         state=state,
     )
@@ -199,11 +199,15 @@ def _stay(beam: jax.Array) -> jax.Array:
     So that caches are copied only into the places of beams from which nothing goes on.
     """
     k = len(beam)
-    same = beam[:, None] == beam  # (K, K)
+    same = beam[:, None] == beam[None]  # (K, K)
     stays = ~jnp.tril(same, -1).any(1)  # the first of its beam
-    free = jnp.argsort(jnp.zeros(k, bool).at[beam].set(True))  # places where nothing goes on first
-    place = jnp.where(stays, beam, free[jnp.cumsum(~stays) - 1])
-    return jnp.argsort(place)
+    free = _order(jnp.zeros(k, bool).at[beam].set(True))  # places where nothing goes on first
+    place = jnp.where(stays, beam, free[jnp.cumsum(~stays, dtype=jnp.int32) - 1])
+    return _order(place)
+
+
+def _order(x: jax.Array) -> jax.Array:
+    return jnp.argsort(x).astype(jnp.int32)  # JAX's default integer is what a program sets
 
 
 def _best(search: _Search, carry: _Carry, tokens: jax.Array, scores: jax.Array) -> Any:
@@ -242,9 +246,9 @@ def _copied(state: Tree, per_row: Tree, chosen: jax.Array) -> Tree:
     One by one, and only those that change: what they are copied from does not, as `_stay` sees to.
     """
     b, k = chosen.shape
-    source = (chosen + jnp.arange(b)[:, None] * k).reshape(-1)
-    moves = source != jnp.arange(b * k)
-    order = jnp.argsort(~moves)  # those first
+    source = (chosen + jnp.arange(b, dtype=jnp.int32)[:, None] * k).reshape(-1)
+    moves = source != jnp.arange(b * k, dtype=jnp.int32)
+    order = _order(~moves)  # those first
 
     def one(i: jax.Array, state: Tree) -> Tree:
         def copy(x: jax.Array, is_per_row: bool) -> jax.Array:
@@ -257,4 +261,4 @@ def _copied(state: Tree, per_row: Tree, chosen: jax.Array) -> Tree:
 
         return jax.tree.map(copy, state, per_row)
 
-    return jax.lax.fori_loop(0, moves.sum(), one, state)
+    return jax.lax.fori_loop(0, moves.sum(dtype=jnp.int32), one, state)

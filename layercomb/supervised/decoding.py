@@ -119,8 +119,8 @@ def stream(
 
 
 def _row_keys(rng: jax.Array | int, start: Start) -> jax.Array:
-    rng = key('rng', rng)
-    return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(len(start.tokens)))
+    rng, rows = key('rng', rng), jnp.arange(len(start.tokens), dtype=jnp.int32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
 
 
 def _fold_each(keys: jax.Array, i: Any) -> jax.Array:
@@ -185,7 +185,7 @@ def _generate(
         i = kept.i
         token, kept = _step(start, sampler, kept, token, keys)
         token = jnp.where(done, eos_id, token)
-        made = jax.lax.dynamic_update_slice(made, token[:, None], (0, i))
+        made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], i, 1)
         return token, done | (token == eos_id), kept, made
 
     done = (first == eos_id) & (eos_id >= 0)

@@ -7,10 +7,11 @@ import importlib.metadata
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from layercomb import trees
@@ -18,7 +19,7 @@ from layercomb.errors import UsageError, UsageWarning
 from layercomb.layers.base import Layer
 from layercomb.shapes import describe
 from layercomb.supervised import updates
-from layercomb.supervised.batches import Batch, n_rows
+from layercomb.supervised.batches import Batch, made, n_rows
 from layercomb.supervised.tasks import TrainTask
 from layercomb.trees import Tree
 from layercomb.version import __version__
@@ -26,10 +27,10 @@ from layercomb.version import __version__
 Fingerprint = dict[str, Any]  # as JSON can hold it
 
 # What may differ from the run so far, if it is allowed by name.
-PARTS = ('model', 'weights', 'loss', 'optimizer', 'trainable', 'data', 'batch_size', 'seed')
+PARTS = ('model', 'loss', 'optimizer', 'trainable', 'data', 'batch_size', 'seed')
 
 _OF_THE_SEED = 'of the seed'
-_ROWS = 64  # of the first batch, by which data is known
+_ROWS = 64  # of the first batch, by which data is known that says nothing of itself
 _SAMPLE = 1024  # numbers of each weight, by which given weights are known
 
 
@@ -47,12 +48,17 @@ def fingerprint(
     Args:
       net: the model; its functions count by their names.
       task: what it trains on.
-      optimizer: the task's, behind clipping; known by the jaxprs of `init` and `update`.
+      optimizer: the task's, behind clipping; known by the jaxprs of `init` and `update`, and by the
+        numbers that its state begins with.
       trainable: the weights that train, as `jax.ShapeDtypeStruct`.
       given: the weights of the Model that the run starts from; None if they come from the seed.
-      first: the first batch of the data, by which that is known.
+      first: the first batch of the data, by which that is known. A data set of this library's, or
+        another one with an `identity()`, is known by that as well: a dict that JSON can hold, whose
+        'rows' say how large batches are.
       seed: of the run.
     """
+    known = identity(task.data) or {}
+    rows = known.pop('rows', None)
     return {
         'versions': {'layercomb': __version__, **_versions()},
         'model': _text(net),
@@ -60,8 +66,8 @@ def fingerprint(
         'loss': _text(task.loss),
         'optimizer': _optimizer(optimizer, trainable),
         'trainable': _frozen(trainable),
-        'data': _data(first),
-        'batch_size': n_rows(first),
+        'data': {'known': known, **_data(first)},
+        'batch_size': n_rows(first) if rows is None else rows,
         'seed': int(seed),
     }
 
@@ -88,19 +94,20 @@ def check(
             stacklevel=2,
         )
         return frozenset()
-    found = {part: said for part in PARTS if (said := _difference(part, then, now))}
+    compared = (*PARTS, 'weights')
+    found = {part: said for part in compared if (said := _difference(part, then, now))}
     refused = [part for part in found if part not in allowed]
     if refused:
-        names = ','.join(refused)
-        raise UsageError(
-            f'{where} holds another run: {"; ".join(found[part] for part in refused)}{_by(then)}: '
-            f'go on with what it was made of, choose another output_dir, or allow the change, '
-            f'allow_changes={names!r} (--allow_changes {names})'
-        )
+        cure = 'go on with what it was made of, or choose another output_dir'
+        names = ','.join(part for part in refused if part in PARTS)
+        if names and 'weights' not in refused:
+            cure += f', or allow the change, allow_changes={names!r} (--allow_changes {names})'
+        said = '; '.join(found[part] for part in refused)
+        raise UsageError(f'{where} holds another run: {said}{_by(then)}: {cure}')
     return frozenset(found)
 
 
-def check_allowed(allow_changes: str | Iterable[str]) -> tuple[str, ...]:
+def check_allowed(allow_changes: str | Iterable[str] | None) -> tuple[str, ...]:
     """Names of parts, from a sequence of them or a text with commas; 'all' is all of them.
 
     Raises:
@@ -109,7 +116,7 @@ def check_allowed(allow_changes: str | Iterable[str]) -> tuple[str, ...]:
     >>> check_allowed('data, seed')
     ('data', 'seed')
     """
-    names = allow_changes.split(',') if isinstance(allow_changes, str) else allow_changes
+    names = allow_changes.split(',') if isinstance(allow_changes, str) else allow_changes or ()
     given = [name.strip() if isinstance(name, str) else name for name in names]
     given = [name for name in given if name != '']
     for name in given:
@@ -128,7 +135,7 @@ def _difference(part: str, then: Fingerprint, now: Fingerprint) -> str | None:
     if part == 'optimizer':
         return _of_optimizers(then, now)
     if part == 'data':
-        return _of_data(old, new)
+        return _of_data(old, new, then['batch_size'] == now['batch_size'])
     if part in ('model', 'loss'):
         return f'{part} is {_cut(old, new)} there, {_cut(new, old)} here'
     if part == 'weights':
@@ -140,60 +147,103 @@ def _difference(part: str, then: Fingerprint, now: Fingerprint) -> str | None:
 
 def _of_optimizers(then: Fingerprint, now: Fingerprint) -> str | None:
     old, new = then['optimizer'], now['optimizer']
-    was, wanted = old['rates'], new['rates']
+    was, wanted = old['numbers'], new['numbers']
     if was.keys() == wanted.keys() and was != wanted:
-        changed = [
-            f"the optimizer's {name.split('/')[-1]} is {was[name]:g} there, {wanted[name]:g} here"
+        changed = (
+            f"the optimizer's {name.split('/')[-1]} is {was[name]} there, {wanted[name]} here"
             for name in sorted(was)
             if was[name] != wanted[name]
-        ]
-        return ', '.join(changed)
-    if then['versions'] == now['versions']:
-        return 'the optimizer makes other updates'
-    if old['programs'] != new['programs']:
-        versions = (f'{name} {version}' for name, version in then['versions'].items())
-        warnings.warn(
-            f'the checkpoint was made by {", ".join(versions)}, other versions than these, so the '
-            'optimizer cannot be compared: make sure that it is the same',
-            UsageWarning,
-            stacklevel=2,
         )
+        return ', '.join(changed)
+    of_other_weights = any(then[part] != now[part] for part in ('model', 'trainable'))
+    if old['programs'] == new['programs'] or of_other_weights:
+        return None
+    others = [name for name in now['versions'] if name != 'layercomb']
+    if all(then['versions'].get(name) == now['versions'][name] for name in others):
+        return 'the optimizer makes other updates'
+    versions = (f'{name} {version}' for name, version in then['versions'].items())
+    warnings.warn(
+        f'the checkpoint was made by {", ".join(versions)}, and these are others, so the optimizer '
+        'cannot be compared: make sure that it is the same',
+        UsageWarning,
+        stacklevel=2,
+    )
     return None
 
 
-def _of_data(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+def _of_data(old: dict[str, Any], new: dict[str, Any], same_size: bool) -> str | None:
+    known, others = old['known'], new['known']
+    if known.get('n') != others.get('n'):
+        return f'the data has {known.get("n")} examples there, {others.get("n")} here'
+    if known != others:
+        return 'the data has other examples, or another order'
+    if known and not (same_size and old['local_rows'] == new['local_rows']):
+        return None  # its first batch on this host may be another one now
     if old['kinds'] != new['kinds']:
         return f'an example is ({old["kinds"]}) there, ({new["kinds"]}) here'
-    both = list(zip(old['rows'], new['rows'], strict=False))  # a batch may have more rows now
+    both = zip(old['rows'], new['rows'], strict=False)  # a batch may have more rows now
     return None if all(a == b for a, b in both) else 'the data begins with other examples'
+
+
+def identity(data: Any) -> dict[str, Any] | None:
+    """What a data set, or one that it is made of, says of itself; None if nothing."""
+    if hasattr(data, 'identity'):
+        with made('an example of the data'):
+            return dict(data.identity())
+    found = (identity(parent) for parent in getattr(data, 'parents', ()))
+    return next((one for one in found if one is not None), None)
 
 
 def _data(first: Batch) -> dict[str, Any]:
     """The kinds of arrays in an example, and checksums of the first examples."""
     arrays = [np.asarray(x) for x in first]
     kinds = describe([jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays])
-    n = min(n_rows(first), _ROWS)
-    return {'kinds': kinds, 'rows': [_crc(x[i] for x in arrays) for i in range(n)]}
+    rows = [_crc(x[i] for x in arrays) for i in range(min(n_rows(first), _ROWS))]
+    return {'kinds': kinds, 'rows': rows, 'local_rows': n_rows(first)}
 
 
 def _optimizer(optimizer: Any, trainable: Tree) -> dict[str, Any]:
-    """The numbers that an optimizer keeps by name, and a digest of what it computes."""
-    init, update = updates.traced(optimizer, trainable)
+    """The numbers that an optimizer's state begins with, and a digest of what it computes."""
     digest = hashlib.sha256()
-    for program in (init, update):
-        digest.update(_no_addresses(str(program.jaxpr)).encode())
-        for value in program.consts:
-            digest.update(np.asarray(value).tobytes())
-    values = updates.fresh_hyperparams(optimizer, trainable)
-    rates = {path: float(value) for path, value in values.items()}
-    return {'programs': digest.hexdigest()[:16], 'rates': rates}
+    for program in updates.traced(optimizer, trainable):
+        text = program.jaxpr.pretty_print(use_color=False)  # a terminal would be given colours
+        digest.update(_no_addresses(text).encode())
+        for value in _constants(program):
+            digest.update(f'{value.dtype}{value.shape}'.encode())
+            digest.update(_plain(value).tobytes())
+    numbers = updates.first_numbers(optimizer, trainable).items()
+    return {
+        'programs': digest.hexdigest()[:16],
+        'numbers': {path: _shown(np.asarray(value)) for path, value in numbers},
+    }
+
+
+def _constants(program: Any) -> Iterator[Any]:
+    """The arrays that a closed jaxpr holds, and those that the jaxprs in it hold."""
+    yield from (value if hasattr(value, 'dtype') else np.asarray(value) for value in program.consts)
+    for equation in program.jaxpr.eqns:
+        for inside in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(inside):
+                yield from _constants(inside)
+
+
+def _is_program(x: Any) -> bool:
+    return hasattr(x, 'jaxpr') and hasattr(x, 'consts')
+
+
+def _plain(value: Any) -> np.ndarray:
+    is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(value) if is_key else value)
+
+
+def _shown(value: np.ndarray) -> str:
+    return ','.join(f'{number:.7g}' for number in value.reshape(-1).tolist())
 
 
 def _weights(given: Tree) -> str:
-    """A checksum of a part of each weight, quick to make of any number of them."""
-    flat = trees.flatten(given)
-    samples = [np.asarray(x.reshape(-1)[:_SAMPLE]) for x in flat.values()]
-    return f'{_crc(samples):08x}'
+    """A checksum of numbers spread over each weight, quick to make of any number of them."""
+    flat = (x.reshape(-1) for x in trees.flatten(given).values())
+    return f'{_crc(np.asarray(x[:: max(1, x.size // _SAMPLE)]) for x in flat):08x}'
 
 
 def _frozen(trainable: Tree) -> str:
@@ -210,7 +260,9 @@ def _crc(arrays: Iterable[Any]) -> int:
 
 
 def _text(layer: Layer) -> str:
-    return _no_addresses(re.sub(r'\s*\n\s*', ' ', repr(layer)))
+    """A layer's text, without the places in modules and functions that its functions come from."""
+    text = re.sub(r'[\w.]+\.<locals>\.', '', re.sub(r'\s*\n\s*', ' ', repr(layer)))
+    return _no_addresses(re.sub(r'<(?:\w+\.)+(\w+) object', r'<\1 object', text))
 
 
 def _no_addresses(text: str) -> str:
@@ -238,4 +290,6 @@ def _by(then: Fingerprint) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ('jax', 'optax')}
+    """Versions and settings that jaxprs depend on."""
+    versions = {name: importlib.metadata.version(name) for name in ('jax', 'optax')}
+    return {**versions, 'x64': 'on' if jax.config.read('jax_enable_x64') else 'off'}

@@ -31,7 +31,7 @@ def check_fit(
       net: gives logits.
       weights, state: its own, as `jax.ShapeDtypeStruct`.
       train_task: what it trains on.
-      eval_tasks: what is measured, of each of which the first batch is made.
+      eval_tasks: what is measured; the first batch of each is made.
       first: the first batch of the training data.
 
     Raises:
@@ -53,7 +53,8 @@ def check_fit(
         scored = losses.attach(net, metrics, chunk_len)
 
         def run(weights: Tree, state: Tree, batch: Batch, rng: jax.Array) -> Any:
-            return scored.apply(weights, state, batch, rng=rng, mode=mode)
+            given = weights, state, batch, batch[-1]
+            return losses.apply_counted(scored, *given, rng=rng, mode=mode)
 
         key = jax.eval_shape(jax.random.key, 0)
         jax.eval_shape(run, weights, state, on_device(batch), key)

@@ -20,7 +20,7 @@ from layercomb import trees
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, one_line
 from layercomb.layers.attention import LocalSelfAttention, SelfAttention
-from layercomb.layers.base import Layer, Mode, Signature, Tree, Wrapper
+from layercomb.layers.base import AUX_LOSS, Layer, Mode, Signature, Tree, Wrapper
 from layercomb.layers.caches import set_positions
 from layercomb.layers.combinators import Serial
 from layercomb.layers.core import Dense
@@ -315,7 +315,11 @@ def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
     fresh = net.init(signature, jax.random.key(0), Mode.PREDICT)[1]
     made = jax.eval_shape(lambda: net.init(signature, jax.random.key(0), Mode.TRAIN)[1])
     of_training = trees.flatten(made)
-    kept = {path: x for path, x in trees.flatten(trained).items() if path in of_training}
+    kept = {
+        path: x
+        for path, x in trees.flatten(trained).items()
+        if path in of_training and path.split('/')[-1] != AUX_LOSS  # no business of decoding
+    }
     homeless = sorted(kept.keys() - trees.flatten(fresh).keys())
     if homeless:
         raise UsageError(
@@ -345,13 +349,18 @@ def logits_of(outputs: tuple[jax.Array, ...]) -> jax.Array:
     Raises:
       UsageError: if it is no such model.
     """
-    if len(outputs) != 1 or outputs[0].ndim != 3 or not is_float(outputs[0]):
-        given = ', '.join(f'{x.dtype}{list(x.shape)}' for x in outputs)
+    return _of_each_position(outputs, 'of tokens')
+
+
+def _of_each_position(values: tuple[jax.Array, ...], where: str) -> jax.Array:
+    """The only value, (B, L, …), in numbers; `where` says what of a model makes it."""
+    if len(values) != 1 or values[0].ndim != 3 or not is_float(values[0]):
+        given = ', '.join(f'{x.dtype}{list(x.shape)}' for x in values)
         raise UsageError(
-            'decoding needs a language model, (B, L) → logits (B, L, V), and of tokens this one '
+            f'decoding needs a language model, (B, L) → logits (B, L, V), and {where} this one '
             f'makes {given}'
         )
-    return outputs[0]
+    return values[0]
 
 
 def _grown(start: Start, state: Tree) -> Tree:
@@ -381,7 +390,7 @@ class _AtPosition(Wrapper):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         x, at = inputs
-        x = _take(logits_of((x,)), at)
+        x = _take(_of_each_position((x,), 'before its last layer'), at)
         return self.layer.apply(weights, state, (x,), rng=rng, mode=mode)
 
 

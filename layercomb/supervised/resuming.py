@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
+from layercomb.errors import UsageWarning
 from layercomb.supervised.batches import Batches
 from layercomb.supervised.fingerprint import Fingerprint, check
-from layercomb.supervised.updates import fresh_hyperparams, with_hyperparams
+from layercomb.supervised.updates import first_numbers, with_hyperparams
 from layercomb.trees import Tree
 
 if TYPE_CHECKING:
@@ -48,9 +50,9 @@ def resume(
 ) -> Resumed | None:
     """Reads the last checkpoint of a run, and puts the data where it stood.
 
-    What was changed on purpose is used: another optimizer of the same form keeps its moments and
-    takes the new numbers, one of another form begins anew; other data begins at its beginning; of
-    batches of another size, the next is of the examples that were not seen yet.
+    What was changed on purpose is used. An optimizer whose hyperparameters changed keeps its
+    moments; one that changed otherwise begins anew, which is said. Other data begins at its
+    beginning. Batches of another size begin with the first example that was not seen yet.
 
     Args:
       checkpoints: of the run.
@@ -74,12 +76,21 @@ def resume(
     where = repr(str(checkpoints.directory.parent))
     changed = check(where, record.get('made_of'), made_of, allowed)
     wanted = dict(abstract)
-    if changed & {'optimizer', 'trainable'} and not _same_form(kinds, abstract['opt_state']):
+    keeps = not changed & {'optimizer', 'trainable'} or (
+        _same_form(kinds, abstract['opt_state']) and _only_hyperparams(record, made_of)
+    )
+    if not keeps:
+        warnings.warn(
+            f'{where}: the state of the optimizer (moments, counts of steps) begins anew, since '
+            'the optimizer is another one, or other weights train',
+            UsageWarning,
+            stacklevel=2,
+        )
         del wanted['opt_state']
     saved, _ = checkpoints.restore(step, wanted)
     opt_state = saved.get('opt_state')
     if opt_state is not None and 'optimizer' in changed:
-        opt_state = with_hyperparams(opt_state, fresh_hyperparams(optimizer, trainable))
+        opt_state = with_hyperparams(opt_state, first_numbers(optimizer, trainable))
     if 'data' not in changed:
         batches.go_to(record['data'], resized='batch_size' in changed)
     key = None
@@ -87,6 +98,13 @@ def resume(
         data = jnp.array(record['key'], jnp.uint32)
         key = jax.random.wrap_key_data(data, impl=record['key_impl'])
     return Resumed(step, saved['weights'], saved['state'], opt_state, key)
+
+
+def _only_hyperparams(record: dict[str, Any], made_of: Fingerprint) -> bool:
+    """Whether an optimizer's state begins with the same numbers but for hyperparameters."""
+    was, wanted = (each['optimizer']['numbers'] for each in (record['made_of'], made_of))
+    changed = {path for path in was.keys() | wanted.keys() if was.get(path) != wanted.get(path)}
+    return all('hyperparams/' in path for path in changed)
 
 
 def _same_form(kinds: dict[str, Any], opt_state: Any) -> bool:

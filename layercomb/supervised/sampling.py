@@ -109,13 +109,13 @@ class Sampler:
 
     def seen(self, tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
         """What rows hold at first, (B, V) bool, of prompts (B, P)."""
-        there = jnp.arange(tokens.shape[1]) < lengths[:, None]
-        rows = jnp.arange(len(tokens))[:, None]
+        there = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+        rows = jnp.arange(len(tokens), dtype=jnp.int32)[:, None]
         return jnp.zeros((len(tokens), vocab_size), bool).at[rows, tokens].max(there)
 
     def add(self, seen: jax.Array, token: jax.Array) -> jax.Array:
         """What rows hold after one more token each, (B,)."""
-        return seen.at[jnp.arange(len(token)), token].set(True)
+        return seen.at[jnp.arange(len(token), dtype=jnp.int32), token].set(True)
 
 
 def has_probabilities(logits: jax.Array) -> jax.Array:
@@ -150,11 +150,11 @@ def _likeliest(logits: jax.Array, shares: jax.Array, wanted: jax.Array) -> jax.A
     order = jnp.where(bits >= sign, ~bits, bits | sign)  # integers in the order of the floats
 
     def one(i: jax.Array, least: jax.Array) -> jax.Array:
-        tried = least | (sign >> i.astype(jnp.uint32))  # (B,)
+        tried = least | (sign >> jnp.asarray(i, jnp.uint32))  # (B,)
         total = jnp.where(order >= tried[:, None], shares, 0.0).sum(-1)
         return jnp.where(total >= wanted, tried, least)
 
-    least = jax.lax.fori_loop(0, 32, one, jnp.zeros(len(logits), jnp.uint32))
+    least = jax.lax.fori_loop(np.int32(0), np.int32(32), one, jnp.zeros(len(logits), jnp.uint32))
     return jnp.where(order >= least[:, None], logits, -jnp.inf)
 
 

@@ -118,7 +118,7 @@ def _accumulated(scored: Layer, n: int) -> Callable[..., tuple[jax.Array, Tree, 
 
         zero = jnp.zeros((), jnp.float32)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _at_least_float32(x)), trainable)
-        micros = (jnp.arange(n), tuple(_cut(x, n) for x in batch))
+        micros = (jnp.arange(n, dtype=jnp.int32), tuple(_cut(x, n) for x in batch))
         (value, weight, state, grads), _ = jax.lax.scan(add, (zero, zero, state, zeros), micros)
         scale = 1 / _positive(weight)
         grads = jax.tree.map(
@@ -167,6 +167,7 @@ def _norm(grads: Tree) -> jax.Array:
 
 def _learning_rate(opt_state: Any) -> Metrics:
     """The learning rate, where `optax.inject_hyperparams` keeps it."""
-    rates = (x for path, x in hyperparams(opt_state).items() if path.endswith('/learning_rate'))
+    found = hyperparams(opt_state).items()
+    rates = (x for path, x in found if path.endswith('hyperparams/learning_rate') and not x.shape)
     rate = next(rates, None)
     return {} if rate is None else {'learning_rate': rate}

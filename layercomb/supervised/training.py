@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,11 +13,11 @@ import numpy as np
 
 from layercomb import paths, trees
 from layercomb.errors import UsageError, of_the_machine, require
-from layercomb.layers.base import Layer, Mode, Tree, init_state
+from layercomb.layers.base import Layer, Tree
 from layercomb.model import Model, check_tokens, seeded
-from layercomb.shapes import Signature
 from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, Batches, check_loss_weights, shaped_unlike
+from layercomb.supervised.beginning import check_weights, fresh, trained_state
 from layercomb.supervised.evaluation import evaluate
 from layercomb.supervised.fingerprint import Fingerprint, check_allowed, fingerprint
 from layercomb.supervised.fit import check_arity, check_fit, on_device
@@ -142,6 +141,7 @@ class Loop:
             ends, or the disk is full.
         """
         check_count('Loop.run', 'n_steps', n_steps)
+        self._settle()
         if self.step >= n_steps:
             rows = [] if self._directory is None else read_metrics(self._directory)
             return next((r for r in rows if r['step'] == self.step), {'step': self.step})
@@ -156,8 +156,23 @@ class Loop:
                 write_report(self._directory)
         return run.row
 
+    def _settle(self) -> None:
+        """Finishes what an interrupt left undone beside a step that was taken."""
+        taken = self._carry.step
+        if taken.is_deleted():
+            then = '; it goes on from the last checkpoint' if self._checkpoints else ''
+            raise UsageError(
+                f'the last run was interrupted inside a step, and its weights are gone: make the '
+                f'Loop anew{then}'
+            )
+        if int(taken) > self.step:
+            self._batches.take()
+            self.step += 1
+
     def _begin(self, model: Layer | Model) -> None:
         """Sets the carry: from the last checkpoint, from the Model given, or from the seed."""
+        if self._checkpoints is not None:
+            self._batches.position()  # which must be what a checkpoint can hold
         self._first = self._batches.peek()
         check_arity(self._net, self._first, 'the data')
         signature = on_device(self._first[: self._net.n_in])
@@ -165,16 +180,17 @@ class Loop:
         weights, state = jax.eval_shape(lambda key: self._net.init(signature, key), init_key)
         given = model.weights if isinstance(model, Model) else None
         if given is not None:
-            _check_weights(given, weights)
+            check_weights(given, weights)
+            weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
         check_fit(self._net, weights, state, self._task, self._eval_tasks, self._first)
         resumed = self._resume(weights, state, given)
         if resumed is not None:
             self.step, weights, state = resumed.step, resumed.weights, resumed.state
             self._key = self._key if resumed.key is None else resumed.key
         elif isinstance(model, Model) and given is not None:
-            weights, state = given, _trained_state(model, signature, state)
+            weights, state = given, trained_state(model, signature, state)
         else:
-            weights, state = _init(self._net, signature, init_key)
+            weights, state = fresh(self._net, signature, init_key)
         trainable, self._frozen = self._task.partition(weights)
         if weights is given:
             trainable = jax.tree.map(jnp.copy, trainable)  # donating would take the Model's own
@@ -310,47 +326,6 @@ class _Run:
         if self._log is not None:
             self._log.write(self.row)
         self._progress.row(self.row, self._throughput.seconds_left(self._n_steps - step))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _init(net: Layer, signature: Signature, key: jax.Array) -> tuple[Tree, Tree]:
-    return net.init(signature, key)
-
-
-def _check_weights(given: Tree, wanted: Tree) -> None:
-    """Raises a ValueError at the first of a Model's weights that is not as its layer has it."""
-    there, here = trees.flatten(given), trees.flatten(wanted)
-    for path in sorted(there.keys() | here.keys()):
-        is_, should = (tuple(w[path].shape) if path in w else 'absent' for w in (there, here))
-        if is_ != should:
-            raise ValueError(
-                f"Loop: the Model's weights are not those of its layer ({path} is {is_} and should "
-                f'be {should}): init it, or load what was saved of an equal layer'
-            )
-
-
-def _trained_state(model: Model, signature: Signature, wanted: Tree) -> Tree:
-    """A copy of what training has a place for in a Model's state, which may be for ``PREDICT``."""
-    held = trees.flatten(model.state)
-    fresh = init_state(model.layer, signature, Mode.TRAIN) if jax.tree.leaves(wanted) else wanted
-
-    def numbers(path: str) -> list[int]:
-        return [int(part) for part in path.split('/') if part.isdigit()]
-
-    blocks: dict[str, list[Any]] = {}  # for decoding, states of a `Repeat` lie apart: 0/…, 1/…
-    for path in sorted(held, key=numbers):
-        stacked = '/'.join(part for part in path.split('/') if not part.isdigit())
-        blocks.setdefault(stacked, []).append(held[path])
-
-    def kept(path: str, new: jax.Array) -> jax.Array:
-        if path in held:
-            old = held[path]
-            return jnp.copy(old) if old.shape == new.shape else new
-        old = blocks.get(path, [])
-        fits = sum(x.size for x in old) == new.size > 0
-        return jnp.stack(old).reshape(new.shape) if fits else new
-
-    return trees.map_with_path(kept, fresh)
 
 
 def _optimizer(task: TrainTask) -> Any:

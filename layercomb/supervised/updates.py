@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.errors import require
+from layercomb.shapes import is_float
 from layercomb.trees import Tree
 
 GIVEN = ('value', 'grad', 'value_fn')  # beside gradients, state and weights
@@ -62,7 +63,7 @@ def traced(optimizer: Any, weights: Tree) -> tuple[Any, Any]:
       optimizer: an `optax.GradientTransformation`.
       weights: those that train, as arrays or `jax.ShapeDtypeStruct`.
     """
-    with jax.numpy_dtype_promotion('standard'):
+    with jax.numpy_dtype_promotion('standard'), jax.disable_jit(False):
         init, state = jax.make_jaxpr(optimizer.init, return_shape=True)(weights)
         loss = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -73,17 +74,12 @@ def traced(optimizer: Any, weights: Tree) -> tuple[Any, Any]:
 
 
 def hyperparams(opt_state: Any) -> dict[str, jax.Array]:
-    """The scalars of an optimizer's state that `optax.inject_hyperparams` keeps, by path."""
-    found = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
-        path = jax.tree_util.keystr(keys, simple=True, separator='/')
-        if re.search(r'(^|/)hyperparams/\w+$', path) and leaf.shape == ():
-            found[path] = leaf
-    return found
+    """What `optax.inject_hyperparams` keeps in an optimizer's state, by path."""
+    return {path: x for path, x in _leaves(opt_state) if re.search(r'(^|/)hyperparams/', path)}
 
 
-def fresh_hyperparams(optimizer: Any, weights: Tree) -> dict[str, jax.Array]:
-    """What `hyperparams` finds in the state that an optimizer begins with.
+def first_numbers(optimizer: Any, weights: Tree) -> dict[str, jax.Array]:
+    """The numbers in the state that an optimizer begins with, hyperparameters among them, by path.
 
     Args:
       optimizer: an `optax.GradientTransformation`.
@@ -91,8 +87,9 @@ def fresh_hyperparams(optimizer: Any, weights: Tree) -> dict[str, jax.Array]:
     """
 
     def made() -> dict[str, jax.Array]:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), weights)
-        return hyperparams(optimizer.init(zeros))  # all else is never computed
+        state = optimizer.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), weights))
+        numbers = {path: x for path, x in _leaves(state) if x.shape == () and is_float(x)}
+        return numbers | hyperparams(state)  # all else is never computed
 
     with jax.numpy_dtype_promotion('standard'):
         return jax.jit(made)()
@@ -100,11 +97,20 @@ def fresh_hyperparams(optimizer: Any, weights: Tree) -> dict[str, jax.Array]:
 
 def with_hyperparams(opt_state: Any, values: dict[str, jax.Array]) -> Any:
     """An optimizer's state with other values of what `hyperparams` finds in it."""
+    found = hyperparams(opt_state)
 
     def chosen(keys: Any, leaf: Any) -> Any:
-        return values.get(jax.tree_util.keystr(keys, simple=True, separator='/'), leaf)
+        path = jax.tree_util.keystr(keys, simple=True, separator='/')
+        return values[path] if path in found else leaf
 
     return jax.tree_util.tree_map_with_path(chosen, opt_state)
+
+
+def _leaves(opt_state: Any) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(keys, simple=True, separator='/'), leaf)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
+    ]
 
 
 def why_not(optimizer: Any, error: TypeError) -> str:

@@ -444,23 +444,29 @@ def test_computes_in_bfloat16_with_float32_weights(row):
 
 
 @every_row
-def test_float32_stays_where_float64_is_the_default(row):
+def test_float32_stays_where_float64_is_the_default_and_ranks_are_not_promoted(row):
     layer = row.make()
 
     def total(weights: Any, state: Any, inputs: Any) -> Any:
         made = layer.apply(weights, state, inputs, rng=rng(), mode=Mode.TRAIN)
-        floats = [jnp.sum(y) for y in made[0] if is_float(y)]
+        floats = [jnp.sum(y, dtype=jnp.float32) for y in made[0] if is_float(y)]
         return sum(floats, jnp.float32(0)), made
 
-    with jax.enable_x64(True), jax.numpy_dtype_promotion('standard'):
-        for mode in (Mode.TRAIN, *[Mode.PREDICT] * bool(row.steps)):
-            init = functools.partial(layer.init, row.signature, mode=mode)
+    def decode(weights: Any, state: Any, inputs: Any) -> Any:
+        return layer.apply(weights, state, inputs, mode=Mode.PREDICT)
+
+    def check(made: Any) -> None:
+        assert not {'float64', 'int64'} & {str(s.dtype) for s in jax.tree.leaves(made)}
+
+    with jax.enable_x64(True), jax.numpy_rank_promotion('raise'):
+        if row.steps:
+            init = functools.partial(layer.init, row.signature, mode=Mode.PREDICT)
             weights, state = jax.eval_shape(init, rng())
-            assert 'float64' not in {str(s.dtype) for s in jax.tree.leaves((weights, state))}
+            check((weights, state))
+            check(jax.eval_shape(decode, weights, state, row.signature))
         weights, state = jax.eval_shape(layer.init, row.signature, rng())
-        f = jax.grad(total, has_aux=True)
-        made = jax.eval_shape(f, weights, state, row.signature)
-        assert 'float64' not in {str(s.dtype) for s in jax.tree.leaves(made)}
+        check((weights, state))
+        check(jax.eval_shape(jax.grad(total, has_aux=True), weights, state, row.signature))
 
 
 @every_row

@@ -211,7 +211,8 @@ def test_restored_streams_drift_little_at_depth_48():
     weights, state = net.init(lc.signature_of(x), jax.random.key(1))
     outputs, _ = net.apply(weights, state, x, mode=Mode.TRAIN)
     restored, _, _ = net.reverse_and_grad(weights, state, outputs, outputs, rng=None)
-    np.testing.assert_allclose(restored, x, atol=1e-5)
+    # Each block rounds once more; an H100, which sums products in another order, is at 1.04e-5.
+    np.testing.assert_allclose(restored, x, atol=2e-5)
 
 
 def test_statistics_are_updated_as_without_reversal():

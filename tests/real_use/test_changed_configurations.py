@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from layercomb import cli
+from layercomb.supervised.fingerprint import PARTS
 
 TINY = """
 from __gin__ import dynamic_registration
@@ -98,7 +99,19 @@ def test_what_is_allowed_is_no_more_than_was_named(folder, capsys):
 
 def test_a_part_that_there_is_not(folder, capsys):
     assert again(folder, '--allow_changes', 'rate') == 2
-    assert "'rate' is none of model, weights, loss, optimizer" in capsys.readouterr().err
+    assert "'rate' is none of model, loss, optimizer" in capsys.readouterr().err
+
+
+def test_the_help_names_all_that_may_change(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(['train', '--help'])
+    words = capsys.readouterr().out.replace(',', ' ').split()
+    assert {*PARTS, 'all'} <= set(words)
+
+
+def test_nothing_is_allowed_by_a_comma(folder, capsys):
+    assert again(folder, *RATE, '--allow_changes', ',') == 2
+    assert 'adamw.learning_rate is 0.01 there' in capsys.readouterr().err
 
 
 def test_a_text_that_was_edited_between_two_runs(trained, tmp_path, capsys):
@@ -110,7 +123,7 @@ def test_a_text_that_was_edited_between_two_runs(trained, tmp_path, capsys):
     try:
         (trained / 'text.txt').write_text('a dog lay on the rug. ' * 20)
         assert again(tmp_path) == 2
-        assert 'the data begins with other examples' in capsys.readouterr().err
+        assert 'the data has ' in capsys.readouterr().err
         assert again(tmp_path, '--allow_changes', 'data') == 0
     finally:
         (trained / 'text.txt').write_text(kept)

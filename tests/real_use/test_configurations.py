@@ -259,10 +259,47 @@ def test_a_full_disk_leaves_no_half_a_configuration(conf, capsys, monkeypatch):
     assert cli.main(['train', mine, '--output_dir', 'run']) == 0
 
 
+def test_a_binding_means_the_same_whatever_was_read_before(conf):
+    """Else it would find by parts of their names what other configurations have named."""
+    for _ in range(2):
+        with pytest.raises(UsageError, match='write the name in full'):
+            built(str(conf / 'base.gin'), 'TransformerLM.attention=@tl.RMSNorm')
+    built('reformer_python')
+    with pytest.raises(UsageError, match='ReformerLM'):
+        built(str(conf / 'base.gin'), 'ReformerLM.d_model=32')
+
+
+def test_a_macro_goes_before_constants_of_other_configurations(conf, monkeypatch):
+    write(conf, "import gin\ngin.constant('other_sizes.WIDTH', 6)\n", 'other_sizes.py')
+    write(conf, 'import other_sizes\n', 'outer_sizes.py')
+    monkeypatch.syspath_prepend(str(conf))
+    plain = built(str(conf / 'base.gin'))[0].model
+    outer = BASE.replace('WIDTH = 8', 'import outer_sizes').replace('n_heads = 2', 'n_heads = 1')
+    outer = write(conf, outer.replace('%WIDTH', '%other_sizes.WIDTH'), 'outer.gin')
+    inner = (conf / 'outer.gin').read_text().replace('import outer_', 'import other_')
+    made = built(outer)[0].model
+    assert made == built(outer)[0].model == built(write(conf, inner, 'inner.gin'))[0].model
+    assert built(str(conf / 'base.gin'))[0].model == plain != made
+
+
+def test_configurables_of_a_module_that_uses_gin_are_there_each_time(conf, monkeypatch):
+    code = 'import gin\n@gin.configurable\ndef seven(n=7):\n    return n\n'
+    write(conf, code, 'uses_gin.py')
+    monkeypatch.syspath_prepend(str(conf))
+    mine = write(conf, BASE + 'import uses_gin\ncli.train.steps = @uses_gin.seven()\n')
+    assert [built(mine)[0].steps, built(mine, 'uses_gin.seven.n = 8')[0].steps] == [7, 8]
+
+
 def test_gin_itself_is_left_as_it_was(conf):
     import gin
 
-    own = gin.config.parse_config_file
+    def state():
+        config = gin.config
+        names = [sorted(dict(x.items())) for x in (config._REGISTRY, config._CONSTANTS)]
+        return names, config.parse_config_file, config.ParseContext.process_import
+
+    before = state()
+    built(str(conf / 'base.gin'))
     with pytest.raises(UsageError):
         built(write(conf, "include 'nothing.gin'\n"))
-    assert gin.config.parse_config_file is own
+    assert state() == before

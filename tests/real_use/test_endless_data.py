@@ -39,6 +39,11 @@ def test_data_that_ends_is_measured_whole():
     supervised.EvalTask(data.packed(['text'] * 9, 4, 2, num_epochs=1), LOSS)
     supervised.EvalTask(data.batches(data.copy(4, 8, n_examples=9), 2, num_epochs=3), LOSS)
     supervised.EvalTask([BATCH], LOSS)
+    first = grain.MapDataset.source([BATCH]).repeat()[:5]
+    supervised.EvalTask(first, LOSS)
+    supervised.EvalTask(first.to_iter_dataset(), LOSS)
+    endless = grain.MapDataset.source([BATCH]).repeat().to_iter_dataset()
+    supervised.EvalTask(grain.experimental.LimitIterDataset(endless, 5), LOSS)
 
 
 def test_a_generator_of_which_nobody_knows_is_spoken_of(monkeypatch):

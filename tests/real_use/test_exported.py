@@ -116,6 +116,42 @@ def test_an_id_outside_the_vocabulary_makes_its_row_nan_and_no_other(names):
         np.testing.assert_array_equal(logits[:, 1], right[:, 1])
 
 
+KEEPS_NOTHING = {
+    'embedding': tl.Serial(tl.Embedding(V, 8), tl.Dense(V)),
+    'one-hot': tl.Serial(tl.Fn('OneHot', lambda ids: jax.nn.one_hot(ids, V)), tl.Dense(V)),
+    'statistics': tl.Serial(tl.Embedding(V, 8), tl.BatchNorm(), tl.Dense(V)),
+    'one-hot and attention': tl.Serial(
+        tl.Fn('OneHot', lambda ids: jax.nn.one_hot(ids, V)), tl.SelfAttention(2), tl.Dense(V)
+    ),
+    'a smaller embedding': tl.Serial(tl.Embedding(V, 8), tl.Dense(V + 9)),
+}
+
+
+@pytest.mark.parametrize('name', KEEPS_NOTHING)
+def test_nan_is_for_good_whatever_the_model_keeps(name):
+    """Without caches nothing in the model knows of the room, or of what was read before."""
+    model = made(KEEPS_NOTHING[name])
+    programs = export.decode_programs(model, 2, 4)
+    weights, step = lc.trees.flatten(model.weights), programs['decode_step'].call
+
+    def finite(rows):
+        state, out = programs['decode_init'].call(), []
+        for row in rows:
+            logits, state = step(weights, state, np.int32(row)[:, None])
+            out.append(np.isfinite(np.asarray(logits)))
+        assert all(len(set(row)) == 1 for x in out for row in x.tolist())
+        return [x[:, 0].tolist() for x in out]
+
+    assert finite([[1, 2]] * 6) == [[True, True]] * 4 + [[False, False]] * 2
+    for wrong in (V, V + 5, -1, 2**31 - 1, -(2**31)):
+        made_finite = finite([[1, 2], [wrong, 2], [1, 2], [1, 2]])
+        assert made_finite == [[True, True]] + [[False, True]] * 3
+    state = programs['decode_init'].call()
+    logits, _ = step(weights, state, np.int32([[1], [2]]))
+    right = model(np.int32([[1]]))[0, 0]
+    np.testing.assert_allclose(logits[0], right, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     'tokens', [np.zeros((1, 1), np.int32), np.zeros((2, 2), np.int32), np.zeros((2, 1), np.float32)]
 )
@@ -159,6 +195,13 @@ def test_what_is_no_language_model_is_not_decoded(name):
     ):
         with pytest.raises(UsageError, match=r'needs a language model, .* this one makes \w+\['):
             use()
+
+
+def test_what_a_head_reads_is_not_called_logits():
+    model = made(tl.Serial(*NO_LANGUAGE_MODEL['a class for each row']))
+    said = r'before its last layer this one makes float32\[1, 8\]'
+    with pytest.raises(UsageError, match=said):
+        decoding.generate(model, [[1]], 3)
 
 
 # All that keeps positions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import grain
@@ -12,6 +13,7 @@ import pytest
 
 import layercomb as lc
 from layercomb import data, supervised, tl
+from layercomb.supervised.batches import Batches
 
 
 class Seen(tl.Metric):
@@ -94,24 +96,91 @@ def test_an_interrupt_in_text_that_is_packed_loses_no_token():
             super().__getitem__(i)
             return texts[i]
 
-    def seen(error):
-        batches = supervised.batches.Batches(
-            data.packed(Texts(2, error), 5, 1, shuffle=False, streaming=True, num_epochs=1)
-        )
-        found = []
-        for _ in range(5):
-            try:
-                found.append(batches.take()[0].tolist())
-            except KeyboardInterrupt:
-                found.append(batches.take()[0].tolist())
-        return found
+    def packed(at):
+        source = Texts(at, KeyboardInterrupt())
+        return data.packed(source, 5, 1, shuffle=False, streaming=True, num_epochs=1)
 
-    whole = seen(None) if False else None
-    interrupted = seen(KeyboardInterrupt())
-    armed_never = Texts(99, None)
-    plain = data.packed(armed_never, 5, 1, shuffle=False, streaming=True, num_epochs=1)
-    whole = [x.tolist() for x, _, _ in itertools.islice(iter(plain), 5)]
-    assert interrupted == whole
+    batches, found = Batches(packed(2)), []
+    while len(found) < 5:
+        with contextlib.suppress(KeyboardInterrupt):
+            found.append(batches.take()[0].tolist())
+    assert found == [x.tolist() for x, _, _ in itertools.islice(iter(packed(99)), 5)]
+
+
+def test_an_interrupt_while_the_place_is_looked_for_loses_nothing_either():
+    class Twice:
+        """The sixth and the ninth batch that are made at all are interrupted."""
+
+        def __init__(self):
+            self.made = 0
+
+        def __iter__(self):
+            for i in itertools.count():
+                self.made += 1
+                if self.made in (6, 9):
+                    raise RuntimeError('the network is down')
+                yield batch(i)
+
+    trained = loop(Twice())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match='network'):
+            trained.run(8)
+        assert trained.step == 5
+    assert trained.run(8)['train/loss'] == 7
+    assert trained._batches.taken == 8
+
+
+def test_a_loop_whose_step_was_cut_in_two_says_so_or_goes_on():
+    trained = loop([batch(i) for i in range(6)])
+    trained.run(2)
+    trained._carry, _ = trained._compiled(
+        trained._carry, trained._frozen, trained._key, trained._batches.peek()
+    )  # and here Ctrl-C came: the step is not counted yet
+    assert trained.run(4)['train/loss'] == 3
+    trained._compiled(trained._carry, trained._frozen, trained._key, trained._batches.peek())
+    with pytest.raises(lc.UsageError, match=r'interrupted inside a step, .*: make the Loop anew'):
+        trained.run(5)
+
+
+class Counting:
+    """Batches whose iterator says by itself where it stands."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def __iter__(self):
+        return _Counted(self.state)
+
+
+class _Counted:
+    def __init__(self, as_state):
+        self.n, self.as_state = 0, as_state
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.n += 1
+        return batch(self.n - 1)
+
+    def get_state(self):
+        return self.as_state(self.n)
+
+    def set_state(self, state):
+        self.n = int(state if isinstance(state, int) else state[-1])
+
+
+@pytest.mark.parametrize('as_state', [int, lambda n: [n]], ids=['a number', 'a list'])
+def test_an_iterator_of_ones_own_may_say_where_it_stands_as_it_likes(tmp_path, as_state):
+    loop(Counting(as_state), output_dir=tmp_path).run(3)
+    assert loop(Counting(as_state), output_dir=tmp_path).run(4)['train/loss'] == 3
+
+
+def test_a_position_that_cannot_be_saved_is_refused_when_the_loop_is_made(tmp_path):
+    with pytest.raises(TypeError, match='where the data stands cannot be saved: get_state'):
+        loop(Counting(np.int64), output_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert loop(Counting(np.int64)).run(2)['train/loss'] == 1
 
 
 def test_a_step_that_is_interrupted_before_it_is_taken_keeps_its_batch(monkeypatch):

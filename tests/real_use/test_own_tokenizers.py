@@ -6,6 +6,7 @@ import asyncio
 import enum
 import logging
 import types
+import unicodedata
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -148,7 +149,7 @@ def test_what_a_tokenizer_says_about_itself_is_checked(model, fields, said):
 
 def test_sizes_may_be_numpys_and_properties():
     fields = {'vocab_size': property(lambda self: np.uint8(16)), 'eos_id': np.array(15)}
-    stream = token_stream(['a bb'], checks.tokenizer(other(**fields), decodes=True))
+    stream = token_stream(['a bb'], checks.tokenizer(other(**fields), must_decode=True))
     assert stream.tolist() == [15, 1, 2, 15]
 
 
@@ -361,21 +362,161 @@ def test_unfinished_bytes_as_halves_of_surrogate_pairs():
 def test_a_text_that_later_ids_change_still_goes_on():
     """What was shown cannot be taken back; what comes is not lost."""
     decode = lambda ids: ''.join('ab'[i] for i in ids).replace('aab', 'X')  # noqa: E731
-    made = pieces_of(decode, [0, 0, 1, *[1] * 12])
-    assert made[:3] == ['a', 'a', ''] and ''.join(made) == 'aa' + 'b' * 13
+    assert pieces_of(decode, [0, 0, 1, *[1] * 12]) == ['a', 'a', *'b' * 13, '']
 
 
-def test_a_piece_costs_the_same_however_long_the_text_is():
+def cleaned(ids):
+    """As WordPiece is shown: words with spaces between, of which some rules take some out."""
+    text = ' '.join(WORDS[i] for i in ids)
+    for before, after in [(' .', '.'), (' ,', ','), (" ' ", "'"), (' ?', '?')]:
+        text = text.replace(before, after)
+    return text
+
+
+WORDS = ['i', 'don', "'", 't', 'know', 'what', 'it', 'is', 'about', ',']
+WORDS += ['but', 'we', 'can', 'stop', '.', 'é', '日本', 'now', '?']
+
+
+def test_spaces_that_are_taken_out_later():
+    ids = [
+        WORDS.index(word)
+        for word in ['i', 'don', "'", 't', 'know', ',', 'but', 'it', "'", 't', 'is', 'about']
+    ]
+    made = pieces_of(cleaned, ids)
+    assert made[:6] == ['i', ' don', " '", 't', ' know', ',']
+    assert ''.join(made) == "i don 't know, but it 't is about"
+    assert cleaned(ids) == "i don't know, but it't is about"
+    assert ''.join(pieces_of(cleaned, ids, len(ids))) == cleaned(ids)  # all at once
+
+
+@given(st.lists(st.integers(0, len(WORDS) - 1), max_size=120), st.integers(1, 5))
+def test_what_is_shown_of_a_text_that_changes_differs_in_spaces_alone(ids, size):
+    made = pieces_of(cleaned, ids, size)
+    assert ''.join(''.join(made).split()) == ''.join(cleaned(ids).split())
+    assert all(made[: -(-len(ids) // size)])  # something with each
+
+
+def test_letters_that_melt_into_one():
+    """An accent that comes after its letter is not lost, and the letter is not shown again."""
+    letters = ['e', '\u0301', ' ', 'x']
+    decode = lambda ids: unicodedata.normalize('NFC', ''.join(letters[i] for i in ids))  # noqa: E731
+    made = pieces_of(decode, [0, 1, 2, 3, 0, 1, 3])
+    assert unicodedata.normalize('NFC', ''.join(made)) == 'é xéx' and all(made[:-1])
+
+
+def euros(ids):
+    return bytes('€'.encode()[i % 3] for i in ids).decode(errors='replace')
+
+
+ADDS = {
+    'letters': (data.ByteTokenizer().decode, 97),
+    'three bytes each': (euros, 0),
+    'a mark at the beginning': (lambda ids: '<s>' + ' '.join(WORDS[i % 19] for i in ids), 0),
+    'a line that ends': (lambda ids: ' '.join(WORDS[i % 19] for i in ids) + '\n', 0),
+    'nothing': (lambda ids: '', 0),
+    'a mark alone': (lambda ids: '<s>', 0),
+    'little': (lambda ids: ''.join(' ' + WORDS[i % 19] for i in ids if i % 9 == 0).lstrip(), 0),
+    'very little': (lambda ids: ''.join(' x' for i in ids if i % 50 == 0).lstrip(), 0),
+    'cleaned': (lambda ids: cleaned([i % 19 for i in ids]), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ADDS)
+def test_a_piece_costs_the_same_however_long_the_text_is(name):
+    costs = []
+    decode, first = ADDS[name]
+
+    def counted(ids):
+        costs.append(len(ids))
+        return decode(ids)
+
+    ids = [first + i % 26 if name == 'letters' else i for i in range(2000)]
+    text = ''.join(pieces_of(counted, ids))
+    if name not in ('a line that ends', 'cleaned'):
+        assert text == decode(ids)
+    assert max(costs) <= 100 and sum(costs) < 60 * 2000
+
+
+def test_a_long_prompt_is_forgotten_at_once():
     costs = []
 
     def decode(ids):
         costs.append(len(ids))
-        return data.ByteTokenizer().decode(ids)
+        return '<s>' + bytes(ids).decode(errors='replace')
 
     decoder = PieceDecoder(decode)
-    for i in range(2000):
-        decoder.decode(97 + i % 26)
-    assert max(costs) <= 32 and sum(costs) < 40 * 2000
+    prompt = 'na €'.encode() * 1000
+    assert decoder.decode(prompt) == '<s>' + 'na €' * 1000
+    del costs[:]
+    assert ''.join(decoder.decode(i) for i in prompt) == 'na €' * 1000
+    assert max(costs) <= 40
+
+
+def test_text_that_depends_on_all_before_it_is_right_and_costs_more():
+    decode = lambda ids: ''.join(f'{n}:{i} ' for n, i in enumerate(ids))  # noqa: E731
+    ids = list(range(300))
+    assert ''.join(pieces_of(decode, ids)) == decode(ids)
+
+
+# Letters that a tokenizer does not know
+
+
+class Bases:
+    """Of four letters; what else there is becomes an id that stands for no text."""
+
+    vocab_size, eos_id = 6, 5
+    letters = 'ACGT'
+
+    def encode(self, text):
+        return [self.letters.index(c) if c in self.letters else 4 for c in text]
+
+    def decode(self, ids):
+        return ''.join(self.letters[i] for i in ids)
+
+
+class Greek(Bases):
+    letters = 'αβγδ'
+
+
+class Framed(Greek):
+    """With an id at either end."""
+
+    def encode(self, text):
+        return [5, *super().encode(text), 5]
+
+
+@pytest.mark.parametrize('kind', [Bases, Greek, Framed])
+def test_a_tokenizer_of_another_alphabet_is_taken(kind):
+    made = checks.tokenizer(kind(), must_decode=True)
+    assert made.decode([0, 3]) == kind.letters[0] + kind.letters[3]
+
+
+def test_a_tokenizer_that_knows_letters_and_decodes_none_is_refused():
+    class Broken(Bases):
+        def decode(self, ids):
+            return ''.join({'A': 'A'}[i] for i in ids)
+
+    with pytest.raises(TypeError, match=r'Broken gave the ids \[4\] and does not decode that list'):
+        checks.tokenizer(Broken(), must_decode=True)
+
+    class Bytes(Greek):
+        def decode(self, ids):
+            return b'x'
+
+    with pytest.raises(TypeError, match='decode gave bytes: text is a str'):
+        checks.tokenizer(Bytes(), must_decode=True)
+
+
+def test_the_size_of_a_vocabulary_is_asked_for_once():
+    asked = []
+    size = property(lambda self: asked.append(1) or 16)
+    tokenizer = adapted(other(vocab_size=size))
+    for _ in range(50):
+        tokenizer.encode('a bb')
+    assert len(asked) == 1 and tokenizer.vocab_size == 16
+    assert tokenizer == adapted(tokenizer.tokenizer) and hash(tokenizer)
+    with pytest.raises(AttributeError):
+        tokenizer.tokenizer = None
 
 
 # Numbers and sources

@@ -394,3 +394,88 @@ def test_a_model_that_averages_over_no_positions_is_the_same_program_as_ever():
         return net.apply(weights, state, arrays, mode=Mode.TRAIN)
 
     assert str(jax.make_jaxpr(ours)(*arrays)) == str(jax.make_jaxpr(plain)(*arrays))
+
+
+class Looping(tl.Wrapper):
+    """A layer of somebody's own that scans over its state and knows of nothing else in it."""
+
+    n: int = 3
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        return jax.vmap(lambda k: self.layer.init(signature, k, mode))(
+            jax.random.split(rng, self.n)
+        )
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        def step(values, xs):
+            return self.layer.apply(*xs, values, rng=rng, mode=mode)
+
+        return jax.lax.scan(step, tuple(inputs), (weights, state))
+
+
+class Telling(Looping):
+    """The same, which hands on which positions count."""
+
+    carries_counted = True
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        state, counted = tl.take_counted(state)
+
+        def step(values, xs):
+            its_weights, its_state = xs
+            values, new = self.layer.apply(
+                its_weights, tl.put_counted(its_state, counted), values, rng=rng, mode=mode
+            )
+            return values, tl.take_counted(new)[0]
+
+        return jax.lax.scan(step, tuple(inputs), (weights, state))
+
+
+class Holding(lc.Layer):
+    """A layer of somebody's own around another, neither combinator nor wrapper."""
+
+    inner: lc.Layer
+
+    @property
+    def sublayers(self):
+        return (self.inner,)
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        weights, state = self.inner.init(signature, rng, mode)
+        return {'a': weights}, {'a': state}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        outputs, new = self.inner.apply(weights['a'], state['a'], inputs, rng=rng, mode=mode)
+        return outputs, {'a': new}
+
+
+@pytest.mark.parametrize('rows', [3, 4], ids=['as many rows as blocks', 'other rows'])
+@pytest.mark.parametrize('layer', [Looping(tl.BatchNorm()), Holding(tl.BatchNorm())])
+def test_a_layer_of_ones_own_that_hands_nothing_on_trains_and_is_spoken_of(layer, rows, key):
+    x = jax.random.normal(key, (rows, 5, 2))
+    weights, state = layer.init(x, jax.random.key(1))
+    plain, after = layer.apply(weights, state, (x,), mode=Mode.TRAIN)
+    padding = jnp.ones((rows, 5)).at[:, 3:].set(0)
+    with pytest.warns(lc.errors.UsageWarning, match='holds BatchNorm, .*: set carries_counted'):
+        made, new = losses.apply_counted(layer, weights, state, (x,), padding)
+    assert jnp.array_equal(made[0], plain[0])
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, new, after))
+
+
+def test_a_layer_of_ones_own_that_hands_it_on_counts_as_repeat_does(key):
+    x = jax.random.normal(key, (4, 5, 2))
+    padding = jnp.ones((4, 5)).at[:, 3:].set(0)
+    made = []
+    for layer in (Telling(tl.BatchNorm()), tl.Repeat(tl.BatchNorm(), 3)):
+        weights, state = layer.init(x, jax.random.key(1))
+        made.append(losses.apply_counted(layer, weights, state, (x,), padding))
+    for a, b in zip(*map(jax.tree.leaves, made), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('shape', [(), (3,), (3, 5)])
+def test_loss_weights_of_other_rows_are_refused(shape, key):
+    x = jax.random.normal(key, (4, 5, 2))
+    weights, state = tl.BatchNorm().init(x, jax.random.key(1))
+    with pytest.raises(ValueError, match=r'loss weights .* give a weight for each row'):
+        losses.apply_counted(tl.BatchNorm(), weights, state, (x,), jnp.ones(shape))

@@ -21,7 +21,7 @@ import layercomb as lc
 from layercomb import cli, models, serving, terminal
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError
-from layercomb.serving.protocol import Refusal, Request
+from layercomb.serving.protocol import Refusal, Request, parse
 from layercomb.serving.texts import Text
 
 
@@ -161,6 +161,49 @@ def test_generate_goes_on_with_the_space_that_a_piece_holds(option, capsys, monk
     words = said.removesuffix('\n')
     assert words.startswith('the cat') and '▁' not in words
     assert re.fullmatch(r'the cat(s| |END| the| cat| sat| E)*', words)
+
+
+class Replaced:
+    """Letters, and U+FFFD among them, as a tokenizer has it that was made of damaged text."""
+
+    vocab_size, eos_id = 8, 0
+    letters = '_ab\ufffdc'
+
+    def encode(self, text):
+        return [self.letters.index(c) for c in text]
+
+    def decode(self, ids):
+        return ''.join(self.letters[i] for i in ids)
+
+
+def test_a_mark_that_a_prompt_has_itself_stays_in_it():
+    """As text it ends with a whole character; as tokens it may end within one."""
+    body = {'prompt': ['a\ufffd', [1, 3], 'b', [2]], 'n': 2}
+    request = parse(json.dumps(body).encode(), Replaced(), 'own', 8, serving.Limits())
+    assert request.of_text == (True, False, True, False)
+    assert request.rows_of_text == [True, True, False, False] * 2
+    for whole, prompt, answer in [(True, 'a\ufffd', 'c'), (False, 'a', '\ufffdc')]:
+        text = Text(Replaced(), [], 1, [1, 3], whole)
+        assert (text.prompt, text.add(4)) == (prompt, answer)
+    assert Text(Replaced(), ['\ufffd'], 1, [1, 3], True).add(4) == 'c'
+
+
+def test_an_answer_to_a_text_that_ends_with_a_mark():
+    net = models.TransformerLM(8, 8, 8, 1, 1, max_len=32)
+    model = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'))
+    engine = serving.app(model, Replaced(), 'own').state.engine
+    for echo in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            making(engine, patch, [4, 3])
+            request = Request(((1, 3),), 2, echo=echo, of_text=(True,))
+            ((text,), *_) = answered(engine, request)
+        assert ''.join(text) == 'a\ufffd' * echo + 'c\ufffd'
+
+
+def test_a_decoder_of_ones_own_is_not_ended_by_the_prompt():
+    """What `final` means to it is that nothing follows."""
+    text = Text(ByteTokenizer(), [], 2, 'a\ufffd'.encode(), whole=True)
+    assert text.prompt == 'a\ufffd' and text.add(98) == 'b'
 
 
 # Stop texts

@@ -14,7 +14,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'google-chrome'))), None)
+
+def _runs(program: str) -> bool:
+    """Whether a browser starts; some systems have a stub there, which only says where to get it."""
+    try:
+        done = subprocess.run([program, '--version'], capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+_NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
+CHROMIUM = next(filter(_runs, filter(None, map(shutil.which, _NAMES))), None)
 
 # The protocol is spoken on the browser's descriptors 3 and 4, which may be taken here.
 _EXEC = """

@@ -9,7 +9,7 @@ from layercomb.data import ByteTokenizer
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason='no chromium or google-chrome is installed'),
+    pytest.mark.skipif(CHROMIUM is None, reason='no Chromium is installed that runs'),
 ]
 TEXT = "document.getElementById('{}').textContent"
 

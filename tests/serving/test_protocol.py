@@ -82,7 +82,7 @@ MISTAKES = [
     ({'prompt': 'a', 'stream_options': []}, "'stream_options'"),
     ({'prompt': 'a', 'presence_penalty': 0.5}, "'presence_penalty' is not supported: .* at 0"),
     ({'prompt': 'a', 'logprobs': 0}, "'logprobs' is not supported"),
-    ({'prompt': 'a', 'best_of': 3}, "'best_of' is not supported"),
+    ({'prompt': 'a', 'best_of': 3}, "'best_of' may be at most n, here 1"),
     ({'prompt': 'a', 'max_token': 3}, "'max_token' is not a field"),
     ({'prompt': 'a', '\ud800': 3}, 'is not a field'),
     ({'prompt': 'a', 'model': 'gpt'}, "there is only the model 'tiny'"),

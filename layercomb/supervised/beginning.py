@@ -1,0 +1,56 @@
+"""What training begins with: weights and state from a seed, or those that a Model brings."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb import trees
+from layercomb.layers.base import Layer, Mode, Tree, init_state
+from layercomb.model import Model
+from layercomb.shapes import Signature
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def fresh(net: Layer, signature: Signature, key: jax.Array) -> tuple[Tree, Tree]:
+    """Weights and state of a model, made from a key in one compiled program."""
+    return net.init(signature, key)
+
+
+def check_weights(given: Tree, wanted: Tree) -> None:
+    """Raises a ValueError at the first of a Model's weights that is not as its layer has it."""
+    there, here = trees.flatten(given), trees.flatten(wanted)
+    for path in sorted(there.keys() | here.keys()):
+        is_, should = (tuple(w[path].shape) if path in w else 'absent' for w in (there, here))
+        if is_ != should:
+            raise ValueError(
+                f"Loop: the Model's weights are not those of its layer ({path} is {is_} and should "
+                f'be {should}): init it, or load what was saved of an equal layer'
+            )
+
+
+def trained_state(model: Model, signature: Signature, wanted: Tree) -> Tree:
+    """A copy of what training has a place for in a Model's state, which may be for ``PREDICT``."""
+    held = trees.flatten(model.state)
+    empty = init_state(model.layer, signature, Mode.TRAIN) if jax.tree.leaves(wanted) else wanted
+
+    def numbers(path: str) -> list[int]:
+        return [int(part) for part in path.split('/') if part.isdigit()]
+
+    blocks: dict[str, list[Any]] = {}  # for decoding, states of a `Repeat` lie apart: 0/…, 1/…
+    for path in sorted(held, key=numbers):
+        stacked = '/'.join(part for part in path.split('/') if not part.isdigit())
+        blocks.setdefault(stacked, []).append(held[path])
+
+    def kept(path: str, new: jax.Array) -> jax.Array:
+        if path in held:
+            old = held[path]
+            return jnp.copy(old) if old.shape == new.shape else new
+        old = blocks.get(path, [])
+        fits = sum(x.size for x in old) == new.size > 0
+        return jnp.stack(old).reshape(new.shape) if fits else new
+
+    return trees.map_with_path(kept, empty)
