@@ -57,6 +57,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Each whenever the suite runs; the others, which change less, among the slow tests.
+ALWAYS = {
+    'the defaults',
+    'float64',
+    'no rank promotion',
+    'keys of rbg',
+    'NaN is an error',
+    'no jit',
+    'all at once',
+}
+
 # Those that reach into what a program computes; the others change how it is made or drawn.
 THOROUGH = {'float64', 'no rank promotion', 'NaN is an error', 'all at once'}
 
@@ -151,10 +162,12 @@ def check_measured(model: lc.Model, row: dict[str, Any]) -> None:
     np.testing.assert_allclose(row['valid/accuracy'], right / weight, rtol=1e-6)
 
 
-def check_decoded(model: lc.Model) -> None:
+def check_decoded(model: lc.Model, n_tokens: int = 3) -> None:
     prompts = [[1, 2, 3], [4, 5]]
-    greedy = decoding.generate(model, prompts, 3, temperature=0)
-    assert greedy.tolist() == [continued(model, prompt, 3) for prompt in prompts]
+    greedy = decoding.generate(model, prompts, n_tokens, temperature=0)
+    assert greedy.tolist() == [continued(model, prompt, n_tokens) for prompt in prompts]
+    if n_tokens < 3:
+        return
     streamed = np.stack(list(decoding.stream(model, prompts, 2, temperature=0)), 1)
     np.testing.assert_array_equal(streamed, greedy[:, :2])
     ones = [decoding.generate(model, prompts, 1, top_k=1, rng=3), greedy[:, :1]]
@@ -181,14 +194,16 @@ def by_default() -> dict[str, Any]:
     return trained(plain())[1]
 
 
-@pytest.mark.parametrize('name', SETTINGS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=[] if n in ALWAYS else pytest.mark.slow) for n in SETTINGS]
+)
 def test_training_evaluation_and_decoding(name):
     wanted = by_default()
     with setting(SETTINGS[name]):
         loop, row = trained(plain())
         model = lc.Model(plain(), loop.weights, loop.state)
         check_measured(model, row)
-        check_decoded(model)
+        check_decoded(model, 2 if name == 'no jit' else 3)  # which takes its time
         if name in THOROUGH:
             check_scored(model)
         assert dtypes((loop.weights, loop.state, loop.opt_state)) <= {'float32', 'int32'}
