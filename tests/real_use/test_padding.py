@@ -120,13 +120,19 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize('name', NETS)
+# Nestings whose parts are tried by themselves as well.
+SLOW = {'repeated twice', 'in pieces of pieces', 'reversible, repeated inside'}
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NETS]
+)
 def test_padding_changes_neither_loss_nor_gradient_nor_statistics(name):
     net = NETS[name]()
     assert_close(measured(net, padded(batch())), measured(net, batch()))
 
 
-@pytest.mark.parametrize('rows, columns', [(2, 0), (0, 6)])
+@pytest.mark.parametrize('rows, columns', [(2, 0), pytest.param(0, 6, marks=pytest.mark.slow)])
 def test_padding_of_rows_or_columns_alone(rows, columns):
     net = lm(NORM, tl.Chunk(FF, 3))
     assert_close(measured(net, padded(batch(), rows, columns)), measured(net, batch()))
