@@ -40,7 +40,7 @@ def made(net):
 
 
 @pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n == 'hashed')) for n in NETS]
+    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n in ('hashed', 'shared'))) for n in NETS]
 )
 def test_the_readme_decodes_as_the_library_does(name, tmp_path, monkeypatch):
     model = made(NETS[name])

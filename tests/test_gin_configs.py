@@ -145,6 +145,7 @@ TINY = {
 
 # Runs as others do, with other data and sizes: a nightly run takes these two steps.
 LIKE_OTHERS = (
+    'revnet_cifar10',
     'reformer_1m',
     'reformer_duplication',
     'reformer_enwik8',

@@ -76,6 +76,7 @@ def assert_close(ours, plain, rtol=1e-4):
     jax.tree.map(compare, ours, plain)
 
 
+@pytest.mark.slow
 def test_the_gradient_at_depth_12_is_that_of_plain_autodiff():
     ours, plain = gradients(tl.ReversibleRepeat(block(masked=True), 12), inputs(masked=True))
     assert_close(ours, plain)

@@ -229,7 +229,12 @@ KEEPS = {
 }
 
 
-@pytest.mark.parametrize('name', KEEPS)
+STACKED = {'many layers', 'reversible'}  # of what is tried by itself
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n in STACKED)) for n in KEEPS]
+)
 def test_past_its_room_a_cache_gives_nan_compiled_and_is_refused_at_a_prompt(name):
     model, net = made(KEEPS[name], Mode.PREDICT, 6), KEEPS[name]
     step = jax.jit(lambda weights, state, x: net.apply(weights, state, (x,), mode=Mode.PREDICT))

@@ -59,7 +59,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 # Each whenever the suite runs; the others, which change less, among the slow tests.
 ALWAYS = {
-    'the defaults',
     'float64',
     'no rank promotion',
     'keys of rbg',
@@ -163,7 +162,7 @@ def check_measured(model: lc.Model, row: dict[str, Any]) -> None:
 
 
 def check_decoded(model: lc.Model, n_tokens: int = 3) -> None:
-    prompts = [[1, 2, 3], [4, 5]]
+    prompts = [[1, 2, 3], [4, 5]][: n_tokens - 1]
     greedy = decoding.generate(model, prompts, n_tokens, temperature=0)
     assert greedy.tolist() == [continued(model, prompt, n_tokens) for prompt in prompts]
     if n_tokens < 3:
@@ -215,6 +214,7 @@ def test_training_evaluation_and_decoding(name):
         assert same == near
 
 
+@pytest.mark.slow
 def test_sparse_and_reversible_layers_under_all_settings_at_once():
     with setting(SETTINGS['all at once']):
         loop, row = trained(sparse())
@@ -252,7 +252,7 @@ def test_weights_and_inputs_of_other_dtypes(of_weights, of_inputs):
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
-@pytest.mark.parametrize('name', ['float64', 'all at once'])
+@pytest.mark.parametrize('name', ['float64', pytest.param('all at once', marks=pytest.mark.slow)])
 def test_a_model_cast_to_few_bits_decodes_what_it_evaluates(dtype, name):
     with setting(SETTINGS[name]):
         model = lc.Model(lc.cast(plain(), dtype)).init(lc.shape_dtype((B, L), 'int64'))

@@ -121,7 +121,12 @@ NETS = {
 
 
 # Nestings whose parts are tried by themselves as well.
-SLOW = {'repeated twice', 'in pieces of pieces', 'reversible, repeated inside'}
+SLOW = {
+    'reversible, in pieces',
+    'repeated twice',
+    'in pieces of pieces',
+    'reversible, repeated inside',
+}
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,9 @@ def test_an_optimizer_of_another_form_begins_anew(tmp_path):
 
 
 @pytest.mark.parametrize('as_list', [False, True], ids=['data.batches', 'a list'])
-@pytest.mark.parametrize('size', [2, 4, 12, 24])
+@pytest.mark.parametrize(
+    'size', [4, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 24))]
+)
 def test_after_a_change_of_batch_size_the_next_unseen_example_comes_next(tmp_path, size, as_list):
     def of(batch_size):
         if not as_list:
