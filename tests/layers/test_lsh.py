@@ -148,7 +148,9 @@ def test_no_later_position_moves_an_earlier_output(
 
     t = data.draw(st.integers(1, length - 1))
     before, q_2, v_2 = attend(q, v), q.at[:, :, t:].add(1.5), v.at[:, :, t:].multiply(-2)
-    np.testing.assert_array_equal(attend(q_2, v_2)[:, :, :t], before[:, :, :t])
+    # The same positions are summed, but perhaps in another order within a chunk: a last bit, found
+    # at length 40 with one round, chunk_len 8, 6 buckets.
+    np.testing.assert_allclose(attend(q_2, v_2)[:, :, :t], before[:, :, :t], rtol=0, atol=3e-7)
     after = attend(jnp.concatenate([q_2, q_2], 2), jnp.concatenate([v_2, v_2], 2))
     np.testing.assert_allclose(after[:, :, :t], before[:, :, :t], atol=1e-6)
 
