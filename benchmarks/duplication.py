@@ -21,7 +21,7 @@ import time
 import machine
 
 from layercomb import cli, supervised, tl, transforms
-from layercomb.experiment import Experiment
+from layercomb.launcher.experiment import Experiment
 
 CONFIG = cli.find_config('reformer_duplication')
 EVALUATED = ('full', '8', '4', '2', '1')

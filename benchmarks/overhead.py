@@ -19,7 +19,7 @@ import optax
 
 import layercomb as lc
 from layercomb import tl
-from layercomb.layers.attention_functions import dot_product_attention
+from layercomb.layers.attention.functions import dot_product_attention
 from layercomb.supervised import steps
 
 V, D, F, N, H = 256, 256, 1024, 6, 4

@@ -62,7 +62,8 @@ def quality(run_dir: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from layercomb import cli, runs, transforms, trees
+    from layercomb import cli, transforms, trees
+    from layercomb.launcher import runs
     from layercomb.supervised import evaluate
 
     with cli.configured(runs.config_of(run_dir), (), run_dir) as config:
@@ -107,7 +108,7 @@ def product(kind: str, shape: tuple[int, int], rows: int) -> tuple[float, int]:
     import jax.numpy as jnp
 
     import layercomb_kernels
-    from layercomb.layers.narrow import Narrow, narrow
+    from layercomb.layers.quantized.matrix import Narrow, narrow
 
     wide = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     bits = {'bfloat16': 16, 'int4': 4}.get(kind, 8)

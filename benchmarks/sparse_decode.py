@@ -27,7 +27,7 @@ import machine
 
 import layercomb as lc
 from layercomb import models, trees
-from layercomb.layers.base import Mode
+from layercomb.layers.core.mode import Mode
 
 VOCAB, MAX_LEN = 32_000, 128
 DENSE: dict[str, Any] = {'ff_block_size': None, 'qkv_modules': None, 'head_modules': None}

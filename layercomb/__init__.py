@@ -11,8 +11,9 @@
 from layercomb import layers as tl
 from layercomb import losses, models, transforms, trees
 from layercomb.errors import UsageError
-from layercomb.layers.base import Layer, Mode, init_state
-from layercomb.layers.fn import Fn
+from layercomb.layers.basic.fn import Fn
+from layercomb.layers.core.layer import Layer, init_state
+from layercomb.layers.core.mode import Mode
 from layercomb.model import Model
 from layercomb.shapes import describe, shape_dtype, signature_of
 from layercomb.summary import summary

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from layercomb import arguments, includes, paths, runs, terminal, transforms
+from layercomb import paths, transforms
 from layercomb.data import checks
 from layercomb.errors import UsageError, of_the_machine, of_the_person, one_line, require
-from layercomb.layers.base import Layer
+from layercomb.launcher import arguments, includes, runs, terminal
+from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
 from layercomb.shapes import Signature, shape_dtype
 
@@ -43,7 +44,7 @@ def train(
     baseline_text: Any = None,
 ) -> Any:
     """What a configuration binds: the fields of an `Experiment`, which it returns."""
-    from layercomb.experiment import Experiment
+    from layercomb.launcher.experiment import Experiment
 
     tasks = eval_tasks if isinstance(eval_tasks, (tuple, list)) else (eval_tasks,)
     return Experiment(
@@ -152,7 +153,8 @@ def run_eval(options: argparse.Namespace) -> None:
 
 def run_generate(options: argparse.Namespace) -> None:
     """``layercomb generate RUN_DIR``: continues a prompt, or answers it, as it is made."""
-    from layercomb.supervised import decoding, prompts
+    from layercomb.supervised import decoding
+    from layercomb.supervised.decoding import prompts
 
     sampling = arguments.sampling(options)
     prompt = terminal.read_prompt(options.prompt, options.prompt_file, options.stdin)
@@ -260,7 +262,7 @@ def trained(
 
 def _signature_of_text(net: Layer) -> Signature:
     """Of a few tokens that a model reads, and those of its source, with their mask."""
-    from layercomb.supervised import prompts
+    from layercomb.supervised.decoding import prompts
 
     length, of_source = (min(8, f(net) or 8) for f in (prompts.max_len, prompts.source_max_len))
     tokens, source = (shape_dtype((1, n), 'int32') for n in (length, of_source))

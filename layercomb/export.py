@@ -21,13 +21,14 @@ import layercomb_kernels
 from layercomb import paths, trees
 from layercomb.errors import UsageError, of_the_machine, require
 from layercomb.interop.safetensors import save_weights
-from layercomb.layers.base import Layer, Mode
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
 from layercomb.model import Model, embeddings
 from layercomb.shapes import shape_dtype
-from layercomb.supervised.numbers import whole
-from layercomb.supervised.prompts import checked, fresh_state, logits_of
-from layercomb.supervised.prompts import max_len as longest
-from layercomb.transforms import unstack, unstack_state
+from layercomb.supervised.decoding.numbers import whole
+from layercomb.supervised.decoding.prompts import checked, fresh_state, logits_of
+from layercomb.supervised.decoding.prompts import max_len as longest
+from layercomb.transforms.unstacking import unstack, unstack_state
 from layercomb.version import __version__
 
 _MAX_LEN = 1024  # where nothing in the model limits it

@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.errors import UsageWarning
-from layercomb.layers.base import Arrays, Layer, Mode, Tree, Wrapper, fold
-from layercomb.layers.combinators import Combinator, Serial
-from layercomb.layers.control import Chunk
-from layercomb.layers.counted import COUNTED, put_counted, take_counted
-from layercomb.layers.fn import Fn
-from layercomb.layers.metrics import Metric
-from layercomb.layers.mode import check_mode
-from layercomb.layers.once import Once
-from layercomb.transforms import Tied
+from layercomb.layers.basic.fn import Fn
+from layercomb.layers.combinators.chunk import Chunk
+from layercomb.layers.combinators.serial import Serial
+from layercomb.layers.core.combinator import Combinator, fold
+from layercomb.layers.core.counted import COUNTED, put_counted, take_counted
+from layercomb.layers.core.layer import Arrays, Layer
+from layercomb.layers.core.mode import Mode, check_mode
+from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.decoding.once import Once
+from layercomb.layers.metrics.classification import Metric
+from layercomb.transforms.tying import Tied
+from layercomb.trees import Tree
 
 
 class Scored(Wrapper):
@@ -48,7 +51,7 @@ class Scored(Wrapper):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         head = signature[: self.layer.n_in]
-        logits, weights, state = self.layer._build(head, rng, mode)
+        logits, weights, state = self.layer.init_with_outputs(head, rng, mode)
         for loss in self.losses:
             loss.init((*logits, *signature[self.layer.n_in :]), rng, mode)
         return weights, state

@@ -12,14 +12,17 @@ import numpy as np
 
 from layercomb import trees
 from layercomb.errors import UsageError
-from layercomb.layers.assert_shape import AssertShape
-from layercomb.layers.base import POSITION, Layer, Mode, Tree, Wrapper
-from layercomb.layers.combinators import Variadic
-from layercomb.layers.control import Map
-from layercomb.layers.core import Embedding
-from layercomb.layers.routing import Rearrange
-from layercomb.layers.wiring import check_inputs
+from layercomb.layers.basic.assert_shape import AssertShape
+from layercomb.layers.basic.embedding import Embedding
+from layercomb.layers.combinators.map import Map
+from layercomb.layers.combinators.routing import Rearrange
+from layercomb.layers.core.checks import check_inputs
+from layercomb.layers.core.combinator import Variadic
+from layercomb.layers.core.layer import POSITION, Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import is_float, signature_of
+from layercomb.trees import Tree
 
 
 class Model:
@@ -65,7 +68,7 @@ class Model:
         """
         signature = signature_of(signature)
         rng = rng if isinstance(rng, jax.Array) else seeded('rng', rng)
-        _, weights, state = self.layer._build(signature, rng, mode)
+        _, weights, state = self.layer.init_with_outputs(signature, rng, mode)
         if is_traced((weights, state)):
             raise ValueError(
                 'Model.init inside jax.jit, jax.eval_shape or the like would leave tracers in the '

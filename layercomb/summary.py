@@ -8,10 +8,13 @@ from typing import Any
 import jax
 
 from layercomb import trees
-from layercomb.layers.base import Layer, Mode, Wrapper
-from layercomb.layers.combinators import Combinator
-from layercomb.layers.control import Map, Repeat
-from layercomb.layers.wiring import check_inputs
+from layercomb.layers.combinators.map import Map
+from layercomb.layers.combinators.repeat import Repeat
+from layercomb.layers.core.checks import check_inputs
+from layercomb.layers.core.combinator import Combinator
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.wrapper import Wrapper
 from layercomb.model import Model
 from layercomb.shapes import Signature, describe, signature_of
 

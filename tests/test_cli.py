@@ -12,10 +12,11 @@ import urllib.request
 
 import pytest
 
-from layercomb import Model, cli, models, runs, shape_dtype, trees
+from layercomb import Model, cli, models, shape_dtype, trees
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError, of_the_person
 from layercomb.interop.safetensors import load_weights
+from layercomb.launcher import runs
 
 TINY = """
 from __gin__ import dynamic_registration

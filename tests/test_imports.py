@@ -17,16 +17,28 @@ FILES = sorted(ROOT.rglob('*.py'))
 
 # Each floor may import from those below it, and from itself; a name may be a package or a module.
 FLOORS = [
-    {'version', 'errors', 'paths', 'shapes', 'trees', 'arguments'},
+    {'version', 'errors', 'paths', 'shapes', 'trees', 'gin_configs'},
     {'layers'},
     {'checkpoints', 'transforms'},
     {'losses'},
     {'model', 'models'},
     {'summary'},
     {'data', 'optimizers', 'parallel', 'interop', 'supervised'},
-    {'runs'},
-    {'experiment', 'export', 'includes', 'serving', 'terminal'},
+    {'export', 'serving'},
+    {'launcher'},
     {'cli', '__main__'},
+]
+
+# Rooms of layers/, each of which may import from those in floors below it, and from itself.
+ROOMS = [
+    {'core'},
+    {'combinators', 'decoding'},
+    {'quantized'},
+    {'basic'},
+    {'metrics', 'positions'},
+    {'reversible'},
+    {'attention'},
+    {'sparse'},
 ]
 
 HEAVY = [
@@ -62,9 +74,14 @@ def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
             yield from (f'{node.module}.{alias.name}' for alias in node.names)
 
 
-def floor(name: str) -> int:
-    part = name.split('.')[1]
-    return next(i for i, parts in enumerate(FLOORS) if part in parts)
+def floor(name: str) -> tuple[int, int]:
+    _, part, *inside = name.split('.')
+    of_room = -1
+    if part == 'layers' and inside:
+        of_room = next(i for i, rooms in enumerate(ROOMS) if inside[0] in rooms)
+    elif part == 'layers':
+        of_room = len(ROOMS)  # the names of all layers
+    return next(i for i, parts in enumerate(FLOORS) if part in parts), of_room
 
 
 def is_ours(name: str) -> bool:
@@ -99,6 +116,26 @@ def test_modules_do_not_import_each_other_in_a_circle():
         done.update(free)
         for n in free:
             del edges[n]
+
+
+def needed(name: str) -> set[str]:
+    """The modules of the library that a module imports, and those that these import."""
+    names = {module_name(p): p for p in FILES}
+    found, todo = set(), [name]
+    while todo:
+        here = todo.pop()
+        for other in filter(is_ours, imported(top_level(ast.parse(names[here].read_text())))):
+            module = other if other in names else other.rpartition('.')[0]
+            if module in names and module not in found:
+                found.add(module)
+                todo.append(module)
+    return found
+
+
+def test_a_dense_layer_needs_no_attention():
+    found = needed('layercomb.layers.basic.dense')
+    rooms = {name.split('.')[2] for name in found if name.startswith('layercomb.layers.')}
+    assert rooms <= {'core', 'combinators', 'decoding', 'quantized', 'basic'}
 
 
 def test_only_the_launcher_knows_gin():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from layercomb import losses, models, tl, transforms, trees
-from layercomb.layers.base import Mode
+from layercomb.layers.core.mode import Mode
 from layercomb.shapes import describe, shape_dtype
 
 B, L, V = 2, 7, 11

@@ -12,7 +12,7 @@ import pytest
 
 import layercomb as lc
 from layercomb import UsageError, tl, transforms, trees
-from layercomb.layers.base import Mode
+from layercomb.layers.core.mode import Mode
 from layercomb.model import seeded
 from layercomb.summary import rows
 

@@ -20,22 +20,15 @@ def setup():
     return parsed
 
 
-def test_every_package_is_listed(setup):
-    found = [
-        path.parent.relative_to(ROOT)
-        for name in ('layercomb', 'layercomb_kernels')
-        for path in (ROOT / name).rglob('__init__.py')
-    ]
-    folders = {'.'.join(path.parts) for path in found}
-    renamed = dict(
-        map(str.strip, line.split('='))
-        for line in setup['options']['package_dir'].split('\n')
-        if line
-    )
-    listed = setup['options']['packages'].split()
-    assert sorted(listed) == sorted(folders | set(renamed))
-    for folder in renamed.values():
-        assert (ROOT / folder / '__init__.py').is_file()
+def test_packages_are_found_and_no_others(setup):
+    assert setup['options']['packages'] == 'find:'
+    wanted = setup['options.packages.find']['include'].split()
+    assert wanted == ['layercomb', 'layercomb.*', 'layercomb_kernels']
+
+
+def test_configurations_lie_at_the_top_for_readers():
+    there = ROOT / 'gin_configs'
+    assert there.is_symlink() and there.resolve() == ROOT / 'layercomb/gin_configs'
 
 
 def test_every_python_file_is_in_a_package(setup):
@@ -52,6 +45,8 @@ def test_data_is_declared(setup):
         'layercomb_kernels': '*.cc, *.h',
     }
     assert (ROOT / 'layercomb' / 'py.typed').is_file()
-    assert list((ROOT / 'gin_configs').glob('*.gin'))
-    folders = [path.parent for path in (ROOT / 'gin_configs').rglob('*.gin')]
-    assert set(folders) == {ROOT / 'gin_configs'}, 'the pattern *.gin reaches no folder below'
+    assert list((ROOT / 'layercomb/gin_configs').glob('*.gin'))
+    folders = [path.parent for path in (ROOT / 'layercomb/gin_configs').rglob('*.gin')]
+    assert set(folders) == {ROOT / 'layercomb/gin_configs'}, (
+        'the pattern *.gin reaches no folder below'
+    )

@@ -12,8 +12,9 @@ import pytest
 
 import layercomb_kernels
 from layercomb import Model, init_state, models, tl, transforms, trees
-from layercomb.layers.base import Layer, Mode
-from layercomb.layers.narrow import Narrow
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.quantized.matrix import Narrow
 from layercomb.shapes import describe, shape_dtype, signature_of
 from layercomb.supervised import decoding
 

@@ -5,17 +5,17 @@ pipeline turns a source into a `grain.IterDataset` of batches of numpy arrays, w
 stopped and resumed exactly.
 """
 
-from layercomb.data.corpora import c4, scientific_papers
-from layercomb.data.docstrings import python_docstrings
-from layercomb.data.drawn import shapes
-from layercomb.data.images import cifar10, imagenet64, png_images, subpixels
+from layercomb.data.corpora.docstrings import python_docstrings
+from layercomb.data.corpora.drawn import shapes
+from layercomb.data.corpora.images import cifar10, imagenet64, png_images, subpixels
+from layercomb.data.corpora.published import c4, scientific_papers
+from layercomb.data.corpora.wikipedia import enwik8
 from layercomb.data.ngrams import witten_bell_bits_on_batches, witten_bell_bits_per_byte
 from layercomb.data.pairs import continuations, pairs
 from layercomb.data.pipelines import batches, bucketed, packed
 from layercomb.data.sources import python_stdlib, text_files, tfds
 from layercomb.data.tasks import copy, copy_pairs, duplication
 from layercomb.data.tokenizers import ByteTokenizer, Tokenizer
-from layercomb.data.wikipedia import enwik8
 
 __all__ = [
     'ByteTokenizer',

@@ -59,7 +59,7 @@ def batches(
         )
     shard = checks.shard(shard)
     examples = _in_order(source, seed, shuffle, num_epochs)
-    from layercomb.data import iterators  # needs grain
+    from layercomb.data import iterators
 
     padding = None if num_epochs is None else tuple(np.zeros_like(x) for x in first)
     return iterators.Examples(examples, batch_size, shard, _stacked, padding)
@@ -182,7 +182,7 @@ def bucketed(
     tokenizer = checks.tokenizer(tokenizer)
     index, count = checks.shard(shard)
     documents = _in_order(checks.source(source), seed, shuffle, num_epochs)
-    from layercomb.data import iterators  # needs grain
+    from layercomb.data import iterators
 
     examples = documents.map(partial(_as_example, tokenizer=tokenizer))
     dataset = iterators.Buckets(examples, boundaries, [count * n for n in batch_sizes])
@@ -209,7 +209,7 @@ def _streamed(
     endless: bool,
 ) -> grain.IterDataset:
     grain = require('grain', 'train')
-    from layercomb.data import iterators  # needs grain
+    from layercomb.data import iterators
 
     index, count = shard
     if endless:

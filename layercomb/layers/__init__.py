@@ -1,6 +1,18 @@
 """All layers by name: ``from layercomb import tl``, then ``tl.Dense(512)``."""
 
-from layercomb.layers.activations import (
+from layercomb.layers.attention.functions import dot_product_attention, local_attention
+from layercomb.layers.attention.layers import (
+    CrossAttention,
+    DotProductAttention,
+    LocalAttention,
+    LocalSelfAttention,
+    SelfAttention,
+)
+from layercomb.layers.attention.lsh.function import lsh_attention
+from layercomb.layers.attention.lsh.hashing import lsh_buckets
+from layercomb.layers.attention.lsh.layer import LSHAttention, LSHSelfAttention
+from layercomb.layers.attention.projections import MergeHeads, SplitHeads
+from layercomb.layers.basic.activations import (
     Activation,
     Elu,
     ExactGelu,
@@ -17,32 +29,13 @@ from layercomb.layers.activations import (
     Tanh,
     activation,
 )
-from layercomb.layers.assert_shape import AssertShape
-from layercomb.layers.attention import (
-    CrossAttention,
-    DotProductAttention,
-    LocalAttention,
-    LocalSelfAttention,
-    SelfAttention,
-)
-from layercomb.layers.attention_functions import dot_product_attention, local_attention
-from layercomb.layers.axial import AxialPositions
-from layercomb.layers.base import Layer, Mode, Wrapper
-from layercomb.layers.combinators import (
-    Add,
-    Branch,
-    Combinator,
-    Parallel,
-    Residual,
-    Serial,
-)
-from layercomb.layers.control import Chunk, Map, Remat, Repeat
-from layercomb.layers.convolution import AvgPool, Conv1D, Conv2D, MaxPool
-from layercomb.layers.core import Dense, Dropout, Embedding, Flatten, Mean
-from layercomb.layers.counted import counted_positions, put_counted, take_counted
-from layercomb.layers.fn import Fn
-from layercomb.layers.hashing import lsh_buckets
-from layercomb.layers.initializers import (
+from layercomb.layers.basic.assert_shape import AssertShape
+from layercomb.layers.basic.convolution import Conv1D, Conv2D
+from layercomb.layers.basic.dense import Dense
+from layercomb.layers.basic.dropout import Dropout
+from layercomb.layers.basic.embedding import Embedding
+from layercomb.layers.basic.fn import Fn
+from layercomb.layers.basic.initializers import (
     Constant,
     Initializer,
     Normal,
@@ -55,9 +48,34 @@ from layercomb.layers.initializers import (
     ones,
     zeros,
 )
-from layercomb.layers.lsh import LSHAttention, LSHSelfAttention, lsh_attention
-from layercomb.layers.masks import PaddingMask
-from layercomb.layers.metrics import (
+from layercomb.layers.basic.masks import PaddingMask
+from layercomb.layers.basic.normalization import BatchNorm, LayerNorm, RMSNorm
+from layercomb.layers.basic.pooling import AvgPool, MaxPool
+from layercomb.layers.basic.reduce import Flatten, Mean
+from layercomb.layers.basic.rnn import SRU
+from layercomb.layers.combinators.chunk import Chunk
+from layercomb.layers.combinators.map import Map
+from layercomb.layers.combinators.remat import Remat
+from layercomb.layers.combinators.repeat import Repeat
+from layercomb.layers.combinators.residual import Add, Residual
+from layercomb.layers.combinators.routing import (
+    Concatenate,
+    Drop,
+    Dup,
+    Multiply,
+    Select,
+    Split,
+    Swap,
+)
+from layercomb.layers.combinators.serial import Serial
+from layercomb.layers.combinators.side_by_side import Branch, Parallel
+from layercomb.layers.core.combinator import Combinator
+from layercomb.layers.core.counted import counted_positions, put_counted, take_counted
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.decoding.once import Once
+from layercomb.layers.metrics.classification import (
     Accuracy,
     BitsPerByte,
     CrossEntropyLoss,
@@ -69,50 +87,35 @@ from layercomb.layers.metrics import (
     weighted_mean,
     weighted_sum,
 )
-from layercomb.layers.mixture import BlockSparseFF, SwitchFF
-from layercomb.layers.multiplicative import (
-    LocalConv,
-    LowRankDense,
-    MultiplicativeDense,
-    MultiplicativeHead,
-    multiplicative_dense,
-)
-from layercomb.layers.normalization import BatchNorm, LayerNorm, RMSNorm
-from layercomb.layers.once import Once
-from layercomb.layers.positional import LearnedPositions, RotaryPositions, SinusoidalPositions
-from layercomb.layers.projections import MergeHeads, SplitHeads
-from layercomb.layers.regression import (
+from layercomb.layers.metrics.regression import (
     BinaryAccuracy,
     BinaryCrossEntropyLoss,
     L2Loss,
     SmoothL1Loss,
 )
-from layercomb.layers.reversible import (
+from layercomb.layers.positions.axial import AxialPositions
+from layercomb.layers.positions.learned import LearnedPositions
+from layercomb.layers.positions.rotary import RotaryPositions
+from layercomb.layers.positions.sinusoidal import SinusoidalPositions
+from layercomb.layers.reversible.layers import (
     Reversible,
     ReversibleConcatenatePair,
     ReversibleHalfResidual,
-    ReversibleRepeat,
     ReversibleSelect,
-    ReversibleSerial,
     ReversibleSwap,
 )
-from layercomb.layers.rnn import SRU
-from layercomb.layers.routing import (
-    Concatenate,
-    Drop,
-    Dup,
-    Multiply,
-    Select,
-    Split,
-    Swap,
+from layercomb.layers.reversible.stack import ReversibleRepeat, ReversibleSerial
+from layercomb.layers.sparse.attention import FoldHeads, SparseQKVAttention, UnfoldHeads, sparse_qkv
+from layercomb.layers.sparse.block_sparse import BlockSparseFF
+from layercomb.layers.sparse.feed_forward import SparseFF
+from layercomb.layers.sparse.local_conv import LocalConv
+from layercomb.layers.sparse.low_rank import LowRankDense
+from layercomb.layers.sparse.multiplicative import (
+    MultiplicativeDense,
+    MultiplicativeHead,
+    multiplicative_dense,
 )
-from layercomb.layers.sparse import SparseFF
-from layercomb.layers.sparse_attention import (
-    FoldHeads,
-    SparseQKVAttention,
-    UnfoldHeads,
-    sparse_qkv,
-)
+from layercomb.layers.sparse.switch import SwitchFF
 
 __all__ = [
     'SRU',

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layercomb import layers as tl
-from layercomb.layers.axial import nearest_grid
-from layercomb.layers.fields import checked
+from layercomb.layers.core.fields import checked
+from layercomb.layers.positions.axial import nearest_grid
 from layercomb.models.transformer import (
     attention_pattern,
     feed_forward,

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import layers as tl
-from layercomb.layers.base import Arrays, Mode, Tree, Wrapper
-from layercomb.layers.caches import BEFORE, set_positions
-from layercomb.layers.counted import after_memory, put_counted, take_counted
-from layercomb.layers.fields import Size, checked
-from layercomb.layers.once import run_once
-from layercomb.layers.positional import check_length, init_position, next_positions
+from layercomb.layers.attention.lsh.seek import set_positions
+from layercomb.layers.core.counted import after_memory, put_counted, take_counted
+from layercomb.layers.core.fields import Size, checked
+from layercomb.layers.core.layer import Arrays
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.decoding.caches import BEFORE
+from layercomb.layers.decoding.once import run_once
+from layercomb.layers.positions.position import check_length, init_position, next_positions
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,
@@ -30,7 +33,8 @@ from layercomb.models.transformer import (
     with_positions,
 )
 from layercomb.shapes import shape_dtype
-from layercomb.transforms import rewrite
+from layercomb.transforms.rewriting import rewrite
+from layercomb.trees import Tree
 
 Attention = tl.Layer | Sequence[tl.Layer] | None
 

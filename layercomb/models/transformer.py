@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layercomb import layers as tl
-from layercomb.layers.fields import checked, nearest_multiple
-from layercomb.transforms import rewrite
+from layercomb.layers.core.fields import checked, nearest_multiple
+from layercomb.transforms.rewriting import rewrite
 
 
 @checked

@@ -24,7 +24,7 @@ from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal, Request
 from layercomb.serving.texts import Text
 from layercomb.supervised import decoding
-from layercomb.transforms import unstack, unstack_state
+from layercomb.transforms.unstacking import unstack, unstack_state
 
 _LEAST_ROOM = 512  # caches hold so many positions, or a power of two of them
 

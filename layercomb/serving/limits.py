@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from layercomb.supervised.numbers import real, whole
+from layercomb.supervised.decoding.numbers import real, whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import trees
-from layercomb.layers.base import Layer, Mode, Tree, init_state
+from layercomb.layers.core.layer import Layer, init_state
+from layercomb.layers.core.mode import Mode
 from layercomb.model import Model
 from layercomb.shapes import Signature
+from layercomb.trees import Tree
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -13,12 +13,14 @@ import jax
 
 from layercomb import losses
 from layercomb.errors import UsageError, UsageWarning
-from layercomb.layers.base import Layer, Mode, Tree
-from layercomb.layers.metrics import Metric, weighted_sum
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.metrics.classification import Metric, weighted_sum
 from layercomb.model import check_tokens
 from layercomb.supervised.batches import Batch, check_loss_weights, made, shaped_unlike
 from layercomb.supervised.fit import check_arity, no_batch
 from layercomb.supervised.tasks import EvalTask
+from layercomb.trees import Tree
 
 _MANY = 10_000  # batches after which an evaluation without an end in sight says so
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from layercomb import trees
 from layercomb.errors import UsageError, UsageWarning
-from layercomb.layers.base import Layer
+from layercomb.layers.core.layer import Layer
 from layercomb.shapes import describe
 from layercomb.supervised import updates
 from layercomb.supervised.batches import Batch, made, n_rows

@@ -9,7 +9,8 @@ import jax
 
 from layercomb import losses
 from layercomb.errors import UsageError
-from layercomb.layers.base import Layer, Mode
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
 from layercomb.model import check_tokens
 from layercomb.shapes import Signature, signature_of
 from layercomb.supervised.batches import Batch, made

@@ -109,6 +109,6 @@ def _only_hyperparams(record: dict[str, Any], made_of: Fingerprint) -> bool:
 
 def _same_form(kinds: dict[str, Any], opt_state: Any) -> bool:
     """Whether an optimizer's state has the arrays that were saved."""
-    from layercomb import checkpoints  # needs orbax
+    from layercomb import checkpoints
 
     return kinds.get('opt_state', {}) == checkpoints.kinds(opt_state)

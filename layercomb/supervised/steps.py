@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import losses, trees
-from layercomb.layers.base import AUX_LOSS, Layer, Tree
-from layercomb.layers.metrics import Metric, weighted_sum
+from layercomb.layers.core.layer import AUX_LOSS, Layer
+from layercomb.layers.metrics.classification import Metric, weighted_sum
 from layercomb.supervised.updates import hyperparams, update
+from layercomb.trees import Tree
 
 Batch = tuple[Any, ...]
 Metrics = dict[str, jax.Array]

@@ -13,7 +13,7 @@ import numpy as np
 
 from layercomb import trees
 from layercomb.errors import require
-from layercomb.layers.metrics import Metric
+from layercomb.layers.metrics.classification import Metric
 from layercomb.supervised import updates
 from layercomb.supervised.batches import Batch, check_data, checked, is_endless
 from layercomb.trees import Tree

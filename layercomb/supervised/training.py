@@ -13,7 +13,7 @@ import numpy as np
 
 from layercomb import paths, trees
 from layercomb.errors import UsageError, of_the_machine, require
-from layercomb.layers.base import Layer, Tree
+from layercomb.layers.core.layer import Layer
 from layercomb.model import Model, check_tokens, seeded
 from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, Batches, check_loss_weights, shaped_unlike
@@ -25,6 +25,7 @@ from layercomb.supervised.progress import Progress, Throughput
 from layercomb.supervised.reports import MetricsLog, Row, read_metrics, write_report
 from layercomb.supervised.resuming import Resumed, resume
 from layercomb.supervised.tasks import EvalTask, TrainTask, check_count
+from layercomb.trees import Tree
 
 if TYPE_CHECKING:
     from layercomb.supervised.checkpoints import Checkpoints
@@ -103,7 +104,7 @@ class Loop:
         self._directory = None if output_dir is None else paths.local(output_dir, 'output_dir')
         self._checkpoints: Checkpoints | None = None
         if self._directory is not None:
-            from layercomb.supervised.checkpoints import Checkpoints  # needs orbax
+            from layercomb.supervised.checkpoints import Checkpoints
 
             self._checkpoints = Checkpoints(self._directory / 'checkpoints', keep)
         self._batches = Batches(train_task.data)

@@ -7,7 +7,7 @@ import ast
 import pytest
 
 from layercomb import data
-from layercomb.data.docstrings import _functions, _modules, _pairs
+from layercomb.data.corpora.docstrings import _functions, _modules, _pairs
 from layercomb.errors import UsageError
 
 MODULE = '''\
@@ -114,6 +114,6 @@ def test_a_mistake(monkeypatch):
         data.python_docstrings(of='classes')
     with pytest.raises(ValueError, match=r"split='dev': choose 'train', 'valid' or 'test'"):
         data.python_docstrings('dev')
-    monkeypatch.setattr('layercomb.data.docstrings.python_stdlib', lambda split: [b'x = 1'])
+    monkeypatch.setattr('layercomb.data.corpora.docstrings.python_stdlib', lambda split: [b'x = 1'])
     with pytest.raises(UsageError, match=r"no docstrings of modules in split 'test': give pairs"):
         data.python_docstrings('test', 'modules')

@@ -52,7 +52,7 @@ def test_a_file_is_cut_into_ninety_five_and_five_percent(path):
 
 
 def test_the_splits_of_the_whole_are_the_usual_ones():
-    from layercomb.data.wikipedia import _cut
+    from layercomb.data.corpora.wikipedia import _cut
 
     cuts = [_cut(10**8, split) for split in ('train', 'valid', 'test')]
     assert cuts == [(0, 90_000_000), (90_000_000, 95_000_000), (95_000_000, 100_000_000)]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from layercomb import tl, transforms
-from layercomb.layers.base import AUX_LOSS, Layer, Mode
-from layercomb.layers.cotangents import add_cts, vjp
-from layercomb.layers.decisions import DECISIONS, put_decisions, take_decisions
+from layercomb.layers.core.cotangents import add_cts, vjp
+from layercomb.layers.core.decisions import DECISIONS, put_decisions, take_decisions
+from layercomb.layers.core.layer import AUX_LOSS, Layer
+from layercomb.layers.core.mode import Mode
 from layercomb.shapes import is_float, shape_dtype, signature_of
 
 B, L, D = 2, 7, 4

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from layercomb import init_state, tl
-from layercomb.layers import caches
-from layercomb.layers.base import Mode
+from layercomb.layers.attention.lsh import seek
+from layercomb.layers.core.mode import Mode
 from layercomb.shapes import shape_dtype, signature_of
 
 B, L, D = 2, 7, 8
@@ -255,7 +255,7 @@ def test_rows_stand_at_positions_of_their_own(layer):
     padded[0, 2:] = 99.0
     state = init_state(layer, signature_of(x))
     _, state = apply(layer, weights, state, (padded,), Mode.PREDICT)
-    state = caches.set_positions(state, lengths)
+    state = seek.set_positions(state, lengths)
     wanted = run(layer, x)
     for step in range(3):
         now = lengths + step
@@ -267,7 +267,7 @@ def test_rows_stand_at_positions_of_their_own(layer):
 @pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
 def test_running_past_the_cache_is_refused(layer):
     x, weights = jnp.asarray(values(B, 3, D)), made(layer, (B, 3, D))
-    state = caches.set_positions(init_state(layer, signature_of(x)), jnp.array([1, 2]))
+    state = seek.set_positions(init_state(layer, signature_of(x)), jnp.array([1, 2]))
     wanted = r'the cache holds 3 positions, 2 are taken and 2 more were given: make the state with'
     with pytest.raises(ValueError, match=wanted) as e:
         layer.apply(weights, state, (x[:, :2],), mode=Mode.PREDICT)
@@ -278,7 +278,7 @@ def test_running_past_the_cache_is_refused(layer):
 @pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
 def test_running_past_the_cache_is_nan_in_the_rows_concerned(layer):
     x, weights = values(B, 3, D), made(layer, (B, 3, D))
-    state = caches.set_positions(init_state(layer, signature_of(x)), jnp.array([1, 3]))
+    state = seek.set_positions(init_state(layer, signature_of(x)), jnp.array([1, 3]))
     (y,), _ = apply(layer, weights, state, (x[:, :1],), Mode.PREDICT)
     assert np.isnan(y).all((1, 2)).tolist() == [False, True]
     assert np.isfinite(y[0]).all()
@@ -297,7 +297,7 @@ def test_masked_decoding_equals_evaluation():
 
 def test_set_positions_reaches_every_position():
     state = {'a': {'position': jnp.zeros(2, jnp.int32), 'k': 1}, 'b': {'0': {'position': 0}}}
-    moved = caches.set_positions(state, np.array([3, 4]))
+    moved = seek.set_positions(state, np.array([3, 4]))
     assert moved['a']['position'].tolist() == moved['b']['0']['position'].tolist() == [3, 4]
     assert moved['a']['k'] == 1 and moved['a']['position'].dtype == jnp.int32
 

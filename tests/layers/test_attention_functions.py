@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layercomb.layers import attention_functions, blockwise, tiles
-from layercomb.layers.attention_functions import dot_product_attention, local_attention
+from layercomb.layers.attention import flash as blockwise
+from layercomb.layers.attention import functions as attention_functions
+from layercomb.layers.attention import tiles
+from layercomb.layers.attention.functions import dot_product_attention, local_attention
 
 
 class Case(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from layercomb import init_state, shape_dtype, tl
-from layercomb.layers.base import Mode
+from layercomb.layers.core.mode import Mode
 
 
 @pytest.mark.parametrize('shape', [(3, 5), (2, 4, 3)])

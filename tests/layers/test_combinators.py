@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layercomb import tl, trees
-from layercomb.layers.base import Layer, Mode
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
 from layercomb.shapes import shape_dtype
 
 X = shape_dtype((2, 5, 8))

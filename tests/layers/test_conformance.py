@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from layercomb import losses, tl, transforms, trees
-from layercomb.layers.base import Layer, Mode
-from layercomb.layers.multihead import MultiHead
+from layercomb.layers.attention.multihead import MultiHead
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
 from layercomb.shapes import describe, is_float, shape_dtype, signature_of
 
 B, L, D = 2, 4, 8

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from layercomb import init_state, tl
-from layercomb.layers.base import AUX_LOSS, Layer, Mode
-from layercomb.layers.decisions import DECISIONS, put_decisions, take_decisions
+from layercomb.layers.core.decisions import DECISIONS, put_decisions, take_decisions
+from layercomb.layers.core.layer import AUX_LOSS, Layer
+from layercomb.layers.core.mode import Mode
 from layercomb.shapes import shape_dtype
 from layercomb.supervised.steps import aux_loss
 

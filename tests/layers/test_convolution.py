@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from layercomb import tl
-from layercomb.layers import convolution
+from layercomb.layers.basic import convolution
 
 ONE_AXIS = [
     tl.Conv1D(4),

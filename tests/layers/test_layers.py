@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from layercomb import tl
-from layercomb.layers.base import Layer, Mode
-from layercomb.layers.caches import set_positions
-from layercomb.layers.core import dense
+from layercomb.layers.attention.lsh.seek import set_positions
+from layercomb.layers.basic.dense import dense
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
 from layercomb.shapes import shape_dtype, signature_of
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import layercomb as lc
 from layercomb import tl
-from layercomb.layers.base import Mode
-from layercomb.layers.bucketwise import SELF
-from layercomb.layers.hashing import automatic_buckets, lsh_buckets
-from layercomb.layers.lsh import lsh_attention
+from layercomb.layers.attention.lsh.function import lsh_attention
+from layercomb.layers.attention.lsh.hashing import automatic_buckets, lsh_buckets
+from layercomb.layers.attention.lsh.windows import SELF
+from layercomb.layers.core.mode import Mode
 
 
 def windows(buckets, chunk_len, causal, mask, neighbourhood):

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from layercomb import tl, transforms
-from layercomb.layers import mixture
-from layercomb.layers.base import AUX_LOSS, Mode
-from layercomb.layers.decisions import DECISIONS
-from layercomb.layers.mixture import BlockSparseFF, SwitchFF
+from layercomb.layers.core.decisions import DECISIONS
+from layercomb.layers.core.layer import AUX_LOSS
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.sparse import by_expert as products
+from layercomb.layers.sparse.block_sparse import BlockSparseFF
+from layercomb.layers.sparse.switch import SwitchFF
 from layercomb.shapes import shape_dtype
 from layercomb.supervised.steps import aux_loss
 
@@ -119,7 +121,7 @@ class TestByExpert:
         w_out = {'kernel': normal(n, F, D, seed=4), 'bias': normal(n, D, seed=5)}
 
         def fast(w_in, w_out, x):
-            return mixture.by_expert(w_in, w_out, jnp.tanh, x, e)
+            return products.by_expert(w_in, w_out, jnp.tanh, x, e)
 
         def slow(w_in, w_out, x):
             h = jnp.tanh(jnp.einsum('td,tdf->tf', x, w_in['kernel'][e]) + w_in['bias'][e])
@@ -136,7 +138,7 @@ class TestByExpert:
         for t, n, seed in ((9, 8, 0), (700, 3, 1), (3000, 8, 2)):
             made = np.random.default_rng(seed)
             experts = made.integers(0, n, t) if seed % 2 else np.minimum(made.poisson(1, t), n - 1)
-            tiles = jax.jit(mixture._tiles, static_argnums=1)(jnp.asarray(experts), n)
+            tiles = jax.jit(products._tiles, static_argnums=1)(jnp.asarray(experts), n)
             tiles = jax.tree.map(np.asarray, tiles)
             size = tiles.row.shape[1]
             np.testing.assert_array_equal(tiles.row.reshape(-1)[tiles.place], np.arange(t))
@@ -148,7 +150,7 @@ class TestByExpert:
         x, e = normal(3, 20, D), jnp.asarray(np.arange(60).reshape(3, 20) % 7 % 2)
 
         def one(x, e):
-            return mixture.by_expert({'kernel': w}, {'kernel': v}, jnp.tanh, x, e)
+            return products.by_expert({'kernel': w}, {'kernel': v}, jnp.tanh, x, e)
 
         h = np.tanh(np.einsum('btd,btdf->btf', x, np.asarray(w)[e]))
         wanted = np.einsum('btf,btfd->btd', h, np.asarray(v)[e])

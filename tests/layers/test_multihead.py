@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from layercomb import tl
-from layercomb.layers import multihead, pieces
-from layercomb.layers.base import Layer, Mode
-from layercomb.layers.combinators import Combinator
-from layercomb.layers.decisions import DECISIONS
-from layercomb.layers.multihead import MultiHead
-from layercomb.layers.projections import kernel_gradient
+from layercomb.layers.attention import multihead
+from layercomb.layers.attention import slices as pieces
+from layercomb.layers.attention.multihead import MultiHead
+from layercomb.layers.attention.projections import kernel_gradient
+from layercomb.layers.core.combinator import Combinator
+from layercomb.layers.core.decisions import DECISIONS
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
 
 B, L, D = 2, 12, 8
 LAYERS = {

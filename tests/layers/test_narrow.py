@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import layercomb_kernels
-from layercomb.layers import narrow as lib
-from layercomb.layers import native
-from layercomb.layers.narrow import Narrow
+from layercomb.layers.quantized import matrix as lib
+from layercomb.layers.quantized import native
+from layercomb.layers.quantized.matrix import Narrow
 
 # A kernel multiplies integers by activations of 16 bits: 2e-5 of products, which are up to 15 here.
 ROUNDED = 5e-4

@@ -11,8 +11,9 @@ import pytest
 
 import layercomb as lc
 from layercomb import tl
-from layercomb.layers.base import AUX_LOSS, Layer, Mode
-from layercomb.layers.decisions import take_decisions
+from layercomb.layers.core.decisions import take_decisions
+from layercomb.layers.core.layer import AUX_LOSS, Layer
+from layercomb.layers.core.mode import Mode
 
 B, L, D = 2, 12, 8
 

@@ -11,9 +11,9 @@ import pytest
 import layercomb as lc
 import layercomb_kernels
 from layercomb import tl
-from layercomb.layers import rings
-from layercomb.layers.base import Mode
-from layercomb.layers.caches import set_positions
+from layercomb.layers.attention.lsh import rings
+from layercomb.layers.attention.lsh.seek import set_positions
+from layercomb.layers.core.mode import Mode
 
 N, R, BUCKETS, C, L = 4, 3, 5, 6, 40  # two rows of two heads
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from layercomb import tl
-from layercomb.layers.base import Mode, init_state
-from layercomb.layers.caches import set_positions
+from layercomb.layers.attention.lsh.seek import set_positions
+from layercomb.layers.core.layer import init_state
+from layercomb.layers.core.mode import Mode
 from layercomb.shapes import shape_dtype
 
 B, L, D = 2, 7, 4

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import layercomb_kernels
 from layercomb import tl, trees
-from layercomb.layers.base import Mode, init_state
-from layercomb.layers.decisions import DECISIONS
-from layercomb.layers.native import has_kernels
+from layercomb.layers.core.decisions import DECISIONS
+from layercomb.layers.core.layer import init_state
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.quantized.native import has_kernels
 from layercomb.shapes import shape_dtype
 
 B, L, D, F, N = 2, 6, 12, 24, 4

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from layercomb import init_state, models, tl, trees
-from layercomb.layers.base import Mode
+from layercomb.layers.core.mode import Mode
 from layercomb.shapes import describe, shape_dtype
 
 V, D, F, N, H, L = 11, 8, 12, 2, 2, 6

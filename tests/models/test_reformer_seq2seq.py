@@ -12,8 +12,9 @@ import pytest
 
 import layercomb as lc
 from layercomb import losses, models, tl, trees
-from layercomb.layers.base import Mode, init_state
-from layercomb.layers.decisions import take_decisions
+from layercomb.layers.core.decisions import take_decisions
+from layercomb.layers.core.layer import init_state
+from layercomb.layers.core.mode import Mode
 from layercomb.shapes import describe, shape_dtype
 from layercomb.supervised import Loop, TrainTask
 

@@ -9,8 +9,8 @@ import pytest
 
 import layercomb as lc
 from layercomb import losses, models, tl, trees
-from layercomb.layers.base import Mode
-from layercomb.layers.decisions import take_decisions
+from layercomb.layers.core.decisions import take_decisions
+from layercomb.layers.core.mode import Mode
 
 IMAGES = (lc.shape_dtype((4, 8, 8, 3)),)
 

@@ -11,12 +11,12 @@ import pytest
 
 import layercomb as lc
 from layercomb import models, tl, trees
-from layercomb.layers.base import Mode, init_state
-from layercomb.layers.caches import set_positions
-from layercomb.layers.decisions import take_decisions
+from layercomb.layers.attention.lsh.seek import set_positions
+from layercomb.layers.core.decisions import take_decisions
+from layercomb.layers.core.layer import init_state
+from layercomb.layers.core.mode import Mode
 from layercomb.models.terraformer import AfterMemory
-from layercomb.supervised import prompts
-from layercomb.supervised.decoding import generate
+from layercomb.supervised.decoding import generate, prompts
 
 B, M, L, V, W, D, F, H, MAX = 2, 13, 10, 11, 7, 8, 16, 2, 16
 SPARSE = {'ff_block_size': 4, 'qkv_modules': 4, 'head_modules': 2}

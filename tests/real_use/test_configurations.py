@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from layercomb import cli, includes, runs
+from layercomb import cli
 from layercomb.errors import UsageError
+from layercomb.launcher import includes, runs
 
 BASE = """
 from __gin__ import dynamic_registration

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import layercomb as lc
-from layercomb import cli, models, terminal
+from layercomb import cli, models
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError
+from layercomb.launcher import terminal
 from layercomb.supervised import reports
 
 PROMPT = 'наука – ≥ 模型'

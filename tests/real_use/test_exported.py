@@ -15,7 +15,7 @@ import layercomb as lc
 from layercomb import export, models, tl
 from layercomb.errors import UsageError
 from layercomb.interop.safetensors import load_weights, save_weights
-from layercomb.layers.base import Mode
+from layercomb.layers.core.mode import Mode
 from layercomb.supervised import decoding
 
 V, ROOM = 32, 12

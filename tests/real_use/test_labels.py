@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from layercomb import losses, supervised, tl
-from layercomb.layers.metrics import weighted_sum
-from layercomb.layers.regression import Elementwise
+from layercomb.layers.metrics.classification import weighted_sum
+from layercomb.layers.metrics.regression import Elementwise
 from layercomb.model import Model
 from layercomb.shapes import signature_of
 

@@ -17,15 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import layercomb as lc
-from layercomb import data, models, serving, terminal, tl
+from layercomb import data, models, serving, tl
 from layercomb.data import checks
 from layercomb.data.adapted import adapted
 from layercomb.data.packing import token_stream
 from layercomb.data.tokenizers import PieceDecoder
 from layercomb.errors import UsageError
-from layercomb.experiment import Experiment
+from layercomb.launcher import terminal
+from layercomb.launcher.experiment import Experiment
 from layercomb.serving.protocol import Refusal, Request
-from layercomb.supervised import TrainTask, decoding, prompts
+from layercomb.supervised import TrainTask, decoding
+from layercomb.supervised.decoding import prompts
 
 
 class Words:

@@ -9,9 +9,10 @@ import pytest
 
 import layercomb as lc
 from layercomb import losses, models, tl, transforms
-from layercomb.layers.base import AUX_LOSS, RESERVED, Layer, Mode
-from layercomb.layers.counted import COUNTED
-from layercomb.layers.metrics import weighted_sum
+from layercomb.layers.core.counted import COUNTED
+from layercomb.layers.core.layer import AUX_LOSS, RESERVED, Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.metrics.classification import weighted_sum
 from layercomb.models.terraformer import AfterMemory
 from layercomb.supervised.steps import aux_loss
 

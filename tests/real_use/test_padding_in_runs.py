@@ -10,7 +10,7 @@ import pytest
 import layercomb as lc
 from layercomb import data, tl, trees
 from layercomb.errors import UsageError
-from layercomb.layers.counted import COUNTED
+from layercomb.layers.core.counted import COUNTED
 from layercomb.supervised import EvalTask, Loop, TrainTask, evaluate
 from layercomb.supervised.progress import Throughput
 from layercomb.supervised.reports import read_metrics

@@ -13,9 +13,10 @@ import optax
 import pytest
 
 import layercomb as lc
-from layercomb import checkpoints, cli, data, export, models, paths, runs, supervised, tl
+from layercomb import checkpoints, cli, data, export, models, paths, supervised, tl
 from layercomb.errors import UsageError
 from layercomb.interop.safetensors import load_weights, save_weights
+from layercomb.launcher import runs
 from layercomb.supervised import reports
 from layercomb.supervised.checkpoints import Checkpoints, latest_weights
 

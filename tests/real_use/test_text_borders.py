@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import layercomb as lc
-from layercomb import cli, models, serving, terminal
+from layercomb import cli, models, serving
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError
+from layercomb.launcher import terminal
 from layercomb.serving.protocol import Refusal, Request, parse
 from layercomb.serving.texts import Text
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from layercomb import losses, tl, transforms, trees
-from layercomb.layers.base import Mode
-from layercomb.layers.cotangents import vjp
+from layercomb.layers.core.cotangents import vjp
+from layercomb.layers.core.mode import Mode
 from layercomb.model import Model, embeddings
 from layercomb.shapes import shape_dtype, signature_of
 

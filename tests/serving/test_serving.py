@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import importlib
 import json
 import logging
 import socket
@@ -23,6 +24,8 @@ NET = models.TransformerLM(256, d_model=8, d_ff=8, n_layers=1, n_heads=1, max_le
 LIMITS = serving.Limits(
     max_tokens=MAX_LEN, max_body=4000, max_concurrent=2, max_queue=8, patience=20
 )
+
+programs_of = importlib.import_module('layercomb.supervised.decoding.generate')
 
 
 @pytest.fixture(scope='module')
@@ -278,7 +281,7 @@ def test_how_tokens_are_drawn_compiles_nothing(server):
     sizes = []
     for how in ({}, {'top_k': 3}, {'top_p': 0.5, 'temperature': 0.3}, {'repetition_penalty': 2}):
         completed(address, prompt='cat', max_tokens=2, **how)
-        sizes.append((decoding._first._cache_size(), decoding._next.cache_info().currsize))
+        sizes.append((programs_of._first._cache_size(), programs_of._next.cache_info().currsize))
     assert len(set(sizes)) == 1
 
 

@@ -8,7 +8,8 @@ import pytest
 
 import layercomb as lc
 from layercomb import UsageError, tl
-from layercomb.supervised import beams, decoding
+from layercomb.supervised import decoding
+from layercomb.supervised.decoding import beams
 
 V, EOS = 4, 3
 

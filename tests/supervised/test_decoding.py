@@ -1,4 +1,5 @@
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +8,12 @@ import pytest
 
 import layercomb as lc
 from layercomb import Mode, UsageError, models, tl
-from layercomb.supervised import decoding, prompts
+from layercomb.supervised import decoding
+from layercomb.supervised.decoding import prompts
 
 V = 17
+
+programs_of = importlib.import_module('layercomb.supervised.decoding.generate')
 
 
 def make(attention=None, positions='learned', **more):
@@ -273,8 +277,10 @@ def test_other_numbers_are_no_other_program():
         made = decoding.generate(model, [[1, 2]], np.int64(3 + n), **numbers)
         streamed = list(decoding.stream(model, [[1, 2]], 3 + n, **numbers))
         np.testing.assert_array_equal(np.stack(streamed, 1), made[:, : len(streamed)])
-        programs = decoding._first, decoding._generate
-        sizes.append([p._cache_size() for p in programs] + [decoding._next.cache_info().currsize])
+        programs = programs_of._first, programs_of._generate
+        sizes.append(
+            [p._cache_size() for p in programs] + [programs_of._next.cache_info().currsize]
+        )
     assert all(size == sizes[0] for size in sizes)
 
 

@@ -5,7 +5,8 @@ import pytest
 
 import layercomb as lc
 from layercomb import UsageError, tl
-from layercomb.supervised import decoding, scoring
+from layercomb.supervised import decoding
+from layercomb.supervised.decoding import scoring
 
 V = 11
 

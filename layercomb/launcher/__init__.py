@@ -1,0 +1,1 @@
+"""What the launcher is made of, but for gin, which `cli` alone imports."""

@@ -1,0 +1,158 @@
+"""An experiment: a model, what it trains on, what is measured, and what is shown at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb import trees
+from layercomb.data import checks
+from layercomb.errors import UsageError
+from layercomb.layers.core.fields import check_values
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.model import Model
+from layercomb.shapes import Signature
+from layercomb.supervised import steps
+from layercomb.supervised.decoding.prompts import Start, begin, given
+from layercomb.supervised.decoding.sampling import Sampler
+from layercomb.supervised.fit import check_arity, check_fit, on_device
+from layercomb.supervised.tasks import EvalTask, TrainTask, check_count
+from layercomb.supervised.training import check_arguments
+from layercomb.trees import Tree
+
+_EVERY = ('eval_every', 'checkpoint_every', 'log_every', 'keep')  # as a `Loop` calls them
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """What a configuration describes, as plain values.
+
+    Attributes:
+      model: a layer that gives logits.
+      train_task: data, loss and optimizer.
+      eval_tasks: what to measure.
+      steps: how many steps to train.
+      seed, eval_every, checkpoint_every, log_every, keep: as for `Loop`.
+      tokenizer: turns text into tokens and back, see `data.Tokenizer`; None where the data is no
+        text.
+      sample_prompt: what to continue as a sample, once trained; None for no sample.
+      sample_tokens: the sample's length.
+      sample_temperature: how it is drawn.
+      baseline_text: training text, a source of documents, on which byte models count what they
+        predict with. They are measured beside the trained model, on the batches of the first of
+        `eval_tasks`; None for no comparison.
+    """
+
+    model: Layer
+    train_task: TrainTask
+    eval_tasks: Sequence[EvalTask] = ()
+    steps: int = 1000
+    seed: int = 0
+    eval_every: int | None = 500
+    checkpoint_every: int | None = 500
+    log_every: int = 10
+    keep: int = 3
+    tokenizer: Any = None
+    sample_prompt: str | None = None
+    sample_tokens: int = 300
+    sample_temperature: float = 0.8
+    baseline_text: Any = None
+
+    def __post_init__(self) -> None:
+        check_values('train', vars(self), Experiment)
+        every = {name: getattr(self, name) for name in _EVERY}
+        check_arguments(self.model, self.train_task, tuple(self.eval_tasks), self.seed, every)
+        check_count('train', 'steps', self.steps)
+        check_count('train', 'sample_tokens', self.sample_tokens)
+        Sampler(self.sample_temperature)
+        if self.tokenizer is not None:
+            checks.tokenizer(
+                self.tokenizer, 'train.tokenizer', must_decode=self.sample_prompt is not None
+            )
+        if self.sample_prompt is not None and self.tokenizer is None:
+            raise ValueError('train.sample_prompt needs train.tokenizer = @data.ByteTokenizer()')
+        if self.baseline_text is None:
+            return
+        if not self.eval_tasks:
+            raise ValueError('train.baseline_text needs train.eval_tasks to be measured on')
+        first = checks.source(self.baseline_text, 'train.baseline_text')[0]
+        if not isinstance(first, (str, bytes)):
+            raise TypeError('train.baseline_text must be one source of documents, str or bytes')
+
+    def batch_signature(self) -> Signature:
+        """Of a batch: inputs, targets and weights."""
+        return on_device(_first_batch(self.train_task.data))
+
+    def abstract(self, signature: Signature) -> tuple[Any, Any]:
+        """Weights and state as `jax.ShapeDtypeStruct`, for inputs of a signature."""
+        return jax.eval_shape(
+            lambda rng: self.model.init(signature, rng, Mode.TRAIN),
+            jax.eval_shape(jax.random.key, 0),
+        )
+
+    def check(self) -> None:
+        """Looks at the first batches, traces model, losses and optimizer, and computes nothing.
+
+        Raises:
+          TypeError, ValueError: if they do not fit together, or not to the data.
+          UsageError: if the data has no batch, or one that does not fit.
+        """
+        first = _first_batch(self.train_task.data)
+        check_arity(self.model, first, 'the data')
+        abstract = self.abstract(on_device(first[: self.model.n_in]))
+        check_fit(self.model, *abstract, self.train_task, self.eval_tasks, first)
+        self.check_sample()
+
+    def check_sample(self) -> None:
+        """Traces the sample that is shown at the end, if one is; nothing is computed.
+
+        Raises:
+          ValueError, UsageError: if the model cannot make it.
+        """
+        if self.sample_prompt is None:
+            return
+        signature = self.batch_signature()
+        weights, state = self.abstract(signature[: self.model.n_in])
+        jax.eval_shape(self._begin_sample, weights, state)
+
+    def _begin_sample(self, weights: Tree, state: Tree) -> Start:
+        """What the sample begins with; raises what is wrong with it."""
+        model = Model(self.model, weights, state)
+        start = given(model, self.sample_prompt or '', self.tokenizer)
+        return begin(model, n_tokens=self.sample_tokens, eos_id=self.tokenizer.eos_id, **start)
+
+    def training_bytes(self) -> dict[str, int]:
+        """What a training step takes, by compiling it and asking the compiler; nothing is run.
+
+        Returns:
+          Bytes of 'weights', 'optimizer' and 'temporaries' (activations and gradients).
+        """
+        task, signature = self.train_task, self.batch_signature()
+        weights, state = self.abstract(signature[: self.model.n_in])
+        trainable, frozen = task.partition(weights)
+        with jax.numpy_dtype_promotion('standard'):
+            opt_state = jax.eval_shape(task.optimizer.init, trainable)
+        step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        carry = steps.Carry(trainable, state, opt_state, step_number)
+        step: Any = steps.compiled(
+            self.model, task.loss, task.optimizer, task.accumulate, task.loss_chunk_len
+        )
+        key = jax.eval_shape(jax.random.key, 0)
+        memory = step.lower(carry, frozen, key, signature).compile().memory_analysis()
+        return {
+            'weights': trees.n_bytes(weights),
+            'optimizer': trees.n_bytes(opt_state),
+            'temporaries': memory.temp_size_in_bytes,
+        }
+
+
+def _first_batch(data: Any) -> tuple[Any, ...]:
+    batch = next(iter(data), None)
+    if batch is None:
+        raise UsageError('the data has no batch: give more text, or a smaller batch_size or length')
+    return tuple(batch)

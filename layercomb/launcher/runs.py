@@ -1,0 +1,151 @@
+"""A run's directory: its configuration, whether it may be gone on with, and what it has learnt."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from layercomb import paths
+from layercomb.errors import UsageError, of_the_machine, of_the_person
+from layercomb.layers.core.layer import Layer
+from layercomb.model import Model
+
+CONFIG = 'config.gin'
+OPERATIVE = 'operative_config.gin'
+# What may change between the parts of one run: how long it is, and what is shown of it.
+_MAY_CHANGE = re.compile(
+    r'cli\.train\.(steps|keep|\w+_every|eval_tasks|tokenizer|sample_\w+|baseline_text)$'
+    r'|.*EvalTask\.|.*TrainTask\.(accumulate|loss_chunk_len)$'
+)
+
+
+def is_run(directory: str | Path) -> bool:
+    """Whether a directory holds a run.
+
+    Raises:
+      UsageError: if the machine will not say.
+    """
+    folder = paths.local(directory, 'run_dir')
+    with of_the_machine('check the path'):
+        return (folder / CONFIG).is_file()
+
+
+def config_of(run_dir: str | Path) -> str:
+    """The configuration of a run.
+
+    Raises:
+      UsageError: if there is no run, or it cannot be read.
+    """
+    return read_text(config_file(run_dir))
+
+
+def config_file(run_dir: str | Path) -> Path:
+    """Where the configuration of a run stands.
+
+    Raises:
+      UsageError: if there is no run.
+    """
+    if not is_run(run_dir):
+        raise UsageError(
+            f'{str(run_dir)!r} holds no run ({CONFIG} is missing): give the output_dir of one'
+        )
+    return paths.local(run_dir, 'run_dir') / CONFIG
+
+
+def read_text(path: Path) -> str:
+    """A file of text in UTF-8, its mark left out and its lines ended by a newline alone.
+
+    Raises:
+      UsageError: if it cannot be read, or is other text.
+    """
+    try:
+        return path.read_text(encoding='utf-8-sig')
+    except OSError as e:
+        raise UsageError(f'cannot read {str(path)!r} ({e}): check the path') from None
+    except UnicodeDecodeError as e:
+        raise UsageError(f'cannot read {str(path)!r}: {not_utf8(e)}: save it as UTF-8') from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of text, whole or not at all: half a configuration is of another experiment."""
+    unfinished = path.with_name(f'.{path.name}')
+    try:
+        unfinished.write_text(text, encoding='utf-8')
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """Where text stops to be UTF-8: 'byte 0xff at 0 is no UTF-8'."""
+    return f'byte 0x{error.object[error.start]:02x} at {error.start} is no UTF-8'
+
+
+def last_model(run_dir: str | Path, net: Layer, signature: Any) -> tuple[Model, int]:
+    """The model as the last checkpoint of a run has it; writes nothing.
+
+    Args:
+      run_dir: the output directory of a run, which may still be training.
+      net: its model.
+      signature: of the model's inputs.
+
+    Returns:
+      (model, step).
+
+    Raises:
+      UsageError: if there is no checkpoint, it cannot be read, or it is of another model.
+    """
+    from layercomb.supervised.checkpoints import latest_weights
+
+    with of_the_person():
+        key = jax.eval_shape(jax.random.key, 0)
+        weights, state = jax.eval_shape(lambda rng: net.init(signature, rng), key)
+    with of_the_machine(f'check that {str(run_dir)!r} can be read'):
+        weights, state, step = latest_weights(run_dir, weights, state)
+    return Model(net, weights, state), step
+
+
+def check_directory(directory: Path, text: str, allow_changes: bool = False) -> None:
+    """Raises UsageError unless a run may be kept in the directory: a new one, or this one.
+
+    Args:
+      directory: the run's.
+      text: its configuration.
+      allow_changes: whether that may differ from the one there, as far as the `Loop` allows.
+    """
+    with of_the_machine('choose another --output_dir'):
+        if (directory / CONFIG).exists():
+            if not allow_changes:
+                _same_experiment(directory, text)
+        elif directory.exists() and not _is_empty(directory):
+            raise UsageError(
+                f'{str(directory)!r} is not empty and holds no run: choose another --output_dir'
+            )
+        paths.check_can_hold(directory)
+
+
+def _same_experiment(directory: Path, text: str) -> None:
+    old, new = _bindings(read_text(directory / CONFIG)), _bindings(text)
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    if changed:
+        raise UsageError(
+            f'{str(directory)!r} holds another experiment ({changed[0]} is '
+            f'{old.get(changed[0], "not bound")} there, {new.get(changed[0], "not bound")} '
+            'here): choose another --output_dir, delete it, or allow the change by --allow_changes'
+        )
+
+
+def _is_empty(directory: Path) -> bool:
+    return directory.is_dir() and not any(directory.iterdir())
+
+
+def _bindings(text: str) -> dict[str, str]:
+    """What a configuration binds, without what may change between the parts of one run."""
+    joined = re.sub(r'\\\n\s*', '', text)
+    found = re.findall(r'^([\w./]+) = (.*(?:\n[ \t].*)*)', joined, re.MULTILINE)
+    lines = {name: re.sub(r'\s*\n\s*', ' ', value) for name, value in found}
+    return {name: value for name, value in lines.items() if not _MAY_CHANGE.match(name)}

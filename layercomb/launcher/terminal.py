@@ -1,0 +1,214 @@
+"""What commands read from a terminal and show in it: prompts, text as it comes, results."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layercomb import paths
+from layercomb.data.adapted import adapted
+from layercomb.errors import UsageError, UsageWarning, of_the_machine, of_the_person
+from layercomb.launcher import runs
+from layercomb.model import Model
+
+if TYPE_CHECKING:
+    from layercomb.launcher.experiment import Experiment
+    from layercomb.supervised import Loop
+
+
+@contextlib.contextmanager
+def any_console() -> Iterator[None]:
+    """Standard output and error take any text, so that no letter ends a command.
+
+    What their encoding lacks becomes a '?', and on standard error its number. Where there is no
+    stream, as for a Windows program without a console, or it is closed, text goes nowhere. The
+    streams are those of the moment, and are given back as they were.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, errors in (('stdout', 'replace'), ('stderr', 'backslashreplace')):
+            stream: Any = getattr(sys, name)
+            if stream is None or getattr(stream, 'closed', False):
+                nowhere = stack.enter_context(open(os.devnull, 'w', encoding='utf-8'))
+                stack.callback(setattr, sys, name, stream)
+                setattr(sys, name, nowhere)
+            elif hasattr(stream, 'reconfigure'):
+                stack.callback(_give_back, stream, stream.errors)
+                stream.reconfigure(errors=errors)
+        yield
+
+
+def flush() -> None:
+    """Writes what was printed, so that a full disk or a closed pipe shows while it can be said."""
+    sys.stdout.flush()
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises UsageError where an argument of the command line was no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f'{what} {text!r} is no UTF-8: check the encoding of the terminal'
+        ) from None
+
+
+def read_prompt(text: str | None, file: str | None, from_stdin: bool) -> str:
+    """The prompt, from the one place that was named.
+
+    Raises:
+      UsageError: if none or several were named, it cannot be read, or it is empty.
+    """
+    if (text is not None) + (file is not None) + from_stdin != 1:
+        raise UsageError("give one of --prompt TEXT, --prompt_file FILE, or '-' (standard input)")
+    if from_stdin:
+        text = _standard_input()
+    elif file is not None:
+        text = runs.read_text(paths.local(file, '--prompt_file'))
+    if not text:
+        raise UsageError('the prompt is empty: give at least one character to continue')
+    check_text(text, 'the prompt')
+    return text
+
+
+def _standard_input() -> str:
+    """All of standard input, with lines as `runs.read_text` ends them.
+
+    Where it comes as bytes, it is UTF-8, as files are, or else what the stream declares.
+    """
+    stream = sys.stdin
+    if stream is None or stream.closed:
+        raise UsageError('there is no standard input: give --prompt TEXT or --prompt_file FILE')
+    with of_the_machine('give --prompt TEXT or --prompt_file FILE'):
+        given: str | bytes = (getattr(stream, 'buffer', None) or stream).read()
+    text = given if isinstance(given, str) else _decoded(given, stream.encoding or 'ascii')
+    return text.replace('\r\n', '\n').replace('\r', '\n')
+
+
+def _decoded(given: bytes, declared: str) -> str:
+    try:
+        return given.decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        try:
+            return given.decode(declared)
+        except UnicodeDecodeError:
+            cause = f'standard input: {runs.not_utf8(e)}'
+            raise UsageError(f'{cause}: convert it to UTF-8') from None
+
+
+def write_stream(prompt: Sequence[int], tokens: Iterator[np.ndarray], tokenizer: Any) -> None:
+    """Prints a prompt and its continuation as it is made, then its speed on standard error.
+
+    Args:
+      prompt: the tokens that are continued; with what comes they are one text, as the model has it.
+      tokens: (1,) token ids, one after the other.
+      tokenizer: what turns them into text.
+    """
+    tokenizer = adapted(tokenizer)
+    decoder = tokenizer.incremental_decoder()
+    print(_text(decoder, prompt), end='', flush=True)
+    started, n = time.perf_counter(), 0
+    first = started
+    for token in tokens:
+        n += 1
+        first = time.perf_counter() if n == 1 else first
+        if token[0] != tokenizer.eos_id:
+            print(_text(decoder, token), end='', flush=True)
+    print(_text(decoder, [], final=True))
+    seconds = time.perf_counter() - first
+    speed = f', then {(n - 1) / seconds:.1f} tokens a second' if n > 1 else ''
+    print(f'{n} tokens: the first after {first - started:.2f} s{speed}', file=sys.stderr)
+
+
+def write_text(prompt: Sequence[int], tokens: np.ndarray, tokenizer: Any) -> None:
+    """Prints a prompt and its continuation, (T,) token ids, up to the end of the text in it."""
+    tokenizer = adapted(tokenizer)
+    ends = np.flatnonzero(tokens == tokenizer.eos_id)
+    made = tokens[: ends[0]] if ends.size else tokens
+    print(_text(tokenizer.incremental_decoder(), [*prompt, *made], final=True))
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Shows a `UsageWarning` in one line, without the place in the program that it comes from."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def shown(message: Any, category: Any, *where: Any, **more: Any) -> None:
+            if issubclass(category, UsageWarning):
+                print(f'layercomb: {message}', file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = shown
+        yield
+
+
+def stop_writing() -> None:
+    """Lets standard output go to nowhere, once whoever read it has gone (``| head``)."""
+    _to_nowhere(sys.stdout)
+
+
+def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], directory: Path) -> None:
+    """Prints what a run came to: metrics, simple models beside it, a sample.
+
+    Args:
+      experiment: what was run.
+      loop: the `Loop` that ran it.
+      row: the last line of its metrics.
+      directory: where it is kept.
+    """
+    numbers = [f'{k} {v:.4g}' for k, v in row.items() if k != 'step']
+    print(f'\nstep {row["step"]}: ' + ', '.join(numbers))
+    if experiment.baseline_text is not None:
+        from layercomb.data import witten_bell_bits_on_batches
+
+        same_text = experiment.eval_tasks[0].batches()
+        bits = witten_bell_bits_on_batches(experiment.baseline_text, same_text)
+        orders = ' / '.join(map(str, bits))
+        values = ' / '.join(f'{b:.2f}' for b in bits.values())
+        print(f'beside it, Witten–Bell byte models of order {orders}: {values} bits per byte')
+    if experiment.sample_prompt is not None:
+        from layercomb.supervised import decoding
+        from layercomb.supervised.decoding.prompts import given
+
+        model = Model(experiment.model, loop.weights, loop.state)
+        tokenizer, prompt = adapted(experiment.tokenizer), experiment.sample_prompt
+        start = given(model, prompt, tokenizer)
+        tokens = decoding.generate(
+            model,
+            n_tokens=experiment.sample_tokens,
+            temperature=experiment.sample_temperature,
+            eos_id=tokenizer.eos_id,
+            **start,
+        )[0]
+        print('\na sample:')
+        if 'inputs' in start:
+            print(prompt)
+        write_text([] if 'inputs' in start else start['prompts'][0], tokens, tokenizer)
+    print(f'\nkept in {directory}: report.png, metrics.jsonl, checkpoints, TensorBoard events')
+
+
+def _give_back(stream: Any, errors: str) -> None:
+    """Ends the patience of a stream; what it could not write till now, it will not write."""
+    try:
+        stream.reconfigure(errors=errors)
+    except (OSError, ValueError):
+        _to_nowhere(stream)
+
+
+def _to_nowhere(stream: Any) -> None:
+    with contextlib.suppress(OSError, ValueError):  # one in memory has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _text(decoder: Any, tokens: Any, final: bool = False) -> str:
+    with of_the_person():  # an id beyond the tokenizer's, where the model's vocabulary is larger
+        return decoder.decode([int(i) for i in tokens], final=final)

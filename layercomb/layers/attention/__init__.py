@@ -1,0 +1,1 @@
+"""Attention: functions of arrays, and the layers around them."""

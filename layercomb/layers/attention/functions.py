@@ -1,0 +1,286 @@
+"""Exact attention as array functions, in memory linear in the length.
+
+They take and give arrays (B, H, L, K): batch, heads, length, depth of a head. The layers around
+them are in `attention`; how the work is done, in `blockwise` and `chunkwise`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+
+import layercomb_kernels
+from layercomb.layers.attention import flash as blockwise
+from layercomb.layers.attention import local as chunkwise
+from layercomb.layers.attention import tiles
+from layercomb.layers.quantized.native import has_kernels, with_kernel
+from layercomb.shapes import check_mask
+
+
+def dot_product_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = False,
+    mask: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    rng: jax.Array | None = None,
+    block_len: int | None = None,
+) -> jax.Array:
+    """Softmax attention, block by block: no (Lq, Lk) matrix exists, forward or backward.
+
+    ::
+
+        y[t] = Σ_c p[t, c] v[c]      p[t, ·] = softmax of scale · q[t]·k[c] over the visible c
+
+    A causal query at position t sees the keys 0 … t; blocks that no query sees are not computed.
+    Scores and sums are float32 whatever the inputs are. On an NVIDIA GPU, where dtypes and
+    depths allow it, cuDNN's kernel does the work. A single query meets all keys at once, unless
+    there is dropout.
+
+    Args:
+      q: (B, H, Lq, K), floating.
+      k: (B, H, Lk, K).
+      v: (B, H, Lk, D); D need not be K.
+      causal: whether a query sees only keys at its own position and before.
+      mask: (B, Lk) bool, True = a real key. A query that sees no real key gives zeros.
+      offset: (B,) int32: query t of row b stands at position offset[b] + t, and the keys at 0,
+        1, …; zero by default. What decoding needs: few queries against a cache of keys.
+      scale: factor of the scores, 1/√K by default.
+      dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow by
+        1 / (1 − dropout_rate).
+      rng: the key of dropout, needed where the rate is not zero.
+      block_len: queries and keys in a block, at most; chosen by default.
+
+    Returns:
+      (B, H, Lq, D), in the dtype of v.
+
+    Raises:
+      ValueError: where shapes, dtypes or the rate do not fit together.
+
+    >>> q = jnp.ones((1, 2, 5, 8))
+    >>> dot_product_attention(q, q, q, causal=True).shape
+    (1, 2, 5, 8)
+
+    References:
+      FlashAttention (Dao et al., 2022), https://arxiv.org/abs/2205.14135
+    """
+    check(q, k, v, mask, offset, dropout_rate, rng)
+    rng = rng if dropout_rate else None
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if q.shape[2] == 1 and rng is None:
+        return one_query(q, k, v, causal, mask, offset, scale)
+    if mask is None and offset is None and rng is None and cudnn_applies(q, k, v, causal):
+        return cudnn_attention(q, k, v, causal, scale)
+    plan = blockwise.Plan(
+        n_queries=q.shape[2],
+        n_keys=k.shape[2],
+        q_block=even_block(q.shape[2], block_len or tiles.block_len()),
+        k_block=even_block(k.shape[2], block_len or tiles.block_len()),
+        scale=scale,
+        causal=bool(causal),
+        dropout_rate=dropout_rate,
+    )
+    return blockwise.attend(plan, q, k, v, mask, offset, rng)
+
+
+def local_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    chunk_len: int,
+    look_back: int = 1,
+    look_ahead: int = 0,
+    causal: bool = True,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    rng: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention of each chunk to itself and its neighbours: linear in the length.
+
+    With C = chunk_len, a query at position t sees, of the keys c that exist::
+
+        (⌊t/C⌋ − look_back)·C  ≤  c  ≤  t                                    causal
+        (⌊t/C⌋ − look_back)·C  ≤  c  <  (⌊t/C⌋ + 1 + look_ahead)·C           not causal
+
+    Args:
+      q: (B, H, L, K), floating.
+      k: (B, H, L, K).
+      v: (B, H, L, D).
+      chunk_len: positions in a chunk; the length need not be a multiple.
+      look_back: chunks seen before a query's own.
+      look_ahead: chunks seen after it; 0 where causal.
+      causal: whether a query sees only keys at its own position and before.
+      mask: (B, L) bool, True = a real key. A query that sees no real key gives zeros.
+      scale: factor of the scores, 1/√K by default.
+      dropout_rate: as of `dot_product_attention`.
+      rng: the key of dropout.
+
+    Returns:
+      (B, H, L, D), in the dtype of v.
+
+    Raises:
+      ValueError: where shapes, dtypes or sizes do not fit together.
+    """
+    check(q, k, v, mask, None, dropout_rate, rng)
+    check_chunks(q, k, chunk_len, look_back, look_ahead, causal)
+    rng = rng if dropout_rate else None
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    pairs = chunk_len * chunk_len * (look_back + 1 + look_ahead)
+    n_chunks = -(-q.shape[2] // chunk_len)
+    chunks = chunkwise.Plan(
+        length=q.shape[2],
+        chunk_len=chunk_len,
+        look_back=min(look_back, n_chunks - 1),
+        look_ahead=min(look_ahead, n_chunks - 1),
+        n_together=tiles.even_share(n_chunks, tiles.pairs_in_tile() // pairs),
+        scale=scale,
+        causal=causal,
+        dropout_rate=dropout_rate,
+    )
+    return chunkwise.attend(chunks, q, k, v, mask, rng)
+
+
+def even_block(length: int, block_len: int) -> int:
+    """The block that covers `length` most evenly in as few blocks as `block_len` needs."""
+    n_blocks = -(-length // block_len)
+    if n_blocks <= 1:
+        return max(1, length)
+    return -(-length // (16 * n_blocks)) * 16
+
+
+def one_query(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    causal: bool,
+    mask: jax.Array | None,
+    offset: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """Attention of a single query a row, (B, H, 1, K), to all keys at once."""
+    n_keys = k.shape[2]
+    plan = blockwise.Plan(1, n_keys, 1, n_keys, scale, causal)
+    start = jnp.zeros((1,), jnp.int32) if offset is None else offset
+    seen = jax.vmap(lambda t: blockwise.visible(plan, 0, 0, None, t)[0])(start)  # (B or 1, Lk)
+    seen = seen[:, None] if mask is None else (seen & mask)[:, None]  # (B or 1, 1, Lk)
+    q_1 = q[:, :, 0].astype(jnp.float32) * scale  # (B, H, K)
+    if has_kernels(1, q_1, k, v):  # which reads what is seen alone
+        seen = jnp.broadcast_to(seen[:, 0], (len(q), n_keys))
+        return _fast_attend(q_1, k, v, seen)[:, :, None]  # (B, H, 1, D)
+    p = _probabilities(q_1, k, seen)
+    return tiles.dot('bhc,bhcd->bhd', p, v)[:, :, None].astype(v.dtype)  # (B, H, 1, D)
+
+
+def _probabilities(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
+    """What queries (B, H, K) give to keys (B, H, Lk, K), where `seen` (B or 1, 1, Lk) says."""
+    scores = jnp.where(seen, tiles.dot('bhk,bhck->bhc', q, k), -tiles.FAR)
+    p = jnp.exp(scores - scores.max(-1, keepdims=True, initial=-tiles.FAR))
+    p = jnp.where(seen, p, 0.0)
+    total = p.sum(-1, keepdims=True)
+    return p / jnp.where(total > 0, total, 1.0)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    """Attention of queries (B, H, K) to what is seen, (B, Lk) → (B, H, D)."""
+    return tiles.dot('bhc,bhcd->bhd', _probabilities(q, k, seen[:, None]), v)
+
+
+def _by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))  # (B, H, …) → (B·H, …)
+    y = layercomb_kernels.query_attention(q, k, v, seen)
+    return y.reshape(len(seen), -1, v.shape[-1])  # (B, H, D)
+
+
+_fast_attend = with_kernel(_attend, _by_kernel)
+
+
+@functools.cache
+def has_cudnn() -> bool:
+    """Whether arrays live on an NVIDIA GPU that cuDNN's attention runs on (Ampere or later)."""
+    if jax.default_backend() != 'gpu':
+        return False
+    device = jax.local_devices()[0]
+    return 'NVIDIA' in device.device_kind and float(device.compute_capability) >= 8
+
+
+def cudnn_applies(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> bool:
+    """Whether cuDNN's kernel computes just this."""
+    narrow = q.dtype in (jnp.float16, jnp.bfloat16) and q.dtype == k.dtype == v.dtype
+    depth = q.shape[-1]
+    fits = depth == v.shape[-1] and depth % 8 == 0 and depth <= 128
+    return narrow and fits and (not causal or q.shape[2] == k.shape[2]) and has_cudnn()
+
+
+def cudnn_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, scale: float
+) -> jax.Array:
+    """Attention by cuDNN, which wants (B, L, H, K)."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, L, H, K)
+    y = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation='cudnn')
+    return y.swapaxes(1, 2)  # (B, H, L, D)
+
+
+def check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    offset: jax.Array | None,
+    dropout_rate: float,
+    rng: jax.Array | None,
+) -> None:
+    """Raises ValueError where the arguments do not fit together."""
+    shapes = f'q {q.shape}, k {k.shape}, v {v.shape}'
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f'attention takes arrays (batch, heads, length, depth), got {shapes}')
+    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+        raise ValueError(f'q, k and v must agree in batch and heads, got {shapes}')
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f'q and k must have the same depth, got {shapes}')
+    if not q.shape[2] or not k.shape[2]:
+        raise ValueError(f'attention needs one position at least, got {shapes}')
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f'k and v must have the same length, got {shapes}')
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k, v)):
+        raise ValueError(f'attention takes floats, got q {q.dtype}, k {k.dtype}, v {v.dtype}')
+    if mask is not None:
+        check_mask(mask, (k.shape[0], k.shape[2]))
+    integer = offset is None or jnp.issubdtype(offset.dtype, jnp.integer)
+    if offset is not None and not (integer and offset.shape == q.shape[:1]):
+        raise ValueError(f'offset must be int32{q.shape[:1]}, got {offset.dtype}{offset.shape}')
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
+    if dropout_rate and rng is None:
+        raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
+
+
+def check_chunks(
+    q: jax.Array,
+    k: jax.Array,
+    chunk_len: int,
+    look_back: int,
+    look_ahead: int,
+    causal: bool,
+) -> None:
+    """Raises ValueError where local attention has no meaning."""
+    chunk_len, look_back, look_ahead = map(operator.index, (chunk_len, look_back, look_ahead))
+    if chunk_len < 1 or look_back < 0 or look_ahead < 0:
+        raise ValueError(
+            'chunk_len must be positive, look_back and look_ahead not negative, '
+            f'got {chunk_len}, {look_back} and {look_ahead}'
+        )
+    if causal and look_ahead:
+        raise ValueError(f'look_ahead={look_ahead} looks into the future: pass causal=False')
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f'local attention is of a sequence to itself, got q {q.shape}, k {k.shape}'
+        )

@@ -1,0 +1,318 @@
+"""Attention layers: an attention function and what decoding keeps, and projections around it.
+
+Shape letters: B batch, L length, D d_model, H heads, K head depth, M memory length or room in a
+cache, T new positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.attention.functions import dot_product_attention, local_attention
+from layercomb.layers.attention.multihead import MultiHead, attend, dropout_arguments, heads
+from layercomb.layers.core.fields import Rate, Size
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.printing import set_field
+from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.decoding.caches import (
+    append,
+    by_row,
+    init_cache,
+    poison_overflow,
+    position_of,
+    refuse_overflow,
+)
+from layercomb.layers.decoding.once import Once
+
+
+class DotProductAttention(Layer):
+    """y = softmax(q kᵀ / √K) v, block by block.
+
+    q (B, H, L, K), k (B, H, M, K), v (B, H, M, V) → y (B, H, L, V).
+
+    In ``PREDICT`` a causal one keeps keys and values in a cache as long as the signature given to
+    `init`, and takes the next positions, many or one. To run past it is refused; inside `jit`,
+    where positions are not known, the rows concerned become NaN.
+
+    Attributes:
+      causal: whether position t sees positions up to t only.
+      dropout: the rate at which probabilities are dropped in training.
+      masked: whether a fourth input (B, M) boolean says which keys are real.
+    """
+
+    causal: bool = True
+    dropout: Rate = 0.0
+    masked: bool = False
+
+    mixes_positions = True
+    headwise = True
+    n_in = property(lambda self: 3 + self.masked)
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        _, k, v, *_ = signature
+        return {}, init_cache(k, v, self.masked) if mode is Mode.PREDICT and self.causal else {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        q, k, v, *mask = inputs
+        if mode is Mode.PREDICT and self.causal:
+            return self._extend(state, q, k, v, *mask)
+        y = dot_product_attention(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            mask=mask[0] if mask else None,
+            **dropout_arguments(self.dropout, rng, mode),
+        )
+        return (y,), state
+
+    def _extend(self, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, *mask: jax.Array):
+        position, length, room = position_of(cache), q.shape[2], cache['k'].shape[1]
+        refuse_overflow(position, length, room)
+        new = {'k': k, 'v': v, **({'mask': mask[0]} if mask else {})}
+        cache = append(cache, new, position)
+        held = by_row(cache)
+        y = dot_product_attention(
+            q, held['k'], held['v'], causal=True, mask=held.get('mask'), offset=position
+        )
+        return (poison_overflow(y, position, length, room),), cache
+
+
+class LocalAttention(Layer):
+    """Attention within a chunk and a few before it: (B, H, L, K) thrice → (B, H, L, V).
+
+    The sequence is cut into chunks of `chunk_len`; position t sees positions from the start of
+    chunk ⌊t / chunk_len⌋ − look_back on, up to itself if causal, else to the end of chunk
+    ⌊t / chunk_len⌋ + look_ahead. Cost and memory are linear in the length.
+
+    In ``PREDICT`` keys and values are kept as in `DotProductAttention`, and a new position reads
+    its chunks alone.
+    """
+
+    chunk_len: Size
+    look_back: int = 1
+    look_ahead: int = 0
+    causal: bool = True
+    dropout: Rate = 0.0
+    masked: bool = False
+
+    mixes_positions = True
+    headwise = True
+    n_in = property(lambda self: 3 + self.masked)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.look_back, self.look_ahead) < 0 or (self.causal and self.look_ahead):
+            raise ValueError(
+                f'LocalAttention: look_back={self.look_back} and look_ahead={self.look_ahead} must '
+                'not be negative, and causal attention looks ahead by 0'
+            )
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        _, k, v, *_ = signature
+        if mode is not Mode.PREDICT or not self.causal:
+            return {}, {}
+        front, behind = self._padding
+        return {}, init_cache(k, v, masked=True, length=front + k.shape[2] + behind)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        q, k, v, *mask = inputs
+        if mode is Mode.PREDICT and self.causal:
+            return self._extend(state, q, k, v, *mask)
+        y = self._attend(
+            q, k, v, mask[0] if mask else None, dropout_arguments(self.dropout, rng, mode)
+        )
+        return (y,), state
+
+    def _attend(self, q: Any, k: Any, v: Any, mask: Any, dropout: dict[str, Any]) -> jax.Array:
+        return local_attention(
+            q,
+            k,
+            v,
+            chunk_len=self.chunk_len,
+            look_back=self.look_back,
+            look_ahead=self.look_ahead,
+            causal=self.causal,
+            mask=mask,
+            **dropout,
+        )
+
+    def _extend(self, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, *mask: jax.Array):
+        """Attends from new positions, on a piece of the cache that begins where a chunk does."""
+        c, length = self.chunk_len, q.shape[2]
+        front, behind = self._padding
+        position, room = position_of(cache), cache['k'].shape[1] - front - behind
+        refuse_overflow(position, length, room)
+        real = mask[0] if mask else jnp.ones((q.shape[0], length), bool)
+        cache = append(cache, {'k': k, 'v': v, 'mask': real}, position + front)
+        start, within = position // c * c, position % c  # (B,)
+        size = front + (length + c - 1 + c - 1) // c * c
+
+        def piece(x: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim - 2 if x.ndim > 1 else 0)
+
+        held = by_row(cache)
+        keys, values, seen = (jax.vmap(piece)(held[n], start) for n in ('k', 'v', 'mask'))
+        if length == 1:
+            y = dot_product_attention(
+                q, keys, values, causal=True, mask=seen, offset=front + within
+            )
+        else:
+            y = self._attend_aligned(q, keys, values, seen, front + within)
+        return (poison_overflow(y, position, length, room),), cache
+
+    @property
+    def _padding(self) -> tuple[int, int]:
+        """How much a cache holds before and after the positions: no window then ends outside."""
+        return self.look_back * self.chunk_len, 2 * self.chunk_len - 1
+
+    def _attend_aligned(self, q: Any, k: Any, v: Any, seen: Any, at: jax.Array) -> jax.Array:
+        """Puts T queries where their keys stand, (B, H, size, K), and takes their outputs back."""
+        length = q.shape[2]
+
+        def place(q: jax.Array, at: jax.Array) -> jax.Array:
+            empty = jnp.zeros((q.shape[0], k.shape[2], q.shape[2]), q.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(empty, q, at, 1)
+
+        def take(y: jax.Array, at: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(y, at, length, 1)
+
+        y = self._attend(jax.vmap(place)(q, at), k, v, seen, {})
+        return jax.vmap(take)(y, at)
+
+
+class SelfAttention(MultiHead):
+    """Multi-head attention of a sequence to itself: (B, L, D) → (B, L, D).
+
+    y = concat_h(softmax(q_h k_hᵀ / √K) v_h) W_o, with q_h, k_h, v_h projections of x.
+
+    Attributes:
+      n_heads: H.
+      causal: whether position t sees positions up to t only.
+      d_head: K, by default D / H; any other is possible.
+      masked: whether a second input (B, L) boolean says which positions are real.
+      dropout: the rate at which probabilities are dropped in training.
+      rotary: positions put into queries and keys, e.g. `RotaryPositions()`.
+      query, key, value, core, output: the parts, to be replaced.
+
+    References:
+      Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
+    """
+
+    n_heads: Size
+    causal: bool = True
+    _: KW_ONLY
+    d_head: Size | None = None
+    masked: bool = False
+    dropout: Rate = 0.0
+    rotary: Layer | None = None
+    query: Layer | None = None
+    key: Layer | None = None
+    value: Layer | None = None
+    core: Layer | None = None
+    output: Layer | None = None
+
+    n_in = property(lambda self: 1 + self.masked)
+
+    def parts(self) -> dict[str, Layer]:
+        return heads(self, DotProductAttention(self.causal, self.dropout, self.masked))
+
+    def route(self, call, stack):
+        x, *mask = stack[: self.n_in]
+        return attend(self, call, x, x, *mask) + stack[self.n_in :]
+
+
+class LocalSelfAttention(MultiHead):
+    """Multi-head attention of a sequence to the chunks around each position: (B, L, D) → (B, L, D).
+
+    As `SelfAttention`, with `LocalAttention` for a core: linear in the length.
+
+    Attributes:
+      n_heads: H.
+      chunk_len: the length of a chunk.
+      causal: whether position t sees positions up to t only.
+      look_back: how many chunks before its own a position sees.
+      look_ahead: how many chunks after it, if not causal.
+    """
+
+    n_heads: Size
+    chunk_len: Size
+    causal: bool = True
+    _: KW_ONLY
+    look_back: int = 1
+    look_ahead: int = 0
+    d_head: Size | None = None
+    masked: bool = False
+    dropout: Rate = 0.0
+    rotary: Layer | None = None
+    query: Layer | None = None
+    key: Layer | None = None
+    value: Layer | None = None
+    core: Layer | None = None
+    output: Layer | None = None
+
+    n_in = property(lambda self: 1 + self.masked)
+
+    def parts(self) -> dict[str, Layer]:
+        core = LocalAttention(
+            self.chunk_len, self.look_back, self.look_ahead, self.causal, self.dropout, self.masked
+        )
+        return heads(self, core)
+
+    def route(self, call, stack):
+        x, *mask = stack[: self.n_in]
+        return attend(self, call, x, x, *mask) + stack[self.n_in :]
+
+
+class CrossAttention(MultiHead):
+    """Multi-head attention to another sequence: (B, L, D), (B, M, E) → (B, L, D).
+
+    Queries come from the first value, keys and values from the second, the memory. In ``PREDICT``
+    they are made `Once`, also by projections of one's own.
+
+    Attributes:
+      n_heads: H.
+      d_head: K, by default D / H, which needs a memory as wide as the sequence.
+      masked: whether a third input (B, M) boolean says which positions of the memory are real.
+      dropout: the rate at which probabilities are dropped in training.
+    """
+
+    n_heads: Size
+    _: KW_ONLY
+    d_head: Size | None = None
+    masked: bool = False
+    dropout: Rate = 0.0
+    query: Layer | None = None
+    key: Layer | None = None
+    value: Layer | None = None
+    core: Layer | None = None
+    output: Layer | None = None
+
+    rotary = None  # positions of two sequences have no distance
+    reads = {'query': 0, 'key': 1, 'value': 1}
+    n_in = property(lambda self: 2 + self.masked)
+
+    def __post_init__(self) -> None:
+        for field in ('key', 'value'):
+            part = getattr(self, field)
+            if part is not None and not _is_once(part):
+                set_field(self, field, Once(part))
+        super().__post_init__()
+
+    def parts(self) -> dict[str, Layer]:
+        made = heads(self, DotProductAttention(False, self.dropout, self.masked))
+        return {**made, 'key': Once(made['key']), 'value': Once(made['value'])}
+
+    def route(self, call, stack):
+        x, memory, *mask = stack[: self.n_in]
+        return attend(self, call, x, memory, *mask) + stack[self.n_in :]
+
+
+def _is_once(layer: Layer) -> bool:
+    """Whether it is `Once`, perhaps in other wrappers."""
+    return isinstance(layer, Once) or (isinstance(layer, Wrapper) and _is_once(layer.layer))

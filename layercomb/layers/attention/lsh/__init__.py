@@ -1,0 +1,1 @@
+"""Attention within buckets of a locality-sensitive hash."""

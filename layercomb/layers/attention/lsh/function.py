@@ -1,0 +1,141 @@
+"""LSH self-attention: each position sees the nearest of its own bucket, exactly causally.
+
+Queries serve as keys too, so that near positions share a bucket. How the work is done is in
+`bucketwise`, the hash in `hashing`. Shape letters: B batch, H heads, L length, D d_model or depth
+of values, K head depth, R hash rounds, C chunk, T new positions.
+
+References:
+    Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.attention import tiles
+from layercomb.layers.attention.lsh import windows as bucketwise
+from layercomb.shapes import check_mask
+
+
+def lsh_attention(
+    q: jax.Array,
+    v: jax.Array,
+    buckets: jax.Array,
+    *,
+    n_buckets: int,
+    chunk_len: int,
+    causal: bool = True,
+    mask: jax.Array | None = None,
+    neighbourhood: Literal['bucket', 'chunk'] = 'bucket',
+    duplicates: Literal['count', 'once'] = 'count',
+    dropout_rate: float = 0.0,
+    rng: jax.Array | None = None,
+    chunks_together: int | None = None,
+    heads_together: int | None = None,
+) -> jax.Array:
+    """Softmax attention of each position to its neighbours in its buckets.
+
+    With k = q / ‖q‖ and s[t, c] = q[t]·k[c], but −100 for t = c, so that a position sees itself
+    only where it sees nothing else::
+
+        y[t] = Σ_r Σ_{c ∈ W_r(t)} exp(s[t, c] − z[t]) v[c]
+        z[t] = log Σ_r Σ_{c ∈ W_r(t)} exp s[t, c]
+
+    In round r positions are sorted by (bucket, position). W_r(t) are the positions c of t's bucket
+    fewer than C places from t, and if causal not after t. No later position changes which those
+    are, unlike in other implementations: the function is exactly causal. Time grows as R·L·C.
+
+    Args:
+      q: (B, H, L, K), floating; queries, and keys.
+      v: (B, H, L, D).
+      buckets: (B, H, R, L), integers from 0 to n_buckets, exclusive, as `lsh_buckets` makes them.
+      n_buckets: how many there are.
+      chunk_len: C; L need not be a multiple.
+      causal: whether t sees only itself and positions before.
+      mask: (B, L) bool, True = a real position; others see nothing, are not seen, and give zeros,
+        but must be finite.
+      neighbourhood: ``'bucket'``, or ``'chunk'`` for what was trained with other implementations:
+        all that stands in t's chunk of the sorted sequence and the one before it (and the one
+        after, if not causal), whatever its bucket. That leaks: a later token moves the chunks'
+        borders, and so changes which earlier positions an earlier query sees.
+      duplicates: ``'count'``: what meets in N rounds counts N times; ``'once'``: it counts once
+        (log N is subtracted, at R more comparisons a pair).
+      dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow.
+      rng: the key of dropout, needed where the rate is not zero.
+      chunks_together: how many chunks of a head are computed at a time: at most so many, in shares
+        that leave little over. None takes what a CPU's caches hold, and elsewhere larger tiles.
+      heads_together: how many heads are: the largest divisor of B·H up to this. None takes what a
+        CPU's caches hold, and elsewhere all.
+
+    Returns:
+      (B, H, L, D), in the dtype of v.
+
+    Raises:
+      ValueError: where shapes, dtypes or sizes do not fit together.
+
+    >>> q = jnp.ones((1, 2, 50, 8))
+    >>> from layercomb import tl
+    >>> buckets = tl.lsh_buckets(q, jax.random.key(0), n_buckets=4, n_hashes=3)
+    >>> lsh_attention(q, q, buckets, n_buckets=4, chunk_len=16).shape
+    (1, 2, 50, 8)
+    """
+    _check(q, v, buckets, mask, chunk_len, n_buckets, neighbourhood, duplicates)
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
+    for n in (chunks_together, heads_together):
+        if n is not None and n < 1:
+            raise ValueError(f'chunks_together and heads_together must be at least 1, got {n}')
+    if dropout_rate and rng is None:
+        raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
+    length = q.shape[2]
+    n_chunks = -(-length // chunk_len)
+    n_pairs = chunk_len**2 * (2 if causal else 3)
+    plan = bucketwise.Plan(
+        length=length,
+        chunk_len=chunk_len,
+        look_back=1,
+        look_ahead=0 if causal else 1,
+        n_together=tiles.even_share(n_chunks, chunks_together or tiles.pairs_in_tile() // n_pairs),
+        heads_together=heads_together,
+        scale=1.0,
+        causal=causal,
+        dropout_rate=dropout_rate,
+        n_buckets=n_buckets,
+        by_bucket=neighbourhood == 'bucket',
+        once=duplicates == 'once' and buckets.shape[2] > 1,
+    )
+    return bucketwise.attend(plan, q, v, buckets, mask, rng if dropout_rate else None)
+
+
+def _check(
+    q: Any,
+    v: Any,
+    buckets: Any,
+    mask: Any,
+    chunk_len: int,
+    n_buckets: int,
+    neighbourhood: str,
+    duplicates: str,
+) -> None:
+    """Raises ValueError where the arguments do not fit together."""
+    shapes = f'q {q.shape}, v {v.shape}, buckets {buckets.shape}'
+    if not q.ndim == v.ndim == buckets.ndim == 4 or q.shape[:3] != v.shape[:3]:
+        raise ValueError(f'LSH attention takes q (B, H, L, K) and v (B, H, L, D), got {shapes}')
+    if (*buckets.shape[:2], buckets.shape[3]) != q.shape[:3] or not buckets.shape[2]:
+        raise ValueError(f'buckets must be (B, H, R, L), got {shapes}')
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, v)):
+        raise ValueError(f'LSH attention takes floats, got q {q.dtype}, v {v.dtype}')
+    if not jnp.issubdtype(buckets.dtype, jnp.integer):
+        raise ValueError(f'buckets must be integers, got {buckets.dtype}')
+    if mask is not None:
+        check_mask(mask, (q.shape[0], q.shape[2]))
+    if chunk_len < 1 or n_buckets < 1:
+        raise ValueError(f'chunk_len and n_buckets must be positive, got {chunk_len}, {n_buckets}')
+    if neighbourhood not in ('bucket', 'chunk') or duplicates not in ('count', 'once'):
+        raise ValueError(
+            "neighbourhood is 'bucket' or 'chunk', duplicates is 'count' or 'once', "
+            f'got {neighbourhood!r} and {duplicates!r}'
+        )

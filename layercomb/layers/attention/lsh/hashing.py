@@ -1,0 +1,149 @@
+"""Locality-sensitive hashing by random rotations: near vectors fall into the same bucket, mostly.
+
+Shape letters: B batch, H heads, L length, K depth of a head, R rounds; T positions at a time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from layercomb.layers.attention import tiles
+
+# Positions and heads hashed at a time, so that no (H, L, R·buckets) array exists.
+CPU_TOGETHER, TOGETHER = (1024, 1), (8192, 8)
+# One hash of n buckets costs n / 2 products a position, two factors cost about √n.
+FACTORED_FROM = 256
+
+
+def automatic_buckets(length: int, chunk_len: int) -> tuple[int, ...]:
+    """Numbers of buckets, in factors, that make a bucket half a chunk long on average.
+
+    Args:
+      length: L, the length that the model is made for.
+      chunk_len: C.
+
+    Returns:
+      One even number near 2·L / C, or two of about its square root where that is 256 and more.
+
+    >>> automatic_buckets(4096, 64), automatic_buckets(65536, 64), automatic_buckets(64, 64)
+    ((128,), (64, 32), (2,))
+    """
+    n = max(2, 2 * length // chunk_len)
+    if n < FACTORED_FROM:
+        return (n + n % 2,)
+    first = 2 ** math.ceil(math.log2(n) / 2)
+    second = -(-n // first)
+    return first, second + second % 2
+
+
+def factors_of(n_buckets: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers of buckets that multiply up to all of them."""
+    return n_buckets if isinstance(n_buckets, tuple) else (n_buckets,)
+
+
+def check_buckets(n_buckets: int | tuple[int, ...]) -> None:
+    """Raises ValueError unless every number of buckets is 1 or even and positive."""
+    for n in factors_of(n_buckets):
+        if n != 1 and (n < 1 or n % 2):
+            raise ValueError(
+                f'n_buckets={n_buckets!r}: a rotation and its negative make buckets in pairs, so '
+                f'each number must be even, or 1 for a single bucket: use {max(2, n + n % 2)}'
+            )
+
+
+def lsh_buckets(
+    x: jax.Array, rng: jax.Array, *, n_buckets: int | tuple[int, ...], n_hashes: int
+) -> jax.Array:
+    """The bucket of every vector in every round: h(x) = argmax [x R; −x R].
+
+    R (K, n_buckets / 2) is Gaussian, drawn for each head and round, the same for all rows of the
+    batch; round r is the same however many follow. Several factors (f₁, f₂, …) are hashed apart and
+    combined, h = (h₁ f₂ + h₂) …, so that many buckets cost little.
+
+    Args:
+      x: (B, H, L, K), floating; no gradient flows.
+      rng: a key, or one for every head, (H,).
+      n_buckets: 1 or an even number, or a tuple of such.
+      n_hashes: R, at least 1.
+
+    Returns:
+      (B, H, R, L) int32, from 0 to the product of the factors, exclusive.
+
+    References:
+      Andoni et al. 2015, https://arxiv.org/abs/1509.02897
+      Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
+    """
+    rotations = lsh_rotations(rng, x.shape[1], x.shape[3], n_buckets=n_buckets, n_hashes=n_hashes)
+    return rotated_buckets(x, rotations, n_buckets=n_buckets)
+
+
+def lsh_rotations(
+    rng: jax.Array,
+    n_heads: int,
+    depth: int,
+    *,
+    n_buckets: int | tuple[int, ...],
+    n_hashes: int,
+) -> jax.Array:
+    """The rotations of `lsh_buckets`, transposed: (H, R, F, K), F half the sum of the factors."""
+    check_buckets(n_buckets)
+    width = sum(f // 2 for f in factors_of(n_buckets))
+
+    def rotation(key: jax.Array, r: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(key, r), (depth, width), jnp.float32).T
+
+    keys, rounds = tiles.keys_of_heads(rng, n_heads), jnp.arange(n_hashes, dtype=jnp.int32)
+    return jax.vmap(lambda key: jax.vmap(lambda r: rotation(key, r))(rounds))(keys)
+
+
+def rotated_buckets(
+    x: jax.Array, rotations: jax.Array, *, n_buckets: int | tuple[int, ...]
+) -> jax.Array:
+    """As `lsh_buckets`, by rotations that are there already."""
+    factors = factors_of(n_buckets)
+    b, h, length, k = x.shape
+    n_hashes = rotations.shape[1]
+    if not length:
+        raise ValueError(f'LSH attention needs one position at least, got the shape {x.shape}')
+    x = lax.stop_gradient(x).astype(jnp.float32)
+
+    def choose(y: jax.Array) -> jax.Array:
+        """(…, F) → (…)."""
+        bucket, start = jnp.zeros(y.shape[:-1], jnp.int32), 0
+        for factor in factors:
+            if factor > 1:
+                bucket = bucket * factor + nearest(y[..., start : start + factor // 2])
+                start += factor // 2
+        return bucket
+
+    if length == 1:
+        return choose(jnp.einsum('bhtk,hrfk->bhrtf', x, rotations))
+
+    def hash_piece(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, head = piece  # (T, K), ()
+        return choose(jnp.einsum('tk,rfk->rtf', x, rotations[head]))  # (R, T)
+
+    together, n_heads = CPU_TOGETHER if jax.default_backend() == 'cpu' else TOGETHER
+    t = min(length, together)
+    n = -(-length // t)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, n * t - length), (0, 0)])
+    heads = jnp.broadcast_to(jnp.arange(h, dtype=jnp.int32)[:, None], (b, h, n)).reshape(-1)
+    x = x.reshape(b * h * n, t, k)
+    pieces = lax.map(hash_piece, (x, heads), batch_size=n_heads if n_heads > 1 else None)
+    buckets = pieces.reshape(b, h, n, n_hashes, t).swapaxes(2, 3)  # (B, H, R, n, T)
+    return buckets.reshape(b, h, n_hashes, n * t)[..., :length]
+
+
+def nearest(y: jax.Array) -> jax.Array:
+    """argmax [y; −y] over the last axis: a maximum and its first place, much faster than argmax."""
+    half = y.shape[-1]
+    high, low = y.max(-1), y.min(-1)
+    positive = high >= -low
+    extreme = jnp.where(positive, high, low)
+    places = jnp.where(y == extreme[..., None], jnp.arange(half, dtype=jnp.int32), half)
+    # NaN is found nowhere: any bucket will do, so that it shows in the scores and is not padding.
+    return jnp.minimum(places.min(-1), half - 1) + jnp.where(positive, 0, half).astype(jnp.int32)

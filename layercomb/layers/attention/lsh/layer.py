@@ -1,0 +1,274 @@
+"""`LSHAttention` and `LSHSelfAttention`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.attention import tiles
+from layercomb.layers.attention.lsh import rings
+from layercomb.layers.attention.lsh import windows as bucketwise
+from layercomb.layers.attention.lsh.function import lsh_attention
+from layercomb.layers.attention.lsh.hashing import (
+    automatic_buckets,
+    check_buckets,
+    factors_of,
+    lsh_buckets,
+    lsh_rotations,
+    rotated_buckets,
+)
+from layercomb.layers.attention.multihead import MultiHead, dropout_arguments
+from layercomb.layers.attention.projections import MergeHeads, SplitHeads
+from layercomb.layers.core.decisions import DECISIONS
+from layercomb.layers.core.fields import Rate, Size
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.decoding.caches import (
+    append,
+    by_row,
+    init_cache,
+    poison_overflow,
+    position_of,
+    refuse_overflow,
+)
+from layercomb.layers.positions.position import check_length
+
+
+class LSHAttention(Layer):
+    """LSH attention of queries that are keys too: q (B, H, L, K), v (B, H, L, D) → (B, H, L, D).
+
+    As `lsh_attention`. Rotations are drawn afresh from `rng` in ``TRAIN`` and made from `seed` in
+    ``EVAL`` and ``PREDICT``. The buckets are a decision: ``RECORD`` keeps them, ``REPLAY`` takes
+    them.
+
+    In ``PREDICT`` a causal one keeps queries, values and buckets as long as the signature given to
+    `init`. With the default neighbourhood it keeps the `rings` of its buckets too, so that one new
+    position reads R·C keys, the very ones that ``EVAL`` sees, however many came before; with
+    ``'chunk'`` each reads them all. It must know `n_buckets` or `max_len`, for buckets counted by
+    the length of a cache would not be those of training.
+
+    Attributes:
+      n_hashes: R; may be changed after training.
+      chunk_len: C.
+      n_buckets: 1, an even number, or a tuple of such, its factors; None makes buckets half a chunk
+        long at `max_len` positions.
+      max_len: the longest sequence, for which automatic buckets are made; None takes that of the
+        input, and then a longer input changes what precedes it.
+      causal: whether position t sees positions up to t only.
+      masked: whether a third input (B, L) boolean says which positions are real.
+      dropout: the rate at which probabilities are dropped in training.
+      neighbourhood, duplicates, chunks_together, heads_together: as of `lsh_attention`.
+      seed: of the rotations in ``EVAL`` and ``PREDICT``; layers of one seed have the same.
+
+    Raises:
+      ValueError: for a number of buckets that is odd and not 1, a sequence longer than `max_len`,
+        or ``PREDICT`` without `n_buckets` and `max_len`.
+    """
+
+    _: KW_ONLY
+    n_hashes: Size = 4
+    chunk_len: Size = 64
+    n_buckets: int | tuple[int, ...] | None = None
+    max_len: Size | None = None
+    causal: bool = True
+    masked: bool = False
+    dropout: Rate = 0.0
+    neighbourhood: Literal['bucket', 'chunk'] = 'bucket'
+    duplicates: Literal['count', 'once'] = 'count'
+    seed: int = 0
+    chunks_together: Size | None = None
+    heads_together: Size | None = None
+
+    mixes_positions = True
+    headwise = True
+    n_in = property(lambda self: 2 + self.masked)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_buckets is not None:
+            check_buckets(self.n_buckets)
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        q, v, *_ = signature
+        b, h, length, _ = q.shape
+        check_length('LSHAttention', length, self.max_len)
+        if mode is not Mode.PREDICT or not self.causal:
+            return {}, {}
+        if self.n_buckets is None is self.max_len:
+            raise ValueError(
+                'LSHAttention: decoding needs the number of buckets of training: give max_len= '
+                '(or n_buckets=) when making the layer'
+            )
+        n_buckets, key = self._factors(length), jax.random.key(self.seed)
+        cache = {
+            **init_cache(q, v, masked=True),
+            'buckets': jnp.zeros((b * h, length, self.n_hashes), self._dtype(length)),
+            'rotations': lsh_rotations(
+                key, h, q.shape[3], n_buckets=n_buckets, n_hashes=self.n_hashes
+            ),
+        }
+        if self.neighbourhood == 'bucket':
+            n = math.prod(n_buckets)
+            cache['rings'] = rings.empty(b * h, self.n_hashes, n, self.chunk_len)
+        return {}, cache
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        q, v, *mask = inputs
+        if mode is Mode.PREDICT and self.causal:
+            return self._extend(state, q, v, *mask)
+        check_length('LSHAttention', q.shape[2], self.max_len)
+        key = rng
+        if not mode.is_training:
+            key = jax.random.key(self.seed)
+        elif rng is None:
+            raise ValueError(
+                'LSHAttention draws rotations in training: pass rng=jax.random.key(…) to apply'
+            )
+        else:
+            keys = jax.vmap(jax.random.split)(tiles.keys_of_heads(rng, q.shape[1]))
+            key, rng = keys[:, 0], keys[:, 1]
+        if mode is Mode.REPLAY:
+            buckets = state[DECISIONS]['buckets']
+        else:
+            buckets = self._hash(q, key, q.shape[2])
+        y = self._attend(q, v, buckets, *mask, **dropout_arguments(self.dropout, rng, mode))
+        if mode is Mode.RECORD:
+            state = {**state, DECISIONS: {'buckets': buckets}}
+        return (y,), state
+
+    def _factors(self, length: int) -> tuple[int, ...]:
+        """The numbers of buckets that multiply up to all of them."""
+        if self.n_buckets is None:
+            return automatic_buckets(self.max_len or length, self.chunk_len)
+        return factors_of(self.n_buckets)
+
+    def _dtype(self, length: int) -> Any:
+        """The smallest integers that hold a bucket."""
+        n = math.prod(self._factors(length))
+        return next((t for t in (jnp.uint8, jnp.uint16) if n <= jnp.iinfo(t).max), jnp.int32)
+
+    def _hash(self, q: jax.Array, rng: Any, length: int) -> jax.Array:
+        buckets = lsh_buckets(q, rng, n_buckets=self._factors(length), n_hashes=self.n_hashes)
+        return buckets.astype(self._dtype(length))
+
+    def _attend(self, q: Any, v: Any, buckets: Any, mask: Any = None, **dropout: Any) -> jax.Array:
+        return lsh_attention(
+            q,
+            v,
+            buckets,
+            n_buckets=math.prod(self._factors(q.shape[2])),
+            chunk_len=self.chunk_len,
+            causal=self.causal,
+            mask=mask,
+            neighbourhood=self.neighbourhood,
+            duplicates=self.duplicates,
+            chunks_together=self.chunks_together,
+            heads_together=self.heads_together,
+            **dropout,
+        )
+
+    def _extend(self, cache: Any, q: jax.Array, v: jax.Array, mask: Any = None):
+        position, length, room = position_of(cache), q.shape[2], cache['k'].shape[1]
+        refuse_overflow(position, length, room)
+        real = jnp.ones((q.shape[0], length), bool) if mask is None else mask
+        n_buckets = self._factors(room)
+        buckets = rotated_buckets(q, cache['rotations'], n_buckets=n_buckets)
+        new = buckets.swapaxes(2, 3).astype(cache['buckets'].dtype)  # (B, H, T, R)
+        cache = cache | append(cache, {'k': q, 'v': v, 'mask': real, 'buckets': new}, position)
+        if length == 1 and 'rings' in cache:
+            y, cache['rings'] = self._next(cache, q, buckets, position, real)
+        else:
+            held = by_row(cache)
+            filled = jnp.arange(room, dtype=jnp.int32)[None] < (position + length)[:, None]
+            by_round = held['buckets'].swapaxes(2, 3)  # (B, H, R, L)
+            y = self._attend(held['k'], held['v'], by_round, held['mask'] & filled)
+            y = jax.vmap(lambda y, at: jax.lax.dynamic_slice_in_dim(y, at, length, 1))(y, position)
+            cache = rings.refill(cache) if 'rings' in cache else cache
+        return (poison_overflow(y, position, length, room),), cache
+
+    def _next(self, cache: Any, q: Any, buckets: Any, position: Any, real: Any) -> Any:
+        """Attention of one position a row to those in its rings, (B, H, 1, D), and the rings."""
+        b, h, _, depth = q.shape
+        room = cache['k'].shape[1]
+        position, real = jnp.repeat(position, h), jnp.repeat(real[:, 0], h)  # (N,), N = B·H
+        after, at = rings.push(cache['rings'], buckets.reshape(b * h, -1), position, real)
+        at = at.reshape(b * h, -1)  # (N, R·C)
+        there = jnp.clip(at, 0, room - 1)
+        s = rings.cosines(q.reshape(b * h, depth), there, cache['k'])
+        s = jnp.where(at == position[:, None], bucketwise.SELF, s)
+        if self.duplicates == 'once':
+            s = s - jnp.log((at[:, None] == at[:, :, None]).sum(-1, dtype=jnp.float32))
+        seen = (at >= 0) & real[:, None]
+        s = jnp.where(seen, s, -tiles.FAR)
+        p = jnp.where(seen, jnp.exp(s - s.max(-1, keepdims=True)), 0.0)
+        total = p.sum(-1, keepdims=True)
+        p = p / jnp.where(total > 0, total, 1.0)
+        y = rings.means(p, there, cache['v'])
+        return y.reshape(b, h, 1, -1).astype(cache['v'].dtype), after
+
+
+class LSHSelfAttention(MultiHead):
+    """Multi-head LSH attention of a sequence to itself: (B, L, D) → (B, L, D).
+
+    One projection makes queries and keys, another values, around an `LSHAttention`.
+
+    Attributes:
+      n_heads: H.
+      n_hashes: R, 1 to 16 as a rule; may be changed after training.
+      chunk_len: C.
+      n_buckets, max_len, neighbourhood, duplicates, seed: as of `LSHAttention`.
+      chunks_together, heads_together: as of `lsh_attention`.
+      causal: whether position t sees positions up to t only.
+      d_head: K, by default D / H.
+      masked: whether a second input (B, L) boolean says which positions are real.
+      dropout: the rate at which probabilities are dropped in training.
+      rotary: positions put into queries, e.g. `RotaryPositions()`.
+      query, value, core, output: the parts, to be replaced.
+
+    References:
+      Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
+    """
+
+    n_heads: Size
+    _: KW_ONLY
+    n_hashes: Size = 4
+    chunk_len: Size = 64
+    n_buckets: int | tuple[int, ...] | None = None
+    max_len: Size | None = None
+    causal: bool = True
+    d_head: Size | None = None
+    masked: bool = False
+    dropout: Rate = 0.0
+    neighbourhood: Literal['bucket', 'chunk'] = 'bucket'
+    duplicates: Literal['count', 'once'] = 'count'
+    seed: int = 0
+    chunks_together: Size | None = None
+    heads_together: Size | None = None
+    rotary: Layer | None = None
+    query: Layer | None = None
+    value: Layer | None = None
+    core: Layer | None = None
+    output: Layer | None = None
+
+    n_in = property(lambda self: 1 + self.masked)
+
+    def parts(self) -> dict[str, Layer]:
+        split = SplitHeads(self.n_heads, self.d_head)
+        shared = ('n_hashes', 'chunk_len', 'n_buckets', 'max_len', 'causal', 'masked', 'dropout')
+        its_own = ('neighbourhood', 'duplicates', 'seed', 'chunks_together', 'heads_together')
+        core = LSHAttention(**{name: getattr(self, name) for name in (*shared, *its_own)})
+        return {'query': split, 'value': split, 'core': core, 'output': MergeHeads()}
+
+    def route(self, call, stack):
+        x, *mask = stack[: self.n_in]
+        at = self.keys.index
+        (q,) = call(at('query'), (x,))
+        (v,) = call(at('value'), (x,))
+        if self.rotary is not None:
+            q, _ = call(at('rotary'), (q, q))
+        (y,) = call(at('core'), (q, v, *mask))
+        return call(at('output'), (y, x)) + stack[self.n_in :]

@@ -1,0 +1,126 @@
+"""Rings: of each bucket the last positions that fell into it, so that decoding reads these alone.
+
+A ring of C places holds what a position of exactly causal LSH attention sees in its bucket, itself
+included. What a token costs is then R·C keys, however many were seen before. The memory is 4 bytes
+a place, 4·R·n·C for each head; with automatic buckets, half a chunk long, 8·R bytes a position of
+`max_len`, where keys and values take 8·K.
+
+Shape letters: N rows · heads, L length, R hash rounds, C chunk, n buckets.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+import layercomb_kernels
+from layercomb.layers.attention import tiles
+from layercomb.layers.attention.lsh.windows import (
+    UNIT_EPSILON,
+    sorted_by_bucket,
+    unit,
+)
+from layercomb.layers.core.layer import POSITION
+from layercomb.layers.quantized.native import has_kernels, with_kernel
+from layercomb.layers.quantized.rows import IN_BOUNDS, rows
+from layercomb.trees import Tree
+
+
+def empty(n_rows: int, n_hashes: int, n_buckets: int, chunk_len: int) -> jax.Array:
+    """Rings that hold nothing, (N, R, n, C) int32: negative, and no two of a ring the same."""
+    return jnp.broadcast_to(
+        jnp.arange(-chunk_len, 0, dtype=jnp.int32), (n_rows, n_hashes, n_buckets, chunk_len)
+    )
+
+
+def push(
+    rings: jax.Array, buckets: jax.Array, position: jax.Array, real: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Puts each row's next position into its bucket of each round, in the place of the oldest.
+
+    Args:
+      rings: (N, R, n, C).
+      buckets: (N, R).
+      position: (N,).
+      real: (N,) bool; others are put nowhere.
+
+    Returns:
+      The rings, and those of the buckets given, (N, R, C), negative where they hold nothing.
+    """
+    n_rows, n_hashes = buckets.shape
+    of_row, of_round = (jnp.arange(n, dtype=jnp.int32) for n in (n_rows, n_hashes))
+    at = of_row[:, None], of_round, buckets.astype(jnp.int32)
+    ring = rings.at[at].get(**IN_BOUNDS)  # (N, R, C)
+    oldest = ring == ring.min(-1, keepdims=True)
+    ring = jnp.where(oldest & real[:, None, None], position[:, None, None], ring)
+    return rings.at[at].set(ring, unique_indices=True, **IN_BOUNDS), ring
+
+
+def cosines(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
+    """The products of queries with some of their keys, which are k / ‖k‖.
+
+    Each query has keys of its own, which a kernel reads where they are, however many queries ask.
+
+    Args:
+      q: (N, K).
+      at: (N, J) int32, within bounds.
+      keys: k (N, L, K).
+
+    Returns:
+      (N, J) float32.
+    """
+    return (_fast_cosines if has_kernels(1, q, keys) else _cosines)(q, at, keys)
+
+
+def means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
+    """The sums of some values, each times its p: (N, J), (N, J) int32, (N, L, D) → (N, D)."""
+    return (_fast_means if has_kernels(1, p, values) else _means)(p, at, values)
+
+
+def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
+    """(N, L, D), (N, J) → (N, J, D)."""
+    n, length, d = x.shape
+    return rows(x.reshape(n * length, d), at + jnp.arange(n, dtype=jnp.int32)[:, None] * length)
+
+
+def _cosines(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
+    return tiles.dot('nk,njk->nj', q, unit(_taken(keys, at)))
+
+
+def _means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
+    return tiles.dot('nj,njd->nd', p, _taken(values, at))
+
+
+def _cosines_by_kernel(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
+    return layercomb_kernels.gathered_cosines(q, at, keys, UNIT_EPSILON)
+
+
+_fast_cosines = with_kernel(_cosines, _cosines_by_kernel)
+_fast_means = with_kernel(_means, layercomb_kernels.gathered_means)
+
+
+def refill(cache: Tree) -> Tree:
+    """A cache whose rings hold what its buckets say, of the real positions that rows have reached.
+
+    Args:
+      cache: with ``rings``, and ``buckets`` (N, L, R), ``mask`` (B, L) and ``position`` (B,).
+    """
+    rings, buckets = cache['rings'], cache['buckets'].swapaxes(1, 2)  # (N, R, L)
+    _, _, n_buckets, chunk_len = rings.shape
+    length = buckets.shape[2]
+    numbers = jnp.arange(length, dtype=jnp.int32)
+    seen = cache['mask'] & (numbers[None] < cache[POSITION][:, None])  # (B, L)
+    seen = jnp.repeat(seen, len(buckets) // len(seen), 0)[:, None]  # (N, 1, L)
+    buckets = jnp.where(seen, buckets.astype(jnp.int32), n_buckets)
+
+    def one(buckets: jax.Array) -> jax.Array:
+        order, bucket = sorted_by_bucket(buckets, n_buckets)
+        # One of the last C of its bucket, for C places on there is another one.
+        last = bucket != jnp.pad(
+            bucket[chunk_len:], (0, min(chunk_len, length)), constant_values=-1
+        )
+        place = numbers % chunk_len  # C in a row have places of their own
+        at = jnp.where(last, bucket, n_buckets), place  # padding's bucket is none
+        return empty(1, 1, n_buckets, chunk_len)[0, 0].at[at].set(order, mode='drop')
+
+    return {**cache, 'rings': jax.vmap(jax.vmap(one))(buckets)}

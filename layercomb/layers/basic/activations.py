@@ -1,0 +1,165 @@
+"""Activations as layers, and by name: ``activation('gelu')``."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.wrapper import snake_case
+from layercomb.shapes import check_float
+
+
+class Activation(Layer):
+    """An elementwise function without weights; subclasses say which."""
+
+    function: ClassVar[Any]  # an array to an array
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        return (type(self).function(x),), state
+
+
+class Relu(Activation):
+    """max(x, 0)."""
+
+    function = staticmethod(jax.nn.relu)
+
+
+class Relu2(Activation):
+    """max(x, 0)². So et al., Primer, 2021, https://arxiv.org/abs/2109.08668."""
+
+    function = staticmethod(lambda x: jnp.square(jax.nn.relu(x)))
+
+
+class Gelu(Activation):
+    """x Φ(x), by its tanh approximation. Hendrycks & Gimpel 2016."""
+
+    function = staticmethod(jax.nn.gelu)
+
+
+class ExactGelu(Activation):
+    """x Φ(x), exactly, by erf."""
+
+    function = staticmethod(lambda x: jax.nn.gelu(x, approximate=False))
+
+
+class Silu(Activation):
+    """x σ(x), also called swish."""
+
+    function = staticmethod(jax.nn.silu)
+
+
+class Tanh(Activation):
+    """Hyperbolic tangent."""
+
+    function = staticmethod(jnp.tanh)
+
+
+class Sigmoid(Activation):
+    """1 / (1 + e⁻ˣ)."""
+
+    function = staticmethod(jax.nn.sigmoid)
+
+
+class HardSigmoid(Activation):
+    """min(max(x + 3, 0), 6) / 6."""
+
+    function = staticmethod(jax.nn.hard_sigmoid)
+
+
+class Elu(Activation):
+    """x where positive, eˣ − 1 elsewhere."""
+
+    function = staticmethod(jax.nn.elu)
+
+
+class LeakyRelu(Activation):
+    """x where positive, a x elsewhere.
+
+    Attributes:
+      a: the slope below 0. An activation that is chosen by name, as in `SparseFF`, has 0.01.
+    """
+
+    a: float = 0.01
+
+    function = staticmethod(jax.nn.leaky_relu)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        return (jax.nn.leaky_relu(x, self.a),), state
+
+
+class Softplus(Activation):
+    """log(1 + eˣ)."""
+
+    function = staticmethod(jax.nn.softplus)
+
+
+_CURE = 'convert scores or counts, x.astype(np.float32)'
+
+
+def _softmax(x: jax.Array) -> jax.Array:
+    check_float('Softmax', x, _CURE)  # integers between 0 and 1 are all 0
+    return jax.nn.softmax(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _log_softmax(x: jax.Array) -> jax.Array:
+    check_float('LogSoftmax', x, _CURE)
+    return jax.nn.log_softmax(x.astype(jnp.float32)).astype(x.dtype)
+
+
+class Softmax(Activation):
+    """Softmax over the last axis, in float32."""
+
+    float32 = True
+    function = staticmethod(_softmax)
+
+
+class LogSoftmax(Activation):
+    """Logarithm of the softmax over the last axis, in float32."""
+
+    float32 = True
+    function = staticmethod(_log_softmax)
+
+
+NAMES: dict[str, type[Activation]] = {
+    snake_case(c.__name__): c for c in Activation.__subclasses__()
+}
+
+
+def elementwise(owner: str, name: str) -> Any:
+    """The function of an activation that takes each entry by itself, by its name.
+
+    Raises:
+      ValueError: for an unknown name, or one of a function over an axis, such as softmax.
+    """
+    layer: Any = activation(name)
+    if isinstance(layer, (Softmax, LogSoftmax)):
+        raise ValueError(
+            f'{owner}: activation={name!r} mixes the units, of which some do not work: give an '
+            "elementwise one, such as 'relu' or 'gelu'"
+        )
+    return type(layer).function
+
+
+def activation(which: str | Layer) -> Layer:
+    """An activation layer by name, for models and configurations.
+
+    Args:
+      which: a name such as 'relu' or 'gelu', or a layer, which is returned as it is.
+
+    Raises:
+      ValueError: for an unknown name, listing the known.
+
+    >>> activation('leaky_relu')
+    LeakyRelu()
+    """
+    if isinstance(which, Layer):
+        return which
+    if not isinstance(which, str) or which not in NAMES:
+        raise ValueError(f'no activation {which!r}: there are {", ".join(sorted(NAMES))}')
+    return NAMES[which]()

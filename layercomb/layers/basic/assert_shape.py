@@ -1,0 +1,237 @@
+"""`AssertShape`: the shapes that a model's author expects, written in the model and checked."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from layercomb.layers.combinators.routing import Rearrange
+from layercomb.layers.core.checks import check_inputs, check_sublayers
+from layercomb.layers.core.layer import Arrays, Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.printing import call_text, named, set_field, show
+from layercomb.layers.core.wrapper import Wrapper
+from layercomb.shapes import Signature, describe
+
+
+class AssertShape(Wrapper, init=False):
+    """Checks the shapes of values, or of what goes in and out of a layer, and changes nothing.
+
+    ``AssertShape('bld,b')`` takes two values off the stack and puts them back.
+    ``AssertShape('bld,b->bd', layer)`` is the layer, whose two inputs and one output are checked.
+    It adds no level to the paths of the weights, and costs nothing at run time: shapes are known
+    before. It can stand wherever its layer can, among reversible layers too.
+
+    One letter is one axis, and equal letters are equal sizes, wherever they stand; a digit is the
+    size 0 … 9 itself; ``...`` is any number of axes, equal everywhere; commas separate values, and
+    nothing at all is a scalar. Letters take their sizes anew at each call, for in ``PREDICT`` a
+    length may change.
+
+    Attributes:
+      spec: the shapes.
+      layer: the layer that is checked; by default one that passes its values on.
+
+    Raises:
+      ValueError: for a spec that cannot be read, or that describes more or fewer values than the
+        layer has; when applied, for shapes that do not fit.
+
+    >>> from layercomb import tl
+    >>> tl.AssertShape('bld->bd', tl.Mean())
+    AssertShape('bld->bd', Mean())
+    >>> tl.AssertShape('bld,b').n_in
+    2
+    """
+
+    carries_counted = True
+
+    spec: str
+
+    def __init__(self, spec: str, layer: Layer | None = None, *, name: str | None = None):
+        set_field(self, 'spec', spec)
+        if layer is None:
+            written = str(spec)
+            if '->' in written:
+                raise ValueError(
+                    f'AssertShape: {spec!r} has an arrow, so it is about a layer: give the layer, '
+                    f'AssertShape({spec!r}, layer), or check values alone, '
+                    f'AssertShape({written.split("->")[0]!r})'
+                )
+            layer = _Unchanged(written.count(',') + 1)
+        set_field(self, 'layer', layer)
+        set_field(self, 'name', name)
+        self.__post_init__()
+
+    n_in = property(lambda self: self.layer.n_in)
+    n_out = property(lambda self: self.layer.n_out)
+    recomputes = property(lambda self: self.layer.recomputes)
+    mixes_positions = property(lambda self: self.layer.mixes_positions)
+    diagonal = property(lambda self: self.layer.diagonal)
+    headwise = property(lambda self: self.layer.headwise and _fits_one_head(self.spec))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        spec = self.spec.replace(' ', '')
+        before, arrow, after = spec.partition('->')
+        if not self.changes_nothing and not arrow:
+            raise ValueError(
+                f'AssertShape: {self.spec!r} says nothing of outputs: write inputs->outputs, such '
+                "as 'bld->bd'"
+            )
+        sides = [('takes', before, self.layer.n_in), ('puts back', after, self.layer.n_out)]
+        for verb, side, n in sides[: 2 if arrow else 1]:
+            specs = _specs(side, n)
+            for one in specs:
+                if not re.fullmatch(r'[A-Za-z0-9]*(\.\.\.[A-Za-z0-9]*)?', one):
+                    raise ValueError(
+                        f'AssertShape: {self.spec!r} cannot be read at {one!r}: a value is '
+                        "letters, digits and at most one '...'; values are separated by ','"
+                    )
+            if len(specs) != n:
+                raise ValueError(
+                    f'AssertShape: {self.spec!r} describes {_many(len(specs), "value")} that '
+                    f'{type(self.layer).__name__} {verb}, there {"is" if n == 1 else "are"} {n}'
+                )
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether it is around no layer, and checks values alone."""
+        return isinstance(self.layer, _Unchanged)
+
+    def with_sublayers(self, sublayers: tuple[Layer, ...]) -> Any:
+        """The same around another layer."""
+        check_sublayers(self, sublayers)
+        return self.replace(layer=sublayers[0])
+
+    def replace(self, **changes: Any) -> Any:
+        """The same layer with other values in some fields."""
+        return type(self)(**{'spec': self.spec, 'layer': self.layer, 'name': self.name, **changes})
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        """The inner layer's weights and state."""
+        return self.init_with_outputs(tuple(signature), rng, mode)[1:]
+
+    def init_with_outputs(self, signature: Signature, rng: Any, mode: Mode) -> Any:
+        check_inputs(self, signature)
+        sizes = self._check_inputs(signature)
+        outputs, weights, state = self.layer.init_with_outputs(signature, rng, mode)
+        self._check_outputs(outputs, sizes)
+        return outputs, weights, state
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Applies the layer between its checks."""
+        sizes = self._check_inputs(inputs)
+        outputs, state = self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
+        self._check_outputs(outputs, sizes)
+        return outputs, state
+
+    def apply_and_grad(
+        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
+    ):
+        """The layer's own, between the checks."""
+        sizes = self._check_inputs(inputs)
+        made = self.layer.apply_and_grad(
+            weights, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
+        )
+        self._check_outputs(made[0], sizes)
+        return made
+
+    def reverse_and_grad(
+        self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
+    ):
+        """That of a reversible layer; the outputs themselves where nothing is changed."""
+        if self.changes_nothing:
+            return tuple(outputs), tuple(cts), {}
+        layer: Any = self.layer
+        return layer.reverse_and_grad(
+            weights, state, outputs, cts, rng=rng, mode=mode, state_cts=state_cts
+        )
+
+    def by_head(self, weights: Any) -> Any:
+        """The layer's."""
+        layer: Any = self.layer
+        return layer.by_head(weights)
+
+    def __repr__(self) -> str:
+        parts = [repr(self.spec)]
+        parts += [] if self.changes_nothing else [show(self.layer)]
+        return call_text('AssertShape', [*parts, *named(self)])
+
+    def _check_inputs(self, values: Any) -> dict[str, Any]:
+        sizes: dict[str, Any] = {}
+        self._check('inputs', self.spec.partition('->')[0], values, sizes)
+        return sizes
+
+    def _check_outputs(self, values: Any, sizes: dict[str, Any]) -> None:
+        if '->' in self.spec:
+            self._check('outputs', self.spec.partition('->')[2], values, sizes)
+
+    def _check(self, which: str, side: str, values: Any, sizes: dict[str, Any]) -> None:
+        """Raises a ValueError unless values fit; writes what letters mean into `sizes`."""
+        if self.changes_nothing:
+            which = 'values'
+        specs = _specs(side.replace(' ', ''), len(values))
+        for i, (spec, x) in enumerate(zip(specs, values, strict=True)):
+            wrong = _misfit(spec, tuple(x.shape), sizes)
+            if wrong:
+                of = '' if which == 'values' else f' of {type(self.layer).__name__}'
+                raise ValueError(
+                    f'AssertShape({self.spec!r}): the {which}{of} are {describe(values)}; '
+                    f'value {i + 1} should fit {spec!r}: {wrong}'
+                )
+
+
+class _Unchanged(Rearrange):
+    """Passes `n` values on; it stands in an `AssertShape` that is around nothing."""
+
+    n: int
+
+    n_in = property(lambda self: self.n)
+    n_out = property(lambda self: self.n)
+    diagonal = property(lambda self: self.n == 1)
+    headwise = True
+
+    @property
+    def _class_name(self) -> str:
+        return 'AssertShape'
+
+    def pick(self, values: Arrays) -> Arrays:
+        return values
+
+
+def _specs(side: str, n: int) -> list[str]:
+    """The shapes of `n` values; of none, if there is none and nothing is written."""
+    return [] if n == 0 and not side else side.split(',')
+
+
+def _fits_one_head(spec: str) -> bool:
+    """Whether a spec that fits values (B, H, …) fits one of their heads too, where H is 1.
+
+    It does not if it gives H a number, or uses its letter for another axis. A letter beside '...'
+    may be that of H; then it counts as not fitting.
+    """
+    specs = re.split('->|,', spec.replace(' ', ''))
+    heads = {one[1] for one in specs if len(one) == 4 and '.' not in one}
+    others = {c for one in specs for c in (one[0] + one[2:] if one[1:2] in heads else one)}
+    dotted = all(re.fullmatch(r'\w?\.\.\.\w?\w?', one) for one in specs if '.' in one)
+    return dotted and not heads & others and not any(head.isdigit() for head in heads)
+
+
+def _many(n: int, one: str, several: str | None = None) -> str:
+    return f'{n} {one if n == 1 else several or one + "s"}'
+
+
+def _misfit(spec: str, shape: tuple[int, ...], sizes: dict[str, Any]) -> str:
+    """What is wrong with a shape, in words; empty if nothing is. Fills `sizes`."""
+    before, dots, after = spec.partition('...')
+    n = len(before) + len(after)
+    if len(shape) < n or (len(shape) > n and not dots):
+        least, are = 'at least ' if dots else '', 'is' if len(shape) == 1 else 'are'
+        return f'there should be {least}{_many(n, "axis", "axes")}, there {are} {len(shape)}'
+    stop = len(shape) - len(after)
+    pairs: list[Any] = [*zip(before, shape, strict=False), *zip(after, shape[stop:], strict=True)]
+    pairs += [('...', shape[len(before) : stop])] if dots else []
+    for letter, size in pairs:
+        wanted = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+        if size != wanted:
+            return f'{letter!r} is {size} and should be {wanted}'
+    return ''

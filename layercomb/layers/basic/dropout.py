@@ -1,0 +1,59 @@
+"""`Dropout`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layercomb.layers.core.fields import Rate
+from layercomb.layers.core.layer import POSITION_AXES, Layer
+from layercomb.layers.core.mode import Mode
+
+
+class Dropout(Layer):
+    """Zeroes entries with probability `rate` in training, and scales the others by 1 / (1 − rate).
+
+    Attributes:
+      rate: the probability, 0 ≤ rate < 1.
+      shared_axes: axes along which all entries are dropped or kept together, e.g. (1,) for one
+        mask over all positions, which saves drawing it.
+
+    Raises:
+      ValueError: in training, without a key.
+
+    References:
+      Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html
+    """
+
+    rate: Rate
+    shared_axes: tuple[int, ...] = ()
+
+    float32 = True  # it keeps the dtype of a stream
+    diagonal = True
+    mixes_positions = property(lambda self: any(a in POSITION_AXES for a in self.shared_axes))
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        for axis in self.shared_axes:
+            if not -len(x.shape) <= axis < len(x.shape):
+                raise ValueError(
+                    f'Dropout: shared_axes={self.shared_axes} are axes of the input, which has '
+                    f'the shape {tuple(x.shape)}'
+                )
+        return {}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        if not mode.is_training or self.rate == 0:
+            return (x,), state
+        if rng is None:
+            raise ValueError(
+                f'Dropout({self.rate}) draws in training: pass rng=jax.random.key(…) to apply'
+            )
+        shape = list(x.shape)
+        for axis in self.shared_axes:
+            shape[axis] = 1
+        # In float32, since what is drawn for a float64 is something else.
+        kept = jax.random.bernoulli(rng, np.float32(1 - self.rate), shape)
+        return (jnp.where(kept, x / (1 - self.rate), 0),), state

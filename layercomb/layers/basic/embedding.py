@@ -1,0 +1,70 @@
+"""`Embedding`: rows of a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layercomb.layers.basic.initializers import Initializer, Normal
+from layercomb.layers.core.fields import Size
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.quantized.matrix import Narrow
+
+
+class Embedding(Layer):
+    """Rows of a table: integers (…) → vectors (…, d_model).
+
+    Weights: ``table`` (vocab_size, d_model). Out of the vocabulary there is nothing to look up: an
+    id outside raises where values are known, and gives NaN inside `jit`, where they are not.
+
+    Attributes:
+      vocab_size: ids run from 0 to vocab_size − 1.
+      d_model: the width of a row.
+      table_init: of the table.
+    """
+
+    vocab_size: Size
+    d_model: Size
+    table_init: Initializer = Normal(1.0)
+
+    float32 = True
+    matrices = {'table': 'oi'}
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (ids,) = signature
+        self._check_integers(ids)
+        return {'table': self.table_init(rng, (self.vocab_size, self.d_model))}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (ids,) = inputs
+        self._check_integers(ids)
+        self.check_ids(ids)
+        ids = jnp.where(ids < 0, self.vocab_size, ids)  # or −1 would take the last row
+        table = weights['table']
+        if isinstance(table, Narrow):
+            return (table.take(ids),), state
+        return (jnp.take(table, ids, axis=0, mode='fill', fill_value=jnp.nan),), state
+
+    def _check_integers(self, ids: Any) -> None:
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(
+                f'Embedding takes integers, got {ids.dtype}{list(ids.shape)}: give token ids as '
+                'int32'
+            )
+
+    def check_ids(self, ids: jax.Array) -> None:
+        """Raises a ValueError if a known id lies outside the vocabulary; a traced one passes."""
+        if isinstance(ids, jax.core.Tracer) or ids.size == 0:
+            return
+        known = np.asarray(ids)  # not jnp: inside jit even constants would be traced
+        low, high = int(known.min()), int(known.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f'token id {high if high >= self.vocab_size else low} is outside the vocabulary of '
+                f'{self.vocab_size}: ids run from 0 to {self.vocab_size - 1}; check the tokenizer, '
+                'or raise vocab_size'
+            )

@@ -1,0 +1,46 @@
+"""Masks made of token ids."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.shapes import check_rank, describe
+
+
+class PaddingMask(Layer):
+    """ids (B, L) → (B, L) boolean, True where a position is real: where the id is not `pad`.
+
+    Layers with ``masked=True`` take it, here beside what a model's embedding gives:
+
+    >>> from layercomb import tl
+    >>> net = tl.Serial(
+    ...     tl.Branch(tl.Embedding(16, 8), tl.PaddingMask()),
+    ...     tl.SelfAttention(2, causal=False, masked=True),
+    ... )
+    >>> net.n_in, net.n_out
+    (1, 1)
+
+    Attributes:
+      pad: the id of padding.
+
+    Raises:
+      TypeError: when applied to what holds no integers.
+      ValueError: when applied to another shape than (B, L).
+    """
+
+    pad: int = 0
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (ids,) = inputs
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(
+                f'PaddingMask takes token ids, integers, got {describe([ids])}: give it what the '
+                'embedding is given'
+            )
+        check_rank('PaddingMask', ids, 'token ids (batch, length)', 2)
+        limits = jnp.iinfo(ids.dtype)
+        if not limits.min <= self.pad <= limits.max:  # no such id can be there
+            return (jnp.ones(ids.shape, bool),), state
+        return (ids != jnp.asarray(self.pad, ids.dtype),), state

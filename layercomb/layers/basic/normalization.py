@@ -1,0 +1,178 @@
+"""Normalization: `LayerNorm`, `RMSNorm`, `BatchNorm`. All compute in float32."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+
+import layercomb_kernels
+from layercomb.layers.core.counted import counted_positions
+from layercomb.layers.core.fields import Bound, Rate
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.quantized.native import has_kernels, with_kernel
+from layercomb.shapes import as_deep, check_float, check_width
+from layercomb.trees import Tree
+
+
+class LayerNorm(Layer):
+    """y = (x − mean(x)) / √(var(x) + epsilon) · scale + bias, over the last axis.
+
+    Weights: ``scale`` and ``bias`` (D,).
+
+    References:
+      Ba et al. 2016, https://arxiv.org/abs/1607.06450
+    """
+
+    epsilon: Annotated[float, Bound(0)] = 1e-6
+    use_bias: bool = True
+
+    float32 = True
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_float('LayerNorm', x)
+        d = x.shape[-1]
+        weights = {'scale': jnp.ones(d, jnp.float32)}
+        return (weights | {'bias': jnp.zeros(d, jnp.float32)} if self.use_bias else weights), {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        check_width(x, len(weights['scale']))
+        bias = weights['bias'] if self.use_bias else 0.0
+        fast = self.use_bias and _is_little(x, mode, weights)
+        f = _fast_layer_norm if fast else _layer_norm
+        return (f(x, weights['scale'], bias, self.epsilon),), state
+
+
+class RMSNorm(Layer):
+    """y = x / √(mean(x²) + epsilon) · scale, over the last axis.
+
+    Weights: ``scale`` (D,).
+
+    References:
+      Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
+    """
+
+    epsilon: Annotated[float, Bound(0)] = 1e-6
+
+    float32 = True
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_float('RMSNorm', x)
+        return {'scale': jnp.ones(x.shape[-1], jnp.float32)}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        check_width(x, len(weights['scale']))
+        f = _fast_rms_norm if _is_little(x, mode, weights) else _rms_norm
+        return (f(x, weights['scale'], self.epsilon),), state
+
+
+class BatchNorm(Layer):
+    """Normalizes each feature over the batch (all axes but the last).
+
+    y = (x − mean) / √(var + epsilon) · scale + bias, with the batch's statistics in training and
+    their running means elsewhere: running ← momentum · running + (1 − momentum) · batch.
+
+    Positions of loss weight 0 are normalized as the others are, but do not count in the statistics:
+    a `Loop` sees to that, and `losses.apply_counted` in a loop of one's own; else all positions
+    count. If none counts, the running means are used, and stay as they are.
+
+    Weights: ``scale`` and ``bias`` (D,). State: ``mean`` and ``var`` (D,).
+
+    References:
+      Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167
+    """
+
+    momentum: Rate = 0.99
+    epsilon: Annotated[float, Bound(0)] = 1e-5
+
+    float32 = True
+    mixes_positions = True
+    counts_positions = True
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_float('BatchNorm', x)
+        d = x.shape[-1]
+        return (
+            {'scale': jnp.ones(d, jnp.float32), 'bias': jnp.zeros(d, jnp.float32)},
+            {'mean': jnp.zeros(d, jnp.float32), 'var': jnp.ones(d, jnp.float32)},
+        )
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        check_width(x, len(weights['scale']))
+        h = x.astype(jnp.float32)
+        state, counted = counted_positions(state, x)
+        mean, var = state['mean'], state['var']
+        if mode.is_training:
+            (mean, var), state = self._trained(h, state, counted)
+        mean, var, scale, bias = (
+            as_deep(v, h) for v in (mean, var, weights['scale'], weights['bias'])
+        )
+        h = (h - mean) * jax.lax.rsqrt(var + self.epsilon)
+        return ((h * scale + bias).astype(x.dtype),), state
+
+    def _trained(
+        self, h: jax.Array, state: Tree, counted: jax.Array | None
+    ) -> tuple[tuple[jax.Array, jax.Array], Tree]:
+        """Mean and variance to normalize with, and the new running means."""
+        old = state['mean'], state['var']
+        new = _moments(h, counted)
+        running = self._running(old[0], new[0]), self._running(old[1], new[1])
+        if counted is not None:
+            found = counted.any()
+            new, running = jax.tree.map(
+                functools.partial(jnp.where, found), (new, running), (old, old)
+            )
+        return new, {'mean': running[0], 'var': running[1]}
+
+    def _running(self, old: jax.Array, new: jax.Array) -> jax.Array:
+        return self.momentum * old + (1 - self.momentum) * jax.lax.stop_gradient(new)
+
+
+def _moments(h: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of each feature over the positions that count: (…, D) → (D,) twice."""
+    axes = tuple(range(h.ndim - 1))
+    if counted is None:
+        return h.mean(axes), h.var(axes)
+    n, counts = jnp.maximum(counted.sum(dtype=h.dtype), 1), counted[..., None]
+    mean = jnp.where(counts, h, 0).sum(axes) / n
+    away = jnp.where(counts, h - as_deep(mean, h), 0)
+    return mean, jnp.square(away).sum(axes) / n
+
+
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: Any, epsilon: float) -> jax.Array:
+    h = x.astype(jnp.float32)
+    h = h - h.mean(-1, keepdims=True)
+    h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + epsilon)
+    return (h * as_deep(scale, h) + as_deep(bias, h)).astype(x.dtype)
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    h = x.astype(jnp.float32)
+    h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + epsilon)
+    return (h * as_deep(scale, h)).astype(x.dtype)
+
+
+def _is_little(x: jax.Array, mode: Mode, weights: Tree) -> bool:
+    """Whether x is so little that a kernel's one loop is quicker than XLA's six."""
+    return mode is Mode.PREDICT and has_kernels(math.prod(x.shape[:-1]), x, *weights.values())
+
+
+def _with_kernel(plain: Any, kernel: Any) -> Any:
+    def by_kernel(x: jax.Array, *args: Any) -> jax.Array:
+        return kernel(x.reshape(-1, x.shape[-1]), *args).reshape(x.shape)  # of (M, D)
+
+    return with_kernel(plain, by_kernel)
+
+
+_fast_layer_norm = _with_kernel(_layer_norm, layercomb_kernels.layer_norm)
+_fast_rms_norm = _with_kernel(_rms_norm, layercomb_kernels.rms_norm)

@@ -1,0 +1,68 @@
+"""`Flatten` and `Mean`: fewer axes."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+
+from layercomb.layers.core.fields import Size
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.shapes import check_axis, check_mask
+
+
+class Flatten(Layer):
+    """Joins all axes from `first_axis` on into one: (B, H, W, C) → (B, H·W·C).
+
+    Raises:
+      ValueError: when applied to an input without that axis.
+    """
+
+    first_axis: Size = 1
+
+    mixes_positions = property(lambda self: self.first_axis == 1)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        if self.first_axis >= len(x.shape):
+            n = len(x.shape)
+            lower = f'give first_axis below {n}, or ' if n > 1 else 'give '
+            raise ValueError(
+                f'Flatten: there is no axis {self.first_axis} to join with those after it in the '
+                f'shape {tuple(x.shape)}: {lower}x[...{", None" * (self.first_axis + 1 - n)}]'
+            )
+        return (
+            x.reshape(*x.shape[: self.first_axis], math.prod(x.shape[self.first_axis :])),
+        ), state
+
+
+class Mean(Layer):
+    """The mean over `axis`, weighted by a mask where `masked`.
+
+    With `masked`, a second input (B, L) boolean says which positions of axis 1 are real; a row
+    without any gives zeros.
+    """
+
+    axis: int = 1
+    masked: bool = False
+
+    mixes_positions = True
+    float32 = True
+    n_in = property(lambda self: 1 + self.masked)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.masked and self.axis != 1:
+            raise ValueError(f'Mean: a mask (B, L) runs along axis 1, got axis={self.axis}')
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        x = inputs[0]
+        check_axis('Mean', x, self.axis)
+        if not self.masked:
+            return (x.mean(self.axis),), state
+        check_mask(inputs[1], tuple(x.shape[:2]))
+        real = inputs[1].astype(x.dtype)  # (B, L)
+        total = jnp.einsum('bl...,bl->b...', x, real)
+        count = jnp.maximum(real.sum(1), 1)
+        return (total / count.reshape(-1, *[1] * (total.ndim - 1)),), state

@@ -1,0 +1,139 @@
+"""The simple recurrent unit: gates see the input alone, and memory is linear in time."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.basic.activations import activation
+from layercomb.layers.basic.dense import dense
+from layercomb.layers.basic.initializers import Initializer, glorot_uniform
+from layercomb.layers.core.fields import Size
+from layercomb.layers.core.layer import POSITION, Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.decoding.caches import (
+    init_past,
+    poison_overflow,
+    position_of,
+    refuse_overflow,
+)
+from layercomb.shapes import Signature, check_float, check_sequence, shape_dtype
+from layercomb.trees import Tree
+
+
+class SRU(Layer):
+    """A simple recurrent unit: (B, L, D) → (B, L, n_units), causal.
+
+    z, f, r = x W_z + b_z, σ(x W_f + b_f), σ(x W_r + b_r)
+    c[t] = f[t] c[t−1] + (1 − f[t]) z[t], from c[−1] = 0
+    y = r g(c) + (1 − r) x, where x W_x + b_x stands for x if n_units is not D.
+
+    All products with weights are one product for all positions; what is left for time is
+    elementwise, and is done in float32 whatever the inputs are.
+
+    Weights: ``kernel`` (D, 3·n_units) = [W_z | W_f | W_r], or (D, 4·n_units) = [… | W_x] if n_units
+    is not D; ``bias`` (3·n_units,) or (4·n_units,), in the same order.
+
+    In ``PREDICT`` the state keeps c of every position and not of the last alone, because rows may
+    be sent back to where they were: ragged prompts are ingested padded at the end. That is
+    4·n_units·(L + 1) bytes a row, as much as the keys of attention as wide; the work of a step does
+    not grow with L.
+
+    Attributes:
+      n_units: the width of the output; None keeps the input's.
+      activation: the name of g, 'tanh' as in the paper; None is the identity.
+      forget_bias: b_f at first. A unit then remembers for about 1 + e^forget_bias positions, 8 by
+        default; the other biases start at 0, where y is half memory and half input.
+      kernel_init: of each of the three or four parts of the kernel.
+
+    References:
+      Lei et al. 2017, https://arxiv.org/abs/1709.02755 (the first version's equations)
+
+    >>> from layercomb import shape_dtype
+    >>> SRU(3).output_signature(shape_dtype((2, 5, 8)))
+    (ShapeDtypeStruct(shape=(2, 5, 3), dtype=float32),)
+    """
+
+    n_units: Size | None = None
+    activation: str | None = 'tanh'
+    forget_bias: float = 2.0
+    kernel_init: Initializer = glorot_uniform()
+
+    mixes_positions = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activation is not None:
+            activation(self.activation)  # raises if there is none of this name
+
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
+        """See `Layer.init`."""
+        (x,) = signature
+        check_float('SRU', x)
+        check_sequence('SRU', x)
+        batch, length, d = x.shape
+        n = self.n_units or d
+        keys = jax.random.split(rng, 3 if n == d else 4)
+        # Each part by itself, or its variance would be that of a layer several times as wide.
+        kernel = jnp.concatenate([self.kernel_init(key, (d, n)) for key in keys], -1)
+        bias = jnp.zeros(kernel.shape[1], jnp.float32).at[n : 2 * n].set(self.forget_bias)
+        weights = {'kernel': kernel, 'bias': bias}
+        if mode is not Mode.PREDICT:
+            return weights, {}
+        return weights, init_past(shape_dtype((batch, length, n)), 1)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        check_sequence('SRU', x)
+        parts = len(weights['bias']) // (self.n_units or x.shape[-1])
+        projected = dense(weights, x).astype(jnp.float32)  # (B, L, parts·n_units)
+        z, f, r, *highway = jnp.split(projected, parts, -1)
+        f, r = jax.nn.sigmoid(f), jax.nn.sigmoid(r)
+        u = (1 - f) * z
+        if mode is Mode.PREDICT:
+            c, state = _continue(f, u, state)
+        else:
+            c = linear_recurrence(f, u, jnp.zeros_like(u[:, 0]))
+        if self.activation is not None:
+            (c,), _ = activation(self.activation).apply({}, {}, (c,))
+        around = highway[0] if highway else x.astype(jnp.float32)
+        return ((r * c + (1 - r) * around).astype(x.dtype),), state
+
+
+def linear_recurrence(a: jax.Array, u: jax.Array, start: jax.Array) -> jax.Array:
+    """c[t] = a[t] c[t−1] + u[t] along axis 1.
+
+    Position by position, since it is memory that limits it: an associative scan passes over the
+    arrays log L times. On a CPU the layer's forward and gradient at (4, 8192, 256) take 1.2 s, of
+    which this is a fifth, and 1.6 s by an associative scan.
+
+    Args:
+      a: (B, L, n).
+      u: (B, L, n).
+      start: (B, n), c[−1].
+
+    Returns:
+      c, (B, L, n).
+    """
+
+    def step(c: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        c = now[0] * c + now[1]
+        return c, c
+
+    by_time = jnp.swapaxes(a, 0, 1), jnp.swapaxes(u, 0, 1)  # (L, B, n)
+    return jnp.swapaxes(jax.lax.scan(step, start, by_time)[1], 0, 1)  # (B, L, n)
+
+
+def _continue(f: jax.Array, u: jax.Array, state: Tree) -> tuple[jax.Array, Tree]:
+    """c of the next positions, each row from where it stands; `past` has c[t] at t + 1."""
+    position, length = position_of(state), u.shape[1]
+    room = state['past'].shape[1] - 1
+    refuse_overflow(position, length, room)
+    start = jnp.take_along_axis(state['past'], position[:, None, None], 1, mode='clip')[:, 0]
+    c = linear_recurrence(f, u, start)
+    past = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(
+        state['past'], c, position + 1, 0
+    )
+    return poison_overflow(c, position, length, room), {'past': past, POSITION: position + length}

@@ -1,0 +1,97 @@
+"""`Map`: one layer, with one set of weights, on each of several groups of values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.combinators.shares import add_aux
+from layercomb.layers.core.checks import check_inputs, check_outputs
+from layercomb.layers.core.counted import put_counted, take_counted
+from layercomb.layers.core.decisions import DECISIONS, put_decisions, take_decisions
+from layercomb.layers.core.fields import Size
+from layercomb.layers.core.layer import Arrays, fold
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.wrapper import Wrapper
+from layercomb.shapes import describe
+from layercomb.trees import Tree
+
+
+class Map(Wrapper):
+    """One layer, with one set of weights, on each of `n` groups of values.
+
+    State (running statistics) is threaded from one to the next, and auxiliary losses are summed; in
+    ``PREDICT`` each has its own.
+
+    >>> from layercomb import tl
+    >>> tl.Map(tl.Dense(4), 3).n_in
+    3
+    """
+
+    carries_counted = True
+
+    n: Size = 1
+
+    n_in = property(lambda self: self.n * self.layer.n_in)
+    n_out = property(lambda self: self.n * self.layer.n_out)
+
+    def inner_signature(self, signature):
+        """Of the first group."""
+        return self._groups(signature)[0]
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        """The layer's weights, from the first group; every group must have the same signature."""
+        groups = self._groups(signature)
+        for group in groups[1:]:
+            if describe(group) != describe(groups[0]):
+                raise TypeError(
+                    f'Map: one layer on values of one shape, got ({describe(groups[0])}) and '
+                    f'({describe(group)})'
+                )
+        weights, state = self.layer.init(groups[0], rng, mode)
+        if mode is Mode.PREDICT and state:
+            state = {str(i): jax.tree.map(jnp.copy, state) for i in range(self.n)}
+        return weights, state
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Applies the layer to each group; group `i` draws from `rng` folded with `i`."""
+        check_inputs(self, inputs)
+        apart = mode is Mode.PREDICT
+        found = state.get(DECISIONS, {})
+        state, counted = take_counted({k: v for k, v in state.items() if k != DECISIONS})
+        state = state if apart else add_aux({}, state, 0.0)
+        outputs: Arrays = ()
+        kept: Tree = {}
+        decisions: Tree = {}
+        for i, group in enumerate(self._groups(inputs)):
+            its_state = put_decisions(
+                state.get(str(i), {}) if apart else state, found.get(str(i), {})
+            )
+            its_state = put_counted(its_state, counted)
+            made, new = self.layer.apply(weights, its_state, group, rng=fold(rng, i), mode=mode)
+            outputs += check_outputs(self.layer, made)
+            new, its_decisions = take_decisions(take_counted(new)[0])
+            if apart and new:
+                kept[str(i)] = new
+            if not apart:
+                state = add_aux(state, new, 1.0)
+            if its_decisions:
+                decisions[str(i)] = its_decisions
+        new_state = kept if apart else state
+        if mode is Mode.RECORD and decisions:
+            new_state = {**new_state, DECISIONS: decisions}
+        return outputs, new_state
+
+    def block_weights(self, weights: Tree, i: int) -> Tree:
+        """The weights for group `i`: one set for all."""
+        return weights
+
+    def block_state(self, state: Tree, i: int) -> Tree:
+        """The state for group `i` in training's: what was threaded through all."""
+        return state
+
+    def _groups(self, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        k = self.layer.n_in
+        return [values[i * k : (i + 1) * k] for i in range(self.n)]

@@ -1,0 +1,41 @@
+"""`Remat`: computes its layer again in the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from layercomb.layers.core.layer import Arrays
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.wrapper import Wrapper
+from layercomb.trees import Tree
+
+
+class Remat(Wrapper):
+    """Computes its layer again in the backward pass instead of keeping what is inside.
+
+    Under `Repeat` this makes the memory of training grow with depth by the block's inputs alone.
+    """
+
+    carries_counted = True
+
+    recomputes = True
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Applies the layer under `jax.checkpoint`, unless there is no backward pass."""
+        if mode is Mode.PREDICT:
+            return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
+
+        def run(weights: Tree, state: Tree, inputs: Arrays, rng: Any) -> tuple[Arrays, Tree]:
+            return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
+
+        return jax.checkpoint(run)(weights, state, tuple(inputs), rng)
+
+    def apply_and_grad(
+        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
+    ):
+        """The layer's own: in one pass there is nothing to compute again."""
+        return self.layer.apply_and_grad(
+            weights, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
+        )

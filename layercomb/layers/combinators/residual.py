@@ -1,0 +1,99 @@
+"""`Residual`: x + f(x), and the sum itself, `Add`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from layercomb.layers.combinators.one_pass import Pass
+from layercomb.layers.combinators.serial import serial_arity, serial_route
+from layercomb.layers.combinators.side_by_side import one_layer
+from layercomb.layers.core.combinator import Call, Stack, Variadic
+from layercomb.layers.core.cotangents import add_cts
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+
+
+class Add(Layer):
+    """a + b in a's dtype, so that a float32 stream stays one whatever is added to it."""
+
+    n_in = 2
+    float32 = True
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Adds the second value to the first."""
+        a, b = inputs
+        if a.shape != b.shape:
+            raise ValueError(
+                f'Add: cannot add {tuple(b.shape)} to {tuple(a.shape)}: what is added to a stream '
+                f'must keep its shape; end it with Dense({a.shape[-1] if a.shape else 1}), or '
+                'project the stream by shortcut='
+            )
+        return (a + b.astype(a.dtype),), state
+
+
+class Residual(Variadic, init=False):
+    """x + f(x), where f is the layers in series.
+
+    The layers may take more values than one; the first is what they are added to. The sum is made
+    in the shortcut's dtype.
+
+    Attributes:
+      layers: f; its first output is added, further ones are put back beneath the sum.
+      shortcut: a layer in x's way, e.g. a projection; f's output is added to its one output. A list
+        is a `Serial` of its layers, and None or an empty list is the identity.
+
+    Raises:
+      ValueError: if the layers leave nothing to add, or the shortcut more values than one, or none.
+    """
+
+    shortcut: Layer | None = None
+    add: Layer = Add()
+
+    def __init__(self, *layers: Any, shortcut: Any = None, name: str | None = None):
+        if isinstance(shortcut, (list, tuple)):
+            shortcut = one_layer('Residual', shortcut) if shortcut else None
+        self._hold(layers=layers, shortcut=shortcut, add=Add(), name=name)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n = self.shortcut.n_out if self.shortcut else 1
+        if n != 1:
+            raise ValueError(
+                f'Residual: its shortcut must leave the one value that is added to, it leaves {n}: '
+                'end it with Add, Concatenate or Drop'
+            )
+
+    @functools.cached_property
+    def _arity(self) -> tuple[int, int]:
+        n_in, n_out = serial_arity(self.layers)
+        if n_out < 1:
+            raise ValueError('Residual: its layers leave nothing to add: n_out must be at least 1')
+        return max(n_in, self.shortcut.n_in if self.shortcut else 1), n_out
+
+    n_in = property(lambda self: self._arity[0])
+    n_out = property(lambda self: self._arity[1])
+
+    def route(self, call: Call, stack: Stack) -> Stack:
+        n = len(self.layers)
+        inner = stack[: serial_arity(self.layers)[0]]
+        y, *more = serial_route(self.layers, call, inner)
+        x = call(n, stack[: self.shortcut.n_in]) if self.shortcut else stack
+        return call(n + bool(self.shortcut), (x[0], y)) + tuple(more) + stack[self.n_in :]
+
+    def apply_and_grad(
+        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
+    ):
+        """Handed to the last layer: what it adds has the sum's cotangent."""
+        if self.shortcut is not None or not isinstance(self.add, Add):
+            return super().apply_and_grad(
+                weights, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
+            )
+        n = serial_arity(self.layers)[0]
+        (y, *more), d_inputs, d_weights = Pass(
+            self, weights, state, rng, mode, state_cts
+        ).apply_and_grad(inputs[:n], cts)
+        x = inputs[0]
+        d_x, *d_beside = d_inputs or (None,)  # layers that make values of nothing have none
+        y = x + y.astype(x.dtype)
+        return (y, *more), (add_cts(d_x, cts[0]), *d_beside), d_weights

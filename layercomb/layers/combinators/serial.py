@@ -1,0 +1,69 @@
+"""`Serial`: layers one after the other on a data stack."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+from layercomb.layers.combinators.one_pass import Pass
+from layercomb.layers.core.combinator import Call, Stack, Variadic
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+
+
+def serial_arity(layers: Iterable[Layer]) -> tuple[int, int]:
+    """How many values layers in series need, and how many they leave of these.
+
+    >>> from layercomb import tl
+    >>> serial_arity([tl.Dup(), tl.Dense(4), tl.Add()])
+    (1, 1)
+    """
+    layers = tuple(layers)
+    if not layers:
+        return 1, 1
+    height = needed = 0  # relative to the stack at the start
+    for layer in layers:
+        needed = max(needed, layer.n_in - height)
+        height += layer.n_out - layer.n_in
+    return needed, needed + height
+
+
+def serial_route(layers: Iterable[Layer], call: Call, stack: Stack) -> Stack:
+    """Sends a stack through layers in series; the i-th is ``call(i, …)``."""
+    for i, layer in enumerate(layers):
+        stack = call(i, stack[: layer.n_in]) + stack[layer.n_in :]
+    return stack
+
+
+class Serial(Variadic, init=False):
+    """Layers one after the other on a data stack.
+
+    Each layer takes its `n_in` values off the top of the stack and puts its `n_out` back::
+
+        for layer in layers:
+            stack = layer(stack[:layer.n_in]) + stack[layer.n_in:]
+
+    so what a layer does not take lies there for a later one. `n_in` is the number of values that
+    the whole needs, `n_out` what it leaves of them. `Serial()` is the identity.
+
+    >>> from layercomb import tl
+    >>> net = tl.Serial(tl.Dense(4), tl.Add())   # Dense on the first of two, then their sum
+    >>> net.n_in, net.n_out
+    (2, 1)
+    """
+
+    @functools.cached_property
+    def _arity(self) -> tuple[int, int]:
+        return serial_arity(self.layers)
+
+    n_in = property(lambda self: self._arity[0])
+    n_out = property(lambda self: self._arity[1])
+
+    def route(self, call: Call, stack: Stack) -> Stack:
+        return serial_route(self.layers, call, stack)
+
+    def apply_and_grad(
+        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
+    ):
+        """Handed to the last layer, whose outputs are the whole's."""
+        return Pass(self, weights, state, rng, mode, state_cts).apply_and_grad(inputs, cts)

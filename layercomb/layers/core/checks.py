@@ -1,0 +1,122 @@
+"""What goes in and out of layers is checked, and an error says in which of them it arose."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from layercomb.layers.core.arguments import ABSENT, Method
+from layercomb.layers.core.mode import check_mode
+from layercomb.shapes import describe, signature_of
+
+F = TypeVar('F', bound=Callable[..., Any])
+
+
+def checking_init(init: F) -> F:
+    """A class's `init`, which takes one signature alone too, counts them, and checks the mode.
+
+    Arguments are passed on as they came. An `init` that has no parameter `mode` is given none.
+    """
+    method = Method(init, ('signature', 'rng', 'mode'))
+
+    def checking(self: Any, *args: Any, **given: Any) -> Any:
+        mode = method.find('mode', args, given)
+        if mode is not ABSENT:
+            check_mode(f'{type(self).__name__}.init', mode)
+            args, given = method.as_taken('mode', args, given)
+        signature = method.find('signature', args, given)
+        if signature is not ABSENT:
+            signature = signature if isinstance(signature, tuple) else signature_of(signature)
+            if not hasattr(
+                self, 'route'
+            ):  # in a combinator the sublayer that finds too few says so
+                check_inputs(self, signature)
+            args, given = method.put('signature', signature, args, given)
+        return method(self, args, given)
+
+    made: F = method.wrapper(checking)
+    return made
+
+
+def checking_apply(apply: F) -> F:
+    """A class's `apply`, which refuses inputs that are no tuple of `n_in`, and what is no mode.
+
+    Arguments are passed on as they came.
+    """
+    method = Method(apply, ('weights', 'state', 'inputs', 'rng', 'mode'))
+
+    def checking(self: Any, *args: Any, **given: Any) -> Any:
+        mode = method.find('mode', args, given)
+        if mode is not ABSENT:
+            check_mode(f'{type(self).__name__}.apply', mode)
+        inputs = method.find('inputs', args, given)
+        if inputs is not ABSENT:
+            if not isinstance(inputs, (tuple, list)):
+                raise TypeError(
+                    f'{type(self).__name__}.apply takes a tuple of inputs, got '
+                    f'{describe([inputs])}: write apply(weights, state, (x,))'
+                )
+            check_inputs(self, tuple(inputs))
+            args, given = method.put('inputs', tuple(inputs), args, given)
+        return method(self, args, given)
+
+    made: F = method.wrapper(checking)
+    return made
+
+
+def check_inputs(layer: Any, inputs: tuple[Any, ...]) -> None:
+    """Raises a TypeError that says what `layer` takes if `inputs` are too few or too many."""
+    if len(inputs) != layer.n_in:
+        there = f': {describe(inputs)}' if inputs else ''
+        raise TypeError(
+            f'{type(layer).__name__} takes {_values(layer.n_in)} off the stack, '
+            f'{"only " if len(inputs) < layer.n_in else ""}{len(inputs)} '
+            f'{"was" if len(inputs) == 1 else "were"} there{there}'
+        )
+
+
+def check_outputs(layer: Any, outputs: Any) -> tuple[Any, ...]:
+    """`outputs`, if they are a tuple of as many arrays as `layer.n_out` promises."""
+    if not isinstance(outputs, tuple):
+        raise TypeError(
+            f'{type(layer).__name__}.apply must return a tuple of outputs and the state, its '
+            f'outputs were {type(outputs).__name__}: write return (y,), state'
+        )
+    if len(outputs) != layer.n_out:
+        raise TypeError(
+            f'{type(layer).__name__} promises n_out={layer.n_out} and returned '
+            f'{_values(len(outputs))}: set n_out, or return as many'
+        )
+    return outputs
+
+
+def check_sublayers(layer: Any, sublayers: tuple[Any, ...]) -> None:
+    """Raises a ValueError unless `sublayers` are as many as `layer` holds."""
+    if len(sublayers) != len(layer.sublayers):
+        raise ValueError(
+            f'{type(layer).__name__} holds {len(layer.sublayers)} layers, {len(sublayers)} were '
+            'given: give one for each of layer.sublayers'
+        )
+
+
+class where:
+    """Adds to an error that leaves the block a note that says in which sublayer it arose."""
+
+    def __init__(self, parent: Any, key: str, layer: Any, values: tuple[Any, ...]):
+        self._parent, self._key, self._layer, self._values = parent, key, layer, values
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None:
+            note = f'in {type(self._parent).__name__}.{self._key}'
+            if not self._layer.sublayers:
+                one_line = re.sub(r'\s*\n\s*', ' ', repr(self._layer))
+                note += f': {one_line}({describe(self._values)})'
+            error.add_note(note)
+
+
+def _values(n: int) -> str:
+    return '1 value' if n == 1 else f'{n} values'

@@ -1,0 +1,230 @@
+"""Combinators: layers made of layers, which only route values between them.
+
+A combinator writes its arity and one method, `Combinator.route`. The same `route` serves `init`,
+with signatures, and `apply`, with arrays, so that the two cannot drift apart. The base class owns
+naming, keys, the threading of state, and the notes on errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from layercomb.layers.core.checks import check_inputs, check_outputs, check_sublayers, where
+from layercomb.layers.core.layer import RESERVED, Layer, fold
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.printing import call_text, set_field, show
+from layercomb.layers.core.wrapper import default_name, given_name
+from layercomb.shapes import Signature
+from layercomb.trees import Tree
+
+Stack = tuple[Any, ...]
+Call = Callable[[int, Stack], Stack]
+
+
+class Combinator(Layer):
+    """A layer that routes values through sublayers: its fields that are layers, or tuples of them.
+
+    A field that is a layer gives its sublayer the field's name; a tuple's layers are named by
+    their own `name`, or by class in snake_case, with ``_1``, ``_2`` where names collide.
+
+    >>> from layercomb import tl
+    >>> tl.Serial(tl.Dense(8), tl.Dense(8), tl.LayerNorm()).keys
+    ('dense', 'dense_1', 'layer_norm')
+    """
+
+    carries_counted = True
+
+    def route(self, call: Call, stack: Stack) -> Stack:
+        """Sends a stack of values (or of signatures) through the sublayers.
+
+        Args:
+          call: ``call(i, values)`` applies the i-th sublayer to a tuple of values and returns a
+            tuple.
+          stack: `n_in` values; more may lie beneath them, and belong into the result.
+        """
+        raise NotImplementedError(f'{type(self).__name__} has no route')
+
+    @functools.cached_property
+    def _children(self) -> tuple[tuple[str, Layer], ...]:
+        return tuple(self._name_children())
+
+    @property
+    def sublayers(self) -> tuple[Layer, ...]:
+        """All layers inside, in the order in which the fields hold them."""
+        return tuple(layer for _, layer in self._children)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of the sublayers, under which their weights and state lie."""
+        return tuple(key for key, _ in self._children)
+
+    def with_sublayers(self, sublayers: tuple[Layer, ...]) -> Any:
+        """The same combinator around other sublayers, as many as there are."""
+        check_sublayers(self, sublayers)
+        rest = iter(sublayers)
+        changes: dict[str, Any] = {}
+        for field, value in self._layer_fields():
+            many = isinstance(value, tuple)
+            changes[field] = tuple(next(rest) for _ in value) if many else next(rest)
+        return self.replace(**changes)
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        """Weights and state of all sublayers, each under its key."""
+        _, weights, state = self.init_with_outputs(tuple(signature), rng, mode)
+        return weights, state
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Routes `inputs`; sublayer `i` draws from `rng` folded with `i`."""
+        check_inputs(self, inputs)
+        new_state = dict(state)
+        call = self._caller(weights, state, new_state, rng, mode)
+        return self.route(call, tuple(inputs)), new_state
+
+    def _caller(
+        self, weights: Tree, state: Tree, new_state: Tree, rng: jax.Array | None, mode: Mode
+    ) -> Call:
+        """What `route` calls when arrays flow; it writes new states into `new_state`."""
+
+        def call(i: int, values: Stack) -> Stack:
+            key, layer = self._children[i]
+            with where(self, key, layer, values):
+                check_inputs(layer, values)
+                outputs, new = layer.apply(
+                    weights.get(key, {}), state.get(key, {}), values, rng=fold(rng, i), mode=mode
+                )
+                check_outputs(layer, outputs)
+            if new:
+                new_state[key] = new
+            return outputs
+
+        return call
+
+    def init_with_outputs(
+        self, signature: Signature, rng: jax.Array, mode: Mode
+    ) -> tuple[Signature, Tree, Tree]:
+        weights: Tree = {}
+        state: Tree = {}
+
+        def call(i: int, values: Stack) -> Stack:
+            key, layer = self._children[i]
+            with where(self, key, layer, values):
+                seed = jax.random.fold_in(rng, zlib.crc32(key.encode()))
+                outputs, its_weights, its_state = layer.init_with_outputs(values, seed, mode)
+            if its_weights:
+                weights[key] = its_weights
+            if its_state:
+                state[key] = its_state
+            return outputs
+
+        runs_short_inside = isinstance(self, Variadic) and self.layers
+        if len(signature) > self.n_in or not runs_short_inside:
+            check_inputs(self, signature)
+        outputs: Any = self.route(
+            call, tuple(signature)
+        )  # a layer that finds too few says so in there
+        check_inputs(self, signature)
+        check_outputs(self, outputs)
+        return outputs, weights, state
+
+    def _layer_fields(self) -> Iterator[tuple[str, Any]]:
+        """The fields that hold a layer or a tuple of layers."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            many = isinstance(value, tuple) and value and all(isinstance(v, Layer) for v in value)
+            if isinstance(value, Layer) or many:
+                yield field.name, value
+
+    def _name_children(self) -> Iterator[tuple[str, Layer]]:
+        groups = list(self._layer_fields())
+        taken = [name for name, value in groups if isinstance(value, Layer)]
+        taken += [n for _, v in groups if isinstance(v, tuple) for n in map(given_name, v) if n]
+        twice = {name for name in taken if taken.count(name) > 1}
+        if twice:
+            raise ValueError(
+                f'{type(self).__name__}: two sublayers are named {min(twice)!r}: rename one'
+            )
+        used = {*RESERVED, *taken}
+        for field, value in groups:
+            for layer in value if isinstance(value, tuple) else ():
+                key = base = given_name(layer) or default_name(layer)
+                n = 0
+                while given_name(layer) is None and key in used:
+                    n += 1
+                    key = f'{base}_{n}'
+                used.add(key)
+                yield key, layer
+            if isinstance(value, Layer):
+                yield field, value
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._children  # noqa: B018  names that clash are an error now, not at the first call
+
+
+class Variadic(Combinator, init=False):
+    """A combinator that is made of any number of layers: ``Serial(layer, layer, …)``.
+
+    In series, lists of layers are flattened and None is left out. In `Branch` and `Parallel`, whose
+    layers stand side by side, each argument is one layer: a list is a `Serial` of its layers, and
+    None or an empty list is ``Serial()``, which passes one value on as it is.
+    """
+
+    layers: tuple[Layer, ...] = ()
+
+    def __init__(self, *layers: Any, name: str | None = None):
+        self._hold(layers=layers, name=name)
+
+    def _hold(self, layers: Any, **values: Any) -> None:
+        set_field(self, 'layers', self._arranged(layers))
+        for field, value in values.items():
+            set_field(self, field, value)
+        self.__post_init__()
+
+    def _arranged(self, layers: Any) -> tuple[Layer, ...]:
+        """The layers, of the constructor's arguments."""
+        return tuple(flattened(type(self).__name__, layers))
+
+    def replace(self, **changes: Any) -> Any:
+        """The same layer with other values in some fields."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        unknown = sorted(changes.keys() - values.keys())
+        if unknown:
+            raise TypeError(
+                f'{type(self).__name__} has no field {unknown[0]!r}: there are {", ".join(values)}'
+            )
+        values |= changes
+        made = object.__new__(type(self))
+        for field, value in values.items():
+            set_field(made, field, value)
+        made.__post_init__()
+        return made
+
+    def __repr__(self) -> str:
+        parts = [show(layer) for layer in self.layers]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != 'layers' and value != field.default:
+                parts.append(f'{field.name}={show(value)}')
+        return call_text(type(self).__name__, parts)
+
+
+def flattened(owner: str, layers: Any) -> Iterator[Layer]:
+    """The layers of a constructor's arguments: lists opened, None left out."""
+    for layer in layers:
+        if isinstance(layer, (list, tuple)):
+            yield from flattened(owner, layer)
+        elif isinstance(layer, Layer):
+            yield layer
+        elif layer is not None:
+            cure = (
+                f'call it, {layer.__name__}(…)'
+                if isinstance(layer, type)
+                else 'wrap a function in Fn(label, f)'
+            )
+            raise TypeError(f'{owner} is made of layers, got {show(layer)}: {cure}')

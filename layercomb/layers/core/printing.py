@@ -1,0 +1,45 @@
+"""How a description is printed: as the code that makes it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def set_field(layer: Any, field: str, value: Any) -> None:
+    """Sets a field of a layer that is being made, whose class is frozen."""
+    object.__setattr__(layer, field, value)
+
+
+def named(layer: Any) -> list[str]:
+    """The argument that gives a layer its name, if it has one."""
+    return [] if layer.name is None else [f'name={layer.name!r}']
+
+
+def _is_layer(value: Any) -> bool:
+    # `Layer` itself is printed by this module, and cannot be imported here.
+    return hasattr(value, 'with_sublayers') and not isinstance(value, type)
+
+
+def show(value: Any) -> str:
+    """The value of a field as code."""
+    if isinstance(value, tuple) and any(map(_is_layer, value)):
+        parts = [show(v) for v in value]
+        return f'({parts[0]},)' if len(parts) == 1 else call_text('', parts)
+    if inspect.isfunction(value) or isinstance(value, (jnp.ufunc, functools.partial)):
+        return getattr(value, '__qualname__', getattr(value, '__name__', repr(value)))
+    if not _is_layer(value) and callable(value):
+        return getattr(value, '__name__', repr(value))
+    return repr(value)
+
+
+def call_text(function: str, parts: list[str]) -> str:
+    """A call, on one line where it fits there."""
+    one_line = f'{function}({", ".join(parts)})'
+    if len(one_line) <= 80 and '\n' not in one_line:
+        return one_line
+    inside = ',\n'.join(parts).replace('\n', '\n    ')
+    return f'{function}(\n    {inside},\n)'

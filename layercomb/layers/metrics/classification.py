@@ -1,0 +1,367 @@
+"""Losses and metrics: layers from (outputs, targets, weights) to values and their weights.
+
+Each gives two outputs of the targets' shape, a value and a weight, both float32. The metric is the
+weighted mean of the values (`weighted_mean`), passed through `Metric.finish`; padding has weight 0.
+In classification outputs are logits (…, V), targets (…) integers, weights (…); in regression all
+three have one shape. Shapes are compared wherever a metric is applied, and nothing is broadcast:
+labels (B, 1) beside outputs (B, V) would otherwise make B × B losses.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layercomb.layers.core.fields import Rate
+from layercomb.layers.core.layer import Arrays, Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.wrapper import snake_case
+from layercomb.shapes import as_deep, describe
+
+Shape = tuple[int, ...]
+
+
+class Metric(Layer):
+    """(outputs, targets, weights) → (values, weights); subclasses write `values`.
+
+    Outputs are the model's. By default targets (…) are a class for each row of logits (…, V); a
+    metric whose targets are of another shape says so in `targets_shape`. Weights are of the
+    targets' shape, and `values` gives an array of that shape too. A metric that does not give one
+    value for each target overrides `scores`, and says ``mixes_positions = True`` if a value depends
+    on several positions.
+    A metric without a gradient, such as an accuracy, says ``has_gradient = False``, and no task
+    trains on it.
+
+    >>> class Margin(Metric):
+    ...     '''How far the largest logit is above the mean.'''
+    ...
+    ...     def values(self, outputs, targets):
+    ...         return outputs.max(-1) - outputs.mean(-1)
+
+    Raises:
+      TypeError: when applied, if outputs or weights are complex, or `values` gives no array of real
+        numbers.
+      ValueError: when applied, if the shapes are not those.
+    """
+
+    n_in = 3
+    n_out = 2
+    float32 = True
+    has_gradient: ClassVar[bool] = True
+    takes: ClassVar[str] = 'logits (…, V), targets (…) and weights (…)'
+
+    @property
+    def label(self) -> str:
+        """What reports call it."""
+        return self.name or snake_case(type(self).__name__)
+
+    def targets_shape(self, outputs_shape: Shape) -> Shape:
+        """The shape that targets must have beside outputs of a shape; by default all but V."""
+        return outputs_shape[:-1]
+
+    def values(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        """A value for each target; outputs are float32."""
+        raise NotImplementedError
+
+    def scores(
+        self, outputs: jax.Array, targets: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Values, and weights of the same shape; outputs and weights are float32."""
+        values = self.values(outputs, targets)
+        self._check_values(values, targets.shape, 'one number for each target')
+        return values, weights
+
+    def finish(self, mean: float) -> float:
+        """The metric, of the weighted mean of its values."""
+        return mean
+
+    def check(self, outputs: Any, targets: Any, weights: Any) -> None:
+        """Raises unless three arrays, or their signatures, are what the metric takes."""
+        for name, x in (('outputs', outputs), ('weights', weights)):
+            if jnp.issubdtype(x.dtype, jnp.complexfloating):
+                raise TypeError(
+                    f'{type(self).__name__} takes real {name}, got {describe([x])}: give e.g. '
+                    'their absolute values'
+                )
+        shape, got = tuple(outputs.shape), tuple(targets.shape)
+        wanted = tuple(self.targets_shape(shape))
+        what = ''
+        if not shape and type(self).targets_shape is Metric.targets_shape:
+            what = 'the outputs have no axis of classes'
+        elif got != wanted:
+            what = f'targets must be {wanted} here: {_cure_of_targets(targets, shape, wanted)}'
+        elif tuple(weights.shape) != wanted:
+            cure = _cure_of_weights(tuple(weights.shape), wanted)
+            what = f'weights must be {wanted} here: {cure}'
+        if what:
+            raise ValueError(
+                f'{type(self).__name__} takes {self.takes}, got {shape}, {got} and '
+                f'{tuple(weights.shape)}; {what}'
+            )
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        self.check(*signature)
+        return {}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        """Checks the shapes, and scores."""
+        outputs, targets, loss_weights = inputs
+        self.check(outputs, targets, loss_weights)
+        scored: Any = self.scores(
+            outputs.astype(jnp.float32), targets, loss_weights.astype(jnp.float32)
+        )
+        values, loss_weights = scored
+        self._check_values(values, loss_weights.shape, 'one number for each weight')
+        return _as_float32(values, loss_weights), state
+
+    def _check_values(self, values: Any, wanted: Shape, words: str) -> None:
+        owner = type(self).__name__
+        if not isinstance(values, (jax.Array, np.ndarray, np.generic)) or not (
+            jnp.issubdtype(values.dtype, jnp.bool_)
+            or jnp.issubdtype(values.dtype, jnp.integer)
+            or jnp.issubdtype(values.dtype, jnp.floating)
+        ):
+            raise TypeError(
+                f'{owner}.values must give an array of real numbers, got {describe([values])}: '
+                f'{_cure_of_values(values)}'
+            )
+        if values.shape != tuple(wanted):
+            wider = values.shape[: len(wanted)] == tuple(wanted)
+            axes = tuple(range(len(wanted) - len(values.shape), 0))
+            cure = (
+                f'e.g. values.mean({axes[0] if len(axes) == 1 else axes})'
+                if wider
+                else (
+                    'nothing is broadcast; the same value everywhere is '
+                    'jnp.full(targets.shape, …), and a metric with one value for several targets '
+                    'writes `scores`, which gives its weight too'
+                )
+            )
+            raise ValueError(
+                f'{owner}.values must give {words}, of the shape {tuple(wanted)}, got '
+                f'{tuple(values.shape)}: {cure}'
+            )
+
+
+class CrossEntropyLoss(Metric):
+    """−log softmax(logits)[target], in nats.
+
+    A target outside the vocabulary gives NaN, never a silent zero.
+
+    Attributes:
+      label_smoothing: ε; the target's probability is 1 − ε, and ε is spread over all V evenly.
+    """
+
+    label_smoothing: Rate = 0.0
+
+    @property
+    def label(self) -> str:
+        """What reports call it."""
+        return self.name or 'loss'
+
+    def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        """The cross entropy of each position."""
+        loss = cross_entropy(logits, targets)
+        if self.label_smoothing:
+            spread = jax.nn.logsumexp(logits, -1) - logits.mean(-1)
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * spread
+        return loss
+
+
+class Perplexity(Metric):
+    """e to the mean cross entropy."""
+
+    def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        """The cross entropy of each position."""
+        return cross_entropy(logits, targets)
+
+    def finish(self, mean: float) -> float:
+        """Its exponential."""
+        return math.exp(min(mean, 700.0))
+
+
+class BitsPerByte(Metric):
+    """The mean cross entropy in bits, per byte of text.
+
+    Attributes:
+      bytes_per_token: 1 where a token is a byte; else the mean over the data.
+    """
+
+    bytes_per_token: float = 1.0
+
+    def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        """The cross entropy of each position."""
+        return cross_entropy(logits, targets)
+
+    def finish(self, mean: float) -> float:
+        """In bits, a byte."""
+        return mean / math.log(2) / self.bytes_per_token
+
+
+class Accuracy(Metric):
+    """How often the largest logit is the target's."""
+
+    has_gradient = False
+
+    def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        """1 where right, 0 where wrong."""
+        check_targets(targets)
+        # Integers of one type, since that of argmax is what JAX is set to.
+        found, targets = (y.astype(jnp.int32) for y in (jnp.argmax(logits, -1), targets))
+        return (found == targets).astype(jnp.float32)
+
+
+class SequenceAccuracy(Metric):
+    """How often a whole sequence is right: (B, L, V), (B, L), (B, L) → (B,), (B,).
+
+    A sequence is right if the largest logit is the target's at every position whose weight is not
+    0. Its own weight is 1, whatever those weights are; it is 0 if they are all 0.
+    """
+
+    mixes_positions = True
+    has_gradient = False
+
+    def scores(
+        self, outputs: jax.Array, targets: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """1 or 0 for each sequence, and 1 or 0 for whether it counts."""
+        if not targets.shape:
+            raise ValueError(
+                f'{type(self).__name__} takes a batch of sequences, got one target: add the axes '
+                '(B, L)'
+            )
+        check_targets(targets)
+        axes = tuple(range(1, len(targets.shape)))
+        counts = weights != 0
+        found, targets = (y.astype(jnp.int32) for y in (jnp.argmax(outputs, -1), targets))
+        right = (found == targets) | ~counts
+        return jnp.all(right, axes), jnp.any(counts, axes)
+
+
+class MaskedSequenceAccuracy(SequenceAccuracy):
+    """The same as `SequenceAccuracy`, by Trax's other name."""
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """log Σ exp(logits) − logits[target].
+
+    Args:
+      logits: (…, V) float32.
+      targets: (…) integers below V.
+
+    Returns:
+      (…) float32; NaN where the target is outside the vocabulary.
+
+    Raises:
+      TypeError: if the targets are no integers.
+      ValueError: if the shapes are not those; nothing is broadcast.
+    """
+    check_targets(targets)
+    shape, got = jnp.shape(logits), jnp.shape(targets)
+    if not shape or shape[:-1] != got:
+        raise ValueError(
+            f'cross_entropy takes logits (…, V) and targets (…), got {shape} and {got}: '
+            f'{_cure_of_targets(targets, shape, shape[:-1])}'
+        )
+    # A comparison instead of a gather: its gradient is elementwise, where a gather's is a scatter.
+    targets = targets.astype(jnp.int32)  # bytes, uint8, cannot hold a vocabulary's size
+    ids = as_deep(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits)
+    picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), -1)
+    inside = (targets >= 0) & (targets < logits.shape[-1])
+    return jnp.where(inside, jax.nn.logsumexp(logits, -1) - picked, jnp.nan)
+
+
+def check_targets(targets: jax.Array) -> None:
+    """Raises a TypeError unless targets are integers."""
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(
+            f'targets must be integers, got {describe([targets])}: a batch is '
+            '(inputs…, targets, loss_weights)'
+        )
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array | float) -> jax.Array:
+    """Σ wv / Σ w, over the positions whose weight is not 0; 0 if there is none.
+
+    Args:
+      values: (…).
+      weights: of the same shape, or one number for all.
+
+    Raises:
+      ValueError: if values and weights are of two shapes.
+    """
+    total, weight = weighted_sum(values, weights)
+    return total / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
+
+
+def weighted_sum(values: jax.Array, weights: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    """Σ wv and Σ w; a value of weight 0 adds nothing, not even a NaN.
+
+    Args:
+      values: (…).
+      weights: of the same shape, or one number for all.
+
+    Raises:
+      ValueError: if values and weights are of two shapes.
+    """
+    wanted, got = jnp.shape(values), jnp.shape(weights)
+    if not got:
+        wide = jnp.result_type(values) == jnp.float64
+        weights = jnp.full(wanted, weights, jnp.float64 if wide else jnp.float32)
+        values = jnp.asarray(values).astype(weights.dtype)
+    elif wanted != got:
+        raise ValueError(
+            f'values {wanted} and weights {got} must be of one shape: '
+            f'{_cure_of_weights(got, wanted)}'
+        )
+    return jnp.sum(jnp.where(weights == 0, 0, values * weights)), jnp.sum(weights)
+
+
+def _as_float32(*arrays: Any) -> Arrays:
+    return tuple(jnp.asarray(x).astype(jnp.float32) for x in arrays)
+
+
+def _cure_of_targets(targets: Any, outputs: Shape, wanted: Shape) -> str:
+    got = tuple(targets.shape)
+    if got == (*wanted, 1):
+        return 'drop the last axis, np.squeeze(targets, -1), which is targets[:, 0] of (B, 1)'
+    if (*got, 1) == wanted:
+        return 'add the last axis, targets[..., None]'
+    if got != outputs or wanted != outputs[:-1]:
+        return 'a batch is (inputs…, targets, loss_weights)'
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        return 'give the class instead of a one-hot row, targets.argmax(-1)'
+    return (
+        "targets of the outputs' shape are for regression, e.g. tl.L2Loss(), or for a metric with "
+        'its own targets_shape'
+    )
+
+
+def _cure_of_values(values: Any) -> str:
+    if hasattr(values, 'dtype'):
+        return 'give real ones, e.g. their absolute values'
+    if isinstance(values, (bool, int, float)):
+        return 'the same value everywhere is jnp.full(targets.shape, …)'
+    if isinstance(values, (list, tuple)):
+        return 'give jnp.stack(values); the same value everywhere is jnp.full(targets.shape, …)'
+    return 'give one for each target; the same value everywhere is jnp.full(targets.shape, …)'
+
+
+def _cure_of_weights(got: Shape, wanted: Shape) -> str:
+    if got == (*wanted, 1):
+        return 'drop the last axis, np.squeeze(weights, -1), which is weights[:, 0] of (B, 1)'
+    cures = []
+    if len(got) < len(wanted) and got and got == wanted[: len(got)]:
+        index = ', '.join([':'] * len(got) + ['None'] * (len(wanted) - len(got)))
+        cures.append(f'np.broadcast_to(weights[{index}], {wanted}) gives each row one weight')
+    try:
+        fits = np.broadcast_shapes(got, wanted) == wanted
+    except ValueError:
+        fits = False
+    if fits:
+        cures.append(f'np.broadcast_to(weights, {wanted}) repeats them')
+    return ', '.join(cures) or 'give one for each target'

@@ -1,0 +1,119 @@
+"""Axial positional embeddings: few learned rows for very many positions."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.basic.initializers import Initializer, Normal
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.positions.position import check_length, init_position, next_positions
+from layercomb.shapes import as_deep, check_float, check_sequence, check_width
+
+
+class AxialPositions(Layer):
+    """x + concat_a(table_a[i_a]), where (i_0, i_1, …) are position t's coordinates in a grid.
+
+    The grid is filled row by row: for a shape (m, n), i_0 = ⌊t / n⌋ and i_1 = t mod n. A million
+    positions, (1024, 1024), need 2,048 rows. x is (B, L, D) with D the sum of the depths.
+
+    Weights: ``table_0`` (m, D_0), ``table_1`` (n, D_1), …
+
+    Attributes:
+      shape: of the grid, two numbers or more; their product is the longest sequence.
+      depths: D_0, D_1, …; by default D in equal parts, the first one taking the rest.
+      table_init: of the tables.
+
+    Raises:
+      ValueError: for another number of depths than axes, or depths that do not add up to D.
+
+    References:
+      Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
+    """
+
+    shape: tuple[int, ...]
+    depths: tuple[int, ...] | None = None
+    table_init: Initializer = Normal(0.02)
+
+    float32 = True
+    mixes_positions = True  # a piece of a sequence does not know where it begins
+    max_len = property(lambda self: math.prod(self.shape))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.shape) < 2 or min(self.shape) < 1:
+            raise ValueError(
+                f'AxialPositions: shape={self.shape} must be two positive numbers or more, whose '
+                'product is the longest sequence'
+            )
+        if self.depths is not None and (
+            len(self.depths) != len(self.shape) or min(self.depths) < 1
+        ):
+            raise ValueError(
+                f'AxialPositions: shape={self.shape} needs a positive depth for each axis, got '
+                f'depths={self.depths}'
+            )
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_float('AxialPositions', x)
+        check_sequence('AxialPositions', x)
+        check_length('AxialPositions', x.shape[1], self.max_len)
+        depths = self._depths(x.shape[-1])
+        keys = jax.random.split(rng, len(depths))
+        tables = {
+            f'table_{a}': self.table_init(key, (n, d))
+            for a, (key, n, d) in enumerate(zip(keys, self.shape, depths, strict=True))
+        }
+        return tables, init_position(signature, mode)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        check_sequence('AxialPositions', x)
+        length = x.shape[1]
+        where, state = next_positions(self, state, length, mode)  # (B or 1, L)
+        tables = [weights[f'table_{a}'] for a in range(len(self.shape))]
+        check_width(x, sum(table.shape[1] for table in tables))
+        if mode is Mode.PREDICT:
+            inside = (where < self.max_len)[..., None]
+            places = jnp.unravel_index(where, self.shape)
+            rows = [table[i] for table, i in zip(tables, places, strict=True)]  # (B, L, D_a)
+            added = jnp.where(inside, jnp.concatenate(rows, -1), jnp.nan)
+        else:
+            added = self._grid(tables, length)
+        return (x + as_deep(added, x).astype(x.dtype),), state
+
+    def _grid(self, tables: list[jax.Array], length: int) -> jax.Array:
+        """The first `length` rows, (L, D): broadcast, since a gather's gradient is slow."""
+        used = -(-length // math.prod(self.shape[1:]))  # rows of the grid
+        shape = (used, *self.shape[1:])
+        parts = []
+        for axis, table in enumerate(tables):
+            table = table[:used] if axis == 0 else table
+            ones = [1] * len(shape)
+            ones[axis] = shape[axis]
+            parts.append(jnp.broadcast_to(table.reshape(*ones, -1), (*shape, table.shape[-1])))
+        return jnp.concatenate(parts, -1).reshape(math.prod(shape), -1)[:length]  # (L, D)
+
+    def _depths(self, width: int) -> tuple[int, ...]:
+        n = len(self.shape)
+        depths = self.depths or (width - (n - 1) * (width // n), *[width // n] * (n - 1))
+        if sum(depths) != width:
+            raise ValueError(
+                f'AxialPositions: depths={depths} add up to {sum(depths)}, the input is {width} '
+                'wide: make them equal'
+            )
+        return depths
+
+
+def nearest_grid(max_len: int) -> tuple[int, int]:
+    """The squarest grid that covers `max_len`, both sides powers of two.
+
+    >>> nearest_grid(65536), nearest_grid(12288)
+    ((256, 256), (128, 128))
+    """
+    bits = max(2, math.ceil(math.log2(max_len)))
+    return 2 ** (bits // 2), 2 ** (bits - bits // 2)

@@ -1,0 +1,80 @@
+"""What layers of positions share: where the next inputs stand, and sines and cosines of that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.core.layer import POSITION
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.decoding.caches import position_of, taken
+from layercomb.shapes import (
+    Signature,
+    as_deep,
+    check_width,
+)
+from layercomb.trees import Tree
+
+
+def add_rows(
+    layer: Any, table: jax.Array, state: Tree, x: jax.Array, mode: Mode
+) -> tuple[tuple[jax.Array], Tree]:
+    """Outputs and state of a layer that adds to each position of x (B, L, D) a row of its table."""
+    check_width(x, table.shape[1])
+    length = x.shape[1]
+    where, state = next_positions(layer, state, length, mode)  # (B or 1, L)
+    if mode is not Mode.PREDICT:
+        return (x + table[None, :length].astype(x.dtype),), state
+    rows = jnp.take(table, where, axis=0, mode='fill', fill_value=jnp.nan)
+    return (x + rows.astype(x.dtype),), state
+
+
+def frequencies(depth: int, period: float) -> jax.Array:
+    """period^(−2i/depth) for i = 0 … depth/2 − 1, (depth/2,) float32."""
+    return period ** (-jnp.arange(0, depth, 2, dtype=jnp.float32) / depth)
+
+
+def angles(where: jax.Array, depth: int, period: float, max_len: int | None) -> jax.Array:
+    """t·ω_i for the positions t in `where` (…, L), (…, L, depth/2) float32; NaN past `max_len`."""
+    t = where[..., None].astype(jnp.float32)
+    t = t if max_len is None else jnp.where(t < max_len, t, jnp.nan)
+    return t * as_deep(frequencies(depth, period), t)
+
+
+def init_position(signature: Signature, mode: Mode) -> Tree:
+    """The state of a layer that counts positions: zeros (B,) in ``PREDICT``, else nothing."""
+    if mode is not Mode.PREDICT:
+        return {}
+    return {POSITION: jnp.zeros(signature[0].shape[0], jnp.int32)}
+
+
+def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[jax.Array, Tree]:
+    """The next `length` positions of each row, (B, L) or (1, L) int32, and the state after them.
+
+    Raises:
+      ValueError: where they are known to pass the layer's `max_len`.
+    """
+    owner, steps = type(layer).__name__, jnp.arange(length, dtype=jnp.int32)[None]
+    if mode is not Mode.PREDICT:
+        check_length(owner, length, layer.max_len)
+        return steps, state
+    start = position_of(state)
+    check_length(owner, taken(start) + length, layer.max_len)
+    return start[:, None] + steps, {**state, POSITION: start + length}
+
+
+def check_length(owner: str, length: int, max_len: int | None) -> None:
+    """Raises a ValueError if a sequence is longer than `max_len`."""
+    if max_len is not None and length > max_len:
+        raise ValueError(
+            f'{owner}: the sequence is {length} long and max_len={max_len}: shorten it, or make '
+            'the model with a larger max_len'
+        )
+
+
+def check_even(owner: str, depth: int) -> None:
+    """Raises a ValueError unless features come in pairs."""
+    if depth % 2:
+        raise ValueError(f'{owner} works on pairs of features, got {depth}: use an even number')

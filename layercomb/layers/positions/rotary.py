@@ -1,0 +1,76 @@
+"""`RotaryPositions`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.core.fields import Bound, Size
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.positions.position import (
+    angles,
+    check_even,
+    check_length,
+    init_position,
+    next_positions,
+)
+from layercomb.shapes import (
+    check_rank,
+)
+
+
+class RotaryPositions(Layer):
+    """Rotates pairs of features of queries and keys by angles that grow with the position.
+
+    (q, k) → (R_t q, R_t k): features i and i + K/2 of position t are rotated by t·period^(−2i/K),
+    so that q·k depends on the distance of the two positions alone. Both are (B, H, L, K), K even.
+
+    Attributes:
+      period: of the slowest rotation, over 2π.
+      max_len: the longest sequence that is taken; None takes any.
+
+    References:
+      Su et al., RoFormer, 2021, https://arxiv.org/abs/2104.09864
+    """
+
+    period: Annotated[float, Bound(1)] = 10000.0
+    max_len: Size | None = None
+
+    n_in = 2
+    n_out = 2
+    float32 = True
+    headwise = True
+    mixes_positions = True  # a piece of a sequence does not know where it begins
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        self._check(*signature)
+        check_length('RotaryPositions', signature[0].shape[2], self.max_len)
+        check_even('RotaryPositions', signature[0].shape[-1])
+        return {}, init_position(signature, mode)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        q, k = inputs
+        self._check(q, k)
+        where, state = next_positions(self, state, q.shape[2], mode)  # (B or 1, L)
+        angle = angles(where, q.shape[-1], self.period, self.max_len)  # (B or 1, L, K/2)
+        sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]  # (B or 1, 1, L, K/2)
+        return (rotate(q, sin, cos), rotate(k, sin, cos)), state
+
+    def _check(self, q: Any, k: Any) -> None:
+        """Raises a ValueError if queries and keys differ in more than their number of heads."""
+        check_rank('RotaryPositions', q, 'queries (batch, heads, length, depth)', 4)
+        alike = len(k.shape) == 4 and q.shape[:1] + q.shape[2:] == k.shape[:1] + k.shape[2:]
+        if not alike:
+            raise ValueError(
+                f'RotaryPositions takes q and k (batch, heads, length, depth) that agree in all '
+                f'but heads, got {tuple(q.shape)} and {tuple(k.shape)}'
+            )
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """Rotates features i and i + K/2 of x (…, K) by the angle whose sine and cosine are given."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)  # (…, K/2)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

@@ -1,0 +1,80 @@
+"""`SinusoidalPositions`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.core.fields import Bound, Size
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.positions.position import (
+    add_rows,
+    angles,
+    check_even,
+    check_length,
+    init_position,
+    next_positions,
+)
+from layercomb.shapes import (
+    check_float,
+    check_sequence,
+)
+
+
+class SinusoidalPositions(Layer):
+    """x + P, with P[t, i] = sin(t ω_i) and P[t, D/2 + i] = cos(t ω_i), ω_i = period^(−2i/D).
+
+    x is (B, L, D) with D even. There are no weights, unless `trainable`: then P is the weight
+    ``table`` (max_len, D), which starts with these values.
+
+    Attributes:
+      period: of the slowest wave, times 2π.
+      max_len: the longest sequence that is taken; None takes any.
+      trainable: whether P learns; `max_len` must be given then.
+
+    References:
+      Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762
+    """
+
+    period: Annotated[float, Bound(1)] = 10000.0
+    max_len: Size | None = None
+    trainable: bool = False
+
+    float32 = True
+    mixes_positions = True  # a piece of a sequence does not know where it begins
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trainable and self.max_len is None:
+            raise ValueError(
+                'SinusoidalPositions: trainable positions are a table of max_len rows: give max_len'
+            )
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_float('SinusoidalPositions', x)
+        check_sequence('SinusoidalPositions', x)
+        check_length('SinusoidalPositions', x.shape[1], self.max_len)
+        check_even('SinusoidalPositions', x.shape[-1])
+        state = init_position(signature, mode)
+        if self.max_len is None or not self.trainable:
+            return {}, state
+        every = jnp.arange(self.max_len, dtype=jnp.int32)
+        return {'table': self._waves(every, x.shape[-1])}, state
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        check_sequence('SinusoidalPositions', x)
+        if self.trainable:
+            return add_rows(self, weights['table'], state, x, mode)
+        where, state = next_positions(self, state, x.shape[1], mode)  # (B or 1, L)
+        table = self._waves(where, x.shape[-1])  # (B or 1, L, D)
+        return (x + table.astype(x.dtype),), state
+
+    def _waves(self, where: jax.Array, depth: int) -> jax.Array:
+        """P at the positions in `where` (…), (…, depth) float32."""
+        angle = angles(where, depth, self.period, self.max_len)  # (…, depth/2)
+        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)

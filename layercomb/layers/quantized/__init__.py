@@ -1,0 +1,1 @@
+"""Matrices of narrow weights, and the native kernels that read them."""

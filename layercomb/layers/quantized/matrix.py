@@ -1,0 +1,297 @@
+"""`Narrow`: a matrix of int8, int4 or bfloat16 weights that stands in for a wide one.
+
+Integers are symmetric and share scales in groups, ŵ = scale · q, along what a product sums over, so
+that a product is a sum over groups of whole products. Where few rows are multiplied on a CPU, as in
+decoding, `layercomb_kernels` reads the narrow weights themselves, and may round activations to 16
+bits, which is 2e-5 of a product; otherwise weights are widened first.
+
+Axes are written in letters: ``i`` for those that a product sums over and groups run along, and
+``o`` for the others: ``'io'`` is a kernel (D, F), ``'iio'`` one from heads (H, K, D), ``'oi'`` a
+table of rows. Whatever the order, a narrow matrix is kept as rows, its ``i`` axes being one, the
+last: a row is what the product with one output reads. Of ``'ioo'`` (D, H, K) there is (H, K, D), of
+``'iio'`` (H, K, D) there is (D, H·K). Two int4 share a byte, weight j of a row of n being in its
+low half and weight j + n / 2 in its high one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import layercomb_kernels
+from layercomb.layers.quantized.native import has_kernels, with_kernel
+from layercomb.layers.quantized.rows import IN_BOUNDS
+from layercomb.shapes import is_float
+
+BITS = (4, 8, 16)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=['values', 'scales'],
+    meta_fields=['axes', 'bits'],
+)
+@dataclasses.dataclass(frozen=True)
+class Narrow:
+    """A matrix of narrow weights, with what a layer asks of a wide one.
+
+    Attributes:
+      values: (*o, i) int8 or bfloat16, or (*o, i / 2) uint8 of two int4.
+      scales: (*o, G) float32, one for each group of a row; None for bfloat16.
+      axes: see above.
+      bits: 8, 4 or 16; 32 for a wide matrix of which `rows_of` takes rows.
+    """
+
+    values: jax.Array
+    scales: jax.Array | None
+    axes: str
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the wide matrix, whose ``i`` axes are one."""
+        *o, n = self.values.shape
+        n *= 2 if self.bits == 4 else 1
+        return (*o, n) if self.axes == 'oi' else (n, *o)
+
+    def wide(self) -> jax.Array:
+        """The weights in float32, of shape `shape`."""
+        rows = self.wide_rows()
+        return rows if self.axes == 'oi' else jnp.moveaxis(rows, -1, 0)
+
+    def wide_rows(self) -> jax.Array:
+        """The weights in float32, as they are kept: (*o, i)."""
+        if self.scales is None:
+            return self.values.astype(jnp.float32)
+        q = _integers(self.values, self.bits)
+        groups = q.reshape(*self.scales.shape, -1)  # (…, D) → (…, G, g)
+        return (groups * self.scales[..., None]).reshape(q.shape)
+
+    def take(self, rows: jax.Array) -> jax.Array:
+        """Rows of a table (``'oi'``) in float32, (…) → (…, D); NaN for rows that do not exist."""
+        known: Any = {'mode': 'fill', 'fill_value': jnp.nan}
+        if self.scales is None:
+            return jnp.take(self.values, rows, axis=0, **known).astype(jnp.float32)
+        values = jnp.take(self.values, rows, axis=0, mode='clip')
+        scales = jnp.take(self.scales, rows, axis=0, **known)
+        return dataclasses.replace(self, values=values, scales=scales).wide()
+
+    def product(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """The sum of x times the weights over the ``i`` axes.
+
+        Args:
+          x: (…, *i), floating-point.
+          dtype: of the result; None takes x's.
+
+        Returns:
+          (…, *o), summed in float32.
+        """
+        n_i = self.axes.count('i')
+        lead = x.shape[: x.ndim - n_i]
+        x = x.reshape(math.prod(lead), math.prod(x.shape[len(lead) :]))  # (…, *i) → (M, D)
+        product = _product if self._has_kernels(len(x)) else _plain_product
+        return product(x, self).reshape(lead + self.values.shape[:-1]).astype(dtype or x.dtype)
+
+    def factored_product(self, x: jax.Array, modules: jax.Array) -> jax.Array:
+        """x ∘ each module, times the rows of a table: (M, D), (S, D) → (M, S, F), in x's dtype."""
+        product = _factored_product if self._has_kernels(len(x)) else _plain_factored_product
+        return product(x, modules, self).astype(x.dtype)
+
+    def gathered_product(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """x times some rows of a table, which are all that is read.
+
+        Args:
+          x: (…, D).
+          rows: (…, K) int32, within bounds.
+
+        Returns:
+          (…, K), in x's dtype.
+        """
+        return self._gathered(_gathered_product, _plain_gathered_product, x, rows)
+
+    def gathered_sum(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """The sum of some rows of a table, each times a number: (…, K), (…, K) → (…, D)."""
+        return self._gathered(_gathered_sum, _plain_gathered_sum, x, rows)
+
+    def _gathered(self, fast: Any, plain: Any, x: jax.Array, rows: jax.Array) -> jax.Array:
+        lead, d = x.shape[:-1], x.shape[-1]
+        x = x.reshape(math.prod(lead), d)  # (…, D) → (M, D)
+        rows = rows.reshape(len(x), rows.shape[-1])  # (…, K) → (M, K)
+        y = (fast if self._has_kernels(len(x)) else plain)(x, rows, self)
+        return y.reshape(*lead, y.shape[-1]).astype(x.dtype)
+
+    def _has_kernels(self, n_rows: int) -> bool:
+        known = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8)
+        return self.values.dtype in known and self.values.size > 0 and has_kernels(n_rows)
+
+    def _matrix(self) -> tuple[jax.Array, jax.Array]:
+        """Words and scales as the matrices that kernels take."""
+        words = self.values.reshape(-1, self.values.shape[-1])
+        if self.scales is None:
+            return words, jnp.zeros((0, 0), jnp.float32)
+        return words, self.scales.reshape(len(words), -1)
+
+
+def rows_of(table: jax.Array | Narrow) -> Narrow:
+    """A table (F, D), wide or narrow, of which rows can be taken."""
+    return table if isinstance(table, Narrow) else Narrow(table, None, 'oi', 32)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def narrow(
+    wide: jax.Array, axes: str, bits: int, group_size: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """The values and scales nearest to a matrix, or to a stack of them.
+
+    8 bits go to the nearest of −127 … 127 times max |w| / 127 in the group, so that no weight is
+    off by more than half a scale. 4 bits have the scale, of a few, that leaves the least squared
+    error in its group.
+
+    Args:
+      wide: the axes that `axes` names, with any others before them.
+      axes: see `Narrow`.
+      bits: 4, 8 or 16.
+      group_size: how many weights share a scale: the divisor of what there are that is nearest, by
+        ratio.
+    """
+    n_lead, n_i = wide.ndim - len(axes), axes.count('i')
+    lead, shape = wide.shape[:n_lead], wide.shape[n_lead:]
+    if axes == 'oi':
+        o = shape[:-1]
+    else:
+        o = shape[n_i:]
+        wide = jnp.moveaxis(wide.reshape(*lead, math.prod(shape[:n_i]), *o), n_lead, -1)
+    if bits == 16:
+        return wide.astype(jnp.bfloat16), None
+    length = wide.shape[-1]
+    size = group_of(length // 2 if bits == 4 else length, group_size)  # a group lies in one half
+    groups = wide.astype(jnp.float32).reshape(*lead, *o, -1, size)  # (…, G, g)
+    q, scales = _nearest(groups, bits)
+    q = q.reshape(wide.shape)
+    return (_pack(q) if bits == 4 else q), scales.squeeze(-1)
+
+
+def can_narrow(shape: tuple[int, ...], axes: str, bits: int) -> bool:
+    """Whether a matrix of this shape has such a form: for int4 a row is cut into two halves."""
+    length = math.prod(n for n, axis in zip(shape, axes, strict=True) if axis == 'i')
+    return bits != 4 or length % 2 == 0
+
+
+def group_of(length: int, group_size: int) -> int:
+    """The divisor of a length that is nearest to a group's size, by ratio.
+
+    >>> group_of(768, 64), group_of(100, 64), group_of(48, 64)
+    (64, 50, 48)
+    """
+    divisors = (n for n in range(1, length + 1) if length % n == 0)
+    return min(divisors, key=lambda n: abs(math.log(n / group_size)))
+
+
+def _nearest(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """int8 values of groups (…, g), and a scale for each, (…, 1)."""
+    if bits == 8:
+        scales = jnp.abs(groups).max(-1, keepdims=True) / 127
+        return _rounded(groups, scales, -127, 127), scales
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    extreme = jnp.where(-low > high, low, high)
+
+    def attempt(parts: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+        scales = extreme / -parts  # the extreme goes to −8, which has no counterpart
+        q = _rounded(groups, scales, -8, 7)
+        error = jnp.square(q.astype(jnp.float32) * scales - groups).sum(-1, keepdims=True)
+        return error, q, scales
+
+    best: tuple[jax.Array, ...] = attempt(8.0)
+    for parts in (7.0, 7.5, 8.5, 9.0, 10.0):
+        tried = attempt(parts)
+        better = tried[0] < best[0]
+        best = tuple(jnp.where(better, a, b) for a, b in zip(tried, best, strict=True))
+    return best[1], best[2]
+
+
+def _rounded(groups: jax.Array, scales: jax.Array, low: int, high: int) -> jax.Array:
+    divisors = jnp.where(scales == 0, 1, scales)  # a group of zeros stays one
+    return jnp.clip(jnp.round(groups / divisors), low, high).astype(jnp.int8)
+
+
+def _pack(q: jax.Array) -> jax.Array:
+    """int8 of −8 … 7, (…, n) → uint8 (…, n / 2)."""
+    n = q.shape[-1] // 2
+    q = lax.bitcast_convert_type(q, jnp.uint8)
+    return (q[..., :n] & 15) | (q[..., n:] << 4)
+
+
+def _integers(words: jax.Array, bits: int) -> jax.Array:
+    """Words as float32, (…, n) → (…, 2n) for int4."""
+    if bits == 8:
+        return words.astype(jnp.float32)
+    low, high = (lax.bitcast_convert_type(w, jnp.int8) >> 4 for w in (words << 4, words))
+    return jnp.concatenate([low, high], -1).astype(jnp.float32)
+
+
+def _plain_product(x: jax.Array, w: Narrow) -> jax.Array:
+    """(M, D) → (M, F) float32, of widened weights."""
+    wide = w.wide_rows().reshape(-1, x.shape[1]).astype(x.dtype)  # (*o, D) → (F, D)
+    return jnp.einsum('md,fd->mf', x, wide, preferred_element_type=jnp.float32)
+
+
+def _plain_factored_product(x: jax.Array, modules: jax.Array, w: Narrow) -> jax.Array:
+    wide = w.wide_rows().astype(x.dtype)  # (F, D)
+    scaled = x[:, None] * modules.astype(x.dtype)[None]  # (M, S, D)
+    # This way round it reads the table fastest.
+    y = jnp.einsum('fd,msd->mfs', wide, scaled, preferred_element_type=jnp.float32)
+    return y.swapaxes(1, 2)
+
+
+def _plain_gathered_product(x: jax.Array, rows: jax.Array, w: Narrow) -> jax.Array:
+    wide = _rows(w, rows).astype(x.dtype)  # (M, K, D)
+    return jnp.einsum('md,mkd->mk', x, wide, preferred_element_type=jnp.float32)
+
+
+def _plain_gathered_sum(x: jax.Array, rows: jax.Array, w: Narrow) -> jax.Array:
+    wide = _rows(w, rows).astype(x.dtype)  # (M, K, D)
+    return jnp.einsum('mk,mkd->md', x, wide, preferred_element_type=jnp.float32)
+
+
+def _rows(w: Narrow, rows: jax.Array) -> jax.Array:
+    rows = jnp.clip(rows, 0, w.shape[0] - 1)
+    return jax.tree.map(lambda x: x.at[rows].get(**IN_BOUNDS), w).wide()
+
+
+def _with_kernel(plain: Any, kernel: Any) -> Any:
+    def by_kernel(*args: Any) -> jax.Array:
+        *arrays, w = args
+        floats = (x.astype(jnp.float32) if is_float(x) else x for x in arrays)
+        return kernel(*floats, *w._matrix())
+
+    return with_kernel(plain, by_kernel)
+
+
+_product = _with_kernel(_plain_product, layercomb_kernels.row_products)
+_factored_product = _with_kernel(_plain_factored_product, layercomb_kernels.factored_products)
+_gathered_product = _with_kernel(_plain_gathered_product, layercomb_kernels.gathered_products)
+_gathered_sum = _with_kernel(_plain_gathered_sum, layercomb_kernels.gathered_sums)
+
+
+@jax.custom_jvp
+def constant(x: jax.Array) -> jax.Array:
+    """x, of which there is no derivative.
+
+    Raises:
+      ValueError: when a gradient for it is asked for.
+    """
+    return x
+
+
+@constant.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        'quantized weights do not train: train the wide model and quantize it afterwards, or let '
+        'only other weights train, with TrainTask(trainable=…)'
+    )

@@ -1,0 +1,1 @@
+"""Layers that run backwards, so that training keeps no activations."""

@@ -1,0 +1,1 @@
+"""Layers of which a token uses a part."""

@@ -1,0 +1,182 @@
+"""Attention whose projections are sparse, around any core: dense, local or LSH.
+
+Shape letters: B batch, L length, D d_model, H heads, K head depth, S modules.
+
+References:
+    Jaszczur et al. 2021, Sparse is Enough in Scaling Transformers, https://arxiv.org/abs/2111.12763
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import Any
+
+from layercomb.layers.attention.layers import DotProductAttention, LocalSelfAttention, SelfAttention
+from layercomb.layers.attention.lsh.layer import LSHSelfAttention
+from layercomb.layers.attention.multihead import MultiHead
+from layercomb.layers.combinators.serial import Serial
+from layercomb.layers.combinators.side_by_side import Parallel
+from layercomb.layers.core.fields import Size, nearest_divisor
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.sparse.local_conv import LocalConv
+from layercomb.layers.sparse.multiplicative import MultiplicativeDense
+
+
+class FoldHeads(Layer):
+    """Features as heads, without weights: (B, L, H·K) → (B, H, L, K).
+
+    Attributes:
+      n_heads: H.
+
+    Raises:
+      ValueError: if H does not divide the width, naming the nearest number that does.
+    """
+
+    n_heads: Size
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        if x.shape[-1] % self.n_heads:
+            raise ValueError(
+                f'{self.n_heads} heads do not divide the width {x.shape[-1]}: use '
+                f'{nearest_divisor(x.shape[-1], self.n_heads)}'
+            )
+        return {}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        b, length, d = x.shape
+        x = x.reshape(b, length, self.n_heads, d // self.n_heads)
+        return (x.swapaxes(1, 2),), state  # (B, H, L, K)
+
+
+class UnfoldHeads(Layer):
+    """Heads as features, without weights: (B, H, L, K) → (B, L, H·K)."""
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        b, h, length, k = x.shape
+        return (x.swapaxes(1, 2).reshape(b, length, h * k),), state  # (B, L, H·K)
+
+
+class SparseQKVAttention(MultiHead):
+    """Attention with sparse projections: (B, L, D) → (B, L, D).
+
+    A multiplicative layer makes modules of x, and one convolution over positions and modules makes
+    queries, keys and values of them::
+
+        q, k, v = LocalConv(MultiplicativeDense(x)),   y = MultiplicativeDense(core(q, k, v))
+
+    At D = 1,024 with 16 modules these are 15 times fewer weights than D² each for q, k, v and y.
+    `sparse_qkv` puts it in the place of any self-attention.
+
+    The convolution looks back even where the core is bidirectional, and knows no mask: padding at
+    the end of a row changes nothing before it, padding elsewhere reaches the next positions.
+
+    Attributes:
+      n_heads: H.
+      n_modules: S, which must divide D.
+      kernel_size: of the convolution, over positions and modules.
+      rotary: positions put into queries and keys, e.g. `RotaryPositions()`.
+      core: what attends, a `DotProductAttention`, `LocalAttention` or `LSHAttention`; by default
+        the first, causal. One that takes queries and values alone gets no keys; a mask is taken
+        where the core takes one.
+      mix, project, output: the parts, to be replaced: (B, L, D) → (B, L, D), → q, k and v, each
+        (B, H, L, K), and from heads back to (B, L, D).
+
+    References:
+      Jaszczur et al. 2021, section 3.2, https://arxiv.org/abs/2111.12763
+
+    >>> from layercomb import tl
+    >>> tl.SparseQKVAttention(4, 8, core=tl.LSHAttention(n_buckets=4)).project.n_out
+    2
+    """
+
+    n_heads: Size
+    n_modules: Size = 16
+    _: KW_ONLY
+    kernel_size: tuple[int, int] = (3, 3)
+    rotary: Layer | None = None
+    mix: Layer | None = None
+    project: Layer | None = None
+    core: Layer = DotProductAttention()
+    output: Layer | None = None
+
+    n_in = property(lambda self: 1 + self._is_masked)
+    causal = property(lambda self: getattr(_inside(self.core), 'causal', True))
+
+    @property
+    def _is_masked(self) -> bool:
+        return getattr(_inside(self.core), 'masked', False)
+
+    def parts(self) -> dict[str, Layer]:
+        n = self.core.n_in - self._is_masked
+        dense = MultiplicativeDense(self.n_modules)
+        return {
+            'mix': dense,
+            'project': Serial(
+                LocalConv(self.n_modules, self.kernel_size, n),
+                Parallel(*[FoldHeads(self.n_heads)] * n),
+            ),
+            'output': Serial(UnfoldHeads(), dense),
+        }
+
+    def route(self, call, stack):
+        x, *mask = stack[: self.n_in]
+        at = self.keys.index
+        (mixed,) = call(at('mix'), (x,))
+        q, *kv = call(at('project'), (mixed,))
+        if self.rotary is not None:
+            q, k = call(at('rotary'), (q, kv[0] if len(kv) > 1 else q))
+            kv = [k, *kv[1:]] if len(kv) > 1 else kv
+        (y,) = call(at('core'), (q, *kv, *mask))
+        return call(at('output'), (y,)) + stack[self.n_in :]
+
+
+def _inside(layer: Layer) -> Layer:
+    """The layer that wrappers, such as those of `cast`, are around."""
+    return _inside(layer.layer) if isinstance(layer, Wrapper) else layer
+
+
+def sparse_qkv(
+    attention: Layer, n_modules: int = 16, kernel_size: tuple[int, int] = (3, 3)
+) -> SparseQKVAttention:
+    """The attention with sparse projections that attends as another one does.
+
+    Args:
+      attention: a `SelfAttention`, `LocalSelfAttention` or `LSHSelfAttention`, whose core, heads,
+        rotary positions and name are kept, and whose projections are not; a `SparseQKVAttention` is
+        given back as it is.
+      n_modules, kernel_size: as of `SparseQKVAttention`.
+
+    Raises:
+      TypeError: for any other layer.
+      ValueError: if its heads have a depth of their own.
+
+    >>> from layercomb import tl
+    >>> tl.sparse_qkv(tl.LocalSelfAttention(4, 64), 8).core
+    LocalAttention(64)
+    """
+    if isinstance(attention, SparseQKVAttention):
+        return attention
+    if not isinstance(attention, (SelfAttention, LocalSelfAttention, LSHSelfAttention)):
+        raise TypeError(
+            f'sparse_qkv: {type(attention).__name__} cannot have sparse projections: give a '
+            'SelfAttention, LocalSelfAttention or LSHSelfAttention'
+        )
+    if attention.d_head is not None:
+        raise ValueError(
+            f'sparse_qkv: heads share the features of the model among them, d_head='
+            f'{attention.d_head} cannot be kept: leave it out'
+        )
+    core: Any = attention.core  # chosen when the layer was made, if nobody else did
+    return SparseQKVAttention(
+        attention.n_heads,
+        n_modules,
+        kernel_size=kernel_size,
+        rotary=attention.rotary,
+        core=core,
+        name=attention.name,
+    )

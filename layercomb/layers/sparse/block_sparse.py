@@ -1,0 +1,125 @@
+"""`BlockSparseFF`."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.basic.activations import elementwise
+from layercomb.layers.basic.dense import contract
+from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
+from layercomb.layers.core.decisions import DECISIONS
+from layercomb.layers.core.fields import Bound, Size
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.sparse import controllers
+from layercomb.layers.sparse.by_expert import (
+    by_expert,
+)
+from layercomb.shapes import as_deep, check_float
+from layercomb.trees import Tree
+
+
+class BlockSparseFF(Layer):
+    """A feed-forward cut into blocks of units, of which a controller picks one for each position.
+
+    y = (f(x W₁ + b₁) ∘ m) W₂ + b₂, where the mask m is the same for all units of a block, and is
+    made from c = x C₁ C₂, a number a block:
+
+    * ``EVAL``, ``PREDICT``: m is 1 at the block of the largest c, and 0 elsewhere; the other blocks
+      are not computed;
+    * training: p = softmax(c + temperature · g), g being Gumbel noise. With probability
+      `hard_prob`, one draw for all that is given at once, m is the one-hot of the largest p, and
+      its gradient that of p (straight-through); else m = p. All blocks are computed.
+
+    The chosen blocks are decisions: ``RECORD`` keeps them, ``REPLAY`` takes them.
+
+    Weights: ``in`` (kernel (E, D, M), bias (E, M)) and ``out`` (kernel (E, M, D), bias (D,)), for
+    E = n_blocks of M = d_ff / E units, so that a block lies together; ``controller`` (``in`` kernel
+    (D, R), ``out`` kernel (R, E)).
+
+    Attributes:
+      d_ff: the number of units.
+      n_blocks: E, which must divide it.
+      d_lowrank: R, the rank of the controller; None takes D / E, but at least 16.
+      temperature: how much noise training adds.
+      hard_prob: how often training takes the hard choice.
+      activation: f, by its name.
+      use_bias: whether b₁ and b₂ are there.
+      kernel_init: of W₁ and W₂, each as a whole.
+      bias_init: of b₁ and b₂.
+
+    Raises:
+      ValueError: if n_blocks does not divide d_ff, naming the nearest sizes that fit; in training,
+        without a key.
+
+    References:
+      Compared with SparseFF in Jaszczur et al. 2021, https://arxiv.org/abs/2111.12763
+
+    >>> from layercomb import tl, shape_dtype
+    >>> tl.BlockSparseFF(64, 4).output_signature(shape_dtype((2, 5, 8)))
+    (ShapeDtypeStruct(shape=(2, 5, 8), dtype=float32),)
+    """
+
+    d_ff: Size
+    n_blocks: Size
+    _: KW_ONLY
+    d_lowrank: Size | None = None
+    temperature: Annotated[float, Bound(0)] = 0.1
+    hard_prob: float = 0.3
+    activation: str = 'relu'
+    use_bias: bool = True
+    kernel_init: Initializer = glorot_uniform()
+    bias_init: Initializer = zeros()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        controllers.check_fields(self, 'n_blocks')
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_float('BlockSparseFF', x)
+        d, e, m, make = x.shape[-1], self.n_blocks, self.d_ff // self.n_blocks, self.kernel_init
+        rank = self.d_lowrank or max(16, d // e)
+        keys = jax.random.split(rng, 6)
+        first = make(keys[0], (d, self.d_ff)).reshape(d, e, m)
+        weights: Tree = {
+            'in': {'kernel': jnp.moveaxis(first, 1, 0)},  # (E, D, M)
+            'out': {'kernel': make(keys[1], (self.d_ff, d)).reshape(e, m, d)},
+            'controller': controllers.init(keys[2:4], d, rank, e),
+        }
+        if self.use_bias:
+            weights['in']['bias'] = self.bias_init(keys[4], (e, m))
+            weights['out']['bias'] = self.bias_init(keys[5], (d,))
+        return weights, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        out = weights['out']
+        c = controllers.logits(weights['controller'], x)  # (…, E)
+        if mode.is_training:
+            taken = state[DECISIONS]['blocks'] if mode is Mode.REPLAY else None
+            mask, blocks = controllers.sample(self, c, rng, taken)
+            if mode is Mode.RECORD:
+                state = {**state, DECISIONS: {'blocks': blocks}}
+            y = self._whole(weights, x, mask)
+        else:
+            flat, blocks = x.reshape(-1, x.shape[-1]), controllers.largest(c).reshape(-1)  # (T, …)
+            each = {'kernel': out['kernel']}  # the bias belongs to no block
+            y = by_expert(
+                weights['in'], each, elementwise(type(self).__name__, self.activation), flat, blocks
+            )
+            y = y.reshape(x.shape)
+        return (y + as_deep(out['bias'], y) if self.use_bias else y,), state
+
+    def _whole(self, weights: Tree, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """All blocks, times the mask, without b₂."""
+        h = contract('...d,edm->...em', x, weights['in']['kernel'])
+        h = elementwise(type(self).__name__, self.activation)(
+            h + as_deep(weights['in']['bias'], h) if self.use_bias else h
+        )
+        h = h * mask[..., None].astype(h.dtype)
+        return contract('...em,emd->...d', h, weights['out']['kernel'])

@@ -1,0 +1,111 @@
+"""`LocalConv`: a convolution over a few positions of each module."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+import layercomb_kernels
+from layercomb.layers.basic.convolution import convolve
+from layercomb.layers.basic.initializers import Initializer, lecun_normal, zeros
+from layercomb.layers.core.fields import Size
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.decoding.caches import init_past, with_past
+from layercomb.layers.quantized.native import has_kernels, with_kernel
+from layercomb.layers.sparse.multiplicative import (
+    check_modules,
+)
+from layercomb.shapes import as_deep, check_float, check_sequence, check_width
+
+
+class LocalConv(Layer):
+    """A convolution over positions, causally, and over modules: (B, L, S·M) → n_outputs like it.
+
+    With x seen as (B, L, S, M), and i positions back, j modules to either side::
+
+        y[t, s] = Σᵢⱼ x[t − i, s + j] W[i, j] + b
+
+    The kernel is the same for all modules, so there are few weights. Several outputs, each with a
+    kernel of its own, come from one convolution.
+
+    In ``PREDICT`` the state keeps the inputs, as long as the signature given to `init`.
+
+    Weights: ``kernel`` (positions, modules, M, n_outputs·M), ``bias`` (n_outputs, M).
+
+    Attributes:
+      n_modules: S, which must divide the width.
+      kernel_size: how many positions, the last being its own, and how many modules, with its own in
+        the middle, an output sees.
+      n_outputs: how many values it puts back.
+
+    Raises:
+      ValueError: if S does not divide the width, naming the nearest number that does.
+
+    References:
+      Jaszczur et al. 2021, section 3.2, https://arxiv.org/abs/2111.12763
+
+    >>> from layercomb import tl
+    >>> tl.LocalConv(4, n_outputs=3).n_out
+    3
+    """
+
+    n_modules: Size
+    kernel_size: tuple[Size, Size] = (3, 3)
+    n_outputs: Size = 1
+    kernel_init: Initializer = lecun_normal()
+    bias_init: Initializer = zeros()
+
+    n_out = property(lambda self: self.n_outputs)
+    mixes_positions = True
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        (x,) = signature
+        check_sequence('LocalConv', x)
+        check_float('LocalConv', x)
+        check_modules('LocalConv', self.n_modules, x.shape[-1])
+        m, n = x.shape[-1] // self.n_modules, self.n_outputs
+        kernel_key, bias_key = jax.random.split(rng)
+        kernel = self.kernel_init(kernel_key, (*self.kernel_size, m, n * m))
+        weights = {'kernel': kernel, 'bias': self.bias_init(bias_key, (n, m))}
+        if mode is not Mode.PREDICT:
+            return weights, {}
+        return weights, init_past(x, self._reach)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        check_sequence('LocalConv', x)
+        m, length = weights['kernel'].shape[2], x.shape[1]
+        check_width(x, self.n_modules * m)
+        if mode is Mode.PREDICT:
+            x, state = with_past(x, state, self._reach)
+        else:
+            x = jnp.pad(x, ((0, 0), (self._reach, 0), (0, 0)))
+        side = self.kernel_size[1] - 1
+        x = x.reshape(*x.shape[:2], self.n_modules, m)  # (B, reach + L, S, M)
+        x = jnp.pad(x, ((0, 0), (0, 0), (side // 2, side - side // 2), (0, 0)))
+        one = mode is Mode.PREDICT and length == 1
+        fast = one and has_kernels(x.shape[0], x, weights['kernel'])
+        y = (_convolve_one if fast else _convolve)(x, weights['kernel'])  # (B, L, S, n·M)
+        y = y.reshape(*y.shape[:3], self.n_outputs, m)  # (B, L, S, n, M)
+        y = y + as_deep(weights['bias'], y)
+        return tuple(
+            y[..., i, :].reshape(x.shape[0], length, self.n_modules * m)
+            for i in range(self.n_outputs)
+        ), state
+
+    @property
+    def _reach(self) -> int:
+        """How many positions back the kernel sees."""
+        return self.kernel_size[0] - 1
+
+
+def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return convolve(x, kernel, (1, 1), 'VALID', (1, 1), groups=1)
+
+
+def _convolve_by_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return layercomb_kernels.module_convolution(x, kernel)[:, None]  # (B, 1, S, F)
+
+
+_convolve_one = with_kernel(_convolve, _convolve_by_kernel)

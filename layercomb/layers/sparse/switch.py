@@ -1,0 +1,171 @@
+"""Feed-forwards of which each position uses a part: `SwitchFF`, `BlockSparseFF`.
+
+Shape letters: B batch, L length, D d_model, F d_ff, E experts or blocks, M units of one of them,
+R rank, T positions in all, C rows of a tile, n tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.basic.activations import elementwise
+from layercomb.layers.basic.dense import dense
+from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
+from layercomb.layers.core.counted import counted_positions
+from layercomb.layers.core.decisions import DECISIONS
+from layercomb.layers.core.fields import Bound, Rate, Size
+from layercomb.layers.core.layer import AUX_LOSS, Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.sparse import controllers
+from layercomb.layers.sparse.by_expert import (
+    by_expert,
+)
+from layercomb.shapes import check_float
+from layercomb.trees import Tree
+
+
+class SwitchFF(Layer):
+    """A mixture of feed-forwards, of which a router chooses one for each position.
+
+    With p = softmax(x Wᵣ), in float32, and e = argmax p::
+
+        y = p[e] (f(x W₁[e] + b₁[e]) W₂[e] + b₂[e])
+
+    No expert is full and no position left out: positions are sorted by their experts, and each is
+    multiplied by the weights of its own alone.
+
+    Training leaves as state, under ``aux_loss``, what keeps the experts in use::
+
+        balance · E · Σₑ share[e] · mean[e]
+
+    where share[e] is the part of the positions that chose e, taken as constant, and mean[e] the
+    mean of p[e]. It is `balance` where all are used alike. Positions of loss weight 0 count neither
+    in share nor in mean, be they padding or a prompt; if none counts, the loss is 0. They are still
+    computed. A `Loop` sees to that, and `losses.apply_counted` in a loop of one's own; else all
+    positions count.
+
+    The chosen experts are decisions: ``RECORD`` keeps them, ``REPLAY`` takes them.
+
+    Weights: ``router`` (kernel (D, E)), ``in`` (kernel (E, D, F), bias (E, F)), ``out`` (kernel
+    (E, F, D), bias (E, D)).
+
+    Attributes:
+      d_ff: F, the width of each expert.
+      n_experts: E.
+      balance: the weight of the auxiliary loss.
+      jitter: in training the router's input is multiplied by numbers within 1 ± `jitter`.
+      activation: f, by its name.
+      use_bias: whether b₁ and b₂ are there.
+      kernel_init: of W₁, W₂ and Wᵣ, of each expert by itself.
+      bias_init: of b₁ and b₂.
+
+    Raises:
+      ValueError: in training with jitter, without a key.
+
+    References:
+      Fedus et al. 2021, Switch Transformers, section 2, https://arxiv.org/abs/2101.03961
+
+    >>> from layercomb import tl, shape_dtype
+    >>> tl.SwitchFF(32, 4).output_signature(shape_dtype((2, 5, 8)))
+    (ShapeDtypeStruct(shape=(2, 5, 8), dtype=float32),)
+    """
+
+    d_ff: Size
+    n_experts: Size = 8
+    _: KW_ONLY
+    balance: Annotated[float, Bound(0)] = 0.01
+    jitter: Rate = 0.0
+    activation: str = 'relu'
+    use_bias: bool = True
+    kernel_init: Initializer = glorot_uniform()
+    bias_init: Initializer = zeros()
+
+    counts_positions = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        elementwise(type(self).__name__, self.activation)  # a wrong name is an error now
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        """Weights, and an auxiliary loss of zero, except in ``PREDICT``, which has none."""
+        (x,) = signature
+        check_float('SwitchFF', x)
+        d, f, e = x.shape[-1], self.d_ff, self.n_experts
+        keys = jax.random.split(rng, 5)
+
+        def each(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+            # One by one, or the initializer would count the experts as inputs.
+            return jax.vmap(lambda k: self.kernel_init(k, shape))(jax.random.split(key, e))
+
+        weights: Tree = {
+            'router': {'kernel': self.kernel_init(keys[0], (d, e))},
+            'in': {'kernel': each(keys[1], (d, f))},
+            'out': {'kernel': each(keys[2], (f, d))},
+        }
+        if self.use_bias:
+            weights['in']['bias'] = self.bias_init(keys[3], (e, f))
+            weights['out']['bias'] = self.bias_init(keys[4], (e, d))
+        return weights, {} if mode is Mode.PREDICT else {AUX_LOSS: jnp.zeros((), jnp.float32)}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (x,) = inputs
+        state, counted = counted_positions(state, x)
+        flat = x.reshape(-1, x.shape[-1])  # (T, D)
+        p = self._probabilities(weights['router'], flat, rng, mode)  # (T, E)
+        if mode is Mode.REPLAY:
+            experts = state[DECISIONS]['experts'].reshape(-1)
+        else:
+            experts = jnp.argmax(p, -1).astype(controllers.smallest_integers(self.n_experts))
+        y = by_expert(
+            weights['in'],
+            weights['out'],
+            elementwise(type(self).__name__, self.activation),
+            flat,
+            experts,
+        )
+        own = jnp.take_along_axis(p, experts[:, None].astype(jnp.int32), 1)  # (T, 1)
+        y = (y * own.astype(y.dtype)).reshape(x.shape)
+        if mode.is_training:
+            state = {**state, AUX_LOSS: self.balance * imbalance(p, experts, counted)}
+        if mode is Mode.RECORD:
+            state = {**state, DECISIONS: {'experts': experts.reshape(x.shape[:-1])}}
+        return (y,), state
+
+    def _probabilities(
+        self, router: Tree, x: jax.Array, rng: jax.Array | None, mode: Mode
+    ) -> jax.Array:
+        """p in float32, whatever the layer is computed in."""
+        x, kernel = x.astype(jnp.float32), router['kernel'].astype(jnp.float32)
+        if mode.is_training and self.jitter:
+            if rng is None:
+                raise ValueError(
+                    'SwitchFF draws jitter in training: pass rng=jax.random.key(…) to apply'
+                )
+            x = x * jax.random.uniform(rng, x.shape, x.dtype, 1 - self.jitter, 1 + self.jitter)
+        return jax.nn.softmax(dense({'kernel': kernel}, x))
+
+
+def imbalance(p: jax.Array, experts: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+    """E · Σₑ share[e] · mean[e]: 1 where all experts are used alike, E where one is used alone.
+
+    Args:
+      p: (T, E) float32, what a router gives to each expert.
+      experts: (T,) integers, the chosen ones; their shares are constants.
+      counted: T booleans, of any shape, true where a position counts; None if all do.
+
+    Returns:
+      float32 (); 0 if no position counts.
+    """
+    t, e = p.shape
+    chosen = experts[:, None] == jnp.arange(e, dtype=experts.dtype)[None]  # (T, E)
+    if counted is None:
+        n: Any = max(t, 1)
+    else:
+        n = jnp.maximum(counted.sum(dtype=p.dtype), 1)
+        counts = counted.reshape(-1, 1)
+        chosen, p = chosen & counts, jnp.where(counts, p, 0)
+    return e * jnp.sum(chosen.sum(0, dtype=p.dtype) * p.sum(0)) / n**2

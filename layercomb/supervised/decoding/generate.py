@@ -1,0 +1,211 @@
+"""Decoding: `generate` a batch in one compiled program, or `stream` it token by token.
+
+Both read the prompt at once, then go a position at a time in ``PREDICT``, with caches that are
+updated in place. Row b of step i draws with a key folded with b and i, so what row b samples does
+not depend on how many rows there are and what they hold, nor on which of the two functions makes
+it; the same prompt in another row draws anew. `beam_search` looks for the likeliest continuations,
+and `score` tells how likely given ones are.
+
+All numbers are arrays in the programs: what is compiled anew is another model, another number of
+rows, and lengths that `round_up` tells apart; with LSH attention of neighbourhood='chunk', which
+would see padding, every length of a prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layercomb.model import Model
+from layercomb.supervised.decoding.beams import Beams, beam_search
+from layercomb.supervised.decoding.numbers import key
+from layercomb.supervised.decoding.prompts import (
+    Sequences,
+    Start,
+    advance,
+    as_id,
+    begin,
+    ingest,
+    max_len,
+)
+from layercomb.supervised.decoding.sampling import NO_TOKEN, Sampler, check_drawn
+from layercomb.supervised.decoding.scoring import Scores, score
+from layercomb.trees import Tree
+
+__all__ = [
+    'Beams',
+    'Sampler',
+    'Scores',
+    'beam_search',
+    'generate',
+    'max_len',
+    'score',
+    'stream',
+]
+
+
+def generate(
+    model: Model,
+    prompts: Sequences,
+    n_tokens: int,
+    *,
+    inputs: Sequences | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    rng: jax.Array | int = 0,
+    eos_id: int | None = None,
+) -> np.ndarray:
+    """Continues each prompt by `n_tokens` tokens, in one compiled program.
+
+    Args:
+      model: with weights: a language model, (B, L) → (B, L, V), or an encoder-decoder, (B, S),
+        (B, L)[, mask (B, S)] → (B, L, V).
+      prompts: (B, P) integers, or a list of B sequences of integers of any lengths; to an
+        encoder-decoder what its decoder begins with, a token at least.
+      n_tokens: how many to make.
+      inputs: what an encoder reads, likewise; lengths may differ if the model takes a mask.
+      temperature, top_k, top_p, repetition_penalty: see `Sampler`; temperature 0 is greedy.
+      rng: a typed key, or a seed.
+      eos_id: a row is done once it has made this token, and is filled up with it. It must be in the
+        vocabulary.
+
+    Returns:
+      (B, n_tokens) int32, without the prompts.
+
+    Raises:
+      TypeError: if the model has no weights.
+      ValueError: if a number is out of its range, or `rng` is neither a key nor a seed.
+      UsageError: if a prompt is empty, holds ids outside the vocabulary, or is with `n_tokens`
+        longer than the model's positions reach; if the model looks ahead; if `inputs` do not go
+        with the model and the prompts; or if logits are NaN, which says at which token.
+    """
+    sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
+    start = begin(model, prompts, n_tokens, inputs, eos_id)
+    made = _generate(start, sampler, np.int32(n_tokens), as_id(eos_id), _row_keys(rng, start))
+    tokens = np.asarray(made)[:, : int(n_tokens)]
+    check_drawn(tokens, 0)
+    return tokens
+
+
+def stream(
+    model: Model,
+    prompts: Sequences,
+    n_tokens: int,
+    *,
+    inputs: Sequences | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    rng: jax.Array | int = 0,
+    eos_id: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields (B,) tokens as they are made: the columns of what `generate` returns.
+
+    Ends early once every row has made `eos_id`. Arguments and errors are those of `generate`; they
+    are checked at the call, NaN where it arises. To stream many prompts of one model, unstack it
+    once: ``lc.Model(*lc.unstack(net, weights), state)``.
+    """
+    sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
+    start = begin(model, prompts, n_tokens, inputs, eos_id)
+    return _stream(start, sampler, int(n_tokens), as_id(eos_id), _row_keys(rng, start))
+
+
+def _row_keys(rng: jax.Array | int, start: Start) -> jax.Array:
+    rng, rows = key('rng', rng), jnp.arange(len(start.tokens), dtype=jnp.int32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
+
+
+def _fold_each(keys: jax.Array, i: Any) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+
+
+class _Kept(NamedTuple):
+    """What the next token is made from, beside the last one."""
+
+    state: Tree
+    seen: jax.Array  # (B, V) bool
+    i: jax.Array  # how many tokens there are
+
+
+@jax.jit
+def _first(start: Start, sampler: Sampler, keys: jax.Array) -> tuple[jax.Array, _Kept]:
+    """The first token of each row, and what the next one is made from."""
+    logits, state = ingest(start)
+    seen = sampler.seen(start.tokens, start.lengths, logits.shape[-1])
+    token = sampler(logits, _fold_each(keys, 0), seen)
+    return token, _Kept(state, sampler.add(seen, token), jnp.int32(1))
+
+
+def _step(
+    start: Start, sampler: Sampler, kept: _Kept, token: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, _Kept]:
+    logits, state = advance(start, kept.state, token)
+    token = sampler(logits, _fold_each(keys, kept.i), kept.seen)
+    return token, _Kept(state, sampler.add(kept.seen, token), kept.i + 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _next(structure: Any) -> Any:
+    """The step, compiled, of what it is made from each time as flat leaves, a state and a token.
+
+    Hundreds of weights in nested dicts, and the hash of a model, would take longer to look at than
+    a small model takes for a token.
+    """
+
+    def step(leaves: list[jax.Array], kept: _Kept, token: jax.Array) -> Any:
+        start, sampler, keys = jax.tree.unflatten(structure, leaves)
+        return _step(start, sampler, kept, token, keys)
+
+    return jax.jit(step, donate_argnums=1)
+
+
+@jax.jit
+def _generate(
+    start: Start, sampler: Sampler, n_tokens: jax.Array, eos_id: jax.Array, keys: jax.Array
+) -> jax.Array:
+    """(B, room), of which the first `n_tokens` are made: one program serves for any number."""
+    first, kept = _first(start, sampler, keys)
+    made = jnp.full((len(first), start.room), jnp.maximum(eos_id, 0), jnp.int32)
+    made = made.at[:, 0].set(first)
+
+    def unfinished(carry: Any) -> jax.Array:
+        token, done, kept, _ = carry
+        return (kept.i < n_tokens) & ~done.all() & (token != NO_TOKEN).all()
+
+    def step(carry: Any) -> Any:
+        token, done, kept, made = carry
+        i = kept.i
+        token, kept = _step(start, sampler, kept, token, keys)
+        token = jnp.where(done, eos_id, token)
+        made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], i, 1)
+        return token, done | (token == eos_id), kept, made
+
+    done = (first == eos_id) & (eos_id >= 0)
+    return jax.lax.while_loop(unfinished, step, (first, done, kept, made))[-1]
+
+
+def _stream(
+    start: Start, sampler: Sampler, n_tokens: int, eos_id: np.int32, keys: jax.Array
+) -> Iterator[np.ndarray]:
+    leaves, structure = jax.tree.flatten((start, jax.device_put(sampler), keys))
+    step = _next(structure)
+    token, kept = _first(start, sampler, keys)
+    done = np.zeros(len(token), bool)
+    for i in range(1, n_tokens + 1):
+        made = token
+        if i < n_tokens:  # the next one is on its way while this one is looked at
+            token, kept = step(leaves, kept, made)
+        shown = np.where(done, eos_id, np.asarray(made))
+        check_drawn(shown[:, None], i - 1)
+        done = done | (shown == eos_id)
+        yield shown
+        if done.all():
+            return

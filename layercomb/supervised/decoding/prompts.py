@@ -1,0 +1,418 @@
+"""What decoding begins with: prompts as arrays, and a model that has read them.
+
+Weights are unstacked, since slicing stacked ones copies them every token. Prompts are read whole,
+with caches just as long as they, which then grow to the room that is needed: attention over a
+prompt does not look at the room behind it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layercomb import trees
+from layercomb.data.adapted import adapted
+from layercomb.errors import UsageError, one_line
+from layercomb.layers.attention.layers import LocalSelfAttention, SelfAttention
+from layercomb.layers.attention.lsh.layer import LSHAttention, LSHSelfAttention
+from layercomb.layers.attention.lsh.seek import set_positions
+from layercomb.layers.basic.dense import Dense
+from layercomb.layers.combinators.serial import Serial
+from layercomb.layers.core.layer import AUX_LOSS, Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.decoding.once import Once
+from layercomb.layers.sparse.attention import SparseQKVAttention
+from layercomb.layers.sparse.multiplicative import MultiplicativeHead
+from layercomb.model import Model, check_tokens
+from layercomb.shapes import Signature, is_float, shape_dtype
+from layercomb.supervised.decoding.numbers import whole
+from layercomb.transforms.quantization import bare
+from layercomb.transforms.tying import Tied
+from layercomb.transforms.unstacking import unstack, unstack_state
+from layercomb.trees import Tree
+
+Sequences = Any  # (B, P) integers, or a list of sequences of them, of any lengths
+
+_ATTENTION = (
+    SelfAttention,
+    LocalSelfAttention,
+    LSHSelfAttention,
+    LSHAttention,
+    SparseQKVAttention,
+)
+_HEADS = (Dense, MultiplicativeHead)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=['weights', 'trained', 'context', 'tokens', 'lengths'],
+    meta_fields=['net', 'room'],
+)
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """All that decoding begins with.
+
+    Attributes:
+      net: the model, unstacked.
+      room: how many positions there will be.
+      weights: of the model.
+      trained: what training left in its state.
+      context: what each step is given beside tokens: nothing, or the source of an encoder, (B, S),
+        and perhaps its mask.
+      tokens: the prompts, (B, P), padded at the end.
+      lengths: of the prompts, (B,).
+    """
+
+    net: Layer
+    room: int
+    weights: Tree
+    trained: Tree
+    context: tuple[jax.Array, ...]
+    tokens: jax.Array
+    lengths: jax.Array
+
+    def signature(self, length: int, n_rows: int | None = None) -> Signature:
+        """Of the model's inputs, with so many tokens a row and so many rows."""
+        n = len(self.tokens) if n_rows is None else n_rows
+        around = tuple(shape_dtype((n, *x.shape[1:]), x.dtype) for x in self.context)
+        tokens = shape_dtype((n, length), 'int32')
+        return (*around[:1], tokens, *around[1:])
+
+    def inputs(self, tokens: jax.Array) -> tuple[jax.Array, ...]:
+        """The model's, (B, T) tokens among them."""
+        return (*self.context[:1], tokens, *self.context[1:])
+
+
+def begin(
+    model: Model,
+    prompts: Sequences,
+    n_tokens: int,
+    inputs: Sequences | None = None,
+    eos_id: int | None = None,
+) -> Start:
+    """What decoding begins with; arguments and errors are those of `decoding.generate`."""
+    net, weights, state = checked(model)
+    n_tokens = whole('n_tokens', n_tokens)
+    tokens, lengths = padded('prompt', prompts)
+    longest, limit = tokens.shape[1], max_len(net)
+    context = context_of(net, inputs, len(tokens))
+    check_ids(net, 'prompt', tokens)
+    if eos_id is not None:
+        check_ids(net, 'eos_id', np.full((1, 1), whole('eos_id', eos_id, least=0)))
+    needed = longest + n_tokens
+    if limit is not None and needed > limit:
+        raise UsageError(
+            f'the prompt of {longest} tokens and {n_tokens} new ones make {needed}, and '
+            f"the model's max_len is {limit}: shorten the prompt, or ask for fewer"
+        )
+    room = round_up(needed) if limit is None else min(round_up(needed), limit)
+    padding = min(padded_length(net, 'prompt', lengths), room) - longest
+    tokens = np.pad(tokens, ((0, 0), (0, padding)))
+    unstacked, weights = unstack(net, weights)
+    trained = unstack_state(net, state)
+    arrays = jnp.asarray(tokens), jnp.asarray(lengths)
+    return Start(unstacked, room, weights, trained, context, *arrays)
+
+
+def given(model: Model, prompt: str, tokenizer: Any) -> dict[str, Any]:
+    """What decoding begins with: the prompt; or what an encoder reads, and the end of no answer.
+
+    That is how `data.pairs` begins answers.
+
+    Raises:
+      UsageError: if the tokenizer makes no token of the prompt.
+    """
+    tokenizer = adapted(tokenizer)
+    ids = tokenizer.encode(prompt)
+    if not ids.size:
+        whose = type(tokenizer.tokenizer).__name__
+        raise UsageError(f'{whose} makes no token of the prompt {prompt!r:.60}: give another one')
+    if model.layer.n_in == 1:
+        return {'prompts': [ids]}
+    return {'inputs': [ids], 'prompts': [[tokenizer.eos_id]]}
+
+
+def as_id(eos_id: int | None) -> np.int32:
+    """The token that ends a row as a number, where none is an id that no token has."""
+    return np.int32(-1 if eos_id is None else eos_id)
+
+
+def padded_length(net: Layer, what: str, lengths: np.ndarray) -> int:
+    """How long rows of such lengths (B,) are read: as `round_up` says, if padding is not seen.
+
+    Raises:
+      UsageError: if padding is seen, and lengths differ.
+    """
+    if not _sees_padding(net):
+        return round_up(int(lengths.max()))
+    if len(set(lengths.tolist())) > 1:
+        raise UsageError(
+            f"LSH attention with neighbourhood='chunk' sees what a shorter {what} is padded with: "
+            f"give {what}s of one length, or take them one by one; 'bucket' sees nothing of it"
+        )
+    return int(lengths.max())
+
+
+def _sees_padding(layer: Layer) -> bool:
+    """Whether what follows a position changes its logits, so that padding would."""
+    if isinstance(layer, Once):  # an encoder, which gets no padding without a mask
+        return False
+    if isinstance(layer, LSHAttention) and layer.neighbourhood == 'chunk':
+        return True
+    return any(map(_sees_padding, layer.sublayers))
+
+
+def checked(model: Model) -> tuple[Layer, Tree, Tree]:
+    """A model's layer, weights and state.
+
+    Raises:
+      TypeError: if it has no weights.
+      UsageError: if it sees later positions.
+    """
+    if not isinstance(model, Model) or model.weights is None:
+        raise TypeError('decoding needs an lc.Model with weights: init, load or train it first')
+    _refuse_looking_ahead(model.layer)
+    return model.layer, model.weights, model.state
+
+
+def context_of(net: Layer, inputs: Sequences | None, n_rows: int) -> tuple[jax.Array, ...]:
+    """The source that an encoder reads, (B, S), and its mask where the model takes one.
+
+    Raises:
+      UsageError: if there is one and no encoder or the other way round, if its number of rows is
+        not that of the prompts, or if rows differ in length and the model takes no mask.
+    """
+    if net.n_in > 1 and not _has_once(net):
+        raise UsageError(
+            f'the model takes {net.n_in} inputs, and no part of it reads one of them as an encoder '
+            'does, in tl.Once: decoding knows language models of tokens alone (prompts need no '
+            'mask, for each is read at its own length) and encoder-decoders'
+        )
+    if (inputs is not None) != (net.n_in > 1):
+        raise UsageError(
+            'the model reads a source before it writes: give inputs= beside the prompts'
+            if inputs is None
+            else 'inputs= is for a model with an encoder: give a language model prompts alone'
+        )
+    if inputs is None:
+        return ()
+    if net.n_in > 3:
+        raise UsageError(
+            f'the model takes {net.n_in} inputs: decoding knows models of tokens, or of a source '
+            'and tokens, and perhaps the mask of the source'
+        )
+    source, lengths = padded('source', inputs)
+    if len(source) != n_rows:
+        raise UsageError(f'{len(source)} sources and {n_rows} prompts: give as many of each')
+    longest, limit = source.shape[1], source_max_len(net)
+    check_ids(net, 'source', source)
+    if limit is not None and longest > limit:
+        raise UsageError(
+            f"the source has {longest} tokens, and the model's max_len is {limit}: shorten it"
+        )
+    if net.n_in == 2:
+        if len(set(lengths.tolist())) > 1:
+            raise UsageError(
+                'sources of different lengths need a mask: make the model with masked=True, or '
+                'give sources of one length'
+            )
+        return (jnp.asarray(source),)
+    room = round_up(longest) if limit is None else min(round_up(longest), limit)
+    source = np.pad(source, ((0, 0), (0, room - longest)))
+    mask = np.arange(room) < lengths[:, None]
+    return jnp.asarray(source), jnp.asarray(mask)
+
+
+def padded(what: str, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged sequences as one array (B, P), padded with 0 at the end, and their lengths (B,).
+
+    Raises:
+      UsageError: if they are not sequences of integers, if one is empty, or if there is none.
+    """
+    try:
+        rows: Sequence[np.ndarray] = [np.asarray(row) for row in sequences]
+    except (TypeError, ValueError) as e:  # no list, or lists in it that are ragged themselves
+        raise UsageError(f'{what}s are a list of sequences of token ids ({one_line(e)})') from None
+    for row in rows:
+        if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
+            raise UsageError(
+                f'a {what} is a sequence of at least one token id, and {what}s are a list of them: '
+                f'got {row.dtype} of shape {row.shape}'
+            )
+    if not rows:
+        raise UsageError(f'there is no {what}: give at least one')
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for i, row in enumerate(rows):
+        if row.min() < 0 or row.max() > np.iinfo(np.int32).max:
+            raise UsageError(f'a {what} holds ids that no vocabulary has: check the tokenizer')
+        tokens[i, : len(row)] = row
+    return tokens, lengths
+
+
+def check_ids(net: Layer, what: str, tokens: np.ndarray) -> None:
+    """Raises a UsageError if ids lie outside the vocabulary of what reads them."""
+    after_source = net.n_in > 1 and what != 'source'
+    try:
+        check_tokens(net, (None, tokens) if after_source else (tokens,))
+    except ValueError as e:
+        raise UsageError(f'the {what} does not fit the model: {e}') from None
+
+
+def _has_once(layer: Layer) -> bool:
+    return isinstance(layer, Once) or any(map(_has_once, layer.sublayers))
+
+
+def max_len(layer: Layer) -> int | None:
+    """The longest sequence that a model writes, prompt included, or None if nothing limits it."""
+    if isinstance(layer, Once):  # an encoder, whose source is another sequence
+        return None
+    limits = [getattr(layer, 'max_len', None), *map(max_len, layer.sublayers)]
+    return min((n for n in limits if n is not None), default=None)
+
+
+def source_max_len(layer: Layer) -> int | None:
+    """The longest sequence that a model's encoder reads."""
+    if isinstance(layer, Once):
+        return max_len(layer.layer)
+    limits = map(source_max_len, layer.sublayers)
+    return min((n for n in limits if n is not None), default=None)
+
+
+def round_up(length: int) -> int:
+    """The next multiple of an eighth of the power of two below, or of 64: near lengths meet there.
+
+    So programs are compiled for few lengths, and at most an eighth is computed in vain.
+
+    >>> [round_up(n) for n in (1, 64, 65, 1000, 1025, 4097)]
+    [64, 64, 128, 1024, 1152, 4608]
+    """
+    step = max(64, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
+
+
+def _refuse_looking_ahead(layer: Layer) -> None:
+    """Raises a UsageError if self-attention sees later positions, which decoding does not have."""
+    if isinstance(layer, Once):
+        return
+    if isinstance(layer, _ATTENTION) and not layer.causal:
+        raise UsageError(
+            f'{type(layer).__name__} with causal=False sees later positions, so it cannot make '
+            'them one by one: decode a model with causal attention'
+        )
+    for each in layer.sublayers:
+        _refuse_looking_ahead(each)
+
+
+def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
+    """A fresh decoding state with what training left: running statistics, but no caches.
+
+    Raises:
+      UsageError: if there are some for which the decoding state has no place.
+    """
+    fresh = net.init(signature, jax.random.key(0), Mode.PREDICT)[1]
+    made = jax.eval_shape(lambda: net.init(signature, jax.random.key(0), Mode.TRAIN)[1])
+    of_training = trees.flatten(made)
+    kept = {
+        path: x
+        for path, x in trees.flatten(trained).items()
+        if path in of_training and path.split('/')[-1] != AUX_LOSS  # no business of decoding
+    }
+    homeless = sorted(kept.keys() - trees.flatten(fresh).keys())
+    if homeless:
+        raise UsageError(
+            f'training left {homeless[0]!r} in a layer that decoding runs once, or after a memory, '
+            'where it cannot be taken along: use a norm without running statistics there'
+        )
+    return trees.map_with_path(lambda path, x: kept.get(path, x), fresh)
+
+
+def ingest(start: Start) -> tuple[jax.Array, Tree]:
+    """Reads the prompts: logits (B, V) after each, and the state with each row at its length."""
+    length, at = start.tokens.shape[1], start.lengths - 1
+    state = fresh_state(start.net, start.trained, start.signature(length))
+    inputs, short = start.inputs(start.tokens), at_one_position(start.net)
+    if short is None:
+        outputs, state = start.net.apply(start.weights, state, inputs, mode=Mode.PREDICT)
+        logits = _take(logits_of(outputs), at)
+    else:
+        inputs = (*inputs, at)
+        (logits,), state = short.apply(start.weights, state, inputs, mode=Mode.PREDICT)
+    return logits[:, 0], set_positions(_grown(start, state), start.lengths)
+
+
+def logits_of(outputs: tuple[jax.Array, ...]) -> jax.Array:
+    """A language model's only output, (B, L, V).
+
+    Raises:
+      UsageError: if it is no such model.
+    """
+    return _of_each_position(outputs, 'of tokens')
+
+
+def _of_each_position(values: tuple[jax.Array, ...], where: str) -> jax.Array:
+    """The only value, (B, L, …), in numbers; `where` says what of a model makes it."""
+    if len(values) != 1 or values[0].ndim != 3 or not is_float(values[0]):
+        given = ', '.join(f'{x.dtype}{list(x.shape)}' for x in values)
+        raise UsageError(
+            f'decoding needs a language model, (B, L) → logits (B, L, V), and {where} this one '
+            f'makes {given}'
+        )
+    return values[0]
+
+
+def _grown(start: Start, state: Tree) -> Tree:
+    """A state whose caches are as long as the room there is; what is new is empty."""
+    whole = jax.eval_shape(
+        lambda: fresh_state(start.net, start.trained, start.signature(start.room))
+    )
+
+    def grow(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        widths = [(0, there - here) for here, there in zip(x.shape, like.shape, strict=True)]
+        return jnp.pad(x, widths) if any(wide for _, wide in widths) else x
+
+    return jax.tree.map(grow, state, whole)
+
+
+def advance(start: Start, state: Tree, token: jax.Array) -> tuple[jax.Array, Tree]:
+    """Runs one position, (B,) tokens: logits (B, V) after it."""
+    inputs = start.inputs(token[:, None])
+    (logits,), state = start.net.apply(start.weights, state, inputs, mode=Mode.PREDICT)
+    return logits[:, 0], state
+
+
+class _AtPosition(Wrapper):
+    """A head at one position of each row: (x (B, L, D), positions (B,)) → (B, 1, V)."""
+
+    n_in = property(lambda self: 2)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        x, at = inputs
+        x = _take(_of_each_position((x,), 'before its last layer'), at)
+        return self.layer.apply(weights, state, (x,), rng=rng, mode=mode)
+
+
+def at_one_position(net: Layer) -> Layer | None:
+    """The model with positions (B,) as a last input and logits (B, 1, V) there alone.
+
+    With the same paths. None if it does not end with a head that sees each position by itself.
+    """
+    if isinstance(net, Tied):
+        inner = at_one_position(net.layer)
+        return None if inner is None else net.replace(layer=inner)
+    if type(net) is Serial and net.layers:
+        named = [layer.replace(name=key) for key, layer in zip(net.keys, net.layers, strict=True)]
+        last = at_one_position(named[-1])
+        return None if last is None else Serial(*named[:-1], last, name=net.name)
+    return _AtPosition(net) if type(bare(net)) in _HEADS else None
+
+
+def _take(x: jax.Array, at: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, at[:, None, None], axis=1)  # (B, L, D) → (B, 1, D)

@@ -1,0 +1,177 @@
+"""How the next token is drawn from its logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layercomb.errors import UsageError
+from layercomb.supervised.decoding.numbers import real, whole
+
+NO_TOKEN = -1  # what is drawn where there are no probabilities
+_COLD = 1e-6  # lower temperatures draw the likeliest token, but for what float32 rounds
+_ALL = 2**31 - 1  # more tokens than any vocabulary has
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How the next token is drawn from its logits: what follows, in this order.
+
+    All numbers are arrays in a compiled program, so that one serves for any: what they leave out is
+    not computed, which is decided at every token.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the likeliest token, and so does what is below
+        1e-6.
+      top_k: only the k likeliest tokens may be drawn.
+      top_p: only the likeliest tokens whose probabilities together reach p may be drawn.
+      repetition_penalty: before all that, the logits of tokens that the row holds already, prompt
+        included, are divided by it where they are positive and multiplied where they are not; 1
+        changes nothing, more makes repetitions rarer.
+
+    Raises:
+      ValueError: if a value is out of its range.
+
+    References:
+      Holtzman et al., nucleus sampling, 2020, https://arxiv.org/abs/1904.09751
+      Keskar et al., CTRL (the penalty), 2019, https://arxiv.org/abs/1909.05858
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            'temperature': real(
+                'temperature', self.temperature, 'at least 0 and finite', 0, math.inf
+            ),
+            'repetition_penalty': real(
+                'repetition_penalty', self.repetition_penalty, 'from 1e-6 to 1e6', 1e-6, 1e6
+            ),
+        }
+        if self.top_k is not None:
+            checked['top_k'] = whole('top_k', self.top_k)
+        if self.top_p is not None:
+            checked['top_p'] = real('top_p', self.top_p, 'above 0 and at most 1', 0, 1, above=True)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def __call__(
+        self, logits: jax.Array, keys: jax.Array, seen: jax.Array | None = None
+    ) -> jax.Array:
+        """Draws a token for each row.
+
+        Args:
+          logits: (B, V).
+          keys: (B,) typed keys.
+          seen: (B, V) bool, the tokens that each row holds; None penalises nothing.
+
+        Returns:
+          (B,) int32; `NO_TOKEN` where logits are NaN, or infinite without leaving probabilities.
+        """
+        logits = logits.astype(jnp.float32)
+        if seen is not None:
+            penalty = self.repetition_penalty
+            rarer = jnp.where(logits > 0, logits / penalty, logits * penalty)
+            logits = jnp.where(seen, rarer, logits)
+        token = jax.lax.cond(
+            self.temperature < _COLD,
+            lambda logits: jnp.argmax(logits, -1).astype(jnp.int32),
+            lambda logits: self._draw(logits, keys),
+            logits,
+        )
+        return jnp.where(has_probabilities(logits), token, NO_TOKEN)
+
+    def _draw(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        top_k = _ALL if self.top_k is None else self.top_k
+        top_p = 1.0 if self.top_p is None else self.top_p
+        logits = jax.lax.cond(
+            top_k < logits.shape[-1],
+            lambda x: _likeliest(x, jnp.ones_like(x), jnp.asarray(top_k, jnp.float32)),
+            lambda x: x,
+            logits / self.temperature,
+        )
+        logits = jax.lax.cond(
+            top_p < 1.0,
+            lambda x: _likeliest(x, jax.nn.softmax(x), jnp.asarray(top_p, jnp.float32)),
+            lambda x: x,
+            logits,
+        )
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+    def seen(self, tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
+        """What rows hold at first, (B, V) bool, of prompts (B, P)."""
+        there = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+        rows = jnp.arange(len(tokens), dtype=jnp.int32)[:, None]
+        return jnp.zeros((len(tokens), vocab_size), bool).at[rows, tokens].max(there)
+
+    def add(self, seen: jax.Array, token: jax.Array) -> jax.Array:
+        """What rows hold after one more token each, (B,)."""
+        return seen.at[jnp.arange(len(token), dtype=jnp.int32), token].set(True)
+
+
+def has_probabilities(logits: jax.Array) -> jax.Array:
+    """Whether logits (…, V) stand for probabilities: no NaN, no +∞, and one at least above −∞."""
+    # Not by their maximum, for on a CPU that ignores NaN.
+    return (logits < jnp.inf).all(-1) & (logits > -jnp.inf).any(-1)
+
+
+def diverged(where: str) -> UsageError:
+    """What is raised where there are no probabilities."""
+    return UsageError(
+        f'the logits are NaN or infinite {where}: the weights have most likely diverged, so load '
+        'those of an earlier checkpoint, or train with a lower learning rate'
+    )
+
+
+def check_drawn(tokens: np.ndarray, first: int) -> None:
+    """Raises a UsageError if tokens (B, T), the first of which is a row's i-th, have no value."""
+    steps, rows = np.nonzero(tokens.T == NO_TOKEN)
+    if steps.size:
+        raise diverged(f'at token {first + steps[0]} of row {rows[0]}')
+
+
+def _likeliest(logits: jax.Array, shares: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Logits (B, V) without those below the largest t for which Σ shares[logits ≥ t] ≥ wanted.
+
+    Found bit by bit, from the highest: 32 sums, where sorting a vocabulary of 50,000 takes longer
+    than many a model.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    order = jnp.where(bits >= sign, ~bits, bits | sign)  # integers in the order of the floats
+
+    def one(i: jax.Array, least: jax.Array) -> jax.Array:
+        tried = least | (sign >> jnp.asarray(i, jnp.uint32))  # (B,)
+        total = jnp.where(order >= tried[:, None], shares, 0.0).sum(-1)
+        return jnp.where(total >= wanted, tried, least)
+
+    least = jax.lax.fori_loop(np.int32(0), np.int32(32), one, jnp.zeros(len(logits), jnp.uint32))
+    return jnp.where(order >= least[:, None], logits, -jnp.inf)
+
+
+def _flatten(sampler: Sampler) -> tuple[tuple[Any, ...], None]:
+    top_k = _ALL if sampler.top_k is None else sampler.top_k
+    top_p = 1.0 if sampler.top_p is None else sampler.top_p
+    if isinstance(top_k, int):
+        top_k = min(top_k, _ALL)
+    return (sampler.temperature, top_k, top_p, sampler.repetition_penalty), None
+
+
+def _unflatten(_: None, numbers: Sequence[Any]) -> Sampler:
+    sampler = object.__new__(Sampler)  # traced numbers cannot be validated, and have been
+    for field, value in zip(dataclasses.fields(Sampler), numbers, strict=True):
+        object.__setattr__(sampler, field.name, value)
+    return sampler
+
+
+# A program holds for any numbers, and for any that are not given.
+jax.tree_util.register_pytree_node(Sampler, _flatten, _unflatten)

@@ -1,0 +1,105 @@
+"""How likely a model holds a given text to be."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layercomb import losses
+from layercomb.errors import UsageError
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.metrics.classification import CrossEntropyLoss
+from layercomb.model import Model
+from layercomb.supervised.decoding.numbers import whole
+from layercomb.supervised.decoding.prompts import (
+    Sequences,
+    check_ids,
+    checked,
+    context_of,
+    max_len,
+    padded,
+    padded_length,
+)
+from layercomb.supervised.decoding.sampling import diverged
+
+_TOGETHER = 512  # positions whose logits exist at a time
+
+
+class Scores(NamedTuple):
+    """Log-likelihoods.
+
+    Attributes:
+      tokens: (B, L) float32, log p of each token after those before it; 0 for what is given, and
+        for what lies behind the end of a row.
+      totals: (B,) float32, their sums.
+    """
+
+    tokens: np.ndarray
+    totals: np.ndarray
+
+
+def score(
+    model: Model, texts: Sequences, *, n_given: int = 1, inputs: Sequences | None = None
+) -> Scores:
+    """The log-likelihood of texts: Σ_t log p(y_t | y_<t), over t from `n_given` on.
+
+    Whole sequences at once, in ``EVAL``; logits exist for a piece of the positions at a time.
+
+    Args:
+      model: as in `decoding.generate`.
+      texts: (B, L) integers, or a list of B sequences of integers, each longer than `n_given`.
+      n_given: how many tokens a text begins with that are not scored, but given: 1 at least, for a
+        model says nothing about what comes first.
+      inputs: what an encoder reads, as in `decoding.generate`.
+
+    Returns:
+      `Scores`.
+
+    Raises:
+      TypeError: if the model has no weights.
+      ValueError: if `n_given` is not a whole number of at least 1.
+      UsageError: if a text is too short or too long, or holds ids outside the vocabulary; if
+        `inputs` do not go with it; or if logits are NaN.
+    """
+    net, weights, state = checked(model)
+    n_given = whole('n_given', n_given)
+    tokens, lengths = padded('text', texts)
+    if lengths.min() <= n_given:
+        raise UsageError(
+            f'a text has {lengths.min()} tokens, of which {n_given} are given: there is nothing '
+            'to score; give a longer text, or a smaller n_given'
+        )
+    check_ids(net, 'text', tokens)
+    longest, limit = tokens.shape[1], max_len(net)
+    if limit is not None and longest - 1 > limit:
+        raise UsageError(
+            f"a text has {longest} tokens, and the model's max_len is {limit}: score a shorter one"
+        )
+    room = padded_length(net, 'text', lengths - 1)
+    room = room if limit is None else min(room, limit)
+    at = np.arange(1, room + 1)
+    scored = (at >= n_given) & (at < lengths[:, None])
+    tokens = np.pad(tokens, ((0, 0), (0, room + 1 - longest)))
+    source, *mask = context_of(net, inputs, len(tokens)) or (None,)
+    values = tokens[:, :-1], *mask, tokens[:, 1:], scored.astype(np.float32)
+    values = values if source is None else (source, *values)
+    made = np.asarray(_losses(net, weights, state, tuple(map(jnp.asarray, values))))
+    rows, steps = np.nonzero(scored & np.isnan(made))
+    if rows.size:
+        raise diverged(f'before token {steps[0] + 1} of text {rows[0]}')
+    by_token = np.zeros((len(tokens), longest), np.float32)
+    by_token[:, 1:] = np.where(scored, -made, 0)[:, : longest - 1]
+    return Scores(by_token, by_token.sum(1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(net: Layer, weights: Any, state: Any, values: Any) -> jax.Array:
+    """The cross-entropy of each position, (B, L)."""
+    scoring = losses.attach(net, CrossEntropyLoss(), chunk_len=_TOGETHER)
+    (values, _), _ = scoring.apply(weights, state, values, mode=Mode.EVAL)
+    return values

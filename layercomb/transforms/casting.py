@@ -1,0 +1,115 @@
+"""`cast`: a model computed in another dtype, with float32 weights, norms and streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.layers.core.combinator import Combinator
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.quantized.matrix import Narrow
+from layercomb.shapes import is_float
+from layercomb.transforms.rewriting import rewrite
+
+
+class Cast(Wrapper):
+    """Computes a layer in another dtype: weights and inputs are cast on the way in.
+
+    The weights that are kept, and their gradients, stay as they are (float32); what comes out is
+    of the given dtype.
+
+    Attributes:
+      layer: what to compute: a leaf, or a wrapper around one.
+      dtype: the name of a floating-point dtype.
+
+    Raises:
+      TypeError: if there is a combinator inside, or a layer that stays in float32 (a norm).
+    """
+
+    carries_counted = True
+
+    dtype: str = 'bfloat16'
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'dtype', jnp.dtype(self.dtype).name)
+        super().__post_init__()
+        wrong = _uncastable(self.layer)
+        if wrong is not None:
+            raise TypeError(
+                f'Cast computes a leaf, not a {type(wrong).__name__}: transforms.cast(net) '
+                'reaches every leaf inside, and leaves alone what stays in float32'
+            )
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f'Cast: dtype must be floating-point, got {self.dtype!r}')
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        narrow = tuple(
+            jax.ShapeDtypeStruct(x.shape, jnp.dtype(self.dtype)) if is_float(x) else x
+            for x in signature
+        )
+        return self.layer.init(narrow, rng, mode)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        narrow_weights, narrow_inputs = self._cast(weights), self._cast(tuple(inputs))
+        return self.layer.apply(narrow_weights, state, narrow_inputs, rng=rng, mode=mode)
+
+    def apply_and_grad(
+        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
+    ):
+        """The layer's own, on what is cast; gradients are cast back."""
+        given = weights, tuple(inputs)
+        outputs, d_inputs, d_weights = self.layer.apply_and_grad(
+            self._cast(weights),
+            state,
+            self._cast(tuple(inputs)),
+            cts,
+            rng=rng,
+            mode=mode,
+            state_cts=state_cts,
+        )
+        d_weights, d_inputs = jax.tree.map(
+            lambda x, ct: None if ct is None else ct.astype(x.dtype), given, (d_weights, d_inputs)
+        )
+        return outputs, d_inputs, d_weights
+
+    def _cast(self, tree: Any) -> Any:
+        def one(x: Any) -> Any:
+            return x if isinstance(x, Narrow) or not is_float(x) else x.astype(self.dtype)
+
+        return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Narrow))
+
+
+def _uncastable(layer: Layer) -> Layer | None:
+    """The first layer inside that must not be computed in another dtype as a whole."""
+    if isinstance(layer, Combinator) or layer.float32:
+        return layer
+    return next((found for found in map(_uncastable, layer.sublayers) if found is not None), None)
+
+
+def cast(net: Layer, dtype: Any = 'bfloat16') -> Layer:
+    """Computes a model in `dtype`, with float32 weights, norms, softmaxes, losses and streams.
+
+    Leaves that say ``float32 = True`` are left alone; attention and matrix products sum in float32
+    whatever they are given.
+
+    Args:
+      net: any layer.
+      dtype: a floating-point dtype or its name.
+
+    >>> from layercomb import tl, transforms
+    >>> transforms.cast(tl.Serial(tl.LayerNorm(), tl.Dense(4)))
+    Serial(LayerNorm(), Cast(Dense(4)))
+    """
+    name = jnp.dtype(dtype).name
+
+    def one(layer: Layer) -> Layer:
+        if isinstance(layer, Cast):
+            return layer.layer  # cast anew, inside
+        routes = layer.sublayers or isinstance(layer, Combinator)  # Serial() has none
+        return layer if routes or layer.float32 else Cast(layer, name)
+
+    return rewrite(net, one)

@@ -1,0 +1,103 @@
+"""`unstack`: a subtree of weights for each layer, for decoding."""
+
+from __future__ import annotations
+
+from layercomb import trees
+from layercomb.layers.combinators.map import Map
+from layercomb.layers.combinators.repeat import Repeat
+from layercomb.layers.combinators.serial import Serial
+from layercomb.layers.combinators.side_by_side import Parallel
+from layercomb.layers.core.combinator import Combinator
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.wrapper import Wrapper, default_name, given_name
+from layercomb.layers.reversible.stack import ReversibleRepeat, ReversibleSerial
+from layercomb.transforms.tying import Tied
+from layercomb.trees import Tree
+
+
+def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
+    """The same model with one subtree of weights a layer where `Repeat` or `Map` had one for all.
+
+    For decoding: slicing stacked weights copies them at every token. Do it once, before the first.
+    The state in ``PREDICT`` is the same for both models; `unstack_state` unstacks training's.
+
+    Args:
+      net: any layer.
+      weights: its weights.
+
+    Returns:
+      A layer in which each `Repeat` has become a `Serial`, and each `Map` a `Parallel`, with keys
+      ``'0'``, ``'1'`` …, and weights to match; shared ones are referred to n times, not copied.
+
+    >>> from layercomb import tl, transforms
+    >>> net, _ = transforms.unstack(tl.Repeat(tl.Dense(4), 2), {})
+    >>> net
+    Serial(Dense(4, name='0'), Dense(4, name='1'), name='dense')
+    """
+    if not _is_stacked(net):  # building it again would take longer than some tokens
+        return net, weights
+    if isinstance(net, (Repeat, Map)):
+        blocks, parts = [], {}
+        for i in range(net.n):
+            block, part = unstack(net.layer, net.block_weights(weights, i))
+            blocks.append(block.replace(name=str(i)))
+            if part:
+                parts[str(i)] = part
+        kind = Parallel if isinstance(net, Map) else Serial
+        kind = ReversibleSerial if isinstance(net, ReversibleRepeat) else kind
+        return kind(*blocks, name=given_name(net) or default_name(net)), parts
+    if isinstance(net, Combinator):
+        children, parts = [], dict(weights)
+        for key, layer in zip(net.keys, net.sublayers, strict=True):
+            child, part = unstack(layer, weights.get(key, {}))
+            children.append(child if child == layer else child.replace(name=key))
+            if part:
+                parts[key] = part
+        return net.with_sublayers(tuple(children)), parts
+    if isinstance(net, Tied) and _moved(net, weights):
+        return unstack(net.layer, net.untied(weights))
+    if isinstance(net, Wrapper):
+        inner, weights = unstack(net.layer, weights)
+        return net.with_sublayers((inner, *net.sublayers[1:])), weights
+    return net, weights
+
+
+def unstack_state(net: Layer, state: Tree) -> Tree:
+    """The state of training (running statistics) for the model that `unstack` gives.
+
+    Args:
+      net: the layer before it was unstacked.
+      state: its state in ``TRAIN`` or ``EVAL``.
+
+    Returns:
+      One subtree a layer, as `unstack` arranges weights; what `Map` threads is in each of its own.
+
+    >>> import jax.numpy as jnp
+    >>> from layercomb import tl, transforms
+    >>> net = tl.Repeat(tl.BatchNorm(), 2, shared=True)
+    >>> transforms.unstack_state(net, {'mean': jnp.zeros((2, 4))})['1']['mean'].shape
+    (4,)
+    """
+    if isinstance(net, (Repeat, Map)):
+        blocks = range(net.n) if state else ()
+        return {str(i): unstack_state(net.layer, net.block_state(state, i)) for i in blocks}
+    if isinstance(net, Combinator):
+        inner = dict(zip(net.keys, net.sublayers, strict=True))
+        return {
+            key: unstack_state(inner[key], x) if key in inner else x for key, x in state.items()
+        }
+    return unstack_state(net.layer, state) if isinstance(net, Wrapper) else state
+
+
+def _is_stacked(net: Layer) -> bool:
+    return isinstance(net, (Repeat, Map)) or any(map(_is_stacked, net.sublayers))
+
+
+def _moved(net: Tied, weights: Tree) -> bool:
+    """Whether unstacking moves an end of a tie, so that its paths would lead nowhere."""
+    if net.source not in trees.flatten(weights):
+        return False  # the description alone is wanted
+    _, parts = unstack(net.layer, weights)
+    there = trees.flatten(parts)
+    beside = net.target.rpartition('/')[0]
+    return net.source not in there or not any(path.startswith(f'{beside}/') for path in there)
