@@ -19,6 +19,7 @@ MODULES = [
     for path in sorted(ROOT.rglob('*.py'))
     if '>>>' in path.read_text()
 ]
+PAGES = [README, *sorted(README.parent.glob('docs/*.md'))]
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +37,19 @@ def test_docstrings(name):
 
 
 @pytest.mark.skipif(not README.exists(), reason='an installed package has no README')
-def test_readme(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_pages(page, tmp_path, monkeypatch, capsys):
     """Blocks of Python run in order, as one session, and print what stands beneath them."""
     monkeypatch.chdir(tmp_path)
     fence = r'^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?'
-    blocks = re.findall(fence, README.read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks
-    session: dict[str, object] = {'__name__': 'readme'}
-    for code, printed in blocks:
-        exec(compile(code, 'README.md', 'exec'), session)
+    session: dict[str, object] = {'__name__': 'page'}
+    for code, printed in re.findall(fence, page.read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(code, page.name, 'exec'), session)
         assert capsys.readouterr().out == printed
+
+
+@pytest.mark.skipif(not README.exists(), reason='an installed package has no README')
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\((?!http)([^)#]+)', page.read_text()):
+        assert (page.parent / target).exists(), target
