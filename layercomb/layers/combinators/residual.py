@@ -7,7 +7,8 @@ from typing import Any
 
 from layercomb.layers.combinators.serial import serial_arity, serial_route
 from layercomb.layers.combinators.side_by_side import one_layer
-from layercomb.layers.core.combinator import Call, Stack, Variadic
+from layercomb.layers.combinators.variadic import Variadic
+from layercomb.layers.core.combinator import Call, Stack
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 
-from layercomb.layers.core.combinator import Call, Stack, Variadic
+from layercomb.layers.combinators.variadic import Variadic
+from layercomb.layers.core.combinator import Call, Stack
 from layercomb.layers.core.layer import Layer
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.core import fields
+from layercomb.checking.annotations import frozen
 from layercomb.layers.core.checks import (
     check_inputs,
     check_outputs,
@@ -19,26 +19,18 @@ from layercomb.layers.core.checks import (
 )
 from layercomb.layers.core.counted import COUNTED
 from layercomb.layers.core.decisions import DECISIONS
+from layercomb.layers.core.fields import check_fields
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.printing import call_text, set_field, show
+from layercomb.layers.core.printing import code_of, set_field
 from layercomb.shapes import Signature, signature_of
 from layercomb.trees import Tree
 
 Arrays = tuple[jax.Array, ...]
-
-
 L = TypeVar('L', bound='Layer')
 
-
 AUX_LOSS = 'aux_loss'
-
-
 POSITION = 'position'
-
-
 POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
-
-
 RESERVED = (COUNTED, DECISIONS, AUX_LOSS)  # what a state may hold beside the states of sublayers
 
 
@@ -99,8 +91,8 @@ class Layer:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            set_field(self, field.name, fields.frozen(getattr(self, field.name)))
-        fields.check_fields(self)
+            set_field(self, field.name, frozen(getattr(self, field.name)))
+        check_fields(self)
         if self.name is not None and ('/' in self.name or self.name in (*RESERVED, '')):
             raise ValueError(
                 f'{type(self).__name__}: a layer cannot be named {self.name!r}: names have no "/", '
@@ -221,28 +213,7 @@ class Layer:
         )
 
     def __repr__(self) -> str:
-        parts, positional = [], True
-        name, *own = dataclasses.fields(self)
-        for field in (*own, name):
-            value = getattr(self, field.name)
-            if self._shows(field, value):
-                bare = positional and not field.kw_only
-                parts.append(show(value) if bare else f'{field.name}={show(value)}')
-            positional = positional and field.default is dataclasses.MISSING
-        return call_text(type(self).__name__, parts)
-
-    def _shows(self, field: dataclasses.Field[Any], value: Any) -> bool:
-        """A field is worth showing if leaving it out would make another layer."""
-        if field.default is dataclasses.MISSING:
-            return True
-        if value == field.default:
-            return False
-        if field.name == 'name':
-            return True
-        try:
-            return self.replace(**{field.name: field.default}) != self
-        except (TypeError, ValueError):  # the default does not go with the other fields
-            return True
+        return code_of(self)
 
 
 def init_state(layer: Layer, signature: Any, mode: Mode = Mode.PREDICT) -> Tree:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from layercomb.layers.combinators.residual import Add
 from layercomb.layers.combinators.routing import Select, Swap
 from layercomb.layers.combinators.serial import serial_arity, serial_route
-from layercomb.layers.core.combinator import Variadic
+from layercomb.layers.combinators.variadic import Variadic
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import call_text, named
