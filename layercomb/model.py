@@ -16,8 +16,8 @@ from layercomb.layers.basic.assert_shape import AssertShape
 from layercomb.layers.basic.embedding import Embedding
 from layercomb.layers.combinators.map import Map
 from layercomb.layers.combinators.routing import Rearrange
+from layercomb.layers.combinators.variadic import Variadic
 from layercomb.layers.core.checks import check_inputs
-from layercomb.layers.core.combinator import Variadic
 from layercomb.layers.core.layer import POSITION, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper

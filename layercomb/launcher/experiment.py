@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import trees
+from layercomb.checking.annotations import check_values
 from layercomb.data import checks
 from layercomb.errors import UsageError
-from layercomb.layers.core.fields import check_values
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.model import Model

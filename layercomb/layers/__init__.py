@@ -1,5 +1,6 @@
 """All layers by name: ``from layercomb import tl``, then ``tl.Dense(512)``."""
 
+from layercomb.layers.attention.by_head import by_head
 from layercomb.layers.attention.functions import dot_product_attention, local_attention
 from layercomb.layers.attention.layers import (
     CrossAttention,
@@ -104,6 +105,7 @@ from layercomb.layers.reversible.layers import (
     ReversibleSelect,
     ReversibleSwap,
 )
+from layercomb.layers.reversible.one_pass import is_diagonal, one_pass, recomputes
 from layercomb.layers.reversible.stack import ReversibleRepeat, ReversibleSerial
 from layercomb.layers.sparse.attention import FoldHeads, SparseQKVAttention, UnfoldHeads, sparse_qkv
 from layercomb.layers.sparse.block_sparse import BlockSparseFF
@@ -217,18 +219,22 @@ __all__ = [
     'VarianceScaling',
     'Wrapper',
     'activation',
+    'by_head',
     'counted_positions',
     'cross_entropy',
     'dot_product_attention',
     'glorot_uniform',
     'he_normal',
+    'is_diagonal',
     'lecun_normal',
     'local_attention',
     'lsh_attention',
     'lsh_buckets',
     'multiplicative_dense',
+    'one_pass',
     'ones',
     'put_counted',
+    'recomputes',
     'sparse_qkv',
     'take_counted',
     'weighted_mean',

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layercomb import layers as tl
-from layercomb.layers.core.fields import checked, nearest_multiple
+from layercomb.checking.annotations import checked
+from layercomb.layers.core.fields import nearest_multiple
 from layercomb.transforms.rewriting import rewrite
 
 

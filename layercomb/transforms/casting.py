@@ -12,6 +12,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.quantized.matrix import Narrow
+from layercomb.layers.reversible.one_pass import one_pass
 from layercomb.shapes import is_float
 from layercomb.transforms.rewriting import rewrite
 
@@ -54,33 +55,29 @@ class Cast(Wrapper):
         return self.layer.init(narrow, rng, mode)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        narrow_weights, narrow_inputs = self._cast(weights), self._cast(tuple(inputs))
+        narrow_weights, narrow_inputs = self.narrowed(weights), self.narrowed(tuple(inputs))
         return self.layer.apply(narrow_weights, state, narrow_inputs, rng=rng, mode=mode)
 
-    def apply_and_grad(
-        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
-    ):
-        """The layer's own, on what is cast; gradients are cast back."""
-        given = weights, tuple(inputs)
-        outputs, d_inputs, d_weights = self.layer.apply_and_grad(
-            self._cast(weights),
-            state,
-            self._cast(tuple(inputs)),
-            cts,
-            rng=rng,
-            mode=mode,
-            state_cts=state_cts,
-        )
-        d_weights, d_inputs = jax.tree.map(
-            lambda x, ct: None if ct is None else ct.astype(x.dtype), given, (d_weights, d_inputs)
-        )
-        return outputs, d_inputs, d_weights
+    def narrowed(self, tree: Any) -> Any:
+        """A tree with its floats in the dtype; narrow matrices stay as they are."""
 
-    def _cast(self, tree: Any) -> Any:
         def one(x: Any) -> Any:
             return x if isinstance(x, Narrow) or not is_float(x) else x.astype(self.dtype)
 
         return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Narrow))
+
+
+@one_pass.register(Cast)
+def _cast(layer, weights, state, inputs, cts, **given):
+    """The inner layer's rule, on what is cast; gradients are cast back."""
+    wide = weights, tuple(inputs)
+    outputs, d_inputs, d_weights = one_pass(
+        layer.layer, layer.narrowed(weights), state, layer.narrowed(wide[1]), cts, **given
+    )
+    d_weights, d_inputs = jax.tree.map(
+        lambda x, ct: None if ct is None else ct.astype(x.dtype), wide, (d_weights, d_inputs)
+    )
+    return outputs, d_inputs, d_weights
 
 
 def _uncastable(layer: Layer) -> Layer | None:

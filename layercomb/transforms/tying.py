@@ -8,9 +8,10 @@ from typing import Any
 import jax
 
 from layercomb import trees
-from layercomb.layers.core.cotangents import vjp
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.reversible.cotangents import vjp
+from layercomb.layers.reversible.one_pass import one_pass
 from layercomb.trees import Tree
 
 
@@ -54,18 +55,16 @@ class Tied(Wrapper):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         return self.layer.apply(self.untied(weights), state, inputs, rng=rng, mode=mode)
 
-    def apply_and_grad(
-        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
-    ):
-        """The layer's own; the weight gets the gradients of both its places."""
-        whole, pull = vjp(self.untied, weights)
-        outputs, d_inputs, d_whole = self.layer.apply_and_grad(
-            whole, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
-        )
-        (d_weights,) = pull(d_whole)
-        return outputs, d_inputs, d_weights
-
     def untied(self, weights: Tree) -> Tree:
         """The weights with one at `target` too."""
         value = trees.get(weights, self.source)
         return trees.put(weights, self.target, self.via(value) if self.via else value)
+
+
+@one_pass.register(Tied)
+def _tied(layer, weights, state, inputs, cts, **given):
+    """The inner layer's rule; the weight gets the gradients of both its places."""
+    whole, pull = vjp(layer.untied, weights)
+    outputs, d_inputs, d_whole = one_pass(layer.layer, whole, state, inputs, cts, **given)
+    (d_weights,) = pull(d_whole)
+    return outputs, d_inputs, d_weights

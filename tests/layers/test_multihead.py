@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from layercomb import tl
-from layercomb.layers.attention import multihead
-from layercomb.layers.attention import slices as pieces
-from layercomb.layers.attention.multihead import MultiHead
+from layercomb.layers.attention import multihead, slices
+from layercomb.layers.attention.heads import goes_by_head
 from layercomb.layers.attention.projections import kernel_gradient
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.decisions import DECISIONS
@@ -47,12 +46,21 @@ class Gated(tl.MergeHeads):
         return (y * inputs[1],), state
 
 
+tl.by_head.register(Gated)(tl.by_head.rule(tl.MergeHeads))
+
+
 def example(net):
     x = jax.random.normal(jax.random.key(1), (B, L, D))
     mask = jnp.arange(L) < jnp.array([[L], [L - 3]])
     memory = (jax.random.normal(jax.random.key(2), (B, L - 1, D)),) * (net.n_in - 2)
     mask = mask[:, : L - len(memory)]
     return (x, *memory, mask)
+
+
+def goes(net, *inputs):
+    signature = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in inputs)
+    weights, _ = net.init(signature, jax.random.key(0))
+    return goes_by_head(net, weights, inputs)
 
 
 def assert_close(got, wanted):
@@ -63,23 +71,23 @@ def assert_close(got, wanted):
 
 @pytest.mark.parametrize('make', LAYERS.values(), ids=list(LAYERS))
 def test_head_by_head_is_whole(make, monkeypatch):
-    monkeypatch.setattr(pieces, 'POSITIONS_TOGETHER', 5)
+    monkeypatch.setattr(slices, 'POSITIONS_TOGETHER', 5)
     net = make()
     inputs = example(net)
     weights, _ = net.init(tuple(jax.eval_shape(lambda: inputs)), jax.random.key(0))
     weights = jax.tree.map(lambda w: w + 0.1, weights)  # biases that are not zero
     ct = jax.random.normal(jax.random.key(3), (B, L, D))
 
-    def run(apply, apply_and_grad):
+    def run(apply, gradient):
         (y,), state = apply(net, weights, {}, inputs, rng=jax.random.key(4), mode=Mode.RECORD)
-        (again,), d_inputs, d_weights = apply_and_grad(
+        (again,), d_inputs, d_weights = gradient(
             net, weights, state, inputs, (ct,), rng=jax.random.key(4), mode=Mode.REPLAY
         )
         return y, again, d_inputs, d_weights, state
 
-    y, again, *rest = run(type(net).apply, type(net).apply_and_grad)
-    assert net._goes_by_head(inputs)
-    wanted = run(Combinator.apply, Layer.apply_and_grad)
+    y, again, *rest = run(type(net).apply, tl.one_pass)
+    assert goes_by_head(net, weights, inputs)
+    wanted = run(Combinator.apply, tl.one_pass.default)
     assert_close((y, again, *rest), wanted)
     assert_close(again, y)
 
@@ -123,9 +131,8 @@ def test_what_cannot_be_taken_apart_goes_whole():
 
     net = tl.LSHSelfAttention(2, chunk_len=4, n_buckets=4, query=Halves())
     (x,) = example(net)[:1]
-    assert not net._goes_by_head((x,))
-    narrow = tl.LSHSelfAttention(2, chunk_len=4)
-    assert not narrow._goes_by_head((x.astype(jnp.bfloat16),))
+    assert not goes(net, x)
+    assert not goes(tl.LSHSelfAttention(2, chunk_len=4), x.astype(jnp.bfloat16))
 
 
 def test_a_core_that_reads_across_heads_goes_whole():
@@ -134,7 +141,7 @@ def test_a_core_that_reads_across_heads_goes_whole():
 
     net = tl.SelfAttention(4, core=tl.Fn('AmongAll', among_all))
     (x,) = example(net)[:1]
-    assert not net._goes_by_head((x,))
+    assert not goes(net, x)
 
 
 def test_a_memory_whose_positions_are_mixed_goes_whole():
@@ -144,7 +151,7 @@ def test_a_memory_whose_positions_are_mixed_goes_whole():
         mixes_positions = True
 
     net = tl.CrossAttention(2, key=Mixing(2))
-    assert net.key.mixes_positions and not net._goes_by_head(example(net)[:2])
+    assert net.key.mixes_positions and not goes(net, *example(net)[:1] * 2)
 
 
 def test_a_projection_of_another_value_than_it_says_is_refused():
@@ -174,7 +181,7 @@ def test_keys_that_fit_no_head_are_refused():
 def test_queries_of_all_heads_never_exist(optimized):
     length, width, heads = 1024, 64, 16
 
-    def gradient(apply_and_grad):
+    def gradient(of):
         net = tl.LSHSelfAttention(heads, chunk_len=16, n_hashes=1, max_len=length)
         x = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
         weights, _ = jax.eval_shape(lambda key: net.init((x,), key), jax.random.key(0))
@@ -183,18 +190,18 @@ def test_queries_of_all_heads_never_exist(optimized):
 
         def run(weights, state, x, ct):
             key = jax.random.key(0)
-            return apply_and_grad(net, weights, state, (x,), (ct,), rng=key, mode=Mode.REPLAY)
+            return of(net, weights, state, (x,), (ct,), rng=key, mode=Mode.REPLAY)
 
         compiled = jax.jit(run).lower(weights, state, x, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes / (length * width * 4)
 
-    by_head, whole = gradient(MultiHead.apply_and_grad), gradient(Layer.apply_and_grad)
+    by_head, whole = gradient(tl.one_pass), gradient(tl.one_pass.default)
     assert by_head < whole - 3
 
 
 @pytest.mark.parametrize('length', [5, 8, 19])
 def test_the_gradient_of_a_kernel_is_summed_in_pieces(length, monkeypatch):
-    monkeypatch.setattr(pieces, 'POSITIONS_TOGETHER', 8)
+    monkeypatch.setattr(slices, 'POSITIONS_TOGETHER', 8)
     x = jax.random.normal(jax.random.key(0), (2, length, 3))
     y = jax.random.normal(jax.random.key(1), (2, 4, length, 5))
     wanted = np.einsum('bld,bhlk->dhk', x, y)

@@ -182,7 +182,7 @@ class Scale(tl.Reversible):
         self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
     ):
         x = outputs[0] * jnp.exp(-weights['w'])
-        _, d_inputs, d = self.apply_and_grad(weights, state, (x,), cts, rng=rng, mode=mode)
+        _, d_inputs, d = tl.one_pass(self, weights, state, (x,), cts, rng=rng, mode=mode)
         return (x,), d_inputs, d
 
 

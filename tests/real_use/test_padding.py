@@ -161,7 +161,7 @@ def test_padding_with_logits_in_pieces():
 
 
 def test_what_is_inside_pieces_gets_the_same_gradient_in_one_pass():
-    """`apply_and_grad` of `Chunk`, against autodiff of `apply`, where pieces count differently."""
+    """`one_pass` of `Chunk`, against autodiff of `apply`, where pieces count differently."""
     net, x = (
         tl.Chunk(tl.Serial(FF, tl.Dense(D)), 3),
         jax.random.normal(jax.random.key(2), (B, L, D)),
@@ -178,7 +178,7 @@ def test_what_is_inside_pieces_gets_the_same_gradient_in_one_pass():
     @jax.jit
     def in_one_pass(weights, x):
         state_cts = {'switch_ff': {AUX_LOSS: jnp.float32(3)}}
-        return net.apply_and_grad(weights, state, (x,), (ct,), state_cts=state_cts)[1:]
+        return tl.one_pass(net, weights, state, (x,), (ct,), state_cts=state_cts)[1:]
 
     wanted = jax.jit(jax.grad(total, (0, 1)))(weights, x)
     (d_x,), d_weights = in_one_pass(weights, x)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from layercomb import losses, tl, transforms, trees
-from layercomb.layers.core.cotangents import vjp
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.reversible.cotangents import vjp
 from layercomb.model import Model, embeddings
 from layercomb.shapes import shape_dtype, signature_of
 
@@ -130,7 +130,7 @@ def test_gradients_pass_through_what_stands_for_nothing(net):
     def outputs(weights, inputs):
         return net.apply(weights, {}, inputs, mode=Mode.EVAL)[0]
 
-    _, d_inputs, d_weights = net.apply_and_grad(weights, {}, inputs, cts, rng=jax.random.key(1))
+    _, d_inputs, d_weights = tl.one_pass(net, weights, {}, inputs, cts, rng=jax.random.key(1))
     wanted = vjp(outputs, weights, inputs)[1](cts)
     for got, should in zip(
         jax.tree.leaves((d_weights, d_inputs)), jax.tree.leaves(wanted), strict=True
@@ -394,16 +394,16 @@ def test_an_assertion_does_not_make_a_layer_reversible(make):
 
 
 def test_an_assertion_at_the_end_takes_no_gradient_from_the_layer_before_it():
-    assert tl.AssertShape('bd').diagonal and not tl.AssertShape('bd,b').diagonal
-    assert tl.AssertShape('bd->bd', tl.Dropout(0.5)).diagonal
-    assert not tl.AssertShape('bd->bd', tl.Dense()).diagonal
+    assert tl.is_diagonal(tl.AssertShape('bd')) and not tl.is_diagonal(tl.AssertShape('bd,b'))
+    assert tl.is_diagonal(tl.AssertShape('bd->bd', tl.Dropout(0.5)))
+    assert not tl.is_diagonal(tl.AssertShape('bd->bd', tl.Dense()))
     dropout = tl.Dropout(0.5, name='dropout')
     plain = tl.Residual(tl.Dense(4), dropout)
     checked = tl.Residual(tl.Dense(4), tl.AssertShape('bd->bd', dropout), tl.AssertShape('bd'))
     x, ct, key = floats(3, 4), floats(3, 4), jax.random.key(1)
     weights, _ = plain.init(signature_of(x), jax.random.key(0))
     results = [
-        net.apply_and_grad(weights, {}, (x,), (ct,), rng=jax.random.clone(key))
+        tl.one_pass(net, weights, {}, (x,), (ct,), rng=jax.random.clone(key))
         for net in (plain, checked)
     ]
     for got, wanted in zip(*map(jax.tree.leaves, results), strict=True):
@@ -424,11 +424,11 @@ def test_an_assertion_at_the_end_takes_no_gradient_from_the_layer_before_it():
 def test_an_assertion_about_attention_goes_a_head_at_a_time_if_it_fits_one(spec, fits):
     plain = tl.SelfAttention(2)
     checked = plain.replace(core=tl.AssertShape(spec, plain.core))
-    assert checked.core.headwise == fits
+    assert (tl.by_head(checked.core, {}) is not None) == fits
     x, ct = floats(2, 5, 4), floats(2, 5, 4)
     weights, state = plain.init(signature_of(x), jax.random.key(0))
-    got = checked.apply_and_grad(weights, state, (x,), (ct,), rng=jax.random.key(1))
-    wanted = plain.apply_and_grad(weights, state, (x,), (ct,), rng=jax.random.key(1))
+    got = tl.one_pass(checked, weights, state, (x,), (ct,), rng=jax.random.key(1))
+    wanted = tl.one_pass(plain, weights, state, (x,), (ct,), rng=jax.random.key(1))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -436,11 +436,11 @@ def test_an_assertion_about_attention_goes_a_head_at_a_time_if_it_fits_one(spec,
 def test_an_assertion_about_a_projection_has_its_heads():
     plain = tl.SelfAttention(2)
     checked = plain.replace(query=tl.AssertShape('bld->bhlk', plain.query))
-    assert checked.query.headwise
     x = floats(2, 5, 4)
     weights, _ = plain.init(signature_of(x), jax.random.key(0))
-    got = checked.apply_and_grad(weights, {}, (x,), (x,), rng=jax.random.key(1))
-    wanted = plain.apply_and_grad(weights, {}, (x,), (x,), rng=jax.random.key(1))
+    assert tl.by_head(checked.query, weights['query'])['kernel'].shape == (2, 4, 1, 2)
+    got = tl.one_pass(checked, weights, {}, (x,), (x,), rng=jax.random.key(1))
+    wanted = tl.one_pass(plain, weights, {}, (x,), (x,), rng=jax.random.key(1))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -526,8 +526,8 @@ def test_an_assertion_forwards_the_gradient_of_its_layer():
     layer = tl.AssertShape('bd->be', tl.Serial(tl.Dense(3), tl.Tanh()))
     x, ct = floats(2, 4), floats(2, 3)
     weights, _ = layer.init(signature_of(x), jax.random.key(0))
-    got = layer.apply_and_grad(weights, {}, (x,), (ct,))
-    wanted = layer.layer.apply_and_grad(weights, {}, (x,), (ct,))
+    got = tl.one_pass(layer, weights, {}, (x,), (ct,))
+    wanted = tl.one_pass(layer.layer, weights, {}, (x,), (ct,))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -589,7 +589,7 @@ def test_a_residual_is_no_broadcast_in_any_pass():
     with pytest.raises(ValueError, match=r'Add: cannot add \(2, 1, 8\) to \(2, 4, 8\)'):
         net.apply({}, {}, (x,))
     with pytest.raises(ValueError, match='VJP'):
-        net.apply_and_grad({}, {}, (x,), (x,))
+        tl.one_pass(net, {}, {}, (x,), (x,))
 
 
 def test_queries_and_keys_of_two_shapes_are_not_rotated():

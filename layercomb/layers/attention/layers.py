@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.functions import dot_product_attention, local_attention
 from layercomb.layers.attention.multihead import MultiHead, attend, dropout_arguments, heads
 from layercomb.layers.core.fields import Rate, Size
@@ -50,7 +51,6 @@ class DotProductAttention(Layer):
     masked: bool = False
 
     mixes_positions = True
-    headwise = True
     n_in = property(lambda self: 3 + self.masked)
 
     def init(self, signature, rng, mode=Mode.TRAIN):
@@ -102,7 +102,6 @@ class LocalAttention(Layer):
     masked: bool = False
 
     mixes_positions = True
-    headwise = True
     n_in = property(lambda self: 3 + self.masked)
 
     def __post_init__(self) -> None:
@@ -184,6 +183,10 @@ class LocalAttention(Layer):
 
         y = self._attend(jax.vmap(place)(q, at), k, v, seen, {})
         return jax.vmap(take)(y, at)
+
+
+by_head.register(DotProductAttention)(as_it_is)
+by_head.register(LocalAttention)(as_it_is)
 
 
 class SelfAttention(MultiHead):

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layercomb.layers.attention.by_head import by_head
 from layercomb.layers.attention.slices import over_positions, positions
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform
 from layercomb.layers.core.fields import Size, nearest_divisor
@@ -17,7 +18,6 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow
 from layercomb.shapes import as_deep, check_float, check_sequence, check_width
-from layercomb.trees import Tree
 
 
 class SplitHeads(Layer):
@@ -36,13 +36,7 @@ class SplitHeads(Layer):
     use_bias: bool = True
     kernel_init: Initializer = glorot_uniform()
 
-    headwise = True
     matrices = {'kernel': 'ioo'}
-
-    def by_head(self, weights: Tree) -> Tree:
-        """The weights of each head alone, on a leading axis H."""
-        kernel = jnp.moveaxis(weights['kernel'], 1, 0)[:, :, None]  # (H, D, 1, K)
-        return {'kernel': kernel, **({'bias': weights['bias'][:, None]} if self.use_bias else {})}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -71,6 +65,12 @@ class SplitHeads(Layer):
         return (y + weights['bias'][None, :, None] if self.use_bias else y,), state
 
 
+@by_head.register(SplitHeads)
+def _split_by_head(layer, weights):
+    kernel = jnp.moveaxis(weights['kernel'], 1, 0)[:, :, None]  # (H, D, 1, K)
+    return {'kernel': kernel, **({'bias': weights['bias'][:, None]} if layer.use_bias else {})}
+
+
 class MergeHeads(Layer):
     """A projection from heads: y[b, l] = Σ_h x[b, h, l] W[h] + b, (B, H, L, K) → (B, L, D).
 
@@ -83,19 +83,7 @@ class MergeHeads(Layer):
     kernel_init: Initializer = glorot_uniform()
 
     n_in = 2
-    headwise = True
     matrices = {'kernel': 'iio'}
-
-    def by_head(self, weights: Tree) -> Tree:
-        """The weights of each head alone, on a leading axis H; the first one has the bias."""
-        kernel = weights['kernel'][:, None]  # (H, 1, K, D)
-        if not self.use_bias:
-            return {'kernel': kernel}
-        bias = weights['bias']
-        return {
-            'kernel': kernel,
-            'bias': jnp.zeros((len(kernel), *bias.shape), bias.dtype).at[0].set(bias),
-        }
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         x, like = signature
@@ -116,6 +104,19 @@ class MergeHeads(Layer):
         else:
             y = merge_heads(x, kernel)
         return (y + as_deep(weights['bias'], y) if self.use_bias else y,), state
+
+
+@by_head.register(MergeHeads)
+def _merge_by_head(layer, weights):
+    """The bias goes to the first head, since what heads give is summed."""
+    kernel = weights['kernel'][:, None]  # (H, 1, K, D)
+    if not layer.use_bias:
+        return {'kernel': kernel}
+    bias = weights['bias']
+    return {
+        'kernel': kernel,
+        'bias': jnp.zeros((len(kernel), *bias.shape), bias.dtype).at[0].set(bias),
+    }
 
 
 def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -153,8 +154,8 @@ merge_heads.defvjp(lambda x, kernel: (merge_heads(x, kernel), (x, kernel)), _mer
 def kernel_gradient(x: jax.Array, y: jax.Array) -> jax.Array:
     """Σ_bl x[b, l] ⊗ y[b, :, l], (B, L, D), (B, H, L, K) → (D, H, K) float32.
 
-    Of long sequences a piece at a time: the product wants the sum's axis last, and a copy of x laid
-    out so would be as large as x.
+    Long sequences go a slice at a time: the product wants the sum's axis last, and a copy of x with
+    that layout would be as large as x.
     """
 
     def part(total: jax.Array, at: Any, size: int) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layercomb.layers.attention import tiles
-from layercomb.layers.core.cotangents import vjp, zero_cts
+from layercomb.layers.reversible.cotangents import vjp, zero_cts
 from layercomb.trees import Tree
 
 POSITIONS_TOGETHER = 4096  # enough to keep a product busy
@@ -33,18 +33,18 @@ def positions(tree: Any, first: Any, size: int) -> Any:
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, x.ndim - 2), tree)
 
 
-def add_at(tree: Any, pieces: Any, first: Any) -> Any:
-    """A tree of (…, L, features) with pieces added to some positions, in place where it can be."""
+def add_at(tree: Any, slices: Any, first: Any) -> Any:
+    """A tree of (…, L, features) with slices added at some positions, in place where it can be."""
 
-    def add(x: jax.Array, piece: jax.Array) -> jax.Array:
+    def add(x: jax.Array, some: jax.Array) -> jax.Array:
         axis = x.ndim - 2
-        piece = lax.dynamic_slice_in_dim(x, first, piece.shape[axis], axis) + piece
-        return lax.dynamic_update_slice_in_dim(x, piece, first, axis)
+        some = lax.dynamic_slice_in_dim(x, first, some.shape[axis], axis) + some
+        return lax.dynamic_update_slice_in_dim(x, some, first, axis)
 
-    return jax.tree.map(add, tree, pieces)
+    return jax.tree.map(add, tree, slices)
 
 
-def by_piece(
+def by_slice(
     f: Callable[[Tree, Any], Any], weights: Tree, values: Any, cts: Any, sums: Any, d_values: Any
 ) -> tuple[Any, Any, Tree]:
     """Adds up outputs and gradients of a position-wise function, some positions at a time.
@@ -64,9 +64,9 @@ def by_piece(
     def step(carry: Any, first: Any, size: int) -> Any:
         sums, d_values, d_weights = carry
         made, pull = vjp(f, weights, positions(values, first, size))
-        d, d_pieces = pull(positions(cts, first, size))
+        d, d_slice = pull(positions(cts, first, size))
         sums = None if sums is None else add_at(sums, made, first)
-        return sums, add_at(d_values, d_pieces, first), jax.tree.map(jnp.add, d_weights, d)
+        return sums, add_at(d_values, d_slice, first), jax.tree.map(jnp.add, d_weights, d)
 
     length = jax.tree.leaves(values)[0].shape[-2]
     result: tuple[Any, Any, Tree] = over_positions(

@@ -63,10 +63,7 @@ class AssertShape(Wrapper, init=False):
 
     n_in = property(lambda self: self.layer.n_in)
     n_out = property(lambda self: self.layer.n_out)
-    recomputes = property(lambda self: self.layer.recomputes)
     mixes_positions = property(lambda self: self.layer.mixes_positions)
-    diagonal = property(lambda self: self.layer.diagonal)
-    headwise = property(lambda self: self.layer.headwise and _fits_one_head(self.spec))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,28 +109,17 @@ class AssertShape(Wrapper, init=False):
 
     def init_with_outputs(self, signature: Signature, rng: Any, mode: Mode) -> Any:
         check_inputs(self, signature)
-        sizes = self._check_inputs(signature)
+        sizes = self.check_before(signature)
         outputs, weights, state = self.layer.init_with_outputs(signature, rng, mode)
-        self._check_outputs(outputs, sizes)
+        self.check_after(outputs, sizes)
         return outputs, weights, state
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """Applies the layer between its checks."""
-        sizes = self._check_inputs(inputs)
+        sizes = self.check_before(inputs)
         outputs, state = self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
-        self._check_outputs(outputs, sizes)
+        self.check_after(outputs, sizes)
         return outputs, state
-
-    def apply_and_grad(
-        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
-    ):
-        """The layer's own, between the checks."""
-        sizes = self._check_inputs(inputs)
-        made = self.layer.apply_and_grad(
-            weights, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
-        )
-        self._check_outputs(made[0], sizes)
-        return made
 
     def reverse_and_grad(
         self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
@@ -146,22 +132,27 @@ class AssertShape(Wrapper, init=False):
             weights, state, outputs, cts, rng=rng, mode=mode, state_cts=state_cts
         )
 
-    def by_head(self, weights: Any) -> Any:
-        """The layer's."""
-        layer: Any = self.layer
-        return layer.by_head(weights)
-
     def __repr__(self) -> str:
         parts = [repr(self.spec)]
         parts += [] if self.changes_nothing else [show(self.layer)]
         return call_text('AssertShape', [*parts, *named(self)])
 
-    def _check_inputs(self, values: Any) -> dict[str, Any]:
+    def check_before(self, values: Any) -> dict[str, Any]:
+        """The sizes of the letters, in arrays or signatures that are the inputs.
+
+        Raises:
+          ValueError: if the inputs do not fit the shapes.
+        """
         sizes: dict[str, Any] = {}
         self._check('inputs', self.spec.partition('->')[0], values, sizes)
         return sizes
 
-    def _check_outputs(self, values: Any, sizes: dict[str, Any]) -> None:
+    def check_after(self, values: Any, sizes: dict[str, Any]) -> None:
+        """Checks the outputs, given the sizes of the letters in the inputs.
+
+        Raises:
+          ValueError: if the outputs do not fit the shapes.
+        """
         if '->' in self.spec:
             self._check('outputs', self.spec.partition('->')[2], values, sizes)
 
@@ -187,8 +178,6 @@ class _Unchanged(Rearrange):
 
     n_in = property(lambda self: self.n)
     n_out = property(lambda self: self.n)
-    diagonal = property(lambda self: self.n == 1)
-    headwise = True
 
     @property
     def _class_name(self) -> str:
@@ -201,19 +190,6 @@ class _Unchanged(Rearrange):
 def _specs(side: str, n: int) -> list[str]:
     """The shapes of `n` values; of none, if there is none and nothing is written."""
     return [] if n == 0 and not side else side.split(',')
-
-
-def _fits_one_head(spec: str) -> bool:
-    """Whether a spec that fits values (B, H, …) fits one of their heads too, where H is 1.
-
-    It does not if it gives H a number, or uses its letter for another axis. A letter beside '...'
-    may be that of H; then it counts as not fitting.
-    """
-    specs = re.split('->|,', spec.replace(' ', ''))
-    heads = {one[1] for one in specs if len(one) == 4 and '.' not in one}
-    others = {c for one in specs for c in (one[0] + one[2:] if one[1:2] in heads else one)}
-    dotted = all(re.fullmatch(r'\w?\.\.\.\w?\w?', one) for one in specs if '.' in one)
-    return dotted and not heads & others and not any(head.isdigit() for head in heads)
 
 
 def _many(n: int, one: str, several: str | None = None) -> str:

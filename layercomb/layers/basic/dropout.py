@@ -30,7 +30,6 @@ class Dropout(Layer):
     shared_axes: tuple[int, ...] = ()
 
     float32 = True  # it keeps the dtype of a stream
-    diagonal = True
     mixes_positions = property(lambda self: any(a in POSITION_AXES for a in self.shared_axes))
 
     def init(self, signature, rng, mode=Mode.TRAIN):

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.combinators.shares import add_aux, by_share, how_many, passes_on, shares
-from layercomb.layers.core.cotangents import zero_cts, zeros_once
+from layercomb.layers.combinators.shares import add_aux, how_many, shares
 from layercomb.layers.core.counted import along_length, put_counted, take_counted
 from layercomb.layers.core.decisions import DECISIONS, put_decisions, take_decisions
 from layercomb.layers.core.fields import Size
@@ -20,16 +19,16 @@ from layercomb.trees import Tree
 
 
 class Chunk(Wrapper):
-    """Runs a position-wise layer a piece at a time along the length (axis 1), in constant memory.
+    """Runs a position-wise layer a slice at a time along the length (axis 1), in constant memory.
 
-    The forward pass holds what is inside the layer for one piece only, and so does the backward,
-    which computes each piece again. What `chunk_len` does not divide runs as a shorter last piece.
-    An auxiliary loss is the mean of the pieces', each by its share of the positions, or of those
-    that count if the layer that has the loss is told which do.
+    The forward pass holds what is inside the layer for one slice only, and so does the backward
+    pass, which computes each slice again. The last slice is shorter where `chunk_len` does not
+    divide the length. An auxiliary loss is the mean of the slices' losses, each weighted by its
+    share of the positions, or of those that count if the layer that has the loss is told which do.
 
     Attributes:
       layer: works on each position by itself, as feed-forwards, norms, dropout and losses do.
-      chunk_len: the length of a piece.
+      chunk_len: the length of a slice.
 
     Raises:
       TypeError: if the layer mixes positions (attention, convolution, batch norm; also joining,
@@ -43,24 +42,22 @@ class Chunk(Wrapper):
 
     chunk_len: Size = 128
 
-    recomputes = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         mixer = _find_mixer(self.layer)
         if mixer is not None:
             raise TypeError(
                 f'Chunk: {type(mixer).__name__} mixes positions, so its result would depend on '
-                'where the pieces end: chunk only what works on each position by itself'
+                'where the slices end: chunk only what works on each position by itself'
             )
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        """Applies the layer piece by piece; piece `i` draws from `rng` folded with `i`."""
-        length = self._length(inputs)
+        """Applies the layer to each slice; slice `i` draws from `rng` folded with `i`."""
+        length = self.length_of(inputs)
         if length <= self.chunk_len:
             return self.layer.apply(weights, state, tuple(inputs), rng=rng, mode=mode)
         n = length // self.chunk_len
-        found, state, counted = _parts(state, inputs)
+        found, state, counted = state_parts(state, inputs)
         pieces, rest = _cut((tuple(inputs), counted), n, self.chunk_len)
         n_counted = how_many(counted)
         state = add_aux({}, state, 0.0)
@@ -92,64 +89,12 @@ class Chunk(Wrapper):
             state = {**state, DECISIONS: taken}
         return outputs, state
 
-    def apply_and_grad(
-        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
-    ):
-        """Outputs and gradients of one piece after the other, each computed once."""
-        length = self._length(inputs)
-        given = {'rng': rng, 'mode': mode, 'state_cts': state_cts}
-        if length <= self.chunk_len:
-            return self.layer.apply_and_grad(weights, state, inputs, cts, **given)
-        found, plain, counted = _parts(state, inputs)
-        if passes_on(plain):  # a piece needs the new state of the one before
-            return super().apply_and_grad(weights, state, inputs, cts, **given)
-        n, n_counted = length // self.chunk_len, how_many(counted)
+    def length_of(self, inputs: Arrays) -> int:
+        """The length L of inputs (B, L, …).
 
-        def one(total: Tree, at: Any, size: int, decisions: Tree) -> tuple[Tree, Any]:
-            values, its_cts, its_counted = jax.tree.map(
-                lambda x: jax.lax.dynamic_slice_in_dim(x, at * self.chunk_len, size, 1),
-                (tuple(inputs), tuple(cts), counted),
-            )
-            outputs, d_values, d = self.layer.apply_and_grad(
-                weights,
-                put_counted(put_decisions(plain, decisions), its_counted),
-                values,
-                its_cts,
-                rng=fold(rng, at),
-                mode=mode,
-                state_cts=by_share(state_cts, size / length, shares(its_counted, n_counted)),
-            )
-            return jax.tree.map(jnp.add, total, d), (tuple(outputs), tuple(d_values))
-
-        def put(whole: Any, made: Any, at: Any) -> Any:
-            def update(x: jax.Array, piece: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_update_slice_in_dim(x, piece, at * self.chunk_len, 1)
-
-            return jax.tree.map(update, whole, made)
-
-        def step(carry: Any, xs: Any) -> tuple[Any, None]:
-            (total, whole), (at, decisions) = carry, xs
-            total, made = one(total, at, self.chunk_len, decisions)
-            return (total, put(whole, made, at)), None
-
-        # Cut where they lie and put where they belong, so that no copy in pieces exists.
-        pieces, total = found.get('pieces', {}), zero_cts(weights)
-        first = jax.tree.map(lambda x: x[0], pieces)
-        _, made = jax.eval_shape(lambda: one(total, jnp.int32(0), self.chunk_len, first))
-        known = next((ct for ct in cts if ct is not None), None)
-        whole = jax.tree.map(
-            lambda x: zeros_once((x.shape[0], length, *x.shape[2:]), x.dtype, known), made
-        )
-        numbers = jnp.arange(n, dtype=jnp.int32)
-        (total, whole), _ = jax.lax.scan(step, (total, whole), (numbers, pieces))
-        if length % self.chunk_len:
-            rest = found.get('rest', {})
-            total, made = one(total, jnp.int32(n), length % self.chunk_len, rest)
-            whole = put(whole, made, jnp.int32(n))
-        outputs, d_inputs = whole
-        return outputs, d_inputs, total
-
-    def _length(self, inputs: Arrays) -> int:
+        Raises:
+          ValueError: if an input has no axis 1, or lengths differ.
+        """
         lengths = {x.shape[1] if x.ndim > 1 else -1 for x in inputs}
         if len(lengths) != 1 or -1 in lengths:
             raise ValueError(
@@ -160,7 +105,7 @@ class Chunk(Wrapper):
 
 
 def _cut(values: Any, n: int, chunk_len: int) -> tuple[Any, Any]:
-    """A tree's n pieces of chunk_len on a leading axis, and what is left over."""
+    """A tree's n slices of chunk_len on a leading axis, and what is left over."""
     whole = n * chunk_len
 
     def pieces(x: jax.Array) -> jax.Array:
@@ -177,8 +122,8 @@ def _join(pieces: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])  # (B, n·C, …)
 
 
-def _parts(state: Tree, inputs: Arrays) -> tuple[Tree, Tree, Tree]:
-    """Decisions of pieces, the rest of a state, and which positions of the inputs count."""
+def state_parts(state: Tree, inputs: Arrays) -> tuple[Tree, Tree, Tree]:
+    """Decisions of slices, the rest of a state, and which positions of the inputs count."""
     plain, counted = take_counted({k: v for k, v in state.items() if k != DECISIONS})
     return state.get(DECISIONS, {}), plain, along_length(counted, inputs[0].shape[:2])
 

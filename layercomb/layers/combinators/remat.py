@@ -20,8 +20,6 @@ class Remat(Wrapper):
 
     carries_counted = True
 
-    recomputes = True
-
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """Applies the layer under `jax.checkpoint`, unless there is no backward pass."""
         if mode is Mode.PREDICT:
@@ -31,11 +29,3 @@ class Remat(Wrapper):
             return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
 
         return jax.checkpoint(run)(weights, state, tuple(inputs), rng)
-
-    def apply_and_grad(
-        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
-    ):
-        """The layer's own: in one pass there is nothing to compute again."""
-        return self.layer.apply_and_grad(
-            weights, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
-        )

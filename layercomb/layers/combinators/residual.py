@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from layercomb.layers.combinators.one_pass import Pass
 from layercomb.layers.combinators.serial import serial_arity, serial_route
 from layercomb.layers.combinators.side_by_side import one_layer
-from layercomb.layers.core.combinator import Call, Stack, Variadic
-from layercomb.layers.core.cotangents import add_cts
+from layercomb.layers.combinators.variadic import Variadic
+from layercomb.layers.core.combinator import Call, Stack
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 
@@ -80,20 +79,3 @@ class Residual(Variadic, init=False):
         y, *more = serial_route(self.layers, call, inner)
         x = call(n, stack[: self.shortcut.n_in]) if self.shortcut else stack
         return call(n + bool(self.shortcut), (x[0], y)) + tuple(more) + stack[self.n_in :]
-
-    def apply_and_grad(
-        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
-    ):
-        """Handed to the last layer: what it adds has the sum's cotangent."""
-        if self.shortcut is not None or not isinstance(self.add, Add):
-            return super().apply_and_grad(
-                weights, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
-            )
-        n = serial_arity(self.layers)[0]
-        (y, *more), d_inputs, d_weights = Pass(
-            self, weights, state, rng, mode, state_cts
-        ).apply_and_grad(inputs[:n], cts)
-        x = inputs[0]
-        d_x, *d_beside = d_inputs or (None,)  # layers that make values of nothing have none
-        y = x + y.astype(x.dtype)
-        return (y, *more), (add_cts(d_x, cts[0]), *d_beside), d_weights

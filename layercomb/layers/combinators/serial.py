@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 
-from layercomb.layers.combinators.one_pass import Pass
-from layercomb.layers.core.combinator import Call, Stack, Variadic
+from layercomb.layers.combinators.variadic import Variadic
+from layercomb.layers.core.combinator import Call, Stack
 from layercomb.layers.core.layer import Layer
-from layercomb.layers.core.mode import Mode
 
 
 def serial_arity(layers: Iterable[Layer]) -> tuple[int, int]:
@@ -61,9 +60,3 @@ class Serial(Variadic, init=False):
 
     def route(self, call: Call, stack: Stack) -> Stack:
         return serial_route(self.layers, call, stack)
-
-    def apply_and_grad(
-        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
-    ):
-        """Handed to the last layer, whose outputs are the whole's."""
-        return Pass(self, weights, state, rng, mode, state_cts).apply_and_grad(inputs, cts)

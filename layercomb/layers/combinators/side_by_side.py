@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from layercomb.layers.combinators.serial import Serial
-from layercomb.layers.core.combinator import Call, Stack, Variadic, flattened
+from layercomb.layers.combinators.variadic import Variadic, flattened
+from layercomb.layers.core.combinator import Call, Stack
 from layercomb.layers.core.layer import Layer
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from layercomb.layers.core.arguments import ABSENT, Method
+from layercomb.checking.arguments import ABSENT, Method
 from layercomb.layers.core.mode import check_mode
 from layercomb.shapes import describe, signature_of
 

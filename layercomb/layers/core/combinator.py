@@ -18,7 +18,6 @@ import jax
 from layercomb.layers.core.checks import check_inputs, check_outputs, check_sublayers, where
 from layercomb.layers.core.layer import RESERVED, Layer, fold
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.printing import call_text, set_field, show
 from layercomb.layers.core.wrapper import default_name, given_name
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
@@ -39,6 +38,11 @@ class Combinator(Layer):
     """
 
     carries_counted = True
+
+    @property
+    def runs_short_inside(self) -> bool:
+        """Whether the sublayer that finds too few inputs says so, and not the combinator."""
+        return False
 
     def route(self, call: Call, stack: Stack) -> Stack:
         """Sends a stack of values (or of signatures) through the sublayers.
@@ -122,12 +126,9 @@ class Combinator(Layer):
                 state[key] = its_state
             return outputs
 
-        runs_short_inside = isinstance(self, Variadic) and self.layers
-        if len(signature) > self.n_in or not runs_short_inside:
+        if len(signature) > self.n_in or not self.runs_short_inside:
             check_inputs(self, signature)
-        outputs: Any = self.route(
-            call, tuple(signature)
-        )  # a layer that finds too few says so in there
+        outputs: Any = self.route(call, tuple(signature))
         check_inputs(self, signature)
         check_outputs(self, outputs)
         return outputs, weights, state
@@ -165,66 +166,3 @@ class Combinator(Layer):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._children  # noqa: B018  names that clash are an error now, not at the first call
-
-
-class Variadic(Combinator, init=False):
-    """A combinator that is made of any number of layers: ``Serial(layer, layer, …)``.
-
-    In series, lists of layers are flattened and None is left out. In `Branch` and `Parallel`, whose
-    layers stand side by side, each argument is one layer: a list is a `Serial` of its layers, and
-    None or an empty list is ``Serial()``, which passes one value on as it is.
-    """
-
-    layers: tuple[Layer, ...] = ()
-
-    def __init__(self, *layers: Any, name: str | None = None):
-        self._hold(layers=layers, name=name)
-
-    def _hold(self, layers: Any, **values: Any) -> None:
-        set_field(self, 'layers', self._arranged(layers))
-        for field, value in values.items():
-            set_field(self, field, value)
-        self.__post_init__()
-
-    def _arranged(self, layers: Any) -> tuple[Layer, ...]:
-        """The layers, of the constructor's arguments."""
-        return tuple(flattened(type(self).__name__, layers))
-
-    def replace(self, **changes: Any) -> Any:
-        """The same layer with other values in some fields."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        unknown = sorted(changes.keys() - values.keys())
-        if unknown:
-            raise TypeError(
-                f'{type(self).__name__} has no field {unknown[0]!r}: there are {", ".join(values)}'
-            )
-        values |= changes
-        made = object.__new__(type(self))
-        for field, value in values.items():
-            set_field(made, field, value)
-        made.__post_init__()
-        return made
-
-    def __repr__(self) -> str:
-        parts = [show(layer) for layer in self.layers]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name != 'layers' and value != field.default:
-                parts.append(f'{field.name}={show(value)}')
-        return call_text(type(self).__name__, parts)
-
-
-def flattened(owner: str, layers: Any) -> Iterator[Layer]:
-    """The layers of a constructor's arguments: lists opened, None left out."""
-    for layer in layers:
-        if isinstance(layer, (list, tuple)):
-            yield from flattened(owner, layer)
-        elif isinstance(layer, Layer):
-            yield layer
-        elif layer is not None:
-            cure = (
-                f'call it, {layer.__name__}(…)'
-                if isinstance(layer, type)
-                else 'wrap a function in Fn(label, f)'
-            )
-            raise TypeError(f'{owner} is made of layers, got {show(layer)}: {cure}')

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.core import fields
+from layercomb.checking.annotations import frozen
 from layercomb.layers.core.checks import (
     check_inputs,
     check_outputs,
@@ -17,29 +17,20 @@ from layercomb.layers.core.checks import (
     checking_apply,
     checking_init,
 )
-from layercomb.layers.core.cotangents import Cotangents, matched, vjp
 from layercomb.layers.core.counted import COUNTED
 from layercomb.layers.core.decisions import DECISIONS
+from layercomb.layers.core.fields import check_fields
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.printing import call_text, set_field, show
+from layercomb.layers.core.printing import code_of, set_field
 from layercomb.shapes import Signature, signature_of
 from layercomb.trees import Tree
 
 Arrays = tuple[jax.Array, ...]
-
-
 L = TypeVar('L', bound='Layer')
 
-
 AUX_LOSS = 'aux_loss'
-
-
 POSITION = 'position'
-
-
 POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
-
-
 RESERVED = (COUNTED, DECISIONS, AUX_LOSS)  # what a state may hold beside the states of sublayers
 
 
@@ -66,13 +57,6 @@ class Layer:
       n_in: how many values it takes off the stack.
       n_out: how many it puts back.
       float32: whether `transforms.cast` leaves it in float32 (norms, losses, sums of streams).
-      diagonal: whether the one output is the one input times numbers that depend on the key alone,
-        as in dropout, so that cotangents go the same way; such a layer has no weights and no state.
-      headwise: whether, given some of the heads of (B, H, …), it does for each what it does among
-        all, so that attention may go a head at a time; with weights it has a `by_head`, and what it
-        draws comes from a key for every head.
-      recomputes: whether its gradient computes the layer again, so that to keep what is inside
-        would be in vain.
       matrices: the paths of weights that `transforms.quantize` may make narrow, each with its axes
         in letters, as `narrow` explains.
       mixes_positions: whether an output position depends on other positions, so that `Chunk` must
@@ -89,9 +73,6 @@ class Layer:
     n_in = 1
     n_out = 1
     mixes_positions = False
-    diagonal = False
-    recomputes = False
-    headwise = False
     float32: ClassVar[bool] = False
     counts_positions: ClassVar[bool] = False
     carries_counted: ClassVar[bool] = False
@@ -110,8 +91,8 @@ class Layer:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            set_field(self, field.name, fields.frozen(getattr(self, field.name)))
-        fields.check_fields(self)
+            set_field(self, field.name, frozen(getattr(self, field.name)))
+        check_fields(self)
         if self.name is not None and ('/' in self.name or self.name in (*RESERVED, '')):
             raise ValueError(
                 f'{type(self).__name__}: a layer cannot be named {self.name!r}: names have no "/", '
@@ -165,38 +146,6 @@ class Layer:
           TypeError: if the inputs are no tuple of `n_in` values, or `mode` is no `Mode`.
         """
         raise NotImplementedError(f'{type(self).__name__} has no apply')
-
-    def apply_and_grad(
-        self,
-        weights: Tree,
-        state: Tree,
-        inputs: Arrays,
-        cts: Cotangents,
-        *,
-        rng: jax.Array | None = None,
-        mode: Mode = Mode.TRAIN,
-        state_cts: Tree | None = None,
-    ) -> tuple[Arrays, Cotangents, Tree]:
-        """Outputs and gradients in one pass, for a caller who knows the outputs' cotangents.
-
-        By default `vjp` of `apply`. A layer that works piece by piece overrides it, so that no
-        piece is computed a third time.
-
-        Args:
-          weights, state, inputs, rng, mode: as of `apply`; `state` is taken as constant.
-          cts: of the outputs; they may be wider than these, and are None for integers.
-          state_cts: of the new state (its auxiliary losses), by path; what is absent is zero.
-
-        Returns:
-          Outputs, cotangents of inputs, cotangents of weights: None for what is no float.
-        """
-
-        def run(weights: Tree, inputs: Arrays) -> tuple[Arrays, Tree]:
-            return self.apply(weights, state, inputs, rng=rng, mode=mode)
-
-        (outputs, new), pull = vjp(run, weights, tuple(inputs))
-        d_weights, d_inputs = pull((tuple(cts), matched(state_cts, new)))
-        return outputs, d_inputs, d_weights
 
     def output_signature(self, signature: Any, mode: Mode = Mode.TRAIN) -> Signature:
         """The signature of the outputs, for inputs of `signature`; nothing is computed.
@@ -264,28 +213,7 @@ class Layer:
         )
 
     def __repr__(self) -> str:
-        parts, positional = [], True
-        name, *own = dataclasses.fields(self)
-        for field in (*own, name):
-            value = getattr(self, field.name)
-            if self._shows(field, value):
-                bare = positional and not field.kw_only
-                parts.append(show(value) if bare else f'{field.name}={show(value)}')
-            positional = positional and field.default is dataclasses.MISSING
-        return call_text(type(self).__name__, parts)
-
-    def _shows(self, field: dataclasses.Field[Any], value: Any) -> bool:
-        """A field is worth showing if leaving it out would make another layer."""
-        if field.default is dataclasses.MISSING:
-            return True
-        if value == field.default:
-            return False
-        if field.name == 'name':
-            return True
-        try:
-            return self.replace(**{field.name: field.default}) != self
-        except (TypeError, ValueError):  # the default does not go with the other fields
-            return True
+        return code_of(self)
 
 
 def init_state(layer: Layer, signature: Any, mode: Mode = Mode.PREDICT) -> Tree:

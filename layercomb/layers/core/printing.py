@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from typing import Any
@@ -43,3 +44,30 @@ def call_text(function: str, parts: list[str]) -> str:
         return one_line
     inside = ',\n'.join(parts).replace('\n', '\n    ')
     return f'{function}(\n    {inside},\n)'
+
+
+def code_of(layer: Any) -> str:
+    """The code that makes a layer: its class, and the fields that are not as by default."""
+    parts, positional = [], True
+    name, *own = dataclasses.fields(layer)
+    for field in (*own, name):
+        value = getattr(layer, field.name)
+        if _shows(layer, field, value):
+            bare = positional and not field.kw_only
+            parts.append(show(value) if bare else f'{field.name}={show(value)}')
+        positional = positional and field.default is dataclasses.MISSING
+    return call_text(type(layer).__name__, parts)
+
+
+def _shows(layer: Any, field: dataclasses.Field[Any], value: Any) -> bool:
+    """A field is worth showing if leaving it out would make another layer."""
+    if field.default is dataclasses.MISSING:
+        return True
+    if value == field.default:
+        return False
+    if field.name == 'name':
+        return True
+    try:
+        return bool(layer.replace(**{field.name: field.default}) != layer)
+    except (TypeError, ValueError):  # the default does not go with the other fields
+        return True

@@ -29,20 +29,14 @@ def run_once(has_run: jax.Array, kept: Any, run: Callable[[Any], Any]) -> Any:
 class Once(Wrapper):
     """A layer of a whole sequence, which in ``PREDICT`` runs once, as it evaluates.
 
-    Such is the encoder of a model whose decoder takes its inputs step by step, and what makes keys
-    and values of a memory: handed the same sequence at every call, it runs at the first, and its
-    outputs are state from then on. In other modes it is the layer itself.
+    The encoder of a model whose decoder takes its inputs step by step is one, and so is what makes
+    keys and values of a memory: handed the same sequence at every call, it runs at the first, and
+    its outputs are state from then on. In other modes it is the layer itself.
     """
 
     carries_counted = True
 
-    headwise = property(lambda self: self.layer.headwise)
     mixes_positions = property(lambda self: self.layer.mixes_positions)
-
-    def by_head(self, weights: Tree) -> Tree:
-        """The layer's."""
-        layer: Any = self.layer
-        return layer.by_head(weights)
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         """The layer's, without caches; in ``PREDICT`` with room for its outputs."""
@@ -64,11 +58,3 @@ class Once(Wrapper):
         made = run_once(state['has_run'], state['outputs'], run)
         outputs = tuple(made[str(i)] for i in range(self.n_out))
         return outputs, {**state, 'outputs': made, 'has_run': jnp.ones((), bool)}
-
-    def apply_and_grad(
-        self, weights, state, inputs, cts, *, rng=None, mode=Mode.TRAIN, state_cts=None
-    ):
-        """The layer's own."""
-        return self.layer.apply_and_grad(
-            weights, state, inputs, cts, rng=rng, mode=mode, state_cts=state_cts
-        )

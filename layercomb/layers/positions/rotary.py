@@ -42,7 +42,6 @@ class RotaryPositions(Layer):
     n_in = 2
     n_out = 2
     float32 = True
-    headwise = True
     mixes_positions = True  # a piece of a sequence does not know where it begins
 
     def init(self, signature, rng, mode=Mode.TRAIN):

@@ -7,15 +7,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.combinators.one_pass import Pass
 from layercomb.layers.combinators.residual import Add
 from layercomb.layers.combinators.routing import Select, Swap
 from layercomb.layers.combinators.serial import serial_arity, serial_route
-from layercomb.layers.core.combinator import Variadic
-from layercomb.layers.core.cotangents import Cotangents, add_cts
+from layercomb.layers.combinators.variadic import Variadic
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import call_text, named
+from layercomb.layers.reversible.cotangents import Cotangents, add_cts
+from layercomb.layers.reversible.series import Pass
 from layercomb.trees import Tree
 
 
@@ -99,7 +99,7 @@ class ReversibleHalfResidual(Variadic, Reversible, init=False):
     ):
         """Subtracts what f adds; the cotangent of the sum is that of f's output."""
         (acc, *xs), (d_acc, *d_xs) = outputs, cts
-        (y,), d_inner, d_weights = Pass(self, weights, state, rng, mode, state_cts).apply_and_grad(
+        (y,), d_inner, d_weights = Pass(self, weights, state, rng, mode, state_cts).run(
             tuple(xs), (d_acc,)
         )
         d_xs = map(add_cts, d_xs, d_inner)

@@ -27,11 +27,11 @@ import jax.numpy as jnp
 from layercomb.layers.basic.assert_shape import AssertShape
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.serial import Serial
-from layercomb.layers.core.cotangents import zero_cts
 from layercomb.layers.core.counted import put_counted, take_counted
 from layercomb.layers.core.decisions import put_decisions, take_decisions
 from layercomb.layers.core.layer import Arrays, Layer, fold
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.reversible.cotangents import zero_cts
 from layercomb.layers.reversible.layers import (
     Reversible,
 )
@@ -42,7 +42,8 @@ from layercomb.trees import Tree
 class ReversibleStack(Reversible, init=False):
     """What `ReversibleSerial` and `ReversibleRepeat` share: streams in float32, and the gradient.
 
-    It stands before the class whose `apply` runs the layers plainly.
+    It stands before the class whose `apply` runs the layers plainly. Having an `apply` of its own,
+    it goes by the default of `one_pass`; the rule of `Serial` would keep what the layers hold.
     """
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
@@ -50,9 +51,6 @@ class ReversibleStack(Reversible, init=False):
         if mode is Mode.TRAIN:
             return _reversible(self, weights, state, _widened(inputs), rng)
         return self.run(weights, state, inputs, rng, mode)
-
-    # `Serial` would hand it to the last layer and keep what the others hold.
-    apply_and_grad = Layer.apply_and_grad
 
     def run(
         self, weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array | None, mode: Mode

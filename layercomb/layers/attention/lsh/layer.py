@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.attention import tiles
+from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.lsh import rings
 from layercomb.layers.attention.lsh import windows as bucketwise
 from layercomb.layers.attention.lsh.function import lsh_attention
@@ -84,7 +85,6 @@ class LSHAttention(Layer):
     heads_together: Size | None = None
 
     mixes_positions = True
-    headwise = True
     n_in = property(lambda self: 2 + self.masked)
 
     def __post_init__(self) -> None:
@@ -209,6 +209,9 @@ class LSHAttention(Layer):
         p = p / jnp.where(total > 0, total, 1.0)
         y = rings.means(p, there, cache['v'])
         return y.reshape(b, h, 1, -1).astype(cache['v'].dtype), after
+
+
+by_head.register(LSHAttention)(as_it_is)
 
 
 class LSHSelfAttention(MultiHead):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.shapes import is_float
+from layercomb.trees import Tree
 
-Tree = dict[str, Any]
 Cotangents = tuple[jax.Array | None, ...]
 
 
@@ -78,9 +78,9 @@ def zero_cts(tree: Tree) -> Tree:
 def zeros_once(shape: tuple[int, ...], dtype: Any, known: jax.Array | None) -> jax.Array:
     """Zeros that cannot be made before the floats `known` are.
 
-    A loop that fills or adds to a large array starts from zeros. As a constant, all loops share
-    them, so that they live from the first to the last loop, and each copies them, long before its
-    turn. Comparing with infinity makes them depend on data; it is false for NaN as well.
+    A loop that fills or adds to a large array starts from zeros. All loops share zeros that are a
+    constant: these live from the first loop to the last, and each loop copies them, long before its
+    turn. Comparing `known` with infinity makes the zeros depend on data; it is false for NaN too.
     """
     if known is None or not known.size:
         return jnp.zeros(shape, dtype)

@@ -8,12 +8,36 @@ from typing import Any
 
 import jax
 
+from layercomb.layers.combinators.residual import Add, Residual
+from layercomb.layers.combinators.serial import Serial, serial_arity
 from layercomb.layers.core.checks import check_inputs, check_outputs, where
 from layercomb.layers.core.combinator import Stack
-from layercomb.layers.core.cotangents import matched, vjp
-from layercomb.layers.core.layer import fold
+from layercomb.layers.core.layer import Layer, fold
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.reversible.cotangents import add_cts, matched, vjp
+from layercomb.layers.reversible.one_pass import is_diagonal, one_pass, recomputes
 from layercomb.trees import Tree
+
+
+@one_pass.register(Serial)
+def _serial(layer, weights, state, inputs, cts, *, rng, mode, state_cts):
+    """The cotangents go to the last layer, whose outputs are the whole's."""
+    _check(layer, inputs, cts)
+    return Pass(layer, weights, state, rng, mode, state_cts).run(inputs, cts)
+
+
+@one_pass.register(Residual)
+def _residual(layer, weights, state, inputs, cts, **given):
+    """The sum's cotangent goes to the last layer too, which makes what is added."""
+    if layer.shortcut is not None or type(layer.add) is not Add:
+        return one_pass.default(layer, weights, state, inputs, cts, **given)
+    _check(layer, inputs, cts)
+    n = serial_arity(layer.layers)[0]
+    (y, *more), d_inputs, d_weights = Pass(layer, weights, state, **given).run(inputs[:n], cts)
+    x = inputs[0]
+    d_x, *d_beside = d_inputs or (None,)  # layers that make values of nothing have none
+    y = x + y.astype(x.dtype)
+    return (y, *more), (add_cts(d_x, cts[0]), *d_beside), d_weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,7 +46,7 @@ class Pass:
 
     Attributes:
       owner: the combinator, whose first sublayers are its `layers`.
-      weights, state, rng, mode, state_cts: as of `Layer.apply_and_grad`, of the combinator.
+      weights, state, rng, mode, state_cts: as of `one_pass`, of the combinator.
     """
 
     owner: Any
@@ -32,16 +56,17 @@ class Pass:
     mode: Mode
     state_cts: Tree | None
 
-    def apply_and_grad(self, inputs: Stack, cts: Stack) -> tuple[Stack, Stack, Tree]:
+    def run(self, inputs: Stack, cts: Stack) -> tuple[Stack, Stack, Tree]:
         """Outputs, and cotangents of inputs and weights, from the cotangents of the outputs.
 
-        The last layer knows them. Those before it are recorded by `vjp`, except those that compute
-        again anyway. Diagonal layers at the end (dropout) take cotangents as they take values, so
-        the one before them counts as the last.
+        The last layer knows the cotangents of its outputs, so it goes in one pass. The layers
+        before it are recorded by `vjp`, except those whose gradient computes them again anyway.
+        Diagonal layers at the end (dropout) take cotangents as they take values, so the layer
+        before them counts as the last.
         """
         layers, keys = self.owner.layers, self.owner.keys
         n = len(layers)
-        while n and layers[n - 1].diagonal:
+        while n and is_diagonal(layers[n - 1]):
             n -= 1
         cts = self._scaled(n, cts)
         if not n:
@@ -62,11 +87,12 @@ class Pass:
         return self._scaled(n, stack), d_stack, {key: d_weights[key] for key in self.weights}
 
     def _in_one(self, i: int, inputs: Stack, cts: Stack) -> tuple[Stack, Stack, Tree]:
-        """`Layer.apply_and_grad` of the i-th layer."""
-        key, layer = self.owner._children[i]
+        """`one_pass` of the i-th layer."""
+        key, layer = self._child(i)
         with where(self.owner, key, layer, inputs):
             check_inputs(layer, inputs)
-            outputs, d_inputs, d_weights = layer.apply_and_grad(
+            outputs, d_inputs, d_weights = one_pass(
+                layer,
                 self.weights.get(key, {}),
                 self.state.get(key, {}),
                 inputs,
@@ -79,7 +105,7 @@ class Pass:
 
     def _recorded(self, i: int, inputs: Stack) -> tuple[Stack, Callable[[Stack], Any]]:
         """Outputs of the i-th layer, and what takes their cotangents back to inputs and weights."""
-        key, layer = self.owner._children[i]
+        key, layer = self._child(i)
 
         def run(weights: Tree, inputs: Stack) -> tuple[Stack, Tree]:
             state, rng = self.state.get(key, {}), fold(self.rng, i)
@@ -90,7 +116,7 @@ class Pass:
             return tuple(outputs), new
 
         weights = self.weights.get(key, {})
-        if layer.recomputes:
+        if recomputes(layer):
             return run(weights, inputs)[0], lambda cts: self._in_one(i, inputs, cts)[1:]
         (outputs, new), pull = vjp(run, weights, inputs)
 
@@ -108,5 +134,19 @@ class Pass:
                 top, _ = layer.apply({}, {}, top, rng=fold(self.rng, i), mode=self.mode)
         return tuple(top) + below
 
+    def _child(self, i: int) -> tuple[str, Layer]:
+        """The key and the i-th layer."""
+        return self.owner.keys[i], self.owner.layers[i]
+
     def _state_cts(self, key: str) -> Tree | None:
         return (self.state_cts or {}).get(key)
+
+
+def _check(layer: Layer, inputs: Stack, cts: Stack) -> None:
+    """Raises a TypeError unless there are as many inputs and cotangents as `layer` has values."""
+    check_inputs(layer, inputs)
+    if len(cts) != layer.n_out:
+        raise TypeError(
+            f'one_pass: {type(layer).__name__} has n_out={layer.n_out} and {len(cts)} cotangents '
+            'were given: give one for each output, None where there is none'
+        )

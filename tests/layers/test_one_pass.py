@@ -1,4 +1,4 @@
-"""`apply_and_grad` of every layer that has its own equals `vjp` of its `apply`."""
+"""`one_pass` of every layer that has a rule equals `vjp` of its `apply`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from layercomb import tl, transforms
-from layercomb.layers.core.cotangents import add_cts, vjp
 from layercomb.layers.core.decisions import DECISIONS, put_decisions, take_decisions
 from layercomb.layers.core.layer import AUX_LOSS, Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.reversible.cotangents import add_cts, vjp
 from layercomb.shapes import is_float, shape_dtype, signature_of
 
 B, L, D = 2, 7, 4
@@ -126,8 +126,8 @@ def test_equals_the_vjp(case):
     given = {'mode': Mode.REPLAY, 'state_cts': state_cts}
 
     def both(rng, again):
-        ours = net.apply_and_grad(weights, state, inputs, cts, rng=rng, **given)
-        return ours, Layer.apply_and_grad(net, weights, state, inputs, cts, rng=again, **given)
+        ours = tl.one_pass(net, weights, state, inputs, cts, rng=rng, **given)
+        return ours, tl.one_pass.default(net, weights, state, inputs, cts, rng=again, **given)
 
     ours, wanted = jax.jit(both)(jax.random.key(1), jax.random.key(1))
     assert_close(ours, wanted)
@@ -137,9 +137,7 @@ def test_an_auxiliary_loss_in_pieces_is_weighted_by_their_positions():
     net = tl.Chunk(Balance(), 3)
     weights, state, inputs, cts, _ = setting(net, (X,))
     cts = (jnp.zeros_like(cts[0]),)
-    _, (d_x,), d = net.apply_and_grad(
-        weights, state, inputs, cts, state_cts={AUX_LOSS: jnp.ones(())}
-    )
+    _, (d_x,), d = tl.one_pass(net, weights, state, inputs, cts, state_cts={AUX_LOSS: jnp.ones(())})
     np.testing.assert_allclose(d['gain'], (inputs[0] ** 2).mean(), rtol=1e-6)
     np.testing.assert_allclose(d_x, 2 * inputs[0] / inputs[0].size, rtol=1e-5)
 
@@ -147,13 +145,13 @@ def test_an_auxiliary_loss_in_pieces_is_weighted_by_their_positions():
 def test_a_cast_layer_takes_wide_cotangents_and_gives_wide_gradients():
     net = transforms.cast(tl.Serial(tl.LayerNorm(), tl.Dense(6), tl.Relu(), tl.Dense(D)))
     weights, state, inputs, cts, _ = setting(net, (X,))
-    given = functools.partial(net.apply_and_grad, weights, state, inputs, cts)
+    given = functools.partial(tl.one_pass, net, weights, state, inputs, cts)
     (y,), d_inputs, d_weights = given(mode=Mode.TRAIN)
     assert y.dtype == jnp.bfloat16
     assert {g.dtype.name for g in jax.tree.leaves((d_inputs, d_weights))} == {'float32'}
     assert_close(
         (d_inputs, d_weights),
-        Layer.apply_and_grad(net, weights, state, inputs, cts)[1:],
+        tl.one_pass.default(net, weights, state, inputs, cts)[1:],
         1e-2,
     )
 
@@ -170,8 +168,8 @@ def test_chunk_computes_each_piece_twice_and_not_three_times(optimized):
         text = run.lower(weights, x, x).as_text()
         return text.count('dot_general')
 
-    assert flops(net.apply_and_grad) == 3
-    assert flops(functools.partial(Layer.apply_and_grad, net)) == 4
+    assert flops(functools.partial(tl.one_pass, net)) == 3
+    assert flops(functools.partial(tl.one_pass.default, net)) == 4
 
 
 def test_errors_say_where():
@@ -179,7 +177,7 @@ def test_errors_say_where():
     weights, _ = tl.Serial(tl.Dense(3)).init((X,), jax.random.key(0))
     x = jnp.ones((B, L, D))
     with pytest.raises(ValueError, match='Add: cannot add') as caught:
-        net.apply_and_grad(weights, {}, (x, x), (x,))
+        tl.one_pass(net, weights, {}, (x, x), (x,))
     assert any('in Serial.add: Add()' in note for note in caught.value.__notes__)
 
 
@@ -207,7 +205,7 @@ def test_signatures_are_enough():
     weights, state, inputs, cts, _ = setting(net, (X,))
 
     def run(weights, state, inputs, cts, rng):
-        return net.apply_and_grad(weights, state, inputs, cts, rng=rng, mode=Mode.REPLAY)
+        return tl.one_pass(net, weights, state, inputs, cts, rng=rng, mode=Mode.REPLAY)
 
     made = jax.eval_shape(run, weights, state, inputs, cts, jax.random.key(0))
     assert signature_of(made[0]) == signature_of(made[1]) == signature_of((inputs[0],))

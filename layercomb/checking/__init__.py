@@ -1,0 +1,1 @@
+"""Checks of plain values and arguments, which know nothing of layers."""

@@ -1,0 +1,211 @@
+"""Attention head by head: `HeadByHead`, the outputs and gradients of a multi-head layer.
+
+Attention is a sum over heads, so each head gives its part of the output and of all gradients, and
+queries, keys and values of all heads never exist at once. Projections go some positions at a time.
+Of arrays as wide as the model there are the output and the gradients of the inputs, and no others.
+
+Shape letters: B batch, L length, D d_model, H heads, K head depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from layercomb.layers.attention import tiles
+from layercomb.layers.attention.by_head import by_head
+from layercomb.layers.attention.slices import add_at, by_slice, over_positions, positions
+from layercomb.layers.core.checks import check_inputs, where
+from layercomb.layers.core.layer import Layer, fold
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.reversible.cotangents import add_cts, vjp, zero_cts, zeros_once
+from layercomb.shapes import is_float
+from layercomb.trees import Tree
+
+
+class Head(NamedTuple):
+    """What one head has of its own.
+
+    Attributes:
+      weights: of the parts, for this head.
+      core: the state of its core, (B, 1, …).
+      key: of its core, (1,); or None.
+    """
+
+    weights: Tree
+    core: Tree
+    key: jax.Array | None
+
+
+def goes_by_head(layer: Any, weights: Tree, inputs: Any) -> bool:
+    """Whether a multi-head layer, given weights and inputs, can go head by head and should.
+
+    It can if each part has a rule in `by_head`, and projections do not mix positions. It should on
+    a CPU, since one head would not keep another platform busy, and with float32 streams, since the
+    sum over heads would be rounded otherwise.
+    """
+    parts = zip(layer.keys, layer.sublayers, strict=True)
+    if any(p.mixes_positions for key, p in parts if key in (*layer.reads, 'output')):
+        return False
+    wide = all(x.dtype == jnp.float32 for x in inputs if is_float(x))
+    if jax.default_backend() != 'cpu' or not wide:
+        return False
+    return jax.eval_shape(lambda weights: _apart(layer, weights), weights) is not None
+
+
+def _apart(layer: Any, weights: Tree) -> Tree | None:
+    """The weights with a leading axis of heads; None if a part needs all heads at once."""
+    made = {}
+    for key, part in zip(layer.keys, layer.sublayers, strict=True):
+        with where(layer, key, part, ()):
+            made[key] = by_head(part, weights.get(key, {}))
+        if made[key] is None:
+            return None
+    return {key: made[key] for key in weights}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeadByHead:
+    """A multi-head layer, applied to its inputs one head after the other.
+
+    Attributes:
+      owner: the `MultiHead` layer, for which `goes_by_head` holds.
+      inputs: its inputs.
+      mode: the mode.
+    """
+
+    owner: Any
+    inputs: tuple[Any, ...]
+    mode: Mode
+
+    def outputs(self, weights: Tree, state: Tree, rng: jax.Array | None) -> Any:
+        """What `apply` gives: a tuple of the output, and the new state."""
+        x = self.inputs[0]
+
+        def one(total: jax.Array, head: Head) -> tuple[jax.Array, Tree]:
+            projected = self._project(head.weights)
+            y, core = self._attend(head, head.weights, projected, self.inputs)
+
+            def add_slice(total: jax.Array, at: Any, size: int) -> jax.Array:
+                values = positions((y, x), at, size)
+                return add_at(total, self._merge(head.weights, values), at)
+
+            return over_positions(add_slice, total, total.shape[1]), core
+
+        start = zeros_once(x.shape, x.dtype, x)
+        y, core = lax.scan(one, start, self._heads(_apart(self.owner, weights), state, rng))
+        core = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), core)  # (B, H, …)
+        return (y,), {**state, **({'core': core} if core else {})}
+
+    def gradients(self, weights: Tree, state: Tree, ct: jax.Array, rng: jax.Array | None) -> Any:
+        """What `one_pass` gives, of the cotangent of the output."""
+        x = self.inputs[0]
+        apart, pull_apart = jax.vjp(lambda weights: _apart(self.owner, weights), weights)
+        start = jax.tree.map(
+            lambda value: zeros_once(value.shape, value.dtype, x) if is_float(value) else None,
+            (x, self.inputs),
+        )
+
+        def one(carry: Any, head: Head) -> tuple[Any, Tree]:
+            return self._add_gradients(carry, head, ct)
+
+        (y, d_inputs), d_apart = lax.scan(one, start, self._heads(apart, state, rng))
+        return (y,), d_inputs, pull_apart(d_apart)[0]
+
+    def _add_gradients(self, carry: Any, head: Head, ct: jax.Array) -> tuple[Any, Tree]:
+        """The output and cotangents of inputs with a head's added; cotangents of its weights."""
+        total, d_inputs = carry
+        w, inputs = head.weights, self.inputs
+
+        def attend(weights: Tree, projected: Tree, inputs: Any) -> jax.Array:
+            return self._attend(head, weights, projected, inputs)[0]
+
+        y, pull = vjp(attend, w, self._project(w), inputs)
+        d_y = zeros_once(y.shape, y.dtype, y)
+        total, (d_y, d_x), d_merge = by_slice(
+            self._merge, w, (y, inputs[0]), ct, total, (d_y, d_inputs[0])
+        )
+        d_attend, d_projected, d_others = pull(d_y)
+        d_inputs = jax.tree.map(add_cts, (d_x, *d_inputs[1:]), d_others)
+        d_inputs, d_project = self._project_grad(w, d_projected, d_inputs)
+        d_weights = jax.tree.map(lambda *ds: sum(ds[1:], ds[0]), d_merge, d_attend, d_project)
+        return (total, d_inputs), d_weights
+
+    def _heads(self, apart: Any, state: Tree, rng: jax.Array | None) -> Head:
+        """What each head has of its own, with a leading axis (H)."""
+        core = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], state.get('core', {}))
+        key = fold(rng, self.owner.keys.index('core'))
+        if key is not None:
+            n_heads = jax.tree.leaves(apart)[0].shape[0]
+            key = tiles.keys_of_heads(key, n_heads)[:, None]
+        return Head(apart, core, key)
+
+    def _project(self, weights: Tree) -> Tree:
+        """One head's queries, keys and values, (B, 1, L, K), by name."""
+        reads = self.owner.reads
+        return {
+            key: self._part(key, weights, {}, (self.inputs[reads[key]],), None)[0]
+            for key in self.owner.keys
+            if key in reads
+        }
+
+    def _project_grad(self, weights: Tree, cts: Tree, d_inputs: Any) -> tuple[Any, Tree]:
+        """The cotangents of inputs with those of one head's projections added; of the weights."""
+        d_inputs, d_weights, reads = list(d_inputs), zero_cts(weights), self.owner.reads
+        for i in sorted({reads[key] for key in cts}):
+            its_cts = {key: ct for key, ct in cts.items() if reads[key] == i}
+
+            def project(weights: Tree, x: jax.Array, keys: Any = tuple(its_cts)) -> Tree:
+                return {key: self._part(key, weights, {}, (x,), None)[0] for key in keys}
+
+            x = self.inputs[i]
+            _, d_inputs[i], d = by_slice(project, weights, x, its_cts, None, d_inputs[i])
+            d_weights = jax.tree.map(jnp.add, d_weights, d)
+        return tuple(d_inputs), d_weights
+
+    def _merge(self, weights: Tree, values: Any) -> jax.Array:
+        """One head's part of the output, from what it attended to and the first input."""
+        return self._part('output', weights, {}, values[: self._sublayer('output').n_in], None)[0]
+
+    def _attend(
+        self, head: Head, weights: Tree, projected: Tree, inputs: Any
+    ) -> tuple[jax.Array, Tree]:
+        """What one head hands to the output, and the new state of its core, which alone draws."""
+        owner = self.owner
+        new: Tree = {}
+
+        def call(i: int, stack: Any) -> Any:
+            nonlocal new
+            key, part = owner.keys[i], owner.sublayers[i]
+            if key in projected:
+                if stack[0] is not inputs[owner.reads[key]]:
+                    raise ValueError(
+                        f'{type(owner).__name__}: route hands {key} another value than input '
+                        f'{owner.reads[key]}: say in `reads` which input each projection reads'
+                    )
+                return (projected[key],)
+            if key == 'output':
+                return stack[:1]
+            values = tuple(stack[: part.n_in])
+            if key != 'core':
+                return self._part(key, weights, {}, values, None)
+            *outputs, new = self._part(key, weights, head.core, values, head.key)
+            return tuple(outputs)
+
+        return owner.route(call, inputs)[0], new
+
+    def _part(self, key: str, weights: Tree, state: Tree, values: Any, rng: Any) -> Any:
+        """The outputs of a part; of the core with its state behind them."""
+        part = self._sublayer(key)
+        with where(self.owner, key, part, values):
+            check_inputs(part, values)
+            outputs, new = part.apply(weights.get(key, {}), state, values, rng=rng, mode=self.mode)
+        return (*outputs, new) if key == 'core' else outputs
+
+    def _sublayer(self, key: str) -> Layer:
+        layer: Layer = self.owner.sublayers[self.owner.keys.index(key)]
+        return layer
