@@ -17,7 +17,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.model import Model
 from layercomb.shapes import describe, shape_dtype, signature_of
 from layercomb.summary import summary
-from layercomb.transforms import cast, rewrite, unstack
+from layercomb.transforms import axes, cast, rewrite, unstack
 from layercomb.version import __version__
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     'Model',
     'UsageError',
     '__version__',
+    'axes',
     'cast',
     'describe',
     'init_state',

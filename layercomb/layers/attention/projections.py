@@ -37,7 +37,7 @@ class SplitHeads(Layer):
     kernel_init: Initializer = glorot_uniform()
 
     headwise = True
-    matrices = {'kernel': 'ioo'}
+    weight_axes = {'kernel': 'D->HK', 'bias': 'H|->K'}
 
     def by_head(self, weights: Tree) -> Tree:
         """The weights of each head alone, on a leading axis H."""
@@ -84,7 +84,7 @@ class MergeHeads(Layer):
 
     n_in = 2
     headwise = True
-    matrices = {'kernel': 'iio'}
+    weight_axes = {'kernel': 'HK->D', 'bias': '->D'}
 
     def by_head(self, weights: Tree) -> Tree:
         """The weights of each head alone, on a leading axis H; the first one has the bias."""

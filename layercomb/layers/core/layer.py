@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.core import fields
+from layercomb.layers.core.axes import check_declared
 from layercomb.layers.core.checks import (
     check_inputs,
     check_outputs,
@@ -73,8 +74,9 @@ class Layer:
         draws comes from a key for every head.
       recomputes: whether its gradient computes the layer again, so that to keep what is inside
         would be in vain.
-      matrices: the paths of weights that `transforms.quantize` may make narrow, each with its axes
-        in letters, as `narrow` explains.
+      weight_axes: the axes of each of its own weights, by path, in letters: ``{'kernel': 'D->F',
+        'bias': '->F'}``. `core.axes` explains them. Muon and Adafactor refuse a layer whose
+        weights have two axes or more, and are not declared.
       mixes_positions: whether an output position depends on other positions, so that `Chunk` must
         not cut it.
       counts_positions: whether it averages over positions in training, so that its state is told
@@ -95,7 +97,7 @@ class Layer:
     float32: ClassVar[bool] = False
     counts_positions: ClassVar[bool] = False
     carries_counted: ClassVar[bool] = False
-    matrices: ClassVar[dict[str, str]] = {}
+    weight_axes: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:
         """Makes the class a frozen dataclass; ``init=False`` leaves the constructor it has.
@@ -103,6 +105,7 @@ class Layer:
         Its `init` and `apply` check what they are given, whoever calls them.
         """
         super().__init_subclass__(**kwargs)
+        check_declared(cls.__name__, cls.weight_axes)
         for name, checks in (('init', checking_init), ('apply', checking_apply)):
             if name in vars(cls):
                 setattr(cls, name, checks(vars(cls)[name]))
