@@ -40,9 +40,7 @@ def axes(net: Layer, weights: Tree) -> dict[str, Axes]:
     {'bias': Axes(spec='->F', stacked=1), 'kernel': Axes(spec='D->F', stacked=1)}
     """
     if not isinstance(net, Layer):
-        raise TypeError(
-            f'axes are those of the weights of a layer, got {net!r}: give e.g. model.layer'
-        )
+        raise TypeError(f'axes: the first argument is a layer, got {net!r}: give e.g. model.layer')
     leaves = {path: x for path, x in trees.flatten(weights).items() if hasattr(x, 'shape')}
     return {path: _axes(net, path, leaf) for path, leaf in leaves.items()}
 

@@ -137,7 +137,7 @@ def check_declared(owner: str, declared: Any) -> None:
     """Checks the `weight_axes` of a class, unless they are a property.
 
     Raises:
-      TypeError: if they are no dict.
+      TypeError: if they are no dict of texts.
       ValueError: for a declaration that cannot be read, naming class and weight.
     """
     if isinstance(declared, (property, functools.cached_property)):
@@ -147,6 +147,10 @@ def check_declared(owner: str, declared: Any) -> None:
             f"{owner}: weight_axes={declared!r}: give a dict such as {{'kernel': 'D->F'}}"
         )
     for path, spec in declared.items():
+        if not isinstance(spec, str):
+            raise TypeError(
+                f"{owner}: the axes of {path!r} must be a text such as 'D->F': {spec!r}"
+            )
         try:
             _parsed(spec)
         except ValueError as e:
