@@ -12,21 +12,24 @@ from layercomb import layers as tl
 from layercomb import losses, models, transforms, trees
 from layercomb.errors import UsageError
 from layercomb.layers.basic.fn import Fn
+from layercomb.layers.core.axes import Axes
 from layercomb.layers.core.layer import Layer, init_state
 from layercomb.layers.core.mode import Mode
 from layercomb.model import Model
 from layercomb.shapes import describe, shape_dtype, signature_of
 from layercomb.summary import summary
-from layercomb.transforms import cast, rewrite, unstack
+from layercomb.transforms import axes, cast, rewrite, unstack
 from layercomb.version import __version__
 
 __all__ = [
+    'Axes',
     'Fn',
     'Layer',
     'Mode',
     'Model',
     'UsageError',
     '__version__',
+    'axes',
     'cast',
     'describe',
     'init_state',

@@ -12,6 +12,8 @@ import pytest
 
 import layercomb_kernels
 from layercomb import Model, init_state, models, tl, transforms, trees
+from layercomb.layers.basic.dense import contract
+from layercomb.layers.core.axes import Axes
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow
@@ -407,6 +409,88 @@ def test_quantized_models_decode(kind):
         inputs = (tokens()[:, i : i + 1],)
         (y,), cache = apply(net, weights, cache, inputs, Mode.PREDICT)
         assert_close(y[:, 0], logits[:, i], 1e-4)
+
+
+class Mine(Layer):
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        return {'w': jnp.ones((5, signature[0].shape[-1]), jnp.float32)}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        return (contract('...d,fd->...f', inputs[0], weights['w']),), state
+
+
+class Joined(Mine):
+    weight_axes = {'w': 'F<-D'}
+
+
+def test_a_layer_of_ones_own_joins_in_by_a_rule_and_its_axes():
+    transforms.narrow_paths.register(Mine, lambda layer: ('w',))
+    try:
+        weights, _ = init(Joined(), STREAM)
+        net, narrow = quantize(Joined(), weights, 8)
+        assert narrow['w'].shape == (5, WIDTH) and narrow['w'].dtype == jnp.int8
+        x = example(STREAM)
+        assert_close(net.apply(narrow, {}, x)[0], Joined().apply(weights, {}, x)[0], 0.02)
+        with pytest.raises(TypeError, match=r"Mine: 'w' is declared as '\?', and a narrow"):
+            quantize(Mine(), weights, 8)
+    finally:
+        transforms.narrow_paths.register(Mine, lambda layer: ())
+
+
+# axes.
+
+
+def test_axes_are_the_same_stacked_unstacked_tied_and_cast(small):
+    net, weights, _ = small
+    found = transforms.axes(transforms.cast(net), weights)
+    assert found == transforms.axes(net, weights)
+    flat = transforms.axes(*transforms.unstack(net, weights))
+    assert {axes.stacked for axes in flat.values()} == {0}
+    assert {axes.stacked for axes in found.values()} == {0, 1}
+    assert {axes.spec for axes in flat.values()} == {axes.spec for axes in found.values()}
+    for path, x in trees.flatten(weights).items():
+        assert found[path].ndim == x.ndim
+
+
+def test_axes_of_narrow_weights_are_those_they_are_kept_in(small):
+    net, weights, _ = small
+    net, narrow = quantize(net, weights, 8)
+    found = transforms.axes(net, narrow)
+    by_end = {'/'.join(path.split('/')[-2:]): axes.spec for path, axes in found.items()}
+    wanted = {
+        'embedding/table': 'V:D',
+        'embedding/table_scales': '->VG',
+        'query/kernel': 'HK<-D',
+        'query/kernel_scales': '->HKG',
+        'query/bias': 'H|->K',
+        'output/kernel': 'D<-(HK)',
+        'output/kernel_scales': '->DG',
+        'head/kernel': 'F<-D',
+    }
+    assert {path: by_end[path] for path in wanted} == wanted
+
+
+def test_shared_blocks_are_not_stacked_and_nested_ones_are_twice():
+    for net, stacked in (
+        (tl.Repeat(tl.Dense(), 2, shared=True), 0),
+        (tl.Repeat(tl.Repeat(tl.Dense(), 2), 3), 2),
+        (tl.Map(tl.Repeat(tl.Dense(), 2), 1), 1),
+    ):
+        weights, _ = net.init(STREAM, jax.random.key(0))
+        assert transforms.axes(net, weights)['kernel'] == Axes('D->F', stacked)
+
+
+def test_axes_say_what_does_not_fit():
+    weights = {'kernel': jnp.ones((3, 4, 4)), 'bias': None}
+    assert transforms.axes(tl.Repeat(tl.Dense(), 3), weights) == {'kernel': Axes('D->F', 1)}
+    said = r"'kernel' has 3 axes, \(3, 4, 4\); Dense declares 'D->F' and Repeat stacks 0"
+    with pytest.raises(ValueError, match=said):
+        transforms.axes(tl.Dense(), weights)
+    with pytest.raises(ValueError, match="the model has no weight 'a/kernel': give the layer"):
+        transforms.axes(tl.Serial(tl.Dense()), {'a': weights})
+    with pytest.raises(TypeError, match=r'axes: the first argument is a layer, got .*model\.l'):
+        transforms.axes(Model(tl.Dense()), weights)
+    assert not transforms.axes(Mine(), {'w': jnp.ones((2, 2))})['w'].is_known
 
 
 def test_quantized_weights_do_not_train(small):

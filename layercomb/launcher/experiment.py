@@ -16,6 +16,7 @@ from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.model import Model
+from layercomb.optimizers.tensors import bound
 from layercomb.shapes import Signature
 from layercomb.supervised import steps
 from layercomb.supervised.decoding.prompts import Start, begin, given
@@ -135,12 +136,13 @@ class Experiment:
         task, signature = self.train_task, self.batch_signature()
         weights, state = self.abstract(signature[: self.model.n_in])
         trainable, frozen = task.partition(weights)
+        optimizer = bound(task.optimizer, self.model)
         with jax.numpy_dtype_promotion('standard'):
-            opt_state = jax.eval_shape(task.optimizer.init, trainable)
+            opt_state = jax.eval_shape(optimizer.init, trainable)
         step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
         carry = steps.Carry(trainable, state, opt_state, step_number)
         step: Any = steps.compiled(
-            self.model, task.loss, task.optimizer, task.accumulate, task.loss_chunk_len
+            self.model, task.loss, optimizer, task.accumulate, task.loss_chunk_len
         )
         key = jax.eval_shape(jax.random.key, 0)
         memory = step.lower(carry, frozen, key, signature).compile().memory_analysis()

@@ -1,5 +1,6 @@
 """Optimizers: recipes over optax, and what optax lacks."""
 
 from layercomb.optimizers.recipes import adafactor, adamw, muon, warmup_cosine
+from layercomb.optimizers.tensors import bound
 
-__all__ = ['adafactor', 'adamw', 'muon', 'warmup_cosine']
+__all__ = ['adafactor', 'adamw', 'bound', 'muon', 'warmup_cosine']

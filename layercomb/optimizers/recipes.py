@@ -1,20 +1,34 @@
 """Optimizers of optax as Transformers are trained with, checked argument by argument.
 
-They know the tree of weights: biases and scales are not decayed, and Muon finds its matrices.
+The layers declare the axes of their weights, in `weight_axes`. From these, weight decay spares
+vectors, Muon finds its matrices, and Adafactor takes its means over one tensor. A `Loop` tells the
+recipes its model; in a loop of one's own, and inside other optimizers such as `optax.chain`, say
+``net=``.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from layercomb import trees
 from layercomb.errors import require
-from layercomb.optimizers.tensors import by_tensor, by_unit, matrix_axes
+from layercomb.layers.core.layer import Layer
+from layercomb.optimizers.tensors import (
+    by_tensor,
+    by_unit,
+    chosen_rows,
+    decayed,
+    for_model,
+    matrices,
+    tensors,
+)
+from layercomb.trees import Tree
 
 
 def warmup_cosine(
@@ -56,6 +70,8 @@ def adamw(
     b2: float = 0.98,
     epsilon: float = 1e-9,
     weight_decay: float = 0.0,
+    *,
+    net: Layer | None = None,
 ) -> Any:
     """AdamW, whose decay spares biases and scales, and whose learning rate shows in reports.
 
@@ -65,6 +81,8 @@ def adamw(
       b2: of the mean of their squares.
       epsilon: added to the root.
       weight_decay: decoupled, times the learning rate.
+      net: the model, whose vectors are not decayed; None takes the one of the `Loop`, and where
+        there is none goes by the names of weights, as `trees.decay_mask` does.
 
     Returns:
       An `optax.GradientTransformation`.
@@ -82,14 +100,18 @@ def adamw(
     _check('epsilon', epsilon, low=0)
     _check('weight_decay', weight_decay, low=0)
     optax = require('optax', 'train')
-    return optax.inject_hyperparams(optax.adamw, static_args=('b1', 'b2', 'eps', 'mask'))(
-        learning_rate=learning_rate,
-        b1=b1,
-        b2=b2,
-        eps=epsilon,
-        weight_decay=weight_decay,
-        mask=trees.decay_mask,
-    )
+
+    def made(net: Layer | None) -> Any:
+        return optax.inject_hyperparams(optax.adamw, static_args=('b1', 'b2', 'eps', 'mask'))(
+            learning_rate=learning_rate,
+            b1=b1,
+            b2=b2,
+            eps=epsilon,
+            weight_decay=weight_decay,
+            mask=functools.partial(decayed, net),
+        )
+
+    return for_model('optimizers.adamw', made, net)
 
 
 def adafactor(
@@ -102,6 +124,7 @@ def adafactor(
     epsilon: float = 1e-30,
     min_size: int = 128,
     relative: bool = True,
+    net: Layer | None = None,
 ) -> Any:
     """Adafactor: of the mean square of a matrix's gradient only rows and columns are kept.
 
@@ -112,8 +135,8 @@ def adafactor(
         W ← W − η (max(10⁻³, rms(W)) U + λ W)
 
     Of vectors and small matrices, V is kept whole. All means are of one tensor: layers stacked by
-    `Repeat` are not mixed, and move as they were if each stood alone. A tensor is what
-    `tensors.by_tensor` takes for one.
+    `Repeat` are not mixed, and move as they were if each stood alone. What is one tensor the layers
+    declare, in `weight_axes`; a table is a matrix here.
 
     Args:
       learning_rate: η, a number or a schedule.
@@ -124,12 +147,14 @@ def adafactor(
       epsilon: added to G².
       min_size: a matrix of fewer rows or columns has its V kept whole.
       relative: whether steps are relative to rms(W); if not, that factor is 1.
+      net: the model; None takes the one of the `Loop`.
 
     Returns:
       An `optax.GradientTransformation`.
 
     Raises:
-      TypeError, ValueError: for an argument of another type, or out of its range.
+      TypeError, ValueError: for an argument of another type, or out of its range; when used, for
+        weights of two axes or more whose model is not known, or whose layer does not declare them.
 
     References:
       Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235
@@ -157,14 +182,17 @@ def adafactor(
         eps=epsilon,
     )  # downwards already, so that what follows keeps the sign
 
-    def scaled(learning_rate: Any) -> Any:
-        return optax.chain(
-            by_tensor(alone),
-            optax.add_decayed_weights(-weight_decay, mask=trees.decay_mask),
-            optax.scale_by_learning_rate(learning_rate, flip_sign=False),
-        )
+    def made(net: Layer | None) -> Any:
+        def scaled(learning_rate: Any) -> Any:
+            return optax.chain(
+                by_tensor(alone, functools.partial(tensors, 'optimizers.adafactor', net)),
+                optax.add_decayed_weights(-weight_decay, mask=functools.partial(decayed, net)),
+                optax.scale_by_learning_rate(learning_rate, flip_sign=False),
+            )
 
-    return optax.inject_hyperparams(scaled)(learning_rate=learning_rate)
+        return optax.inject_hyperparams(scaled)(learning_rate=learning_rate)
+
+    return for_model('optimizers.adafactor', made, net)
 
 
 def muon(
@@ -176,8 +204,12 @@ def muon(
     weight_decay: float = 0.0,
     *,
     unit_factor: float = 2.0,
+    net: Layer | None = None,
 ) -> Any:
     """Muon on the matrices inside a model, Nesterov's Adam on tables, head, biases and scales.
+
+    Which are which the layers declare, in `weight_axes`. A head is what has an axis V, or lies in a
+    layer named ``head``.
 
     A matrix W moves along the momentum M of its gradient, made orthogonal: W ← W − η U Vᵀ √max(1,
     out / in), where M = U S Vᵀ, to the precision of five Newton–Schulz steps.
@@ -193,12 +225,14 @@ def muon(
       b1, b2: of Adam.
       weight_decay: of what Muon moves but units, times the learning rate.
       unit_factor: what steps of units are multiplied by then.
+      net: the model; None takes the one of the `Loop`.
 
     Returns:
       An `optax.GradientTransformation`.
 
     Raises:
-      TypeError, ValueError: for an argument of another type, or out of its range.
+      TypeError, ValueError: for an argument of another type, or out of its range; when used, for
+        weights of two axes or more whose model is not known, or whose layer does not declare them.
 
     References:
       Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Li et al. 2025, NorMuon,
@@ -219,55 +253,27 @@ def muon(
 
     changing = ('learning_rate', 'adam_learning_rate')
     fixed = set(inspect.signature(optax.contrib.muon).parameters) - set(changing)
-    whole = optax.inject_hyperparams(optax.contrib.muon, static_args=tuple(fixed))(
-        learning_rate=learning_rate,
-        beta=momentum,
-        weight_decay=weight_decay,
-        weight_decay_mask=_others,
-        adam_b1=b1,
-        adam_b2=b2,
-        adam_learning_rate=adam_rate,
-        muon_weight_dimension_numbers=matrices,
-    )
-    evened = optax.chain(by_unit(decay=0.9), optax.scale(unit_factor))
-    return optax.chain(whole, optax.masked(evened, _units))
 
+    def made(net: Layer | None) -> Any:
+        axes_of = functools.partial(tensors, 'optimizers.muon', net)
 
-def matrices(weights: Any) -> Any:
-    """Which axes of each weight are a matrix's rows and columns, as optax's Muon asks for them.
+        def units(weights: Tree) -> Tree:
+            return chosen_rows(axes_of(weights), weights)
 
-    Kernels are matrices, except the head's, along the axes that `tensors.matrix_axes` says.
+        whole = optax.inject_hyperparams(optax.contrib.muon, static_args=tuple(fixed))(
+            learning_rate=learning_rate,
+            beta=momentum,
+            weight_decay=weight_decay,
+            weight_decay_mask=lambda weights: jax.tree.map(operator.not_, units(weights)),
+            adam_b1=b1,
+            adam_b2=b2,
+            adam_learning_rate=adam_rate,
+            muon_weight_dimension_numbers=lambda weights: matrices(axes_of(weights), weights),
+        )
+        evened = optax.chain(by_unit(decay=0.9), optax.scale(unit_factor))
+        return optax.chain(whole, optax.masked(evened, units))
 
-    Args:
-      weights: a nested dict of arrays.
-
-    Returns:
-      A tree of `optax.contrib.MuonDimensionNumbers`, None where Adam is to do the work.
-    """
-    optax = require('optax', 'train')
-
-    def axes(path: str, weight: Any) -> Any:
-        *above, leaf = path.split('/')
-        is_kernel = leaf in ('kernel', 'kernel_transposed')
-        if not is_kernel or 'head' in above:
-            return None
-        return optax.contrib.MuonDimensionNumbers(*matrix_axes(path, weight.ndim))
-
-    return trees.map_with_path(axes, weights)
-
-
-def _others(weights: Any) -> Any:
-    """A tree that is true but for the kernels of units."""
-    return jax.tree.map(lambda is_unit: not is_unit, _units(weights))
-
-
-def _units(weights: Any) -> Any:
-    """A tree that is true at kernels of sparse feed-forwards, which alone hold one transposed."""
-    first, second = 'in/kernel_transposed', 'out/kernel'
-    paths = trees.flatten(weights)
-    layers = [path.removesuffix(first) for path in paths if f'/{path}'.endswith(f'/{first}')]
-    units = {layer + kernel for layer in layers for kernel in (first, second)}
-    return trees.map_with_path(lambda path, _: path in units, weights)
+    return for_model('optimizers.muon', made, net)
 
 
 def _check(
@@ -276,6 +282,8 @@ def _check(
     kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, kinds):
         wanted = 'a whole number' if whole else 'a number'
+        if isinstance(value, jax.Array):
+            wanted += ' and no array (what changes is injected here: leave out inject_hyperparams)'
         raise TypeError(f'{name} must be {wanted}, got {value!r}')
     if value < low or (high is not None and value > high):
         limit = f'at least {low:g}' + (f' and at most {high:g}' if high is not None else '')

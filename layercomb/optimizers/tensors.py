@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,49 +13,145 @@ import jax.numpy as jnp
 
 from layercomb import trees
 from layercomb.errors import require
+from layercomb.layers.core.axes import Axes
+from layercomb.layers.core.layer import Layer
+from layercomb.transforms.weight_axes import axes, holder
+from layercomb.trees import Tree
 
-Axes = tuple[int, ...]
+HEAD = 'head'  # the name of the layer that makes logits
+
+AxesOf = Callable[[Tree], dict[str, Axes]]
 
 
-def matrix_axes(path: str, ndim: int) -> tuple[Axes, Axes]:
-    """Which axes of a weight are its matrix's rows (inputs), and which its columns (outputs).
-
-    A weight does not say how many axes a layer gave it and how many `Repeat` put before them, so
-    this goes by names: (D, H, K) of the kernels of queries, keys and values, (H, K, D) of their
-    output's, (positions, modules, in, out) of `LocalConv`'s, (out, in) of what says
-    ``kernel_transposed``, (in, out) of all else. The axes before these count other matrices.
+def for_model(owner: str, make: Callable[[Layer | None], Any], net: Layer | None) -> Any:
+    """An optimizer that knows its model, or can be told it by `bind`.
 
     Args:
-      path: of the weight.
-      ndim: how many axes it has, two at least.
+      owner: the name of the recipe, for messages.
+      make: the optimizer for a model; for None, one that does without as far as it can.
+      net: the model; None if it is not known yet.
 
-    >>> matrix_axes('attention/query/kernel', 4), matrix_axes('dense/kernel', 3)
-    (((1,), (2, 3)), ((1,), (2,)))
+    Returns:
+      An `optax.GradientTransformation`. If `net` is None, its attribute ``bind`` is a function from
+      a model to the optimizer for it, of which `bound` makes use.
+
+    Raises:
+      TypeError: if `net` is no layer.
     """
-    *above, leaf = path.split('/')
-    layer = above[-1] if above and leaf == 'kernel' and ndim > 2 else ''
-    if leaf == 'kernel_transposed':
-        return (ndim - 1,), (ndim - 2,)
-    if layer in ('query', 'key', 'value'):
-        return (ndim - 3,), (ndim - 2, ndim - 1)
-    if layer == 'output':
-        return (ndim - 3, ndim - 2), (ndim - 1,)
-    if layer.startswith('local_conv'):  # apart, the places of a kernel would take steps too large
-        return (ndim - 4, ndim - 3, ndim - 2), (ndim - 1,)
-    return (ndim - 2,), (ndim - 1,)
+    if net is not None:
+        if not isinstance(net, Layer):
+            raise TypeError(f'{owner}: net must be a layer, got {net!r}: give e.g. net=model.layer')
+        return make(net)
+    optax = require('optax', 'train')
+    made = _bindable()(*optax.with_extra_args_support(make(None)))
+    # Cached, so that two Loops of one task share a compiled step.
+    made.bind = functools.lru_cache(maxsize=8)(make)
+    return made
 
 
-def by_tensor(optimizer: Any) -> Any:
+def bound(optimizer: Any, net: Layer) -> Any:
+    """The optimizer for a model, if it is a recipe that was not told its model; else itself.
+
+    What stands inside another one, such as `optax.chain`, cannot be reached: give it ``net=``.
+    """
+    bind = getattr(optimizer, 'bind', None)
+    return optimizer if bind is None else bind(net)
+
+
+@functools.cache
+def _bindable() -> Any:
+    """The class of optimizers that have a function ``bind``, made when optax is needed."""
+    base: Any = require('optax', 'train').GradientTransformationExtraArgs
+    return type('Bindable', (base,), {})
+
+
+def tensors(owner: str, net: Layer | None, weights: Tree) -> dict[str, Axes]:
+    """The axes of weights, each of which is known to be a vector, a matrix or a table.
+
+    Args:
+      owner: the name of the recipe, for messages.
+      net: the model; None if it is not known, so that only weights without axes, or with one, are.
+      weights: its weights or gradients, or a part of them.
+
+    Raises:
+      ValueError: without a model, for a weight of two axes or more.
+      TypeError: for such a weight that its layer does not declare: heads' biases, tables and
+        kernels all have as many, and a wrong guess would not be seen.
+    """
+    found = axes(_Unknown() if net is None else net, weights)
+    for path, its in found.items():
+        if its.is_known:
+            continue
+        shape = tuple(trees.get(weights, path).shape)
+        if net is None:
+            raise ValueError(
+                f'{owner} has to know the model, or it cannot tell what the axes of {path!r} '
+                f'{shape} are: say {owner}(…, net=net). A Loop tells it to an optimizer that is '
+                'not inside another one'
+            )
+        layer, own, _ = holder(net, path)
+        raise TypeError(
+            f'{owner}: {type(layer).__name__} does not declare the axes of its weight {own!r}, '
+            f'{shape}: add a line such as weight_axes = {{{own!r}: {"D->F"!r}}} to the class, as '
+            'layers.core.axes explains'
+        )
+    return found
+
+
+class _Unknown(Layer):
+    """Stands for a model that is not known: it declares nothing."""
+
+
+def decayed(net: Layer | None, weights: Tree) -> Tree:
+    """True at the weights that decay shrinks: matrices and tables, but no vectors.
+
+    Those that no layer declares go by their names, as in `trees.decay_mask`.
+    """
+    by_name = trees.decay_mask(weights)
+    if net is None:
+        return by_name
+    found = axes(net, weights)
+
+    def one(path: str, named: bool) -> bool:
+        return not found[path].is_vector if found[path].is_declared else named
+
+    return trees.map_with_path(one, by_name)
+
+
+def matrices(found: dict[str, Axes], weights: Tree) -> Tree:
+    """Which axes of each weight a matrix sums over and gives, as optax's Muon asks for them.
+
+    Returns:
+      A tree of `optax.contrib.MuonDimensionNumbers`, None where Adam is to do the work: at vectors,
+      tables, and heads, which have an axis V or lie in a layer named ``head``.
+    """
+    optax = require('optax', 'train')
+
+    def one(path: str, _: Any) -> Any:
+        its = found[path]
+        if not its.is_matrix or 'V' in its.letters or HEAD in path.split('/')[:-1]:
+            return None
+        return optax.contrib.MuonDimensionNumbers(its.summed, its.given)
+
+    return trees.map_with_path(one, weights)
+
+
+def chosen_rows(found: dict[str, Axes], weights: Tree) -> Tree:
+    """True at units of which a position chooses few."""
+    return trees.map_with_path(lambda path, _: found[path].has_chosen_rows, weights)
+
+
+def by_tensor(optimizer: Any, axes_of: AxesOf) -> Any:
     """An optimizer that treats each vector and each matrix by itself.
 
     Under `Repeat` a layer's weights are then moved as they were if it stood alone: what is a mean
-    over a tensor never mixes layers. Biases and scales are vectors along their last axis, all else
-    are matrices along the axes that `matrix_axes` says. So a kernel of a convolution is one matrix
-    for each place, and the bias of queries, keys and values is one vector for each head.
+    over a tensor never mixes layers. So a kernel of a convolution is one matrix for each place, and
+    the bias of queries, keys and values is one vector for each head.
 
     Args:
       optimizer: an `optax.GradientTransformation`, which is mapped over stacks of tensors. It
         sees one of them at a time, and no step of another's; it must not depend on names.
+      axes_of: what the axes of weights are, by path.
 
     Returns:
       An `optax.GradientTransformation`, whose state is a tree like the weights, with the state of
@@ -62,13 +160,17 @@ def by_tensor(optimizer: Any) -> Any:
     optax = require('optax', 'train')
 
     def init(weights: Any) -> Any:
+        found = axes_of(weights)
         return trees.map_with_path(
-            lambda path, x: jax.vmap(optimizer.init)(_stack(path, x)), weights
+            lambda path, x: jax.vmap(optimizer.init)(_stack(found[path], x)), weights
         )
 
     def update(grads: Any, state: Any, weights: Any = None) -> tuple[Any, Any]:
+        found = axes_of(grads)
+
         def one(path: str, grad: jax.Array, its_state: Any, *weight: jax.Array) -> _Moved:
-            stacks = _stack(path, grad), its_state, *(_stack(path, x) for x in weight)
+            its = found[path]
+            stacks = _stack(its, grad), its_state, *(_stack(its, x) for x in weight)
             step, its_state = jax.vmap(optimizer.update)(*stacks)
             return _Moved(step.reshape(grad.shape), its_state)
 
@@ -87,13 +189,10 @@ class _Moved:
     state: Any
 
 
-def _stack(path: str, x: jax.Array) -> jax.Array:
-    """A weight as a stack of vectors (N, size) or of matrices (N, rows, columns)."""
-    if x.ndim < 2 or path.split('/')[-1] in trees.NOT_DECAYED:
-        return x.reshape(-1, *x.shape[-1:])
-    first, second = sorted(matrix_axes(path, x.ndim))
-    rows, columns = (math.prod(x.shape[a] for a in axes) for axes in (first, second))
-    return x.reshape(-1, rows, columns)  # a matrix and its transpose are treated alike
+def _stack(its: Axes, x: jax.Array) -> jax.Array:
+    """A weight as a stack of numbers (N,), vectors (N, size) or matrices (N, rows, columns)."""
+    sides = [math.prod(x.shape[a] for a in side) for side in (its.first, its.second) if side]
+    return x.reshape(-1, *sides)  # a matrix and its transpose are treated alike
 
 
 def by_unit(decay: float) -> Any:

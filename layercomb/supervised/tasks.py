@@ -13,7 +13,9 @@ import numpy as np
 
 from layercomb import trees
 from layercomb.errors import require
+from layercomb.layers.basic.dense import Dense
 from layercomb.layers.metrics.classification import Metric
+from layercomb.optimizers.tensors import bound
 from layercomb.supervised import updates
 from layercomb.supervised.batches import Batch, check_data, checked, is_endless
 from layercomb.trees import Tree
@@ -168,7 +170,7 @@ def check_optimizer(optimizer: Any) -> None:
         'bias': jnp.zeros(2, jnp.float32),
     }
     try:
-        updates.traced(optimizer, weights)
+        updates.traced(bound(optimizer, Dense()), weights)
     except TypeError as e:
         if 'shape' in str(e):  # of what fits the real weights alone
             return

@@ -15,6 +15,7 @@ from layercomb import paths, trees
 from layercomb.errors import UsageError, of_the_machine, require
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model, check_tokens, seeded
+from layercomb.optimizers.tensors import bound
 from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, Batches, check_loss_weights, shaped_unlike
 from layercomb.supervised.beginning import check_weights, fresh, trained_state
@@ -96,7 +97,7 @@ class Loop:
         self._task, self._seed, self._progress = train_task, seed, progress
         self._every = (log_every, eval_every, checkpoint_every)
         self._allowed = check_allowed(allow_changes)
-        self._optimizer = _optimizer(train_task)
+        self._optimizer = _optimizer(train_task, self._net)
         self._compiled = steps.compiled(
             self._net, train_task.loss, self._optimizer,
             train_task.accumulate, train_task.loss_chunk_len,
@@ -329,12 +330,13 @@ class _Run:
         self._progress.row(self.row, self._throughput.seconds_left(self._n_steps - step))
 
 
-def _optimizer(task: TrainTask) -> Any:
-    """The task's optimizer, behind clipping where that is asked for."""
+def _optimizer(task: TrainTask, net: Layer) -> Any:
+    """The task's optimizer for a model, behind clipping where that is asked for."""
+    optimizer = bound(task.optimizer, net)
     if task.clip_norm is None:
-        return task.optimizer
+        return optimizer
     optax = require('optax', 'train')
-    return optax.chain(optax.clip_by_global_norm(task.clip_norm), task.optimizer)
+    return optax.chain(optax.clip_by_global_norm(task.clip_norm), optimizer)
 
 
 def _distinct(carry: steps.Carry) -> steps.Carry:

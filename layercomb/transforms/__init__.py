@@ -6,17 +6,20 @@ combinators and wrappers alike.
 """
 
 from layercomb.transforms.casting import Cast, cast
-from layercomb.transforms.quantization import Quantized, bare, quantize
+from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.unstacking import unstack, unstack_state
+from layercomb.transforms.weight_axes import axes
 
 __all__ = [
     'Cast',
     'Quantized',
     'Tied',
+    'axes',
     'bare',
     'cast',
+    'narrow_paths',
     'quantize',
     'rewrite',
     'unstack',

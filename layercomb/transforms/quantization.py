@@ -2,21 +2,70 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 
 from layercomb import trees
+from layercomb.layers.attention.projections import MergeHeads, SplitHeads
+from layercomb.layers.basic.dense import Dense
+from layercomb.layers.basic.embedding import Embedding
+from layercomb.layers.core.axes import UNKNOWN, Axes
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.quantized.matrix import BITS, Narrow, can_narrow, constant, narrow
+from layercomb.layers.sparse.feed_forward import SparseFF
+from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.shapes import is_float
 from layercomb.transforms.casting import Cast
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
+
+
+@functools.singledispatch
+def narrow_paths(layer: Layer) -> tuple[str, ...]:
+    """The paths of the weights that a leaf can compute from when they are narrow.
+
+    A layer of one's own that multiplies by them through `core.dense`, `core.matmul` or
+    `core.contract` joins in, and declares their axes in `weight_axes`::
+
+        transforms.narrow_paths.register(Mine, lambda layer: ('kernel',))
+    """
+    del layer
+    return ()
+
+
+@narrow_paths.register(Dense)
+@narrow_paths.register(SplitHeads)
+@narrow_paths.register(MergeHeads)
+def _of_kernel(layer: Layer) -> tuple[str, ...]:
+    del layer
+    return ('kernel',)
+
+
+@narrow_paths.register(Embedding)
+def _of_table(layer: Layer) -> tuple[str, ...]:
+    del layer
+    return ('table',)
+
+
+@narrow_paths.register(MultiplicativeDense)
+@narrow_paths.register(MultiplicativeHead)
+def _of_features(layer: Layer) -> tuple[str, ...]:
+    del layer
+    return ('features',)
+
+
+@narrow_paths.register(SparseFF)
+def _of_units(layer: Layer) -> tuple[str, ...]:
+    """Not of the controller: it is small, and rounded it would choose other units."""
+    del layer
+    return 'in/kernel_transposed', 'out/kernel'
 
 
 class Quantized(Wrapper):
@@ -48,7 +97,7 @@ class Quantized(Wrapper):
             raise ValueError(
                 f'Quantized: bits={self.bits} is not to be had: choose 8 or 4, or 16 for bfloat16'
             )
-        if not bare(self.layer).matrices:
+        if not narrow_axes(bare(self.layer)):
             raise TypeError(
                 f'Quantized holds a leaf with matrices, not a {type(self.layer).__name__}: '
                 'transforms.quantize(net, weights) reaches every one inside'
@@ -63,7 +112,7 @@ class Quantized(Wrapper):
 
     def narrow(self, weights: Tree) -> Tree:
         """The leaf's weights, possibly stacked on leading axes, with its large matrices narrow."""
-        for path, axes in bare(self.layer).matrices.items():
+        for path, axes in narrow_axes(bare(self.layer)).items():
             wide = trees.get(weights, path)
             shape = wide.shape[wide.ndim - len(axes) :]
             if math.prod(shape) < self.smallest or not can_narrow(shape, axes, self.bits):
@@ -76,7 +125,7 @@ class Quantized(Wrapper):
 
     def _seen(self, weights: Tree) -> Tree:
         """The weights as the leaf sees them, each narrow matrix as one `Narrow`."""
-        for path, axes in bare(self.layer).matrices.items():
+        for path, axes in narrow_axes(bare(self.layer)).items():
             values, scales = trees.get(weights, path), None
             if values.dtype == jnp.float32:
                 continue
@@ -89,8 +138,61 @@ class Quantized(Wrapper):
             weights = trees.put(trees.drop(weights, path), path, matrix)
         return weights
 
+    def narrow_spec(self, path: str, leaf: Any) -> str | None:
+        """The axes of a narrow matrix or of its scales, as `core.axes` writes them.
+
+        Args:
+          path: of the weight, in the leaf.
+          leaf: what stands there, an array or `jax.ShapeDtypeStruct`.
+
+        Returns:
+          None for a weight that is as the leaf has it.
+        """
+        of_matrix = path.removesuffix(_SCALES)
+        layer = bare(self.layer)
+        if of_matrix not in narrow_axes(layer) or (path == of_matrix and leaf.dtype == jnp.float32):
+            return None
+        wide = Axes(layer.weight_axes[of_matrix])
+        first, second = (''.join(wide.letters[i] for i in side) for side in _rows(wide))
+        if path != of_matrix:
+            return f'->{first}G'
+        if wide.is_table or wide.has_chosen_rows:
+            return wide.spec
+        return f'{first}<-{second if len(second) == 1 else f"({second})"}'
+
 
 _SCALES = '_scales'
+
+
+def narrow_axes(layer: Layer) -> dict[str, str]:
+    """The weights of a leaf that may be narrow, and their axes as `Narrow` writes them.
+
+    Tables and units are rounded along their rows, other matrices along what a product sums over.
+
+    Raises:
+      TypeError: for a weight that is declared as no such matrix.
+    """
+    return {path: _narrow_axes(layer, path) for path in narrow_paths(layer)}
+
+
+def _narrow_axes(layer: Layer, path: str) -> str:
+    declared = Axes(layer.weight_axes.get(path, UNKNOWN))
+    _, along = _rows(declared)
+    letters = ''.join('i' if a in along else 'o' for a in range(declared.ndim))
+    if letters not in ('io', 'ioo', 'iio', 'oi'):
+        raise TypeError(
+            f'{type(layer).__name__}: {path!r} is declared as {declared.spec!r}, and a narrow '
+            "weight is a matrix such as 'D->F' or 'F<-D', or a table such as 'V:D': mend "
+            'weight_axes'
+        )
+    return letters
+
+
+def _rows(wide: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes that count the rows of a narrow matrix, and those along which a row lies."""
+    if wide.is_table or wide.has_chosen_rows:
+        return wide.first, wide.second
+    return wide.given, wide.summed
 
 
 def bare(layer: Layer) -> Layer:
@@ -131,7 +233,7 @@ def quantize(
         return quantize(net.layer, net.untied(weights), bits, group_size, smallest=smallest)
     if isinstance(net, Quantized):
         raise ValueError('the model is quantized already: quantize the one that it was made from')
-    if bare(net).matrices:
+    if narrow_axes(bare(net)):
         quantized = Quantized(net, bits, group_size, smallest)
         made = quantized.narrow(weights)
         return (net, weights) if made is weights else (quantized, made)

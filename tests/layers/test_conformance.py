@@ -347,6 +347,15 @@ def test_every_public_layer_has_a_row():
 
 
 @every_row
+def test_the_axes_of_every_weight_are_declared(row):
+    """`transforms.axes` itself refuses a declaration with another number of axes."""
+    layer, _, facts = computed(row)
+    found = transforms.axes(layer, facts.weights)
+    assert found.keys() == trees.flatten(facts.weights).keys()
+    assert [path for path, axes in found.items() if not axes.is_declared] == []
+
+
+@every_row
 def test_compiled_equals_eager(row):
     layer, inputs, facts = computed(row)
     mode, wanted = (Mode.TRAIN, facts.trained) if row.draws else (Mode.EVAL, facts.evaluated)

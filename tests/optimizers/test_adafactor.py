@@ -10,9 +10,9 @@ import pytest
 
 import layercomb as lc
 from layercomb import optimizers, tl, transforms
-from layercomb.optimizers.tensors import matrix_axes
 
 N = 2
+MATRIX = tl.Dense()
 
 
 def random_like(tree, seed):
@@ -44,9 +44,10 @@ def test_a_stack_moves_as_its_layers_would_alone():
     optimizer = optimizers.adafactor(0.1, min_size=2, momentum=0.9, weight_decay=0.01)
     weights = random_like(weights, 1)
     grads = [random_like(weights, seed) for seed in (2, 3)]
+    unstacked, _ = transforms.unstack(net, weights)
     one_by_one = [transforms.unstack(net, x)[1] for x in (weights, *grads)]
-    stacked, _ = run(optimizer, weights, grads)
-    alone, _ = run(optimizer, one_by_one[0], one_by_one[1:])
+    stacked, _ = run(optimizers.bound(optimizer, net), weights, grads)
+    alone, _ = run(optimizers.bound(optimizer, unstacked), one_by_one[0], one_by_one[1:])
     for ours, theirs in zip(stacked, alone, strict=True):
         ours = transforms.unstack(net, ours)[1]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, theirs)
@@ -57,7 +58,8 @@ def test_a_tensor_moves_as_optax_moves_it():
     weights = {'dense': {'kernel': jnp.zeros((3, 4, 5)), 'bias': jnp.zeros((3, 5))}}
     weights, grads = random_like(weights, 0), random_like(weights, 1)
     theirs = optax.adafactor(0.1, min_dim_size_to_factor=2)
-    moved, _ = run(optimizers.adafactor(0.1, min_size=2), weights, [grads, grads])
+    net = tl.Repeat(tl.Serial(tl.Dense()), 3)
+    moved, _ = run(optimizers.adafactor(0.1, min_size=2, net=net), weights, [grads, grads])
     for path in ('dense/kernel', 'dense/bias'):
         weight, grad = lc.trees.get(weights, path), lc.trees.get(grads, path)
         for i in range(3):
@@ -84,9 +86,8 @@ def test_the_equations():
     weight, row, column = rng.standard_normal((4, 3)), np.zeros(4), np.zeros(3)
     grads = rng.standard_normal((4, 4, 3)) * np.array([1, 5, 0.1, 2])[:, None, None]
     given = [{'kernel': jnp.asarray(x, jnp.float32)} for x in grads]
-    moved, _ = run(
-        optimizers.adafactor(0.3, min_size=2), {'kernel': jnp.asarray(weight, jnp.float32)}, given
-    )
+    optimizer = optimizers.adafactor(0.3, min_size=2, net=MATRIX)
+    moved, _ = run(optimizer, {'kernel': jnp.asarray(weight, jnp.float32)}, given)
     for step, grad in enumerate(grads, 1):
         move, row, column = slow(grad, weight, row, column, step, 0.3)
         np.testing.assert_allclose(moved[step - 1]['kernel'], move, rtol=1e-4)
@@ -94,37 +95,39 @@ def test_the_equations():
 
 
 def test_heads_are_columns_of_one_matrix():
-    attention = {
-        'query': {'kernel': jnp.zeros((N, 8, 2, 4)), 'bias': jnp.zeros((N, 2, 4))},
-        'output': {'kernel': jnp.zeros((N, 2, 4, 8))},
-        'in': {'kernel_transposed': jnp.zeros((N, 16, 8))},
-    }
-    state = optimizers.adafactor(min_size=2).init(attention)
+    net = tl.Repeat(tl.Serial(tl.SelfAttention(2), tl.SparseFF(16, 4)), N)
+    weights, _ = net.init(lc.signature_of(lc.shape_dtype((1, 4, 8))), jax.random.key(0))
+    state = optimizers.adafactor(min_size=2, net=net).init(weights)
     sizes = {
-        path: sum(x.size for x in jax.tree.leaves(s) if x.dtype == jnp.float32)
-        for path, s in [
-            ('query', state.inner_state[0]['query']['kernel']),
-            ('output', state.inner_state[0]['output']['kernel']),
-            ('in', state.inner_state[0]['in']['kernel_transposed']),
-        ]
+        path: sum(
+            x.size
+            for x in jax.tree.leaves(lc.trees.get(state.inner_state[0], path))
+            if x.dtype == jnp.float32
+        )
+        for path in (
+            'self_attention/query/kernel',
+            'self_attention/query/bias',
+            'self_attention/output/kernel',
+            'sparse_ff/in/kernel_transposed',
+        )
     }
-    assert sizes == {'query': N * (8 + 8 + 1), 'output': N * (8 + 8 + 1), 'in': N * (16 + 8 + 1)}
-    assert matrix_axes('a/in/kernel_transposed', 3) == ((2,), (1,))
-    assert matrix_axes('a/output/kernel', 4) == ((1, 2), (3,))
-    assert matrix_axes('output/kernel', 2) == matrix_axes('kernel', 2) == ((0,), (1,))
+    # Rows, columns and a number that stands for the whole; of the bias the whole and two numbers.
+    wanted = [N * (8 + 8 + 1), N * 2 * (4 + 2), N * (8 + 8 + 1), N * (16 + 8 + 1)]
+    assert list(sizes.values()) == wanted
 
 
 def test_decay_is_times_the_learning_rate_and_spares_biases():
     weights = {'kernel': jnp.full((2, 2), 2.0), 'bias': jnp.full(2, 2.0)}
     grads = jax.tree.map(jnp.zeros_like, weights)
-    (moved,), _ = run(optimizers.adafactor(0.1, weight_decay=0.5), weights, [grads])
+    (moved,), _ = run(optimizers.adafactor(0.1, weight_decay=0.5, net=MATRIX), weights, [grads])
     np.testing.assert_allclose(moved['kernel'], -0.1 * 0.5 * 2.0, rtol=1e-6)
     np.testing.assert_array_equal(moved['bias'], 0)
 
 
 def test_the_learning_rate_is_kept_where_reports_look_and_follows_a_schedule():
     weights = {'kernel': jnp.ones((2, 2))}
-    optimizer = optimizers.adafactor(optimizers.warmup_cosine(0.5, 8, 4), relative=False)
+    rate = optimizers.warmup_cosine(0.5, 8, 4)
+    optimizer = optimizers.adafactor(rate, relative=False, net=MATRIX)
     moved, state = run(optimizer, weights, [weights] * 3)
     assert float(state.hyperparams['learning_rate']) == 0.25
     np.testing.assert_allclose([x['kernel'][0, 0] for x in moved], [0, -0.125, -0.25], rtol=1e-5)
@@ -132,7 +135,8 @@ def test_the_learning_rate_is_kept_where_reports_look_and_follows_a_schedule():
 
 def test_frozen_weights_are_left_out():
     weights, _ = lc.trees.partition({'a': {'kernel': jnp.ones((2, 2))}, 'b': jnp.arange(3)})
-    (moved,), _ = run(optimizers.adafactor(), weights, [weights])
+    net = tl.Serial(tl.Dense(name='a'), tl.Embedding(3, 1, name='b'))
+    (moved,), _ = run(optimizers.adafactor(net=net), weights, [weights])
     assert moved['b'] is None and moved['a']['kernel'].shape == (2, 2)
 
 
@@ -146,6 +150,7 @@ def test_frozen_weights_are_left_out():
         ({'weight_decay': -1}, ValueError, 'weight_decay must be at least 0, got -1'),
         ({'min_size': 2.5}, TypeError, r'min_size must be a whole number, got 2\.5'),
         ({'relative': 1}, TypeError, 'relative must be True or False, got 1'),
+        ({'net': 'abc'}, TypeError, "adafactor: net must be a layer, got 'abc'"),
     ],
 )
 def test_mistakes(arguments, error, message):

@@ -34,7 +34,7 @@ def test_muon_makes_each_matrix_of_a_stack_orthogonal():
     signature = lc.signature_of(lc.shape_dtype((1, 4), 'int32'))
     weights, _ = net.init(signature, jax.random.key(0))
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), weights)
-    optimizer = optimizers.muon(1.0, adam_fraction=0.5)
+    optimizer = optimizers.muon(1.0, adam_fraction=0.5, net=net)
     with jax.numpy_dtype_promotion('standard'):
         moved, _ = optimizer.update(grads, optimizer.init(weights), weights)
     attention = moved['serial']['residual']['self_attention']
@@ -56,7 +56,7 @@ def test_muon_makes_each_matrix_of_a_stack_orthogonal():
 def test_muon_moves_units_alike_however_few_positions_choose_them(around):
     net = tl.Serial(around(tl.SparseFF(64, 8, use_bias=False)), tl.Dense(3))
     weights, _ = net.init(lc.signature_of(jnp.zeros((1, 4, 8))), jax.random.key(0))
-    optimizer = optimizers.muon(1.0)
+    optimizer = optimizers.muon(1.0, net=net)
     move = jax.jit(optimizer.update)
     rng = np.random.default_rng(0)
     often = np.geomspace(1e-3, 1, 64)[:, None]
@@ -79,8 +79,10 @@ def test_muon_moves_units_alike_however_few_positions_choose_them(around):
 
 
 def test_units_are_not_decayed():
-    weights, _ = tl.SparseFF(64, 8).init(lc.signature_of(jnp.zeros((1, 4, 8))), jax.random.key(0))
-    zeros, optimizer = jax.tree.map(jnp.zeros_like, weights), optimizers.muon(0.1, weight_decay=0.5)
+    net = tl.SparseFF(64, 8)
+    weights, _ = net.init(lc.signature_of(jnp.zeros((1, 4, 8))), jax.random.key(0))
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    optimizer = optimizers.muon(0.1, weight_decay=0.5, net=net)
     with jax.numpy_dtype_promotion('standard'):
         steps, _ = optimizer.update(zeros, optimizer.init(weights), weights)
     assert not steps['in']['kernel_transposed'].any() and not steps['out']['kernel'].any()

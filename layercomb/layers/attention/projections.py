@@ -36,7 +36,7 @@ class SplitHeads(Layer):
     use_bias: bool = True
     kernel_init: Initializer = glorot_uniform()
 
-    matrices = {'kernel': 'ioo'}
+    weight_axes = {'kernel': 'D->HK', 'bias': 'H|->K'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -83,7 +83,7 @@ class MergeHeads(Layer):
     kernel_init: Initializer = glorot_uniform()
 
     n_in = 2
-    matrices = {'kernel': 'iio'}
+    weight_axes = {'kernel': 'HK->D', 'bias': '->D'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         x, like = signature

@@ -50,6 +50,7 @@ class Conv1D(Layer):
     bias_init: Initializer = zeros()
 
     mixes_positions = True
+    weight_axes = {'kernel': 'W|D->F', 'bias': '->F'}  # a matrix for each place
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,6 +118,7 @@ class Conv2D(Layer):
     bias_init: Initializer = zeros()
 
     mixes_positions = True
+    weight_axes = {'kernel': 'YX|D->F', 'bias': '->F'}  # a matrix for each place
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,7 +39,7 @@ class Dense(Layer):
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
 
-    matrices = {'kernel': 'io'}
+    weight_axes = {'kernel': 'D->F', 'bias': '->F'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

@@ -32,7 +32,7 @@ class Embedding(Layer):
     table_init: Initializer = Normal(1.0)
 
     float32 = True
-    matrices = {'table': 'oi'}
+    weight_axes = {'table': 'V:D'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (ids,) = signature

@@ -32,6 +32,7 @@ class LayerNorm(Layer):
     use_bias: bool = True
 
     float32 = True
+    weight_axes = {'scale': '->D', 'bias': '->D'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -61,6 +62,7 @@ class RMSNorm(Layer):
     epsilon: Annotated[float, Bound(0)] = 1e-6
 
     float32 = True
+    weight_axes = {'scale': '->D'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -94,6 +96,7 @@ class BatchNorm(Layer):
     epsilon: Annotated[float, Bound(0)] = 1e-5
 
     float32 = True
+    weight_axes = {'scale': '->D', 'bias': '->D'}
     mixes_positions = True
     counts_positions = True
 

@@ -60,6 +60,7 @@ class SRU(Layer):
     kernel_init: Initializer = glorot_uniform()
 
     mixes_positions = True
+    weight_axes = {'kernel': 'D->F', 'bias': '->F'}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,6 +40,8 @@ class Repeat(Wrapper):
     n: Size = 1
     shared: bool = False
 
+    stacked_axes = property(lambda self: 0 if self.shared else 1)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer.n_in != self.layer.n_out:

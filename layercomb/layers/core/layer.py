@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.checking.annotations import frozen
+from layercomb.layers.core.axes import check_declared
 from layercomb.layers.core.checks import (
     check_inputs,
     check_outputs,
@@ -57,8 +58,9 @@ class Layer:
       n_in: how many values it takes off the stack.
       n_out: how many it puts back.
       float32: whether `transforms.cast` leaves it in float32 (norms, losses, sums of streams).
-      matrices: the paths of weights that `transforms.quantize` may make narrow, each with its axes
-        in letters, as `narrow` explains.
+      weight_axes: the axes of each of its own weights, by path, in letters: ``{'kernel': 'D->F',
+        'bias': '->F'}``. `core.axes` explains them. Muon and Adafactor refuse a layer whose
+        weights have two axes or more, and are not declared.
       mixes_positions: whether an output position depends on other positions, so that `Chunk` must
         not cut it.
       counts_positions: whether it averages over positions in training, so that its state is told
@@ -76,7 +78,7 @@ class Layer:
     float32: ClassVar[bool] = False
     counts_positions: ClassVar[bool] = False
     carries_counted: ClassVar[bool] = False
-    matrices: ClassVar[dict[str, str]] = {}
+    weight_axes: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:
         """Makes the class a frozen dataclass; ``init=False`` leaves the constructor it has.
@@ -84,6 +86,7 @@ class Layer:
         Its `init` and `apply` check what they are given, whoever calls them.
         """
         super().__init_subclass__(**kwargs)
+        check_declared(cls.__name__, cls.weight_axes)
         for name, checks in (('init', checking_init), ('apply', checking_apply)):
             if name in vars(cls):
                 setattr(cls, name, checks(vars(cls)[name]))

@@ -20,6 +20,9 @@ class Wrapper(Layer):
 
     layer: Layer
 
+    # How many axes it puts before those of each weight of the layer inside: 1 in `Repeat`.
+    stacked_axes = 0
+
     n_in = property(lambda self: self.layer.n_in)
     n_out = property(lambda self: self.layer.n_out)
 

@@ -40,6 +40,7 @@ class AxialPositions(Layer):
 
     float32 = True
     mixes_positions = True  # a piece of a sequence does not know where it begins
+    weight_axes = property(lambda self: {f'table_{a}': 'L:D' for a in range(len(self.shape))})
     max_len = property(lambda self: math.prod(self.shape))
 
     def __post_init__(self) -> None:

@@ -44,6 +44,7 @@ class SinusoidalPositions(Layer):
     trainable: bool = False
 
     float32 = True
+    weight_axes = {'table': 'L:D'}
     mixes_positions = True  # a piece of a sequence does not know where it begins
 
     def __post_init__(self) -> None:

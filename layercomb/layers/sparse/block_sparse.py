@@ -75,6 +75,15 @@ class BlockSparseFF(Layer):
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
 
+    weight_axes = {
+        'in/kernel': 'E|D->M',
+        'in/bias': 'E|->M',
+        'out/kernel': 'E|M->D',
+        'out/bias': '->D',
+        'controller/in/kernel': 'D->R',
+        'controller/out/kernel': 'R->E',
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         controllers.check_fields(self, 'n_blocks')

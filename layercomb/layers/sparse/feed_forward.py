@@ -75,10 +75,13 @@ class SparseFF(Layer):
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
 
-    # Not those of the controller: they are small, and rounded they would choose other units.
-    matrices = {
-        'in/kernel_transposed': 'oi',
-        'out/kernel': 'oi',  # by rows, which are what is gathered, not along the sum
+    weight_axes = {
+        'in/kernel_transposed': 'F*<-D',
+        'in/bias': '->F',
+        'out/kernel': 'F*->D',
+        'out/bias': '->D',
+        'controller/in/kernel': 'D->R',
+        'controller/out/kernel': 'R->F',
     }
 
     def __post_init__(self) -> None:

@@ -58,6 +58,8 @@ class LocalConv(Layer):
 
     n_out = property(lambda self: self.n_outputs)
     mixes_positions = True
+    # One matrix: apart, the places of a kernel would take steps too large.
+    weight_axes = {'kernel': 'WXM->F', 'bias': 'N|->M'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

@@ -54,7 +54,7 @@ class MultiplicativeDense(Layer):
     use_bias: bool = True
     bias_init: Initializer = zeros()
 
-    matrices = {'features': 'oi'}
+    weight_axes = {'modules': 'S:D', 'features': 'M:D', 'bias': '->F'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -102,7 +102,7 @@ class MultiplicativeHead(Layer):
     n_modules: Size = 4
     use_bias: bool = True
 
-    matrices = {'features': 'oi'}
+    weight_axes = {'modules': 'S:D', 'features': 'M:D', 'bias': '->V'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

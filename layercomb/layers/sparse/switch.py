@@ -85,6 +85,13 @@ class SwitchFF(Layer):
     bias_init: Initializer = zeros()
 
     counts_positions = True
+    weight_axes = {
+        'router/kernel': 'D->E',
+        'in/kernel': 'E|D->F',
+        'in/bias': 'E|->F',
+        'out/kernel': 'E|F->D',
+        'out/bias': 'E|->D',
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

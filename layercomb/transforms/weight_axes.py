@@ -1,0 +1,92 @@
+"""`axes`: what each axis of each weight of a model is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from layercomb import trees
+from layercomb.layers.core.axes import Axes, undeclared
+from layercomb.layers.core.combinator import Combinator
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.wrapper import Wrapper
+from layercomb.transforms.quantization import Quantized
+from layercomb.trees import Tree
+
+
+def axes(net: Layer, weights: Tree) -> dict[str, Axes]:
+    """The axes of each weight, as the layers declare them in `weight_axes`, by path.
+
+    Axes that `Repeat` stacked are told apart from those of the layer. A weight that nobody declares
+    has axes that are not `is_declared`.
+
+    Args:
+      net: any layer.
+      weights: its weights or a part of them, or a tree like them (gradients); arrays or
+        `jax.ShapeDtypeStruct`. Leaves of another kind, such as None, are left out.
+
+    Raises:
+      TypeError: if `net` is no layer.
+      ValueError: for a weight that no layer of the model has, or one that has another number of
+        axes than its layer declares.
+
+    >>> import jax
+    >>> import layercomb as lc
+    >>> from layercomb import tl
+    >>> net = tl.Repeat(tl.Dense(), 3)
+    >>> weights, _ = net.init((lc.shape_dtype((2, 4)),), jax.random.key(0))
+    >>> lc.axes(net, weights)
+    {'bias': Axes(spec='->F', stacked=1), 'kernel': Axes(spec='D->F', stacked=1)}
+    """
+    if not isinstance(net, Layer):
+        raise TypeError(f'axes: the first argument is a layer, got {net!r}: give e.g. model.layer')
+    leaves = {path: x for path, x in trees.flatten(weights).items() if hasattr(x, 'shape')}
+    return {path: _axes(net, path, leaf) for path, leaf in leaves.items()}
+
+
+def holder(net: Layer, path: str) -> tuple[Layer, str, int]:
+    """The layer that makes a weight, the weight's path in it, and how many axes are stacked.
+
+    Raises:
+      ValueError: if no layer of the model has such a weight.
+    """
+    layer, rest, stacked = net, path, 0
+    while rest not in layer.weight_axes:
+        if isinstance(layer, Combinator):
+            key, _, rest = rest.partition('/')
+            if key not in layer.keys or not rest:
+                raise ValueError(
+                    f'the model has no weight {path!r}: give the layer whose weights these are, or '
+                    f'declare it in weight_axes of {type(layer).__name__}'
+                )
+            layer = layer.sublayers[layer.keys.index(key)]
+        elif isinstance(layer, Wrapper) and not isinstance(layer, Quantized):
+            stacked += layer.stacked_axes
+            layer = layer.layer
+        else:
+            break
+    return layer, rest, stacked
+
+
+def _axes(net: Layer, path: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> Axes:
+    layer, rest, stacked = holder(net, path)
+    ndim = len(leaf.shape)
+    spec = _spec(layer, rest, leaf)
+    found = undeclared(ndim, stacked) if spec is None else Axes(spec, stacked)
+    if found.ndim != ndim or ndim < stacked:
+        raise ValueError(
+            f'{path!r} has {ndim} axes, {tuple(leaf.shape)}; {type(layer).__name__} declares '
+            f'{spec!r} and Repeat stacks {stacked}: mend weight_axes of the class, or give a '
+            'wrapper that stacks weights stacked_axes = 1'
+        )
+    return found
+
+
+def _spec(layer: Layer, path: str, leaf: Any) -> str | None:
+    if isinstance(layer, Quantized):
+        found = layer.narrow_spec(path, leaf)
+        if found is not None:
+            return found
+        layer, path, _ = holder(layer.layer, path)
+    return layer.weight_axes.get(path)
