@@ -71,10 +71,13 @@ from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.combinators.side_by_side import Branch, Parallel
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.counted import counted_positions, put_counted, take_counted
+from layercomb.layers.core.decisions import decide
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import AuxLoss
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import Once
+from layercomb.layers.decoding.seek import Position, seek
 from layercomb.layers.metrics.classification import (
     Accuracy,
     BitsPerByte,
@@ -123,6 +126,7 @@ __all__ = [
     'Activation',
     'Add',
     'AssertShape',
+    'AuxLoss',
     'AvgPool',
     'AxialPositions',
     'BatchNorm',
@@ -181,6 +185,7 @@ __all__ = [
     'PaddingMask',
     'Parallel',
     'Perplexity',
+    'Position',
     'RMSNorm',
     'Relu',
     'Relu2',
@@ -219,6 +224,7 @@ __all__ = [
     'activation',
     'counted_positions',
     'cross_entropy',
+    'decide',
     'dot_product_attention',
     'glorot_uniform',
     'he_normal',
@@ -229,6 +235,7 @@ __all__ = [
     'multiplicative_dense',
     'ones',
     'put_counted',
+    'seek',
     'sparse_qkv',
     'take_counted',
     'weighted_mean',
