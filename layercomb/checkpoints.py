@@ -4,6 +4,9 @@ A directory holds named trees of arrays and a record in JSON, which also keeps t
 each array. Orbax writes it under a temporary name and renames it when all is on the disk. Its
 format does not notice a flipped bit in an array, so each file's checksum is written beside it, in
 the background too, and compared before anything is read.
+
+Files know no types of a state: trees are written as `trees.plain` makes them, and get their types
+back when they are read, from the tree that the reader expects.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import jax.numpy as jnp
 
 from layercomb import paths
 from layercomb.errors import UsageError, of_the_machine, require
+from layercomb.trees import plain, typed
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -105,7 +109,7 @@ def load_tree(directory: str | Path, abstract: Tree) -> Tree:
 
 def save_args(trees: Mapping[str, Tree], record: Mapping[str, Any]) -> Any:
     """Orbax's arguments that save named trees, and a record that JSON can hold."""
-    trees = {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+    trees = {name: plain(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
     trees = {name: jax.tree.map(_without_key, tree) for name, tree in trees.items()}
     arrays = {name: kinds(tree) for name, tree in trees.items()}
     text = json.dumps({'values': record, 'arrays': arrays})
@@ -130,16 +134,17 @@ def read(path: Path, abstract: Mapping[str, Tree], cure: str) -> tuple[dict[str,
       UsageError: if a file is damaged, or the trees are others.
     """
     paths.check_for_arrays(path)
-    saved = {name: tree for name, tree in abstract.items() if jax.tree.leaves(tree)}
-    plain = {name: jax.tree.map(_without_key, tree) for name, tree in saved.items()}
+    saved = {name: plain(tree) for name, tree in abstract.items() if jax.tree.leaves(tree)}
+    keyless = {name: jax.tree.map(_without_key, tree) for name, tree in saved.items()}
     record = read_record(path, cure)
     _same(path, record['arrays'], {name: kinds(tree) for name, tree in abstract.items()})
     for name in saved:
         _verify(path, name, cure)
-    items = {name: _Restore(_placed(tree)) for name, tree in plain.items()}
+    items = {name: _Restore(_placed(tree)) for name, tree in keyless.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(path, args=ocp.args.Composite(**items))
     found = {name: jax.tree.map(_as_it_was, restored[name], tree) for name, tree in saved.items()}
+    found = {name: typed(tree, abstract[name]) for name, tree in found.items()}
     return {**abstract, **found}, record['values']
 
 
@@ -236,7 +241,9 @@ def kinds(tree: Tree) -> Kinds:
         jax.tree_util.keystr(path, simple=True, separator='/'): (
             f'{jnp.dtype(leaf.dtype).name}[{",".join(map(str, leaf.shape))}]'
         )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.tree.map(_without_key, tree))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            jax.tree.map(_without_key, plain(tree))
+        )
     }
 
 

@@ -172,14 +172,17 @@ def decode_programs(
     net, weights = unstack(layer, given)
     trained = unstack_state(layer, state)
 
+    def fresh() -> Any:
+        return fresh_state(net, trained, (signature,))
+
     def init() -> dict[str, Any]:
-        read = jnp.zeros(batch_size, jnp.int32)
-        return {**trees.flatten(fresh_state(net, trained, (signature,))), _READ: read}
+        return {**trees.flatten(fresh()), _READ: jnp.zeros(batch_size, jnp.int32)}
 
     def step(weights: Any, state: Any, tokens: jax.Array) -> Any:
         weights, state = trees.unflatten(weights), dict(state)
         read = state.pop(_READ)
-        outputs, state = net.apply(weights, trees.unflatten(state), (tokens,), mode=Mode.PREDICT)
+        state = trees.typed(trees.unflatten(state), jax.eval_shape(fresh))
+        outputs, state = net.apply(weights, state, (tokens,), mode=Mode.PREDICT)
         logits = logits_of(outputs)[:, 0]
         size = _vocab_size(net, logits.shape[-1])
         known = jnp.all((tokens >= 0) & (tokens < size), axis=1)

@@ -13,7 +13,7 @@ from layercomb.layers.basic.fn import Fn
 from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.combinator import Combinator, fold
-from layercomb.layers.core.counted import COUNTED, put_counted, take_counted
+from layercomb.layers.core.counted import count_only, put_counted, take_counted
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode, check_mode
 from layercomb.layers.core.wrapper import Wrapper
@@ -196,7 +196,7 @@ def _counts(net: Layer) -> bool:
 
 def _given(net: Layer, counted: jax.Array) -> Tree:
     """What `put_counted` puts into the state of a model."""
-    given: Tree = {COUNTED: counted} if net.counts_positions else {}
+    given: Tree = count_only({}, counted) if net.counts_positions else {}
     averaging = [layer for layer in net.sublayers if _counts(layer)]
     if averaging and not net.carries_counted:
         warnings.warn(

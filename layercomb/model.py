@@ -18,9 +18,10 @@ from layercomb.layers.combinators.map import Map
 from layercomb.layers.combinators.routing import Rearrange
 from layercomb.layers.combinators.variadic import Variadic
 from layercomb.layers.core.checks import check_inputs
-from layercomb.layers.core.layer import POSITION, Layer
+from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.decoding.seek import with_known_positions
 from layercomb.shapes import is_float, signature_of
 from layercomb.trees import Tree
 
@@ -201,9 +202,7 @@ def refuse_full(layer: Layer, weights: Tree, state: Tree, inputs: tuple[Any, ...
       state: its state in ``PREDICT``, before the inputs.
       inputs: the next positions.
     """
-    known = trees.map_with_path(
-        lambda path, x: np.asarray(x) if path.split('/')[-1] == POSITION else x, state
-    )
+    known = with_known_positions(state)
 
     def run(weights: Tree, inputs: tuple[Any, ...]) -> Any:
         return layer.apply(weights, known, inputs, mode=Mode.PREDICT)[0]

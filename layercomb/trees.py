@@ -2,6 +2,9 @@
 
 A path such as ``'block/residual/dense/kernel'`` is the one address space of the library:
 checkpoints, decay masks, frozen weights, sharding rules and conversions all speak it.
+
+A state may hold values that say by their type what they are (`Typed`), such as an auxiliary loss.
+Paths and files know nothing of types: `plain` turns them into arrays and dicts, `typed` back.
 """
 
 from __future__ import annotations
@@ -16,15 +19,53 @@ import numpy as np
 Tree = dict[str, Any]
 
 
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+class Typed:
+    """A value in a state that says by its type what it is: a pytree node, known by `isinstance`."""
+
+    def plain(self) -> Any:
+        """An array, or nested dicts of arrays, in its place: what stands on disk."""
+        raise NotImplementedError
+
+    def filled(self, plain: Any) -> Any:
+        """A value of the same type and structure that holds what `plain` gave of another one."""
+        raise NotImplementedError
+
+
+def plain(tree: Any) -> Any:
+    """A tree (any pytree) without types: arrays and dicts of the same paths in their place."""
+    return jax.tree.map(lambda x: x.plain() if is_typed(x) else x, tree, is_leaf=is_typed)
+
+
+def typed(tree: Any, like: Any) -> Any:
+    """The inverse of `plain`.
+
+    Args:
+      tree: without types.
+      like: a tree of the wanted structure, whose leaves do not matter.
+    """
+    return jax.tree.map(
+        lambda kind, x: kind.filled(x) if is_typed(kind) else x, like, tree, is_leaf=is_typed
+    )
+
+
+def is_typed(x: Any) -> bool:
+    """Whether x is `Typed`; for the argument `is_leaf` of JAX's functions."""
+    return isinstance(x, Typed)
+
+
+def flatten(tree: Mapping[str, Any] | Typed) -> dict[str, Any]:
     """A nested dict as one flat dict from paths to leaves, in sorted order of keys.
+
+    What is `Typed` stands as `plain` makes it.
 
     >>> flatten({'dense': {'kernel': 1, 'bias': 2}, 'scale': 3})
     {'dense/bias': 2, 'dense/kernel': 1, 'scale': 3}
     """
+    if isinstance(tree, Typed):
+        tree = tree.plain()
     flat = {}
     for key in sorted(tree):
-        value = tree[key]
+        value = tree[key].plain() if isinstance(tree[key], Typed) else tree[key]
         if isinstance(value, Mapping):
             flat.update({f'{key}/{path}': leaf for path, leaf in flatten(value).items()})
         else:
@@ -53,6 +94,7 @@ def get(tree: Mapping[str, Any], path: str) -> Any:
     """
     here: Any = tree
     for depth, key in enumerate(path.split('/')):
+        here = here.plain() if isinstance(here, Typed) else here
         if not isinstance(here, Mapping) or key not in here:
             found = sorted(here) if isinstance(here, Mapping) else ['a leaf']
             where = '/'.join(path.split('/')[:depth]) or 'the root'
@@ -111,7 +153,10 @@ def map_with_path(fn: Callable[..., Any], tree: Mapping[str, Any], *rest: Any) -
     def name(keys: tuple[Any, ...]) -> str:
         return '/'.join(str(k.key) for k in keys)
 
-    return jax.tree_util.tree_map_with_path(lambda k, *xs: fn(name(k), *xs), tree, *rest)
+    made = jax.tree_util.tree_map_with_path(
+        lambda k, *xs: fn(name(k), *xs), plain(tree), *map(plain, rest)
+    )
+    return typed(made, tree)
 
 
 def count(tree: Any) -> int:

@@ -129,7 +129,7 @@ def test_cast_is_close_and_decodes(narrow):
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(y, np.float32), wanted, rtol=0.1, atol=0.05)
     state = init_state(cast, TOKENS)
-    assert state['block']['0']['residual']['self_attention']['core']['k'].dtype == jnp.bfloat16
+    assert state['block']['0']['residual']['self_attention']['core'].k.dtype == jnp.bfloat16
     (z,), _ = apply(cast, weights, state, (tokens(),), Mode.PREDICT)
     np.testing.assert_allclose(np.asarray(z, np.float32), wanted, rtol=0.1, atol=0.05)
 

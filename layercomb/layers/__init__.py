@@ -72,10 +72,13 @@ from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.combinators.side_by_side import Branch, Parallel
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.counted import counted_positions, put_counted, take_counted
+from layercomb.layers.core.decisions import decide
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import AuxLoss
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import Once
+from layercomb.layers.decoding.seek import Position, seek
 from layercomb.layers.metrics.classification import (
     Accuracy,
     BitsPerByte,
@@ -125,6 +128,7 @@ __all__ = [
     'Activation',
     'Add',
     'AssertShape',
+    'AuxLoss',
     'AvgPool',
     'AxialPositions',
     'BatchNorm',
@@ -183,6 +187,7 @@ __all__ = [
     'PaddingMask',
     'Parallel',
     'Perplexity',
+    'Position',
     'RMSNorm',
     'Relu',
     'Relu2',
@@ -222,6 +227,7 @@ __all__ = [
     'by_head',
     'counted_positions',
     'cross_entropy',
+    'decide',
     'dot_product_attention',
     'glorot_uniform',
     'he_normal',
@@ -235,6 +241,7 @@ __all__ = [
     'ones',
     'put_counted',
     'recomputes',
+    'seek',
     'sparse_qkv',
     'take_counted',
     'weighted_mean',

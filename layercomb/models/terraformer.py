@@ -10,15 +10,14 @@ import jax.numpy as jnp
 
 from layercomb import layers as tl
 from layercomb.checking.annotations import checked
-from layercomb.layers.attention.lsh.seek import set_positions
 from layercomb.layers.core.counted import after_memory, put_counted, take_counted
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
-from layercomb.layers.decoding.caches import BEFORE
 from layercomb.layers.decoding.once import run_once
-from layercomb.layers.positions.position import check_length, init_position, next_positions
+from layercomb.layers.decoding.seek import Position, Seekable, held, seek
+from layercomb.layers.positions.position import check_length, check_next
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,
@@ -254,6 +253,28 @@ def Terraformer(
     )
 
 
+class Reading(Seekable):
+    """The state in ``PREDICT`` of a layer that reads a memory before its inputs.
+
+    Attributes:
+      layer: the state of the layer inside, whose positions are counted through both.
+      has_memory: () bool, whether the memory has been read.
+      before: (B,) int32, how long the memory is.
+      position: where the rows stand, counted from the first input.
+    """
+
+    layer: Tree
+    has_memory: jax.Array
+    before: jax.Array
+    position: Position
+
+    def seek(self, lengths: jax.Array) -> Reading:
+        """The rows at other inputs; inside, the memory's positions come on top."""
+        return self.replace(
+            layer=seek(self.layer, lengths + self.before), position=self.position.seek(lengths)
+        )
+
+
 class AfterMemory(Wrapper):
     """A causal layer that reads a memory and then its inputs, as one sequence.
 
@@ -291,19 +312,19 @@ class AfterMemory(Wrapper):
         weights, state = self.layer.init(self.inner_signature(signature), rng, mode)
         if mode is Mode.PREDICT:
             before = jnp.full(x.shape[0], memory.shape[1], jnp.int32)
-            state = {'layer': state, 'has_memory': jnp.zeros((), bool), BEFORE: before}
-            state |= init_position((x,), mode)
+            position = Position.first(x.shape[0])
+            return weights, Reading(state, jnp.zeros((), bool), before, position)
         return weights, state
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """The layer on the joined sequence, or in ``PREDICT`` on what follows."""
         memory, x, *mask = inputs
-        _, state = next_positions(self, state, x.shape[1], mode)
         if mask:
             memory, mask[0] = _at_the_end(memory, mask[0])
         real = [jnp.ones(x.shape[:2], bool)] * self.masked
         if mode is Mode.PREDICT:
-            return self._extend(weights, state, (memory, *mask), (x, *real))
+            return self._extend(weights, held(state, Reading), (memory, *mask), (x, *real))
+        check_length('AfterMemory', x.shape[1], self.max_len)
         state, counted = take_counted(state)
         before = mask[0] if mask else jnp.ones(memory.shape[:2], bool)
         state = put_counted(state, after_memory(counted, before, x.shape[:2]))
@@ -314,15 +335,19 @@ class AfterMemory(Wrapper):
         return tuple(y[:, memory.shape[1] :] for y in outputs), state
 
     def _extend(
-        self, weights: Tree, state: Tree, memory: Arrays, values: Arrays
-    ) -> tuple[Arrays, Tree]:
+        self, weights: Tree, state: Reading, memory: Arrays, values: Arrays
+    ) -> tuple[Arrays, Reading]:
+        length = values[0].shape[1]
+        check_next(self, state.position, length)
+
         def read(inner: Tree) -> Tree:
-            inner = set_positions(inner, jnp.zeros(len(memory[0]), jnp.int32))
+            inner = seek(inner, jnp.zeros(len(memory[0]), jnp.int32))
             return self.layer.apply(weights, inner, memory, mode=Mode.PREDICT)[1]
 
-        inner = run_once(state['has_memory'], state['layer'], read)
+        inner = run_once(state.has_memory, state.layer, read)
         outputs, inner = self.layer.apply(weights, inner, values, mode=Mode.PREDICT)
-        return outputs, {**state, 'layer': inner, 'has_memory': jnp.ones((), bool)}
+        position = state.position.moved(length)
+        return outputs, Reading(inner, jnp.ones((), bool), state.before, position)
 
 
 def _at_the_end(memory: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from layercomb import trees
 from layercomb.layers.core.layer import Layer, init_state
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import Blocks
+from layercomb.layers.decoding.seek import Seekable
 from layercomb.model import Model
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
@@ -36,23 +38,28 @@ def check_weights(given: Tree, wanted: Tree) -> None:
 
 def trained_state(model: Model, signature: Signature, wanted: Tree) -> Tree:
     """A copy of what training has a place for in a Model's state, which may be for ``PREDICT``."""
-    held = trees.flatten(model.state)
     empty = init_state(model.layer, signature, Mode.TRAIN) if jax.tree.leaves(wanted) else wanted
-
-    def numbers(path: str) -> list[int]:
-        return [int(part) for part in path.split('/') if part.isdigit()]
-
-    blocks: dict[str, list[Any]] = {}  # for decoding, states of a `Repeat` lie apart: 0/…, 1/…
-    for path in sorted(held, key=numbers):
-        stacked = '/'.join(part for part in path.split('/') if not part.isdigit())
-        blocks.setdefault(stacked, []).append(held[path])
+    held = _stacked(model.state)
 
     def kept(path: str, new: jax.Array) -> jax.Array:
-        if path in held:
-            old = held[path]
-            return jnp.copy(old) if old.shape == new.shape else new
-        old = blocks.get(path, [])
-        fits = sum(x.size for x in old) == new.size > 0
-        return jnp.stack(old).reshape(new.shape) if fits else new
+        old = held.get(path)
+        return jnp.copy(old) if old is not None and old.shape == new.shape else new
 
     return trees.map_with_path(kept, empty)
+
+
+def _stacked(state: Tree) -> dict[str, Any]:
+    """A state's arrays by path, those of blocks that lie apart for decoding stacked as in training.
+
+    Caches, which training has no place for, are left out.
+    """
+    if isinstance(state, Blocks):
+        blocks = [_stacked(state[str(i)]) for i in range(len(state)) if str(i) in state]
+        return {path: jnp.stack([block[path] for block in blocks]) for path in blocks[0]}
+    flat: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            flat |= {f'{key}/{path}': x for path, x in _stacked(value).items()}
+        elif not isinstance(value, Seekable):
+            flat |= trees.flatten({key: value})
+    return flat

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import losses, trees
-from layercomb.layers.core.layer import AUX_LOSS, Layer
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.state import AuxLoss
 from layercomb.layers.metrics.classification import Metric, weighted_sum
 from layercomb.supervised.updates import hyperparams, update
 from layercomb.trees import Tree
@@ -65,12 +66,10 @@ def compiled(
 
 
 def aux_loss(state: Tree) -> jax.Array | None:
-    """The sum of what stands under `aux_loss` in a state; None if nothing does."""
-    found = [
-        jnp.sum(leaf).astype(jnp.float32)
-        for path, leaf in trees.flatten(state).items()
-        if AUX_LOSS in path.split('/')
-    ]
+    """The sum of the auxiliary losses in a state, float32 (); None if there are none."""
+    parts = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AuxLoss))
+    losses_ = [x.value for x in parts if isinstance(x, AuxLoss)]
+    found = [jnp.sum(x).astype(jnp.float32) for x in jax.tree.leaves(losses_)]
     return sum(found[1:], found[0]) if found else None
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from layercomb import init_state, tl
-from layercomb.layers.attention.lsh import seek
 from layercomb.layers.core.mode import Mode
 from layercomb.shapes import shape_dtype, signature_of
 
@@ -244,7 +243,7 @@ def test_decoding_equals_evaluation_from_any_prompt(layer):
     for prompt in (1, 4):
         y, state = decode(layer, x, prompt)
         np.testing.assert_allclose(y, run(layer, x), rtol=1e-4, atol=1e-4)
-        assert state['core']['position'].tolist() == [L, L]
+        assert state['core'].position.rows.tolist() == [L, L]
 
 
 @pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
@@ -255,19 +254,19 @@ def test_rows_stand_at_positions_of_their_own(layer):
     padded[0, 2:] = 99.0
     state = init_state(layer, signature_of(x))
     _, state = apply(layer, weights, state, (padded,), Mode.PREDICT)
-    state = seek.set_positions(state, lengths)
+    state = tl.seek(state, lengths)
     wanted = run(layer, x)
     for step in range(3):
         now = lengths + step
         (y,), state = apply(layer, weights, state, (x[np.arange(B), now][:, None],), Mode.PREDICT)
         np.testing.assert_allclose(y[:, 0], wanted[np.arange(B), now], rtol=1e-4, atol=1e-4)
-    assert state['core']['position'].tolist() == [5, 7]
+    assert state['core'].position.rows.tolist() == [5, 7]
 
 
 @pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
 def test_running_past_the_cache_is_refused(layer):
     x, weights = jnp.asarray(values(B, 3, D)), made(layer, (B, 3, D))
-    state = seek.set_positions(init_state(layer, signature_of(x)), jnp.array([1, 2]))
+    state = tl.seek(init_state(layer, signature_of(x)), jnp.array([1, 2]))
     wanted = r'the cache holds 3 positions, 2 are taken and 2 more were given: make the state with'
     with pytest.raises(ValueError, match=wanted) as e:
         layer.apply(weights, state, (x[:, :2],), mode=Mode.PREDICT)
@@ -278,7 +277,7 @@ def test_running_past_the_cache_is_refused(layer):
 @pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
 def test_running_past_the_cache_is_nan_in_the_rows_concerned(layer):
     x, weights = values(B, 3, D), made(layer, (B, 3, D))
-    state = seek.set_positions(init_state(layer, signature_of(x)), jnp.array([1, 3]))
+    state = tl.seek(init_state(layer, signature_of(x)), jnp.array([1, 3]))
     (y,), _ = apply(layer, weights, state, (x[:, :1],), Mode.PREDICT)
     assert np.isnan(y).all((1, 2)).tolist() == [False, True]
     assert np.isfinite(y[0]).all()
@@ -295,11 +294,20 @@ def test_masked_decoding_equals_evaluation():
     np.testing.assert_allclose(np.concatenate(out, 1), wanted[:, :5], rtol=1e-4, atol=1e-4)
 
 
-def test_set_positions_reaches_every_position():
-    state = {'a': {'position': jnp.zeros(2, jnp.int32), 'k': 1}, 'b': {'0': {'position': 0}}}
-    moved = seek.set_positions(state, np.array([3, 4]))
-    assert moved['a']['position'].tolist() == moved['b']['0']['position'].tolist() == [3, 4]
-    assert moved['a']['k'] == 1 and moved['a']['position'].dtype == jnp.int32
+def test_seek_reaches_every_position_and_goes_by_its_type_alone():
+    state = {
+        'a': {'at': tl.Position.first(2), 'k': 1, 'position': jnp.zeros(2)},
+        'b': {'0': {'position': tl.Position.first(2)}},
+        'position': {'k': 2},
+    }
+    moved = tl.seek(state, np.array([3, 4]))
+    assert moved['a']['at'].rows.tolist() == moved['b']['0']['position'].rows.tolist() == [3, 4]
+    assert moved['a']['at'].rows.dtype == jnp.int32
+    assert (moved['a']['k'], moved['a']['position'].tolist(), moved['position']['k']) == (
+        1,
+        [0, 0],
+        2,
+    )
 
 
 def test_keys_and_values_of_a_memory_are_made_at_the_first_step():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from layercomb import init_state, tl
-from layercomb.layers.core.decisions import DECISIONS, put_decisions, take_decisions
-from layercomb.layers.core.layer import AUX_LOSS, Layer
+from layercomb.layers.core.decisions import Decisions, put_decisions, take_decisions
+from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.shapes import shape_dtype
 from layercomb.supervised.steps import aux_loss
@@ -24,13 +24,12 @@ class Decide(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
-        if mode is Mode.REPLAY:
-            chosen = state[DECISIONS]['feature']
-        else:
+
+        def choose():
             noise = jax.random.gumbel(rng, x.shape) if mode.is_training else 0.0
-            chosen = jnp.argmax(x + noise, -1).astype(jnp.int8)
-        if mode is Mode.RECORD:
-            state = {**state, DECISIONS: {'feature': chosen}}
+            return jnp.argmax(x + noise, -1).astype(jnp.int8)
+
+        chosen, state = tl.decide(mode, state, 'feature', choose)
         kept = jnp.arange(x.shape[-1], dtype=jnp.int8) == chosen[..., None]
         return (jnp.where(kept, x + 1, 0.5 * x),), state
 
@@ -51,10 +50,10 @@ class Balance(Layer):
     """Leaves the mean square of its input as an auxiliary loss."""
 
     def init(self, signature, rng, mode=Mode.TRAIN):
-        return {}, {AUX_LOSS: {'square': jnp.zeros(())}}
+        return {}, {'aux_loss': tl.AuxLoss({'square': jnp.zeros(())})}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        return inputs, {AUX_LOSS: {'square': jnp.mean(jnp.square(inputs[0]))}}
+        return inputs, {'aux_loss': tl.AuxLoss({'square': jnp.mean(jnp.square(inputs[0]))})}
 
 
 def values(*shape: int, seed: int = 0) -> jax.Array:
@@ -132,7 +131,7 @@ def test_repeat_decodes_with_a_state_for_each_block():
     net = tl.Repeat(tl.Residual(tl.SelfAttention(2)), 2)
     state = init_state(net, signature())
     assert list(state) == ['0', '1']
-    assert state['0']['self_attention']['core']['k'].shape == (B * 2, L, 2)
+    assert state['0']['self_attention']['core'].k.shape == (B * 2, L, 2)
     shared = init_state(tl.Repeat(tl.SelfAttention(2), 2, shared=True), signature())
     assert list(shared) == ['0', '1']
 
@@ -360,17 +359,18 @@ def test_decisions_recorded_are_replayed(net):
     [
         {},
         {'a': 1},
-        {'decisions': 3},
-        {'a': {'decisions': 3}, 'b': {'c': 1}},
-        {'a': {'decisions': {'x': 3}, 'b': 4}, 'c': {'d': {'decisions': 5}}},
-        {'empty': {}, 'a': {'decisions': 1}},
+        {'at': Decisions({'x': 3})},
+        {'a': {'at': Decisions({'x': 3})}, 'b': {'c': 1}},
+        {'a': {'at': Decisions({'x': 3}), 'b': 4}, 'c': {'d': {'at': Decisions({'x': 5})}}},
+        {'empty': {}, 'a': {'at': Decisions({})}},
+        {'decisions': {'decisions': 3, 'at': Decisions({'x': 3})}},
     ],
 )
 def test_decisions_are_taken_out_and_put_back(state):
     plain, found = take_decisions(state)
     assert put_decisions(plain, found) == state
     assert take_decisions(plain) == (plain, {})
-    assert 'decisions' not in str(plain)
+    assert 'Decisions' not in str(plain)
 
 
 def test_a_state_for_decoding_is_refused_elsewhere():

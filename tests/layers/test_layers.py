@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from layercomb import tl
-from layercomb.layers.attention.lsh.seek import set_positions
 from layercomb.layers.basic.dense import dense
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
@@ -280,7 +279,7 @@ def test_conv1d_decodes_rows_that_stand_at_positions_of_their_own():
     prompt = x[:, :5].copy()
     prompt[0, 2:] = 99.0  # padding
     _, state = run(layer, prompt, weights=weights, state=state, mode=Mode.PREDICT)
-    state = set_positions(state, jnp.array([2, 5]))
+    state = tl.seek(state, jnp.array([2, 5]))
     wanted = np.asarray(run(layer, x, weights=weights))
     for now in (np.array([2, 5]), np.array([3, 6])):
         piece = x[np.arange(2), now][:, None]
@@ -395,10 +394,10 @@ def test_learned_positions():
         run(layer, values(2, 7, 3), weights=weights)
     with pytest.raises(ValueError, match=wanted):
         init(layer, values(2, 7, 3))
-    state = {'position': jnp.array([1, 3], jnp.int32)}
+    state = {'position': tl.Position(jnp.array([1, 3], jnp.int32))}
     y, state = run(layer, x[:, :2], weights=weights, state=state, mode=Mode.PREDICT)
     assert_close(y, x[:, :2] + np.stack([weights['table'][1:3], weights['table'][3:5]]))
-    assert state['position'].tolist() == [3, 5]
+    assert state['position'].rows.tolist() == [3, 5]
 
 
 @pytest.mark.parametrize(
@@ -412,7 +411,7 @@ def test_learned_positions():
 def test_positions_stop_at_max_len(layer):
     x = values(2, 1, 2, 4) if isinstance(layer, tl.Serial) else values(2, 2, 4)
     weights, state = init(layer, x, mode=Mode.PREDICT)
-    state = set_positions(state, jnp.array([1, 3]))
+    state = tl.seek(state, jnp.array([1, 3]))
     with pytest.raises(
         ValueError, match='Positions: the sequence is 5 long and max_len=4: shorten'
     ):

@@ -16,7 +16,9 @@ from layercomb import tl
 from layercomb.layers.attention.lsh.function import lsh_attention
 from layercomb.layers.attention.lsh.hashing import automatic_buckets, lsh_buckets
 from layercomb.layers.attention.lsh.windows import SELF
+from layercomb.layers.core.decisions import Decisions
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import beside, own
 
 
 def windows(buckets, chunk_len, causal, mask, neighbourhood):
@@ -277,11 +279,12 @@ def test_recorded_buckets_are_replayed():
         return layer.apply({}, state, (q, v), rng=jax.random.key(2), mode=mode)
 
     (y,), recorded = apply({}, Mode.RECORD)
-    assert recorded['decisions']['buckets'].dtype == jnp.uint8
+    buckets = own(recorded, Decisions).values['buckets']
+    assert buckets.dtype == jnp.uint8
     (trained,), plain = apply({}, Mode.TRAIN)
     assert not plain
     np.testing.assert_array_equal(trained, y)
-    flipped = {'decisions': {'buckets': recorded['decisions']['buckets'][..., ::-1]}}
+    flipped = beside({}, Decisions({'buckets': buckets[..., ::-1]}))
     (replayed,), _ = apply(recorded, Mode.REPLAY)
     (other,), _ = apply(flipped, Mode.REPLAY)
     np.testing.assert_array_equal(replayed, y)

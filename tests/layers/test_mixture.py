@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from layercomb import tl, transforms
-from layercomb.layers.core.decisions import DECISIONS
-from layercomb.layers.core.layer import AUX_LOSS
+from layercomb.layers.core.decisions import Decisions
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import beside, own
 from layercomb.layers.sparse import by_expert as products
 from layercomb.layers.sparse.block_sparse import BlockSparseFF
 from layercomb.layers.sparse.switch import SwitchFF
@@ -165,13 +165,13 @@ class TestSwitchFF:
         wanted, loss = slow_switch(weights, np.asarray(x, np.float64))
         y, new = apply(layer, weights, state, x)
         close(y, wanted)
-        assert float(new[AUX_LOSS]) == 0
+        assert float(new['aux_loss'].value) == 0
         for mode in (Mode.TRAIN, Mode.RECORD):
             y, new = apply(layer, weights, state, x, mode)
             close(y, wanted)
-            close(new[AUX_LOSS], 0.5 * loss)
-            assert new[AUX_LOSS].dtype == jnp.float32
-            assert (DECISIONS in new) == (mode is Mode.RECORD)
+            close(new['aux_loss'].value, 0.5 * loss)
+            assert new['aux_loss'].value.dtype == jnp.float32
+            assert (own(new, Decisions) is not None) == (mode is Mode.RECORD)
 
     def test_gradient_is_that_of_all_experts_and_a_one_hot(self):
         layer, weights, state = made(SwitchFF, F, E, balance=0.5)
@@ -179,7 +179,7 @@ class TestSwitchFF:
 
         def fast(weights, x):
             y, new = apply(layer, weights, state, x, Mode.TRAIN)
-            return (ct * y).sum() + new[AUX_LOSS]
+            return (ct * y).sum() + new['aux_loss'].value
 
         def slow(weights, x):
             y, loss = dense_switch(weights, x, 0.5)
@@ -199,20 +199,21 @@ class TestSwitchFF:
         ):
             routed = {**weights, 'router': {'kernel': router}}
             _, new = apply(layer, routed, state, x, Mode.TRAIN)
-            close(new[AUX_LOSS], 0.3 * factor)
+            close(new['aux_loss'].value, 0.3 * factor)
 
     def test_replay_follows_the_decisions(self):
         layer, weights, state = made(SwitchFF, F, E, balance=0.5)
         x = normal(2, 9, D)
         y, new = apply(layer, weights, state, x, Mode.RECORD)
-        experts = new[DECISIONS]['experts']
+        experts = own(new, Decisions).values['experts']
         assert (experts.shape, experts.dtype) == ((2, 9), jnp.uint8)
         again, after = apply(layer, weights, new, x, Mode.REPLAY)
         close((again, after), (y, new))
         others = (experts + 1) % E
-        y, after = apply(layer, weights, {**new, DECISIONS: {'experts': others}}, x, Mode.REPLAY)
+        decided = beside(new, Decisions({'experts': others}))
+        y, after = apply(layer, weights, decided, x, Mode.REPLAY)
         wanted, loss = slow_switch(weights, np.asarray(x, np.float64), np.asarray(others))
-        close((y, after[AUX_LOSS]), (wanted, 0.5 * loss))
+        close((y, after['aux_loss'].value), (wanted, 0.5 * loss))
 
     def test_more_than_256_experts_are_numbered_by_two_bytes(self):
         for n, dtype in ((256, jnp.uint8), (257, jnp.uint16)):
@@ -220,7 +221,7 @@ class TestSwitchFF:
             weights, state = jax.eval_shape(functools.partial(layer.init, (x,)), jax.random.key(0))
             record = functools.partial(layer.apply, mode=Mode.RECORD)
             _, new = jax.eval_shape(record, weights, state, (x,))
-            assert new[DECISIONS]['experts'].dtype == dtype
+            assert own(new, Decisions).values['experts'].dtype == dtype
 
     def test_decoding_is_evaluation(self):
         layer, weights, state = made(SwitchFF, F, E, balance=0.5)
@@ -258,7 +259,7 @@ class TestSwitchFF:
             slow_switch(weights, np.asarray(p, np.float64))[1]
             for p in (x[:, :4], x[:, 4:8], x[:, 8:])
         ]
-        close(new[AUX_LOSS], 0.5 * np.dot(losses, [0.4, 0.4, 0.2]))
+        close(new['aux_loss'].value, 0.5 * np.dot(losses, [0.4, 0.4, 0.2]))
 
     def test_routes_in_float32_when_cast(self):
         layer, weights, state = made(SwitchFF, F, E, balance=0.5)
@@ -266,9 +267,9 @@ class TestSwitchFF:
         rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
         y, new = apply(transforms.cast(layer), weights, state, x, Mode.RECORD)
         wanted, loss = slow_switch(rounded, np.asarray(x, np.float64))
-        assert (y.dtype, new[AUX_LOSS].dtype) == (jnp.bfloat16, jnp.float32)
+        assert (y.dtype, new['aux_loss'].value.dtype) == (jnp.bfloat16, jnp.float32)
         close(y.astype(jnp.float32), wanted, 3e-2)
-        close(new[AUX_LOSS], 0.5 * loss)
+        close(new['aux_loss'].value, 0.5 * loss)
 
     def test_each_expert_starts_as_a_dense_layer_would(self):
         layer = SwitchFF(64, 16, use_bias=False)
@@ -345,11 +346,11 @@ class TestBlockSparseFF:
         layer, weights, _ = made(BlockSparseFF, F, E, hard_prob=1)
         x = normal(2, 9, D)
         y, new = apply(layer, weights, {}, x, Mode.RECORD)
-        blocks = new[DECISIONS]['blocks']
+        blocks = own(new, Decisions).values['blocks']
         assert (blocks.shape, blocks.dtype) == ((2, 9), jnp.uint8)
         close(apply(layer, weights, new, x, Mode.REPLAY), (y, new))
         others = (blocks + 1) % E
-        y, _ = apply(layer, weights, {DECISIONS: {'blocks': others}}, x, Mode.REPLAY)
+        y, _ = apply(layer, weights, beside({}, Decisions({'blocks': others})), x, Mode.REPLAY)
         close(y, masked_blocks(weights, x, jax.nn.one_hot(others, E)))
 
     def test_starts_as_one_feed_forward_of_its_width(self):

@@ -14,9 +14,10 @@ from layercomb.layers.attention import multihead, slices
 from layercomb.layers.attention.heads import goes_by_head
 from layercomb.layers.attention.projections import kernel_gradient
 from layercomb.layers.core.combinator import Combinator
-from layercomb.layers.core.decisions import DECISIONS
+from layercomb.layers.core.decisions import Decisions
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import beside, own
 
 B, L, D = 2, 12, 8
 LAYERS = {
@@ -114,7 +115,7 @@ def test_recorded_buckets_keep_their_layout():
     x = example(net)[0]
     weights, _ = net.init((jax.ShapeDtypeStruct(x.shape, x.dtype),), jax.random.key(0))
     _, state = net.apply(weights, {}, (x,), rng=jax.random.key(4), mode=Mode.RECORD)
-    assert state['core'][DECISIONS]['buckets'].shape == (B, 4, 3, L)
+    assert own(state['core'], Decisions).values['buckets'].shape == (B, 4, 3, L)
 
 
 def test_what_cannot_be_taken_apart_goes_whole():
@@ -186,7 +187,7 @@ def test_queries_of_all_heads_never_exist(optimized):
         x = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
         weights, _ = jax.eval_shape(lambda key: net.init((x,), key), jax.random.key(0))
         buckets = jax.ShapeDtypeStruct((1, heads, 1, length), jnp.uint8)
-        state = {'core': {DECISIONS: {'buckets': buckets}}}
+        state = {'core': beside({}, Decisions({'buckets': buckets}))}
 
         def run(weights, state, x, ct):
             key = jax.random.key(0)

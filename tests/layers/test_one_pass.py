@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from layercomb import tl, transforms
-from layercomb.layers.core.decisions import DECISIONS, put_decisions, take_decisions
-from layercomb.layers.core.layer import AUX_LOSS, Layer
+from layercomb.layers.core.decisions import put_decisions, take_decisions
+from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.reversible.cotangents import add_cts, vjp
 from layercomb.shapes import is_float, shape_dtype, signature_of
@@ -23,11 +23,11 @@ class Balance(Layer):
     """Passes on what it gets; its auxiliary loss depends on a weight and on the values."""
 
     def init(self, signature, rng, mode=Mode.TRAIN):
-        return {'gain': jnp.ones(())}, {AUX_LOSS: jnp.zeros(())}
+        return {'gain': jnp.ones(())}, {'aux_loss': tl.AuxLoss(jnp.zeros(()))}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
-        return (x,), {AUX_LOSS: (weights['gain'] * x**2).mean()}
+        return (x,), {'aux_loss': tl.AuxLoss((weights['gain'] * x**2).mean())}
 
 
 class Choose(Layer):
@@ -35,8 +35,7 @@ class Choose(Layer):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
-        found = state[DECISIONS]['at'] if mode is Mode.REPLAY else jnp.argmax(x, -1)
-        state = {DECISIONS: {'at': found.astype(jnp.uint8)}} if mode is Mode.RECORD else state
+        found, state = tl.decide(mode, state, 'at', lambda: jnp.argmax(x, -1).astype(jnp.uint8))
         at = found.astype(jnp.int32)[..., None]
         return (jnp.where(jnp.arange(x.shape[-1]) == at, 3 * x, x),), state
 
@@ -137,7 +136,9 @@ def test_an_auxiliary_loss_in_pieces_is_weighted_by_their_positions():
     net = tl.Chunk(Balance(), 3)
     weights, state, inputs, cts, _ = setting(net, (X,))
     cts = (jnp.zeros_like(cts[0]),)
-    _, (d_x,), d = tl.one_pass(net, weights, state, inputs, cts, state_cts={AUX_LOSS: jnp.ones(())})
+    _, (d_x,), d = tl.one_pass(
+        net, weights, state, inputs, cts, state_cts={'aux_loss': tl.AuxLoss(jnp.ones(()))}
+    )
     np.testing.assert_allclose(d['gain'], (inputs[0] ** 2).mean(), rtol=1e-6)
     np.testing.assert_allclose(d_x, 2 * inputs[0] / inputs[0].size, rtol=1e-5)
 

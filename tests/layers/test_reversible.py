@@ -12,7 +12,7 @@ import pytest
 import layercomb as lc
 from layercomb import tl
 from layercomb.layers.core.decisions import take_decisions
-from layercomb.layers.core.layer import AUX_LOSS, Layer
+from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 
 B, L, D = 2, 12, 8
@@ -22,11 +22,11 @@ class Balance(Layer):
     """A layer whose auxiliary loss is the mean square of its input."""
 
     def init(self, signature, rng, mode=Mode.TRAIN):
-        return {}, {AUX_LOSS: jnp.zeros(())}
+        return {}, {'aux_loss': tl.AuxLoss(jnp.zeros(()))}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
-        return inputs, {AUX_LOSS: (x * x).mean()}
+        return inputs, {'aux_loss': tl.AuxLoss((x * x).mean())}
 
 
 def half(*layers):
@@ -60,8 +60,7 @@ def gradients(net, values, dtype=jnp.float32):
             weights, state, (*streams, *values[2:]), rng=jax.random.key(3), mode=mode
         )
         new = take_decisions(new)[0]
-        flat = jax.tree_util.tree_leaves_with_path(new)
-        aux = sum(x.sum() for path, x in flat if AUX_LOSS in jax.tree_util.keystr(path))
+        aux = sum(x.sum() for path, x in lc.trees.flatten(new).items() if 'aux_loss' in path)
         return (out[0] * jnp.cos(out[1])).sum() + 3 * jnp.float32(aux), new
 
     grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)

@@ -12,7 +12,6 @@ import layercomb as lc
 import layercomb_kernels
 from layercomb import tl
 from layercomb.layers.attention.lsh import rings
-from layercomb.layers.attention.lsh.seek import set_positions
 from layercomb.layers.core.mode import Mode
 
 N, R, BUCKETS, C, L = 4, 3, 5, 6, 40  # two rows of two heads
@@ -43,28 +42,25 @@ def held(state):
     }
 
 
+def filled(buckets, mask, lengths):
+    return rings.filled(
+        rings.empty(N, R, BUCKETS, C),
+        jnp.asarray(buckets, jnp.uint8),
+        jnp.asarray(mask),
+        jnp.asarray(lengths, jnp.int32),
+    )
+
+
 @pytest.mark.parametrize('lengths', [(L, L), (0, 17), (5, 33)])
 def test_refilled_rings_hold_the_last_of_each_bucket(lengths):
     buckets, mask = drawn()
-    cache = {
-        'rings': rings.empty(N, R, BUCKETS, C),
-        'buckets': jnp.asarray(buckets, jnp.uint8),
-        'mask': jnp.asarray(mask),
-        'position': jnp.asarray(lengths, jnp.int32),
-    }
-    assert held(rings.refill(cache)['rings']) == expected(buckets, mask, lengths)
+    assert held(filled(buckets, mask, lengths)) == expected(buckets, mask, lengths)
 
 
 @pytest.mark.parametrize('start', [0, 13])
 def test_pushing_goes_on_where_refilling_left_off(start):
     buckets, mask = drawn()
-    cache = {
-        'rings': rings.empty(N, R, BUCKETS, C),
-        'buckets': jnp.asarray(buckets, jnp.uint8),
-        'mask': jnp.asarray(mask),
-        'position': jnp.full(2, start, jnp.int32),
-    }
-    state, push = rings.refill(cache)['rings'], jax.jit(rings.push)
+    state, push = filled(buckets, mask, (start, start)), jax.jit(rings.push)
     for t in range(start, L):
         real = jnp.asarray(np.repeat(mask[:, t], 2))
         state, ring = push(state, jnp.asarray(buckets[:, t]), jnp.full(N, t, jnp.int32), real)
@@ -80,7 +76,7 @@ def test_padding_behind_a_short_prompt_is_as_if_it_had_never_been():
     weights, state = layer.init(lc.signature_of((x,)), jax.random.key(0), Mode.PREDICT)
     step = jax.jit(functools.partial(layer.apply, mode=Mode.PREDICT))
     _, state = step(weights, state, (x[:, :19],))  # of row 0 all but 4 are padding
-    state = set_positions(state, lengths)
+    state = tl.seek(state, lengths)
     (whole,), _ = layer.apply(weights, {}, (x,), mode=Mode.EVAL)
     for i in range(11):
         now = jnp.stack([x[b, lengths[b] + i] for b in range(2)])[:, None]

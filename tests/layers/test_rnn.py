@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from layercomb import tl
-from layercomb.layers.attention.lsh.seek import set_positions
 from layercomb.layers.core.layer import init_state
 from layercomb.layers.core.mode import Mode
 from layercomb.shapes import shape_dtype
@@ -74,7 +73,7 @@ def test_rows_go_back_to_where_their_prompts_end():
     x = normal(B, L, D)
     state = init_state(layer, shape_dtype(x.shape))
     _, state = layer.apply(weights, state, (x[:, :5],), mode=Mode.PREDICT)
-    state = set_positions(state, jnp.array([5, 2]))
+    state = tl.seek(state, jnp.array([5, 2]))
     new = jnp.stack([x[0, 5:6], x[1, 2:3]])
     (y,), _ = layer.apply(weights, state, (new,), mode=Mode.PREDICT)
     (whole,), _ = layer.apply(weights, {}, (x,))

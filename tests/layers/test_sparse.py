@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import layercomb_kernels
 from layercomb import tl, trees
-from layercomb.layers.core.decisions import DECISIONS
+from layercomb.layers.core.decisions import Decisions
 from layercomb.layers.core.layer import init_state
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import beside, own
 from layercomb.layers.quantized.native import has_kernels
 from layercomb.shapes import shape_dtype
 
@@ -160,11 +161,11 @@ class TestSparseFF:
         layer, weights = ff(hard_prob=1.0)
         x = normal(B, L, D)
         (y,), state = layer.apply(weights, {}, (x,), rng=jax.random.key(0), mode=Mode.RECORD)
-        units = state[DECISIONS]['units']
+        units = own(state, Decisions).values['units']
         assert (units.shape, units.dtype) == ((B, L, F // N), jnp.uint8)
         (again,), _ = layer.apply(weights, state, (x,), rng=jax.random.key(0), mode=Mode.REPLAY)
         np.testing.assert_array_equal(again, y)
-        other = {DECISIONS: {'units': (units + 1) % N}}
+        other = beside({}, Decisions({'units': (units + 1) % N}))
         (moved,), _ = layer.apply(weights, other, (x,), rng=jax.random.key(0), mode=Mode.REPLAY)
         assert (jnp.abs(moved - y) > 1e-3).any()
 

@@ -11,7 +11,6 @@ import pytest
 
 import layercomb as lc
 from layercomb import models, tl, trees
-from layercomb.layers.attention.lsh.seek import set_positions
 from layercomb.layers.core.decisions import take_decisions
 from layercomb.layers.core.layer import init_state
 from layercomb.layers.core.mode import Mode
@@ -202,7 +201,7 @@ def test_rows_go_back_to_where_their_inputs_end():
     weights, _ = weights_of(net)
     state = init_state(net, (source, said, mask))
     _, state = apply(net, weights, state, (source, said[:, :4], mask), mode=Mode.PREDICT)
-    state = set_positions(state, jnp.array([4, 2]))
+    state = tl.seek(state, jnp.array([4, 2]))
     new = jnp.stack([said[0, 4:5], said[1, 2:3]])
     (y,), _ = apply(net, weights, state, (source, new, mask), mode=Mode.PREDICT)
     whole = logits(net, (source, said, mask))

@@ -108,7 +108,7 @@ def test_caches_that_jit_would_lose_are_refused():
     with pytest.raises(ValueError, match='cannot keep its state in PREDICT'):
         jax.jit(lambda x: m(x, mode=Mode.PREDICT))(x)
     m(x, mode=Mode.PREDICT)
-    assert int(m.state['core']['position'][0]) == 1
+    assert int(m.state['core'].position.rows[0]) == 1
 
 
 def test_modes_without_a_state_run_inside_jit():

@@ -9,8 +9,8 @@ import pytest
 
 import layercomb as lc
 from layercomb import losses, models, tl, transforms
-from layercomb.layers.core.counted import COUNTED
-from layercomb.layers.core.layer import AUX_LOSS, RESERVED, Layer
+from layercomb.layers.core.counted import Counted, count_only
+from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.metrics.classification import weighted_sum
 from layercomb.models.terraformer import AfterMemory
@@ -177,7 +177,7 @@ def test_what_is_inside_pieces_gets_the_same_gradient_in_one_pass():
 
     @jax.jit
     def in_one_pass(weights, x):
-        state_cts = {'switch_ff': {AUX_LOSS: jnp.float32(3)}}
+        state_cts = {'switch_ff': {'aux_loss': tl.AuxLoss(jnp.float32(3))}}
         return tl.one_pass(net, weights, state, (x,), (ct,), state_cts=state_cts)[1:]
 
     wanted = jax.jit(jax.grad(total, (0, 1)))(weights, x)
@@ -202,7 +202,7 @@ def test_a_mixtures_balance_and_its_gradient_are_those_of_the_positions_that_cou
 
     def balance(kernel):
         given = {**weights, 'router': {'kernel': kernel}}
-        return losses.apply_counted(FF, given, state, (x,), w)[1][AUX_LOSS]
+        return losses.apply_counted(FF, given, state, (x,), w)[1]['aux_loss'].value
 
     value, gradient = jax.value_and_grad(balance)(kernel)
     assert float(value) == pytest.approx(switch_balance(kernel, x, w), rel=1e-5)
@@ -222,7 +222,7 @@ def test_the_pieces_of_a_chunk_weigh_by_the_positions_that_count():
     _, new = losses.apply_counted(tl.Chunk(FF, 3), weights, state, (x,), w)
     kernel = weights['router']['kernel']
     pieces = [switch_balance(kernel, x[:, a:b], w[:, a:b]) for a, b in ((0, 3), (3, 6), (6, 7))]
-    assert float(new[AUX_LOSS]) == pytest.approx(np.dot(pieces, [5, 4, 2]) / 11, rel=1e-5)
+    assert float(new['aux_loss'].value) == pytest.approx(np.dot(pieces, [5, 4, 2]) / 11, rel=1e-5)
 
 
 def test_statistics_of_batch_norm_are_those_of_the_positions_that_count():
@@ -254,7 +254,7 @@ def test_where_every_position_counts_nothing_changes(layer):
             (y,), new = layer.apply(weights, state, (x,), mode=Mode.TRAIN)
         else:
             (y,), new = losses.apply_counted(layer, weights, state, (x,), w)
-        return jnp.sin(y).sum() + new.get(AUX_LOSS, 0), (y, new)
+        return jnp.sin(y).sum() + (0 if aux_loss(new) is None else aux_loss(new)), (y, new)
 
     run = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
     ours, plain = run(weights, x, jnp.ones((B, L))), run(weights, x, None)
@@ -299,9 +299,9 @@ def test_where_positions_are_others_a_row_counts_if_one_of_its_weights_is_not_0(
         ((3, 3, 2, D), np.repeat((w != 0)[..., None], 2, 2)),
         ((6, D), None),  # rows that are not the batch's
     ):
-        _, found = tl.counted_positions({COUNTED: jnp.asarray(w) != 0}, jnp.zeros(shape))
+        _, found = tl.counted_positions(count_only({}, jnp.asarray(w) != 0), jnp.zeros(shape))
         assert (found is None) if wanted is None else np.array_equal(found, wanted)
-    rows = {COUNTED: jnp.array([True, False, True])}  # a weight a row
+    rows = count_only({}, jnp.array([True, False, True]))  # a weight a row
     assert np.array_equal(tl.counted_positions(rows, jnp.asarray(x))[1].sum(1), [5, 0, 5])
 
 
@@ -341,14 +341,15 @@ class Size(Layer):
     counts_positions = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
-        return {}, {AUX_LOSS: jnp.zeros(())}
+        return {}, {'aux_loss': tl.AuxLoss(jnp.zeros(()))}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         state, counted = tl.counted_positions(state, x)
         counted = jnp.ones(x.shape[:-1], bool) if counted is None else counted
         n = jnp.maximum(counted.sum(dtype=x.dtype), 1) * x.shape[-1]
-        return inputs, {AUX_LOSS: jnp.where(counted[..., None], jnp.square(x), 0).sum() / n}
+        loss = jnp.where(counted[..., None], jnp.square(x), 0).sum() / n
+        return inputs, {'aux_loss': tl.AuxLoss(loss)}
 
 
 class Watcher(Layer):
@@ -357,7 +358,7 @@ class Watcher(Layer):
     counts_positions = True
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        assert set(state) <= {COUNTED}
+        assert all(isinstance(value, Counted) for value in state.values())
         return inputs, state
 
 
@@ -377,8 +378,10 @@ def test_a_layer_that_does_not_ask_is_averaged_by_length_beside_one_that_does():
     net = tl.Chunk(tl.Serial(Plain(), Size()), 2)
     _, state = net.init((x,), jax.random.key(0))
     _, new = losses.apply_counted(net, {}, state, (x,), w)
-    assert float(new['plain'][AUX_LOSS]) == pytest.approx(np.square(x).mean(), rel=1e-5)
-    assert float(new['size'][AUX_LOSS]) == pytest.approx(np.square(x[:, 1:]).mean(), rel=1e-5)
+    assert float(new['plain']['aux_loss'].value) == pytest.approx(np.square(x).mean(), rel=1e-5)
+    assert float(new['size']['aux_loss'].value) == pytest.approx(
+        np.square(x[:, 1:]).mean(), rel=1e-5
+    )
 
 
 def test_outside_of_training_nothing_is_given():
@@ -386,12 +389,6 @@ def test_outside_of_training_nothing_is_given():
     for mode in (Mode.EVAL, Mode.PREDICT):
         _, state = losses.apply_counted(net, {}, {}, (x,), jnp.zeros((2, 3)), mode=mode)
         assert state == {}
-
-
-def test_no_layer_may_bear_the_name_of_what_counts():
-    assert COUNTED in RESERVED
-    with pytest.raises(ValueError, match=r"cannot be named .*'counted_positions'.* are reserved"):
-        tl.Dense(4, name=COUNTED)
 
 
 def test_a_model_that_averages_over_no_positions_is_the_same_program_as_ever():

@@ -8,9 +8,8 @@ import optax
 import pytest
 
 import layercomb as lc
-from layercomb import data, tl, trees
+from layercomb import data, tl
 from layercomb.errors import UsageError
-from layercomb.layers.core.counted import COUNTED
 from layercomb.supervised import EvalTask, Loop, TrainTask, evaluate
 from layercomb.supervised.progress import Throughput
 from layercomb.supervised.reports import read_metrics
@@ -71,7 +70,7 @@ def test_what_is_kept_and_saved_does_not_know_of_what_counts(tmp_path):
     trained = loop([padded(batch(i)) for i in range(4)], output_dir=tmp_path, checkpoint_every=2)
     trained.run(2)
     assert jax.tree.structure(trained.state) == jax.tree.structure(fresh)
-    assert not [p for p in trees.flatten(trained.state) if COUNTED in p]
+    assert tl.take_counted(trained.state)[1] == {}
     whole = loop([padded(batch(i)) for i in range(4)])
     whole.run(4)
     resumed = loop([padded(batch(i)) for i in range(4)], output_dir=tmp_path)

@@ -114,10 +114,10 @@ class Balanced(Layer):
     """Leaves an auxiliary loss, the mean square of its input."""
 
     def init(self, signature, rng, mode=Mode.TRAIN):
-        return {}, {'aux_loss': jnp.zeros(())}
+        return {}, {'aux_loss': tl.AuxLoss(jnp.zeros(()))}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        return inputs, {'aux_loss': jnp.mean(jnp.square(inputs[0]))}
+        return inputs, {'aux_loss': tl.AuxLoss(jnp.mean(jnp.square(inputs[0])))}
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])

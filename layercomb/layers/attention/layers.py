@@ -20,15 +20,9 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import set_field
 from layercomb.layers.core.wrapper import Wrapper
-from layercomb.layers.decoding.caches import (
-    append,
-    by_row,
-    init_cache,
-    poison_overflow,
-    position_of,
-    refuse_overflow,
-)
+from layercomb.layers.decoding.caches import KVCache, poison_overflow, refuse_overflow
 from layercomb.layers.decoding.once import Once
+from layercomb.layers.decoding.seek import held
 
 
 class DotProductAttention(Layer):
@@ -55,12 +49,13 @@ class DotProductAttention(Layer):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         _, k, v, *_ = signature
-        return {}, init_cache(k, v, self.masked) if mode is Mode.PREDICT and self.causal else {}
+        decodes = mode is Mode.PREDICT and self.causal
+        return {}, KVCache.empty(k, v, self.masked) if decodes else {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         q, k, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
-            return self._extend(state, q, k, v, *mask)
+            return self._extend(held(state, KVCache), q, k, v, *mask)
         y = dot_product_attention(
             q,
             k,
@@ -71,15 +66,12 @@ class DotProductAttention(Layer):
         )
         return (y,), state
 
-    def _extend(self, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, *mask: jax.Array):
-        position, length, room = position_of(cache), q.shape[2], cache['k'].shape[1]
+    def _extend(self, cache: KVCache, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        position, length, room = cache.position.rows, q.shape[2], cache.room
         refuse_overflow(position, length, room)
-        new = {'k': k, 'v': v, **({'mask': mask[0]} if mask else {})}
-        cache = append(cache, new, position)
-        held = by_row(cache)
-        y = dot_product_attention(
-            q, held['k'], held['v'], causal=True, mask=held.get('mask'), offset=position
-        )
+        cache = cache.append(position, k=k, v=v, mask=mask)
+        keys, values = cache.by_row(cache.k), cache.by_row(cache.v)
+        y = dot_product_attention(q, keys, values, causal=True, mask=cache.mask, offset=position)
         return (poison_overflow(y, position, length, room),), cache
 
 
@@ -117,12 +109,12 @@ class LocalAttention(Layer):
         if mode is not Mode.PREDICT or not self.causal:
             return {}, {}
         front, behind = self._padding
-        return {}, init_cache(k, v, masked=True, length=front + k.shape[2] + behind)
+        return {}, KVCache.empty(k, v, masked=True, length=front + k.shape[2] + behind)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         q, k, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
-            return self._extend(state, q, k, v, *mask)
+            return self._extend(held(state, KVCache), q, k, v, *mask)
         y = self._attend(
             q, k, v, mask[0] if mask else None, dropout_arguments(self.dropout, rng, mode)
         )
@@ -141,22 +133,22 @@ class LocalAttention(Layer):
             **dropout,
         )
 
-    def _extend(self, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, *mask: jax.Array):
+    def _extend(self, cache: KVCache, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         """Attends from new positions, on a piece of the cache that begins where a chunk does."""
         c, length = self.chunk_len, q.shape[2]
         front, behind = self._padding
-        position, room = position_of(cache), cache['k'].shape[1] - front - behind
+        position, room = cache.position.rows, cache.room - front - behind
         refuse_overflow(position, length, room)
-        real = mask[0] if mask else jnp.ones((q.shape[0], length), bool)
-        cache = append(cache, {'k': k, 'v': v, 'mask': real}, position + front)
+        real = jnp.ones((q.shape[0], length), bool) if mask is None else mask
+        cache = cache.append(position + front, k=k, v=v, mask=real)
         start, within = position // c * c, position % c  # (B,)
         size = front + (length + c - 1 + c - 1) // c * c
 
         def piece(x: jax.Array, start: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim - 2 if x.ndim > 1 else 0)
 
-        held = by_row(cache)
-        keys, values, seen = (jax.vmap(piece)(held[n], start) for n in ('k', 'v', 'mask'))
+        whole = cache.by_row(cache.k), cache.by_row(cache.v), cache.mask
+        keys, values, seen = (jax.vmap(piece)(x, start) for x in whole)
         if length == 1:
             y = dot_product_attention(
                 q, keys, values, causal=True, mask=seen, offset=front + within

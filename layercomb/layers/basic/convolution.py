@@ -12,7 +12,8 @@ from layercomb.layers.basic.initializers import Initializer, he_normal, zeros
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.decoding.caches import init_past, with_past
+from layercomb.layers.decoding.caches import Past
+from layercomb.layers.decoding.seek import held
 from layercomb.shapes import as_deep, check_float, check_rank, check_width
 
 
@@ -70,7 +71,7 @@ class Conv1D(Layer):
                 "Conv1D decodes step by step only with padding='causal' and stride=1, this one has "
                 f'padding={self.padding!r} and stride={self.stride}'
             )
-        return weights, init_past(x, self._reach)
+        return weights, Past.empty(x, self._reach)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
@@ -79,7 +80,7 @@ class Conv1D(Layer):
         padding: Any = self.padding.upper()
         if self.padding == 'causal':
             if mode is Mode.PREDICT:
-                x, state = with_past(x, state, self._reach)
+                x, state = held(state, Past).extend(x, self._reach)
             else:
                 x = jnp.pad(x, ((0, 0), (self._reach, 0), (0, 0)))
             padding = 'VALID'

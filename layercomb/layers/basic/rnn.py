@@ -9,14 +9,10 @@ from layercomb.layers.basic.activations import activation
 from layercomb.layers.basic.dense import dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform
 from layercomb.layers.core.fields import Size
-from layercomb.layers.core.layer import POSITION, Layer
+from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.decoding.caches import (
-    init_past,
-    poison_overflow,
-    position_of,
-    refuse_overflow,
-)
+from layercomb.layers.decoding.caches import Past, poison_overflow, refuse_overflow
+from layercomb.layers.decoding.seek import held
 from layercomb.shapes import Signature, check_float, check_sequence, shape_dtype
 from layercomb.trees import Tree
 
@@ -83,7 +79,7 @@ class SRU(Layer):
         weights = {'kernel': kernel, 'bias': bias}
         if mode is not Mode.PREDICT:
             return weights, {}
-        return weights, init_past(shape_dtype((batch, length, n)), 1)
+        return weights, Past.empty(shape_dtype((batch, length, n)), 1)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
@@ -94,7 +90,7 @@ class SRU(Layer):
         f, r = jax.nn.sigmoid(f), jax.nn.sigmoid(r)
         u = (1 - f) * z
         if mode is Mode.PREDICT:
-            c, state = _continue(f, u, state)
+            c, state = _continue(f, u, held(state, Past))
         else:
             c = linear_recurrence(f, u, jnp.zeros_like(u[:, 0]))
         if self.activation is not None:
@@ -127,14 +123,14 @@ def linear_recurrence(a: jax.Array, u: jax.Array, start: jax.Array) -> jax.Array
     return jnp.swapaxes(jax.lax.scan(step, start, by_time)[1], 0, 1)  # (B, L, n)
 
 
-def _continue(f: jax.Array, u: jax.Array, state: Tree) -> tuple[jax.Array, Tree]:
+def _continue(f: jax.Array, u: jax.Array, kept: Past) -> tuple[jax.Array, Past]:
     """c of the next positions, each row from where it stands; `past` has c[t] at t + 1."""
-    position, length = position_of(state), u.shape[1]
-    room = state['past'].shape[1] - 1
+    position, length = kept.position.rows, u.shape[1]
+    room = kept.past.shape[1] - 1
     refuse_overflow(position, length, room)
-    start = jnp.take_along_axis(state['past'], position[:, None, None], 1, mode='clip')[:, 0]
+    start = jnp.take_along_axis(kept.past, position[:, None, None], 1, mode='clip')[:, 0]
     c = linear_recurrence(f, u, start)
     past = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(
-        state['past'], c, position + 1, 0
+        kept.past, c, position + 1, 0
     )
-    return poison_overflow(c, position, length, room), {'past': past, POSITION: position + length}
+    return poison_overflow(c, position, length, room), Past(past, kept.position.moved(length))

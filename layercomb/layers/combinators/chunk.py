@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from layercomb.layers.combinators.shares import add_aux, how_many, shares
 from layercomb.layers.core.counted import along_length, put_counted, take_counted
-from layercomb.layers.core.decisions import DECISIONS, put_decisions, take_decisions
+from layercomb.layers.core.decisions import Decisions, put_decisions, take_decisions
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays, Layer, fold
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import beside, own, without
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import describe
 from layercomb.trees import Tree
@@ -86,7 +87,7 @@ class Chunk(Wrapper):
                 taken['rest'] = decisions
             outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), outputs, tail)
         if mode is Mode.RECORD and taken:
-            state = {**state, DECISIONS: taken}
+            state = beside(state, Decisions(taken))
         return outputs, state
 
     def length_of(self, inputs: Arrays) -> int:
@@ -124,8 +125,10 @@ def _join(pieces: jax.Array) -> jax.Array:
 
 def state_parts(state: Tree, inputs: Arrays) -> tuple[Tree, Tree, Tree]:
     """Decisions of slices, the rest of a state, and which positions of the inputs count."""
-    plain, counted = take_counted({k: v for k, v in state.items() if k != DECISIONS})
-    return state.get(DECISIONS, {}), plain, along_length(counted, inputs[0].shape[:2])
+    decisions = own(state, Decisions)
+    plain, counted = take_counted(without(state, Decisions))
+    found = {} if decisions is None else decisions.values
+    return found, plain, along_length(counted, inputs[0].shape[:2])
 
 
 def _find_mixer(layer: Layer) -> Layer | None:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from layercomb.layers.combinators.shares import add_aux
 from layercomb.layers.core.checks import check_inputs, check_outputs
 from layercomb.layers.core.counted import put_counted, take_counted
-from layercomb.layers.core.decisions import DECISIONS, put_decisions, take_decisions
+from layercomb.layers.core.decisions import Decisions, put_decisions, take_decisions
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import Blocks, beside, own, without
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import describe
 from layercomb.trees import Tree
@@ -52,22 +53,23 @@ class Map(Wrapper):
                 )
         weights, state = self.layer.init(groups[0], rng, mode)
         if mode is Mode.PREDICT and state:
-            state = {str(i): jax.tree.map(jnp.copy, state) for i in range(self.n)}
+            state = Blocks({str(i): jax.tree.map(jnp.copy, state) for i in range(self.n)})
         return weights, state
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """Applies the layer to each group; group `i` draws from `rng` folded with `i`."""
         check_inputs(self, inputs)
         apart = mode is Mode.PREDICT
-        found = state.get(DECISIONS, {})
-        state, counted = take_counted({k: v for k, v in state.items() if k != DECISIONS})
+        found = own(state, Decisions)
+        state, counted = take_counted(without(state, Decisions))
         state = state if apart else add_aux({}, state, 0.0)
         outputs: Arrays = ()
-        kept: Tree = {}
+        kept = Blocks()
         decisions: Tree = {}
         for i, group in enumerate(self._groups(inputs)):
             its_state = put_decisions(
-                state.get(str(i), {}) if apart else state, found.get(str(i), {})
+                state.get(str(i), {}) if apart else state,
+                {} if found is None else found.values.get(str(i), {}),
             )
             its_state = put_counted(its_state, counted)
             made, new = self.layer.apply(weights, its_state, group, rng=fold(rng, i), mode=mode)
@@ -81,7 +83,7 @@ class Map(Wrapper):
                 decisions[str(i)] = its_decisions
         new_state = kept if apart else state
         if mode is Mode.RECORD and decisions:
-            new_state = {**new_state, DECISIONS: decisions}
+            new_state = beside(new_state, Decisions(decisions))
         return outputs, new_state
 
     def block_weights(self, weights: Tree, i: int) -> Tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from layercomb.layers.core.counted import put_counted, take_counted
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import Blocks
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import Signature, describe
 from layercomb.trees import Tree
@@ -76,14 +78,16 @@ class Repeat(Wrapper):
                 f'({describe(signature)}) into ({describe(made[0])})'
             )
         if mode is Mode.PREDICT and state:
-            state = {str(i): jax.tree.map(lambda x, i=i: x[i], state) for i in range(self.n)}
+            state = Blocks(
+                {str(i): jax.tree.map(lambda x, i=i: x[i], state) for i in range(self.n)}
+            )
         return signature, weights, state
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """Runs the blocks in order; block `i` draws from `rng` folded with `i`."""
         if mode is Mode.PREDICT:
             return self._apply_one_by_one(weights, state, inputs, rng)
-        if isinstance(state.get('0'), dict):
+        if isinstance(state, Blocks):
             raise ValueError(
                 f'{type(self).__name__}: this state was made for decoding, a block at a time: init '
                 f'without mode=PREDICT to apply in {mode.name}'
@@ -107,7 +111,7 @@ class Repeat(Wrapper):
     def _apply_one_by_one(
         self, weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array | None
     ) -> tuple[Arrays, Tree]:
-        new_state, values = dict(state), tuple(inputs)
+        new_state, values = copy.copy(state), tuple(inputs)
         for i in range(self.n):
             values, new = self.layer.apply(
                 self.block_weights(weights, i),

@@ -7,18 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.core.counted import COUNTED
-from layercomb.layers.core.layer import AUX_LOSS
+from layercomb.layers.core.counted import Counted
+from layercomb.layers.core.state import AuxLoss, own
 from layercomb.trees import Tree
 
 
 def how_many(found: Tree) -> Tree:
-    """How many positions count, float32 (), in place of each array that `take_counted` found."""
+    """What `take_counted` found, with the number of positions that count, float32 (), as masks."""
     return jax.tree.map(lambda counted: counted.sum(dtype=jnp.float32), found)
 
 
 def shares(piece: Tree, of_all: Tree) -> Tree:
-    """Which part of the positions that count is in a piece, in place of each array; 0 if none does.
+    """What `take_counted` found, with a piece's part of the positions that count as each mask.
+
+    The part is 0 if no position counts.
 
     Args:
       piece: the piece of what `take_counted` found.
@@ -30,12 +32,12 @@ def shares(piece: Tree, of_all: Tree) -> Tree:
 def add_aux(state: Tree, new: Tree, share: float, by_layer: Tree | None = None) -> Tree:
     """`new`, with its auxiliary losses times `share` and added to those in `state`.
 
-    `by_layer` has shares, under `COUNTED`, for layers that know which positions count.
+    `by_layer`, of `shares`, has other shares for layers that know which positions count.
     """
     out, by_layer = {}, by_layer or {}
     for key, value in new.items():
-        if key == AUX_LOSS:
-            part = _scaled(value, by_layer.get(COUNTED, share))
+        if isinstance(value, AuxLoss):
+            part = _scaled(value, _share(by_layer, share))
             out[key] = jax.tree.map(jnp.add, state[key], part) if key in state else part
         elif isinstance(value, dict):
             out[key] = add_aux(state.get(key, {}), value, share, by_layer.get(key))
@@ -49,8 +51,8 @@ def by_share(state_cts: Tree | None, share: float, by_layer: Tree) -> Tree | Non
     if state_cts is None:
         return None
     return {
-        key: _scaled(value, by_layer.get(COUNTED, share))
-        if key == AUX_LOSS or not isinstance(value, dict)
+        key: _scaled(value, _share(by_layer, share))
+        if not isinstance(value, dict)
         else by_share(value, share, by_layer.get(key, {}))
         for key, value in state_cts.items()
     }
@@ -59,9 +61,15 @@ def by_share(state_cts: Tree | None, share: float, by_layer: Tree) -> Tree | Non
 def passes_on(state: Tree) -> bool:
     """Whether a state holds more than auxiliary losses, which are only summed."""
     return any(
-        key != AUX_LOSS and (not isinstance(value, dict) or passes_on(value))
-        for key, value in state.items()
+        passes_on(value) if isinstance(value, dict) else not isinstance(value, AuxLoss)
+        for value in state.values()
     )
+
+
+def _share(by_layer: Tree, share: Any) -> Any:
+    """A layer's own share in `by_layer`, or else `share`."""
+    its_own = own(by_layer, Counted)
+    return share if its_own is None else its_own.mask
 
 
 def _scaled(tree: Any, share: float | jax.Array) -> Any:

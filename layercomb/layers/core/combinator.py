@@ -7,6 +7,7 @@ naming, keys, the threading of state, and the notes on errors.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import zlib
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 
 from layercomb.layers.core.checks import check_inputs, check_outputs, check_sublayers, where
-from layercomb.layers.core.layer import RESERVED, Layer, fold
+from layercomb.layers.core.layer import Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import default_name, given_name
 from layercomb.shapes import Signature
@@ -86,7 +87,7 @@ class Combinator(Layer):
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """Routes `inputs`; sublayer `i` draws from `rng` folded with `i`."""
         check_inputs(self, inputs)
-        new_state = dict(state)
+        new_state = copy.copy(state)  # of the same type
         call = self._caller(weights, state, new_state, rng, mode)
         return self.route(call, tuple(inputs)), new_state
 
@@ -150,7 +151,7 @@ class Combinator(Layer):
             raise ValueError(
                 f'{type(self).__name__}: two sublayers are named {min(twice)!r}: rename one'
             )
-        used = {*RESERVED, *taken}
+        used = set(taken)
         for field, value in groups:
             for layer in value if isinstance(value, tuple) else ():
                 key = base = given_name(layer) or default_name(layer)

@@ -1,13 +1,13 @@
-"""Which positions of a batch count: they stand in a state under `COUNTED`, in training.
+"""Which positions of a batch count in training: layers are told through their state.
 
 What is averaged over positions inside a model (a mixture's balance, the statistics of `BatchNorm`)
 must leave out padding as the loss does, but only the loss is given its weights. So these go in
-through the state, as recorded decisions do: `losses.apply_counted` puts a boolean array beside the
+through the state, as recorded decisions do: `losses.apply_counted` puts a `Counted` beside the
 state of every layer that says ``counts_positions``, and takes it out again, so that a state that is
 kept never holds one.
 
-The array is (B, …), one for all blocks of a `Repeat`; a layer reads it by `counted_positions`, and
-one that loops over its state or its positions takes it out before and puts it into each part.
+Its array is (B, …), one for all blocks of a `Repeat`. A layer reads it by `counted_positions`. One
+that loops over its state or its positions takes it out before, and puts it into each piece.
 
 Shape letters: B batch, L length, D d_model.
 """
@@ -17,10 +17,26 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.core.decisions import put_back, take_out
+from layercomb.layers.core.state import Part, beside, own, put_back, take_out, without
 from layercomb.trees import Tree
 
-COUNTED = 'counted_positions'
+
+class Counted(Part):
+    """Which positions count, beside the state of a layer that averages over them.
+
+    Attributes:
+      mask: (B, …) bool.
+    """
+
+    mask: jax.Array
+
+
+def count_only(state: Tree, mask: jax.Array) -> Tree:
+    """A layer's state that says which positions count, (B, …) bool, for `counted_positions`.
+
+    For one layer; `losses.apply_counted` reaches all layers of a model.
+    """
+    return beside(state, Counted(mask))
 
 
 def counted_positions(state: Tree, x: jax.Array) -> tuple[Tree, jax.Array | None]:
@@ -45,37 +61,38 @@ def counted_positions(state: Tree, x: jax.Array) -> tuple[Tree, jax.Array | None
     >>> tl.counted_positions({'mean': 0.0}, jnp.ones((2, 3, 4)))
     ({'mean': 0.0}, None)
     """
-    if COUNTED not in state:
+    counted = own(state, Counted)
+    if counted is None:
         return state, None
-    rest = {key: value for key, value in state.items() if key != COUNTED}
-    return rest, _fitted(state[COUNTED], x.shape[:-1])
+    return without(state, Counted), _fitted(counted.mask, x.shape[:-1])
 
 
 def take_counted(state: Tree) -> tuple[Tree, Tree]:
     """Separates a state from what says which positions count, both with their paths."""
-    return take_out(state, COUNTED)
+    return take_out(state, Counted)
 
 
 def put_counted(state: Tree, found: Tree) -> Tree:
     """The inverse of `take_counted`."""
-    return put_back(state, found, COUNTED)
+    return put_back(state, found)
 
 
 def along_length(found: Tree, shape: tuple[int, ...]) -> Tree:
-    """What `take_counted` found, each array (B, L, …), so that it may be cut along axis 1.
+    """What `take_counted` found, with arrays (B, L, …) that may be cut along axis 1.
 
     Args:
-      found: a tree of boolean arrays.
+      found: a tree of `Counted`.
       shape: (B, L), of what is cut. An array of other rows is left out.
     """
     made: Tree = {}
     for key, value in found.items():
-        if key != COUNTED:
+        if isinstance(value, dict):
             inner = along_length(value, shape)
             made |= {key: inner} if inner else {}
             continue
-        fits = value if value.shape[:2] == shape else _fitted(value, shape)
-        made |= {} if fits is None else {key: fits}
+        mask = value.mask
+        fits = mask if mask.shape[:2] == shape else _fitted(mask, shape)
+        made |= {} if fits is None else {key: Counted(fits)}
     return made
 
 
@@ -83,7 +100,7 @@ def after_memory(found: Tree, real: jax.Array, shape: tuple[int, ...]) -> Tree:
     """What `take_counted` found, for positions that stand behind those of a memory.
 
     Args:
-      found: a tree of boolean arrays.
+      found: a tree of `Counted`.
       real: (B, M), which positions of the memory are real; of a row that counts, these count.
       shape: (B, L), of the positions behind it. An array of another shape stays as it is.
     """

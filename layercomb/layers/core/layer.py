@@ -18,8 +18,6 @@ from layercomb.layers.core.checks import (
     checking_apply,
     checking_init,
 )
-from layercomb.layers.core.counted import COUNTED
-from layercomb.layers.core.decisions import DECISIONS
 from layercomb.layers.core.fields import check_fields
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import code_of, set_field
@@ -29,10 +27,8 @@ from layercomb.trees import Tree
 Arrays = tuple[jax.Array, ...]
 L = TypeVar('L', bound='Layer')
 
-AUX_LOSS = 'aux_loss'
-POSITION = 'position'
+
 POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
-RESERVED = (COUNTED, DECISIONS, AUX_LOSS)  # what a state may hold beside the states of sublayers
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
@@ -63,10 +59,11 @@ class Layer:
         weights have two axes or more, and are not declared.
       mixes_positions: whether an output position depends on other positions, so that `Chunk` must
         not cut it.
-      counts_positions: whether it averages over positions in training, so that its state is told
-        which of them count: see `counted_positions`.
-      carries_counted: whether it hands on to its layers what their states are told so: as it is, or
-        by `take_counted` and `put_counted` where it loops over states or cuts positions.
+      counts_positions: whether it averages over positions in training. Its state then says which of
+        them count: it begins with `counted_positions`, and leaves the others out.
+      carries_counted: whether a layer made of layers hands that on to them: it gives them their
+        states as they are, or takes it out and puts it back by `take_counted` and `put_counted`
+        where it loops over states or cuts positions.
     """
 
     name: str | None = dataclasses.field(default=None, kw_only=True)
@@ -96,10 +93,10 @@ class Layer:
         for field in dataclasses.fields(self):
             set_field(self, field.name, frozen(getattr(self, field.name)))
         check_fields(self)
-        if self.name is not None and ('/' in self.name or self.name in (*RESERVED, '')):
+        if self.name is not None and ('/' in self.name or not self.name):
             raise ValueError(
-                f'{type(self).__name__}: a layer cannot be named {self.name!r}: names have no "/", '
-                f'and {RESERVED[0]!r}, {RESERVED[1]!r} and {RESERVED[2]!r} are reserved'
+                f'{type(self).__name__}: a layer cannot be named {self.name!r}: names have no "/" '
+                'and are not empty'
             )
 
     @checking_init
@@ -116,7 +113,9 @@ class Layer:
             the signature.
 
         Returns:
-          Two nested dicts of arrays, empty where there is nothing.
+          Two nested dicts of arrays, empty where there is nothing. In the state, parts say by
+          their types what they are: an auxiliary loss is an `AuxLoss`, and in ``PREDICT`` where a
+          row stands is a `Position`.
 
         Raises:
           TypeError: if the signatures are not `n_in`, or `mode` is no `Mode`.

@@ -1,120 +1,127 @@
-"""Caches of keys and values for decoding, with a position for each row.
+"""Caches for decoding: keys and values, or past inputs, with a position for each row.
 
 A cache is as long as the signature that `init` was given. Rows count their own positions, so that
-prompts of different lengths may share a batch: ingest them padded at the end, set `position` to
-their lengths, and what the padding left behind is overwritten before it is seen.
+prompts of different lengths may share a batch: ingest them padded at the end, `seek` to their
+lengths, and what the padding left behind is overwritten before it is seen.
 
-Rows and heads share one axis. A product of matrices wants its batch to be one axis, and where that
-is not so from the start XLA writes the new positions once into what it returns and again into a
-copy that it reads: a token then costs as much as the whole cache is long.
+Rows and heads share one axis. A product of matrices wants its batch to be one axis. Where that is
+not so from the start, XLA writes the new positions once into what it returns and again into a copy
+that it reads, and a token then costs as much as the whole cache is long.
 """
 
 from __future__ import annotations
+
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.core.layer import POSITION
-from layercomb.trees import Tree
+from layercomb.layers.decoding.seek import Position, Seekable
 
-# In the state of a layer whose own layers read more than its inputs: how much before them, (B,).
-BEFORE = 'before'
+C = TypeVar('C', bound='KVCache')
 
 
-def init_cache(
-    k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct, masked: bool, length: int | None = None
-) -> Tree:
-    """An empty cache, (B·H, L, …), for keys (B, H, L, K) and values (B, H, L, V).
+class KVCache(Seekable):
+    """Keys and values of the positions that were taken; the whole state of an attention layer.
 
-    Args:
-      k: the keys' signature.
-      v: the values'.
-      masked: whether to keep which positions are real, too.
-      length: how many positions to keep room for; by default L.
+    Attributes:
+      k: (B·H, L, K).
+      v: (B·H, L, V).
+      mask: (B, L) bool, which positions are real; None if all are.
+      position: where the rows stand.
     """
-    length = k.shape[2] if length is None else length
 
-    def room(x: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.zeros((x.shape[0] * x.shape[1], length, x.shape[3]), x.dtype)
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array | None
+    position: Position
 
-    cache = {'k': room(k), 'v': room(v), POSITION: jnp.zeros(k.shape[0], jnp.int32)}
-    return cache | {'mask': jnp.zeros((k.shape[0], length), bool)} if masked else cache
+    @classmethod
+    def empty(
+        cls: type[C],
+        k: jax.ShapeDtypeStruct,
+        v: jax.ShapeDtypeStruct,
+        masked: bool,
+        length: int | None = None,
+        **more: Any,
+    ) -> C:
+        """A cache of nothing yet, for keys (B, H, L, K) and values (B, H, L, V).
+
+        Args:
+          k: the keys' signature.
+          v: the values'.
+          masked: whether to keep which positions are real, too.
+          length: how many positions to keep room for; by default L.
+          **more: the fields that a subclass has beside these.
+        """
+        batch, length = k.shape[0], k.shape[2] if length is None else length
+
+        def room(x: jax.ShapeDtypeStruct) -> jax.Array:
+            return jnp.zeros((x.shape[0] * x.shape[1], length, x.shape[3]), x.dtype)
+
+        mask = jnp.zeros((batch, length), bool) if masked else None
+        return cls(k=room(k), v=room(v), mask=mask, position=Position.first(batch), **more)
+
+    @property
+    def room(self) -> int:
+        """L, how many positions there is room for."""
+        return self.k.shape[1]
+
+    def append(self: C, start: jax.Array, **values: jax.Array | None) -> C:
+        """Writes the next T positions of each row and moves the rows' positions on by T.
+
+        Args:
+          start: (B,) int32, the index in the cache at which each row's go.
+          **values: new ``k`` and ``v`` (B, H, T, …), ``mask`` (B, T) if the cache has one, and what
+            else a subclass keeps for each position.
+        """
+        new = {name: x for name, x in values.items() if x is not None}
+        written = {name: _write(getattr(self, name), x, start) for name, x in new.items()}
+        return self.replace(**written, position=self.position.moved(new['k'].shape[2]))
+
+    def by_row(self, x: jax.Array) -> jax.Array:
+        """One of the cache's arrays with rows and heads apart: (B·H, L, …) → (B, H, L, …)."""
+        return x.reshape(len(self.position.rows), -1, *x.shape[1:])
 
 
-def append(cache: Tree, values: Tree, start: jax.Array) -> Tree:
-    """Writes the next T positions of each row and moves the rows' positions on.
+class Past(Seekable):
+    """What a layer that sees some positions back keeps of the positions that were taken.
 
-    Args:
-      cache: as `init_cache` makes it.
-      values: new ``k`` and ``v`` (B, H, T, …), and ``mask`` (B, T) if the cache has one.
-      start: (B,) int32, the index in the cache at which each row's go.
-
-    Returns:
-      The cache; its ``position`` has grown by T.
-    """
-    length = values['k'].shape[2]
-    written = {
-        name: _write(cache[name], new.astype(cache[name].dtype), start)
-        for name, new in values.items()
-    }
-    return {**written, POSITION: cache[POSITION] + length}
-
-
-def by_row(cache: Tree) -> Tree:
-    """A cache's arrays with rows and heads apart: (B, H, L, …), and ``mask`` (B, L)."""
-    rows = len(cache[POSITION])
-    return {
-        name: x.reshape(rows, -1, *x.shape[1:]) if x.ndim == 3 else x for name, x in cache.items()
-    }
-
-
-def init_past(x: jax.ShapeDtypeStruct, reach: int) -> Tree:
-    """Room for the inputs (B, L, D) of a layer that sees so many positions back, all zero."""
-    batch, length, width = x.shape
-    past = jnp.zeros((batch, reach + length, width), x.dtype)
-    return {'past': past, POSITION: jnp.zeros(batch, jnp.int32)}
-
-
-def with_past(x: jax.Array, state: Tree, reach: int) -> tuple[jax.Array, Tree]:
-    """The next inputs (B, T, D) behind the `reach` before them, each row at its position.
-
-    All inputs are kept, and not the last few alone, so that rows can go back to where their prompts
+    Everything is kept, and not the last few alone, so that rows can go back to where their prompts
     end.
 
-    Args:
-      x: the next inputs.
-      state: as `init_past` makes it.
-      reach: how many positions back are seen.
-
-    Returns:
-      (B, reach + T, D), and the state with the inputs written.
+    Attributes:
+      past: (B, reach + L, D), zeros before the first position.
+      position: where the rows stand.
     """
-    position, length = position_of(state), x.shape[1]
-    room = state['past'].shape[1] - reach
-    refuse_overflow(position, length, room)
 
-    def one(past: jax.Array, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        past = jax.lax.dynamic_update_slice_in_dim(past, x, position + reach, 0)
-        return past, jax.lax.dynamic_slice_in_dim(past, position, reach + length, 0)
+    past: jax.Array
+    position: Position
 
-    past, x = jax.vmap(one)(state['past'], x, position)
-    moved = {'past': past, POSITION: position + length}
-    return poison_overflow(x, position, length, room), moved
+    @classmethod
+    def empty(cls, x: jax.ShapeDtypeStruct, reach: int) -> Past:
+        """Room for x (B, L, D) of a layer that sees `reach` positions back."""
+        batch, length, width = x.shape
+        return cls(jnp.zeros((batch, reach + length, width), x.dtype), Position.first(batch))
 
+    def extend(self, x: jax.Array, reach: int) -> tuple[jax.Array, Past]:
+        """The next inputs (B, T, D) behind the `reach` before them, each row at its position.
 
-def position_of(state: Tree) -> jax.Array:
-    """Where the rows of a decoding state stand, (B,) int32.
+        Returns:
+          (B, reach + T, D), and the cache with the inputs written.
+        """
+        position, length = self.position.rows, x.shape[1]
+        room = self.past.shape[1] - reach
+        refuse_overflow(position, length, room)
 
-    Raises:
-      ValueError: if the state was not made for ``PREDICT``.
-    """
-    if POSITION not in state:
-        raise ValueError(
-            'this state holds no caches: make one with lc.init_state(net, signature), or '
-            'model.init(x, mode=Mode.PREDICT)'
-        )
-    return state[POSITION]
+        def one(past: jax.Array, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+            past = jax.lax.dynamic_update_slice_in_dim(past, x, position + reach, 0)
+            return past, jax.lax.dynamic_slice_in_dim(past, position, reach + length, 0)
+
+        past, x = jax.vmap(one)(self.past, x, position)
+        moved = Past(past, self.position.moved(length))
+        return poison_overflow(x, position, length, room), moved
 
 
 def taken(position: jax.Array) -> int:
@@ -144,7 +151,7 @@ def poison_overflow(y: jax.Array, position: jax.Array, length: int, room: int) -
 
 def _write(room: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """Writes (B, H, T, …) into (B·H, L, …), or (B, T) into (B, L), at a place for each row."""
-    new = new.reshape(room.shape[0], -1, *room.shape[2:])  # (B·H, T, …)
+    new = new.astype(room.dtype).reshape(room.shape[0], -1, *room.shape[2:])  # (B·H, T, …)
     if len(start) == 1:
         return jax.lax.dynamic_update_slice_in_dim(room, new, start[0], 1)
 

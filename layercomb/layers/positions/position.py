@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.core.layer import POSITION
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.decoding.caches import position_of, taken
+from layercomb.layers.decoding.caches import taken
+from layercomb.layers.decoding.seek import Position, held
 from layercomb.shapes import (
     Signature,
     as_deep,
@@ -47,7 +47,7 @@ def init_position(signature: Signature, mode: Mode) -> Tree:
     """The state of a layer that counts positions: zeros (B,) in ``PREDICT``, else nothing."""
     if mode is not Mode.PREDICT:
         return {}
-    return {POSITION: jnp.zeros(signature[0].shape[0], jnp.int32)}
+    return {'position': Position.first(signature[0].shape[0])}
 
 
 def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[jax.Array, Tree]:
@@ -56,13 +56,18 @@ def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[ja
     Raises:
       ValueError: where they are known to pass the layer's `max_len`.
     """
-    owner, steps = type(layer).__name__, jnp.arange(length, dtype=jnp.int32)[None]
+    steps = jnp.arange(length, dtype=jnp.int32)[None]
     if mode is not Mode.PREDICT:
-        check_length(owner, length, layer.max_len)
+        check_length(type(layer).__name__, length, layer.max_len)
         return steps, state
-    start = position_of(state)
-    check_length(owner, taken(start) + length, layer.max_len)
-    return start[:, None] + steps, {**state, POSITION: start + length}
+    start = held(state.get('position'), Position)
+    check_next(layer, start, length)
+    return start.rows[:, None] + steps, {**state, 'position': start.moved(length)}
+
+
+def check_next(layer: Any, start: Position, length: int) -> None:
+    """Raises a ValueError if the next positions are known to pass the layer's `max_len`."""
+    check_length(type(layer).__name__, taken(start.rows) + length, layer.max_len)
 
 
 def check_length(owner: str, length: int, max_len: int | None) -> None:

@@ -90,7 +90,11 @@ def zeros_once(shape: tuple[int, ...], dtype: Any, known: jax.Array | None) -> j
 def matched(cts: Tree | None, state: Tree) -> Tree:
     """A tree like `state` with the cotangents found in `cts` under the same paths, else None."""
     cts = cts or {}
-    return {
-        key: matched(cts.get(key), value) if isinstance(value, dict) else cts.get(key)
-        for key, value in state.items()
-    }
+
+    def found(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return matched(cts.get(key), value)
+        given = cts.get(key)
+        return jax.tree.map(lambda _: None, value) if given is None else given
+
+    return {key: found(key, value) for key, value in state.items()}

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import contract
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.decisions import DECISIONS
 from layercomb.layers.core.fields import Bound, Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
@@ -110,10 +109,7 @@ class BlockSparseFF(Layer):
         out = weights['out']
         c = controllers.logits(weights['controller'], x)  # (…, E)
         if mode.is_training:
-            taken = state[DECISIONS]['blocks'] if mode is Mode.REPLAY else None
-            mask, blocks = controllers.sample(self, c, rng, taken)
-            if mode is Mode.RECORD:
-                state = {**state, DECISIONS: {'blocks': blocks}}
+            mask, state = controllers.sample(self, c, rng, mode, state, 'blocks')
             y = self._whole(weights, x, mask)
         else:
             flat, blocks = x.reshape(-1, x.shape[-1]), controllers.largest(c).reshape(-1)  # (T, …)

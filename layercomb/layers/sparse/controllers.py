@@ -21,7 +21,9 @@ import layercomb_kernels
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import dense, matmul
 from layercomb.layers.basic.initializers import lecun_normal
+from layercomb.layers.core.decisions import decide
 from layercomb.layers.core.fields import nearest_divisor, nearest_multiple
+from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.trees import Tree
 
@@ -89,15 +91,15 @@ def _fast_units(block_size: int, *arrays: jax.Array) -> jax.Array:
 
 
 def sample(
-    layer: Any, c: jax.Array, rng: jax.Array | None, taken: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """The mask of training, (…, n), and the choices, (…), in the smallest integers that hold them.
+    layer: Any, c: jax.Array, rng: jax.Array | None, mode: Mode, state: Tree, name: str
+) -> tuple[jax.Array, Tree]:
+    """The mask of training, (…, n), and the new state. The choices (…) are a decision.
 
     Args:
       layer: has temperature and hard_prob.
       c: (…, n) float32, the choices being along the last axis.
       rng: a typed key.
-      taken: choices to take in the place of the largest, in ``REPLAY``.
+      mode, state, name: as of `decide`.
 
     Raises:
       ValueError: without a key.
@@ -110,10 +112,14 @@ def sample(
     if layer.temperature:
         c = c + layer.temperature * jax.random.gumbel(noise_key, c.shape, c.dtype)
     p = jax.nn.softmax(c)
-    choices = largest(c).astype(smallest_integers(c.shape[-1])) if taken is None else taken
+
+    def choose() -> jax.Array:
+        return largest(c).astype(smallest_integers(c.shape[-1]))
+
+    choices, state = decide(mode, state, name, choose)
     through = one_hot(choices, p) + (p - jax.lax.stop_gradient(p))
     is_hard = jax.random.bernoulli(hard_key, np.float32(layer.hard_prob))
-    return jnp.where(is_hard, through, p), choices
+    return jnp.where(is_hard, through, p), state
 
 
 def largest(c: jax.Array) -> jax.Array:

@@ -14,7 +14,6 @@ import jax
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import contract, dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.decisions import DECISIONS
 from layercomb.layers.core.fields import Bound, Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
@@ -111,10 +110,7 @@ class SparseFF(Layer):
         c = controllers.logits(weights['controller'], x)
         c = c.reshape(*c.shape[:-1], -1, self.block_size)  # (…, F / N, N)
         if mode.is_training:
-            taken = state[DECISIONS]['units'] if mode is Mode.REPLAY else None
-            mask, units = controllers.sample(self, c, rng, taken)
-            if mode is Mode.RECORD:
-                state = {**state, DECISIONS: {'units': units}}
+            mask, state = controllers.sample(self, c, rng, mode, state, 'units')
             return (self._whole(weights, x, mask),), state
         return (self._whole(weights, x, controllers.one_hot(controllers.largest(c), c)),), state
 

@@ -11,7 +11,8 @@ from layercomb.layers.basic.initializers import Initializer, lecun_normal, zeros
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.decoding.caches import init_past, with_past
+from layercomb.layers.decoding.caches import Past
+from layercomb.layers.decoding.seek import held
 from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.layers.sparse.multiplicative import (
     check_modules,
@@ -72,7 +73,7 @@ class LocalConv(Layer):
         weights = {'kernel': kernel, 'bias': self.bias_init(bias_key, (n, m))}
         if mode is not Mode.PREDICT:
             return weights, {}
-        return weights, init_past(x, self._reach)
+        return weights, Past.empty(x, self._reach)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
@@ -80,7 +81,7 @@ class LocalConv(Layer):
         m, length = weights['kernel'].shape[2], x.shape[1]
         check_width(x, self.n_modules * m)
         if mode is Mode.PREDICT:
-            x, state = with_past(x, state, self._reach)
+            x, state = held(state, Past).extend(x, self._reach)
         else:
             x = jnp.pad(x, ((0, 0), (self._reach, 0), (0, 0)))
         side = self.kernel_size[1] - 1

@@ -16,10 +16,11 @@ from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
 from layercomb.layers.core.counted import counted_positions
-from layercomb.layers.core.decisions import DECISIONS
+from layercomb.layers.core.decisions import decide
 from layercomb.layers.core.fields import Bound, Rate, Size
-from layercomb.layers.core.layer import AUX_LOSS, Layer
+from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import AuxLoss
 from layercomb.layers.sparse import controllers
 from layercomb.layers.sparse.by_expert import (
     by_expert,
@@ -38,7 +39,7 @@ class SwitchFF(Layer):
     No expert is full and no position left out: positions are sorted by their experts, and each is
     multiplied by the weights of its own alone.
 
-    Training leaves as state, under ``aux_loss``, what keeps the experts in use::
+    Training leaves an `AuxLoss` in the state, ``aux_loss``, which keeps the experts in use::
 
         balance · E · Σₑ share[e] · mean[e]
 
@@ -116,17 +117,21 @@ class SwitchFF(Layer):
         if self.use_bias:
             weights['in']['bias'] = self.bias_init(keys[3], (e, f))
             weights['out']['bias'] = self.bias_init(keys[4], (e, d))
-        return weights, {} if mode is Mode.PREDICT else {AUX_LOSS: jnp.zeros((), jnp.float32)}
+        state = {'aux_loss': AuxLoss(jnp.zeros((), jnp.float32))}
+        return weights, {} if mode is Mode.PREDICT else state
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         state, counted = counted_positions(state, x)
         flat = x.reshape(-1, x.shape[-1])  # (T, D)
         p = self._probabilities(weights['router'], flat, rng, mode)  # (T, E)
-        if mode is Mode.REPLAY:
-            experts = state[DECISIONS]['experts'].reshape(-1)
-        else:
+
+        def choose() -> jax.Array:
             experts = jnp.argmax(p, -1).astype(controllers.smallest_integers(self.n_experts))
+            return experts.reshape(x.shape[:-1])
+
+        experts, state = decide(mode, state, 'experts', choose)
+        experts = experts.reshape(-1)  # (T,)
         y = by_expert(
             weights['in'],
             weights['out'],
@@ -137,9 +142,8 @@ class SwitchFF(Layer):
         own = jnp.take_along_axis(p, experts[:, None].astype(jnp.int32), 1)  # (T, 1)
         y = (y * own.astype(y.dtype)).reshape(x.shape)
         if mode.is_training:
-            state = {**state, AUX_LOSS: self.balance * imbalance(p, experts, counted)}
-        if mode is Mode.RECORD:
-            state = {**state, DECISIONS: {'experts': experts.reshape(x.shape[:-1])}}
+            loss = self.balance * imbalance(p, experts, counted)
+            state = {**state, 'aux_loss': AuxLoss(loss)}
         return (y,), state
 
     def _probabilities(

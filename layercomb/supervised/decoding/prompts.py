@@ -21,13 +21,14 @@ from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, one_line
 from layercomb.layers.attention.layers import LocalSelfAttention, SelfAttention
 from layercomb.layers.attention.lsh.layer import LSHAttention, LSHSelfAttention
-from layercomb.layers.attention.lsh.seek import set_positions
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.combinators.serial import Serial
-from layercomb.layers.core.layer import AUX_LOSS, Layer
+from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import AuxLoss, take_out
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import Once
+from layercomb.layers.decoding.seek import seek
 from layercomb.layers.sparse.attention import SparseQKVAttention
 from layercomb.layers.sparse.multiplicative import MultiplicativeHead
 from layercomb.model import Model, check_tokens
@@ -320,11 +321,8 @@ def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
     fresh = net.init(signature, jax.random.key(0), Mode.PREDICT)[1]
     made = jax.eval_shape(lambda: net.init(signature, jax.random.key(0), Mode.TRAIN)[1])
     of_training = trees.flatten(made)
-    kept = {
-        path: x
-        for path, x in trees.flatten(trained).items()
-        if path in of_training and path.split('/')[-1] != AUX_LOSS  # no business of decoding
-    }
+    statistics, _ = take_out(trained, AuxLoss)  # which decoding does not ask for
+    kept = {path: x for path, x in trees.flatten(statistics).items() if path in of_training}
     homeless = sorted(kept.keys() - trees.flatten(fresh).keys())
     if homeless:
         raise UsageError(
@@ -345,7 +343,7 @@ def ingest(start: Start) -> tuple[jax.Array, Tree]:
     else:
         inputs = (*inputs, at)
         (logits,), state = short.apply(start.weights, state, inputs, mode=Mode.PREDICT)
-    return logits[:, 0], set_positions(_grown(start, state), start.lengths)
+    return logits[:, 0], seek(_grown(start, state), start.lengths)
 
 
 def logits_of(outputs: tuple[jax.Array, ...]) -> jax.Array:

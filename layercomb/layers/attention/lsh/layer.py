@@ -13,6 +13,7 @@ from layercomb.layers.attention import tiles
 from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.lsh import rings
 from layercomb.layers.attention.lsh import windows as bucketwise
+from layercomb.layers.attention.lsh.cache import LSHCache
 from layercomb.layers.attention.lsh.function import lsh_attention
 from layercomb.layers.attention.lsh.hashing import (
     automatic_buckets,
@@ -24,18 +25,12 @@ from layercomb.layers.attention.lsh.hashing import (
 )
 from layercomb.layers.attention.multihead import MultiHead, dropout_arguments
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
-from layercomb.layers.core.decisions import DECISIONS
+from layercomb.layers.core.decisions import decide
 from layercomb.layers.core.fields import Rate, Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.decoding.caches import (
-    append,
-    by_row,
-    init_cache,
-    poison_overflow,
-    position_of,
-    refuse_overflow,
-)
+from layercomb.layers.decoding.caches import poison_overflow, refuse_overflow
+from layercomb.layers.decoding.seek import held
 from layercomb.layers.positions.position import check_length
 
 
@@ -104,22 +99,24 @@ class LSHAttention(Layer):
                 '(or n_buckets=) when making the layer'
             )
         n_buckets, key = self._factors(length), jax.random.key(self.seed)
-        cache = {
-            **init_cache(q, v, masked=True),
-            'buckets': jnp.zeros((b * h, length, self.n_hashes), self._dtype(length)),
-            'rotations': lsh_rotations(
+        made = None
+        if self.neighbourhood == 'bucket':
+            made = rings.empty(b * h, self.n_hashes, math.prod(n_buckets), self.chunk_len)
+        return {}, LSHCache.empty(
+            q,
+            v,
+            masked=True,
+            buckets=jnp.zeros((b * h, length, self.n_hashes), self._dtype(length)),
+            rotations=lsh_rotations(
                 key, h, q.shape[3], n_buckets=n_buckets, n_hashes=self.n_hashes
             ),
-        }
-        if self.neighbourhood == 'bucket':
-            n = math.prod(n_buckets)
-            cache['rings'] = rings.empty(b * h, self.n_hashes, n, self.chunk_len)
-        return {}, cache
+            rings=made,
+        )
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         q, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
-            return self._extend(state, q, v, *mask)
+            return self._extend(held(state, LSHCache), q, v, *mask)
         check_length('LSHAttention', q.shape[2], self.max_len)
         key = rng
         if not mode.is_training:
@@ -131,13 +128,8 @@ class LSHAttention(Layer):
         else:
             keys = jax.vmap(jax.random.split)(tiles.keys_of_heads(rng, q.shape[1]))
             key, rng = keys[:, 0], keys[:, 1]
-        if mode is Mode.REPLAY:
-            buckets = state[DECISIONS]['buckets']
-        else:
-            buckets = self._hash(q, key, q.shape[2])
+        buckets, state = decide(mode, state, 'buckets', lambda: self._hash(q, key, q.shape[2]))
         y = self._attend(q, v, buckets, *mask, **dropout_arguments(self.dropout, rng, mode))
-        if mode is Mode.RECORD:
-            state = {**state, DECISIONS: {'buckets': buckets}}
         return (y,), state
 
     def _factors(self, length: int) -> tuple[int, ...]:
@@ -171,34 +163,34 @@ class LSHAttention(Layer):
             **dropout,
         )
 
-    def _extend(self, cache: Any, q: jax.Array, v: jax.Array, mask: Any = None):
-        position, length, room = position_of(cache), q.shape[2], cache['k'].shape[1]
+    def _extend(self, cache: LSHCache, q: jax.Array, v: jax.Array, mask: Any = None) -> Any:
+        position, length, room = cache.position.rows, q.shape[2], cache.room
         refuse_overflow(position, length, room)
         real = jnp.ones((q.shape[0], length), bool) if mask is None else mask
         n_buckets = self._factors(room)
-        buckets = rotated_buckets(q, cache['rotations'], n_buckets=n_buckets)
-        new = buckets.swapaxes(2, 3).astype(cache['buckets'].dtype)  # (B, H, T, R)
-        cache = cache | append(cache, {'k': q, 'v': v, 'mask': real, 'buckets': new}, position)
-        if length == 1 and 'rings' in cache:
-            y, cache['rings'] = self._next(cache, q, buckets, position, real)
+        buckets = rotated_buckets(q, cache.rotations, n_buckets=n_buckets)
+        by_position = buckets.swapaxes(2, 3)  # (B, H, T, R)
+        cache = cache.append(position, k=q, v=v, mask=real, buckets=by_position)
+        if length == 1 and cache.rings is not None:
+            y, after = self._next(cache, q, buckets, position, real)
+            cache = cache.replace(rings=after)
         else:
-            held = by_row(cache)
             filled = jnp.arange(room, dtype=jnp.int32)[None] < (position + length)[:, None]
-            by_round = held['buckets'].swapaxes(2, 3)  # (B, H, R, L)
-            y = self._attend(held['k'], held['v'], by_round, held['mask'] & filled)
+            by_round = cache.by_row(cache.buckets).swapaxes(2, 3)  # (B, H, R, L)
+            keys, values = cache.by_row(cache.k), cache.by_row(cache.v)
+            y = self._attend(keys, values, by_round, cache.mask & filled)
             y = jax.vmap(lambda y, at: jax.lax.dynamic_slice_in_dim(y, at, length, 1))(y, position)
-            cache = rings.refill(cache) if 'rings' in cache else cache
+            cache = cache.refilled()
         return (poison_overflow(y, position, length, room),), cache
 
-    def _next(self, cache: Any, q: Any, buckets: Any, position: Any, real: Any) -> Any:
+    def _next(self, cache: LSHCache, q: Any, buckets: Any, position: Any, real: Any) -> Any:
         """Attention of one position a row to those in its rings, (B, H, 1, D), and the rings."""
         b, h, _, depth = q.shape
-        room = cache['k'].shape[1]
         position, real = jnp.repeat(position, h), jnp.repeat(real[:, 0], h)  # (N,), N = B·H
-        after, at = rings.push(cache['rings'], buckets.reshape(b * h, -1), position, real)
+        after, at = rings.push(cache.rings, buckets.reshape(b * h, -1), position, real)
         at = at.reshape(b * h, -1)  # (N, R·C)
-        there = jnp.clip(at, 0, room - 1)
-        s = rings.cosines(q.reshape(b * h, depth), there, cache['k'])
+        there = jnp.clip(at, 0, cache.room - 1)
+        s = rings.cosines(q.reshape(b * h, depth), there, cache.k)
         s = jnp.where(at == position[:, None], bucketwise.SELF, s)
         if self.duplicates == 'once':
             s = s - jnp.log((at[:, None] == at[:, :, None]).sum(-1, dtype=jnp.float32))
@@ -207,8 +199,8 @@ class LSHAttention(Layer):
         p = jnp.where(seen, jnp.exp(s - s.max(-1, keepdims=True)), 0.0)
         total = p.sum(-1, keepdims=True)
         p = p / jnp.where(total > 0, total, 1.0)
-        y = rings.means(p, there, cache['v'])
-        return y.reshape(b, h, 1, -1).astype(cache['v'].dtype), after
+        y = rings.means(p, there, cache.v)
+        return y.reshape(b, h, 1, -1).astype(cache.v.dtype), after
 
 
 by_head.register(LSHAttention)(as_it_is)

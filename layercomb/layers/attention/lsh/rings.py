@@ -20,10 +20,8 @@ from layercomb.layers.attention.lsh.windows import (
     sorted_by_bucket,
     unit,
 )
-from layercomb.layers.core.layer import POSITION
 from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.layers.quantized.rows import IN_BOUNDS, rows
-from layercomb.trees import Tree
 
 
 def empty(n_rows: int, n_hashes: int, n_buckets: int, chunk_len: int) -> jax.Array:
@@ -99,17 +97,20 @@ _fast_cosines = with_kernel(_cosines, _cosines_by_kernel)
 _fast_means = with_kernel(_means, layercomb_kernels.gathered_means)
 
 
-def refill(cache: Tree) -> Tree:
-    """A cache whose rings hold what its buckets say, of the real positions that rows have reached.
+def filled(rings: jax.Array, buckets: jax.Array, mask: jax.Array, position: jax.Array) -> jax.Array:
+    """Rings that hold what the buckets say, of the real positions that rows have reached.
 
     Args:
-      cache: with ``rings``, and ``buckets`` (N, L, R), ``mask`` (B, L) and ``position`` (B,).
+      rings: (N, R, n, C), whose shape alone matters.
+      buckets: (N, L, R), of each position.
+      mask: (B, L), which positions are real.
+      position: (B,), how many positions each row has reached.
     """
-    rings, buckets = cache['rings'], cache['buckets'].swapaxes(1, 2)  # (N, R, L)
+    buckets = buckets.swapaxes(1, 2)  # (N, R, L)
     _, _, n_buckets, chunk_len = rings.shape
     length = buckets.shape[2]
     numbers = jnp.arange(length, dtype=jnp.int32)
-    seen = cache['mask'] & (numbers[None] < cache[POSITION][:, None])  # (B, L)
+    seen = mask & (numbers[None] < position[:, None])  # (B, L)
     seen = jnp.repeat(seen, len(buckets) // len(seen), 0)[:, None]  # (N, 1, L)
     buckets = jnp.where(seen, buckets.astype(jnp.int32), n_buckets)
 
@@ -123,4 +124,4 @@ def refill(cache: Tree) -> Tree:
         at = jnp.where(last, bucket, n_buckets), place  # padding's bucket is none
         return empty(1, 1, n_buckets, chunk_len)[0, 0].at[at].set(order, mode='drop')
 
-    return {**cache, 'rings': jax.vmap(jax.vmap(one))(buckets)}
+    return jax.vmap(jax.vmap(one))(buckets)

@@ -1,0 +1,149 @@
+"""What stands in a state says by its type what it is: an auxiliary loss, decisions, and others.
+
+A layer's state is a nested dict of arrays and of such parts. What a part means does not depend on
+the key that it stands under, so that layers, weights and states may have any names.
+
+Decisions and what says which positions count are not the layer's own: others put them beside its
+state for one call. They stand under a key that begins with "/", as no name of a layer does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+
+from layercomb.trees import Tree, Typed, plain, typed
+
+P = TypeVar('P', bound='Part')
+
+
+@dataclass_transform(frozen_default=True)
+class Part(Typed):
+    """A value in a state that is known by its class: a frozen dataclass, and a node of JAX's trees.
+
+    A subclass annotates its fields: arrays, trees, other parts, or None. On disk a part of one
+    field is what the field holds, and one of several fields is a dict of them.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes the class a frozen dataclass and registers it with JAX."""
+        super().__init_subclass__(**kwargs)
+        made: type[Any] = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        jax.tree_util.register_dataclass(made)
+
+    def fields(self) -> dict[str, Any]:
+        """What the part holds, by the names of its fields; None is left out."""
+        found: Any = self
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(found)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def replace(self: P, **changes: Any) -> P:
+        """The same part with other values in some fields."""
+        made: Any = self
+        return dataclasses.replace(made, **changes)
+
+    def plain(self) -> Any:
+        """See the class."""
+        values = plain(self.fields())
+        return values if self._has_many_fields else values[self._first]
+
+    def filled(self, plain: Any) -> Any:
+        """The same part with what `plain` made of another one."""
+        found = plain if self._has_many_fields else {self._first: plain}
+        return self.replace(**{n: typed(found[n], value) for n, value in self.fields().items()})
+
+    @property
+    def _first(self) -> str:
+        made: Any = self
+        return dataclasses.fields(made)[0].name
+
+    @property
+    def _has_many_fields(self) -> bool:
+        made: Any = self
+        return len(dataclasses.fields(made)) > 1
+
+
+class AuxLoss(Part):
+    """A loss that a layer leaves in its state in training, to be added to that of the model.
+
+    A `Loop` adds up all that it finds. A layer that has one gives ``AuxLoss(jnp.zeros(()))`` in
+    `init`, so that the state keeps its structure, and the value in `apply` in training::
+
+        return (y,), {**state, 'aux_loss': tl.AuxLoss(loss)}
+
+    Combinators that apply a layer several times add its auxiliary losses up (`Map`), or take their
+    mean (`Chunk`).
+
+    Attributes:
+      value: float32 (), or a tree of such.
+    """
+
+    value: Any
+
+
+class Blocks(dict[str, Any], Typed):
+    """The states of a layer that stands several times, one each, as ``PREDICT`` has them: ``'0'`` …
+
+    In training a `Repeat` has one state, in which those of its blocks are stacked. This is the dict
+    that a `Serial` of the blocks would have, so that one state serves both.
+    """
+
+    def plain(self) -> Tree:
+        """The dict."""
+        return plain(dict(self))
+
+    def filled(self, plain: Any) -> Blocks:
+        """The same blocks with what `plain` made of others."""
+        return Blocks({key: typed(plain[key], value) for key, value in self.items()})
+
+
+def _with_keys(blocks: Blocks) -> tuple[list[Any], tuple[str, ...]]:
+    keys = tuple(sorted(blocks))
+    return [(jax.tree_util.DictKey(key), blocks[key]) for key in keys], keys
+
+
+jax.tree_util.register_pytree_with_keys(
+    Blocks, _with_keys, lambda keys, values: Blocks(zip(keys, values, strict=True))
+)
+
+
+def own(state: Tree, kind: type[P]) -> P | None:
+    """The part of one type that stands in a state itself, and in no state inside of it."""
+    return next((value for value in state.values() if isinstance(value, kind)), None)
+
+
+def beside(state: Tree, part: Part) -> Tree:
+    """A state with a part put beside it for one call, in the place of one of the same type."""
+    return {**without(state, type(part)), f'/{type(part).__name__.lower()}': part}
+
+
+def without(state: Tree, kind: type[Part]) -> Tree:
+    """A state without the part of one type that stands in it itself."""
+    return {key: value for key, value in state.items() if not isinstance(value, kind)}
+
+
+def take_out(state: Tree, kind: type[Part]) -> tuple[Tree, Tree]:
+    """Separates a state from the parts of one type in it, both with their paths."""
+    rest, found = {}, {}
+    for key, value in state.items():
+        if isinstance(value, kind):
+            found[key] = value
+        elif isinstance(value, dict):
+            inner_rest, inner_found = take_out(value, kind)
+            if inner_rest or not inner_found:
+                rest[key] = inner_rest
+            if inner_found:
+                found[key] = inner_found
+        else:
+            rest[key] = value
+    return rest, found
+
+
+def put_back(state: Tree, found: Tree) -> Tree:
+    """The inverse of `take_out`."""
+    out = dict(state)
+    for key, value in found.items():
+        out[key] = put_back(out.get(key, {}), value) if isinstance(value, dict) else value
+    return out
