@@ -106,7 +106,7 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 def _bound(hint: Any) -> Bound | None:
     """The range of a number, or of each entry of a tuple.
 
-    >>> _bound(tuple[Size, Size] | None)
+    >>> _bound(tuple[Annotated[int, Bound(1)], int] | None)
     Bound(low=1, below=None)
     """
     for part in _parts(hint):
