@@ -15,7 +15,7 @@ from layercomb import trees
 from layercomb.errors import require
 from layercomb.layers.core.axes import Axes
 from layercomb.layers.core.layer import Layer
-from layercomb.transforms.weight_axes import axes, holder
+from layercomb.transforms.weight_axes import axes, declared, holder
 from layercomb.trees import Tree
 
 HEAD = 'head'  # the name of the layer that makes logits
@@ -110,12 +110,12 @@ def decayed(net: Layer | None, weights: Tree) -> Tree:
     by_name = trees.decay_mask(weights)
     if net is None:
         return by_name
-    found = axes(net, weights)
 
-    def one(path: str, named: bool) -> bool:
-        return not found[path].is_vector if found[path].is_declared else named
+    def one(path: str, leaf: Any, named: bool) -> bool:
+        spec = declared(net, path, leaf)
+        return named if spec is None else not Axes(spec).is_vector
 
-    return trees.map_with_path(one, by_name)
+    return trees.map_with_path(one, weights, by_name)
 
 
 def matrices(found: dict[str, Axes], weights: Tree) -> Tree:

@@ -48,19 +48,15 @@ def axes(net: Layer, weights: Tree) -> dict[str, Axes]:
 def holder(net: Layer, path: str) -> tuple[Layer, str, int]:
     """The layer that makes a weight, the weight's path in it, and how many axes are stacked.
 
-    Raises:
-      ValueError: if no layer of the model has such a weight.
+    A path that leads nowhere ends at the last combinator on its way.
     """
     layer, rest, stacked = net, path, 0
     while rest not in layer.weight_axes:
         if isinstance(layer, Combinator):
-            key, _, rest = rest.partition('/')
-            if key not in layer.keys or not rest:
-                raise ValueError(
-                    f'the model has no weight {path!r}: give the layer whose weights these are, or '
-                    f'declare it in weight_axes of {type(layer).__name__}'
-                )
-            layer = layer.sublayers[layer.keys.index(key)]
+            key, _, inside = rest.partition('/')
+            if key not in layer.keys or not inside:
+                break
+            layer, rest = layer.sublayers[layer.keys.index(key)], inside
         elif isinstance(layer, Wrapper) and not isinstance(layer, Quantized):
             stacked += layer.stacked_axes
             layer = layer.layer
@@ -69,24 +65,28 @@ def holder(net: Layer, path: str) -> tuple[Layer, str, int]:
     return layer, rest, stacked
 
 
+def declared(net: Layer, path: str, leaf: Any) -> str | None:
+    """What is declared of a weight, an array or `jax.ShapeDtypeStruct`; None if nothing is."""
+    layer, rest, _ = holder(net, path)
+    if isinstance(layer, Quantized):
+        return layer.narrow_spec(rest, leaf) or declared(layer.layer, rest, leaf)
+    return layer.weight_axes.get(rest)
+
+
 def _axes(net: Layer, path: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> Axes:
     layer, rest, stacked = holder(net, path)
+    spec = declared(net, path, leaf)
+    if spec is None and isinstance(layer, Combinator):
+        raise ValueError(
+            f'the model has no weight {path!r}: give the layer whose weights these are, or declare '
+            f'{rest!r} in weight_axes of {type(layer).__name__}'
+        )
     ndim = len(leaf.shape)
-    spec = _spec(layer, rest, leaf)
     found = undeclared(ndim, stacked) if spec is None else Axes(spec, stacked)
-    if found.ndim != ndim or ndim < stacked:
+    if found.ndim != ndim:
         raise ValueError(
             f'{path!r} has {ndim} axes, {tuple(leaf.shape)}; {type(layer).__name__} declares '
             f'{spec!r} and Repeat stacks {stacked}: mend weight_axes of the class, or give a '
             'wrapper that stacks weights stacked_axes = 1'
         )
     return found
-
-
-def _spec(layer: Layer, path: str, leaf: Any) -> str | None:
-    if isinstance(layer, Quantized):
-        found = layer.narrow_spec(path, leaf)
-        if found is not None:
-            return found
-        layer, path, _ = holder(layer.layer, path)
-    return layer.weight_axes.get(path)

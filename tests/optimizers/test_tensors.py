@@ -146,6 +146,36 @@ def test_what_is_decayed_is_what_is_no_vector():
     assert decayed(Own(), weights) == decayed(None, weights) == wanted
 
 
+class Stacking(tl.Wrapper):
+    """A wrapper of one's own that stacks weights, as `Repeat` does, and does not say so."""
+
+    def init(self, signature, rng, mode=lc.Mode.TRAIN):
+        return jax.vmap(lambda key: self.layer.init(signature, key, mode))(jax.random.split(rng, 3))
+
+
+class Said(Stacking):
+    stacked_axes = 1
+
+
+class Scaled(tl.Serial, init=False):
+    """A combinator with a weight of its own."""
+
+    def init_with_outputs(self, signature, rng, mode):
+        outputs, weights, state = super().init_with_outputs(signature, rng, mode)
+        return outputs, {**weights, 'by': jnp.ones((2, 2))}, state
+
+
+def test_wrappers_and_combinators_of_ones_own():
+    for net in (Stacking(tl.Dense()), Scaled(tl.Dense())):
+        weights = init(net)
+        assert decayed(net, weights) == trees.decay_mask(weights)  # which needs no number of axes
+    with pytest.raises(ValueError, match='a wrapper that stacks weights stacked_axes = 1'):
+        tensors('muon', Stacking(tl.Dense()), init(Stacking(tl.Dense())))
+    assert lc.axes(Said(tl.Dense()), init(Said(tl.Dense())))['kernel'] == lc.Axes('D->F', 1)
+    with pytest.raises(ValueError, match=r"no weight 'by': .* in weight_axes of Scaled"):
+        tensors('muon', Scaled(tl.Dense()), init(Scaled(tl.Dense())))
+
+
 @pytest.mark.parametrize('make', [optimizers.muon, optimizers.adafactor])
 def test_a_layer_of_ones_own_that_does_not_declare_is_refused_with_the_line_to_add(make):
     net = tl.Serial(tl.LayerNorm(), Own(name='mine'))
