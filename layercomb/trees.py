@@ -61,11 +61,10 @@ def flatten(tree: Mapping[str, Any] | Typed) -> dict[str, Any]:
     >>> flatten({'dense': {'kernel': 1, 'bias': 2}, 'scale': 3})
     {'dense/bias': 2, 'dense/kernel': 1, 'scale': 3}
     """
-    if isinstance(tree, Typed):
-        tree = tree.plain()
     flat = {}
-    for key in sorted(tree):
-        value = tree[key].plain() if isinstance(tree[key], Typed) else tree[key]
+    whole: Mapping[str, Any] = tree.plain() if isinstance(tree, Typed) else tree
+    for key in sorted(whole):
+        value = whole[key].plain() if isinstance(whole[key], Typed) else whole[key]
         if isinstance(value, Mapping):
             flat.update({f'{key}/{path}': leaf for path, leaf in flatten(value).items()})
         else:

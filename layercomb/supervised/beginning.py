@@ -55,7 +55,8 @@ def _stacked(state: Tree) -> dict[str, Any]:
     """
     if isinstance(state, Blocks):
         blocks = [_stacked(state[str(i)]) for i in range(len(state)) if str(i) in state]
-        return {path: jnp.stack([block[path] for block in blocks]) for path in blocks[0]}
+        paths = blocks[0] if blocks else ()
+        return {path: jnp.stack([block[path] for block in blocks]) for path in paths}
     flat: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, dict):

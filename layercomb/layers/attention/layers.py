@@ -147,7 +147,7 @@ class LocalAttention(Layer):
         def piece(x: jax.Array, start: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim - 2 if x.ndim > 1 else 0)
 
-        whole = cache.by_row(cache.k), cache.by_row(cache.v), cache.mask
+        whole: Any = cache.by_row(cache.k), cache.by_row(cache.v), cache.mask
         keys, values, seen = (jax.vmap(piece)(x, start) for x in whole)
         if length == 1:
             y = dot_product_attention(

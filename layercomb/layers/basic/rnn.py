@@ -13,8 +13,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past, poison_overflow, refuse_overflow
 from layercomb.layers.decoding.seek import held
-from layercomb.shapes import Signature, check_float, check_sequence, shape_dtype
-from layercomb.trees import Tree
+from layercomb.shapes import check_float, check_sequence, shape_dtype
 
 
 class SRU(Layer):
@@ -63,10 +62,7 @@ class SRU(Layer):
         if self.activation is not None:
             activation(self.activation)  # raises if there is none of this name
 
-    def init(
-        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
-    ) -> tuple[Tree, Tree]:
-        """See `Layer.init`."""
+    def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         check_float('SRU', x)
         check_sequence('SRU', x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from layercomb.layers.core.decisions import Decisions, put_decisions, take_decis
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import Blocks, beside, own, without
+from layercomb.layers.core.state import Blocks, beside, own, refuse_blocks, without
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import describe
 from layercomb.trees import Tree
@@ -60,11 +61,13 @@ class Map(Wrapper):
         """Applies the layer to each group; group `i` draws from `rng` folded with `i`."""
         check_inputs(self, inputs)
         apart = mode is Mode.PREDICT
+        if not apart:
+            refuse_blocks('Map', state, mode)
+        kept = copy.copy(state)  # of the same type
         found = own(state, Decisions)
         state, counted = take_counted(without(state, Decisions))
         state = state if apart else add_aux({}, state, 0.0)
         outputs: Arrays = ()
-        kept = Blocks()
         decisions: Tree = {}
         for i, group in enumerate(self._groups(inputs)):
             its_state = put_decisions(

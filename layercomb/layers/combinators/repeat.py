@@ -12,7 +12,7 @@ from layercomb.layers.core.counted import put_counted, take_counted
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import Blocks
+from layercomb.layers.core.state import Blocks, refuse_blocks
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import Signature, describe
 from layercomb.trees import Tree
@@ -87,12 +87,7 @@ class Repeat(Wrapper):
         """Runs the blocks in order; block `i` draws from `rng` folded with `i`."""
         if mode is Mode.PREDICT:
             return self._apply_one_by_one(weights, state, inputs, rng)
-        if isinstance(state, Blocks):
-            raise ValueError(
-                f'{type(self).__name__}: this state was made for decoding, a block at a time: init '
-                f'without mode=PREDICT to apply in {mode.name}'
-            )
-
+        refuse_blocks(type(self).__name__, state, mode)
         state, counted = take_counted(state)  # the same for all blocks
 
         def step(values: Arrays, xs: Any) -> tuple[Arrays, Tree]:

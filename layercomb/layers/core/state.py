@@ -9,6 +9,7 @@ state for one call. They stand under a key that begins with "/", as no name of a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, TypeVar, dataclass_transform
 
@@ -30,7 +31,7 @@ class Part(Typed):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Makes the class a frozen dataclass and registers it with JAX."""
         super().__init_subclass__(**kwargs)
-        made: type[Any] = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        made: type[Any] = dataclasses.dataclass(frozen=True)(cls)
         jax.tree_util.register_dataclass(made)
 
     def fields(self) -> dict[str, Any]:
@@ -109,9 +110,22 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def own(state: Tree, kind: type[P]) -> P | None:
+def refuse_blocks(owner: str, state: Any, mode: Any) -> None:
+    """Raises a ValueError if a state was made for ``PREDICT``, which has one for each block."""
+    if isinstance(state, Blocks):
+        raise ValueError(
+            f'{owner}: this state was made for decoding, a block at a time: init without '
+            f'mode=PREDICT to apply in {mode.name}'
+        )
+
+
+# A layer's whole state may be a part, such as a cache; nothing stands beside that.
+
+
+def own(state: Any, kind: type[P]) -> P | None:
     """The part of one type that stands in a state itself, and in no state inside of it."""
-    return next((value for value in state.values() if isinstance(value, kind)), None)
+    values = state.values() if isinstance(state, dict) else ()
+    return next((value for value in values if isinstance(value, kind)), None)
 
 
 def beside(state: Tree, part: Part) -> Tree:
@@ -119,31 +133,33 @@ def beside(state: Tree, part: Part) -> Tree:
     return {**without(state, type(part)), f'/{type(part).__name__.lower()}': part}
 
 
-def without(state: Tree, kind: type[Part]) -> Tree:
+def without(state: Any, kind: type[Part]) -> Any:
     """A state without the part of one type that stands in it itself."""
+    if own(state, kind) is None:
+        return state
     return {key: value for key, value in state.items() if not isinstance(value, kind)}
 
 
-def take_out(state: Tree, kind: type[Part]) -> tuple[Tree, Tree]:
+def take_out(state: Any, kind: type[Part]) -> tuple[Any, Tree]:
     """Separates a state from the parts of one type in it, both with their paths."""
-    rest, found = {}, {}
+    if not isinstance(state, dict):
+        return state, {}
+    rest, found = type(state)(), {}
     for key, value in state.items():
         if isinstance(value, kind):
             found[key] = value
-        elif isinstance(value, dict):
-            inner_rest, inner_found = take_out(value, kind)
-            if inner_rest or not inner_found:
-                rest[key] = inner_rest
-            if inner_found:
-                found[key] = inner_found
-        else:
-            rest[key] = value
+            continue
+        inner_rest, inner_found = take_out(value, kind)
+        if inner_found:
+            found[key] = inner_found
+        if not inner_found or inner_rest:
+            rest[key] = inner_rest
     return rest, found
 
 
-def put_back(state: Tree, found: Tree) -> Tree:
+def put_back(state: Any, found: Tree) -> Any:
     """The inverse of `take_out`."""
-    out = dict(state)
+    out = copy.copy(state)
     for key, value in found.items():
         out[key] = put_back(out.get(key, {}), value) if isinstance(value, dict) else value
     return out

@@ -172,8 +172,7 @@ class LSHAttention(Layer):
         by_position = buckets.swapaxes(2, 3)  # (B, H, T, R)
         cache = cache.append(position, k=q, v=v, mask=real, buckets=by_position)
         if length == 1 and cache.rings is not None:
-            y, after = self._next(cache, q, buckets, position, real)
-            cache = cache.replace(rings=after)
+            y, cache = self._next(cache, cache.rings, q, buckets, position, real)
         else:
             filled = jnp.arange(room, dtype=jnp.int32)[None] < (position + length)[:, None]
             by_round = cache.by_row(cache.buckets).swapaxes(2, 3)  # (B, H, R, L)
@@ -183,11 +182,13 @@ class LSHAttention(Layer):
             cache = cache.refilled()
         return (poison_overflow(y, position, length, room),), cache
 
-    def _next(self, cache: LSHCache, q: Any, buckets: Any, position: Any, real: Any) -> Any:
-        """Attention of one position a row to those in its rings, (B, H, 1, D), and the rings."""
+    def _next(
+        self, cache: LSHCache, before: jax.Array, q: Any, buckets: Any, position: Any, real: Any
+    ) -> tuple[jax.Array, LSHCache]:
+        """Attention of one position a row to those in its rings, (B, H, 1, D), and the cache."""
         b, h, _, depth = q.shape
         position, real = jnp.repeat(position, h), jnp.repeat(real[:, 0], h)  # (N,), N = B·H
-        after, at = rings.push(cache.rings, buckets.reshape(b * h, -1), position, real)
+        after, at = rings.push(before, buckets.reshape(b * h, -1), position, real)
         at = at.reshape(b * h, -1)  # (N, R·C)
         there = jnp.clip(at, 0, cache.room - 1)
         s = rings.cosines(q.reshape(b * h, depth), there, cache.k)
@@ -200,7 +201,7 @@ class LSHAttention(Layer):
         total = p.sum(-1, keepdims=True)
         p = p / jnp.where(total > 0, total, 1.0)
         y = rings.means(p, there, cache.v)
-        return y.reshape(b, h, 1, -1).astype(cache.v.dtype), after
+        return y.reshape(b, h, 1, -1).astype(cache.v.dtype), cache.replace(rings=after)
 
 
 by_head.register(LSHAttention)(as_it_is)
