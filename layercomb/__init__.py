@@ -14,6 +14,7 @@ from layercomb.errors import UsageError
 from layercomb.layers.basic.fn import Fn
 from layercomb.layers.core.layer import Layer, init_state
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.walk import walk
 from layercomb.model import Model
 from layercomb.shapes import describe, shape_dtype, signature_of
 from layercomb.summary import summary
@@ -40,4 +41,5 @@ __all__ = [
     'transforms',
     'trees',
     'unstack',
+    'walk',
 ]

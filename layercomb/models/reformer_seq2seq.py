@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from layercomb import layers as tl
 from layercomb.layers.core.fields import checked
+from layercomb.layers.core.walk import walk
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,
@@ -164,10 +165,9 @@ def check_arity(
 
 def refuse_looking_ahead(owner: str, pattern: Sequence[tl.Layer]) -> None:
     """Raises a ValueError if a layer, or one inside, says that it is not causal."""
-    for layer in pattern:
+    for _, layer in (found for given in pattern for found in walk(given)):
         if getattr(layer, 'causal', True) is False:
             raise ValueError(
                 f'{owner}: decoder_attention: {type(layer).__name__} with causal=False sees the '
                 'tokens that it should predict: make it with causal=True'
             )
-        refuse_looking_ahead(owner, layer.sublayers)

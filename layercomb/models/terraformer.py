@@ -18,6 +18,7 @@ from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.caches import BEFORE
 from layercomb.layers.decoding.once import run_once
 from layercomb.layers.positions.position import check_length, init_position, next_positions
+from layercomb.layers.sparse.attention import is_self_attention
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,
@@ -342,11 +343,10 @@ def sparse_projections(
     """
     if n_modules is None:
         return tuple(pattern)
-    known = (tl.SelfAttention, tl.LocalSelfAttention, tl.LSHSelfAttention, tl.SparseQKVAttention)
     found: list[tl.Layer] = []
 
     def make(layer: tl.Layer) -> tl.Layer:
-        if not isinstance(layer, known):
+        if not is_self_attention(layer):
             return layer
         found.append(layer)
         return tl.sparse_qkv(layer, n_modules, kernel_size)
@@ -358,8 +358,8 @@ def sparse_projections(
         if not found:
             raise TypeError(
                 f'qkv_modules={n_modules}: {type(layer).__name__} has no projections that could be '
-                'sparse: give a SelfAttention, LocalSelfAttention or LSHSelfAttention, or '
-                'qkv_modules=None'
+                'sparse: give a SelfAttention, LocalSelfAttention or LSHSelfAttention, a layer with '
+                'fields n_heads, core and rotary, or qkv_modules=None'
             )
     return tuple(made)
 

@@ -138,14 +138,14 @@ class MultiHead(Combinator):
     def _goes_by_head(self, inputs: Any) -> bool:
         apart = all(
             part.headwise and (key not in (*self.reads, 'output') or not part.mixes_positions)
-            for key, part in self._children
+            for key, part in self.children
         )
         wide = all(x.dtype == jnp.float32 for x in inputs if is_float(x))
         return jax.default_backend() == 'cpu' and apart and wide
 
     def _apart(self, weights: Tree) -> Tree:
         """The weights with a leading axis of heads."""
-        children: dict[str, Any] = dict(self._children)
+        children: dict[str, Any] = dict(self.children)
         return {key: children[key].by_head(w) for key, w in weights.items()}
 
     def _heads(self, by_head: Tree, state: Tree, rng: jax.Array | None) -> Head:
@@ -161,7 +161,7 @@ class MultiHead(Combinator):
         """One head's queries, keys and values, (B, 1, L, K), by name."""
         return {
             key: self._part(key, weights, {}, (inputs[self.reads[key]],), None, mode)[0]
-            for key, _ in self._children
+            for key, _ in self.children
             if key in self.reads
         }
 
@@ -186,7 +186,7 @@ class MultiHead(Combinator):
 
     def _merge(self, weights: Tree, values: Any, mode: Mode) -> jax.Array:
         """One head's part of the output, from what it attended to and the first input."""
-        n_in = dict(self._children)['output'].n_in
+        n_in = dict(self.children)['output'].n_in
         return self._part('output', weights, {}, values[:n_in], None, mode)[0]
 
     def _attend(
@@ -197,7 +197,7 @@ class MultiHead(Combinator):
 
         def call(i: int, stack: Any) -> Any:
             nonlocal new
-            key, part = self._children[i]
+            key, part = self.children[i]
             if key in projected:
                 if stack[0] is not inputs[self.reads[key]]:
                     raise ValueError(
@@ -217,7 +217,7 @@ class MultiHead(Combinator):
 
     def _part(self, key: str, weights: Tree, state: Tree, values: Any, rng: Any, mode: Mode) -> Any:
         """The outputs of a part; of the core with its state behind them."""
-        part = dict(self._children)[key]
+        part = dict(self.children)[key]
         with where(self, key, part, values):
             check_inputs(part, values)
             outputs, new = part.apply(weights.get(key, {}), state, values, rng=rng, mode=mode)

@@ -63,7 +63,7 @@ class Pass:
 
     def _in_one(self, i: int, inputs: Stack, cts: Stack) -> tuple[Stack, Stack, Tree]:
         """`Layer.apply_and_grad` of the i-th layer."""
-        key, layer = self.owner._children[i]
+        key, layer = self.owner.children[i]
         with where(self.owner, key, layer, inputs):
             check_inputs(layer, inputs)
             outputs, d_inputs, d_weights = layer.apply_and_grad(
@@ -79,7 +79,7 @@ class Pass:
 
     def _recorded(self, i: int, inputs: Stack) -> tuple[Stack, Callable[[Stack], Any]]:
         """Outputs of the i-th layer, and what takes their cotangents back to inputs and weights."""
-        key, layer = self.owner._children[i]
+        key, layer = self.owner.children[i]
 
         def run(weights: Tree, inputs: Stack) -> tuple[Stack, Tree]:
             state, rng = self.state.get(key, {}), fold(self.rng, i)

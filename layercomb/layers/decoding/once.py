@@ -35,6 +35,7 @@ class Once(Wrapper):
     """
 
     carries_counted = True
+    reads_memory = True
 
     headwise = property(lambda self: self.layer.headwise)
     mixes_positions = property(lambda self: self.layer.mixes_positions)

@@ -102,6 +102,7 @@ class MultiplicativeHead(Layer):
     n_modules: Size = 4
     use_bias: bool = True
 
+    makes_logits = True
     matrices = {'features': 'oi'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
