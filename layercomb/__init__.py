@@ -10,6 +10,7 @@
 
 from layercomb import layers as tl
 from layercomb import losses, models, transforms, trees
+from layercomb.capture import capture
 from layercomb.errors import UsageError
 from layercomb.layers.basic.fn import Fn
 from layercomb.layers.core.layer import Layer, init_state
@@ -28,6 +29,7 @@ __all__ = [
     'Model',
     'UsageError',
     '__version__',
+    'capture',
     'cast',
     'describe',
     'init_state',

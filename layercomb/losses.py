@@ -102,7 +102,7 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
 
 
 def _is_position_wise(net: Layer) -> bool:
-    """Whether it is known to be so: nobody says it of functions, and some say it of their layers."""
+    """Whether it is known to be so: of ours, and of classes that say it themselves."""
     return all(not layer.mixes_positions and _is_said(layer) for _, layer in walk(net))
 
 

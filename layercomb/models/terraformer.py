@@ -358,7 +358,7 @@ def sparse_projections(
         if not found:
             raise TypeError(
                 f'qkv_modules={n_modules}: {type(layer).__name__} has no projections that could be '
-                'sparse: give a SelfAttention, LocalSelfAttention or LSHSelfAttention, a layer with '
+                'sparse: give a SelfAttention, LocalSelfAttention or LSHSelfAttention, one with '
                 'fields n_heads, core and rotary, or qkv_modules=None'
             )
     return tuple(made)

@@ -30,10 +30,10 @@ class Wrapper(Layer):
         """The layer inside, which adds no level, and layers in other fields by their names."""
         found: list[tuple[str, Layer]] = [('', self.layer)]
         for field, value in self._layers_beside():
-            many = isinstance(value, tuple)
-            found += (
-                [(f'{field}_{i}', v) for i, v in enumerate(value)] if many else [(field, value)]
-            )
+            if isinstance(value, tuple):
+                found += [(f'{field}_{i}', layer) for i, layer in enumerate(value)]
+            else:
+                found.append((field, value))
         return tuple(found)
 
     def with_sublayers(self: Any, sublayers: tuple[Layer, ...]) -> Any:

@@ -53,13 +53,18 @@ class Once(Wrapper):
         made = {str(i): jnp.zeros(y.shape, y.dtype) for i, y in enumerate(outputs)}
         return weights, {'layer': state, 'outputs': made, 'has_run': jnp.zeros((), bool)}
 
+    def inner_state(self, state: Tree) -> Tree:
+        """The layer's own state, in this one's of ``PREDICT``."""
+        inner: Tree = state['layer']
+        return inner
+
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """The layer's; in ``PREDICT`` what it gave at the first call."""
         if mode is not Mode.PREDICT:
             return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
 
         def run(_: Tree) -> Tree:
-            made, _ = self.layer.apply(weights, state['layer'], inputs, mode=Mode.EVAL)
+            made, _ = self.layer.apply(weights, self.inner_state(state), inputs, mode=Mode.EVAL)
             return {str(i): y for i, y in enumerate(made)}
 
         made = run_once(state['has_run'], state['outputs'], run)

@@ -137,7 +137,8 @@ class SparseQKVAttention(MultiHead):
 
 def is_self_attention(layer: Layer) -> bool:
     """Whether a layer has what `sparse_qkv` keeps: fields ``n_heads``, ``core`` and ``rotary``."""
-    return {'n_heads', 'core', 'rotary'} <= {field.name for field in dataclasses.fields(layer)}
+    fields = {field.name for field in dataclasses.fields(layer)}
+    return {'n_heads', 'core', 'rotary'} <= fields and not layer.reads_memory
 
 
 def sparse_qkv(
@@ -164,8 +165,8 @@ def sparse_qkv(
     if not is_self_attention(attention):
         raise TypeError(
             f'sparse_qkv: {type(attention).__name__} cannot have sparse projections: give a '
-            'SelfAttention, LocalSelfAttention or LSHSelfAttention, or one with fields n_heads, core '
-            'and rotary'
+            'SelfAttention, LocalSelfAttention or LSHSelfAttention, or one with fields n_heads, '
+            'core and rotary'
         )
     given: Any = attention
     if getattr(given, 'd_head', None) is not None:
