@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from layercomb import trees
 from layercomb.layers.combinators.map import Map
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.serial import Serial
@@ -95,10 +94,13 @@ def _is_stacked(net: Layer) -> bool:
 
 
 def _moved(net: Tied, weights: Tree) -> bool:
-    """Whether unstacking moves an end of a tie, so that its paths would lead nowhere."""
-    if net.source not in trees.flatten(weights):
+    """Whether unstacking moves an end of a tie, so that its paths would not lead to it."""
+    try:
+        whole = net.untied(weights)
+    except KeyError:
         return False  # the description alone is wanted
-    _, parts = unstack(net.layer, weights)
-    there = trees.flatten(parts)
-    beside = net.target.rpartition('/')[0]
-    return net.source not in there or not any(path.startswith(f'{beside}/') for path in there)
+    _, parts = unstack(net.layer, whole)
+    try:
+        return net.misfit(parts) is not None
+    except KeyError:
+        return True

@@ -51,7 +51,7 @@ class Combinator(Layer):
         raise NotImplementedError(f'{type(self).__name__} has no route')
 
     @functools.cached_property
-    def children(self) -> tuple[tuple[str, Layer], ...]:  # type: ignore[override]
+    def children(self) -> tuple[tuple[str, Layer], ...]:
         """All layers inside, each after its key, in the order in which the fields hold them."""
         return tuple(self._name_children())
 

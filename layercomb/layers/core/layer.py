@@ -303,7 +303,9 @@ class Layer:
     def _shown_fields(self) -> list[dataclasses.Field[Any]]:
         """The fields as a call gives them: by place, then keywords, and the name last."""
         name, *own = dataclasses.fields(self)
-        own.sort(key=lambda field: field.kw_only)  # those of a base class stand first otherwise
+        own.sort(
+            key=lambda field: bool(field.kw_only)
+        )  # those of a base class stand first otherwise
         for moved, other in self.shown_before.items():
             names = [field.name for field in own]
             field = own.pop(names.index(moved))
