@@ -18,7 +18,6 @@ from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode, check_mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
-from layercomb.layers.decoding.once import Once
 from layercomb.layers.metrics.classification import Metric
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
@@ -211,7 +210,7 @@ def _given(net: Layer, counted: jax.Array) -> Tree:
         for key, layer in net.children:
             if inner := _given(layer, counted):
                 given[key] = inner
-    elif isinstance(net, Once):
+    elif isinstance(net, Wrapper) and net.reads_memory:
         given |= _given(net.layer, counted.any(tuple(range(1, counted.ndim))))
     elif isinstance(net, Wrapper):
         given |= _given(net.layer, counted)
