@@ -10,11 +10,13 @@
 
 from layercomb import layers as tl
 from layercomb import losses, models, transforms, trees
+from layercomb.capture import capture
 from layercomb.errors import UsageError
 from layercomb.layers.basic.fn import Fn
 from layercomb.layers.core.axes import Axes
 from layercomb.layers.core.layer import Layer, init_state
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.walk import walk
 from layercomb.model import Model
 from layercomb.shapes import describe, shape_dtype, signature_of
 from layercomb.summary import summary
@@ -30,6 +32,7 @@ __all__ = [
     'UsageError',
     '__version__',
     'axes',
+    'capture',
     'cast',
     'describe',
     'init_state',
@@ -43,4 +46,5 @@ __all__ = [
     'transforms',
     'trees',
     'unstack',
+    'walk',
 ]

@@ -16,8 +16,8 @@ from layercomb.layers.core.combinator import Combinator, fold
 from layercomb.layers.core.counted import count_only, put_counted, take_counted
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode, check_mode
+from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
-from layercomb.layers.decoding.once import Once
 from layercomb.layers.metrics.classification import Metric
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
@@ -39,15 +39,6 @@ class Scored(Wrapper):
 
     n_in = property(lambda self: self.layer.n_in + 2)
     n_out = property(lambda self: 2 * len(self.losses))
-
-    @property
-    def sublayers(self) -> tuple[Layer, ...]:
-        """The head, then the losses."""
-        return (self.layer, *self.losses)
-
-    def with_sublayers(self, sublayers: tuple[Layer, ...]) -> Any:
-        """The same with another head and other losses."""
-        return self.replace(layer=sublayers[0], losses=tuple(sublayers[1:]))
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         head = signature[: self.layer.n_in]
@@ -109,10 +100,19 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
     return _attach(net, wanted, chunk_len)
 
 
-def _is_position_wise(layer: Layer) -> bool:
-    """Whether it is known to be so: nobody has said it of functions and layers from elsewhere."""
-    known = type(layer).__module__.startswith('layercomb.') and not isinstance(layer, Fn)
-    return known and not layer.mixes_positions and all(map(_is_position_wise, layer.sublayers))
+def _is_position_wise(net: Layer) -> bool:
+    """Whether it is known to be so: of ours, and of classes that say it themselves."""
+    return all(not layer.mixes_positions and _is_said(layer) for _, layer in walk(net))
+
+
+def _is_said(layer: Layer) -> bool:
+    """Whether the class that computes a layer, or one of it, is ours or has `mixes_positions`."""
+    for kind in type(layer).__mro__:
+        if 'mixes_positions' in vars(kind) or kind.__module__.startswith('layercomb.'):
+            return kind not in (Layer, Fn)
+        if {'apply', 'route'} & vars(kind).keys():
+            return False
+    return False
 
 
 def _attach(
@@ -191,7 +191,7 @@ def apply_counted(
 
 
 def _counts(net: Layer) -> bool:
-    return net.counts_positions or any(map(_counts, net.sublayers))
+    return any(layer.counts_positions for _, layer in walk(net))
 
 
 def _given(net: Layer, counted: jax.Array) -> Tree:
@@ -207,10 +207,10 @@ def _given(net: Layer, counted: jax.Array) -> Tree:
             stacklevel=2,
         )
     elif isinstance(net, Combinator):
-        for key, layer in zip(net.keys, net.sublayers, strict=True):
+        for key, layer in net.children:
             if inner := _given(layer, counted):
                 given[key] = inner
-    elif isinstance(net, Once):
+    elif isinstance(net, Wrapper) and net.reads_memory:
         given |= _given(net.layer, counted.any(tuple(range(1, counted.ndim))))
     elif isinstance(net, Wrapper):
         given |= _given(net.layer, counted)

@@ -13,7 +13,7 @@ import numpy as np
 from layercomb import trees
 from layercomb.errors import UsageError
 from layercomb.layers.basic.assert_shape import AssertShape
-from layercomb.layers.basic.embedding import Embedding
+from layercomb.layers.basic.embedding import check_ids
 from layercomb.layers.combinators.map import Map
 from layercomb.layers.combinators.routing import Rearrange
 from layercomb.layers.combinators.variadic import Variadic
@@ -211,8 +211,10 @@ def refuse_full(layer: Layer, weights: Tree, state: Tree, inputs: tuple[Any, ...
 
 
 @functools.lru_cache(maxsize=64)  # it is asked at every step
-def embeddings(layer: Layer) -> tuple[tuple[int, Embedding], ...]:
-    """The embeddings that look a model's inputs up as they come, each after the input's number.
+def embeddings(layer: Layer) -> tuple[tuple[int, Any], ...]:
+    """The layers that look a model's inputs up as they come, each after the input's number.
+
+    Such a layer has a `vocab_size`, below which the ids of its first input must lie.
 
     `Serial` and its like route the numbers of inputs here as they route arrays, and whatever
     computes something makes None of them.
@@ -221,17 +223,18 @@ def embeddings(layer: Layer) -> tuple[tuple[int, Embedding], ...]:
     >>> embeddings(tl.Parallel(None, tl.Serial(tl.Embedding(9, 4), tl.Dense(4))))
     ((1, Embedding(9, 4)),)
     """
-    found: list[tuple[int, Embedding]] = []
+    found: list[tuple[int, Any]] = []
 
     def follow(layer: Layer, stack: tuple[Any, ...]) -> tuple[Any, ...]:
         if isinstance(layer, Rearrange):
             return layer.pick(stack)
+        if getattr(layer, 'vocab_size', None) is not None:
+            found.extend((i, layer) for i in stack[:1] if i is not None)
+            return (None,) * layer.n_out
         if isinstance(layer, AssertShape):
             return follow(layer.layer, stack)
         if isinstance(layer, Variadic):  # other combinators may compute between their layers
             return layer.route(lambda i, values: follow(layer.sublayers[i], values), stack)
-        if isinstance(layer, Embedding) and stack[0] is not None:
-            found.append((stack[0], layer))
         if isinstance(layer, Wrapper):
             n, n_times = layer.layer.n_in, layer.n if isinstance(layer, Map) else 1
             if layer.n_in == n_times * n:
@@ -255,4 +258,4 @@ def check_tokens(layer: Layer, inputs: tuple[Any, ...]) -> None:
     for i, embedding in embeddings(layer):
         ids = inputs[i] if i < len(inputs) else None
         if ids is not None and jnp.issubdtype(ids.dtype, jnp.integer):
-            embedding.check_ids(ids)
+            check_ids(ids, embedding.vocab_size)

@@ -14,6 +14,7 @@ from layercomb.layers.core.checks import check_inputs
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.walk import joined
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.model import Model
 from layercomb.shapes import Signature, describe, signature_of
@@ -56,7 +57,7 @@ def _walk(
         def call(i: int, values: Signature) -> Signature:
             key = layer.keys[i]
             below = weights.get(key, {})
-            return _walk(layer.sublayers[i], values, _join(path, key), how, below, found)
+            return _walk(layer.sublayers[i], values, joined(path, key), how, below, found)
 
         return layer.route(call, signature)
     n = f'{layer.n} × ' if isinstance(layer, (Repeat, Map)) else ''
@@ -73,10 +74,6 @@ def _walk(
 def _class_name(layer: Layer) -> str:
     name = type(layer).__name__
     return f'{name}({_class_name(layer.layer)})' if isinstance(layer, Wrapper) else name
-
-
-def _join(path: str, key: str) -> str:
-    return f'{path}/{key}' if path else key
 
 
 def summary(model: Model | Layer, signature: Any) -> str:

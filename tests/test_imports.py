@@ -22,7 +22,7 @@ FLOORS = [
     {'checkpoints', 'transforms'},
     {'losses'},
     {'model', 'models'},
-    {'summary'},
+    {'summary', 'capture'},
     {'data', 'optimizers', 'parallel', 'interop', 'supervised'},
     {'export', 'serving'},
     {'launcher'},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import layercomb_kernels
-from layercomb import Model, init_state, models, tl, transforms, trees
+from layercomb import Model, init_state, losses, models, summary, tl, transforms, trees, walk
 from layercomb.layers.basic.dense import contract
 from layercomb.layers.core.axes import Axes
 from layercomb.layers.core.layer import Layer
@@ -54,6 +54,62 @@ def test_rewrite_goes_from_the_leaves_up():
     net = tl.Serial(tl.Dense(4), tl.Residual(tl.Repeat(tl.Remat(tl.Relu()), 2)))
     transforms.rewrite(net, lambda layer: seen.append(type(layer).__name__) or layer)
     assert seen == ['Dense', 'Relu', 'Remat', 'Repeat', 'Add', 'Residual', 'Serial']
+
+
+def test_rewrite_may_ask_for_paths():
+    seen = []
+    net = tl.Serial(tl.Dense(4), tl.Residual(tl.Repeat(tl.Remat(tl.Relu()), 2)))
+    transforms.rewrite(net, lambda path, layer: seen.append(path) or layer, paths=True)
+    assert seen == ['dense', *['residual/relu'] * 3, 'residual/add', 'residual', '']
+
+
+# walk.
+
+
+def test_walk_gives_the_paths_of_weights():
+    net = nested()
+    weights, _ = init(net)
+    leaves = {path: layer for path, layer in walk(net) if not layer.sublayers}
+    assert {path.rpartition('/')[0] for path in trees.flatten(weights)} <= leaves.keys()
+    cast = walk(transforms.cast(net))
+    found = [type(layer).__name__ for path, layer in cast if path == 'outer/dense']
+    assert found == ['Cast', 'Dense']
+    assert list(walk(net, 'model'))[1][0] == f'model/{net.keys[0]}'
+
+
+def test_walk_reaches_what_rewrite_does_in_the_other_order():
+    net = losses.attach(nested(), tl.CrossEntropyLoss(), 4)
+    seen = []
+    transforms.rewrite(net, lambda path, layer: seen.append((path, layer)) or layer, paths=True)
+    key = lambda pair: (pair[0], repr(pair[1]))  # noqa: E731
+    assert sorted(walk(net), key=key) == sorted(seen, key=key)
+    assert [path for path, layer in walk(net) if isinstance(layer, tl.Metric)] == ['add/losses_0']
+
+
+def test_walk_enters_where_it_may():
+    net = tl.Serial(tl.Once(tl.Serial(tl.Dense(4), name='encoder')), tl.Dense(2))
+    found = walk(net, enter=lambda layer: not layer.reads_memory)
+    assert [path for path, _ in found] == ['', 'encoder', 'dense']
+
+
+class Two(tl.Wrapper):
+    """A wrapper of somebody's own with layers beside the one that it is around."""
+
+    gate: Layer = tl.Tanh()
+    more: tuple[Layer, ...] = (tl.Relu(), tl.Relu())
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
+
+
+def test_layers_in_any_field_of_a_wrapper_are_reached():
+    net = tl.Serial(Two(tl.Dense(4)))
+    assert [path for path, _ in walk(net)] == [
+        '', 'dense', 'dense', 'dense/gate', 'dense/more_0', 'dense/more_1',
+    ]  # fmt: skip
+    swap = {tl.Relu(): tl.Gelu(), tl.Tanh(): tl.Sigmoid()}
+    made = transforms.rewrite(net, lambda layer: swap.get(layer, layer))
+    assert made == tl.Serial(Two(tl.Dense(4), tl.Sigmoid(), (tl.Gelu(), tl.Gelu())))
 
 
 # cast.
@@ -191,6 +247,99 @@ def test_tied_says_what_does_not_fit():
         KeyError, match="no 'embedding/kernel' in the tree: at embedding there is table"
     ):
         init(tied(source='embedding/kernel')[1])
+
+
+def blocks():
+    """Two blocks of one structure, with something between them."""
+    block = tl.Residual(tl.LayerNorm(), tl.Dense(8), tl.Repeat(tl.Serial(tl.Dense(8)), 2))
+    named = [block.replace(name=name) for name in ('first', 'last')]
+    return tl.Serial(tl.Embedding(11, 8), named[0], tl.Tanh(), named[1], tl.Dense(11, name='head'))
+
+
+def test_tied_layers_share_all_their_weights(tmp_path):
+    net, layer = blocks(), transforms.Tied(blocks(), 'first', 'last')
+    weights, _ = init(layer)
+    assert 'last' not in weights and 'first' in weights
+    full = {**weights, 'last': weights['first']}
+    wanted = apply(net, full, {}, (tokens(),), Mode.EVAL)
+    assert_close(apply(layer, weights, {}, (tokens(),), Mode.EVAL), wanted)
+
+    def loss(layer, weights):
+        return jnp.sin(layer.apply(weights, {}, (tokens(),))[0][0]).sum()
+
+    grads, apart = (
+        jax.grad(functools.partial(loss, m))(w) for m, w in ((layer, weights), (net, full))
+    )
+    assert_close(grads['first'], jax.tree.map(jnp.add, apart['first'], apart['last']))
+    assert_close(grads['head'], apart['head'])
+
+    model = Model(layer).init(TOKENS)
+    model.save(tmp_path / 'saved')
+    again = Model(layer).init(TOKENS, 1).load(tmp_path / 'saved')
+    assert_close(again(tokens()), model(tokens()))
+    counted = [line.split()[-2:] for line in summary(layer, TOKENS).splitlines()]
+    assert counted[-1][0] == str(trees.count(weights))
+
+
+@pytest.mark.parametrize('how', ['cast', 'quantize', 'unstack'])
+def test_tied_layers_are_rewritten_as_others(how):
+    layer = transforms.Tied(blocks(), 'first', 'last')
+    weights, _ = init(layer)
+    wanted = apply(layer, weights, {}, (tokens(),), Mode.EVAL)[0]
+    if how == 'cast':
+        made = transforms.cast(layer), weights
+    elif how == 'quantize':
+        made = transforms.quantize(layer, weights, smallest=1)
+    else:
+        made = transforms.unstack(layer, weights)
+        assert isinstance(made[0], transforms.Tied) and 'last' not in made[1]
+        assert '0' in made[1]['first']['serial']
+    net, weights = made
+    got = apply(net, weights, {}, (tokens(),), Mode.EVAL)[0]
+    tolerance = 1e-5 if how == 'unstack' else 0.2
+    np.testing.assert_allclose(np.float32(got[0]), wanted[0], atol=tolerance)
+
+
+def test_a_tie_that_unstacking_moves_is_untied():
+    body = tl.Serial(tl.Embedding(11, 8), tl.Repeat(tl.Serial(tl.Dense(8), tl.Dense(8)), 2))
+    layer = transforms.Tied(body, 'serial/dense', 'serial/dense_1')
+    weights, _ = init(layer)
+    flat_net, flat = transforms.unstack(layer, weights)
+    assert not isinstance(flat_net, transforms.Tied)
+    wanted = apply(layer, weights, {}, (tokens(),), Mode.EVAL)
+    assert_close(apply(flat_net, flat, {}, (tokens(),), Mode.EVAL), wanted)
+
+
+@pytest.mark.parametrize(
+    ('ends', 'via', 'error'),
+    [
+        (('first', 'first'), None, 'are the same, or one is inside the other'),
+        (('first/dense', 'first'), None, 'one is inside the other: tie two places that lie beside'),
+        (('first', 'first/dense'), None, 'one is inside the other'),
+        (('first', 'last'), jnp.transpose, "via= makes one weight of another, and 'first' or 'l"),
+        (
+            ('first', 'head'),
+            None,
+            r"'first' has nothing at 'bias', and 'head' has \(11,\): tie lay",
+        ),
+        (('first/dense', 'head'), None, r"'first/dense' has \(8,\) at 'bias', and 'head' has \(11"),
+        (
+            ('first/dense/bias', 'head'),
+            None,
+            "'first/dense/bias' is one weight and 'head' those of",
+        ),
+        (
+            ('head', 'first/dense/bias'),
+            None,
+            "'first/dense/bias' is one weight and 'head' those of",
+        ),
+    ],
+)
+def test_tied_layers_say_what_does_not_fit(ends, via, error):
+    with pytest.raises(ValueError, match=error):
+        init(transforms.Tied(blocks(), *ends, via))
+    with pytest.raises(KeyError, match="no 'second' in the tree: at the root there is embedding"):
+        init(transforms.Tied(blocks(), 'first', 'second'))
 
 
 # unstack.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from layercomb import layers as tl
 from layercomb.checking.annotations import checked
+from layercomb.layers.core.walk import walk
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,
@@ -108,45 +109,72 @@ def Reformer(
     lsh = functools.partial(
         tl.LSHSelfAttention, n_heads, n_hashes=n_hashes, chunk_len=chunk_len, max_len=max_len
     )
-    rotary = rotary_positions(positions, max_len)
     look = lsh(causal=False, masked=masked) if encoder_attention is None else encoder_attention
-    look = with_positions(attention_pattern(look, n_encoder_layers), max_len, rotary)
     back = lsh() if decoder_attention is None else decoder_attention
-    back = with_positions(attention_pattern(back, n_decoder_layers), max_len, rotary)
-    across = (
-        tl.CrossAttention(n_heads, masked=masked) if cross_attention is None else cross_attention
-    )
-    check_arity('Reformer', 'encoder_attention', look, 1, masked)
-    check_arity('Reformer', 'decoder_attention', back, 1, False)
-    check_arity('Reformer', 'cross_attention', (across,), 2, masked)
-    refuse_looking_ahead('Reformer', back)
+    across = cross_attention or tl.CrossAttention(n_heads, masked=masked)
+    rotary = rotary_positions(positions, max_len)
+    looks = with_positions(attention_pattern(look, n_encoder_layers), max_len, rotary)
+    backs = with_positions(attention_pattern(back, n_decoder_layers), max_len, rotary)
+    _check_attention(looks, backs, across, masked)
 
-    place = reformer_positions(positions, max_len, axial_shape, axial_depths)
     half = functools.partial(reversible_half, norm, dropout=dropout, chunk_len=ff_chunk_len)
     dense = feed_forward(d_ff, d_model, activation, None)
     feed = reversible_feed_forward(norm, dense, dropout, ff_chunk_len)
-    encoder = tl.Serial(
-        two_streams(vocab_size, d_model, place, dropout),
-        reversible_blocks([[half(layer), feed] for layer in look], n_encoder_layers),
-        tl.Add(),
-        norm.replace(name='norm'),
-        tl.Select((0,), n_in=2) if masked else None,
-        name='encoder',
-    )
+    reading = [[half(layer), feed] for layer in looks]
+    writing = [[half(layer), half(across), feed] for layer in backs]
+
+    place = reformer_positions(positions, max_len, axial_shape, axial_depths)
+    source = two_streams(vocab_size, d_model, place, dropout)
     n_target = vocab_size if target_vocab_size is None else target_vocab_size
-    decoder = tl.Serial(
-        two_streams(n_target, d_model, place, dropout),
-        reversible_blocks([[half(layer), half(across), feed] for layer in back], n_decoder_layers),
-        tl.Select((0, 1), n_in=3 + masked),
-        name='decoder',
+    target = two_streams(n_target, d_model, place, dropout)
+    return _reading_and_writing(
+        _encoder(source, reversible_blocks(reading, n_encoder_layers), norm, masked),
+        _decoder(target, reversible_blocks(writing, n_decoder_layers), masked),
+        tl.Serial(tl.Concatenate(), norm, tl.Dense(n_target), name='head'),
+        masked,
     )
+
+
+def _reading_and_writing(
+    encoder: tl.Layer, decoder: tl.Layer, head: tl.Layer, masked: bool
+) -> tl.Serial:
+    """(source, inputs[, mask]) → logits: a decoder that attends to what an encoder made."""
     return tl.Serial(
         tl.Select((0, 2, 1, 2)) if masked else None,  # source, mask, inputs, mask
         tl.Once(encoder),
         tl.Swap(),  # inputs, memory[, mask]
         decoder,
-        tl.Serial(tl.Concatenate(), norm, tl.Dense(n_target), name='head'),
+        head,
     )
+
+
+def _encoder(
+    streams: tuple[tl.Layer | None, ...], blocks: tl.Layer, norm: tl.Layer, masked: bool
+) -> tl.Serial:
+    """(source[, mask]) → the memory, the norm of the sum of both streams."""
+    return tl.Serial(
+        streams,
+        blocks,
+        tl.Add(),
+        norm.replace(name='norm'),
+        tl.Select((0,), n_in=2) if masked else None,
+        name='encoder',
+    )
+
+
+def _decoder(streams: tuple[tl.Layer | None, ...], blocks: tl.Layer, masked: bool) -> tl.Serial:
+    """(inputs, memory[, mask]) → both streams."""
+    return tl.Serial(streams, blocks, tl.Select((0, 1), n_in=3 + masked), name='decoder')
+
+
+def _check_attention(
+    looks: Sequence[tl.Layer], backs: Sequence[tl.Layer], across: tl.Layer, masked: bool
+) -> None:
+    """Raises a ValueError unless all attention layers take what they are handed."""
+    check_arity('Reformer', 'encoder_attention', looks, 1, masked)
+    check_arity('Reformer', 'decoder_attention', backs, 1, False)
+    check_arity('Reformer', 'cross_attention', (across,), 2, masked)
+    refuse_looking_ahead('Reformer', backs)
 
 
 def check_arity(
@@ -164,10 +192,9 @@ def check_arity(
 
 def refuse_looking_ahead(owner: str, pattern: Sequence[tl.Layer]) -> None:
     """Raises a ValueError if a layer, or one inside, says that it is not causal."""
-    for layer in pattern:
+    for _, layer in (found for given in pattern for found in walk(given)):
         if getattr(layer, 'causal', True) is False:
             raise ValueError(
                 f'{owner}: decoder_attention: {type(layer).__name__} with causal=False sees the '
                 'tokens that it should predict: make it with causal=True'
             )
-        refuse_looking_ahead(owner, layer.sublayers)

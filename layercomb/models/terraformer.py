@@ -14,10 +14,12 @@ from layercomb.layers.core.counted import after_memory, put_counted, take_counte
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.state import WHOLE
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import run_once
 from layercomb.layers.decoding.seek import Position, Seekable, held, seek
 from layercomb.layers.positions.position import check_length, check_next
+from layercomb.layers.sparse.attention import is_self_attention
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,
@@ -210,46 +212,43 @@ def Terraformer(
     """
     n_target = vocab_size if target_vocab_size is None else target_vocab_size
     target_len = max_len if target_max_len is None else target_max_len
-    look = tl.SelfAttention(n_heads, causal=False, masked=masked)
-    back = tl.SelfAttention(n_heads, masked=masked)
-    sides = []
-    for argument, given, default, n_layers, longest in (
-        ('encoder_attention', encoder_attention, look, n_encoder_layers, max_len),
-        ('decoder_attention', decoder_attention, back, n_decoder_layers, max_len + target_len),
-    ):
-        pattern = attention_pattern(default if given is None else given, n_layers)
-        check_arity('Terraformer', argument, pattern, 1, masked)
-        pattern = with_positions(pattern, longest, rotary_positions(positions, longest))
-        sides.append(sparse_projections(pattern, qkv_modules, kernel_size))
-    encoding, decoding = sides
-    refuse_looking_ahead('Terraformer', decoding)
+    side = functools.partial(_attention, n_heads, positions, masked, qkv_modules, kernel_size)
+    looks = side('encoder_attention', encoder_attention, n_encoder_layers, max_len)
+    backs = side('decoder_attention', decoder_attention, n_decoder_layers, max_len + target_len)
+    refuse_looking_ahead('Terraformer', backs)
+
     half = functools.partial(reversible_half, norm, dropout=dropout, chunk_len=ff_chunk_len)
     feed = sparse_feed_forward(
         norm, d_ff, d_model, activation, dropout, ff_chunk_len, ff_block_size, d_lowrank, d_sru
     )
+    reading = reversible_blocks([[half(layer), feed] for layer in looks], n_encoder_layers)
+    writing = reversible_blocks([[half(layer), feed] for layer in backs], n_decoder_layers)
+
     place = functools.partial(reformer_positions, positions, shape=None, depths=None)
-    encoder = tl.Serial(
-        two_streams(vocab_size, d_model, place(max_len), dropout),
-        reversible_blocks([[half(layer), feed] for layer in encoding], n_encoder_layers),
-        tl.Add(),
-        tl.Select((0,), n_in=2) if masked else None,
-        name='encoder',
-    )
+    source = two_streams(vocab_size, d_model, place(max_len), dropout)
     *embedding, dup = two_streams(n_target, d_model, place(target_len), dropout)
-    decoder = tl.Serial(
-        dup,
-        reversible_blocks([[half(layer), feed] for layer in decoding], n_decoder_layers),
-        tl.Select((0, 1), n_in=2 + masked),
-        name='decoder',
+    decoder = tl.Serial(dup, writing, tl.Select((0, 1), n_in=2 + masked), name='decoder')
+    return _reading_and_writing(
+        _encoder(source, reading, masked),
+        tl.Serial(*embedding, name='embedding'),
+        AfterMemory(decoder, masked=masked, max_len=target_len),
+        tl.Serial(tl.Concatenate(), norm, sparse_head(n_target, head_modules), name='head'),
+        masked,
     )
+
+
+def _reading_and_writing(
+    encoder: tl.Layer, embedding: tl.Layer, decoder: tl.Layer, head: tl.Layer, masked: bool
+) -> tl.Serial:
+    """(source, inputs[, mask]) → logits: a decoder that reads what an encoder made first."""
     return tl.Serial(
         tl.Select((0, 2, 1, 2)) if masked else None,  # source, mask, inputs, mask
         tl.Once(encoder),
         tl.Swap(),
-        tl.Serial(*embedding, name='embedding'),
+        embedding,
         tl.Swap(),  # memory, embedded inputs[, mask]
-        AfterMemory(decoder, masked=masked, max_len=target_len),
-        tl.Serial(tl.Concatenate(), norm, sparse_head(n_target, head_modules), name='head'),
+        decoder,
+        head,
     )
 
 
@@ -273,6 +272,35 @@ class Reading(Seekable):
         return self.replace(
             layer=seek(self.layer, lengths + self.before), position=self.position.seek(lengths)
         )
+
+
+def _encoder(streams: tuple[tl.Layer | None, ...], blocks: tl.Layer, masked: bool) -> tl.Serial:
+    """(source[, mask]) → the memory, the sum of both streams."""
+    drop_mask = tl.Select((0,), n_in=2) if masked else None
+    return tl.Serial(streams, blocks, tl.Add(), drop_mask, name='encoder')
+
+
+def _attention(
+    n_heads: int,
+    positions: str,
+    masked: bool,
+    n_modules: int | None,
+    kernel_size: tuple[int, int],
+    argument: str,
+    given: Attention,
+    n_layers: int,
+    longest: int,
+) -> tuple[tl.Layer, ...]:
+    """The attention layers of one side, told of positions, with sparse projections.
+
+    Raises:
+      ValueError: as `Terraformer`, naming its argument.
+    """
+    default = tl.SelfAttention(n_heads, causal=argument == 'decoder_attention', masked=masked)
+    pattern = attention_pattern(default if given is None else given, n_layers)
+    check_arity('Terraformer', argument, pattern, 1, masked)
+    pattern = with_positions(pattern, longest, rotary_positions(positions, longest))
+    return sparse_projections(pattern, n_modules, kernel_size)
 
 
 class AfterMemory(Wrapper):
@@ -342,12 +370,20 @@ class AfterMemory(Wrapper):
 
         def read(inner: Tree) -> Tree:
             inner = seek(inner, jnp.zeros(len(memory[0]), jnp.int32))
-            return self.layer.apply(weights, inner, memory, mode=Mode.PREDICT)[1]
+            new = self.layer.apply(weights, inner, memory, mode=Mode.PREDICT)[1]
+            return _as_far_as(inner, new)  # what `capture` keeps has no place in a loop
 
         inner = run_once(state.has_memory, state.layer, read)
         outputs, inner = self.layer.apply(weights, inner, values, mode=Mode.PREDICT)
         position = state.position.moved(length)
         return outputs, Reading(inner, jnp.ones((), bool), state.before, position)
+
+
+def _as_far_as(like: Any, state: Any) -> Any:
+    """What of a state stands at paths that another one has."""
+    if not isinstance(like, dict):
+        return state.get(WHOLE, state) if isinstance(state, dict) else state
+    return type(like)((key, _as_far_as(x, state[key])) for key, x in like.items())
 
 
 def _at_the_end(memory: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -368,11 +404,10 @@ def sparse_projections(
     """
     if n_modules is None:
         return tuple(pattern)
-    known = (tl.SelfAttention, tl.LocalSelfAttention, tl.LSHSelfAttention, tl.SparseQKVAttention)
     found: list[tl.Layer] = []
 
     def make(layer: tl.Layer) -> tl.Layer:
-        if not isinstance(layer, known):
+        if not is_self_attention(layer):
             return layer
         found.append(layer)
         return tl.sparse_qkv(layer, n_modules, kernel_size)
@@ -384,8 +419,8 @@ def sparse_projections(
         if not found:
             raise TypeError(
                 f'qkv_modules={n_modules}: {type(layer).__name__} has no projections that could be '
-                'sparse: give a SelfAttention, LocalSelfAttention or LSHSelfAttention, or '
-                'qkv_modules=None'
+                'sparse: give a SelfAttention, LocalSelfAttention or LSHSelfAttention, one with '
+                'fields n_heads, core and rotary, or qkv_modules=None'
             )
     return tuple(made)
 

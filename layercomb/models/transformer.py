@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from layercomb import layers as tl
 from layercomb.checking.annotations import checked
@@ -189,26 +191,22 @@ def with_positions(
 ) -> tuple[tl.Layer, ...]:
     """The attention layers, wrapped ones too, told what they leave open.
 
-    LSH layers that say neither ``n_buckets`` nor ``max_len`` get `max_len`; those that can turn
-    queries and keys, and do not yet, get `rotary`.
+    Layers that say `needs_max_len`, as LSH layers do without ``n_buckets`` and ``max_len``, get
+    `max_len`; those with a field ``rotary``, which turns queries and keys, get `rotary` if it is
+    None. What attends to a memory is left alone, for positions of two sequences have no distance.
 
     Raises:
       ValueError: if `rotary` is given and no layer takes it.
     """
-    can_turn = (
-        tl.SelfAttention,
-        tl.LocalSelfAttention,
-        tl.LSHSelfAttention,
-        tl.SparseQKVAttention,
-    )
-    hashes = (tl.LSHSelfAttention, tl.LSHAttention)
     turned = []
 
     def tell(layer: tl.Layer) -> tl.Layer:
-        if isinstance(layer, hashes) and layer.n_buckets is None is layer.max_len:
+        if layer.needs_max_len:
             layer = layer.replace(max_len=max_len)
-        if rotary is not None and isinstance(layer, can_turn):
-            layer = layer.replace(rotary=rotary) if layer.rotary is None else layer
+        can_turn = any(field.name == 'rotary' for field in dataclasses.fields(layer))
+        if rotary is not None and can_turn and not layer.reads_memory:
+            given: Any = layer
+            layer = layer.replace(rotary=rotary) if given.rotary is None else layer
             turned.append(layer)
         return layer
 

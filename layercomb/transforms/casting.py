@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.quantized.matrix import Narrow
 from layercomb.layers.reversible.one_pass import one_pass
@@ -82,9 +83,8 @@ def _cast(layer, weights, state, inputs, cts, **given):
 
 def _uncastable(layer: Layer) -> Layer | None:
     """The first layer inside that must not be computed in another dtype as a whole."""
-    if isinstance(layer, Combinator) or layer.float32:
-        return layer
-    return next((found for found in map(_uncastable, layer.sublayers) if found is not None), None)
+    wide = (each for _, each in walk(layer) if isinstance(each, Combinator) or each.float32)
+    return next(wide, None)
 
 
 def cast(net: Layer, dtype: Any = 'bfloat16') -> Layer:

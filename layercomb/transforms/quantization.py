@@ -239,7 +239,7 @@ def quantize(
         return (net, weights) if made is weights else (quantized, made)
     if isinstance(net, Combinator):
         children, parts = [], dict(weights)
-        for key, layer in zip(net.keys, net.sublayers, strict=True):
+        for key, layer in net.children:
             child, part = quantize(layer, weights.get(key, {}), bits, group_size, smallest=smallest)
             children.append(child)
             if part:

@@ -5,21 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.walk import joined
 
 
-def rewrite(net: Layer, fn: Callable[[Layer], Layer]) -> Layer:
+def rewrite(net: Layer, fn: Callable[..., Layer], *, paths: bool = False) -> Layer:
     """Applies `fn` to every layer, from the leaves up, and puts its results in their places.
 
     Args:
       net: any layer.
-      fn: gets a layer whose sublayers are rewritten already, and returns it or another one.
+      fn: gets a layer whose sublayers are rewritten already, and returns it or another one; with
+        `paths`, ``fn(path, layer)``.
+      paths: whether `fn` is given the path of each layer too, as of `walk`.
 
     >>> from layercomb import tl, transforms
     >>> def wider(layer):
     ...     return layer.replace(n_units=8) if isinstance(layer, tl.Dense) else layer
     >>> transforms.rewrite(tl.Serial(tl.Dense(4), tl.Relu()), wider)
     Serial(Dense(8), Relu())
+    >>> def only_head(path, layer):
+    ...     return wider(layer) if path == 'head' else layer
+    >>> net = tl.Serial(tl.Dense(4), tl.Dense(4, name='head'))
+    >>> transforms.rewrite(net, only_head, paths=True)
+    Serial(Dense(4), Dense(8, name='head'))
     """
-    if net.sublayers:
-        net = net.with_sublayers(tuple(rewrite(layer, fn) for layer in net.sublayers))
-    return fn(net)
+
+    def one(layer: Layer, path: str) -> Layer:
+        children = layer.children
+        if children:
+            made = tuple(one(child, joined(path, key)) for key, child in children)
+            layer = layer.with_sublayers(made)
+        return fn(path, layer) if paths else fn(layer)
+
+    return one(net, '')

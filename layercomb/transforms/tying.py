@@ -1,4 +1,4 @@
-"""`Tied`: a model in which one weight is another one."""
+"""`Tied`: a model in which a weight, or a whole layer's, is also another one."""
 
 from __future__ import annotations
 
@@ -16,20 +16,31 @@ from layercomb.trees import Tree
 
 
 class Tied(Wrapper):
-    """A model in which one weight is another one: there is no weight at `target`.
+    """A model in which the weights at one path are those at another: there are none at `target`.
+
+    A path is that of one weight, or of a layer, all of whose weights are shared. State (running
+    statistics, caches) is not. Several ties are several `Tied` around each other.
 
     Attributes:
       layer: the model.
-      source: the path of the weight that is there, e.g. ``'embedding/table'``.
-      target: the path of the weight that it also serves as, e.g. ``'head/kernel'``.
-      via: a module-level function from the one to the other, e.g. ``jnp.transpose``.
+      source: the path of what is there, e.g. ``'embedding/table'``, or ``'first'`` for a layer.
+      target: the path of what it also serves as, e.g. ``'head/kernel'``, or ``'last'``.
+      via: a module-level function from one weight to the other, e.g. ``jnp.transpose``.
 
     Raises:
+      ValueError: if one of the paths is inside the other; at `init`, if shapes do not fit, if two
+        layers have other weights, or `via` is given for layers.
       KeyError: at `init`, if one of the paths does not exist.
-      ValueError: at `init`, if the shapes do not fit.
 
     References:
       Press & Wolf 2017, https://arxiv.org/abs/1608.05859
+
+    >>> import jax
+    >>> from layercomb import tl, transforms, trees, shape_dtype
+    >>> net = tl.Serial(tl.Dense(4, name='first'), tl.Relu(), tl.Dense(4, name='last'))
+    >>> net = transforms.Tied(net, 'first', 'last')
+    >>> list(trees.flatten(net.init(shape_dtype((2, 4)), jax.random.key(0))[0]))
+    ['first/bias', 'first/kernel']
     """
 
     carries_counted = True
@@ -38,25 +49,67 @@ class Tied(Wrapper):
     target: str
     via: Callable[..., Any] | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        source, target = f'{self.source}/', f'{self.target}/'
+        if source.startswith(target) or target.startswith(source):
+            raise ValueError(
+                f'Tied: {self.source!r} and {self.target!r} are the same, or one is inside the '
+                'other: tie two places that lie beside each other'
+            )
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         return self.init_with_outputs(signature, rng, mode)[1:]
 
     def init_with_outputs(self, signature: Any, rng: jax.Array, mode: Mode) -> Any:
         outputs, weights, state = self.layer.init_with_outputs(signature, rng, mode)
-        target, source = trees.get(weights, self.target), trees.get(weights, self.source)
-        given = jax.eval_shape(self.via, source) if self.via else source
-        if given.shape != target.shape:
-            raise ValueError(
-                f'Tied: {self.source!r} gives {tuple(given.shape)} and {self.target!r} is '
+        wrong = self.misfit(weights)
+        if wrong:
+            raise ValueError(f'Tied: {wrong}')
+        return outputs, trees.drop(weights, self.target), state
+
+    def misfit(self, whole: Tree) -> str | None:
+        """Why the weights at `source` cannot serve at `target` of the whole model's; None if so.
+
+        Raises:
+          KeyError: if one of the paths does not exist.
+        """
+        target, source = trees.get(whole, self.target), trees.get(whole, self.source)
+        if not isinstance(source, dict) and not isinstance(target, dict):
+            given = jax.eval_shape(self.via, source) if self.via else source
+            if given.shape == target.shape:
+                return None
+            return (
+                f'{self.source!r} gives {tuple(given.shape)} and {self.target!r} is '
                 f'{tuple(target.shape)}: choose another via='
             )
-        return outputs, trees.drop(weights, self.target), state
+        if self.via:
+            return (
+                f'via= makes one weight of another, and {self.source!r} or {self.target!r} is a '
+                'layer of several: leave it out, or tie its weights one by one'
+            )
+        if not (isinstance(source, dict) and isinstance(target, dict)):
+            one, layer = (self.source, self.target)[:: -1 if isinstance(source, dict) else 1]
+            return f'{one!r} is one weight and {layer!r} those of a layer: tie what is alike'
+        return self._difference(source, target)
+
+    def _difference(self, source: Tree, target: Tree) -> str | None:
+        """What two layers do not have in common, of the weights in them and their shapes."""
+        here, there = trees.flatten(source), trees.flatten(target)
+        for path in sorted(here.keys() | there.keys()):
+            has = [tuple(at[path].shape) if path in at else 'nothing' for at in (here, there)]
+            if has[0] != has[1]:
+                return (
+                    f'{self.source!r} has {has[0]} at {path!r}, and {self.target!r} has {has[1]}: '
+                    'tie layers of one structure'
+                )
+        return None
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         return self.layer.apply(self.untied(weights), state, inputs, rng=rng, mode=mode)
 
     def untied(self, weights: Tree) -> Tree:
-        """The weights with one at `target` too."""
+        """The weights with those at `target` too."""
         value = trees.get(weights, self.source)
         return trees.put(weights, self.target, self.via(value) if self.via else value)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from layercomb import trees
 from layercomb.layers.combinators.map import Map
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.combinators.side_by_side import Parallel
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper, default_name, given_name
 from layercomb.layers.reversible.stack import ReversibleRepeat, ReversibleSerial
 from layercomb.transforms.tying import Tied
@@ -48,7 +48,7 @@ def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
         return kind(*blocks, name=given_name(net) or default_name(net)), parts
     if isinstance(net, Combinator):
         children, parts = [], dict(weights)
-        for key, layer in zip(net.keys, net.sublayers, strict=True):
+        for key, layer in net.children:
             child, part = unstack(layer, weights.get(key, {}))
             children.append(child if child == layer else child.replace(name=key))
             if part:
@@ -82,7 +82,7 @@ def unstack_state(net: Layer, state: Tree) -> Tree:
         blocks = range(net.n) if state else ()
         return {str(i): unstack_state(net.layer, net.block_state(state, i)) for i in blocks}
     if isinstance(net, Combinator):
-        inner = dict(zip(net.keys, net.sublayers, strict=True))
+        inner = dict(net.children)
         return {
             key: unstack_state(inner[key], x) if key in inner else x for key, x in state.items()
         }
@@ -90,14 +90,17 @@ def unstack_state(net: Layer, state: Tree) -> Tree:
 
 
 def _is_stacked(net: Layer) -> bool:
-    return isinstance(net, (Repeat, Map)) or any(map(_is_stacked, net.sublayers))
+    return any(isinstance(layer, (Repeat, Map)) for _, layer in walk(net))
 
 
 def _moved(net: Tied, weights: Tree) -> bool:
-    """Whether unstacking moves an end of a tie, so that its paths would lead nowhere."""
-    if net.source not in trees.flatten(weights):
+    """Whether unstacking moves an end of a tie, so that its paths would not lead to it."""
+    try:
+        whole = net.untied(weights)
+    except KeyError:
         return False  # the description alone is wanted
-    _, parts = unstack(net.layer, weights)
-    there = trees.flatten(parts)
-    beside = net.target.rpartition('/')[0]
-    return net.source not in there or not any(path.startswith(f'{beside}/') for path in there)
+    _, parts = unstack(net.layer, whole)
+    try:
+        return net.misfit(parts) is not None
+    except KeyError:
+        return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -208,6 +209,33 @@ def test_parts_that_nobody_chose_follow_the_other_fields():
     local = tl.LocalSelfAttention(2, 4).replace(chunk_len=8, look_back=0)
     assert local.core == tl.LocalAttention(8, look_back=0)
     assert tl.CrossAttention(2).replace(masked=True).core.masked
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'SelfAttention(2, False, masked=True, rotary=RotaryPositions(), key=SplitHeads(2, 3))',
+        'LocalSelfAttention(2, 4, look_back=2, d_head=3, dropout=0.5, rotary=RotaryPositions())',
+        'CrossAttention(2, d_head=3, masked=True, dropout=0.5)',
+        "LSHSelfAttention(2, n_hashes=2, d_head=3, masked=True, seed=1, name='x')",
+        'SparseQKVAttention(2, 8, kernel_size=(1, 1), rotary=RotaryPositions())',
+    ],
+)
+def test_descriptions_are_what_they_were_in_old_runs(text):
+    """Fields that classes share stand where each class had its own: runs are told apart by it."""
+    layer = eval(text, vars(tl))
+    assert ' '.join(repr(layer).split()).replace('( ', '(').replace(', )', ')') == text
+    assert eval(repr(layer), vars(tl)) == layer
+
+
+def test_lsh_attention_has_its_options_once():
+    options = {field.name for field in dataclasses.fields(tl.LSHAttention)}
+    layer = tl.LSHSelfAttention(2, n_hashes=3, neighbourhood='chunk', max_len=9, masked=True)
+    assert all(getattr(layer.core, name) == getattr(layer, name) for name in options)
+    assert layer.replace(n_hashes=5).core == layer.core.replace(n_hashes=5)
+    assert layer.replace(n_hashes=3) == layer and hash(layer.replace(n_hashes=3)) == hash(layer)
+    with pytest.raises(TypeError, match='positional'):
+        tl.LSHSelfAttention(2, 3)
 
 
 def test_repr_of_what_the_default_does_not_go_with():

@@ -19,7 +19,7 @@ from layercomb.layers.core.fields import Rate, Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import set_field
-from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.core.wrapper import wrapped
 from layercomb.layers.decoding.caches import KVCache, poison_overflow, refuse_overflow
 from layercomb.layers.decoding.once import Once
 from layercomb.layers.decoding.seek import held
@@ -181,7 +181,48 @@ by_head.register(DotProductAttention)(as_it_is)
 by_head.register(LocalAttention)(as_it_is)
 
 
-class SelfAttention(MultiHead):
+class DenseHeads(MultiHead):
+    """What multi-head layers with dense projections share: their fields, and the parts.
+
+    Attributes:
+      n_heads: H.
+      d_head: K, by default D / H; any other is possible.
+      masked: whether a last input, boolean, says which keys are real.
+      dropout: the rate at which probabilities are dropped in training.
+      query, key, value, core, output: the parts, to be replaced.
+    """
+
+    n_heads: Size
+    _: KW_ONLY
+    d_head: Size | None = None
+    masked: bool = False
+    dropout: Rate = 0.0
+    query: Layer | None = None
+    key: Layer | None = None
+    value: Layer | None = None
+    core: Layer | None = None
+    output: Layer | None = None
+
+
+class OfItself(DenseHeads):
+    """What multi-head attention of a sequence to itself adds to it.
+
+    Attributes:
+      rotary: positions put into queries and keys, e.g. `RotaryPositions()`.
+    """
+
+    _: KW_ONLY
+    rotary: Layer | None = None
+
+    shown_before = {'rotary': 'query'}
+    n_in = property(lambda self: 1 + self.masked)
+
+    def route(self, call, stack):
+        x, *mask = stack[: self.n_in]
+        return attend(self, call, x, x, *mask) + stack[self.n_in :]
+
+
+class SelfAttention(OfItself):
     """Multi-head attention of a sequence to itself: (B, L, D) → (B, L, D).
 
     y = concat_h(softmax(q_h k_hᵀ / √K) v_h) W_o, with q_h, k_h, v_h projections of x.
@@ -199,30 +240,13 @@ class SelfAttention(MultiHead):
       Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
     """
 
-    n_heads: Size
     causal: bool = True
-    _: KW_ONLY
-    d_head: Size | None = None
-    masked: bool = False
-    dropout: Rate = 0.0
-    rotary: Layer | None = None
-    query: Layer | None = None
-    key: Layer | None = None
-    value: Layer | None = None
-    core: Layer | None = None
-    output: Layer | None = None
-
-    n_in = property(lambda self: 1 + self.masked)
 
     def parts(self) -> dict[str, Layer]:
         return heads(self, DotProductAttention(self.causal, self.dropout, self.masked))
 
-    def route(self, call, stack):
-        x, *mask = stack[: self.n_in]
-        return attend(self, call, x, x, *mask) + stack[self.n_in :]
 
-
-class LocalSelfAttention(MultiHead):
+class LocalSelfAttention(OfItself):
     """Multi-head attention of a sequence to the chunks around each position: (B, L, D) → (B, L, D).
 
     As `SelfAttention`, with `LocalAttention` for a core: linear in the length.
@@ -233,25 +257,17 @@ class LocalSelfAttention(MultiHead):
       causal: whether position t sees positions up to t only.
       look_back: how many chunks before its own a position sees.
       look_ahead: how many chunks after it, if not causal.
+      d_head, masked, dropout, rotary: as of `SelfAttention`.
+      query, key, value, core, output: the parts, to be replaced.
     """
 
-    n_heads: Size
     chunk_len: Size
     causal: bool = True
     _: KW_ONLY
     look_back: int = 1
     look_ahead: int = 0
-    d_head: Size | None = None
-    masked: bool = False
-    dropout: Rate = 0.0
-    rotary: Layer | None = None
-    query: Layer | None = None
-    key: Layer | None = None
-    value: Layer | None = None
-    core: Layer | None = None
-    output: Layer | None = None
 
-    n_in = property(lambda self: 1 + self.masked)
+    shown_before = {**OfItself.shown_before, 'look_back': 'd_head', 'look_ahead': 'd_head'}
 
     def parts(self) -> dict[str, Layer]:
         core = LocalAttention(
@@ -259,12 +275,8 @@ class LocalSelfAttention(MultiHead):
         )
         return heads(self, core)
 
-    def route(self, call, stack):
-        x, *mask = stack[: self.n_in]
-        return attend(self, call, x, x, *mask) + stack[self.n_in :]
 
-
-class CrossAttention(MultiHead):
+class CrossAttention(DenseHeads):
     """Multi-head attention to another sequence: (B, L, D), (B, M, E) → (B, L, D).
 
     Queries come from the first value, keys and values from the second, the memory. In ``PREDICT``
@@ -275,27 +287,18 @@ class CrossAttention(MultiHead):
       d_head: K, by default D / H, which needs a memory as wide as the sequence.
       masked: whether a third input (B, M) boolean says which positions of the memory are real.
       dropout: the rate at which probabilities are dropped in training.
+      query, key, value, core, output: the parts, to be replaced.
     """
-
-    n_heads: Size
-    _: KW_ONLY
-    d_head: Size | None = None
-    masked: bool = False
-    dropout: Rate = 0.0
-    query: Layer | None = None
-    key: Layer | None = None
-    value: Layer | None = None
-    core: Layer | None = None
-    output: Layer | None = None
 
     rotary = None  # positions of two sequences have no distance
     reads = {'query': 0, 'key': 1, 'value': 1}
+    reads_memory = True
     n_in = property(lambda self: 2 + self.masked)
 
     def __post_init__(self) -> None:
         for field in ('key', 'value'):
             part = getattr(self, field)
-            if part is not None and not _is_once(part):
+            if part is not None and not any(isinstance(each, Once) for each in wrapped(part)):
                 set_field(self, field, Once(part))
         super().__post_init__()
 
@@ -306,8 +309,3 @@ class CrossAttention(MultiHead):
     def route(self, call, stack):
         x, memory, *mask = stack[: self.n_in]
         return attend(self, call, x, memory, *mask) + stack[self.n_in :]
-
-
-def _is_once(layer: Layer) -> bool:
-    """Whether it is `Once`, perhaps in other wrappers."""
-    return isinstance(layer, Once) or (isinstance(layer, Wrapper) and _is_once(layer.layer))

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from layercomb.layers.combinators.routing import Rearrange
-from layercomb.layers.core.checks import check_inputs, check_sublayers
+from layercomb.layers.core.checks import check_inputs
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import call_text, named, set_field, show
@@ -93,11 +93,6 @@ class AssertShape(Wrapper, init=False):
     def changes_nothing(self) -> bool:
         """Whether it is around no layer, and checks values alone."""
         return isinstance(self.layer, _Unchanged)
-
-    def with_sublayers(self, sublayers: tuple[Layer, ...]) -> Any:
-        """The same around another layer."""
-        check_sublayers(self, sublayers)
-        return self.replace(layer=sublayers[0])
 
     def replace(self, **changes: Any) -> Any:
         """The same layer with other values in some fields."""

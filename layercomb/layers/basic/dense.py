@@ -40,6 +40,7 @@ class Dense(Layer):
     bias_init: Initializer = zeros()
 
     weight_axes = {'kernel': 'D->F', 'bias': '->F'}
+    makes_logits = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

@@ -58,13 +58,18 @@ class Embedding(Layer):
 
     def check_ids(self, ids: jax.Array) -> None:
         """Raises a ValueError if a known id lies outside the vocabulary; a traced one passes."""
-        if isinstance(ids, jax.core.Tracer) or ids.size == 0:
-            return
-        known = np.asarray(ids)  # not jnp: inside jit even constants would be traced
-        low, high = int(known.min()), int(known.max())
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(
-                f'token id {high if high >= self.vocab_size else low} is outside the vocabulary of '
-                f'{self.vocab_size}: ids run from 0 to {self.vocab_size - 1}; check the tokenizer, '
-                'or raise vocab_size'
-            )
+        check_ids(ids, self.vocab_size)
+
+
+def check_ids(ids: jax.Array, vocab_size: int) -> None:
+    """Raises a ValueError if a known id lies outside a vocabulary; a traced one passes."""
+    if isinstance(ids, jax.core.Tracer) or ids.size == 0:
+        return
+    known = np.asarray(ids)  # not jnp: inside jit even constants would be traced
+    low, high = int(known.min()), int(known.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f'token id {high if high >= vocab_size else low} is outside the vocabulary of '
+            f'{vocab_size}: ids run from 0 to {vocab_size - 1}; check the tokenizer, or raise '
+            'vocab_size'
+        )

@@ -14,6 +14,7 @@ from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays, Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.state import beside, own, without
+from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import describe
 from layercomb.trees import Tree
@@ -133,6 +134,4 @@ def state_parts(state: Tree, inputs: Arrays) -> tuple[Tree, Tree, Tree]:
 
 def _find_mixer(layer: Layer) -> Layer | None:
     """The first layer inside whose outputs mix positions."""
-    if layer.mixes_positions:
-        return layer
-    return next((m for m in map(_find_mixer, layer.sublayers) if m is not None), None)
+    return next((each for _, each in walk(layer) if each.mixes_positions), None)

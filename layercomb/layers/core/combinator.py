@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from layercomb.layers.core.checks import check_inputs, check_outputs, check_sublayers, where
-from layercomb.layers.core.layer import Layer, fold
+from layercomb.layers.core.layer import Layer, fold, is_layers
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import default_name, given_name
 from layercomb.shapes import Signature
@@ -56,18 +56,14 @@ class Combinator(Layer):
         raise NotImplementedError(f'{type(self).__name__} has no route')
 
     @functools.cached_property
-    def _children(self) -> tuple[tuple[str, Layer], ...]:
+    def children(self) -> tuple[tuple[str, Layer], ...]:
+        """All layers inside, each after its key, in the order in which the fields hold them."""
         return tuple(self._name_children())
-
-    @property
-    def sublayers(self) -> tuple[Layer, ...]:
-        """All layers inside, in the order in which the fields hold them."""
-        return tuple(layer for _, layer in self._children)
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The names of the sublayers, under which their weights and state lie."""
-        return tuple(key for key, _ in self._children)
+        return tuple(key for key, _ in self.children)
 
     def with_sublayers(self, sublayers: tuple[Layer, ...]) -> Any:
         """The same combinator around other sublayers, as many as there are."""
@@ -97,7 +93,7 @@ class Combinator(Layer):
         """What `route` calls when arrays flow; it writes new states into `new_state`."""
 
         def call(i: int, values: Stack) -> Stack:
-            key, layer = self._children[i]
+            key, layer = self.children[i]
             with where(self, key, layer, values):
                 check_inputs(layer, values)
                 outputs, new = layer.apply(
@@ -117,7 +113,7 @@ class Combinator(Layer):
         state: Tree = {}
 
         def call(i: int, values: Stack) -> Stack:
-            key, layer = self._children[i]
+            key, layer = self.children[i]
             with where(self, key, layer, values):
                 seed = jax.random.fold_in(rng, zlib.crc32(key.encode()))
                 outputs, its_weights, its_state = layer.init_with_outputs(values, seed, mode)
@@ -138,8 +134,7 @@ class Combinator(Layer):
         """The fields that hold a layer or a tuple of layers."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            many = isinstance(value, tuple) and value and all(isinstance(v, Layer) for v in value)
-            if isinstance(value, Layer) or many:
+            if is_layers(value):
                 yield field.name, value
 
     def _name_children(self) -> Iterator[tuple[str, Layer]]:
@@ -166,4 +161,4 @@ class Combinator(Layer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._children  # noqa: B018  names that clash are an error now, not at the first call
+        self.children  # noqa: B018  names that clash are an error now, not at the first call

@@ -64,6 +64,17 @@ class Layer:
       carries_counted: whether a layer made of layers hands that on to them: it gives them their
         states as they are, or takes it out and puts it back by `take_counted` and `put_counted`
         where it loops over states or cuts positions.
+      reads_memory: whether what is inside works on another sequence than the one that decoding
+        writes: an encoder (`Once`), or attention to a memory.
+      sees_padding: whether an output position depends on what stands after it, even where
+        positions see only what stands before them; prompts of several lengths are then refused.
+      makes_logits: whether it is a head, (B, L, D) → (B, L, V) for each position by itself, so that
+        decoding may ask for one position alone.
+      needs_max_len: whether its field ``max_len`` is open, so that a model around it should set it.
+
+    Four more are read where a layer has them, as a field or a property: ``causal``, which decoding
+    refuses if it is False; ``max_len``, the longest sequence; ``vocab_size``, below which the ids
+    that it looks up must lie; and a field ``rotary``, for positions put into queries and keys.
     """
 
     name: str | None = dataclasses.field(default=None, kw_only=True)
@@ -76,6 +87,11 @@ class Layer:
     counts_positions: ClassVar[bool] = False
     carries_counted: ClassVar[bool] = False
     weight_axes: ClassVar[dict[str, str]] = {}
+    sees_padding = False
+    makes_logits = False
+    needs_max_len = False
+    reads_memory: ClassVar[bool] = False
+    shown_before: ClassVar[dict[str, str]] = {}  # which keyword `repr` shows before which other
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:
         """Makes the class a frozen dataclass; ``init=False`` leaves the constructor it has.
@@ -170,9 +186,20 @@ class Layer:
         return type(self).__name__
 
     @property
+    def children(self) -> tuple[tuple[str, Layer], ...]:
+        """The layers that this one holds, each after the key that it adds to paths of weights.
+
+        The key is '' where none is added. `walk` and everything that looks into layers goes by it.
+        A class of one's own that holds layers, and is neither combinator nor wrapper, writes this
+        one, or `sublayers`, which then add no keys.
+        """
+        own = type(self).sublayers is not Layer.sublayers
+        return tuple(('', layer) for layer in self.sublayers) if own else ()
+
+    @property
     def sublayers(self) -> tuple[Layer, ...]:
         """The layers that this one holds."""
-        return ()
+        return tuple(layer for _, layer in self.children)
 
     def with_sublayers(self: L, sublayers: tuple[Layer, ...]) -> L:
         """The same layer around other sublayers, as many as there are."""
@@ -216,6 +243,12 @@ class Layer:
 
     def __repr__(self) -> str:
         return code_of(self)
+
+
+def is_layers(value: Any) -> bool:
+    """Whether a field's value is a layer, or a tuple of layers that is not empty."""
+    many = isinstance(value, tuple) and bool(value) and all(isinstance(v, Layer) for v in value)
+    return many or isinstance(value, Layer)
 
 
 def init_state(layer: Layer, signature: Any, mode: Mode = Mode.PREDICT) -> Tree:

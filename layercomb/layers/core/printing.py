@@ -49,14 +49,25 @@ def call_text(function: str, parts: list[str]) -> str:
 def code_of(layer: Any) -> str:
     """The code that makes a layer: its class, and the fields that are not as by default."""
     parts, positional = [], True
-    name, *own = dataclasses.fields(layer)
-    for field in (*own, name):
+    for field in _shown_fields(layer):
         value = getattr(layer, field.name)
         if _shows(layer, field, value):
             bare = positional and not field.kw_only
             parts.append(show(value) if bare else f'{field.name}={show(value)}')
         positional = positional and field.default is dataclasses.MISSING
     return call_text(type(layer).__name__, parts)
+
+
+def _shown_fields(layer: Any) -> list[dataclasses.Field[Any]]:
+    """The fields as a call gives them: by place, then keywords, and the name last."""
+    name, *own = dataclasses.fields(layer)
+    own.sort(key=lambda field: bool(field.kw_only))  # or those of a base class would stand first
+    for moved, other in layer.shown_before.items():
+        names = [field.name for field in own]
+        field = own.pop(names.index(moved))
+        names.remove(moved)
+        own.insert(names.index(other), field)
+    return [*own, name]
 
 
 def _shows(layer: Any, field: dataclasses.Field[Any], value: Any) -> bool:

@@ -19,6 +19,8 @@ from layercomb.trees import Tree, Typed, plain, typed
 
 P = TypeVar('P', bound='Part')
 
+WHOLE = '/'  # the key of a state that is a part, beside which something is put
+
 
 @dataclass_transform(frozen_default=True)
 class Part(Typed):
@@ -144,7 +146,8 @@ def take_out(state: Any, kind: type[Part]) -> tuple[Any, Tree]:
     """Separates a state from the parts of one type in it, both with their paths."""
     if not isinstance(state, dict):
         return state, {}
-    rest, found = type(state)(), {}
+    rest: Tree = type(state)()
+    found: Tree = {}
     for key, value in state.items():
         if isinstance(value, kind):
             found[key] = value

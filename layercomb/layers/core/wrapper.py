@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from layercomb.layers.core.checks import (
-    check_sublayers,
-)
-from layercomb.layers.core.layer import (
-    Layer,
-)
+from layercomb.layers.core.checks import check_sublayers
+from layercomb.layers.core.layer import Layer, is_layers
 from layercomb.layers.core.mode import Mode
 from layercomb.shapes import Signature
 
 
 class Wrapper(Layer):
-    """A layer around one other, which adds no level to the paths of the weights."""
+    """A layer around one other, which adds no level to the paths of the weights.
+
+    Other fields may hold layers too, or tuples of them; they stand beside the one that is wrapped,
+    under the field's name, with ``_0``, ``_1`` … for those of a tuple.
+    """
 
     layer: Layer
 
@@ -27,14 +29,33 @@ class Wrapper(Layer):
     n_out = property(lambda self: self.layer.n_out)
 
     @property
-    def sublayers(self) -> tuple[Layer, ...]:
-        """The one layer inside."""
-        return (self.layer,)
+    def children(self) -> tuple[tuple[str, Layer], ...]:
+        """The layer inside, which adds no level, and layers in other fields by their names."""
+        found: list[tuple[str, Layer]] = [('', self.layer)]
+        for field, value in self._layers_beside():
+            if isinstance(value, tuple):
+                found += [(f'{field}_{i}', layer) for i, layer in enumerate(value)]
+            else:
+                found.append((field, value))
+        return tuple(found)
 
     def with_sublayers(self: Any, sublayers: tuple[Layer, ...]) -> Any:
-        """The same wrapper around another layer."""
+        """The same wrapper around another layer, and with others beside it."""
         check_sublayers(self, sublayers)
-        return self.replace(layer=sublayers[0])
+        layer, *rest = sublayers
+        changes: dict[str, Any] = {'layer': layer}
+        for field, value in self._layers_beside():
+            n = len(value) if isinstance(value, tuple) else 1
+            changes[field] = tuple(rest[:n]) if isinstance(value, tuple) else rest[0]
+            rest = rest[n:]
+        return self.replace(**changes)
+
+    def _layers_beside(self) -> Iterator[tuple[str, Any]]:
+        """The fields that hold other layers than the one inside."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != 'layer' and is_layers(value):
+                yield field.name, value
 
     def inner_signature(self, signature: Signature) -> Signature:
         """The signature of what the inner layer is given, first if it is applied several times."""
@@ -43,6 +64,20 @@ class Wrapper(Layer):
     def init(self, signature, rng, mode=Mode.TRAIN):
         """The inner layer's weights and state."""
         return self.layer.init(signature, rng, mode)
+
+
+def wrapped(layer: Layer) -> Iterator[Layer]:
+    """A layer, what it is around if it is a wrapper, and so on to one that is none."""
+    yield layer
+    while isinstance(layer, Wrapper):
+        layer = layer.layer
+        yield layer
+
+
+def unwrapped(layer: Layer) -> Layer:
+    """The layer that wrappers, such as those of `cast`, are around."""
+    *_, inside = wrapped(layer)
+    return inside
 
 
 def snake_case(name: str) -> str:
@@ -58,13 +93,9 @@ def snake_case(name: str) -> str:
 
 def given_name(layer: Layer) -> str | None:
     """The name a person gave to a layer, or to the layer that a wrapper is around."""
-    if layer.name is None and isinstance(layer, Wrapper):
-        return given_name(layer.layer)
-    return layer.name
+    return next((each.name for each in wrapped(layer) if each.name is not None), None)
 
 
 def default_name(layer: Layer) -> str:
     """The key of a layer without a name: its class's, through wrappers, in snake_case."""
-    if isinstance(layer, Wrapper):
-        return default_name(layer.layer)
-    return snake_case(layer._class_name)
+    return snake_case(unwrapped(layer)._class_name)

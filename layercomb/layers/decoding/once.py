@@ -29,12 +29,13 @@ def run_once(has_run: jax.Array, kept: Any, run: Callable[[Any], Any]) -> Any:
 class Once(Wrapper):
     """A layer of a whole sequence, which in ``PREDICT`` runs once, as it evaluates.
 
-    The encoder of a model whose decoder takes its inputs step by step is one, and so is what makes
-    keys and values of a memory: handed the same sequence at every call, it runs at the first, and
-    its outputs are state from then on. In other modes it is the layer itself.
+    It is made for an encoder, whose decoder takes its inputs step by step, and for what makes keys
+    and values of a memory. Both are handed the same sequence at every call: they run at the first,
+    and their outputs are state from then on. In other modes it is the layer itself.
     """
 
     carries_counted = True
+    reads_memory = True
 
     mixes_positions = property(lambda self: self.layer.mixes_positions)
 
@@ -46,13 +47,18 @@ class Once(Wrapper):
         made = {str(i): jnp.zeros(y.shape, y.dtype) for i, y in enumerate(outputs)}
         return weights, {'layer': state, 'outputs': made, 'has_run': jnp.zeros((), bool)}
 
+    def inner_state(self, state: Tree) -> Tree:
+        """The layer's own state, in this one's of ``PREDICT``."""
+        inner: Tree = state['layer']
+        return inner
+
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """The layer's; in ``PREDICT`` what it gave at the first call."""
         if mode is not Mode.PREDICT:
             return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
 
         def run(_: Tree) -> Tree:
-            made, _ = self.layer.apply(weights, state['layer'], inputs, mode=Mode.EVAL)
+            made, _ = self.layer.apply(weights, self.inner_state(state), inputs, mode=Mode.EVAL)
             return {str(i): y for i, y in enumerate(made)}
 
         made = run_once(state['has_run'], state['outputs'], run)

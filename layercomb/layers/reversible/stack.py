@@ -90,7 +90,7 @@ class ReversibleSerial(ReversibleStack, Serial, init=False):
         """Undoes the layers from the last to the first."""
         d_weights: Tree = {}
         values, cts = tuple(outputs), tuple(cts)
-        for i, (key, layer) in reversed(list(enumerate(self._children))):
+        for i, (key, layer) in reversed(list(enumerate(self.children))):
             n = layer.n_out
             inputs, d_inputs, d = layer.reverse_and_grad(
                 weights.get(key, {}),

@@ -8,18 +8,18 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import KW_ONLY
 from typing import Any
 
-from layercomb.layers.attention.layers import DotProductAttention, LocalSelfAttention, SelfAttention
-from layercomb.layers.attention.lsh.layer import LSHSelfAttention
+from layercomb.layers.attention.layers import DotProductAttention
 from layercomb.layers.attention.multihead import MultiHead
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.combinators.side_by_side import Parallel
 from layercomb.layers.core.fields import Size, nearest_divisor
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.core.wrapper import unwrapped
 from layercomb.layers.sparse.local_conv import LocalConv
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense
 
@@ -105,11 +105,11 @@ class SparseQKVAttention(MultiHead):
     output: Layer | None = None
 
     n_in = property(lambda self: 1 + self._is_masked)
-    causal = property(lambda self: getattr(_inside(self.core), 'causal', True))
+    causal = property(lambda self: getattr(unwrapped(self.core), 'causal', True))
 
     @property
     def _is_masked(self) -> bool:
-        return getattr(_inside(self.core), 'masked', False)
+        return getattr(unwrapped(self.core), 'masked', False)
 
     def parts(self) -> dict[str, Layer]:
         n = self.core.n_in - self._is_masked
@@ -135,9 +135,10 @@ class SparseQKVAttention(MultiHead):
         return call(at('output'), (y,)) + stack[self.n_in :]
 
 
-def _inside(layer: Layer) -> Layer:
-    """The layer that wrappers, such as those of `cast`, are around."""
-    return _inside(layer.layer) if isinstance(layer, Wrapper) else layer
+def is_self_attention(layer: Layer) -> bool:
+    """Whether a layer has what `sparse_qkv` keeps: fields ``n_heads``, ``core`` and ``rotary``."""
+    fields = {field.name for field in dataclasses.fields(layer)}
+    return {'n_heads', 'core', 'rotary'} <= fields and not layer.reads_memory
 
 
 def sparse_qkv(
@@ -146,9 +147,9 @@ def sparse_qkv(
     """The attention with sparse projections that attends as another one does.
 
     Args:
-      attention: a `SelfAttention`, `LocalSelfAttention` or `LSHSelfAttention`, whose core, heads,
-        rotary positions and name are kept, and whose projections are not; a `SparseQKVAttention` is
-        given back as it is.
+      attention: a `SelfAttention`, `LocalSelfAttention`, `LSHSelfAttention`, or a layer of one's
+        own with fields ``n_heads``, ``core`` and ``rotary``. These and its name are kept, its
+        projections are not; a `SparseQKVAttention` is given back as it is.
       n_modules, kernel_size: as of `SparseQKVAttention`.
 
     Raises:
@@ -161,22 +162,23 @@ def sparse_qkv(
     """
     if isinstance(attention, SparseQKVAttention):
         return attention
-    if not isinstance(attention, (SelfAttention, LocalSelfAttention, LSHSelfAttention)):
+    if not is_self_attention(attention):
         raise TypeError(
             f'sparse_qkv: {type(attention).__name__} cannot have sparse projections: give a '
-            'SelfAttention, LocalSelfAttention or LSHSelfAttention'
+            'SelfAttention, LocalSelfAttention or LSHSelfAttention, or one with fields n_heads, '
+            'core and rotary'
         )
-    if attention.d_head is not None:
+    given: Any = attention
+    if getattr(given, 'd_head', None) is not None:
         raise ValueError(
             f'sparse_qkv: heads share the features of the model among them, d_head='
-            f'{attention.d_head} cannot be kept: leave it out'
+            f'{given.d_head} cannot be kept: leave it out'
         )
-    core: Any = attention.core  # chosen when the layer was made, if nobody else did
     return SparseQKVAttention(
-        attention.n_heads,
+        given.n_heads,
         n_modules,
         kernel_size=kernel_size,
-        rotary=attention.rotary,
-        core=core,
-        name=attention.name,
+        rotary=given.rotary,
+        core=given.core,  # chosen when the layer was made, if nobody else did
+        name=given.name,
     )

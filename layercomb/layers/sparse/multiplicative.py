@@ -103,6 +103,7 @@ class MultiplicativeHead(Layer):
     use_bias: bool = True
 
     weight_axes = {'modules': 'S:D', 'features': 'M:D', 'bias': '->V'}
+    makes_logits = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

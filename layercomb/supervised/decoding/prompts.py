@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,18 +19,13 @@ import numpy as np
 from layercomb import trees
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, one_line
-from layercomb.layers.attention.layers import LocalSelfAttention, SelfAttention
-from layercomb.layers.attention.lsh.layer import LSHAttention, LSHSelfAttention
-from layercomb.layers.basic.dense import Dense
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.state import AuxLoss, take_out
+from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
-from layercomb.layers.decoding.once import Once
 from layercomb.layers.decoding.seek import seek
-from layercomb.layers.sparse.attention import SparseQKVAttention
-from layercomb.layers.sparse.multiplicative import MultiplicativeHead
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import Signature, is_float, shape_dtype
 from layercomb.supervised.decoding.numbers import whole
@@ -40,15 +35,6 @@ from layercomb.transforms.unstacking import unstack, unstack_state
 from layercomb.trees import Tree
 
 Sequences = Any  # (B, P) integers, or a list of sequences of them, of any lengths
-
-_ATTENTION = (
-    SelfAttention,
-    LocalSelfAttention,
-    LSHSelfAttention,
-    LSHAttention,
-    SparseQKVAttention,
-)
-_HEADS = (Dense, MultiplicativeHead)
 
 
 @functools.partial(
@@ -151,23 +137,28 @@ def padded_length(net: Layer, what: str, lengths: np.ndarray) -> int:
     Raises:
       UsageError: if padding is seen, and lengths differ.
     """
-    if not _sees_padding(net):
+    seeing = next((layer for layer in _of_what_is_written(net) if layer.sees_padding), None)
+    if seeing is None:
         return round_up(int(lengths.max()))
     if len(set(lengths.tolist())) > 1:
+        option = getattr(seeing, 'neighbourhood', None)
+        its = '' if option is None else f' with neighbourhood={option!r}'
         raise UsageError(
-            f"LSH attention with neighbourhood='chunk' sees what a shorter {what} is padded with: "
-            f"give {what}s of one length, or take them one by one; 'bucket' sees nothing of it"
+            f'{type(seeing).__name__}{its} sees what a shorter {what} is padded with: give {what}s '
+            'of one length, or take them one by one; LSH attention sees nothing of it with '
+            "neighbourhood='bucket'"
         )
     return int(lengths.max())
 
 
-def _sees_padding(layer: Layer) -> bool:
-    """Whether what follows a position changes its logits, so that padding would."""
-    if isinstance(layer, Once):  # an encoder, which gets no padding without a mask
-        return False
-    if isinstance(layer, LSHAttention) and layer.neighbourhood == 'chunk':
-        return True
-    return any(map(_sees_padding, layer.sublayers))
+def _of_what_is_written(net: Layer) -> Iterator[Layer]:
+    """The layers that work on the sequence which decoding writes, and not on a memory.
+
+    What reads a memory is among them, and what is inside it is not: an encoder gets no padding
+    without a mask, has a length of its own, and may look ahead.
+    """
+    for _, layer in walk(net, enter=lambda layer: not layer.reads_memory):
+        yield layer
 
 
 def checked(model: Model) -> tuple[Layer, Tree, Tree]:
@@ -190,7 +181,7 @@ def context_of(net: Layer, inputs: Sequences | None, n_rows: int) -> tuple[jax.A
       UsageError: if there is one and no encoder or the other way round, if its number of rows is
         not that of the prompts, or if rows differ in length and the model takes no mask.
     """
-    if net.n_in > 1 and not _has_once(net):
+    if net.n_in > 1 and not any(layer.reads_memory for _, layer in walk(net)):
         raise UsageError(
             f'the model takes {net.n_in} inputs, and no part of it reads one of them as an encoder '
             'does, in tl.Once: decoding knows language models of tokens alone (prompts need no '
@@ -267,23 +258,16 @@ def check_ids(net: Layer, what: str, tokens: np.ndarray) -> None:
         raise UsageError(f'the {what} does not fit the model: {e}') from None
 
 
-def _has_once(layer: Layer) -> bool:
-    return isinstance(layer, Once) or any(map(_has_once, layer.sublayers))
-
-
-def max_len(layer: Layer) -> int | None:
+def max_len(net: Layer) -> int | None:
     """The longest sequence that a model writes, prompt included, or None if nothing limits it."""
-    if isinstance(layer, Once):  # an encoder, whose source is another sequence
-        return None
-    limits = [getattr(layer, 'max_len', None), *map(max_len, layer.sublayers)]
+    limits = (getattr(layer, 'max_len', None) for layer in _of_what_is_written(net))
     return min((n for n in limits if n is not None), default=None)
 
 
-def source_max_len(layer: Layer) -> int | None:
+def source_max_len(net: Layer) -> int | None:
     """The longest sequence that a model's encoder reads."""
-    if isinstance(layer, Once):
-        return max_len(layer.layer)
-    limits = map(source_max_len, layer.sublayers)
+    readers = [layer for layer in _of_what_is_written(net) if layer.reads_memory]
+    limits = [max_len(inside) for layer in readers for inside in layer.sublayers]
     return min((n for n in limits if n is not None), default=None)
 
 
@@ -299,17 +283,15 @@ def round_up(length: int) -> int:
     return -(-length // step) * step
 
 
-def _refuse_looking_ahead(layer: Layer) -> None:
-    """Raises a UsageError if self-attention sees later positions, which decoding does not have."""
-    if isinstance(layer, Once):
-        return
-    if isinstance(layer, _ATTENTION) and not layer.causal:
-        raise UsageError(
-            f'{type(layer).__name__} with causal=False sees later positions, so it cannot make '
-            'them one by one: decode a model with causal attention'
-        )
-    for each in layer.sublayers:
-        _refuse_looking_ahead(each)
+def _refuse_looking_ahead(net: Layer) -> None:
+    """Raises a UsageError if a layer sees later positions, which decoding does not have."""
+    for layer in _of_what_is_written(net):
+        if getattr(layer, 'causal', True) is False:
+            raise UsageError(
+                f'{type(layer).__name__} with causal=False sees later positions, so it cannot make '
+                'them one by one: decode a model with causal attention; a class of your own that '
+                'attends to a memory says reads_memory = True'
+            )
 
 
 def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
@@ -400,7 +382,7 @@ class _AtPosition(Wrapper):
 def at_one_position(net: Layer) -> Layer | None:
     """The model with positions (B,) as a last input and logits (B, 1, V) there alone.
 
-    With the same paths. None if it does not end with a head that sees each position by itself.
+    With the same paths. None if it does not end with a layer that says ``makes_logits``.
     """
     if isinstance(net, Tied):
         inner = at_one_position(net.layer)
@@ -409,7 +391,7 @@ def at_one_position(net: Layer) -> Layer | None:
         named = [layer.replace(name=key) for key, layer in zip(net.keys, net.layers, strict=True)]
         last = at_one_position(named[-1])
         return None if last is None else Serial(*named[:-1], last, name=net.name)
-    return _AtPosition(net) if type(bare(net)) in _HEADS else None
+    return _AtPosition(net) if bare(net).makes_logits else None
 
 
 def _take(x: jax.Array, at: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import KW_ONLY
 from typing import Any, Literal
@@ -34,7 +35,42 @@ from layercomb.layers.decoding.seek import held
 from layercomb.layers.positions.position import check_length
 
 
-class LSHAttention(Layer):
+class LSHOptions(Layer):
+    """How LSH attention hashes and attends: the fields of `LSHAttention` and `LSHSelfAttention`.
+
+    Attributes:
+      n_hashes: R; may be changed after training.
+      chunk_len: C.
+      n_buckets: 1, an even number, or a tuple of such, its factors; None makes buckets half a chunk
+        long at `max_len` positions.
+      max_len: the longest sequence, for which automatic buckets are made; None takes that of the
+        input, and then a longer input changes what precedes it.
+      causal: whether position t sees positions up to t only.
+      masked: whether a last input (B, L) boolean says which positions are real.
+      dropout: the rate at which probabilities are dropped in training.
+      neighbourhood, duplicates, chunks_together, heads_together: as of `lsh_attention`.
+      seed: of the rotations in ``EVAL`` and ``PREDICT``; layers of one seed have the same.
+    """
+
+    _: KW_ONLY
+    n_hashes: Size = 4
+    chunk_len: Size = 64
+    n_buckets: int | tuple[int, ...] | None = None
+    max_len: Size | None = None
+    causal: bool = True
+    masked: bool = False
+    dropout: Rate = 0.0
+    neighbourhood: Literal['bucket', 'chunk'] = 'bucket'
+    duplicates: Literal['count', 'once'] = 'count'
+    seed: int = 0
+    chunks_together: Size | None = None
+    heads_together: Size | None = None
+
+    sees_padding = property(lambda self: self.neighbourhood == 'chunk')
+    needs_max_len = property(lambda self: self.n_buckets is None is self.max_len)
+
+
+class LSHAttention(LSHOptions):
     """LSH attention of queries that are keys too: q (B, H, L, K), v (B, H, L, D) → (B, H, L, D).
 
     As `lsh_attention`. Rotations are drawn afresh from `rng` in ``TRAIN`` and made from `seed` in
@@ -65,20 +101,6 @@ class LSHAttention(Layer):
         or ``PREDICT`` without `n_buckets` and `max_len`.
     """
 
-    _: KW_ONLY
-    n_hashes: Size = 4
-    chunk_len: Size = 64
-    n_buckets: int | tuple[int, ...] | None = None
-    max_len: Size | None = None
-    causal: bool = True
-    masked: bool = False
-    dropout: Rate = 0.0
-    neighbourhood: Literal['bucket', 'chunk'] = 'bucket'
-    duplicates: Literal['count', 'once'] = 'count'
-    seed: int = 0
-    chunks_together: Size | None = None
-    heads_together: Size | None = None
-
     mixes_positions = True
     n_in = property(lambda self: 2 + self.masked)
 
@@ -93,7 +115,7 @@ class LSHAttention(Layer):
         check_length('LSHAttention', length, self.max_len)
         if mode is not Mode.PREDICT or not self.causal:
             return {}, {}
-        if self.n_buckets is None is self.max_len:
+        if self.needs_max_len:
             raise ValueError(
                 'LSHAttention: decoding needs the number of buckets of training: give max_len= '
                 '(or n_buckets=) when making the layer'
@@ -207,21 +229,17 @@ class LSHAttention(Layer):
 by_head.register(LSHAttention)(as_it_is)
 
 
-class LSHSelfAttention(MultiHead):
+class LSHSelfAttention(LSHOptions, MultiHead):
     """Multi-head LSH attention of a sequence to itself: (B, L, D) → (B, L, D).
 
     One projection makes queries and keys, another values, around an `LSHAttention`.
 
     Attributes:
       n_heads: H.
-      n_hashes: R, 1 to 16 as a rule; may be changed after training.
-      chunk_len: C.
-      n_buckets, max_len, neighbourhood, duplicates, seed: as of `LSHAttention`.
-      chunks_together, heads_together: as of `lsh_attention`.
-      causal: whether position t sees positions up to t only.
-      d_head: K, by default D / H.
+      n_hashes, chunk_len, n_buckets, max_len, causal, dropout: as of `LSHAttention`, and so
+        neighbourhood, duplicates, seed, chunks_together and heads_together.
       masked: whether a second input (B, L) boolean says which positions are real.
-      dropout: the rate at which probabilities are dropped in training.
+      d_head: K, by default D / H.
       rotary: positions put into queries, e.g. `RotaryPositions()`.
       query, value, core, output: the parts, to be replaced.
 
@@ -231,32 +249,20 @@ class LSHSelfAttention(MultiHead):
 
     n_heads: Size
     _: KW_ONLY
-    n_hashes: Size = 4
-    chunk_len: Size = 64
-    n_buckets: int | tuple[int, ...] | None = None
-    max_len: Size | None = None
-    causal: bool = True
     d_head: Size | None = None
-    masked: bool = False
-    dropout: Rate = 0.0
-    neighbourhood: Literal['bucket', 'chunk'] = 'bucket'
-    duplicates: Literal['count', 'once'] = 'count'
-    seed: int = 0
-    chunks_together: Size | None = None
-    heads_together: Size | None = None
     rotary: Layer | None = None
     query: Layer | None = None
     value: Layer | None = None
     core: Layer | None = None
     output: Layer | None = None
 
+    shown_before = {'d_head': 'masked'}
     n_in = property(lambda self: 1 + self.masked)
 
     def parts(self) -> dict[str, Layer]:
         split = SplitHeads(self.n_heads, self.d_head)
-        shared = ('n_hashes', 'chunk_len', 'n_buckets', 'max_len', 'causal', 'masked', 'dropout')
-        its_own = ('neighbourhood', 'duplicates', 'seed', 'chunks_together', 'heads_together')
-        core = LSHAttention(**{name: getattr(self, name) for name in (*shared, *its_own)})
+        options = (field.name for field in dataclasses.fields(LSHOptions) if field.name != 'name')
+        core = LSHAttention(**{name: getattr(self, name) for name in options})
         return {'query': split, 'value': split, 'core': core, 'output': MergeHeads()}
 
     def route(self, call, stack):
