@@ -144,7 +144,8 @@ def take_out(state: Any, kind: type[Part]) -> tuple[Any, Tree]:
     """Separates a state from the parts of one type in it, both with their paths."""
     if not isinstance(state, dict):
         return state, {}
-    rest, found = type(state)(), {}
+    rest: Tree = type(state)()
+    found: Tree = {}
     for key, value in state.items():
         if isinstance(value, kind):
             found[key] = value
