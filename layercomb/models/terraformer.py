@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -256,7 +257,7 @@ class Reading(Seekable):
     """The state in ``PREDICT`` of a layer that reads a memory before its inputs.
 
     Attributes:
-      layer: the state of the layer inside, whose positions are counted through both.
+      layer: the state of the layer inside, whose positions are count the memory's too.
       has_memory: () bool, whether the memory has been read.
       before: (B,) int32, how long the memory is.
       position: where the rows stand, counted from the first input.
@@ -268,7 +269,7 @@ class Reading(Seekable):
     position: Position
 
     def seek(self, lengths: jax.Array) -> Reading:
-        """The rows at other inputs; inside, the memory's positions come on top."""
+        """The rows at other inputs; inside, the memory's positions are added."""
         return self.replace(
             layer=seek(self.layer, lengths + self.before), position=self.position.seek(lengths)
         )

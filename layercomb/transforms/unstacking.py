@@ -70,7 +70,8 @@ def unstack_state(net: Layer, state: Tree) -> Tree:
       state: its state in ``TRAIN`` or ``EVAL``.
 
     Returns:
-      One subtree a layer, as `unstack` arranges weights; what `Map` threads is in each of its own.
+      One subtree a layer, as `unstack` arranges weights. Each layer of what was a `Map` has the
+      state that the `Map` threaded through all.
 
     >>> import jax.numpy as jnp
     >>> from layercomb import tl, transforms

@@ -21,7 +21,7 @@ from layercomb.supervised.beginning import trained_state
 from layercomb.supervised.steps import aux_loss
 
 B, L, D = 2, 6, 4
-RESERVED_ONCE = ('decisions', 'aux_loss', 'counted_positions', 'position', 'before', 'rings', '0')
+RESERVED_ONCE = ('decisions', 'aux_loss', 'counted_positions', '0')
 
 
 def assert_equal(a, b):
@@ -69,7 +69,9 @@ def test_a_layer_weight_or_state_may_have_any_name(name):
     rest, found = take_decisions(full)
     assert jax.tree.structure(rest) == wanted
     replayed, _ = run(put_decisions(state, found), Mode.REPLAY)
-    assert_equal((recorded, replayed), (trained, trained))
+    for made in (recorded, replayed):  # other programs round otherwise
+        for y, wanted in zip(made, trained, strict=True):
+            np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
     loss = aux_loss(after)
     assert loss is not None and float(loss) == pytest.approx(
         float(sum(x.value.sum() for x in [after['switch_ff']['aux_loss']]))

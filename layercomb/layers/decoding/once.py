@@ -29,9 +29,9 @@ def run_once(has_run: jax.Array, kept: Any, run: Callable[[Any], Any]) -> Any:
 class Once(Wrapper):
     """A layer of a whole sequence, which in ``PREDICT`` runs once, as it evaluates.
 
-    It is made for an encoder, whose decoder takes its inputs step by step, and for what makes keys
-    and values of a memory. Both are handed the same sequence at every call: they run at the first,
-    and their outputs are state from then on. In other modes it is the layer itself.
+    For the encoder of a model whose decoder takes its inputs step by step, and for what makes keys
+    and values of a memory. It is handed the same sequence at every call, runs at the first, and
+    keeps its outputs in the state. In other modes it is the layer itself.
     """
 
     carries_counted = True

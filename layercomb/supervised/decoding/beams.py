@@ -27,7 +27,7 @@ from layercomb.supervised.decoding.prompts import (
 from layercomb.supervised.decoding.sampling import diverged, has_probabilities
 from layercomb.trees import Tree
 
-_LOW, _NONE = -1e30, -1e29  # the total of a beam that is none is below the second
+_LOW, _NONE = -1e30, -1e29  # the total of a place without a beam, and what is above it
 
 
 class Beams(NamedTuple):
@@ -61,9 +61,9 @@ def beam_search(
 
         Σ_t log p(y_t | prompt, y_<t) / T ** length_penalty
 
-    Ended hypotheses stand apart from live ones, so that none pushes another out of the beam; the
-    search stops when no live one can still come among the best. One beam is greedy
-    decoding where no `eos_id` is given; with one it goes on past an end, for a better score.
+    Hypotheses that have ended are kept apart from live ones, so that they take no places in the
+    beam. The search stops when no live one can still come among the best. One beam without an
+    `eos_id` is greedy decoding; with an `eos_id` it goes on past an end, for a better score.
 
     Args:
       model, prompts, n_tokens, inputs, eos_id: as in `decoding.generate`.
@@ -102,7 +102,7 @@ def beam_search(
 )
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """What a search is told; no other number is another program than those of beams."""
+    """What a search is told. Only other numbers of beams need another program."""
 
     n_beams: int
     n_best: int
@@ -111,7 +111,7 @@ class _Search:
     eos_id: Any  # -1 if nothing ends a hypothesis
 
     def normed(self, total: jax.Array, length: Any) -> jax.Array:
-        """Scores of hypotheses so long, −∞ for those that are none."""
+        """Scores of hypotheses of a length, −∞ in places without one."""
         score = total / jnp.asarray(length, jnp.float32) ** self.length_penalty
         return jnp.where(total > _NONE, score, -jnp.inf)
 
@@ -196,7 +196,7 @@ def _choose(search: _Search, carry: _Carry) -> tuple[jax.Array, _Carry]:
 def _stay(beam: jax.Array) -> jax.Array:
     """An order of hypotheses that go on from beams (K,), in which one of each beam takes its place.
 
-    So that caches are copied only into the places of beams from which nothing goes on.
+    Caches are then copied only into the places of beams from which nothing goes on.
     """
     k = len(beam)
     same = beam[:, None] == beam[None]  # (K, K)
@@ -241,9 +241,10 @@ def _repeated(state: Tree, per_row: Tree, n: int, k: int) -> Tree:
 
 
 def _copied(state: Tree, per_row: Tree, chosen: jax.Array) -> Tree:
-    """A state in which beam i of row b is what beam `chosen[b, i]` was, written where it lies.
+    """A state in which beam i of row b is what beam `chosen[b, i]` was, updated in place.
 
-    One by one, and only those that change: what they are copied from does not, as `_stay` sees to.
+    Beams are copied one by one, and only those that change. What they are copied from does not
+    change, thanks to `_stay`.
     """
     b, k = chosen.shape
     source = (chosen + jnp.arange(b, dtype=jnp.int32)[:, None] * k).reshape(-1)

@@ -6,9 +6,9 @@ not depend on how many rows there are and what they hold, nor on which of the tw
 it; the same prompt in another row draws anew. `beam_search` looks for the likeliest continuations,
 and `score` tells how likely given ones are.
 
-All numbers are arrays in the programs: what is compiled anew is another model, another number of
-rows, and lengths that `round_up` tells apart; with LSH attention of neighbourhood='chunk', which
-would see padding, every length of a prompt.
+All numbers are arrays in the programs. A new program is compiled for another model, another number
+of rows, and for lengths that `round_up` tells apart; with LSH attention of neighbourhood='chunk',
+which would see padding, for every length of a prompt.
 """
 
 from __future__ import annotations
@@ -154,10 +154,10 @@ def _step(
 
 @functools.lru_cache(maxsize=16)
 def _next(structure: Any) -> Any:
-    """The step, compiled, of what it is made from each time as flat leaves, a state and a token.
+    """The compiled step: (leaves of what stays the same, state, token) → (token, state).
 
-    Hundreds of weights in nested dicts, and the hash of a model, would take longer to look at than
-    a small model takes for a token.
+    Leaves are flat because to walk through nested dicts of weights, and to hash a model, takes
+    longer at each token than a small model does.
     """
 
     def step(leaves: list[jax.Array], kept: _Kept, token: jax.Array) -> Any:

@@ -1,7 +1,7 @@
 """What decoding begins with: prompts as arrays, and a model that has read them.
 
 Weights are unstacked, since slicing stacked ones copies them every token. Prompts are read whole,
-with caches just as long as they, which then grow to the room that is needed: attention over a
+with caches of their length, which then grow to the room that is needed, so that attention over a
 prompt does not look at the room behind it.
 """
 
@@ -349,7 +349,7 @@ def _of_each_position(values: tuple[jax.Array, ...], where: str) -> jax.Array:
 
 
 def _grown(start: Start, state: Tree) -> Tree:
-    """A state whose caches are as long as the room there is; what is new is empty."""
+    """A state whose caches have grown to the room there is, with zeros behind what they held."""
     whole = jax.eval_shape(
         lambda: fresh_state(start.net, start.trained, start.signature(start.room))
     )
@@ -382,7 +382,7 @@ class _AtPosition(Wrapper):
 def at_one_position(net: Layer) -> Layer | None:
     """The model with positions (B,) as a last input and logits (B, 1, V) there alone.
 
-    With the same paths. None if it does not end with a layer that says ``makes_logits``.
+    Paths are the same. None if it does not end with a layer that says ``makes_logits``.
     """
     if isinstance(net, Tied):
         inner = at_one_position(net.layer)

@@ -1,9 +1,9 @@
-"""Rings: of each bucket the last positions that fell into it, so that decoding reads these alone.
+"""Rings: the last positions that fell into each bucket, the only ones that decoding reads.
 
 A ring of C places holds what a position of exactly causal LSH attention sees in its bucket, itself
-included. What a token costs is then R·C keys, however many were seen before. The memory is 4 bytes
-a place, 4·R·n·C for each head; with automatic buckets, half a chunk long, 8·R bytes a position of
-`max_len`, where keys and values take 8·K.
+included. A token then costs R·C keys, however many came before. A place takes 4 bytes, so a head
+takes 4·R·n·C. With automatic buckets, half a chunk long, that is 8·R bytes for each position of
+`max_len`; keys and values take 8·K.
 
 Shape letters: N rows · heads, L length, R hash rounds, C chunk, n buckets.
 """
@@ -116,12 +116,12 @@ def filled(rings: jax.Array, buckets: jax.Array, mask: jax.Array, position: jax.
 
     def one(buckets: jax.Array) -> jax.Array:
         order, bucket = sorted_by_bucket(buckets, n_buckets)
-        # One of the last C of its bucket, for C places on there is another one.
+        # Among the last C of its bucket, if C places on there is another bucket.
         last = bucket != jnp.pad(
             bucket[chunk_len:], (0, min(chunk_len, length)), constant_values=-1
         )
-        place = numbers % chunk_len  # C in a row have places of their own
-        at = jnp.where(last, bucket, n_buckets), place  # padding's bucket is none
+        place = numbers % chunk_len  # different for any C in a row
+        at = jnp.where(last, bucket, n_buckets), place  # padding is in none
         return empty(1, 1, n_buckets, chunk_len)[0, 0].at[at].set(order, mode='drop')
 
     return jax.vmap(jax.vmap(one))(buckets)
