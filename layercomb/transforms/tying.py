@@ -10,6 +10,7 @@ import jax
 from layercomb import trees
 from layercomb.layers.core.cotangents import vjp
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.trees import Tree
 
@@ -32,6 +33,7 @@ class Tied(Wrapper):
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     source: str
     target: str

@@ -122,7 +122,7 @@ ROWS: dict[str, Row] = {
     'Embedding': Row(lambda: tl.Embedding(7, D), (tokens(),)),
     'ExactGelu': Row(tl.ExactGelu),
     'Flatten': Row(lambda: tl.Flatten(2), IMAGE),
-    'Fn': Row(lambda: tl.Fn('Scaled', scaled), TWO, opaque='holds a function'),
+    'Fn': Row(lambda: tl.Fn('Scaled', scaled, position_wise=True), TWO, opaque='holds a function'),
     'FoldHeads': Row(lambda: tl.FoldHeads(2), out=2),
     'Gelu': Row(tl.Gelu),
     'HardSigmoid': Row(tl.HardSigmoid),

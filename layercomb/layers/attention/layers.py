@@ -49,7 +49,7 @@ class DotProductAttention(Layer):
     dropout: Rate = 0.0
     masked: bool = False
 
-    mixes_positions = True
+    position_wise = False
     headwise = True
     n_in = property(lambda self: 3 + self.masked)
 
@@ -101,7 +101,7 @@ class LocalAttention(Layer):
     dropout: Rate = 0.0
     masked: bool = False
 
-    mixes_positions = True
+    position_wise = False
     headwise = True
     n_in = property(lambda self: 3 + self.masked)
 
@@ -293,6 +293,7 @@ class CrossAttention(MultiHead):
     core: Layer | None = None
     output: Layer | None = None
 
+    cacheless = True  # the memory is there at every step
     rotary = None  # positions of two sequences have no distance
     reads = {'query': 0, 'key': 1, 'value': 1}
     n_in = property(lambda self: 2 + self.masked)

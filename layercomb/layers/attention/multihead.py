@@ -21,6 +21,7 @@ from layercomb.layers.core.combinator import Combinator, fold
 from layercomb.layers.core.cotangents import add_cts, vjp, zero_cts, zeros_once
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.printing import set_field
 from layercomb.shapes import is_float
 from layercomb.trees import Tree
@@ -62,6 +63,7 @@ class MultiHead(Combinator):
         made = {f: None for f, part in self.parts().items() if getattr(self, f) == part}
         return super().replace(**{**made, **changes})
 
+    position_wise = property(of_sublayers)
     # Without an annotation, so that it is no field.
     reads = {'query': 0, 'key': 0, 'value': 0}
 
@@ -137,7 +139,7 @@ class MultiHead(Combinator):
 
     def _goes_by_head(self, inputs: Any) -> bool:
         apart = all(
-            part.headwise and (key not in (*self.reads, 'output') or not part.mixes_positions)
+            part.headwise and (key not in (*self.reads, 'output') or part.position_wise)
             for key, part in self._children
         )
         wide = all(x.dtype == jnp.float32 for x in inputs if is_float(x))

@@ -36,6 +36,7 @@ class SplitHeads(Layer):
     use_bias: bool = True
     kernel_init: Initializer = glorot_uniform()
 
+    position_wise = True
     headwise = True
     matrices = {'kernel': 'ioo'}
 
@@ -82,6 +83,7 @@ class MergeHeads(Layer):
     use_bias: bool = True
     kernel_init: Initializer = glorot_uniform()
 
+    position_wise = True
     n_in = 2
     headwise = True
     matrices = {'kernel': 'iio'}

@@ -9,6 +9,7 @@ from layercomb.layers.combinators.routing import Rearrange
 from layercomb.layers.core.checks import check_inputs, check_sublayers
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.printing import call_text, named, set_field, show
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import Signature, describe
@@ -64,7 +65,7 @@ class AssertShape(Wrapper, init=False):
     n_in = property(lambda self: self.layer.n_in)
     n_out = property(lambda self: self.layer.n_out)
     recomputes = property(lambda self: self.layer.recomputes)
-    mixes_positions = property(lambda self: self.layer.mixes_positions)
+    position_wise = property(of_sublayers)
     diagonal = property(lambda self: self.layer.diagonal)
     headwise = property(lambda self: self.layer.headwise and _fits_one_head(self.spec))
 
@@ -185,6 +186,7 @@ class _Unchanged(Rearrange):
 
     n: int
 
+    position_wise = True
     n_in = property(lambda self: self.n)
     n_out = property(lambda self: self.n)
     diagonal = property(lambda self: self.n == 1)

@@ -49,7 +49,7 @@ class Conv1D(Layer):
     kernel_init: Initializer = he_normal()
     bias_init: Initializer = zeros()
 
-    mixes_positions = True
+    position_wise = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +116,7 @@ class Conv2D(Layer):
     kernel_init: Initializer = he_normal()
     bias_init: Initializer = zeros()
 
-    mixes_positions = True
+    position_wise = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

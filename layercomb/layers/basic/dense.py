@@ -39,6 +39,7 @@ class Dense(Layer):
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
 
+    position_wise = True
     matrices = {'kernel': 'io'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):

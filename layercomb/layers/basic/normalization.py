@@ -31,6 +31,7 @@ class LayerNorm(Layer):
     epsilon: Annotated[float, Bound(0)] = 1e-6
     use_bias: bool = True
 
+    position_wise = True
     float32 = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
@@ -60,6 +61,7 @@ class RMSNorm(Layer):
 
     epsilon: Annotated[float, Bound(0)] = 1e-6
 
+    position_wise = True
     float32 = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
@@ -94,7 +96,8 @@ class BatchNorm(Layer):
     epsilon: Annotated[float, Bound(0)] = 1e-5
 
     float32 = True
-    mixes_positions = True
+    position_wise = False  # in training
+    cacheless = True
     counts_positions = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):

@@ -59,7 +59,7 @@ class SRU(Layer):
     forget_bias: float = 2.0
     kernel_init: Initializer = glorot_uniform()
 
-    mixes_positions = True
+    position_wise = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,8 +12,9 @@ from layercomb.layers.core.cotangents import zero_cts, zeros_once
 from layercomb.layers.core.counted import along_length, put_counted, take_counted
 from layercomb.layers.core.decisions import DECISIONS, put_decisions, take_decisions
 from layercomb.layers.core.fields import Size
-from layercomb.layers.core.layer import Arrays, Layer, fold
+from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers, reason, unsaid
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import describe
 from layercomb.trees import Tree
@@ -33,13 +34,15 @@ class Chunk(Wrapper):
 
     Raises:
       TypeError: if the layer mixes positions (attention, convolution, batch norm; also joining,
-        cutting or sharing a dropout mask along axis 1 of (B, L, D), counted from either end).
+        cutting or sharing a dropout mask along axis 1 of (B, L, D), counted from either end), or if
+        one of yours inside does not say ``position_wise = True``.
 
     References:
       Kitaev et al., Reformer, 2020, section 3, https://arxiv.org/abs/2001.04451
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     chunk_len: Size = 128
 
@@ -47,12 +50,15 @@ class Chunk(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        mixer = _find_mixer(self.layer)
-        if mixer is not None:
-            raise TypeError(
-                f'Chunk: {type(mixer).__name__} mixes positions, so its result would depend on '
-                'where the pieces end: chunk only what works on each position by itself'
-            )
+        if self.layer.position_wise is True:
+            return
+        found = reason(self.layer)
+        if found.position_wise is None:
+            raise TypeError(f'Chunk: {unsaid(found)}')
+        raise TypeError(
+            f'Chunk: {type(found).__name__} mixes positions, so its result would depend on '
+            'where the pieces end: chunk only what works on each position by itself'
+        )
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """Applies the layer piece by piece; piece `i` draws from `rng` folded with `i`."""
@@ -181,10 +187,3 @@ def _parts(state: Tree, inputs: Arrays) -> tuple[Tree, Tree, Tree]:
     """Decisions of pieces, the rest of a state, and which positions of the inputs count."""
     plain, counted = take_counted({k: v for k, v in state.items() if k != DECISIONS})
     return state.get(DECISIONS, {}), plain, along_length(counted, inputs[0].shape[:2])
-
-
-def _find_mixer(layer: Layer) -> Layer | None:
-    """The first layer inside whose outputs mix positions."""
-    if layer.mixes_positions:
-        return layer
-    return next((m for m in map(_find_mixer, layer.sublayers) if m is not None), None)

@@ -14,6 +14,7 @@ from layercomb.layers.core.decisions import DECISIONS, put_decisions, take_decis
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import describe
 from layercomb.trees import Tree
@@ -31,6 +32,7 @@ class Map(Wrapper):
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     n: Size = 1
 

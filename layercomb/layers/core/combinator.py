@@ -18,6 +18,8 @@ import jax
 from layercomb.layers.core.checks import check_inputs, check_outputs, check_sublayers, where
 from layercomb.layers.core.layer import RESERVED, Layer, fold
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.observing import tell
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.printing import call_text, set_field, show
 from layercomb.layers.core.wrapper import default_name, given_name
 from layercomb.shapes import Signature
@@ -39,6 +41,7 @@ class Combinator(Layer):
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     def route(self, call: Call, stack: Stack) -> Stack:
         """Sends a stack of values (or of signatures) through the sublayers.
@@ -130,6 +133,7 @@ class Combinator(Layer):
         )  # a layer that finds too few says so in there
         check_inputs(self, signature)
         check_outputs(self, outputs)
+        tell(self, signature, mode, (weights, state))
         return outputs, weights, state
 
     def _layer_fields(self) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from layercomb.layers.core.cotangents import Cotangents, matched, vjp
 from layercomb.layers.core.counted import COUNTED
 from layercomb.layers.core.decisions import DECISIONS
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import forget_if_overridden
 from layercomb.layers.core.printing import call_text, set_field, show
 from layercomb.shapes import Signature, signature_of
 from layercomb.trees import Tree
@@ -54,6 +55,7 @@ class Layer:
 
     >>> class Scale(Layer):
     ...     factor: float = 1.0
+    ...     position_wise = True
     ...
     ...     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
     ...         (x,) = inputs
@@ -75,8 +77,12 @@ class Layer:
         would be in vain.
       matrices: the paths of weights that `transforms.quantize` may make narrow, each with its axes
         in letters, as `narrow` explains.
-      mixes_positions: whether an output position depends on other positions, so that `Chunk` must
-        not cut it.
+      position_wise: True if each output position depends on the same position of the inputs alone;
+        False if it depends on others, or on where it lies; None if nobody has said. `Chunk` takes
+        what says True, and decoding a layer that says another thing only if it holds a cache. A
+        subclass that computes anew, in one of the methods `computes_in`, says it anew.
+      cacheless: whether it decodes without a cache although it is not position-wise: it mixes
+        positions in training alone, or those of what it is given whole at every step.
       counts_positions: whether it averages over positions in training, so that its state is told
         which of them count: see `counted_positions`.
       carries_counted: whether it hands on to its layers what their states are told so: as it is, or
@@ -88,7 +94,8 @@ class Layer:
     # Without annotations, so that a subclass may make fields of them, in its own order.
     n_in = 1
     n_out = 1
-    mixes_positions = False
+    position_wise = cast('bool | None', None)
+    cacheless = False
     diagonal = False
     recomputes = False
     headwise = False
@@ -96,6 +103,7 @@ class Layer:
     counts_positions: ClassVar[bool] = False
     carries_counted: ClassVar[bool] = False
     matrices: ClassVar[dict[str, str]] = {}
+    computes_in: ClassVar[tuple[str, ...]] = ('apply',)
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:
         """Makes the class a frozen dataclass; ``init=False`` leaves the constructor it has.
@@ -106,6 +114,7 @@ class Layer:
         for name, checks in (('init', checking_init), ('apply', checking_apply)):
             if name in vars(cls):
                 setattr(cls, name, checks(vars(cls)[name]))
+        forget_if_overridden(cls)
         dataclasses.dataclass(frozen=True, repr=False, init=init)(cls)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,12 @@ from layercomb.shapes import Signature
 
 
 class Wrapper(Layer):
-    """A layer around one other, which adds no level to the paths of the weights."""
+    """A layer around one other, which adds no level to the paths of the weights.
+
+    What a subclass computes is its own, so it says whether it is `position_wise`: one that passes
+    positions on as they are writes ``position_wise = property(lambda self:
+    self.layer.position_wise)``.
+    """
 
     layer: Layer
 

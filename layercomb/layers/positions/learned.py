@@ -31,7 +31,7 @@ class LearnedPositions(Layer):
     table_init: Initializer = Normal(0.02)
 
     float32 = True
-    mixes_positions = True  # a piece of a sequence does not know where it begins
+    position_wise = False  # a piece of a sequence does not know where it begins
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

@@ -44,7 +44,7 @@ class SinusoidalPositions(Layer):
     trainable: bool = False
 
     float32 = True
-    mixes_positions = True  # a piece of a sequence does not know where it begins
+    position_wise = False  # a piece of a sequence does not know where it begins
 
     def __post_init__(self) -> None:
         super().__post_init__()

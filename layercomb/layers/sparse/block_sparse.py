@@ -75,6 +75,8 @@ class BlockSparseFF(Layer):
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
 
+    position_wise = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         controllers.check_fields(self, 'n_blocks')

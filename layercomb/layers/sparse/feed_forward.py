@@ -75,6 +75,7 @@ class SparseFF(Layer):
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
 
+    position_wise = True
     # Not those of the controller: they are small, and rounded they would choose other units.
     matrices = {
         'in/kernel_transposed': 'oi',

@@ -57,7 +57,7 @@ class LocalConv(Layer):
     bias_init: Initializer = zeros()
 
     n_out = property(lambda self: self.n_outputs)
-    mixes_positions = True
+    position_wise = False
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

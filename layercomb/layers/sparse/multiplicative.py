@@ -54,6 +54,7 @@ class MultiplicativeDense(Layer):
     use_bias: bool = True
     bias_init: Initializer = zeros()
 
+    position_wise = True
     matrices = {'features': 'oi'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):
@@ -102,6 +103,7 @@ class MultiplicativeHead(Layer):
     n_modules: Size = 4
     use_bias: bool = True
 
+    position_wise = True
     matrices = {'features': 'oi'}
 
     def init(self, signature, rng, mode=Mode.TRAIN):

@@ -84,6 +84,7 @@ class SwitchFF(Layer):
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
 
+    position_wise = True
     counts_positions = True
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ from layercomb.layers.sparse.attention import SparseQKVAttention
 from layercomb.layers.sparse.multiplicative import MultiplicativeHead
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import Signature, is_float, shape_dtype
+from layercomb.supervised.decoding.fitness import judged_init
 from layercomb.supervised.decoding.numbers import whole
 from layercomb.transforms.quantization import bare
 from layercomb.transforms.tying import Tied
@@ -315,9 +316,13 @@ def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
     """A fresh decoding state with what training left: running statistics, but no caches.
 
     Raises:
-      UsageError: if there are some for which the decoding state has no place.
+      UsageError: if there are some for which the decoding state has no place, or if a layer mixes
+        positions, or may, and keeps none.
     """
-    fresh = net.init(signature, jax.random.key(0), Mode.PREDICT)[1]
+    (_, fresh), refusal = judged_init(net, signature, jax.random.key(0))
+    if refusal is not None:
+        logits_of(net.output_signature(signature, Mode.PREDICT))  # or it is no language model
+        raise UsageError(refusal)
     made = jax.eval_shape(lambda: net.init(signature, jax.random.key(0), Mode.TRAIN)[1])
     of_training = trees.flatten(made)
     kept = {
@@ -348,7 +353,7 @@ def ingest(start: Start) -> tuple[jax.Array, Tree]:
     return logits[:, 0], set_positions(_grown(start, state), start.lengths)
 
 
-def logits_of(outputs: tuple[jax.Array, ...]) -> jax.Array:
+def logits_of(outputs: tuple[Any, ...]) -> jax.Array:
     """A language model's only output, (B, L, V).
 
     Raises:
@@ -357,7 +362,7 @@ def logits_of(outputs: tuple[jax.Array, ...]) -> jax.Array:
     return _of_each_position(outputs, 'of tokens')
 
 
-def _of_each_position(values: tuple[jax.Array, ...], where: str) -> jax.Array:
+def _of_each_position(values: tuple[Any, ...], where: str) -> jax.Array:
     """The only value, (B, L, …), in numbers; `where` says what of a model makes it."""
     if len(values) != 1 or values[0].ndim != 3 or not is_float(values[0]):
         given = ', '.join(f'{x.dtype}{list(x.shape)}' for x in values)
@@ -392,6 +397,7 @@ class _AtPosition(Wrapper):
     """A head at one position of each row: (x (B, L, D), positions (B,)) → (B, 1, V)."""
 
     n_in = property(lambda self: 2)
+    position_wise = False
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         x, at = inputs

@@ -83,7 +83,7 @@ class LSHAttention(Layer):
     chunks_together: Size | None = None
     heads_together: Size | None = None
 
-    mixes_positions = True
+    position_wise = False
     headwise = True
     n_in = property(lambda self: 2 + self.masked)
 
