@@ -320,9 +320,8 @@ def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
         positions, or may, and keeps none.
     """
     (_, fresh), refusal = judged_init(net, signature, jax.random.key(0))
-    if refusal is not None:
-        logits_of(net.output_signature(signature, Mode.PREDICT))  # or it is no language model
-        raise UsageError(refusal)
+    if refusal is not None and _is_of_each_position(net.output_signature(signature, Mode.PREDICT)):
+        raise UsageError(refusal)  # what is no language model is told so by what reads its logits
     made = jax.eval_shape(lambda: net.init(signature, jax.random.key(0), Mode.TRAIN)[1])
     of_training = trees.flatten(made)
     kept = {
@@ -353,7 +352,7 @@ def ingest(start: Start) -> tuple[jax.Array, Tree]:
     return logits[:, 0], set_positions(_grown(start, state), start.lengths)
 
 
-def logits_of(outputs: tuple[Any, ...]) -> jax.Array:
+def logits_of(outputs: tuple[jax.Array, ...]) -> jax.Array:
     """A language model's only output, (B, L, V).
 
     Raises:
@@ -362,15 +361,20 @@ def logits_of(outputs: tuple[Any, ...]) -> jax.Array:
     return _of_each_position(outputs, 'of tokens')
 
 
-def _of_each_position(values: tuple[Any, ...], where: str) -> jax.Array:
+def _of_each_position(values: tuple[jax.Array, ...], where: str) -> jax.Array:
     """The only value, (B, L, …), in numbers; `where` says what of a model makes it."""
-    if len(values) != 1 or values[0].ndim != 3 or not is_float(values[0]):
+    if not _is_of_each_position(values):
         given = ', '.join(f'{x.dtype}{list(x.shape)}' for x in values)
         raise UsageError(
             f'decoding needs a language model, (B, L) → logits (B, L, V), and {where} this one '
             f'makes {given}'
         )
     return values[0]
+
+
+def _is_of_each_position(values: tuple[Any, ...]) -> bool:
+    """Whether arrays, or their signatures, are one alone, (B, L, …), in numbers."""
+    return len(values) == 1 and values[0].ndim == 3 and is_float(values[0])
 
 
 def _grown(start: Start, state: Tree) -> Tree:
