@@ -412,6 +412,22 @@ def test_init_is_abstract_and_weights_know_no_mode(row):
 
 
 @every_row
+def test_says_whether_it_is_position_wise_and_is_if_it_says_so(row):
+    layer, inputs, facts = computed(row)
+    assert isinstance(layer.position_wise, bool)
+    if not layer.position_wise:
+        return
+    piece = [
+        jax.lax.slice_in_dim(x, 1, 3, axis=at) for x, at in zip(inputs, row.steps, strict=True)
+    ]
+    outputs, _ = jax.jit(layer.apply)(facts.weights, facts.state, tuple(piece))
+    for y, whole in zip(outputs, facts.evaluated[0], strict=True):
+        wanted = jax.lax.slice_in_dim(whole, 1, 3, axis=row.out)
+        tolerance = 1e-2 if whole.dtype == jnp.float16 else 1e-5
+        np.testing.assert_allclose(y, wanted, rtol=tolerance, atol=tolerance)
+
+
+@every_row
 def test_decoding_step_by_step_is_evaluation(row):
     if not row.steps:
         pytest.skip('does not decode')
