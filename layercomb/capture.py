@@ -246,11 +246,9 @@ class _Again(Wrapper):
 def _take(state: Tree, found: dict[str, list[Tree]]) -> None:
     """Puts what was kept, by path and in order, into `found`."""
     for key in sorted(state, key=lambda key: (len(key), key)):  # '10' after '9'
-        if key == WHOLE:
-            continue
-        if key.startswith('/'):
-            found.setdefault(key[1:], []).append(state[key])
-        elif isinstance(state[key], Part):
+        if isinstance(state[key], Part):
             _take(state[key].fields(), found)
+        elif key.startswith('/'):
+            found.setdefault(key[1:], []).append(state[key])
         elif isinstance(state[key], dict):
             _take(state[key], found)

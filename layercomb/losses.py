@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.errors import UsageWarning
-from layercomb.layers.basic.fn import Fn
 from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.combinator import Combinator, fold
 from layercomb.layers.core.counted import count_only, put_counted, take_counted
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode, check_mode
+from layercomb.layers.core.positionwise import of_sublayers, unsaid
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.metrics.classification import Metric
@@ -34,6 +34,7 @@ class Scored(Wrapper):
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     losses: tuple[Metric, ...]
 
@@ -61,8 +62,10 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
 
     A language model is ``Serial(body…, head)``. What comes out is ``Serial(body…, Chunk(head and
     loss))`` with the same paths, so weights fit both. With `chunk_len`, logits exist for so many
-    positions at a time and (B, L, V) never does. A head may be layers of this library in series: if
-    none of them mixes positions, all work on a piece at a time.
+    positions at a time and (B, L, V) never does. A head may be layers in series: if all of them say
+    ``position_wise = True``, all work on a piece at a time. A layer that does not say so, such as
+    one of your own, works on the whole sequence instead: the result is right, and takes more
+    memory. Where it makes the logits itself, they exist whole.
 
     Args:
       net: gives logits (…, V).
@@ -74,7 +77,8 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
 
     Raises:
       TypeError: if `loss` is not made of metrics, or there are pieces and one of them needs whole
-        sequences; if `net` has more outputs than logits.
+        sequences or does not say ``position_wise = True``; if `net` has more outputs than logits,
+        or there are pieces and the layer that makes the logits mixes positions.
       ValueError: if the logits are not what the last layer puts back.
 
     >>> from layercomb import tl, losses
@@ -90,38 +94,29 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
             raise TypeError(
                 f'attach: a loss is a metric such as tl.CrossEntropyLoss(), got {metric!r}'
             )
-        if chunk_len is not None and metric.mixes_positions:
+        if chunk_len is None or metric.position_wise is True:
+            continue
+        if metric.position_wise is None:
             raise TypeError(
-                f'attach: {type(metric).__name__} needs all positions of a sequence and cannot be '
-                'made of pieces: measure it without chunk_len (of a task, loss_chunk_len=None)'
+                f'attach: {unsaid(metric)}, or measure it without chunk_len (of a task, '
+                'loss_chunk_len=None)'
             )
+        raise TypeError(
+            f'attach: {type(metric).__name__} needs all positions of a sequence and cannot be '
+            'made of pieces: measure it without chunk_len (of a task, loss_chunk_len=None)'
+        )
     if net.n_out != 1:
         raise TypeError(f'attach: the model must give logits alone, it has {net.n_out} outputs')
     return _attach(net, wanted, chunk_len)
 
 
-def _is_position_wise(net: Layer) -> bool:
-    """Whether it is known to be so: of ours, and of classes that say it themselves."""
-    return all(not layer.mixes_positions and _is_said(layer) for _, layer in walk(net))
-
-
-def _is_said(layer: Layer) -> bool:
-    """Whether the class that computes a layer, or one of it, is ours or has `mixes_positions`."""
-    for kind in type(layer).__mro__:
-        if 'mixes_positions' in vars(kind) or kind.__module__.startswith('layercomb.'):
-            return kind not in (Layer, Fn)
-        if {'apply', 'route'} & vars(kind).keys():
-            return False
-    return False
-
-
 def _attach(
     net: Layer, losses: tuple[Metric, ...], chunk_len: int | None, whole: bool = False
 ) -> Layer:
-    """`net` with its losses; `whole` takes all of it for the head if it mixes no positions."""
+    """`net` with its losses; `whole` takes all of it for the head if it is position-wise."""
     if isinstance(net, Tied):
         return net.replace(layer=_attach(net.layer, losses, chunk_len, whole))
-    is_head = whole and _is_position_wise(net)
+    is_head = whole and net.position_wise is True
     if type(net) is Serial and net.layers and not is_head:
         named = [layer.replace(name=key) for key, layer in zip(net.keys, net.layers, strict=True)]
         return Serial(*named[:-1], _attach(named[-1], losses, chunk_len, True), name=net.name)
@@ -131,7 +126,7 @@ def _attach(
             'put back the logits alone: move it before the layer that makes them'
         )
     scored = Scored(net, losses)
-    return scored if chunk_len is None else Chunk(scored, chunk_len)
+    return scored if chunk_len is None or net.position_wise is None else Chunk(scored, chunk_len)
 
 
 def apply_counted(

@@ -325,7 +325,7 @@ class AfterMemory(Wrapper):
     max_len: Size | None = None
 
     n_in = property(lambda self: 2 + self.masked)
-    mixes_positions = True
+    position_wise = False
 
     def inner_signature(self, signature):
         """Of the joined sequence and, if `masked`, the joined mask."""

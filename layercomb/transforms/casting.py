@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.quantized.matrix import Narrow
@@ -33,6 +34,7 @@ class Cast(Wrapper):
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     dtype: str = 'bfloat16'
 

@@ -17,6 +17,7 @@ from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.quantized.matrix import BITS, Narrow, can_narrow, constant, narrow
 from layercomb.layers.sparse.feed_forward import SparseFF
@@ -86,6 +87,7 @@ class Quantized(Wrapper):
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     bits: int = 8
     group_size: Size = 64

@@ -9,6 +9,7 @@ import jax
 
 from layercomb import trees
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.reversible.cotangents import vjp
 from layercomb.layers.reversible.one_pass import one_pass
@@ -44,6 +45,7 @@ class Tied(Wrapper):
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     source: str
     target: str

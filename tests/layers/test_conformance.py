@@ -122,7 +122,7 @@ ROWS: dict[str, Row] = {
     'Embedding': Row(lambda: tl.Embedding(7, D), (tokens(),)),
     'ExactGelu': Row(tl.ExactGelu),
     'Flatten': Row(lambda: tl.Flatten(2), IMAGE),
-    'Fn': Row(lambda: tl.Fn('Scaled', scaled), TWO, opaque='holds a function'),
+    'Fn': Row(lambda: tl.Fn('Scaled', scaled, position_wise=True), TWO, opaque='holds a function'),
     'FoldHeads': Row(lambda: tl.FoldHeads(2), out=2),
     'Gelu': Row(tl.Gelu),
     'HardSigmoid': Row(tl.HardSigmoid),
@@ -418,6 +418,22 @@ def test_init_is_abstract_and_weights_know_no_mode(row):
             weights, state = jax.eval_shape(init, rng())
             assert shapes(weights) == shapes(facts.weights)
             assert mode is Mode.PREDICT or shapes(state) == shapes(facts.state)
+
+
+@every_row
+def test_says_whether_it_is_position_wise_and_is_if_it_says_so(row):
+    layer, inputs, facts = computed(row)
+    assert isinstance(layer.position_wise, bool)
+    if not layer.position_wise:
+        return
+    piece = [
+        jax.lax.slice_in_dim(x, 1, 3, axis=at) for x, at in zip(inputs, row.steps, strict=True)
+    ]
+    outputs, _ = jax.jit(layer.apply)(facts.weights, facts.state, tuple(piece))
+    for y, whole in zip(outputs, facts.evaluated[0], strict=True):
+        wanted = jax.lax.slice_in_dim(whole, 1, 3, axis=row.out)
+        tolerance = 1e-2 if whole.dtype == jnp.float16 else 1e-5
+        np.testing.assert_allclose(y, wanted, rtol=tolerance, atol=tolerance)
 
 
 @every_row

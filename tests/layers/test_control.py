@@ -22,6 +22,8 @@ B, L, D = 2, 6, 4
 class Decide(Layer):
     """Keeps one feature of each position: the largest, once noise is added."""
 
+    position_wise = True
+
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
 
@@ -37,6 +39,8 @@ class Decide(Layer):
 class Count(Layer):
     """Counts its calls and the positions it has seen, in its state."""
 
+    position_wise = True
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         return {}, {'calls': jnp.int32(0), 'positions': jnp.int32(0)}
 
@@ -48,6 +52,8 @@ class Count(Layer):
 
 class Balance(Layer):
     """Leaves the mean square of its input as an auxiliary loss."""
+
+    position_wise = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         return {}, {'aux_loss': tl.AuxLoss({'square': jnp.zeros(())})}

@@ -42,6 +42,8 @@ LAYERS = {
 class Gated(tl.MergeHeads):
     """What heads give, times the stream."""
 
+    position_wise = True
+
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (y,), state = super().apply(weights, state, inputs, rng=rng, mode=mode)
         return (y * inputs[1],), state
@@ -149,10 +151,10 @@ def test_a_memory_whose_positions_are_mixed_goes_whole():
     class Mixing(tl.SplitHeads):
         """Says that it mixes positions."""
 
-        mixes_positions = True
+        position_wise = False
 
     net = tl.CrossAttention(2, key=Mixing(2))
-    assert net.key.mixes_positions and not goes(net, *example(net)[:1] * 2)
+    assert net.key.position_wise is False and not goes(net, *example(net)[:1] * 2)
 
 
 def test_a_projection_of_another_value_than_it_says_is_refused():

@@ -22,6 +22,8 @@ B, L, D = 2, 7, 4
 class Balance(Layer):
     """Passes on what it gets; its auxiliary loss depends on a weight and on the values."""
 
+    position_wise = True
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         return {'gain': jnp.ones(())}, {'aux_loss': tl.AuxLoss(jnp.zeros(()))}
 
@@ -33,6 +35,8 @@ class Balance(Layer):
 class Choose(Layer):
     """Keeps each position's greatest feature, a decision."""
 
+    position_wise = True
+
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
         found, state = tl.decide(mode, state, 'at', lambda: jnp.argmax(x, -1).astype(jnp.uint8))
@@ -42,6 +46,8 @@ class Choose(Layer):
 
 class Shift(Layer):
     """Adds its state, which passes on from one application to the next."""
+
+    position_wise = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         return {}, {'times': jnp.zeros(())}

@@ -25,6 +25,8 @@ def floats(*shape, seed=0):
 class Scale(Layer):
     """x ↦ w·x, whose rule counts how often it is followed."""
 
+    position_wise = True
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         return {'w': jnp.full((), 2.0)}, {}
 
@@ -212,6 +214,7 @@ def test_a_projection_of_ones_own_joins():
         """Heads of features, each scaled by a weight of its own."""
 
         n_heads: int = 2
+        position_wise = True
 
         def init(self, signature, rng, mode=Mode.TRAIN):
             return {'scale': jnp.arange(1.0, self.n_heads + 1)}, {}

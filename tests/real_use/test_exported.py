@@ -116,12 +116,16 @@ def test_an_id_outside_the_vocabulary_makes_its_row_nan_and_no_other(names):
         np.testing.assert_array_equal(logits[:, 1], right[:, 1])
 
 
+def one_hot(ids):
+    return jax.nn.one_hot(ids, V)
+
+
 KEEPS_NOTHING = {
     'embedding': tl.Serial(tl.Embedding(V, 8), tl.Dense(V)),
-    'one-hot': tl.Serial(tl.Fn('OneHot', lambda ids: jax.nn.one_hot(ids, V)), tl.Dense(V)),
+    'one-hot': tl.Serial(tl.Fn('OneHot', one_hot, position_wise=True), tl.Dense(V)),
     'statistics': tl.Serial(tl.Embedding(V, 8), tl.BatchNorm(), tl.Dense(V)),
     'one-hot and attention': tl.Serial(
-        tl.Fn('OneHot', lambda ids: jax.nn.one_hot(ids, V)), tl.SelfAttention(2), tl.Dense(V)
+        tl.Fn('OneHot', one_hot, position_wise=True), tl.SelfAttention(2), tl.Dense(V)
     ),
     'a smaller embedding': tl.Serial(tl.Embedding(V, 8), tl.Dense(V + 9)),
 }

@@ -294,7 +294,7 @@ def test_values_of_another_shape_are_refused_at_every_entrance(which, error, tex
 class Rows(tl.Metric):
     """A value for each row of targets (B, L), with a weight of its own."""
 
-    mixes_positions = True
+    position_wise = False
 
     def scores(self, outputs, targets, weights):
         return jnp.abs(outputs.argmax(-1) - targets).sum(-1), weights.max(-1)

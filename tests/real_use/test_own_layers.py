@@ -22,6 +22,8 @@ class Table(lc.Layer):
     vocab_size: int
     width: int
 
+    position_wise = True
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         one, two = jax.random.split(rng)
         narrow = jax.random.normal(one, (self.vocab_size, 2))
@@ -60,7 +62,7 @@ class Head(lc.Layer):
     """A head of one's own."""
 
     makes_logits = True
-    mixes_positions = False
+    position_wise = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         return {'logits': jax.random.normal(rng, (signature[0].shape[-1], V))}, {}

@@ -338,6 +338,7 @@ def test_behind_a_memory_its_real_positions_count_and_padding_does_not(masked):
 class Size(Layer):
     """A layer of one's own: its auxiliary loss is the mean square of what counts."""
 
+    position_wise = True
     counts_positions = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
@@ -355,6 +356,7 @@ class Size(Layer):
 class Watcher(Layer):
     """A layer of one's own that has no state, and tells what it is given."""
 
+    position_wise = True
     counts_positions = True
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):

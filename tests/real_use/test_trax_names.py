@@ -448,7 +448,7 @@ def test_an_assertion_about_a_projection_has_its_heads():
 def test_positions_that_mix_inside_an_assertion_are_not_cut():
     for layer in (tl.SelfAttention(2), tl.SinusoidalPositions(), tl.Dropout(0.1, (1,))):
         checked = tl.AssertShape('bld->bld', layer)
-        assert checked.mixes_positions == layer.mixes_positions
+        assert checked.position_wise == layer.position_wise
         with pytest.raises(TypeError, match='mixes positions'):
             tl.Chunk(checked, 2)
 

@@ -16,7 +16,7 @@ V, EOS = 4, 3
 
 def make(**more):
     net = lc.models.TransformerLM(V, 8, 16, n_layers=1, n_heads=2, max_len=32, **more)
-    net = tl.Serial(net, tl.Fn('Sharpened', sharpened))
+    net = tl.Serial(net, tl.Fn('Sharpened', sharpened, position_wise=True))
     return lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'), 5)
 
 

@@ -326,7 +326,9 @@ def spoilt(at):
         return jnp.where((tokens == at)[:, :, None], jnp.nan, logits)
 
     inner = make()
-    net = tl.Serial(tl.Dup(), inner.layer.replace(name='lm'), tl.Fn('Spoil', spoil))
+    net = tl.Serial(
+        tl.Dup(), inner.layer.replace(name='lm'), tl.Fn('Spoil', spoil, position_wise=True)
+    )
     return lc.Model(net, {'lm': inner.weights}, {})
 
 

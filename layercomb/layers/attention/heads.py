@@ -49,7 +49,7 @@ def goes_by_head(layer: Any, weights: Tree, inputs: Any) -> bool:
     sum over heads would be rounded otherwise.
     """
     parts = zip(layer.keys, layer.sublayers, strict=True)
-    if any(p.mixes_positions for key, p in parts if key in (*layer.reads, 'output')):
+    if any(p.position_wise is not True for key, p in parts if key in (*layer.reads, 'output')):
         return False
     wide = all(x.dtype == jnp.float32 for x in inputs if is_float(x))
     if jax.default_backend() != 'cpu' or not wide:

@@ -44,7 +44,7 @@ class DotProductAttention(Layer):
     dropout: Rate = 0.0
     masked: bool = False
 
-    mixes_positions = True
+    position_wise = False
     n_in = property(lambda self: 3 + self.masked)
 
     def init(self, signature, rng, mode=Mode.TRAIN):
@@ -93,7 +93,7 @@ class LocalAttention(Layer):
     dropout: Rate = 0.0
     masked: bool = False
 
-    mixes_positions = True
+    position_wise = False
     n_in = property(lambda self: 3 + self.masked)
 
     def __post_init__(self) -> None:
@@ -290,6 +290,7 @@ class CrossAttention(DenseHeads):
       query, key, value, core, output: the parts, to be replaced.
     """
 
+    cacheless = True  # the memory is there at every step
     rotary = None  # positions of two sequences have no distance
     reads = {'query': 0, 'key': 1, 'value': 1}
     reads_memory = True

@@ -17,6 +17,7 @@ from layercomb.layers.core.checks import check_inputs
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.printing import set_field
 from layercomb.layers.reversible.one_pass import one_pass
 
@@ -43,6 +44,7 @@ class MultiHead(Combinator):
         made = {f: None for f, part in self.parts().items() if getattr(self, f) == part}
         return super().replace(**{**made, **changes})
 
+    position_wise = property(of_sublayers)
     # Without an annotation, so that it is no field.
     reads = {'query': 0, 'key': 0, 'value': 0}
 

@@ -37,6 +37,7 @@ class SplitHeads(Layer):
     kernel_init: Initializer = glorot_uniform()
 
     weight_axes = {'kernel': 'D->HK', 'bias': 'H|->K'}
+    position_wise = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -82,6 +83,7 @@ class MergeHeads(Layer):
     use_bias: bool = True
     kernel_init: Initializer = glorot_uniform()
 
+    position_wise = True
     n_in = 2
     weight_axes = {'kernel': 'HK->D', 'bias': '->D'}
 

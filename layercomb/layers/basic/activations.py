@@ -14,9 +14,14 @@ from layercomb.shapes import check_float
 
 
 class Activation(Layer):
-    """An elementwise function without weights; subclasses say which."""
+    """An elementwise function without weights; subclasses say which, and ``position_wise = True``.
 
-    function: ClassVar[Any]  # an array to an array
+    Attributes:
+      function: an array to an array.
+    """
+
+    computes_in = ('apply', 'function')
+    function: ClassVar[Any]
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
@@ -26,54 +31,63 @@ class Activation(Layer):
 class Relu(Activation):
     """max(x, 0)."""
 
+    position_wise = True
     function = staticmethod(jax.nn.relu)
 
 
 class Relu2(Activation):
     """max(x, 0)². So et al., Primer, 2021, https://arxiv.org/abs/2109.08668."""
 
+    position_wise = True
     function = staticmethod(lambda x: jnp.square(jax.nn.relu(x)))
 
 
 class Gelu(Activation):
     """x Φ(x), by its tanh approximation. Hendrycks & Gimpel 2016."""
 
+    position_wise = True
     function = staticmethod(jax.nn.gelu)
 
 
 class ExactGelu(Activation):
     """x Φ(x), exactly, by erf."""
 
+    position_wise = True
     function = staticmethod(lambda x: jax.nn.gelu(x, approximate=False))
 
 
 class Silu(Activation):
     """x σ(x), also called swish."""
 
+    position_wise = True
     function = staticmethod(jax.nn.silu)
 
 
 class Tanh(Activation):
     """Hyperbolic tangent."""
 
+    position_wise = True
     function = staticmethod(jnp.tanh)
 
 
 class Sigmoid(Activation):
     """1 / (1 + e⁻ˣ)."""
 
+    position_wise = True
     function = staticmethod(jax.nn.sigmoid)
 
 
 class HardSigmoid(Activation):
     """min(max(x + 3, 0), 6) / 6."""
 
+    position_wise = True
     function = staticmethod(jax.nn.hard_sigmoid)
 
 
 class Elu(Activation):
     """x where positive, eˣ − 1 elsewhere."""
 
+    position_wise = True
     function = staticmethod(jax.nn.elu)
 
 
@@ -86,6 +100,7 @@ class LeakyRelu(Activation):
 
     a: float = 0.01
 
+    position_wise = True
     function = staticmethod(jax.nn.leaky_relu)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
@@ -96,6 +111,7 @@ class LeakyRelu(Activation):
 class Softplus(Activation):
     """log(1 + eˣ)."""
 
+    position_wise = True
     function = staticmethod(jax.nn.softplus)
 
 
@@ -115,6 +131,7 @@ def _log_softmax(x: jax.Array) -> jax.Array:
 class Softmax(Activation):
     """Softmax over the last axis, in float32."""
 
+    position_wise = True
     float32 = True
     function = staticmethod(_softmax)
 
@@ -122,6 +139,7 @@ class Softmax(Activation):
 class LogSoftmax(Activation):
     """Logarithm of the softmax over the last axis, in float32."""
 
+    position_wise = True
     float32 = True
     function = staticmethod(_log_softmax)
 

@@ -9,6 +9,7 @@ from layercomb.layers.combinators.routing import Rearrange
 from layercomb.layers.core.checks import check_inputs
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.printing import call_text, named, set_field, show
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import Signature, describe
@@ -63,7 +64,7 @@ class AssertShape(Wrapper, init=False):
 
     n_in = property(lambda self: self.layer.n_in)
     n_out = property(lambda self: self.layer.n_out)
-    mixes_positions = property(lambda self: self.layer.mixes_positions)
+    position_wise = property(of_sublayers)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,6 +172,7 @@ class _Unchanged(Rearrange):
 
     n: int
 
+    position_wise = True
     n_in = property(lambda self: self.n)
     n_out = property(lambda self: self.n)
 

@@ -50,8 +50,8 @@ class Conv1D(Layer):
     kernel_init: Initializer = he_normal()
     bias_init: Initializer = zeros()
 
-    mixes_positions = True
     weight_axes = {'kernel': 'W|D->F', 'bias': '->F'}  # a matrix for each place
+    position_wise = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,8 +118,8 @@ class Conv2D(Layer):
     kernel_init: Initializer = he_normal()
     bias_init: Initializer = zeros()
 
-    mixes_positions = True
     weight_axes = {'kernel': 'YX|D->F', 'bias': '->F'}  # a matrix for each place
+    position_wise = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

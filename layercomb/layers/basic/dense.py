@@ -41,6 +41,7 @@ class Dense(Layer):
 
     weight_axes = {'kernel': 'D->F', 'bias': '->F'}
     makes_logits = True
+    position_wise = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

@@ -30,7 +30,8 @@ class Dropout(Layer):
     shared_axes: tuple[int, ...] = ()
 
     float32 = True  # it keeps the dtype of a stream
-    mixes_positions = property(lambda self: any(a in POSITION_AXES for a in self.shared_axes))
+    position_wise = property(lambda self: not set(POSITION_AXES) & set(self.shared_axes))
+    cacheless = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

@@ -31,6 +31,7 @@ class Embedding(Layer):
     d_model: Size
     table_init: Initializer = Normal(1.0)
 
+    position_wise = True
     float32 = True
     weight_axes = {'table': 'V:D'}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ Count = Annotated[int, Bound(0)]
 
 
 class Fn(Layer):
-    """A function of arrays as a layer: ``Fn('Sum', lambda x, y: x + y)``.
+    """A function of arrays as a layer: ``Fn('Sum', lambda x, y: x + y, position_wise=True)``.
 
     Equal functions make equal layers, and every ``lambda`` is a function of its own: name a
     module-level function where the model is to equal itself when built again.
@@ -32,6 +33,8 @@ class Fn(Layer):
         does not say what it takes, or requires none of its parameters, as
         ``functools.partial(jnp.clip, min=0, max=1)``.
       n_out: how many arrays `f` gives.
+      position_wise: whether `f` works on each position, of axis 1, by itself; nobody but you knows.
+        `Chunk` takes it only if True, decoding too.
 
     Raises:
       TypeError: at construction, if it is not clear how many arrays `f` takes, or it cannot be
@@ -46,6 +49,7 @@ class Fn(Layer):
     f: Callable[..., Any]
     n_in: Count | None = None  # type: ignore[assignment]
     n_out: Count = 1
+    position_wise: bool | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +113,8 @@ class Fn(Layer):
         if self.n_in != _count_parameters(self.f)[0]:
             parts.append(f'n_in={self.n_in}')
         parts += [f'n_out={self.n_out}'] if self.n_out != 1 else []
+        said = self.position_wise
+        parts += [] if said is None else [f'position_wise={said}']
         return call_text('Fn', [*parts, *named(self)])
 
 

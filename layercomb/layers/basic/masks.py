@@ -32,6 +32,8 @@ class PaddingMask(Layer):
 
     pad: int = 0
 
+    position_wise = True
+
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (ids,) = inputs
         if not jnp.issubdtype(ids.dtype, jnp.integer):

@@ -31,6 +31,7 @@ class LayerNorm(Layer):
     epsilon: Annotated[float, Bound(0)] = 1e-6
     use_bias: bool = True
 
+    position_wise = True
     float32 = True
     weight_axes = {'scale': '->D', 'bias': '->D'}
 
@@ -61,6 +62,7 @@ class RMSNorm(Layer):
 
     epsilon: Annotated[float, Bound(0)] = 1e-6
 
+    position_wise = True
     float32 = True
     weight_axes = {'scale': '->D'}
 
@@ -97,7 +99,8 @@ class BatchNorm(Layer):
 
     float32 = True
     weight_axes = {'scale': '->D', 'bias': '->D'}
-    mixes_positions = True
+    position_wise = False  # in training
+    cacheless = True
     counts_positions = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):

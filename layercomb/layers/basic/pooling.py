@@ -25,7 +25,7 @@ class Pool(Layer):
     strides: tuple[Size, Size] | None = None
     padding: str = 'valid'
 
-    mixes_positions = True
+    position_wise = False
     start: ClassVar[float]
     combine: ClassVar[Any]
 
@@ -66,6 +66,7 @@ class MaxPool(Pool):
 class AvgPool(Pool):
     """The mean of each window; what lies in the padding does not count."""
 
+    position_wise = False
     start = 0.0
     combine = staticmethod(jax.lax.add)
 

@@ -21,7 +21,7 @@ class Flatten(Layer):
 
     first_axis: Size = 1
 
-    mixes_positions = property(lambda self: self.first_axis == 1)
+    position_wise = property(lambda self: self.first_axis != 1)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs
@@ -47,7 +47,7 @@ class Mean(Layer):
     axis: int = 1
     masked: bool = False
 
-    mixes_positions = True
+    position_wise = False
     float32 = True
     n_in = property(lambda self: 1 + self.masked)
 

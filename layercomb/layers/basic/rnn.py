@@ -54,8 +54,8 @@ class SRU(Layer):
     forget_bias: float = 2.0
     kernel_init: Initializer = glorot_uniform()
 
-    mixes_positions = True
     weight_axes = {'kernel': 'D->F', 'bias': '->F'}
+    position_wise = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

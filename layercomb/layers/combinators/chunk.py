@@ -11,10 +11,10 @@ from layercomb.layers.combinators.shares import add_aux, how_many, shares
 from layercomb.layers.core.counted import along_length, put_counted, take_counted
 from layercomb.layers.core.decisions import Decisions, put_decisions, take_decisions
 from layercomb.layers.core.fields import Size
-from layercomb.layers.core.layer import Arrays, Layer, fold
+from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers, reason, unsaid
 from layercomb.layers.core.state import beside, own, without
-from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import describe
 from layercomb.trees import Tree
@@ -34,24 +34,29 @@ class Chunk(Wrapper):
 
     Raises:
       TypeError: if the layer mixes positions (attention, convolution, batch norm; also joining,
-        cutting or sharing a dropout mask along axis 1 of (B, L, D), counted from either end).
+        cutting or sharing a dropout mask along axis 1 of (B, L, D), counted from either end), or if
+        one of yours inside does not say ``position_wise = True``.
 
     References:
       Kitaev et al., Reformer, 2020, section 3, https://arxiv.org/abs/2001.04451
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     chunk_len: Size = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        mixer = _find_mixer(self.layer)
-        if mixer is not None:
-            raise TypeError(
-                f'Chunk: {type(mixer).__name__} mixes positions, so its result would depend on '
-                'where the slices end: chunk only what works on each position by itself'
-            )
+        if self.layer.position_wise is True:
+            return
+        found = reason(self.layer)
+        if found.position_wise is None:
+            raise TypeError(f'Chunk: {unsaid(found)}')
+        raise TypeError(
+            f'Chunk: {type(found).__name__} mixes positions, so its result would depend on '
+            'where the slices end: chunk only what works on each position by itself'
+        )
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """Applies the layer to each slice; slice `i` draws from `rng` folded with `i`."""
@@ -130,8 +135,3 @@ def state_parts(state: Tree, inputs: Arrays) -> tuple[Tree, Tree, Tree]:
     plain, counted = take_counted(without(state, Decisions))
     found = {} if decisions is None else decisions.values
     return found, plain, along_length(counted, inputs[0].shape[:2])
-
-
-def _find_mixer(layer: Layer) -> Layer | None:
-    """The first layer inside whose outputs mix positions."""
-    return next((each for _, each in walk(layer) if each.mixes_positions), None)

@@ -15,6 +15,7 @@ from layercomb.layers.core.decisions import Decisions, put_decisions, take_decis
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.state import Blocks, beside, own, refuse_blocks, without
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import describe
@@ -33,6 +34,7 @@ class Map(Wrapper):
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     n: Size = 1
 

@@ -8,6 +8,7 @@ import jax
 
 from layercomb.layers.core.layer import Arrays
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.trees import Tree
 
@@ -19,6 +20,7 @@ class Remat(Wrapper):
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """Applies the layer under `jax.checkpoint`, unless there is no backward pass."""

@@ -12,6 +12,7 @@ from layercomb.layers.core.counted import put_counted, take_counted
 from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.state import Blocks, refuse_blocks
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.shapes import Signature, describe
@@ -38,6 +39,7 @@ class Repeat(Wrapper):
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     n: Size = 1
     shared: bool = False

@@ -16,6 +16,7 @@ from layercomb.layers.core.mode import Mode
 class Add(Layer):
     """a + b in a's dtype, so that a float32 stream stays one whatever is added to it."""
 
+    position_wise = True
     n_in = 2
     float32 = True
 

@@ -14,6 +14,7 @@ from layercomb.shapes import check_axis, describe
 class Rearrange(Layer):
     """A layer whose outputs are its inputs, rearranged; subclasses write `pick`."""
 
+    computes_in = ('apply', 'pick')
     float32 = True
 
     def pick(self, values: Arrays) -> Arrays:
@@ -37,6 +38,7 @@ class Select(Rearrange):
     indices: tuple[int, ...]
     n_in: int | None = None  # type: ignore[assignment]
 
+    position_wise = True
     n_out = property(lambda self: len(self.indices))
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class Dup(Rearrange):
 
     n: Size = 1
 
+    position_wise = True
     n_in = property(lambda self: self.n)
     n_out = property(lambda self: 2 * self.n)
 
@@ -75,6 +78,7 @@ class Drop(Rearrange):
 
     n: Size = 1
 
+    position_wise = True
     n_in = property(lambda self: self.n)
     n_out = 0
 
@@ -85,6 +89,7 @@ class Drop(Rearrange):
 class Swap(Rearrange):
     """Swaps the top two values of the stack."""
 
+    position_wise = True
     n_in = 2
     n_out = 2
 
@@ -99,6 +104,7 @@ class Multiply(Layer):
     along an axis, such as a gate that is the same at all positions.
     """
 
+    position_wise = True
     n_in = 2
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
@@ -125,7 +131,7 @@ class Concatenate(Layer):
     axis: int = -1
 
     n_in = property(lambda self: self.n_items)
-    mixes_positions = property(lambda self: self.axis in POSITION_AXES)
+    position_wise = property(lambda self: self.axis not in POSITION_AXES)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         self._check(inputs)
@@ -156,7 +162,7 @@ class Split(Layer):
     axis: int = -1
 
     n_out = property(lambda self: self.n_items)
-    mixes_positions = property(lambda self: self.axis in POSITION_AXES)
+    position_wise = property(lambda self: self.axis not in POSITION_AXES)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs

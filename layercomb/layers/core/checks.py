@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from layercomb.checking.arguments import ABSENT, Method
 from layercomb.layers.core.mode import check_mode
+from layercomb.layers.core.observing import tell
 from layercomb.shapes import describe, signature_of
 
 F = TypeVar('F', bound=Callable[..., Any])
@@ -33,10 +34,12 @@ def checking_init(init: F) -> F:
             ):  # in a combinator the sublayer that finds too few says so
                 check_inputs(self, signature)
             args, given = method.put('signature', signature, args, given)
-        return method(self, args, given)
+        made = method(self, args, given)
+        tell(self, signature, mode, made)
+        return made
 
-    made: F = method.wrapper(checking)
-    return made
+    wrapper: F = method.wrapper(checking)
+    return wrapper
 
 
 def checking_apply(apply: F) -> F:

@@ -19,6 +19,8 @@ import jax
 from layercomb.layers.core.checks import check_inputs, check_outputs, check_sublayers, where
 from layercomb.layers.core.layer import Layer, fold, is_layers
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.observing import tell
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.wrapper import default_name, given_name
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
@@ -39,6 +41,7 @@ class Combinator(Layer):
     """
 
     carries_counted = True
+    position_wise = property(of_sublayers)
 
     @property
     def runs_short_inside(self) -> bool:
@@ -128,6 +131,7 @@ class Combinator(Layer):
         outputs: Any = self.route(call, tuple(signature))
         check_inputs(self, signature)
         check_outputs(self, outputs)
+        tell(self, signature, mode, (weights, state))
         return outputs, weights, state
 
     def _layer_fields(self) -> Iterator[tuple[str, Any]]:

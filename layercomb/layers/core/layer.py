@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from layercomb.layers.core.checks import (
 )
 from layercomb.layers.core.fields import check_fields
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import forget_if_overridden
 from layercomb.layers.core.printing import code_of, set_field
 from layercomb.shapes import Signature, signature_of
 from layercomb.trees import Tree
@@ -42,6 +43,7 @@ class Layer:
 
     >>> class Scale(Layer):
     ...     factor: float = 1.0
+    ...     position_wise = True
     ...
     ...     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
     ...         (x,) = inputs
@@ -57,8 +59,12 @@ class Layer:
       weight_axes: the axes of each of its own weights, by path, in letters: ``{'kernel': 'D->F',
         'bias': '->F'}``. `core.axes` explains them. Muon and Adafactor refuse a layer whose
         weights have two axes or more, and are not declared.
-      mixes_positions: whether an output position depends on other positions, so that `Chunk` must
-        not cut it.
+      position_wise: True if each output position depends on the same position of the inputs alone;
+        False if it depends on others, or on where it lies; None if nobody has said. `Chunk` takes
+        what says True, and decoding a layer that says another thing only if it holds a cache. A
+        subclass that computes anew, in one of the methods `computes_in`, says it anew.
+      cacheless: whether it decodes without a cache although it is not position-wise: it mixes
+        positions in training alone, or those of what it is given whole at every step.
       counts_positions: whether it averages over positions in training. Its state then says which of
         them count: it begins with `counted_positions`, and leaves the others out.
       carries_counted: whether a layer made of layers hands that on to them: it gives them their
@@ -82,7 +88,9 @@ class Layer:
     # Without annotations, so that a subclass may make fields of them, in its own order.
     n_in = 1
     n_out = 1
-    mixes_positions = False
+    position_wise = cast('bool | None', None)
+    cacheless = False
+    computes_in: ClassVar[tuple[str, ...]] = ('apply',)
     float32: ClassVar[bool] = False
     counts_positions: ClassVar[bool] = False
     carries_counted: ClassVar[bool] = False
@@ -103,6 +111,7 @@ class Layer:
         for name, checks in (('init', checking_init), ('apply', checking_apply)):
             if name in vars(cls):
                 setattr(cls, name, checks(vars(cls)[name]))
+        forget_if_overridden(cls)
         dataclasses.dataclass(frozen=True, repr=False, init=init)(cls)
 
     def __post_init__(self) -> None:

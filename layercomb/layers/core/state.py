@@ -19,7 +19,7 @@ from layercomb.trees import Tree, Typed, plain, typed
 
 P = TypeVar('P', bound='Part')
 
-WHOLE = '/'  # the key of a state that is a part, beside which something is put
+WHOLE = '//'  # the key of a state that is a part, beside which something is put
 
 
 @dataclass_transform(frozen_default=True)

@@ -18,6 +18,9 @@ class Wrapper(Layer):
 
     Other fields may hold layers too, or tuples of them; they stand beside the one that is wrapped,
     under the field's name, with ``_0``, ``_1`` … for those of a tuple.
+    What a subclass computes is its own, so it says whether it is `position_wise`: one that passes
+    positions on as they are writes ``position_wise = property(lambda self:
+    self.layer.position_wise)``.
     """
 
     layer: Layer

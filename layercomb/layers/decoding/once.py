@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.trees import Tree
 
@@ -37,7 +38,7 @@ class Once(Wrapper):
     carries_counted = True
     reads_memory = True
 
-    mixes_positions = property(lambda self: self.layer.mixes_positions)
+    position_wise = property(of_sublayers)
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         """The layer's, without caches; in ``PREDICT`` with room for its outputs."""

@@ -31,13 +31,15 @@ class Metric(Layer):
     Outputs are the model's. By default targets (…) are a class for each row of logits (…, V); a
     metric whose targets are of another shape says so in `targets_shape`. Weights are of the
     targets' shape, and `values` gives an array of that shape too. A metric that does not give one
-    value for each target overrides `scores`, and says ``mixes_positions = True`` if a value depends
-    on several positions.
+    value for each target overrides `scores`. A metric says ``position_wise = True`` if a value
+    depends on one position alone: then it can be measured a piece of the sequence at a time.
     A metric without a gradient, such as an accuracy, says ``has_gradient = False``, and no task
     trains on it.
 
     >>> class Margin(Metric):
     ...     '''How far the largest logit is above the mean.'''
+    ...
+    ...     position_wise = True
     ...
     ...     def values(self, outputs, targets):
     ...         return outputs.max(-1) - outputs.mean(-1)
@@ -53,6 +55,7 @@ class Metric(Layer):
     float32 = True
     has_gradient: ClassVar[bool] = True
     takes: ClassVar[str] = 'logits (…, V), targets (…) and weights (…)'
+    computes_in: ClassVar[tuple[str, ...]] = ('apply', 'scores', 'values')
 
     @property
     def label(self) -> str:
@@ -158,6 +161,8 @@ class CrossEntropyLoss(Metric):
 
     label_smoothing: Rate = 0.0
 
+    position_wise = True
+
     @property
     def label(self) -> str:
         """What reports call it."""
@@ -174,6 +179,8 @@ class CrossEntropyLoss(Metric):
 
 class Perplexity(Metric):
     """e to the mean cross entropy."""
+
+    position_wise = True
 
     def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """The cross entropy of each position."""
@@ -193,6 +200,8 @@ class BitsPerByte(Metric):
 
     bytes_per_token: float = 1.0
 
+    position_wise = True
+
     def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """The cross entropy of each position."""
         return cross_entropy(logits, targets)
@@ -205,6 +214,7 @@ class BitsPerByte(Metric):
 class Accuracy(Metric):
     """How often the largest logit is the target's."""
 
+    position_wise = True
     has_gradient = False
 
     def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -222,7 +232,7 @@ class SequenceAccuracy(Metric):
     0. Its own weight is 1, whatever those weights are; it is 0 if they are all 0.
     """
 
-    mixes_positions = True
+    position_wise = False
     has_gradient = False
 
     def scores(

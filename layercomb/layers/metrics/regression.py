@@ -16,6 +16,7 @@ class Elementwise(Metric):
     """A metric with a target for each entry of the outputs; subclasses write `compare`."""
 
     takes = 'outputs (…), targets (…) and weights (…), all of one shape'
+    computes_in = ('apply', 'scores', 'values', 'compare')
 
     def targets_shape(self, outputs_shape: Shape) -> Shape:
         """That of the outputs."""
@@ -43,6 +44,8 @@ class Elementwise(Metric):
 class L2Loss(Elementwise):
     """(y − t)², the squared error, without a factor ½."""
 
+    position_wise = True
+
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """The squared error of each entry."""
         return jnp.square(outputs - targets)
@@ -54,6 +57,8 @@ class SmoothL1Loss(Elementwise):
     References:
       Huber 1964; Girshick, Fast R-CNN, 2015, https://arxiv.org/abs/1504.08083
     """
+
+    position_wise = True
 
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """The smoothed distance of each entry."""
@@ -72,6 +77,8 @@ class BinaryCrossEntropyLoss(Elementwise):
     gives NaN, never a silent number.
     """
 
+    position_wise = True
+
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """The cross entropy of each entry."""
         # What is multiplied by 0 is finite, or 0 · ∞ would be NaN.
@@ -86,6 +93,7 @@ class BinaryAccuracy(Elementwise):
     A target between 0 and 1 counts as 1 if it is above ½, else as 0; one outside gives NaN.
     """
 
+    position_wise = True
     has_gradient = False
 
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:

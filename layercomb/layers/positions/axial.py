@@ -39,8 +39,8 @@ class AxialPositions(Layer):
     table_init: Initializer = Normal(0.02)
 
     float32 = True
-    mixes_positions = True  # a piece of a sequence does not know where it begins
     weight_axes = property(lambda self: {f'table_{a}': 'L:D' for a in range(len(self.shape))})
+    position_wise = False  # a piece of a sequence does not know where it begins
     max_len = property(lambda self: math.prod(self.shape))
 
     def __post_init__(self) -> None:

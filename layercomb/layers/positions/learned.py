@@ -32,7 +32,7 @@ class LearnedPositions(Layer):
 
     float32 = True
     weight_axes = {'table': 'L:D'}
-    mixes_positions = True  # a piece of a sequence does not know where it begins
+    position_wise = False  # a piece of a sequence does not know where it begins
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

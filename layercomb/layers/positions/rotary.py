@@ -42,7 +42,7 @@ class RotaryPositions(Layer):
     n_in = 2
     n_out = 2
     float32 = True
-    mixes_positions = True  # a piece of a sequence does not know where it begins
+    position_wise = False  # a piece of a sequence does not know where it begins
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         self._check(*signature)

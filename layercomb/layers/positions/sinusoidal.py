@@ -45,7 +45,7 @@ class SinusoidalPositions(Layer):
 
     float32 = True
     weight_axes = {'table': 'L:D'}
-    mixes_positions = True  # a piece of a sequence does not know where it begins
+    position_wise = False  # a piece of a sequence does not know where it begins
 
     def __post_init__(self) -> None:
         super().__post_init__()

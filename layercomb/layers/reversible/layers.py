@@ -159,6 +159,7 @@ class ReversibleConcatenatePair(Reversible):
       ValueError: when applied to values of two shapes.
     """
 
+    position_wise = True
     n_in = 2
     n_out = 2
     float32 = True

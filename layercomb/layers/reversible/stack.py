@@ -31,6 +31,7 @@ from layercomb.layers.core.counted import put_counted, take_counted
 from layercomb.layers.core.decisions import put_decisions, take_decisions
 from layercomb.layers.core.layer import Arrays, Layer, fold
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.reversible.cotangents import zero_cts
 from layercomb.layers.reversible.layers import (
     Reversible,
@@ -45,6 +46,8 @@ class ReversibleStack(Reversible, init=False):
     It stands before the class whose `apply` runs the layers plainly. Having an `apply` of its own,
     it goes by the default of `one_pass`; the rule of `Serial` would keep what the layers hold.
     """
+
+    position_wise = property(of_sublayers)
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         """Runs the layers on streams of float32; in ``TRAIN`` nothing inside is kept."""

@@ -36,6 +36,8 @@ class FoldHeads(Layer):
 
     n_heads: Size
 
+    position_wise = True
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
         if x.shape[-1] % self.n_heads:
@@ -54,6 +56,8 @@ class FoldHeads(Layer):
 
 class UnfoldHeads(Layer):
     """Heads as features, without weights: (B, H, L, K) → (B, L, H·K)."""
+
+    position_wise = True
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         (x,) = inputs

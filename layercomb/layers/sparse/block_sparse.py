@@ -82,6 +82,7 @@ class BlockSparseFF(Layer):
         'controller/in/kernel': 'D->R',
         'controller/out/kernel': 'R->E',
     }
+    position_wise = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -58,9 +58,9 @@ class LocalConv(Layer):
     bias_init: Initializer = zeros()
 
     n_out = property(lambda self: self.n_outputs)
-    mixes_positions = True
     # One matrix: apart, the places of a kernel would take steps too large.
     weight_axes = {'kernel': 'WXM->F', 'bias': 'N|->M'}
+    position_wise = False
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

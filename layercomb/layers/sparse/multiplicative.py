@@ -55,6 +55,7 @@ class MultiplicativeDense(Layer):
     bias_init: Initializer = zeros()
 
     weight_axes = {'modules': 'S:D', 'features': 'M:D', 'bias': '->F'}
+    position_wise = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature
@@ -104,6 +105,7 @@ class MultiplicativeHead(Layer):
 
     weight_axes = {'modules': 'S:D', 'features': 'M:D', 'bias': '->V'}
     makes_logits = True
+    position_wise = True
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         (x,) = signature

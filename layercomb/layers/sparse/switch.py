@@ -85,6 +85,7 @@ class SwitchFF(Layer):
     kernel_init: Initializer = glorot_uniform()
     bias_init: Initializer = zeros()
 
+    position_wise = True
     counts_positions = True
     weight_axes = {
         'router/kernel': 'D->E',

@@ -28,6 +28,7 @@ from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.seek import seek
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import Signature, is_float, shape_dtype
+from layercomb.supervised.decoding.fitness import judged_init
 from layercomb.supervised.decoding.numbers import whole
 from layercomb.transforms.quantization import bare
 from layercomb.transforms.tying import Tied
@@ -298,9 +299,12 @@ def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
     """A fresh decoding state with what training left: running statistics, but no caches.
 
     Raises:
-      UsageError: if there are some for which the decoding state has no place.
+      UsageError: if there are some for which the decoding state has no place, or if a layer mixes
+        positions, or may, and keeps none.
     """
-    fresh = net.init(signature, jax.random.key(0), Mode.PREDICT)[1]
+    (_, fresh), refusal = judged_init(net, signature, jax.random.key(0))
+    if refusal is not None and _is_of_each_position(net.output_signature(signature, Mode.PREDICT)):
+        raise UsageError(refusal)  # what is no language model is told so by what reads its logits
     made = jax.eval_shape(lambda: net.init(signature, jax.random.key(0), Mode.TRAIN)[1])
     of_training = trees.flatten(made)
     statistics, _ = take_out(trained, AuxLoss)  # which decoding does not ask for
@@ -339,13 +343,18 @@ def logits_of(outputs: tuple[jax.Array, ...]) -> jax.Array:
 
 def _of_each_position(values: tuple[jax.Array, ...], where: str) -> jax.Array:
     """The only value, (B, L, …), in numbers; `where` says what of a model makes it."""
-    if len(values) != 1 or values[0].ndim != 3 or not is_float(values[0]):
+    if not _is_of_each_position(values):
         given = ', '.join(f'{x.dtype}{list(x.shape)}' for x in values)
         raise UsageError(
             f'decoding needs a language model, (B, L) → logits (B, L, V), and {where} this one '
             f'makes {given}'
         )
     return values[0]
+
+
+def _is_of_each_position(values: tuple[Any, ...]) -> bool:
+    """Whether arrays, or their signatures, are one alone, (B, L, …), in numbers."""
+    return len(values) == 1 and values[0].ndim == 3 and is_float(values[0])
 
 
 def _grown(start: Start, state: Tree) -> Tree:
@@ -372,6 +381,7 @@ class _AtPosition(Wrapper):
     """A head at one position of each row: (x (B, L, D), positions (B,)) → (B, 1, V)."""
 
     n_in = property(lambda self: 2)
+    position_wise = False
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         x, at = inputs

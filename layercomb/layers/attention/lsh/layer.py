@@ -101,7 +101,7 @@ class LSHAttention(LSHOptions):
         or ``PREDICT`` without `n_buckets` and `max_len`.
     """
 
-    mixes_positions = True
+    position_wise = False
     n_in = property(lambda self: 2 + self.masked)
 
     def __post_init__(self) -> None:

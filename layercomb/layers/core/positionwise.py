@@ -1,0 +1,68 @@
+"""Whether a layer works on each position by itself: who says so, and what to write if nobody does.
+
+`Layer` uses this module, so layers are `Any` here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+def of_sublayers(layer: Any) -> bool | None:
+    """What the sublayers say of a layer that only passes values between them.
+
+    Returns:
+      True if all say True, False if one says False, and None if one says nothing.
+
+    >>> from layercomb import tl
+    >>> of_sublayers(tl.Serial(tl.Dense(4), tl.Relu())), of_sublayers(tl.Serial(tl.Mean()))
+    (True, False)
+    """
+    said = [each.position_wise for each in layer.sublayers]
+    return False if False in said else None if None in said else True
+
+
+def forget_if_overridden(cls: Any) -> None:
+    """Makes `position_wise` None in a class that computes anew and does not say it anew.
+
+    Raises:
+      TypeError: if the class says something else than True, False or None.
+    """
+    value = vars(cls).get('position_wise')
+    if not (value is None or isinstance(value, (bool, dataclasses.Field)) or _is_computed(value)):
+        raise TypeError(f'{cls.__name__}: position_wise is True, False or None, got {value!r}')
+    said = _first(cls, 'position_wise')
+    if any(_first(cls, name) < said for name in cls.computes_in):
+        cls.position_wise = None
+
+
+def _is_computed(value: Any) -> bool:
+    return hasattr(value, '__get__')  # a property, or its like
+
+
+def _first(cls: Any, name: str) -> int:
+    """Which of a class and those it inherits from, in order, has an attribute first."""
+    classes = [vars(c) for c in cls.__mro__]
+    has = [name in c or name in c.get('__annotations__', {}) for c in classes]
+    return has.index(True) if True in has else len(has)
+
+
+def reason(layer: Any) -> Any:
+    """The innermost layer for which `layer` is not known to be position-wise."""
+    wanted = (layer.position_wise, False)
+    inside = [each for each in layer.sublayers if each.position_wise is not True]
+    found = next((each for each in inside if each.position_wise in wanted), None)
+    return layer if found is None else reason(found)
+
+
+def unsaid(layer: Any) -> str:
+    """That a layer says nothing, with the line to add."""
+    name = type(layer).__name__
+    if any(field.name == 'position_wise' for field in dataclasses.fields(layer)):
+        who, line = ' '.join(repr(layer).split()), f'{name}(…, position_wise=True)'
+    else:
+        who, line = name, 'position_wise = True in the class'
+    return (
+        f'{who} does not say whether it works on each position by itself: write {line} if it does'
+    )
