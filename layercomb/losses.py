@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layercomb import trees
 from layercomb.errors import UsageWarning
 from layercomb.layers.basic.fn import Fn
 from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.combinator import Combinator, fold
 from layercomb.layers.core.counted import COUNTED, put_counted, take_counted
-from layercomb.layers.core.layer import Arrays, Layer
+from layercomb.layers.core.layer import AUX_LOSS, Arrays, Layer
 from layercomb.layers.core.mode import Mode, check_mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import Once
@@ -188,6 +189,45 @@ def apply_counted(
     state = put_counted(state, _given(net, counted))
     outputs, new = net.apply(weights, state, inputs, rng=rng, mode=mode)
     return outputs, take_counted(new)[0]
+
+
+def total(state: Tree) -> jax.Array:
+    """The sum of all auxiliary losses that layers left in a state, as a `Loop` adds it to the loss.
+
+    Args:
+      state: what `apply` gave in training.
+
+    Returns:
+      float32 (); 0 if there are none.
+
+    A training loop of one's own:
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from layercomb import Mode, losses, tl
+    >>> net = tl.Serial(tl.Embedding(16, 8), tl.SwitchFF(8, 2), tl.Dense(16))
+    >>> scored, optimizer = losses.attach(net, tl.CrossEntropyLoss()), optax.sgd(0.1)
+    >>> @jax.jit
+    ... def step(weights, state, opt_state, key, batch):
+    ...     def loss(weights):
+    ...         args = weights, state, batch, batch[-1]
+    ...         outputs, new = losses.apply_counted(scored, *args, rng=key, mode=Mode.TRAIN)
+    ...         return tl.weighted_mean(*outputs) + losses.total(new), new
+    ...     (value, new), grads = jax.value_and_grad(loss, has_aux=True)(weights)
+    ...     updates, opt_state = optimizer.update(grads, opt_state, weights)
+    ...     return optax.apply_updates(weights, updates), new, opt_state, value
+    >>> x = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    >>> weights, state = net.init((x,), jax.random.key(0))
+    >>> key, opt_state, batch = jax.random.key(1), optimizer.init(weights), (x, x, jnp.ones((2, 6)))
+    >>> weights, state, opt_state, loss = step(weights, state, opt_state, key, batch)
+    >>> bool(losses.total(state) > 0)
+    True
+    """
+    found = [
+        jnp.sum(leaf).astype(jnp.float32)
+        for path, leaf in trees.flatten(state).items()
+        if AUX_LOSS in path.split('/')
+    ]
+    return sum(found[1:], found[0]) if found else jnp.float32(0)
 
 
 def _counts(net: Layer) -> bool:

@@ -337,7 +337,7 @@ def test_what_the_system_refuses(files, capsys, tmp_path, monkeypatch):
     def unreadable(*args):
         raise PermissionError(13, 'Permission denied', 'checkpoints')
 
-    monkeypatch.setattr('layercomb.supervised.checkpoints.latest_weights', unreadable)
+    monkeypatch.setattr('layercomb.supervised.checkpoints.saved_weights', unreadable)
     run = files[2]
     for command in (['eval', run], ['export', run, tmp_path / 'out'], ['serve', run, '--port', 0]):
         assert 'Permission denied (checkpoints): check that' in refused(capsys, *command)

@@ -1,4 +1,4 @@
-"""What training begins with: weights and state from a seed, or those that a Model brings."""
+"""What training begins with: weights and state of a seed or a Model, the optimizer, the carry."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import trees
+from layercomb.errors import require
 from layercomb.layers.core.layer import Layer, init_state
 from layercomb.layers.core.mode import Mode
 from layercomb.model import Model
 from layercomb.shapes import Signature
+from layercomb.supervised.steps import Carry
+from layercomb.supervised.tasks import TrainTask
 from layercomb.trees import Tree
 
 
@@ -56,3 +59,24 @@ def trained_state(model: Model, signature: Signature, wanted: Tree) -> Tree:
         return jnp.stack(old).reshape(new.shape) if fits else new
 
     return trees.map_with_path(kept, empty)
+
+
+def clipped(task: TrainTask) -> Any:
+    """The task's optimizer, behind clipping where that is asked for."""
+    if task.clip_norm is None:
+        return task.optimizer
+    optax = require('optax', 'train')
+    return optax.chain(optax.clip_by_global_norm(task.clip_norm), task.optimizer)
+
+
+def distinct(carry: Carry) -> Carry:
+    """Copies an array that stands in two places, which cannot be donated twice."""
+    seen: set[int] = set()
+
+    def once(x: jax.Array) -> jax.Array:
+        if id(x) in seen:
+            return jnp.copy(x)
+        seen.add(id(x))
+        return x
+
+    return jax.tree.map(once, carry)
