@@ -108,14 +108,14 @@ def run_eval(options: argparse.Namespace) -> None:
         experiment = config.build()
         with of_the_person():
             experiment.check()
-        if not experiment.measured:
+        if not experiment.eval_tasks:
             raise UsageError('the configuration measures nothing: bind train.eval_tasks')
         with of_the_person():
             signature = experiment.batch_signature()[: experiment.model.n_in]
         chosen = options.checkpoint
         model, step = runs.saved_model(options.run_dir, experiment.model, signature, chosen)
         print(f'step {step}')
-        measured = evaluate(model.layer, model.weights or {}, model.state, experiment.measured)
+        measured = evaluate(model.layer, model.weights or {}, model.state, experiment.eval_tasks)
         terminal.write_measured(measured)
 
 

@@ -149,6 +149,7 @@ def test_the_best_checkpoint_and_others_by_their_step(files, capsys, tmp_path):
     how = ['--prompt', 'cat', '--n_tokens', '2', '--checkpoint', 'best']
     assert cli.main(['generate', run, *how]) == 0
     assert cli.main(['export', run, str(tmp_path / 'out'), '--checkpoint', 'best']) == 0
+    capsys.readouterr()
     assert "no checkpoint '9' in" in refused(capsys, 'eval', run, '--checkpoint', '9')
     unknown = ('train.keep_best="valid/loss"', 'train.steps=4')
     said = refused(capsys, *train(files, *unknown, directory='none'))

@@ -44,8 +44,10 @@ def kept(on: bool = True) -> Iterator[None]:
         with _set({'jax_enable_compilation_cache': False}):
             yield
         return
-    directory = _explicit(os.environ) or _usable(folder(os.environ))
-    if directory is None or not jax.config.jax_enable_compilation_cache:
+    directory = None
+    if jax.config.jax_enable_compilation_cache:
+        directory = _explicit(os.environ) or _usable(folder(os.environ))
+    if directory is None:
         yield
         return
     small = {name: x for name, x in _SMALL_PROGRAMS_TOO.items() if name.upper() not in os.environ}

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class Experiment:
 
     model: Layer
     train_task: TrainTask
-    eval_tasks: Sequence[EvalTask] | EvalTask = ()
+    eval_tasks: Sequence[EvalTask] = ()
     _: dataclasses.KW_ONLY
     steps: int = 1000
     seed: int = _of_loop('seed')
@@ -77,8 +77,8 @@ class Experiment:
     baseline_text: Any = None
 
     def __post_init__(self) -> None:
-        tasks = self.eval_tasks
-        tasks = tuple(tasks) if isinstance(tasks, (tuple, list)) else (tasks,)
+        given: Any = self.eval_tasks
+        tasks = tuple(given) if isinstance(given, (tuple, list)) else (given,)
         object.__setattr__(self, 'eval_tasks', tasks)
         object.__setattr__(self, 'callbacks', frozen(self.callbacks))
         check_values('train', vars(self), Experiment)
@@ -100,11 +100,6 @@ class Experiment:
         if not isinstance(first, (str, bytes)):
             raise TypeError('train.baseline_text must be one source of documents, str or bytes')
 
-    @property
-    def measured(self) -> tuple[EvalTask, ...]:
-        """`eval_tasks`, which may be given as one, as a tuple."""
-        return cast(tuple[EvalTask, ...], self.eval_tasks)
-
     def loop(self, directory: str | Path, allow_changes: Sequence[str] = ()) -> Loop:
         """What trains it.
 
@@ -115,7 +110,7 @@ class Experiment:
         return Loop(
             self.model,
             self.train_task,
-            self.measured,
+            self.eval_tasks,
             directory,
             allow_changes=allow_changes,
             **self._options(),
@@ -145,7 +140,7 @@ class Experiment:
         first = _first_batch(self.train_task.data)
         check_arity(self.model, first, 'the data')
         abstract = self.abstract(on_device(first[: self.model.n_in]))
-        check_fit(self.model, *abstract, self.train_task, self.measured, first)
+        check_fit(self.model, *abstract, self.train_task, self.eval_tasks, first)
         self.check_sample()
 
     def check_sample(self) -> None:

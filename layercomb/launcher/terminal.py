@@ -188,7 +188,7 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
     if experiment.baseline_text is not None:
         from layercomb.data import witten_bell_bits_on_batches
 
-        same_text = experiment.measured[0].batches()
+        same_text = experiment.eval_tasks[0].batches()
         bits = witten_bell_bits_on_batches(experiment.baseline_text, same_text)
         orders = ' / '.join(map(str, bits))
         values = ' / '.join(f'{b:.2f}' for b in bits.values())

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from layercomb.supervised.reports import Row
-    from layercomb.supervised.training import Loop
+from layercomb.supervised.reports import Row
+from layercomb.trees import Tree
+
+
+class Running(Protocol):
+    """What a callback sees of a `Loop`.
+
+    Attributes:
+      step: how many steps were set off.
+    """
+
+    step: int
+
+    @property
+    def weights(self) -> Tree:
+        """The model's weights after `step` steps, valid until the callback returns."""
+
+    @property
+    def state(self) -> Tree:
+        """The model's state, likewise."""
+
+    @property
+    def opt_state(self) -> Any:
+        """The optimizer's state, likewise."""
+
+    def stop(self) -> None:
+        """Ends the run; see `Loop.stop`."""
 
 
 class Callback:
@@ -31,7 +55,7 @@ class Callback:
     ...             loop.stop()
     """
 
-    def after_step(self, loop: Loop, row: Row) -> None:
+    def after_step(self, loop: Running, row: Row) -> None:
         """Called for every step, in order, once its numbers are on the host.
 
         Steps are set off ahead of that: `loop.step` is up to `inflight.AHEAD` more than
@@ -43,7 +67,7 @@ class Callback:
           row: the step's numbers, and those of an evaluation that followed it.
         """
 
-    def after_evaluation(self, loop: Loop, row: Row) -> None:
+    def after_evaluation(self, loop: Running, row: Row) -> None:
         """Called after the eval tasks were measured; `loop.weights` are those that were.
 
         A checkpoint that is due, or that `keep_best` asks for, is being saved by then.
@@ -53,7 +77,7 @@ class Callback:
           row: the step's numbers, and what was measured: 'valid/loss', …
         """
 
-    def at_end(self, loop: Loop, row: Row) -> None:
+    def at_end(self, loop: Running, row: Row) -> None:
         """Called once when a run has ended by itself or by `Loop.stop`; not after an error.
 
         Args:

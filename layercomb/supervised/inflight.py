@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,13 +49,17 @@ class InFlight:
             until no more than `AHEAD` are not.
         """
         n = len(self._steps) if wait else max(0, len(self._steps) - AHEAD)
-        while n < len(self._steps) and self._steps[n][1]['loss'].is_ready():
+        while n < len(self._steps) and _is_ready(self._steps[n][1]['loss']):
             n += 1
         return [_read(*self._steps[i]) for i in range(n)]
 
     def drop(self) -> None:
         """Takes the oldest step out of the queue."""
         self._steps.popleft()
+
+
+def _is_ready(x: Any) -> bool:  # which JAX's stubs do not know
+    return x.is_ready()
 
 
 def _read(step: int, metrics: steps.Metrics, batch: Batch) -> Finished:

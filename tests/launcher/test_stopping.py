@@ -17,6 +17,7 @@ from layercomb.launcher.stopping import on_sigterm
 
 CONFIG = """
 from __gin__ import dynamic_registration
+from layercomb import cli
 from layercomb import layers as tl
 from layercomb import models
 from layercomb import optimizers
