@@ -33,25 +33,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     subparsers = made.add_subparsers(required=True, metavar='COMMAND')
 
     def command(name: str, first: str, first_help: str) -> Any:
-        run = commands[name]
-        about = (run.__doc__ or '').partition(': ')[2]
-        sub = subparsers.add_parser(name, help=about, description=about)
-        sub.add_argument(first, help=first_help)
-        sub.add_argument(
-            '--gin_param',
-            action='append',
-            default=[],
-            metavar='NAME=VALUE',
-            help="a binding that goes before the file's, e.g. 'train.steps=100'; may be repeated",
-        )
-        sub.add_argument(
-            '--no_compile_cache',
-            action='store_true',
-            help=f'compile anew; else compiled programs are kept in {_cache()}, where the next '
-            'command finds them',
-        )
-        sub.set_defaults(run=run)
-        return sub.add_argument
+        return _command(subparsers, name, commands[name], first, first_help)
 
     def of_run(name: str) -> Any:
         add = command(name, 'run_dir', 'the output_dir of a run')
@@ -82,6 +64,38 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     add('--batch_size', type=int, default=1, help='rows that the decode step takes')
     add('--max_len', type=int, help="positions that its caches hold; by default the model's")
     return made
+
+
+def _command(
+    subparsers: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    first: str,
+    first_help: str,
+) -> Any:
+    """Adds a command and what all have: its first argument, bindings, the cache.
+
+    Returns:
+      What adds a further argument to it.
+    """
+    about = (run.__doc__ or '').partition(': ')[2]
+    sub = subparsers.add_parser(name, help=about, description=about)
+    sub.add_argument(first, help=first_help)
+    sub.add_argument(
+        '--gin_param',
+        action='append',
+        default=[],
+        metavar='NAME=VALUE',
+        help="a binding that goes before the file's, e.g. 'train.steps=100'; may be repeated",
+    )
+    sub.add_argument(
+        '--no_compile_cache',
+        action='store_true',
+        help=f'compile anew; else compiled programs are kept in {_cache()}, where the next '
+        'command finds them',
+    )
+    sub.set_defaults(run=run)
+    return sub.add_argument
 
 
 def _cache() -> str:

@@ -21,6 +21,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 # JAX's variables. What a person has set in the environment stays.
+_ENABLED = 'jax_enable_compilation_cache'
 _DIRECTORY = 'jax_compilation_cache_dir'
 _SMALL_PROGRAMS_TOO = {
     'jax_persistent_cache_min_compile_time_secs': 0.0,
@@ -41,11 +42,11 @@ def kept(on: bool = True) -> Iterator[None]:
       on: False leaves JAX as it is set, except that it keeps nothing.
     """
     if not on:
-        with _set({'jax_enable_compilation_cache': False}):
+        with _set({_ENABLED: False}):
             yield
         return
     directory = None
-    if jax.config.jax_enable_compilation_cache:
+    if getattr(jax.config, _ENABLED):
         directory = _explicit(os.environ) or _usable(folder(os.environ))
     if directory is None:
         yield
