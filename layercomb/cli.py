@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import inspect
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,49 +21,22 @@ from typing import Any
 from layercomb import paths, transforms
 from layercomb.data import checks
 from layercomb.errors import UsageError, of_the_machine, of_the_person, one_line, require
-from layercomb.launcher import arguments, includes, runs, terminal
+from layercomb.launcher import arguments, compile_cache, includes, runs, stopping, terminal
+from layercomb.launcher.experiment import Experiment
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
 from layercomb.shapes import Signature, shape_dtype
 
 
-def train(
-    model: Any,
-    train_task: Any,
-    eval_tasks: Sequence[Any] = (),
-    *,
-    steps: int = 1000,
-    seed: int = 0,
-    eval_every: int | None = 500,
-    checkpoint_every: int | None = 500,
-    log_every: int = 10,
-    keep: int = 3,
-    tokenizer: Any = None,
-    sample_prompt: str | None = None,
-    sample_tokens: int = 300,
-    sample_temperature: float = 0.8,
-    baseline_text: Any = None,
-) -> Any:
+def train(*args: Any, **fields: Any) -> Experiment:
     """What a configuration binds: the fields of an `Experiment`, which it returns."""
-    from layercomb.launcher.experiment import Experiment
+    return Experiment(*args, **fields)
 
-    tasks = eval_tasks if isinstance(eval_tasks, (tuple, list)) else (eval_tasks,)
-    return Experiment(
-        model=model,
-        train_task=train_task,
-        eval_tasks=tuple(tasks),
-        steps=steps,
-        seed=seed,
-        eval_every=eval_every,
-        checkpoint_every=checkpoint_every,
-        log_every=log_every,
-        keep=keep,
-        tokenizer=tokenizer,
-        sample_prompt=sample_prompt,
-        sample_tokens=sample_tokens,
-        sample_temperature=sample_temperature,
-        baseline_text=baseline_text,
-    )
+
+# By which gin knows names and defaults.
+train.__dict__['__signature__'] = inspect.signature(Experiment).replace(
+    return_annotation='Experiment'
+)
 
 
 @terminal.any_console()
@@ -79,7 +53,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
     try:
         parsed = arguments.parser(_COMMANDS).parse_args(command_line)
         cure = 'put that right, and run the same again'
-        with terminal.plain_warnings(), of_the_machine(cure):
+        kept = compile_cache.kept(not parsed.no_compile_cache)
+        with terminal.plain_warnings(), of_the_machine(cure), kept:
             parsed.run(parsed)
             terminal.flush()
     except UsageError as e:
@@ -96,7 +71,6 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 def run_train(options: argparse.Namespace) -> None:
     """``layercomb train CONFIG``: trains, or goes on training, and shows what came out."""
-    from layercomb.supervised import Loop
     from layercomb.supervised.fingerprint import check_allowed
 
     source = find_config(options.config)
@@ -110,22 +84,16 @@ def run_train(options: argparse.Namespace) -> None:
         runs.check_directory(directory, config.text, bool(allowed))
         with of_the_person():
             experiment.check_sample()
-            loop = Loop(  # which checks the rest, before anything is written
-                experiment.model,
-                experiment.train_task,
-                experiment.eval_tasks,
-                directory,
-                seed=experiment.seed,
-                eval_every=experiment.eval_every,
-                checkpoint_every=experiment.checkpoint_every,
-                log_every=experiment.log_every,
-                keep=experiment.keep,
-                allow_changes=allowed,
-            )
+            loop = experiment.loop(directory, allowed)  # checks the rest before anything is written
             with of_the_machine('choose another --output_dir'):
                 directory.mkdir(parents=True, exist_ok=True)
                 config.write(directory)
-        row = loop.run(experiment.steps)
+        with stopping.on_sigterm(loop.stop) as asked:
+            row = loop.run(experiment.steps)
+        if asked and loop.step < experiment.steps:
+            saved = f'after step {loop.step}, which is saved' if loop.step else 'before any step'
+            print(f'layercomb: stopped {saved}; the same command goes on', file=sys.stderr)
+            return
         cure = 'it is trained and saved; put that right, and run the same again'
         with of_the_person(), of_the_machine(cure):
             terminal.write_result(experiment, loop, row, directory)
@@ -144,11 +112,11 @@ def run_eval(options: argparse.Namespace) -> None:
             raise UsageError('the configuration measures nothing: bind train.eval_tasks')
         with of_the_person():
             signature = experiment.batch_signature()[: experiment.model.n_in]
-        model, step = runs.last_model(options.run_dir, experiment.model, signature)
+        chosen = options.checkpoint
+        model, step = runs.saved_model(options.run_dir, experiment.model, signature, chosen)
         print(f'step {step}')
         measured = evaluate(model.layer, model.weights or {}, model.state, experiment.eval_tasks)
-        for name, value in measured.items():
-            print(f'{name} {value:.6g}')
+        terminal.write_measured(measured)
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -158,7 +126,9 @@ def run_generate(options: argparse.Namespace) -> None:
 
     sampling = arguments.sampling(options)
     prompt = terminal.read_prompt(options.prompt, options.prompt_file, options.stdin)
-    model, tokenizer = trained(options.run_dir, options.gin_param, options.bits)
+    model, tokenizer = trained(
+        options.run_dir, options.gin_param, options.bits, checkpoint=options.checkpoint
+    )
     with of_the_person():
         given = prompts.given(model, prompt, tokenizer)
         given |= {'n_tokens': options.n_tokens, 'eos_id': tokenizer.eos_id}
@@ -207,7 +177,9 @@ def run_serve(options: argparse.Namespace) -> None:
         names = hosts.allowed(options.allowed_hosts) if options.allowed_hosts else ()
     name = paths.shown(paths.local(options.run_dir, 'run_dir').resolve().name)
     with serving.bound(options.host, options.port) as socket:  # a taken port is known at once
-        model, tokenizer = trained(options.run_dir, options.gin_param, options.bits)
+        model, tokenizer = trained(
+            options.run_dir, options.gin_param, options.bits, checkpoint=options.checkpoint
+        )
         serving.run(model, tokenizer, name, limits, socket, names)
 
 
@@ -215,7 +187,9 @@ def run_export(options: argparse.Namespace) -> None:
     """``layercomb export RUN_DIR OUT``: weights as safetensors, and decoding as a program."""
     from layercomb import export
 
-    model, _ = trained(options.run_dir, options.gin_param, text=False)
+    model, _ = trained(
+        options.run_dir, options.gin_param, text=False, checkpoint=options.checkpoint
+    )
     with of_the_person():
         written = export.write(
             model,
@@ -229,18 +203,23 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def trained(
-    run_dir: str, bindings: Sequence[str] = (), bits: int | None = None, text: bool = True
+    run_dir: str,
+    bindings: Sequence[str] = (),
+    bits: int | None = None,
+    text: bool = True,
+    checkpoint: str = 'last',
 ) -> tuple[Model, Any]:
-    """A model of texts as the last checkpoint of a run has it, and its tokenizer.
+    """A model of texts as a checkpoint of a run has it, and its tokenizer.
 
     Args:
       run_dir: the output directory of a run.
       bindings: what goes before the run's own configuration.
       bits: of each weight, where they shall be narrow: see `transforms.quantize`.
       text: whether there must be a tokenizer.
+      checkpoint: 'last', 'best' or the number of a step.
 
     Raises:
-      UsageError: if there is no such run, or no tokenizer to make text with.
+      UsageError: if there is no such run or checkpoint, or no tokenizer to make text with.
     """
     file = runs.config_file(run_dir)
     with configured(runs.read_text(file), bindings, run_dir, file) as config:
@@ -252,7 +231,7 @@ def trained(
         if tokenizer is not None:
             with of_the_person():
                 tokenizer = checks.tokenizer(tokenizer, must_decode=text)
-        model, _ = runs.last_model(run_dir, net, _signature_of_text(net))
+        model, _ = runs.saved_model(run_dir, net, _signature_of_text(net), checkpoint)
     if bits is not None:
         with of_the_person():
             narrow = transforms.quantize(model.layer, model.weights or {}, bits=bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from layercomb.layers.core.counted import count_only, put_counted, take_counted
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode, check_mode
 from layercomb.layers.core.positionwise import of_sublayers, unsaid
+from layercomb.layers.core.state import AuxLoss
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.metrics.classification import Metric
@@ -183,6 +185,62 @@ def apply_counted(
     state = put_counted(state, _given(net, counted))
     outputs, new = net.apply(weights, state, inputs, rng=rng, mode=mode)
     return outputs, take_counted(new)[0]
+
+
+def total(state: Tree) -> jax.Array:
+    """The sum of all auxiliary losses that layers left in a state, as a `Loop` adds it to the loss.
+
+    Args:
+      state: what `apply` gave in training.
+
+    Returns:
+      float32 (); 0 if there are none.
+
+    Warns:
+      UsageWarning: if a bare array stands under ``aux_loss``, which is not added.
+
+    A training loop of one's own:
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from layercomb import Mode, losses, tl
+    >>> net = tl.Serial(tl.Embedding(16, 8), tl.SwitchFF(8, 2), tl.Dense(16))
+    >>> scored, optimizer = losses.attach(net, tl.CrossEntropyLoss()), optax.sgd(0.1)
+    >>> @jax.jit
+    ... def step(weights, state, opt_state, key, batch):
+    ...     def loss(weights):
+    ...         args = weights, state, batch, batch[-1]
+    ...         outputs, new = losses.apply_counted(scored, *args, rng=key, mode=Mode.TRAIN)
+    ...         return tl.weighted_mean(*outputs) + losses.total(new), new
+    ...     (value, new), grads = jax.value_and_grad(loss, has_aux=True)(weights)
+    ...     updates, opt_state = optimizer.update(grads, opt_state, weights)
+    ...     return optax.apply_updates(weights, updates), new, opt_state, value
+    >>> x = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    >>> weights, state = net.init((x,), jax.random.key(0))
+    >>> key, opt_state, batch = jax.random.key(1), optimizer.init(weights), (x, x, jnp.ones((2, 6)))
+    >>> weights, state, opt_state, loss = step(weights, state, opt_state, key, batch)
+    >>> bool(losses.total(state) > 0)
+    True
+    """
+    parts = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AuxLoss))
+    values = [part.value for part in parts if isinstance(part, AuxLoss)]
+    found = [jnp.sum(x).astype(jnp.float32) for x in jax.tree.leaves(values)]
+    if any(isinstance(x, jax.Array) for x in _under('aux_loss', state)):
+        warnings.warn(
+            "an array under 'aux_loss' in a state is no auxiliary loss, and is not added: let the "
+            'layer leave tl.AuxLoss(value) there, in init too',
+            UsageWarning,
+            stacklevel=2,
+        )
+    return sum(found[1:], found[0]) if found else jnp.float32(0)
+
+
+def _under(name: str, state: Tree) -> Iterator[Any]:
+    """What stands under a key, anywhere in a state."""
+    for key, value in state.items():
+        if key == name:
+            yield value
+        if isinstance(value, dict):
+            yield from _under(name, value)
 
 
 def _counts(net: Layer) -> bool:

@@ -132,6 +132,49 @@ def test_eval(files, capsys):
     assert 'valid/bits_per_byte ' in capsys.readouterr().out
 
 
+def test_the_best_checkpoint_and_others_by_their_step(files, capsys, tmp_path):
+    _, config, _ = files
+    run = str(tmp_path / 'run')
+    bindings = ('keep_best="valid/bits_per_byte"', 'eval_every=1', 'keep=1', 'sample_prompt=None')
+    params = [x for b in bindings for x in ('--gin_param', f'train.{b}')]
+    wild = ['--gin_param', 'adamw.learning_rate=3.0']
+    assert cli.main(['train', str(config), '--output_dir', run, *params, *wild]) == 0
+    rows = [json.loads(x) for x in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+    best = min(rows, key=lambda row: row['valid/bits_per_byte'])
+    for checkpoint, row in (('best', best), (str(best['step']), best), ('last', rows[-1])):
+        capsys.readouterr()
+        assert cli.main(['eval', run, '--checkpoint', checkpoint]) == 0
+        wanted = f'step {row["step"]}\nvalid/bits_per_byte {row["valid/bits_per_byte"]:.6g}\n'
+        assert capsys.readouterr().out == wanted
+    how = ['--prompt', 'cat', '--n_tokens', '2', '--checkpoint', 'best']
+    assert cli.main(['generate', run, *how]) == 0
+    assert cli.main(['export', run, str(tmp_path / 'out'), '--checkpoint', 'best']) == 0
+    capsys.readouterr()
+    assert "no checkpoint '9' in" in refused(capsys, 'eval', run, '--checkpoint', '9')
+    unknown = ('train.keep_best="valid/loss"', 'train.steps=4')
+    said = refused(capsys, *train(files, *unknown, directory='none'))
+    assert "keep_best='valid/loss' is not measured: there are valid/bits_per_byte" in said
+
+
+def test_a_confusion_matrix_is_a_table_and_lists_in_the_log(tmp_path, capsys):
+    (tmp_path / 'text.txt').write_text('the cat sat on the mat. ' * 20)
+    text = TINY.replace('{text}', str(tmp_path / 'text.txt'))
+    text = text.replace('@tl.BitsPerByte()', '(@tl.BitsPerByte(), @tl.ConfusionMatrix(), @tl.F1())')
+    text += 'tl.ConfusionMatrix.n_classes = 256\ntl.F1.n_classes = 256\n'
+    config, run = tmp_path / 'tiny.gin', tmp_path / 'run'
+    config.write_text(text)
+    assert cli.main(['train', str(config), '--output_dir', str(run)]) == 0
+    assert 'valid/f1 ' in capsys.readouterr().out
+    row = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
+    table = row['valid/confusion_matrix']
+    assert len(table) == 256 and sum(map(sum, table)) == 16
+    assert cli.main(['eval', str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index('valid/confusion_matrix, a row a target, a column a found class:')
+    assert lines[at + 1].split() == [str(i) for i in range(256)]
+    assert [float(x) for x in lines[at + 2 + ord('t')].split()] == [ord('t'), *table[ord('t')]]
+
+
 def test_generate_streams_and_reads_prompts(files, capsys, monkeypatch, tmp_path):
     _, _, run = files
     (tmp_path / 'prompt').write_text('cat')
@@ -337,7 +380,7 @@ def test_what_the_system_refuses(files, capsys, tmp_path, monkeypatch):
     def unreadable(*args):
         raise PermissionError(13, 'Permission denied', 'checkpoints')
 
-    monkeypatch.setattr('layercomb.supervised.checkpoints.latest_weights', unreadable)
+    monkeypatch.setattr('layercomb.supervised.checkpoints.saved_weights', unreadable)
     run = files[2]
     for command in (['eval', run], ['export', run, tmp_path / 'out'], ['serve', run, '--port', 0]):
         assert 'Permission denied (checkpoints): check that' in refused(capsys, *command)

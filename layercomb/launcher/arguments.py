@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from layercomb import paths
 from layercomb.errors import UsageError
+from layercomb.launcher import compile_cache
 from layercomb.version import __version__
 
 
@@ -30,22 +33,19 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     subparsers = made.add_subparsers(required=True, metavar='COMMAND')
 
     def command(name: str, first: str, first_help: str) -> Any:
-        run = commands[name]
-        about = (run.__doc__ or '').partition(': ')[2]
-        sub = subparsers.add_parser(name, help=about, description=about)
-        sub.add_argument(first, help=first_help)
-        sub.add_argument(
-            '--gin_param',
-            action='append',
-            default=[],
-            metavar='NAME=VALUE',
-            help="a binding that goes before the file's, e.g. 'train.steps=100'; may be repeated",
+        return _command(subparsers, name, commands[name], first, first_help)
+
+    def of_run(name: str) -> Any:
+        add = command(name, 'run_dir', 'the output_dir of a run')
+        add(
+            '--checkpoint',
+            default='last',
+            metavar='last|best|STEP',
+            help='which of its checkpoints: best is that of train.keep_best (%(default)s)',
         )
-        sub.set_defaults(run=run)
-        return sub.add_argument
+        return add
 
     a_config = 'a .gin file, or the name of a configuration that comes with the library'
-    a_run = 'the output_dir of a run'
     add = command('train', 'config', a_config)
     add('--output_dir', help='where the run is kept; by default runs/NAME')
     add(
@@ -55,15 +55,53 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
         help='what may differ from the run so far: model, loss, optimizer, trainable, '
         'data, batch_size, seed, or all',
     )
-    command('eval', 'run_dir', a_run)
-    command('inspect', 'config', f'{a_config}, or {a_run}')
-    _generate_options(command('generate', 'run_dir', a_run))
-    _serve_options(command('serve', 'run_dir', a_run))
-    add = command('export', 'run_dir', a_run)
+    of_run('eval')
+    command('inspect', 'config', f'{a_config}, or the output_dir of a run')
+    _generate_options(of_run('generate'))
+    _serve_options(of_run('serve'))
+    add = of_run('export')
     add('out', help='a directory, new or empty')
     add('--batch_size', type=int, default=1, help='rows that the decode step takes')
     add('--max_len', type=int, help="positions that its caches hold; by default the model's")
     return made
+
+
+def _command(
+    subparsers: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    first: str,
+    first_help: str,
+) -> Any:
+    """Adds a command and what all have: its first argument, bindings, the cache.
+
+    Returns:
+      What adds a further argument to it.
+    """
+    about = (run.__doc__ or '').partition(': ')[2]
+    sub = subparsers.add_parser(name, help=about, description=about)
+    sub.add_argument(first, help=first_help)
+    sub.add_argument(
+        '--gin_param',
+        action='append',
+        default=[],
+        metavar='NAME=VALUE',
+        help="a binding that goes before the file's, e.g. 'train.steps=100'; may be repeated",
+    )
+    sub.add_argument(
+        '--no_compile_cache',
+        action='store_true',
+        help=f'compile anew; else compiled programs are kept in {_cache()}, where the next '
+        'command finds them',
+    )
+    sub.set_defaults(run=run)
+    return sub.add_argument
+
+
+def _cache() -> str:
+    """Where compiled programs are kept, as help shows it."""
+    folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or compile_cache.folder(os.environ)
+    return paths.shown(str(folder or 'no folder, for want of a home')).replace('%', '%%')
 
 
 # The options of `sampling`, and what they are by default.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from layercomb import trees
-from layercomb.checking.annotations import check_values
+from layercomb.checking.annotations import check_values, frozen
 from layercomb.data import checks
 from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
@@ -18,15 +20,23 @@ from layercomb.layers.core.mode import Mode
 from layercomb.model import Model
 from layercomb.optimizers.tensors import bound
 from layercomb.shapes import Signature
-from layercomb.supervised import steps
+from layercomb.supervised import Callback, Loop, steps
 from layercomb.supervised.decoding.prompts import Start, begin, given
 from layercomb.supervised.decoding.sampling import Sampler
-from layercomb.supervised.fit import check_arity, check_fit, on_device
+from layercomb.supervised.fit import check_arguments, check_arity, check_fit, on_device
 from layercomb.supervised.tasks import EvalTask, TrainTask, check_count
-from layercomb.supervised.training import check_arguments
 from layercomb.trees import Tree
 
-_EVERY = ('eval_every', 'checkpoint_every', 'log_every', 'keep')  # as a `Loop` calls them
+_LOOP = inspect.signature(Loop).parameters
+# What an experiment says to its `Loop`, by the names that it has there.
+_OPTIONS = (
+    'seed', 'eval_every', 'checkpoint_every', 'log_every', 'keep', 'keep_best', 'callbacks',
+)  # fmt: skip
+
+
+def _of_loop(name: str) -> Any:
+    """A field's default, as `Loop` states it."""
+    return dataclasses.field(default=_LOOP[name].default)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,9 +46,9 @@ class Experiment:
     Attributes:
       model: a layer that gives logits.
       train_task: data, loss and optimizer.
-      eval_tasks: what to measure.
+      eval_tasks: what to measure, one or several.
       steps: how many steps to train.
-      seed, eval_every, checkpoint_every, log_every, keep: as for `Loop`.
+      seed, eval_every, checkpoint_every, log_every, keep, keep_best, callbacks: as for `Loop`.
       tokenizer: turns text into tokens and back, see `data.Tokenizer`; None where the data is no
         text.
       sample_prompt: what to continue as a sample, once trained; None for no sample.
@@ -52,12 +62,15 @@ class Experiment:
     model: Layer
     train_task: TrainTask
     eval_tasks: Sequence[EvalTask] = ()
+    _: dataclasses.KW_ONLY
     steps: int = 1000
-    seed: int = 0
-    eval_every: int | None = 500
-    checkpoint_every: int | None = 500
-    log_every: int = 10
-    keep: int = 3
+    seed: int = _of_loop('seed')
+    eval_every: int | None = _of_loop('eval_every')
+    checkpoint_every: int | None = _of_loop('checkpoint_every')
+    log_every: int = _of_loop('log_every')
+    keep: int = _of_loop('keep')
+    keep_best: str | None = _of_loop('keep_best')
+    callbacks: Sequence[Callback] = _of_loop('callbacks')
     tokenizer: Any = None
     sample_prompt: str | None = None
     sample_tokens: int = 300
@@ -65,9 +78,12 @@ class Experiment:
     baseline_text: Any = None
 
     def __post_init__(self) -> None:
+        given: Any = self.eval_tasks
+        tasks = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+        object.__setattr__(self, 'eval_tasks', tasks)
+        object.__setattr__(self, 'callbacks', frozen(self.callbacks))
         check_values('train', vars(self), Experiment)
-        every = {name: getattr(self, name) for name in _EVERY}
-        check_arguments(self.model, self.train_task, tuple(self.eval_tasks), self.seed, every)
+        check_arguments(self.model, self.train_task, tasks, self._options())
         check_count('train', 'steps', self.steps)
         check_count('train', 'sample_tokens', self.sample_tokens)
         Sampler(self.sample_temperature)
@@ -84,6 +100,25 @@ class Experiment:
         first = checks.source(self.baseline_text, 'train.baseline_text')[0]
         if not isinstance(first, (str, bytes)):
             raise TypeError('train.baseline_text must be one source of documents, str or bytes')
+
+    def loop(self, directory: str | Path, allow_changes: Sequence[str] = ()) -> Loop:
+        """What trains it.
+
+        Args:
+          directory: of the run.
+          allow_changes: as for `Loop`.
+        """
+        return Loop(
+            self.model,
+            self.train_task,
+            self.eval_tasks,
+            directory,
+            allow_changes=allow_changes,
+            **self._options(),
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OPTIONS}
 
     def batch_signature(self) -> Signature:
         """Of a batch: inputs, targets and weights."""

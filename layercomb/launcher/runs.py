@@ -17,7 +17,7 @@ CONFIG = 'config.gin'
 OPERATIVE = 'operative_config.gin'
 # What may change between the parts of one run: how long it is, and what is shown of it.
 _MAY_CHANGE = re.compile(
-    r'cli\.train\.(steps|keep|\w+_every|eval_tasks|tokenizer|sample_\w+|baseline_text)$'
+    r'cli\.train\.(steps|keep|keep_best|callbacks|\w+_every|eval_tasks|tokenizer|sample_\w+|baseline_text)$'
     r'|.*EvalTask\.|.*TrainTask\.(accumulate|loss_chunk_len)$'
 )
 
@@ -85,27 +85,30 @@ def not_utf8(error: UnicodeDecodeError) -> str:
     return f'byte 0x{error.object[error.start]:02x} at {error.start} is no UTF-8'
 
 
-def last_model(run_dir: str | Path, net: Layer, signature: Any) -> tuple[Model, int]:
-    """The model as the last checkpoint of a run has it; writes nothing.
+def saved_model(
+    run_dir: str | Path, net: Layer, signature: Any, checkpoint: str = 'last'
+) -> tuple[Model, int]:
+    """The model as one of a run's checkpoints has it; writes nothing.
 
     Args:
       run_dir: the output directory of a run, which may still be training.
       net: its model.
       signature: of the model's inputs.
+      checkpoint: 'last', 'best' or the number of a step.
 
     Returns:
       (model, step).
 
     Raises:
-      UsageError: if there is no checkpoint, it cannot be read, or it is of another model.
+      UsageError: if there is no such checkpoint, it cannot be read, or it is of another model.
     """
-    from layercomb.supervised.checkpoints import latest_weights
+    from layercomb.supervised.checkpoints import saved_weights
 
     with of_the_person():
         key = jax.eval_shape(jax.random.key, 0)
         weights, state = jax.eval_shape(lambda rng: net.init(signature, rng), key)
     with of_the_machine(f'check that {str(run_dir)!r} can be read'):
-        weights, state, step = latest_weights(run_dir, weights, state)
+        weights, state, step = saved_weights(run_dir, weights, state, checkpoint)
     return Model(net, weights, state), step
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,24 @@ def write_text(prompt: Sequence[int], tokens: np.ndarray, tokenizer: Any) -> Non
     print(_text(tokenizer.incremental_decoder(), [*prompt, *made], final=True))
 
 
+def write_measured(measured: Mapping[str, Any]) -> None:
+    """Prints metrics, a name and a number a line; of a table, a line a row, below its name.
+
+    Args:
+      measured: of `evaluate`.
+    """
+    for name, value in measured.items():
+        if not isinstance(value, list):
+            print(f'{name} {value:.6g}')
+            continue
+        rows = [[f'{x:.6g}' for x in row] for row in value]
+        width = max(len(x) for row in rows for x in (*row, str(len(rows) - 1)))
+        print(f'{name}, a row a target, a column a found class:')
+        for i, row in enumerate([[str(i) for i in range(len(rows))], *rows]):
+            label = '' if i == 0 else str(i - 1)
+            print('  '.join(x.rjust(width) for x in (label, *row)))
+
+
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
     """Shows a `UsageWarning` in one line, without the place in the program that it comes from."""
@@ -165,7 +183,7 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
       row: the last line of its metrics.
       directory: where it is kept.
     """
-    numbers = [f'{k} {v:.4g}' for k, v in row.items() if k != 'step']
+    numbers = [f'{k} {v:.4g}' for k, v in row.items() if k != 'step' and not isinstance(v, list)]
     print(f'\nstep {row["step"]}: ' + ', '.join(numbers))
     if experiment.baseline_text is not None:
         from layercomb.data import witten_bell_bits_on_batches

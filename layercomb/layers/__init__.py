@@ -91,6 +91,7 @@ from layercomb.layers.metrics.classification import (
     weighted_mean,
     weighted_sum,
 )
+from layercomb.layers.metrics.counts import F1, BinaryF1, ConfusionMatrix
 from layercomb.layers.metrics.regression import (
     BinaryAccuracy,
     BinaryCrossEntropyLoss,
@@ -123,6 +124,7 @@ from layercomb.layers.sparse.multiplicative import (
 from layercomb.layers.sparse.switch import SwitchFF
 
 __all__ = [
+    'F1',
     'SRU',
     'Accuracy',
     'Activation',
@@ -134,12 +136,14 @@ __all__ = [
     'BatchNorm',
     'BinaryAccuracy',
     'BinaryCrossEntropyLoss',
+    'BinaryF1',
     'BitsPerByte',
     'BlockSparseFF',
     'Branch',
     'Chunk',
     'Combinator',
     'Concatenate',
+    'ConfusionMatrix',
     'Constant',
     'Conv1D',
     'Conv2D',

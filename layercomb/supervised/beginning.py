@@ -1,4 +1,4 @@
-"""What training begins with: weights and state from a seed, or those that a Model brings."""
+"""What training begins with: weights and state of a seed or a Model, the optimizer, the carry."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import trees
+from layercomb.errors import require
 from layercomb.layers.core.layer import Layer, init_state
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.state import Blocks
 from layercomb.layers.decoding.seek import Seekable
 from layercomb.model import Model
+from layercomb.optimizers.tensors import bound
 from layercomb.shapes import Signature
+from layercomb.supervised.steps import Carry
+from layercomb.supervised.tasks import TrainTask
 from layercomb.trees import Tree
 
 
@@ -64,3 +68,25 @@ def _stacked(state: Tree) -> dict[str, Any]:
         elif not isinstance(value, Seekable):
             flat |= trees.flatten({key: value})
     return flat
+
+
+def clipped(task: TrainTask, net: Layer) -> Any:
+    """The task's optimizer for a model, behind clipping where that is asked for."""
+    optimizer = bound(task.optimizer, net)
+    if task.clip_norm is None:
+        return optimizer
+    optax = require('optax', 'train')
+    return optax.chain(optax.clip_by_global_norm(task.clip_norm), optimizer)
+
+
+def distinct(carry: Carry) -> Carry:
+    """Copies an array that stands in two places, which cannot be donated twice."""
+    seen: set[int] = set()
+
+    def once(x: jax.Array) -> jax.Array:
+        if id(x) in seen:
+            return jnp.copy(x)
+        seen.add(id(x))
+        return x
+
+    return jax.tree.map(once, carry)

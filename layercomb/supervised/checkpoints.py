@@ -1,28 +1,47 @@
-"""The checkpoints of a run: the last few steps, written while training goes on.
+"""The checkpoints of a run: the last few steps and the best, written while training goes on.
 
-A step's directory holds `weights`, `state` and `opt_state`, and a record of where the data stood
-and of the random key. It appears when it is complete, so a process killed at any moment leaves the
-step before it restorable.
+A step's directory holds `weights`, `state` and `opt_state`, and a record of where the data stood,
+of the random key, and of which step is the best so far. It appears when it is complete, so a
+process killed at any moment leaves the step before it restorable, and the best of that time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from layercomb import checkpoints, paths
 from layercomb.checkpoints import Tree, ocp
 from layercomb.errors import UsageError
 
+_BEST = 'best'
+
+
+class Best(NamedTuple):
+    """The best step so far.
+
+    Attributes:
+      name: of the metric: 'valid/loss'.
+      value: the metric's, after that step.
+      step: which has a checkpoint.
+    """
+
+    name: str
+    value: float
+    step: int
+
 
 class Checkpoints:
-    """The last `keep` checkpoints of a run, in one directory, which is made at the first save.
+    """The last `keep` checkpoints of a run and the best, in one directory, made at the first save.
 
     Args:
       directory: where the steps' directories stand.
-      keep: how many steps to keep; older ones are deleted.
+      keep: how many of the last steps to keep; older ones are deleted, except the best.
+
+    Attributes:
+      best: the best step so far, if one is known. It is kept, and noted in what is saved.
 
     Raises:
       UsageError: if the directory cannot be, or cannot be written to.
@@ -30,6 +49,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 3) -> None:
         self.directory, self._keep = paths.local(directory, 'output_dir'), keep
+        self.best: Best | None = None
         paths.check_for_arrays(self.directory)
         try:
             paths.check_can_hold(self.directory)
@@ -39,7 +59,9 @@ class Checkpoints:
     @cached_property
     def _manager(self) -> ocp.CheckpointManager:
         """Orbax's manager, which makes the directory: not before there is something to keep."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_LastAndBest(self, self._keep), cleanup_tmp_directories=True
+        )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             return ocp.CheckpointManager(self.directory, options=options)
@@ -58,7 +80,16 @@ class Checkpoints:
           trees: named trees of arrays.
           record: what else to keep, as JSON can hold it.
         """
-        self._manager.save(step, args=checkpoints.save_args(trees, record))
+        best = {} if self.best is None else {_BEST: self.best._asdict()}
+        self._manager.save(step, args=checkpoints.save_args(trees, {**record, **best}))
+
+    def note_best(self, name: str, value: float, step: int) -> None:
+        """Says that a step, which is saved next, is the best so far; see `Best`."""
+        self.best = Best(name, value, step)
+
+    def remember_best(self, record: Mapping[str, Any]) -> None:
+        """Sets `best` to what a checkpoint's record calls so, if that step is still there."""
+        self.best = _best(self.directory, record)
 
     def record(self, step: int) -> tuple[dict[str, Any], dict[str, checkpoints.Kinds]]:
         """What a step keeps beside arrays, and the type and shape of each array.
@@ -102,29 +133,74 @@ class Checkpoints:
             self._manager.close()
 
 
-def latest_weights(
-    run_dir: str | Path, weights: Tree, state: Tree | None = None
+class _LastAndBest:
+    """Orbax's policy of what to keep: the last few, and the best at the time."""
+
+    def __init__(self, checkpoints: Checkpoints, n_last: int) -> None:
+        self._checkpoints, self._n_last = checkpoints, n_last
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Whether to keep each of the steps, which come in order."""
+        best = self._checkpoints.best
+        first = len(checkpoints) - self._n_last
+        return [
+            i >= first or (best is not None and checkpoint.step == best.step)
+            for i, checkpoint in enumerate(checkpoints)
+        ]
+
+
+def saved_weights(
+    run_dir: str | Path,
+    weights: Tree,
+    state: Tree | None = None,
+    checkpoint: str | int = 'last',
 ) -> tuple[Tree, Tree, int]:
-    """The model of a run's last checkpoint, without its optimizer; writes nothing.
+    """The model of one of a run's checkpoints, without its optimizer; writes nothing.
 
     Args:
       run_dir: the output directory of a run, which may still be training.
       weights: the weights as `jax.ShapeDtypeStruct`: `jax.eval_shape(net.init, …)[0]`.
       state: the state, likewise; nothing if the model has none.
+      checkpoint: 'last'; 'best', the one that `keep_best` kept; or the number of a step.
 
     Returns:
       (weights, state, step).
 
     Raises:
-      UsageError: if there is no checkpoint, it is damaged, or it is of another model.
+      UsageError: if there is no such checkpoint, it is damaged, or it is of another model.
     """
     directory = paths.local(run_dir, 'run_dir') / 'checkpoints'
-    step = max(_steps(directory), default=None)
-    if step is None:
-        raise UsageError(f'no checkpoint in {str(run_dir)!r}: give the output_dir of a run')
+    step = _chosen(directory, str(run_dir), str(checkpoint))
     abstract = {'weights': weights, 'state': {} if state is None else state}
     trees, _ = _restore(directory, step, abstract)
     return trees['weights'], trees['state'], step
+
+
+def _chosen(directory: Path, run: str, checkpoint: str) -> int:
+    """The step that 'last', 'best' or a number means."""
+    steps = _steps(directory)
+    if not steps:
+        raise UsageError(f'no checkpoint in {run!r}: give the output_dir of a run')
+    if checkpoint == 'last':
+        return steps[-1]
+    there = f'there are last and {", ".join(map(str, steps))}'
+    if checkpoint == 'best':
+        last = checkpoints.read_record(directory / str(steps[-1]), _cure(directory, steps[-1]))
+        best = _best(directory, last['values'])
+        if best is None:
+            raise UsageError(
+                f'no best checkpoint in {run!r}, as it was trained without keep_best: {there}'
+            )
+        return best.step
+    if checkpoint.isdecimal() and int(checkpoint) in steps:
+        return int(checkpoint)
+    raise UsageError(f'no checkpoint {checkpoint!r} in {run!r}: {there}')
+
+
+def _best(directory: Path, record: Mapping[str, Any]) -> Best | None:
+    """What a record calls the best step, unless that is there no more."""
+    best = record.get(_BEST)
+    return Best(**best) if best and best['step'] in _steps(directory) else None
 
 
 def _unwritable(directory: Path, error: OSError) -> UsageError:

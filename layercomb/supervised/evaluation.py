@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
+import numpy as np
 
 from layercomb import losses
 from layercomb.errors import UsageError, UsageWarning
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.metrics.classification import Metric, weighted_sum
+from layercomb.layers.metrics.classification import Metric
 from layercomb.model import check_tokens
 from layercomb.supervised.batches import Batch, check_loss_weights, made, shaped_unlike
 from layercomb.supervised.fit import check_arity, no_batch
@@ -24,12 +25,12 @@ from layercomb.trees import Tree
 
 _MANY = 10_000  # batches after which an evaluation without an end in sight says so
 
-Sums = tuple[tuple[jax.Array, jax.Array], ...]  # Σ wv and Σ w, for each metric
+Sums = tuple[tuple[jax.Array, ...], ...]  # for each metric, its `sums` of a batch
 
 
 def evaluate(
     net: Layer, weights: Tree, state: Tree, tasks: Sequence[EvalTask] | EvalTask
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measures a model, which is left as it is: nothing is random and no state is kept.
 
     Args:
@@ -39,8 +40,8 @@ def evaluate(
       tasks: what to measure, one or several; each goes through its data from the start.
 
     Returns:
-      'task/metric' -> the metric of the weighted mean over all positions of all batches; what has
-      loss weight 0 counts nowhere.
+      'task/metric' -> the metric over all positions of all batches, a number, or lists of lists of
+      numbers for a table (`tl.ConfusionMatrix`); what has loss weight 0 counts nowhere.
 
     Raises:
       UsageError: if there is no batch, or one cannot be made; if a token is outside the vocabulary,
@@ -52,9 +53,10 @@ def evaluate(
         metrics = cast(tuple[Metric, ...], task.metrics)  # made one by the task
         step = compiled(net, metrics, task.loss_chunk_len)
         sums = _run(task, net, functools.partial(step, weights, state))
-        for metric, (total, weight) in zip(metrics, sums, strict=True):
+        for metric, of_metric in zip(metrics, sums, strict=True):
             name = f'{task.name}/{metric.label}'
-            measured[name] = float(metric.finish(_mean(name, total, weight)))
+            _check_sums(name, of_metric)
+            measured[name] = metric.total(of_metric)
     return measured
 
 
@@ -65,12 +67,13 @@ def compiled(net: Layer, metrics: tuple[Metric, ...], chunk_len: int | None) -> 
 
     def step(weights: Tree, state: Tree, batch: tuple[Any, ...]) -> Sums:
         outputs, _ = scored.apply(weights, state, batch, mode=Mode.EVAL)
-        return tuple(weighted_sum(v, w) for v, w in zip(outputs[::2], outputs[1::2], strict=True))
+        scores = zip(metrics, outputs[::2], outputs[1::2], strict=True)
+        return tuple(metric.sums(values, counts) for metric, values, counts in scores)
 
     return jax.jit(step)
 
 
-def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[tuple[float, float]]:
+def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[list[np.ndarray]]:
     """Sums over batches, in double precision, one batch always being computed meanwhile."""
     per_batch: list[Any] = []
     first: Batch = ()
@@ -81,14 +84,8 @@ def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[tuple[
             batch = next(batches, None)
         if batch is None:
             break
-        if not first:
-            check_arity(net, batch, f'EvalTask {task.name!r}')
-        check_loss_weights(batch, where)
-        try:
-            check_tokens(net, batch[: net.n_in])
-        except ValueError as e:
-            raise UsageError(f'{where}: {e}') from None
         first = first or batch
+        _check_batch(task, net, batch, where, is_first=batch is first)
         with shaped_unlike(first, batch, where):
             per_batch.append(step(batch))
         if i == _MANY and task.n_batches is None:
@@ -102,22 +99,39 @@ def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[tuple[
             per_batch[-2] = jax.device_get(per_batch[-2])
     if not per_batch:
         raise no_batch(task)
-    columns = zip(*jax.device_get(per_batch), strict=True)
-    return [(_sum([t for t, _ in column]), _sum([w for _, w in column])) for column in columns]
+    of_metrics = zip(*jax.device_get(per_batch), strict=True)
+    return [list(map(_sum, zip(*of_batches, strict=True))) for of_batches in of_metrics]
 
 
-def _sum(values: Sequence[Any]) -> float:
-    numbers = [float(x) for x in values]  # fsum refuses infinities of both signs
-    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else sum(numbers)
+def _check_batch(task: EvalTask, net: Layer, batch: Batch, where: str, is_first: bool) -> None:
+    """Raises unless a batch has the model's inputs, known tokens and no negative loss weight."""
+    if is_first:
+        check_arity(net, batch, f'EvalTask {task.name!r}')
+    check_loss_weights(batch, where)
+    try:
+        check_tokens(net, batch[: net.n_in])
+    except ValueError as e:
+        raise UsageError(f'{where}: {e}') from None
 
 
-def _mean(name: str, total: float, weight: float) -> float:
-    """A weighted mean, or a UsageError where there is none."""
-    if not (math.isfinite(total) and math.isfinite(weight)):
+def _sum(of_batches: Sequence[Any]) -> np.ndarray:
+    """Σ of arrays of one shape, in double precision, and of single numbers without any rounding."""
+    arrays = [np.asarray(x, np.float64) for x in of_batches]
+    numbers = [float(x) for x in arrays if not x.shape]
+    if numbers and all(map(math.isfinite, numbers)):  # fsum refuses infinities of both signs
+        return np.asarray(math.fsum(numbers))
+    with np.errstate(invalid='ignore'):
+        return np.sum(arrays, 0)
+
+
+def _check_sums(name: str, sums: Sequence[np.ndarray]) -> None:
+    """Raises a UsageError where sums are not finite, or nothing counted."""
+    if not all(np.isfinite(x).all() for x in sums):
+        total = sums[0].sum()
+        weight = f' and of its weights {sums[1]}' if len(sums) == 2 and not sums[1].shape else ''
         raise UsageError(
-            f'{name}: the sum over the data is {total} and of its weights {weight}: look at the '
-            'targets and weights of the data, or train with a lower learning rate'
+            f'{name}: the sum over the data is {total}{weight}: look at the targets and weights of '
+            'the data, or train with a lower learning rate'
         )
-    if weight == 0:
+    if sums[-1].sum() == 0:
         raise UsageError(f'{name}: all loss weights are 0, so there is no mean: check the data')
-    return total / weight

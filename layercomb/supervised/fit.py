@@ -1,20 +1,25 @@
-"""Whether a model, its tasks and their data fit together: known before anything is computed."""
+"""Whether a model, its tasks and their data fit together: known before anything is computed.
+
+And what may be wrong where a loss is not finite all the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from layercomb import losses
 from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.model import check_tokens
+from layercomb.model import Model, check_tokens, seeded
 from layercomb.shapes import Signature, signature_of
 from layercomb.supervised.batches import Batch, made
-from layercomb.supervised.tasks import EvalTask, TrainTask
+from layercomb.supervised.callbacks import check_callbacks
+from layercomb.supervised.tasks import EvalTask, TrainTask, check_count, lower_is_better
 from layercomb.trees import Tree
 
 
@@ -92,3 +97,69 @@ def on_device(batch: tuple[Any, ...]) -> Signature:
         jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
         for x in signature_of(batch)
     )
+
+
+def why_not_finite(net: Layer, batch: Batch) -> str:
+    """What to do about a loss that is not finite: the cause in the batch, if there is one.
+
+    Args:
+      net: gives logits.
+      batch: of which the loss is.
+    """
+    return (
+        _strange_target(net, batch)
+        or _strange_weight(batch)
+        or 'lower the learning rate or warm it up, set clip_norm, or look at the batch'
+    )
+
+
+def check_arguments(
+    model: Any, train_task: Any, eval_tasks: tuple[Any, ...], options: Mapping[str, Any]
+) -> None:
+    """Raises a TypeError or ValueError for arguments of a `Loop` that cannot be right.
+
+    Args:
+      model, train_task, eval_tasks: as of `Loop`.
+      options: 'seed', 'keep_best', 'callbacks' and the numbers of steps, by the names of `Loop`.
+    """
+    if not isinstance(model, (Layer, Model)):
+        raise TypeError(f'Loop: model={model!r} is no layer: give e.g. tl.Serial(…), or lc.Model')
+    if not isinstance(train_task, TrainTask):
+        raise TypeError(f'Loop: train_task={train_task!r}: give a TrainTask')
+    for task in eval_tasks:
+        if not isinstance(task, EvalTask):
+            raise TypeError(f'Loop: eval_tasks holds {task!r}: give EvalTasks')
+    names = [task.name for task in eval_tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f'Loop: two eval_tasks have one name in {names}: give each its own')
+    seed = options['seed']
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f'Loop: seed={seed!r}: give an integer')
+    seeded('Loop: seed', seed)
+    for name in ('log_every', 'eval_every', 'checkpoint_every', 'keep'):
+        optional = name in ('eval_every', 'checkpoint_every')
+        check_count('Loop', name, options[name], optional)
+    check_callbacks('Loop', options['callbacks'])
+    if options['keep_best'] is not None:
+        lower_is_better(options['keep_best'], eval_tasks)
+
+
+def _strange_target(net: Layer, batch: Batch) -> str | None:
+    """What to do about a target that no logit stands for, if there is one."""
+    targets, weights = batch[-2:]
+    counted = np.asarray(targets)[np.asarray(weights) != 0]
+    if not np.issubdtype(counted.dtype, np.integer) or counted.size == 0:
+        return None
+    n_logits = net.output_signature(on_device(batch[: net.n_in]))[0].shape[-1]
+    strange = counted[(counted < 0) | (counted >= n_logits)]
+    if strange.size == 0:
+        return None
+    return (
+        f'target {strange[0]} is none of the {n_logits} logits; check the tokenizer and vocab_size'
+    )
+
+
+def _strange_weight(batch: Batch) -> str | None:
+    weights = np.asarray(batch[-1])
+    strange = weights[~np.isfinite(weights)]
+    return f'a loss weight is {strange[0]}; check the data' if strange.size else None

@@ -23,18 +23,37 @@ class Throughput:
 
     def __init__(self) -> None:
         self._started: float | None = None
+        self._each: float | None = None
+        self._together = 0
         self._seconds = self._reported = 0.0
         self._tokens = self._steps = 0
         self._total_steps = 0
 
-    def step(self, tokens: int) -> None:
-        """Counts a finished step, of so many positions whose loss weight is not 0."""
+    @property
+    def paused(self) -> bool:
+        """Whether the clock stands still until the next step is finished."""
+        return self._started is None
+
+    def together(self, n: int) -> None:
+        """Says that the next `n` steps were seen to be finished now, each after an equal time."""
+        if not n:
+            return
         now = time.perf_counter()
-        if self._started is not None:
-            self._seconds += now - self._started
+        self._each = None if self._started is None else (now - self._started) / n
+        self._started, self._together = now, n
+
+    def step(self, tokens: int) -> None:
+        """Counts a finished step, of so many positions whose loss weight is not 0.
+
+        It has finished now, unless it is one of those that `together` has told of.
+        """
+        if not self._together:
+            self.together(1)
+        self._together -= 1
+        if self._each is not None:
+            self._seconds += self._each
             self._tokens, self._steps = self._tokens + tokens, self._steps + 1
             self._total_steps += 1
-        self._started = now
 
     def pause(self) -> None:
         """Stops the clock until the next step is done, which is not counted."""
@@ -87,7 +106,11 @@ class Progress:
         """Shows a row of metrics; measurements of evaluation always get a line of their own."""
         if self._out is None:
             return
-        evaluated = [n for n in row if n != 'step' and not n.startswith('train/')]
+        evaluated = [
+            name
+            for name, value in row.items()
+            if name != 'step' and not name.startswith('train/') and not isinstance(value, list)
+        ]
         text = _training(row, seconds_left)
         if self._bar is not None:
             self._bar.set_postfix_str(text)

@@ -1,7 +1,8 @@
 """What a run leaves to read: `metrics.jsonl`, TensorBoard events, `report.png`.
 
 A row of metrics is a dict: `step`, then names such as `train/loss` and `valid/accuracy`, whose
-first part says where it was measured and whose second part what.
+first part says where it was measured and whose second part what. A value is a number, or lists of
+lists of numbers for a table (a confusion matrix), which `metrics.jsonl` alone shows.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class MetricsLog:
                 filename_suffix=f'.{self._step}',  # names have seconds, and runs may be shorter
             )
         for name, value in row.items():
-            if name != 'step':
+            if name != 'step' and not isinstance(value, list):
                 self._events.add_scalar(name, value, row['step'])
 
     def close(self) -> None:

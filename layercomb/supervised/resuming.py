@@ -88,6 +88,7 @@ def resume(
         )
         del wanted['opt_state']
     saved, _ = checkpoints.restore(step, wanted)
+    checkpoints.remember_best(record)
     opt_state = saved.get('opt_state')
     if opt_state is not None and 'optimizer' in changed:
         opt_state = with_hyperparams(opt_state, first_numbers(optimizer, trainable))

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from layercomb import losses, trees
 from layercomb.layers.core.layer import Layer
-from layercomb.layers.core.state import AuxLoss
 from layercomb.layers.metrics.classification import Metric, weighted_sum
 from layercomb.supervised.updates import hyperparams, update
 from layercomb.trees import Tree
@@ -65,14 +64,6 @@ def compiled(
     return jax.jit(step, donate_argnums=0)
 
 
-def aux_loss(state: Tree) -> jax.Array | None:
-    """The sum of the auxiliary losses in a state, float32 (); None if there are none."""
-    parts = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AuxLoss))
-    losses_ = [x.value for x in parts if isinstance(x, AuxLoss)]
-    found = [jnp.sum(x).astype(jnp.float32) for x in jax.tree.leaves(losses_)]
-    return sum(found[1:], found[0]) if found else None
-
-
 def _whole(scored: Layer) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
     """(loss, state, gradient) of a batch at once."""
 
@@ -90,8 +81,7 @@ def _mean(
 ) -> tuple[jax.Array, Tree]:
     """The loss of a batch, its auxiliary losses among it, and the new state."""
     total, weight, aux, state = _sums(scored, trainable, frozen, state, key, batch)
-    value = total / _positive(weight)
-    return value if aux is None else value + aux, state
+    return total / _positive(weight) + aux, state
 
 
 def _accumulated(scored: Layer, n: int) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
@@ -102,7 +92,7 @@ def _accumulated(scored: Layer, n: int) -> Callable[..., tuple[jax.Array, Tree, 
 
     def total(trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch) -> Any:
         total, weight, aux, state = _sums(scored, trainable, frozen, state, key, batch)
-        return total if aux is None else total + aux * weight, (weight, state)
+        return total + aux * weight, (weight, state)
 
     def gradient(
         trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
@@ -131,13 +121,13 @@ def _accumulated(scored: Layer, n: int) -> Callable[..., tuple[jax.Array, Tree, 
 
 def _sums(
     scored: Layer, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
-) -> tuple[jax.Array, jax.Array, jax.Array | None, Tree]:
+) -> tuple[jax.Array, jax.Array, jax.Array, Tree]:
     weights = trees.merge(trainable, frozen)
     (values, loss_weights), state = losses.apply_counted(
         scored, weights, state, batch, batch[-1], rng=key
     )
     total, weight = weighted_sum(values, loss_weights)
-    return total, jax.lax.stop_gradient(weight), aux_loss(state), state
+    return total, jax.lax.stop_gradient(weight), losses.total(state), state
 
 
 def _cut(x: jax.Array, n: int) -> jax.Array:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,11 @@ class TrainTask:
     def __post_init__(self) -> None:
         check_data('TrainTask', self.data)
         _check_metric('TrainTask', 'loss', self.loss)
+        if not self.loss.is_mean:
+            raise ValueError(
+                f'TrainTask: loss={self.loss!r} is no mean over positions, so it has no gradient '
+                'of a batch: give e.g. tl.CrossEntropyLoss(), and measure this one in an EvalTask'
+            )
         if not self.loss.has_gradient:
             raise ValueError(
                 f'TrainTask: loss={self.loss!r} has no gradient, so nothing would train: give e.g. '
@@ -139,6 +144,33 @@ class EvalTask:
     def batches(self) -> Iterator[Batch]:
         """What an evaluation goes through: the same batches each time, `n_batches` of them."""
         return map(checked, itertools.islice(iter(self.data), self.n_batches))
+
+
+def lower_is_better(name: str, tasks: Sequence[EvalTask]) -> bool:
+    """Which way a measured metric is better.
+
+    Args:
+      name: 'task/metric', as reports call it.
+      tasks: what is measured.
+
+    Raises:
+      ValueError: if none of them measures that, or the metric has no better and worse.
+    """
+    metrics = {
+        f'{task.name}/{metric.label}': metric
+        for task in tasks
+        for metric in cast(tuple[Metric, ...], task.metrics)  # made one by the task
+    }
+    if name not in metrics:
+        there = f'there are {", ".join(metrics)}' if metrics else 'there are no eval_tasks'
+        raise ValueError(f'Loop: keep_best={name!r} is not measured: {there}')
+    lower = metrics[name].lower_is_better
+    if lower is None:
+        raise ValueError(
+            f'Loop: keep_best={name!r}: {type(metrics[name]).__name__} does not say which of two '
+            'numbers is better: set lower_is_better = True or False on its class'
+        )
+    return lower
 
 
 def check_count(owner: str, name: str, value: Any, optional: bool = False) -> None:

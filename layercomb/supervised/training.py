@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -12,20 +12,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb import paths, trees
-from layercomb.errors import UsageError, of_the_machine, require
+from layercomb.errors import UsageError, of_the_machine
 from layercomb.layers.core.layer import Layer
-from layercomb.model import Model, check_tokens, seeded
-from layercomb.optimizers.tensors import bound
+from layercomb.model import Model, check_tokens
 from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, Batches, check_loss_weights, shaped_unlike
-from layercomb.supervised.beginning import check_weights, fresh, trained_state
+from layercomb.supervised.beginning import (
+    check_weights,
+    clipped,
+    distinct,
+    fresh,
+    trained_state,
+)
+from layercomb.supervised.callbacks import Callback
 from layercomb.supervised.evaluation import evaluate
 from layercomb.supervised.fingerprint import Fingerprint, check_allowed, fingerprint
-from layercomb.supervised.fit import check_arity, check_fit, on_device
+from layercomb.supervised.fit import (
+    check_arguments,
+    check_arity,
+    check_fit,
+    on_device,
+    why_not_finite,
+)
+from layercomb.supervised.inflight import InFlight
 from layercomb.supervised.progress import Progress, Throughput
 from layercomb.supervised.reports import MetricsLog, Row, read_metrics, write_report
 from layercomb.supervised.resuming import Resumed, resume
-from layercomb.supervised.tasks import EvalTask, TrainTask, check_count
+from layercomb.supervised.tasks import EvalTask, TrainTask, check_count, lower_is_better
 from layercomb.trees import Tree
 
 if TYPE_CHECKING:
@@ -41,8 +54,10 @@ class Loop:
     checkpoint says what the run was made of, and a run made of something else is refused.
 
     A step is one compiled function that donates its carry, so arrays taken from `weights`, `state`
-    or `opt_state` are valid until the next `run`. The loss of a step is looked at while the next
-    one runs; nothing is saved, and nothing reported, before it was seen to be finite.
+    or `opt_state` are valid until the next `run`. The loss of a step is looked at while later ones
+    run, so that no device waits for Python: up to `inflight.AHEAD` steps are set off meanwhile.
+    A step whose loss is not finite is named, nothing later is reported, and nothing is saved after
+    it: before a checkpoint the losses of all steps are looked at.
 
     Args:
       model: a layer that gives logits, whose weights are then made from `seed`; or an `lc.Model`,
@@ -58,7 +73,11 @@ class Loop:
       log_every: steps between rows of metrics. Evaluations and the last step have a row too. Loss,
         gradient norm and learning rate of a row are those of its step alone, no means since the row
         before; tokens a second (positions of loss weight not 0) are over all steps since then.
-      keep: how many checkpoints to keep.
+      keep: how many of the last checkpoints to keep.
+      keep_best: a metric of the eval tasks, such as 'valid/loss': whenever it is better than ever
+        before, a checkpoint is written, and kept until a better one is. Which way is better, the
+        metric's class says. The best so far outlives a resumed run. None keeps no best.
+      callbacks: objects of classes derived from `Callback`, called in this order.
       progress: where to show progress, by default standard error; False for nowhere.
       allow_changes: what may differ from the run so far: names out of `fingerprint.PARTS`, or
         'all'. `resuming.resume` says what then happens. How a run is computed and shown may always
@@ -86,18 +105,25 @@ class Loop:
         checkpoint_every: int | None = 500,
         log_every: int = 10,
         keep: int = 3,
+        keep_best: str | None = None,
+        callbacks: Sequence[Callback] = (),
         progress: TextIO | bool | None = None,
         allow_changes: str | Sequence[str] = (),
     ) -> None:
         self._eval_tasks = tuple(eval_tasks) if isinstance(eval_tasks, Iterable) else (eval_tasks,)
-        every = {'log_every': log_every, 'eval_every': eval_every}
-        every |= {'checkpoint_every': checkpoint_every, 'keep': keep}
-        check_arguments(model, train_task, self._eval_tasks, seed, every)
+        options = {'seed': seed, 'keep': keep, 'keep_best': keep_best, 'callbacks': callbacks}
+        options |= {'log_every': log_every, 'eval_every': eval_every}
+        options |= {'checkpoint_every': checkpoint_every}
+        check_arguments(model, train_task, self._eval_tasks, options)
+        if keep_best is not None and output_dir is None:
+            raise ValueError(f'Loop: keep_best={keep_best!r} needs an output_dir to keep it in')
         self._net = model.layer if isinstance(model, Model) else model
         self._task, self._seed, self._progress = train_task, seed, progress
         self._every = (log_every, eval_every, checkpoint_every)
+        self._keep_best, self._callbacks = keep_best, tuple(callbacks)
+        self._in_flight, self._stopping = InFlight(), False
         self._allowed = check_allowed(allow_changes)
-        self._optimizer = _optimizer(train_task, self._net)
+        self._optimizer = clipped(train_task, self._net)
         self._compiled = steps.compiled(
             self._net, train_task.loss, self._optimizer,
             train_task.accumulate, train_task.loss_chunk_len,
@@ -129,7 +155,7 @@ class Loop:
         return self._carry.opt_state
 
     def run(self, n_steps: int) -> Row:
-        """Trains until `n_steps` steps have been taken, those of earlier runs included.
+        """Trains until `n_steps` steps have been taken, those of earlier runs included, or `stop`.
 
         Args:
           n_steps: where to stop. If so many have been taken already, nothing is done.
@@ -144,19 +170,30 @@ class Loop:
         """
         check_count('Loop.run', 'n_steps', n_steps)
         self._settle()
-        if self.step >= n_steps:
+        if self.step >= n_steps or self._stopping:
+            self._stopping = False
             rows = [] if self._directory is None else read_metrics(self._directory)
             return next((r for r in rows if r['step'] == self.step), {'step': self.step})
         with of_the_machine('put that right, and run again to go on from the last checkpoint'):
             run = _Run(self, n_steps)
             try:
-                while self.step < n_steps:
+                while self.step < n_steps and not self._stopping:
                     run.advance()
+                run.end()
             finally:
+                self._stopping = False
                 run.close()
             if self._directory is not None:
                 write_report(self._directory)
         return run.row
+
+    def stop(self) -> None:
+        """Ends the run in progress, or else the next one before its first step.
+
+        No further step is set off. Those that were are finished and reported, and the last one is
+        saved; it is not evaluated. For callbacks, signal handlers and other threads.
+        """
+        self._stopping = True
 
     def _settle(self) -> None:
         """Finishes what an interrupt left undone beside a step that was taken."""
@@ -201,7 +238,7 @@ class Loop:
             with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
                 opt_state = jax.jit(self._optimizer.init)(trainable)
         step = jnp.int32(self.step)
-        self._carry = _distinct(steps.Carry(trainable, state, opt_state, step))
+        self._carry = distinct(steps.Carry(trainable, state, opt_state, step))
 
     def _resume(self, weights: Tree, state: Tree, given: Tree | None) -> Resumed | None:
         """What the last checkpoint holds, if there is one; weights and state are abstract."""
@@ -232,8 +269,8 @@ class Loop:
         }
         self._checkpoints.save(self.step, saved, record)
 
-    def _advance(self) -> tuple[steps.Metrics, Batch]:
-        """Sets off a step; its metrics are arrays still being computed."""
+    def _advance(self) -> None:
+        """Sets off a step, whose metrics are looked at when they are computed."""
         batch, where = self._batches.peek(), f'the batch of step {self.step + 1}'
         check_loss_weights(batch, where)
         try:
@@ -244,7 +281,7 @@ class Loop:
             self._carry, metrics = self._compiled(self._carry, self._frozen, self._key, batch)
         self._batches.take()
         self.step += 1
-        return metrics, batch
+        self._in_flight.add(self.step, metrics, batch)
 
     def _not_finite(self, step: int, what: str, value: float, batch: Batch) -> UsageError:
         """What to say when training has come to an end."""
@@ -256,16 +293,13 @@ class Loop:
                 last = (
                     f'last good checkpoint: step {good}, {self._checkpoints.directory / str(good)}'
                 )
-        cure = (
-            _strange_target(self._net, batch)
-            or _strange_weight(batch)
-            or ('lower the learning rate or warm it up, set clip_norm, or look at the batch')
+        return UsageError(
+            f'step {step}: {what} is {value} ({last}): {why_not_finite(self._net, batch)}'
         )
-        return UsageError(f'step {step}: {what} is {value} ({last}): {cure}')
 
 
 class _Run:
-    """One call of `Loop.run`: what has to happen beside the steps, one step behind them."""
+    """One call of `Loop.run`: what has to happen beside the steps, some steps behind them."""
 
     def __init__(self, loop: Loop, n_steps: int) -> None:
         self._loop, self._n_steps = loop, n_steps
@@ -274,19 +308,35 @@ class _Run:
         self._log = None if directory is None else MetricsLog(directory, loop.step)
         self._progress = Progress(loop.step, n_steps, loop._progress)
         self._throughput = Throughput()
-        self._pending: tuple[int, steps.Metrics, Batch] | None = None
-        self.row: Row = {}
+        self._reported = self._saved = loop.step
+        self.row: Row = {'step': loop.step}
 
     def advance(self) -> None:
-        """Takes a step, and finishes the one before it, or both where something is due."""
-        metrics, batch = self._loop._advance()
-        self._finish_pending()
-        self._pending = (self._loop.step, metrics, batch)
-        if self._due(self._eval_every) or self._due(self._checkpoint_every):
-            self._finish_pending()
-        if self._due(self._checkpoint_every):
-            self._loop._save()
-            self._throughput.pause()
+        """Sets off a step, looks at those that are finished, and does what is due after it."""
+        loop = self._loop
+        loop._advance()
+        evaluating = bool(loop._eval_tasks) and self._due(loop.step, self._eval_every)
+        saving = loop._checkpoints is not None and self._due(loop.step, self._checkpoint_every)
+        self._look(evaluating or saving or self._throughput.paused, evaluating)
+        if evaluating:
+            self._evaluate()
+            saving |= self._is_best()
+        if saving:
+            self._save()
+        if evaluating:
+            for callback in loop._callbacks:
+                callback.after_evaluation(loop, self.row)
+
+    def end(self) -> None:
+        """Finishes, reports and saves the last step, which may be one that nothing is due after."""
+        loop = self._loop
+        self._look(wait=True, evaluating=False)
+        if self._reported < loop.step:
+            self._report()
+        if self._saved < loop.step:
+            self._save()
+        for callback in loop._callbacks:
+            callback.at_end(loop, self.row)
 
     def close(self) -> None:
         """Closes what is open, and waits for the checkpoint being written."""
@@ -296,99 +346,62 @@ class _Run:
         if self._loop._checkpoints is not None:
             self._loop._checkpoints.wait()
 
-    def _due(self, every: int | None) -> bool:
-        step = self._loop.step
+    def _due(self, step: int, every: int | None) -> bool:
         return step == self._n_steps or (every is not None and step % every == 0)
 
-    def _finish_pending(self) -> None:
-        """Waits for a step, checks it, and reports it if it is the turn."""
-        if self._pending is None:
-            return
-        (step, metrics, batch), self._pending = self._pending, None
-        values = {name: float(metrics[name]) for name in steps.METRICS if name in metrics}
-        for name, what in (('loss', 'the loss'), ('grad_norm', "the gradient's norm")):
-            if not math.isfinite(values[name]):
-                raise self._loop._not_finite(step, what, values[name], batch)
-        self._throughput.step(int(np.count_nonzero(batch[-1])))
-        self._progress.step()
-        # The weights are those of this step only if no other was set off meanwhile.
-        evaluating = step == self._loop.step and self._due(self._eval_every)
-        if evaluating or step == self._n_steps or step % self._log_every == 0:
-            self._report(step, values, evaluating)
+    def _look(self, wait: bool, evaluating: bool) -> None:
+        """Checks steps that are finished, all if `wait`, and reports those whose turn it is.
 
-    def _report(self, step: int, values: dict[str, float], evaluating: bool) -> None:
-        self.row = {'step': step, **{f'train/{name}': value for name, value in values.items()}}
+        The last of them is reported later if an evaluation of it is to follow.
+        """
+        loop = self._loop
+        finished = loop._in_flight.finished(wait)
+        self._throughput.together(len(finished))
+        for step, values, batch in finished:
+            loop._in_flight.drop()
+            for name, what in (('loss', 'the loss'), ('grad_norm', "the gradient's norm")):
+                if not math.isfinite(values[name]):
+                    raise loop._not_finite(step, what, values[name], batch)
+            self._throughput.step(int(np.count_nonzero(batch[-1])))
+            self._progress.step()
+            self.row = {'step': step, **{f'train/{name}': x for name, x in values.items()}}
+            turn = self._due(step, self._eval_every) or step % self._log_every == 0
+            if turn and not (evaluating and step == loop.step):
+                self._report()
+            for callback in loop._callbacks:
+                callback.after_step(loop, self.row)
+
+    def _evaluate(self) -> None:
+        """Measures the eval tasks after the last step, and reports both."""
+        loop = self._loop
+        self._throughput.pause()
+        self._report(evaluate(loop._net, loop.weights, loop.state, loop._eval_tasks))
+
+    def _report(self, measured: Mapping[str, Any] | None = None) -> None:
+        """Shows and writes the last step that was looked at, and what was measured after it."""
         speed = self._throughput.tokens_per_second()
         if speed is not None:
             self.row['train/tokens_per_second'] = speed
-        loop = self._loop
-        if evaluating and loop._eval_tasks:
-            self._throughput.pause()
-            self.row |= evaluate(loop._net, loop.weights, loop.state, loop._eval_tasks)
+        self.row = {**self.row, **(measured or {})}
+        self._reported = step = self.row['step']
         if self._log is not None:
             self._log.write(self.row)
         self._progress.row(self.row, self._throughput.seconds_left(self._n_steps - step))
 
+    def _is_best(self) -> bool:
+        """Whether the evaluation just made is the best so far; if so, that is noted."""
+        name, checkpoints = self._loop._keep_best, self._loop._checkpoints
+        if name is None or checkpoints is None:
+            return False
+        value, best = self.row[name], checkpoints.best
+        if best is not None and best.name == name:
+            lower = lower_is_better(name, self._loop._eval_tasks)
+            if not (value < best.value if lower else value > best.value):
+                return False
+        checkpoints.note_best(name, value, self.row['step'])
+        return True
 
-def _optimizer(task: TrainTask, net: Layer) -> Any:
-    """The task's optimizer for a model, behind clipping where that is asked for."""
-    optimizer = bound(task.optimizer, net)
-    if task.clip_norm is None:
-        return optimizer
-    optax = require('optax', 'train')
-    return optax.chain(optax.clip_by_global_norm(task.clip_norm), optimizer)
-
-
-def _distinct(carry: steps.Carry) -> steps.Carry:
-    """Copies an array that stands in two places, which cannot be donated twice."""
-    seen: set[int] = set()
-
-    def once(x: jax.Array) -> jax.Array:
-        if id(x) in seen:
-            return jnp.copy(x)
-        seen.add(id(x))
-        return x
-
-    return jax.tree.map(once, carry)
-
-
-def _strange_target(net: Layer, batch: Batch) -> str | None:
-    """What to do about a target that no logit stands for, if there is one."""
-    targets, weights = batch[-2:]
-    counted = np.asarray(targets)[np.asarray(weights) != 0]
-    if not np.issubdtype(counted.dtype, np.integer) or counted.size == 0:
-        return None
-    n_logits = net.output_signature(on_device(batch[: net.n_in]))[0].shape[-1]
-    strange = counted[(counted < 0) | (counted >= n_logits)]
-    if strange.size == 0:
-        return None
-    return (
-        f'target {strange[0]} is none of the {n_logits} logits; check the tokenizer and vocab_size'
-    )
-
-
-def _strange_weight(batch: Batch) -> str | None:
-    weights = np.asarray(batch[-1])
-    strange = weights[~np.isfinite(weights)]
-    return f'a loss weight is {strange[0]}; check the data' if strange.size else None
-
-
-def check_arguments(
-    model: Any, train_task: Any, eval_tasks: tuple[Any, ...], seed: Any, every: dict[str, Any]
-) -> None:
-    """Raises a TypeError or ValueError for arguments of a `Loop` that cannot be right."""
-    if not isinstance(model, (Layer, Model)):
-        raise TypeError(f'Loop: model={model!r} is no layer: give e.g. tl.Serial(…), or lc.Model')
-    if not isinstance(train_task, TrainTask):
-        raise TypeError(f'Loop: train_task={train_task!r}: give a TrainTask')
-    for task in eval_tasks:
-        if not isinstance(task, EvalTask):
-            raise TypeError(f'Loop: eval_tasks holds {task!r}: give EvalTasks')
-    names = [task.name for task in eval_tasks]
-    if len(set(names)) < len(names):
-        raise ValueError(f'Loop: two eval_tasks have one name in {names}: give each its own')
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f'Loop: seed={seed!r}: give an integer')
-    seeded('Loop: seed', seed)
-    for name, value in every.items():
-        check_count('Loop', name, value, optional=name in ('eval_every', 'checkpoint_every'))
+    def _save(self) -> None:
+        self._loop._save()
+        self._saved = self._loop.step
+        self._throughput.pause()

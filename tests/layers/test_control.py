@@ -13,8 +13,8 @@ from layercomb import init_state, tl
 from layercomb.layers.core.decisions import Decisions, put_decisions, take_decisions
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.losses import total as aux_loss
 from layercomb.shapes import shape_dtype
-from layercomb.supervised.steps import aux_loss
 
 B, L, D = 2, 6, 4
 

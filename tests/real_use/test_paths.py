@@ -18,7 +18,7 @@ from layercomb.errors import UsageError
 from layercomb.interop.safetensors import load_weights, save_weights
 from layercomb.launcher import runs
 from layercomb.supervised import reports
-from layercomb.supervised.checkpoints import Checkpoints, latest_weights
+from layercomb.supervised.checkpoints import Checkpoints, saved_weights
 
 NET = tl.Dense(2)
 BATCH = np.ones((4, 3), np.float32), np.zeros(4, np.int32), np.ones(4, np.float32)
@@ -63,8 +63,8 @@ WRITES = {
     'save_weights': lambda path: save_weights(path, {'x': np.ones(3)}),
 }
 READS = {
-    'latest_weights': lambda path: latest_weights(path, {}),
-    'last_model': lambda path: runs.last_model(path, NET, (lc.shape_dtype((4, 3)),)),
+    'saved_weights': lambda path: saved_weights(path, {}),
+    'saved_model': lambda path: runs.saved_model(path, NET, (lc.shape_dtype((4, 3)),)),
     'config_of': runs.config_of,
     'Model.load': lambda path: model().load(path),
     'load_tree': lambda path: checkpoints.load_tree(path, {}),
@@ -153,7 +153,7 @@ def test_a_tilde_is_the_home_directory_for_all_that_is_written(here):
     names = ['model', 'run', 'tree', 'x.safetensors']
     assert sorted(path.name for path in home.glob('[!.]*')) == names
     assert loop(home / 'run').step == loop('~/run').step == 1
-    _, _, step = latest_weights('~/run', model().weights)
+    _, _, step = saved_weights('~/run', model().weights)
     assert step == 1 and reports.read_metrics('~/run')[-1]['step'] == 1
     assert reports.write_report('~/run') == home / 'run' / 'report.png'
     np.testing.assert_array_equal(load_weights('~/x.safetensors')['x'], [0, 1, 2])

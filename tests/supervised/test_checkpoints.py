@@ -8,7 +8,7 @@ import pytest
 
 from layercomb.checkpoints import load_tree, save_tree
 from layercomb.errors import UsageError
-from layercomb.supervised.checkpoints import Checkpoints, latest_weights
+from layercomb.supervised.checkpoints import Checkpoints, saved_weights
 
 
 def trees():
@@ -126,18 +126,18 @@ def test_another_model_or_optimizer_is_refused(tmp_path):
         restored(tmp_path, 10, sgd)
 
 
-def test_latest_weights_reads_a_run_and_writes_nothing(tmp_path):
+def test_saved_weights_reads_a_run_and_writes_nothing(tmp_path):
     expected = saved(tmp_path / 'checkpoints')
     before = sorted(tmp_path.rglob('*'))
-    weights, state, step = latest_weights(tmp_path, abstract(expected['weights']))
+    weights, state, step = saved_weights(tmp_path, abstract(expected['weights']))
     assert_same(weights, expected['weights'])
     assert (state, step) == ({}, 10)
     assert sorted(tmp_path.rglob('*')) == before
 
 
-def test_latest_weights_says_where_there_is_no_checkpoint(tmp_path):
+def test_saved_weights_says_where_there_is_no_checkpoint(tmp_path):
     with pytest.raises(UsageError, match=r"no checkpoint in '.*nowhere': give the output_dir"):
-        latest_weights(tmp_path / 'nowhere', {})
+        saved_weights(tmp_path / 'nowhere', {})
 
 
 def test_a_directory_that_cannot_be(tmp_path):

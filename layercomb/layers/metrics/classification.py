@@ -10,6 +10,7 @@ labels (B, 1) beside outputs (B, V) would otherwise make B × B losses.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -34,7 +35,11 @@ class Metric(Layer):
     value for each target overrides `scores`. A metric says ``position_wise = True`` if a value
     depends on one position alone: then it can be measured a piece of the sequence at a time.
     A metric without a gradient, such as an accuracy, says ``has_gradient = False``, and no task
-    trains on it.
+    trains on it. ``lower_is_better``, True or False, says which of two numbers is better; None is
+    for what cannot be said.
+
+    A metric that is no mean overrides `sums`, which are added up over all batches, and `total`,
+    which makes the metric of them. No task trains on it either. See `counts`.
 
     >>> class Margin(Metric):
     ...     '''How far the largest logit is above the mean.'''
@@ -54,6 +59,7 @@ class Metric(Layer):
     n_out = 2
     float32 = True
     has_gradient: ClassVar[bool] = True
+    lower_is_better: ClassVar[bool | None] = None
     takes: ClassVar[str] = 'logits (…, V), targets (…) and weights (…)'
     computes_in: ClassVar[tuple[str, ...]] = ('apply', 'scores', 'values')
 
@@ -81,6 +87,29 @@ class Metric(Layer):
     def finish(self, mean: float) -> float:
         """The metric, of the weighted mean of its values."""
         return mean
+
+    def sums(self, values: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+        """What is added up over batches, of the values and weights of one.
+
+        Returns:
+          Float32 arrays, of the same shapes for all batches; by default Σ wv and Σ w. The entries
+          of the last one add up to 0 only if nothing counted.
+        """
+        return weighted_sum(values, weights)
+
+    def total(self, sums: Sequence[Any]) -> Any:
+        """The metric, of its `sums` over all batches, finite float64 arrays.
+
+        Returns:
+          A number, or lists of lists of numbers for a table.
+        """
+        total, weight = sums
+        return float(self.finish(float(total) / float(weight)))
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the metric is a weighted mean of its values, which a gradient can lower."""
+        return type(self).sums is Metric.sums
 
     def check(self, outputs: Any, targets: Any, weights: Any) -> None:
         """Raises unless three arrays, or their signatures, are what the metric takes."""
@@ -159,6 +188,8 @@ class CrossEntropyLoss(Metric):
       label_smoothing: ε; the target's probability is 1 − ε, and ε is spread over all V evenly.
     """
 
+    lower_is_better = True
+
     label_smoothing: Rate = 0.0
 
     position_wise = True
@@ -181,6 +212,7 @@ class Perplexity(Metric):
     """e to the mean cross entropy."""
 
     position_wise = True
+    lower_is_better = True
 
     def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """The cross entropy of each position."""
@@ -197,6 +229,8 @@ class BitsPerByte(Metric):
     Attributes:
       bytes_per_token: 1 where a token is a byte; else the mean over the data.
     """
+
+    lower_is_better = True
 
     bytes_per_token: float = 1.0
 
@@ -216,6 +250,7 @@ class Accuracy(Metric):
 
     position_wise = True
     has_gradient = False
+    lower_is_better = False
 
     def values(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """1 where right, 0 where wrong."""
@@ -234,6 +269,7 @@ class SequenceAccuracy(Metric):
 
     position_wise = False
     has_gradient = False
+    lower_is_better = False
 
     def scores(
         self, outputs: jax.Array, targets: jax.Array, weights: jax.Array

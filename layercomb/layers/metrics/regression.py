@@ -45,6 +45,7 @@ class L2Loss(Elementwise):
     """(y − t)², the squared error, without a factor ½."""
 
     position_wise = True
+    lower_is_better = True
 
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """The squared error of each entry."""
@@ -59,6 +60,7 @@ class SmoothL1Loss(Elementwise):
     """
 
     position_wise = True
+    lower_is_better = True
 
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """The smoothed distance of each entry."""
@@ -78,13 +80,14 @@ class BinaryCrossEntropyLoss(Elementwise):
     """
 
     position_wise = True
+    lower_is_better = True
 
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """The cross entropy of each entry."""
         # What is multiplied by 0 is finite, or 0 · ∞ would be NaN.
         if_1 = targets * jax.nn.softplus(-jnp.where(targets == 0, 0, outputs))
         if_0 = (1 - targets) * jax.nn.softplus(jnp.where(targets == 1, 0, outputs))
-        return jnp.where(_is_rate(targets), if_1 + if_0, jnp.nan)
+        return jnp.where(is_rate(targets), if_1 + if_0, jnp.nan)
 
 
 class BinaryAccuracy(Elementwise):
@@ -95,12 +98,14 @@ class BinaryAccuracy(Elementwise):
 
     position_wise = True
     has_gradient = False
+    lower_is_better = False
 
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """1 where right, 0 where wrong."""
         right = (outputs > 0) == (targets > 0.5)
-        return jnp.where(_is_rate(targets), right.astype(jnp.float32), jnp.nan)
+        return jnp.where(is_rate(targets), right.astype(jnp.float32), jnp.nan)
 
 
-def _is_rate(targets: jax.Array) -> jax.Array:
+def is_rate(targets: jax.Array) -> jax.Array:
+    """Where targets, of any shape, lie in 0 … 1: boolean."""
     return (targets >= 0) & (targets <= 1)

@@ -14,7 +14,7 @@ from layercomb import export, tl
 from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.decoding.caches import init_past, with_past
+from layercomb.layers.decoding.caches import Past
 from layercomb.supervised import decoding
 from layercomb.supervised.decoding.fitness import judged_init
 
@@ -39,12 +39,12 @@ class KeptShift(Shift):
     """The same, which keeps its inputs while it decodes."""
 
     def init(self, signature, rng, mode=Mode.TRAIN):
-        return {}, init_past(signature[0], 1) if mode is Mode.PREDICT else {}
+        return {}, Past.empty(signature[0], 1) if mode is Mode.PREDICT else {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         if mode is not Mode.PREDICT:
             return super().apply(weights, state, inputs, rng=rng, mode=mode)
-        x, state = with_past(inputs[0], state, 1)
+        x, state = state.extend(inputs[0], 1)
         return (x[:, :-1],), state
 
 

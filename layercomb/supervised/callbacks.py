@@ -1,0 +1,98 @@
+"""What a person's own code may do while a `Loop` runs."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from layercomb.supervised.reports import Row
+from layercomb.trees import Tree
+
+
+class Running(Protocol):
+    """What a callback sees of a `Loop`.
+
+    Attributes:
+      step: how many steps were set off.
+    """
+
+    step: int
+
+    @property
+    def weights(self) -> Tree:
+        """The model's weights after `step` steps, valid until the callback returns."""
+
+    @property
+    def state(self) -> Tree:
+        """The model's state, likewise."""
+
+    @property
+    def opt_state(self) -> Any:
+        """The optimizer's state, likewise."""
+
+    def stop(self) -> None:
+        """Ends the run; see `Loop.stop`."""
+
+
+class Callback:
+    """Is called by a `Loop` while it runs; subclasses override what they need.
+
+    A callback ends the run by ``loop.stop()``. What it raises ends the run at once and reaches the
+    caller of `Loop.run` as it is; what was being saved is finished first, and nothing else is
+    saved. `row` is a dict of numbers: 'step', 'train/loss', 'train/grad_norm', and
+    'train/learning_rate' where the optimizer keeps it.
+
+    >>> class Patience(Callback):
+    ...     '''Ends a run once the loss has not fallen for some evaluations.'''
+    ...
+    ...     def __init__(self, evaluations):
+    ...         self.left = self.evaluations = evaluations
+    ...         self.least = float('inf')
+    ...
+    ...     def after_evaluation(self, loop, row):
+    ...         self.left = self.evaluations if row['valid/loss'] < self.least else self.left - 1
+    ...         self.least = min(self.least, row['valid/loss'])
+    ...         if not self.left:
+    ...             loop.stop()
+    """
+
+    def after_step(self, loop: Running, row: Row) -> None:
+        """Called for every step, in order, once its numbers are on the host.
+
+        Steps are set off ahead of that: `loop.step` is up to `inflight.AHEAD` more than
+        ``row['step']``, and `loop.weights` are those after `loop.step` steps. Reading their values
+        waits for them, and makes the device wait; the numbers in `row` cost nothing.
+
+        Args:
+          loop: the Loop.
+          row: the step's numbers, and those of an evaluation that followed it.
+        """
+
+    def after_evaluation(self, loop: Running, row: Row) -> None:
+        """Called after the eval tasks were measured; `loop.weights` are those that were.
+
+        A checkpoint that is due, or that `keep_best` asks for, is being saved by then.
+
+        Args:
+          loop: the Loop, with ``loop.step == row['step']``.
+          row: the step's numbers, and what was measured: 'valid/loss', …
+        """
+
+    def at_end(self, loop: Running, row: Row) -> None:
+        """Called once when a run has ended by itself or by `Loop.stop`; not after an error.
+
+        Args:
+          loop: the Loop, with ``loop.step == row['step']``; its last step is being saved.
+          row: what `Loop.run` returns.
+        """
+
+
+def check_callbacks(owner: str, callbacks: Any) -> None:
+    """Raises a TypeError unless `callbacks` is a sequence of them."""
+    if not isinstance(callbacks, (tuple, list)):
+        raise TypeError(f'{owner}: callbacks={callbacks!r}: give a tuple of supervised.Callback')
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f'{owner}: callbacks holds {callback!r}: give objects of classes derived from '
+                'supervised.Callback'
+            )
