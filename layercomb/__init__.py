@@ -9,7 +9,7 @@
 """
 
 from layercomb import layers as tl
-from layercomb import losses, models, transforms, trees
+from layercomb import losses, models, testing, transforms, trees
 from layercomb.errors import UsageError
 from layercomb.layers.basic.fn import Fn
 from layercomb.layers.core.layer import Layer, init_state
@@ -36,6 +36,7 @@ __all__ = [
     'shape_dtype',
     'signature_of',
     'summary',
+    'testing',
     'tl',
     'transforms',
     'trees',

@@ -22,7 +22,7 @@ FLOORS = [
     {'checkpoints', 'transforms'},
     {'losses'},
     {'model', 'models'},
-    {'summary'},
+    {'summary', 'testing'},
     {'data', 'optimizers', 'parallel', 'interop', 'supervised'},
     {'export', 'serving'},
     {'launcher'},
