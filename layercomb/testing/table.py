@@ -6,6 +6,8 @@ import dataclasses
 import re
 from collections.abc import Callable
 
+import jax
+
 from layercomb.testing import description, functions, numerics, sequences
 from layercomb.testing.errors import Broken, LayerCheckError, from_error
 from layercomb.testing.trial import Trial
@@ -32,7 +34,8 @@ class Check:
           LayerCheckError: if the promise is broken.
         """
         try:
-            self.run(trial)
+            with jax.debug_key_reuse(False):  # 'keys' alone looks after it, for what all compute
+                self.run(trial)
         except Exception as error:
             broken = error if isinstance(error, Broken) else from_error(error, self.fix)
             try:
