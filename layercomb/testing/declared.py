@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from layercomb.layers.core.cotangents import Cotangents
 from layercomb.layers.core.decisions import take_decisions
 from layercomb.layers.core.layer import RESERVED, Arrays, Layer
@@ -36,6 +38,17 @@ def one_pass(
 def kept_state(state: Tree) -> Tree:
     """A state without the decisions that ``RECORD`` leaves in it."""
     return take_decisions(state)[0]
+
+
+def n_axes(letters: str) -> int:
+    """How many axes the letters of a weight stand for."""
+    return sum(map(str.isalpha, letters))
+
+
+def is_entry(value: Any) -> bool:
+    """Whether a leaf of a nested dict holds arrays under names: an array, or a typed entry."""
+    arrays = all(hasattr(x, 'shape') and hasattr(x, 'dtype') for x in jax.tree.leaves(value))
+    return arrays and not isinstance(value, (list, tuple)) and value is not None
 
 
 def reserved_keys() -> tuple[str, ...]:

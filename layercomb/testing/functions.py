@@ -55,7 +55,7 @@ def names_its_weights(trial: Trial) -> None:
                 'nest dicts: {"dense": {"kernel": …}} has the path dense/kernel',
             )
             expect(
-                hasattr(leaf, 'shape') and hasattr(leaf, 'dtype'),
+                declared.is_entry(leaf),
                 f'at {"/".join(path)} of the {what} lies a {type(leaf).__name__}',
                 'nested dicts with arrays as leaves',
                 'give each array a key of its own in a dict',
@@ -89,7 +89,7 @@ def declares_axes_of_weights(trial: Trial) -> None:
         )
         n = len(there[path].shape)
         expect(
-            n == len(axes),
+            n == declared.n_axes(axes),
             f'{path!r} has {n} axes, and {axes!r} are declared',
             'a letter for each axis',
             "write a letter for each axis: 'io' for a kernel (in, out)",
