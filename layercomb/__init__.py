@@ -9,7 +9,7 @@
 """
 
 from layercomb import layers as tl
-from layercomb import losses, models, transforms, trees
+from layercomb import losses, models, testing, transforms, trees
 from layercomb.capture import capture
 from layercomb.errors import UsageError
 from layercomb.layers.basic.fn import Fn
@@ -42,6 +42,7 @@ __all__ = [
     'shape_dtype',
     'signature_of',
     'summary',
+    'testing',
     'tl',
     'transforms',
     'trees',

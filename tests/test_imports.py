@@ -22,7 +22,7 @@ FLOORS = [
     {'checkpoints', 'transforms'},
     {'losses'},
     {'model', 'models'},
-    {'summary', 'capture'},
+    {'summary', 'capture', 'testing'},
     {'data', 'optimizers', 'parallel', 'interop', 'supervised'},
     {'export', 'serving'},
     {'launcher'},

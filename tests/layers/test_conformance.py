@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from layercomb import losses, tl, transforms, trees
-from layercomb.layers.attention.multihead import MultiHead
+from layercomb import losses, testing, tl, transforms, trees
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.shapes import describe, is_float, shape_dtype, signature_of
+from layercomb.shapes import shape_dtype
 
 B, L, D = 2, 4, 8
 
@@ -49,8 +45,7 @@ class Row:
       axes: of positions in each input, None for one that is given whole at every step; empty for
         a layer that does not decode.
       out: the axis of positions in the outputs.
-      draws: whether training needs a key.
-      opaque: why `repr` cannot be evaluated, if it cannot.
+      draws: whether training draws from the key.
     """
 
     make: Callable[[], Layer]
@@ -58,11 +53,6 @@ class Row:
     axes: tuple[int | None, ...] | None = None
     out: int = 1
     draws: bool = False
-    opaque: str = ''
-
-    @property
-    def steps(self) -> tuple[int | None, ...]:
-        return (1,) * len(self.signature) if self.axes is None else self.axes
 
 
 def scaled(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -125,7 +115,7 @@ ROWS: dict[str, Row] = {
     'ExactGelu': Row(tl.ExactGelu),
     'F1': Row(lambda: tl.F1(7), SCORES),
     'Flatten': Row(lambda: tl.Flatten(2), IMAGE),
-    'Fn': Row(lambda: tl.Fn('Scaled', scaled, position_wise=True), TWO, opaque='holds a function'),
+    'Fn': Row(lambda: tl.Fn('Scaled', scaled, position_wise=True), TWO),
     'FoldHeads': Row(lambda: tl.FoldHeads(2), out=2),
     'Gelu': Row(tl.Gelu),
     'HardSigmoid': Row(tl.HardSigmoid),
@@ -225,7 +215,6 @@ ROWS: dict[str, Row] = {
             jnp.transpose,
         ),
         (tokens(),),
-        opaque='holds a function',
     ),
     'Scored': Row(
         lambda: losses.attach(tl.Dense(7), (tl.CrossEntropyLoss(), tl.Accuracy()), chunk_len=3),
@@ -236,111 +225,6 @@ ROWS: dict[str, Row] = {
 ABSTRACT = {Layer, tl.Wrapper, tl.Combinator, tl.Activation, tl.Metric, tl.Reversible}
 
 
-every_row = pytest.mark.parametrize('row', ROWS.values(), ids=list(ROWS))
-
-
-def rng() -> jax.Array:
-    """A fresh key each time: to use one twice is an error."""
-    return jax.random.key(7)
-
-
-def example(signature: tuple[Any, ...]) -> tuple[jax.Array, ...]:
-    made = np.random.default_rng(0)
-
-    def one(x: Any) -> jax.Array:
-        if x.dtype == bool:
-            return jnp.asarray(made.random(x.shape) < 0.7).at[:, 0].set(True)
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            return jnp.asarray(made.integers(0, 7, x.shape), x.dtype)
-        return jnp.asarray(made.normal(size=x.shape), x.dtype)
-
-    return tuple(map(one, signature))
-
-
-@dataclasses.dataclass
-class Facts:
-    """What a row's layer gives, compiled as one program; pairs are of outputs and state."""
-
-    weights: Any
-    state: Any
-    trained: Any
-    evaluated: Any
-    narrow: Any
-    grads: Any
-
-
-def everything(row: Row, inputs: Any, rngs: Any) -> Facts:
-    """Applies a layer in training, in EVAL, and in bfloat16, and differentiates its weights."""
-    layer = row.make()
-    weights, state = layer.init(row.signature, rngs[0])
-
-    def total(weights: Any) -> Any:
-        outputs, new = layer.apply(weights, state, inputs, rng=rngs[1], mode=Mode.TRAIN)
-        floats = [jnp.sum(y.astype(jnp.float32)) for y in outputs if is_float(y)]
-        return sum(floats, jnp.float32(0)), (outputs, new)
-
-    (_, trained), grads = jax.value_and_grad(total, has_aux=True)(weights)
-    evaluated = layer.apply(weights, state, inputs) if row.draws or state else trained
-    narrow = cast(layer).apply(weights, state, narrowed(inputs), rng=rngs[2], mode=Mode.TRAIN)
-    return Facts(weights, state, trained, evaluated, narrow, grads)
-
-
-jax.tree_util.register_dataclass(Facts)
-
-
-def cast(layer: Layer) -> Layer:
-    return layer if isinstance(layer, transforms.Cast) else transforms.cast(layer)
-
-
-def narrowed(inputs: Any) -> Any:
-    return tuple(x.astype(jnp.bfloat16) if is_float(x) else x for x in inputs)
-
-
-def decoded(layer: Layer, signature: Any, pieces: Any, rng: Any) -> Any:
-    """Outputs and state after each piece."""
-    weights, state = layer.init(signature, rng, Mode.PREDICT)
-    made = []
-    for piece in pieces:
-        outputs, state = layer.apply(weights, state, piece, mode=Mode.PREDICT)
-        made.append((outputs, state))
-    return made
-
-
-@functools.cache
-def computed(row: Row) -> tuple[Layer, Any, Facts]:
-    """A row's layer, example inputs, and the facts about them."""
-    inputs = example(row.signature)
-    run = jax.jit(everything, static_argnums=0)
-    return row.make(), inputs, run(row, inputs, (rng(), rng(), rng()))
-
-
-def assert_close(got: Any, wanted: Any, tolerance: float = 1e-5) -> None:
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        np.testing.assert_allclose(
-            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=tolerance, atol=tolerance
-        )
-
-
-def shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-
-
-def leaves_inside(value: Any) -> Iterator[Layer]:
-    """Layers that hold no layers, found through fields alone, without `sublayers`."""
-    if isinstance(value, tuple):
-        for v in value:
-            yield from leaves_inside(v)
-    elif isinstance(value, Layer):
-        below = [
-            leaf
-            for f in dataclasses.fields(value)
-            for leaf in leaves_inside(getattr(value, f.name))
-        ]
-        yield from below or [value]
-
-
 def test_every_public_layer_has_a_row():
     public = {
         v for v in map(tl.__dict__.get, tl.__all__) if isinstance(v, type) and issubclass(v, Layer)
@@ -349,211 +233,51 @@ def test_every_public_layer_has_a_row():
     assert public - tested == ABSTRACT
 
 
-@every_row
-def test_the_axes_of_every_weight_are_declared(row):
-    """`transforms.axes` itself refuses a declaration with another number of axes."""
-    layer, _, facts = computed(row)
-    found = transforms.axes(layer, facts.weights)
-    assert found.keys() == trees.flatten(facts.weights).keys()
+@pytest.mark.parametrize('row', ROWS.values(), ids=list(ROWS))
+def test_says_what_it_is(row):
+    """Of the library's own layers nothing is left unsaid."""
+    layer = row.make()
+    assert isinstance(layer.position_wise, bool)
+    weights, _ = jax.eval_shape(functools.partial(layer.init, row.signature), jax.random.key(0))
+    found = transforms.axes(layer, weights)
+    assert found.keys() == trees.flatten(weights).keys()
     assert [path for path, axes in found.items() if not axes.is_declared] == []
 
 
-@every_row
-def test_compiled_equals_eager(row):
-    layer, inputs, facts = computed(row)
-    mode, wanted = (Mode.TRAIN, facts.trained) if row.draws else (Mode.EVAL, facts.evaluated)
-    key = rng() if row.draws else None
-    eager = layer.apply(facts.weights, facts.state, inputs, rng=key, mode=mode)
-    assert_close(eager, wanted, 1e-2 if isinstance(layer, transforms.Cast) else 1e-5)
-    assert all(np.isfinite(np.asarray(y, np.float32)).all() for y in wanted[0])
-
-
-@every_row
-def test_trains_as_it_evaluates_unless_it_says_otherwise(row):
-    layer, inputs, facts = computed(row)
-    if row.draws:
-        (train, _), (evaluate, _) = facts.trained, facts.evaluated
-        assert any((a != b).any() for a, b in zip(train, evaluate, strict=True))
-    elif not facts.state:
-        apply = functools.partial(layer.apply, facts.weights, facts.state)
-        # Attention is recorded head by head, the same function (tests/layers/test_multihead.py).
-        others = (Mode.PREDICT, *[Mode.RECORD] * isinstance(layer, MultiHead))
-        programs = [
-            jax.make_jaxpr(functools.partial(apply, mode=m))(inputs)
-            for m in Mode
-            if m not in others
-        ]
-        assert len({str(p) for p in programs}) == 1
-
-
-@every_row
-def test_outputs_are_as_announced(row):
-    layer, _, facts = computed(row)
-    assert layer.n_in == len(row.signature)
-    assert layer.n_out == len(facts.trained[0])
-    for mode, (outputs, state) in ((Mode.TRAIN, facts.trained), (Mode.EVAL, facts.evaluated)):
-        assert describe(layer.output_signature(row.signature, mode)) == describe(outputs)
-        assert shapes(state) == shapes(facts.state)
+@pytest.mark.parametrize('row', ROWS.values(), ids=list(ROWS))
+def test_keeps_what_layers_promise(row):
+    """All checks in one test, since what they compute is compiled once for all of them."""
+    layer = row.make()
+    assert layer == row.make()
+    broken = []
+    with jax.numpy_rank_promotion('raise'):
+        for _, check in testing.layer_checks(
+            layer,
+            row.signature,
+            positions=row.axes,
+            positions_out=row.out,
+            vocab_size=7,
+            draws=row.draws,
+        ):
+            try:
+                check()
+            except testing.LayerCheckError as error:
+                broken.append(str(error))
+    assert not broken, '\n\n'.join(broken)
 
 
 @pytest.mark.parametrize('name', [name for name, row in ROWS.items() if stream() in row.signature])
 def test_another_width_than_that_of_the_weights_is_refused_in_words(name):
     layer, signature = ROWS[name].make(), ROWS[name].signature
-    weights, state = jax.eval_shape(lambda: layer.init(signature, rng()))
+    weights, state = jax.eval_shape(lambda: layer.init(signature, jax.random.key(0)))
     wider = tuple(stream(B, L, 2 * D) if s == stream() else s for s in signature)
 
     def apply(weights: Any, state: Any, inputs: Any) -> Any:
-        return layer.apply(weights, state, inputs, rng=rng(), mode=Mode.TRAIN)
+        rng = jax.random.key(0)
+        return layer.apply(weights, state, inputs, rng=rng, mode=Mode.TRAIN)
 
     if not weights:
         assert jax.eval_shape(apply, weights, state, wider)
         return
     with pytest.raises(ValueError, match='16 wide and the weights were made for 8: give the shape'):
         jax.eval_shape(apply, weights, state, wider)
-
-
-@every_row
-def test_init_is_abstract_and_weights_know_no_mode(row):
-    layer, _, facts = computed(row)
-    for mode in Mode:
-        if mode is not Mode.PREDICT or row.steps:
-            init = functools.partial(layer.init, row.signature, mode=mode)
-            weights, state = jax.eval_shape(init, rng())
-            assert shapes(weights) == shapes(facts.weights)
-            assert mode is Mode.PREDICT or shapes(state) == shapes(facts.state)
-
-
-@every_row
-def test_says_whether_it_is_position_wise_and_is_if_it_says_so(row):
-    layer, inputs, facts = computed(row)
-    assert isinstance(layer.position_wise, bool)
-    if not layer.position_wise:
-        return
-    piece = [
-        jax.lax.slice_in_dim(x, 1, 3, axis=at) for x, at in zip(inputs, row.steps, strict=True)
-    ]
-    outputs, _ = jax.jit(layer.apply)(facts.weights, facts.state, tuple(piece))
-    for y, whole in zip(outputs, facts.evaluated[0], strict=True):
-        wanted = jax.lax.slice_in_dim(whole, 1, 3, axis=row.out)
-        tolerance = 1e-2 if whole.dtype == jnp.float16 else 1e-5
-        np.testing.assert_allclose(y, wanted, rtol=tolerance, atol=tolerance)
-
-
-@every_row
-def test_decoding_step_by_step_is_evaluation(row):
-    if not row.steps:
-        pytest.skip('does not decode')
-    layer, inputs, facts = computed(row)
-    start = jax.eval_shape(lambda: layer.init(row.signature, rng(), Mode.PREDICT)[1])
-    ends = (L - 2, L - 1, L) if start else (L - 1, L)
-    pieces = [
-        tuple(
-            x if axis is None else jax.lax.slice_in_dim(x, begin, end, axis=axis)
-            for x, axis in zip(inputs, row.steps, strict=True)
-        )
-        for begin, end in zip((0, *ends), ends, strict=False)
-    ]
-    run = jax.jit(decoded, static_argnums=(0, 1))
-    outputs, states = zip(*run(layer, row.signature, pieces, rng()), strict=True)
-    assert all(shapes(state) == shapes(start) for state in states)
-    for parts, whole in zip(zip(*outputs, strict=True), facts.evaluated[0], strict=True):
-        tolerance = 1e-2 if whole.dtype == jnp.float16 else 1e-5
-        got = np.concatenate(parts, row.out)
-        np.testing.assert_allclose(got, whole, rtol=tolerance, atol=tolerance)
-
-
-@every_row
-def test_computes_in_bfloat16_with_float32_weights(row):
-    layer, inputs, facts = computed(row)
-    signature = signature_of(jax.eval_shape(narrowed, inputs))
-    weights, state = jax.eval_shape(functools.partial(cast(layer).init, signature), rng())
-    assert shapes(weights) == shapes(facts.weights)
-    assert shapes(state) == shapes(facts.narrow[1]) == shapes(facts.state)
-    assert all(np.isfinite(np.asarray(y, np.float32)).all() for y in facts.narrow[0])
-
-
-@every_row
-def test_float32_stays_where_float64_is_the_default_and_ranks_are_not_promoted(row):
-    layer = row.make()
-
-    def total(weights: Any, state: Any, inputs: Any) -> Any:
-        made = layer.apply(weights, state, inputs, rng=rng(), mode=Mode.TRAIN)
-        floats = [jnp.sum(y, dtype=jnp.float32) for y in made[0] if is_float(y)]
-        return sum(floats, jnp.float32(0)), made
-
-    def decode(weights: Any, state: Any, inputs: Any) -> Any:
-        return layer.apply(weights, state, inputs, mode=Mode.PREDICT)
-
-    def check(made: Any) -> None:
-        assert not {'float64', 'int64'} & {str(s.dtype) for s in jax.tree.leaves(made)}
-
-    with jax.enable_x64(True), jax.numpy_rank_promotion('raise'):
-        if row.steps:
-            init = functools.partial(layer.init, row.signature, mode=Mode.PREDICT)
-            weights, state = jax.eval_shape(init, rng())
-            check((weights, state))
-            check(jax.eval_shape(decode, weights, state, row.signature))
-        weights, state = jax.eval_shape(layer.init, row.signature, rng())
-        check((weights, state))
-        check(jax.eval_shape(jax.grad(total, has_aux=True), weights, state, row.signature))
-
-
-@every_row
-def test_is_a_value(row):
-    one, two = row.make(), row.make()
-    assert one == two and hash(one) == hash(two) and one is not two
-    named = one.replace(name='another')
-    assert named != one and named.replace(name=one.name) == one
-    assert named.name == 'another' and type(named) is type(one)
-    for copied in (pickle.loads(pickle.dumps(one)), copy.copy(one), copy.deepcopy(one)):
-        assert copied == one and hash(copied) == hash(one)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        one.name = 'other'
-    with pytest.raises(TypeError, match='is a description and holds no weights: bind it first'):
-        one(*example(row.signature))
-
-
-@every_row
-def test_repr_reads_like_the_code_that_made_it(row):
-    for layer in (row.make(), row.make().replace(name='another')):
-        text = repr(layer)
-        assert text.startswith(type(layer).__name__ + '(')
-        assert layer.name is None or f'name={layer.name!r}' in text
-        if not row.opaque:
-            names = {**vars(tl), **vars(transforms), **vars(losses)}
-            assert eval(text, names) == layer
-    if row.opaque:
-        pytest.skip(row.opaque)
-
-
-@every_row
-def test_gradients_of_weights_are_finite(row):
-    _, _, facts = computed(row)
-    assert shapes(facts.grads) == shapes(facts.weights)
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(facts.grads))
-
-
-@every_row
-def test_a_rewrite_reaches_every_layer(row):
-    layer = row.make()
-    assert layer.with_sublayers(layer.sublayers) == layer
-    assert transforms.rewrite(layer, lambda x: x) == layer
-    n = iter(range(100))
-
-    def mark(layer: Layer) -> Layer:
-        return layer if layer.sublayers else layer.replace(name=f'seen{next(n)}')
-
-    marked = transforms.rewrite(layer, mark)
-    found = list(leaves_inside(marked))
-    assert all(leaf.name and leaf.name.startswith('seen') for leaf in found)
-    assert len(found) == len(list(leaves_inside(layer)))
-    with pytest.raises(ValueError, match='layer'):
-        layer.with_sublayers((*layer.sublayers, tl.Dense(3)))
-
-
-@every_row
-def test_weights_lie_under_unique_paths(row):
-    _, _, facts = computed(row)
-    paths = list(trees.flatten(facts.weights))
-    assert len(paths) == len(jax.tree.leaves(facts.weights))
-    assert not any('decisions' in p for p in (*paths, *trees.flatten(facts.state)))
