@@ -348,6 +348,8 @@ def test_tied_layers_say_what_does_not_fit(ends, via, error):
 class Offset(Layer):
     """Adds a running mean of what came by."""
 
+    position_wise = True
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         return {}, {'mean': jnp.zeros(signature[0].shape[-1])}
 

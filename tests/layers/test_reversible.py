@@ -21,6 +21,8 @@ B, L, D = 2, 12, 8
 class Balance(Layer):
     """A layer whose auxiliary loss is the mean square of its input."""
 
+    position_wise = True
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         return {}, {'aux_loss': tl.AuxLoss(jnp.zeros(()))}
 

@@ -188,7 +188,7 @@ class Mixed(Later, tl.Dense):
     """A dense layer with another's `apply`."""
 
 
-class Nodding(tl.Activation):
+class Nodding(tl.Tanh):
     """An activation that looks around."""
 
     function = staticmethod(rolled)
