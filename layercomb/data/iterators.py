@@ -10,8 +10,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from layercomb.data.packing import Arrays, encode_checked, window
-from layercomb.data.tokenizers import Tokenizer
+from layercomb.data.adapted import Adapted
+from layercomb.data.packing import Arrays, window
 
 _AHEAD = 8  # elements read before they are asked for
 _BATCHES_AHEAD = 4  # batches made before they are asked for
@@ -164,7 +164,7 @@ class PackedDocuments(grain.IterDataset):
       tokenizer: what encodes the documents.
     """
 
-    def __init__(self, documents: grain.MapDataset, length: int, tokenizer: Tokenizer):
+    def __init__(self, documents: grain.MapDataset, length: int, tokenizer: Adapted):
         super().__init__(documents)
         self.documents, self.length, self.tokenizer = documents, length, tokenizer
 
@@ -205,7 +205,7 @@ class _PackedIterator(grain.DatasetIterator):
         if self._encoded is None or self._encoded[0] != document:
             ids = np.zeros(0, np.int32)
             if document < len(self._documents):
-                ids = encode_checked(self._documents[document], self._tokenizer)
+                ids = self._tokenizer.encode(self._documents[document])
             eos = np.array([self._tokenizer.eos_id], np.int32)
             self._encoded = document, np.concatenate([eos, ids])
         return self._encoded[1]

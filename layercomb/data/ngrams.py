@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from layercomb.data import checks
+from layercomb.checks import Bound, checked
+from layercomb.data.checks import Source
 from layercomb.data.packing import token_stream
 from layercomb.data.tokenizers import ByteTokenizer
 from layercomb.errors import UsageError
 
 _MAX_ORDER = 3  # a context and the byte after it fit in 32 bits
+Order = Annotated[int, Bound(0, high=_MAX_ORDER)]
 
 
+@checked
 def witten_bell_bits_per_byte(
-    train: Sequence[str | bytes],
-    valid: Sequence[str | bytes],
-    orders: Sequence[int] = (1, 2, 3),
+    train: Source[str | bytes],
+    valid: Source[str | bytes],
+    orders: Sequence[Order] = (1, 2, 3),
 ) -> dict[int, float]:
     """Returns the bits per byte of interpolated Witten–Bell models of bytes.
 
@@ -49,17 +52,18 @@ def witten_bell_bits_per_byte(
     >>> witten_bell_bits_per_byte(['abab' * 99], ['abababab'], orders=[1])[1] < 1.5
     True
     """
-    orders = _checked_orders(orders)
+    _check_orders('witten_bell_bits_per_byte', orders)
     asked = _padded_stream('valid', valid)
     wanted, times = np.unique(_grams(asked, _MAX_ORDER), return_counts=True)
     known = np.full(wanted.shape, _MAX_ORDER)
     return _bits(_padded_stream('train', train), wanted, known, times, orders)
 
 
+@checked
 def witten_bell_bits_on_batches(
-    train: Sequence[str | bytes],
+    train: Source[str | bytes],
     batches: Iterable[tuple[Any, ...]],
-    orders: Sequence[int] = (1, 2, 3),
+    orders: Sequence[Order] = (1, 2, 3),
 ) -> dict[int, float]:
     """Returns the bits per byte of the same models on the targets of batches, and on no others.
 
@@ -82,7 +86,7 @@ def witten_bell_bits_on_batches(
     >>> witten_bell_bits_on_batches(['abab' * 99], [batch], orders=[1])[1] < 0.2
     True
     """
-    orders = _checked_orders(orders)
+    _check_orders('witten_bell_bits_on_batches', orders)
     columns = [_grams_of_batch(batch) for batch in batches]
     if not any(times.size for _, _, times in columns):
         raise UsageError('no target in the batches counts: byte models have nothing to predict')
@@ -90,14 +94,9 @@ def witten_bell_bits_on_batches(
     return _bits(_padded_stream('train', train), wanted, known, times, orders)
 
 
-def _checked_orders(orders: Sequence[int]) -> list[int]:
-    try:
-        checked = [checks.integer('order', n, 0, _MAX_ORDER) for n in orders]
-    except (TypeError, ValueError):
-        checked = []
-    if not checked:
-        raise ValueError(f'orders={orders!r}: give numbers of context bytes from 0 to {_MAX_ORDER}')
-    return checked
+def _check_orders(owner: str, orders: Sequence[int]) -> None:
+    if not orders:
+        raise ValueError(f'{owner}: orders is empty: give numbers of context bytes')
 
 
 def _bits(
@@ -140,7 +139,7 @@ def _are_bytes(tokens: np.ndarray) -> bool:
     return bool(tokens.ndim == 2 and tokens.dtype.kind in 'iu' and (tokens & 255 == tokens).all())
 
 
-def _padded_stream(name: str, source: Sequence[str | bytes]) -> np.ndarray:
+def _padded_stream(name: str, source: Source[str | bytes]) -> np.ndarray:
     stream = token_stream(source, ByteTokenizer())
     if stream.size == len(source) + 1:
         raise ValueError(f'{name} holds no byte: there is nothing to count')

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 
 from layercomb import layers as tl
-from layercomb.layers.core.fields import checked
+from layercomb.checks import checked
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,

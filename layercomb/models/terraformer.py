@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import layers as tl
+from layercomb.checks import Size, checked
 from layercomb.layers.attention.lsh.seek import set_positions
 from layercomb.layers.core.counted import after_memory, put_counted, take_counted
-from layercomb.layers.core.fields import Size, checked
 from layercomb.layers.core.layer import Arrays
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper

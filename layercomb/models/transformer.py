@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layercomb import layers as tl
-from layercomb.layers.core.fields import checked, nearest_multiple
+from layercomb.checks import checked
+from layercomb.shapes import nearest_multiple
 from layercomb.transforms.rewriting import rewrite
 
 

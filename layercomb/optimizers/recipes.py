@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
-import numpy as np
 
 from layercomb import trees
+from layercomb.checks import Bound, Count, Fraction, NonNegative, Size, checked
 from layercomb.errors import require
 from layercomb.optimizers.tensors import by_tensor, by_unit, matrix_axes
 
 
+@checked
 def warmup_cosine(
-    learning_rate: float, steps: int, warmup_steps: int = 0, final_fraction: float = 0.1
+    learning_rate: NonNegative,
+    steps: Size,
+    warmup_steps: Count = 0,
+    final_fraction: Fraction = 0.1,
 ) -> Callable[[Any], Any]:
     """A schedule: up in a line, down along a cosine.
 
@@ -34,10 +38,6 @@ def warmup_cosine(
     Raises:
       TypeError, ValueError: for an argument of another type, or out of its range.
     """
-    _check('learning_rate', learning_rate, low=0)
-    _check('steps', steps, low=1, whole=True)
-    _check('warmup_steps', warmup_steps, low=0, whole=True)
-    _check('final_fraction', final_fraction, low=0, high=1)
     if warmup_steps >= steps:
         raise ValueError(f'warmup_steps={warmup_steps} must be below steps={steps}')
     optax = require('optax', 'train')
@@ -50,12 +50,13 @@ def warmup_cosine(
     )
 
 
+@checked
 def adamw(
-    learning_rate: float | Callable[[Any], Any] = 1e-3,
-    b1: float = 0.9,
-    b2: float = 0.98,
-    epsilon: float = 1e-9,
-    weight_decay: float = 0.0,
+    learning_rate: NonNegative | Callable[[Any], Any] = 1e-3,
+    b1: Fraction = 0.9,
+    b2: Fraction = 0.98,
+    epsilon: NonNegative = 1e-9,
+    weight_decay: NonNegative = 0.0,
 ) -> Any:
     """AdamW, whose decay spares biases and scales, and whose learning rate shows in reports.
 
@@ -75,12 +76,6 @@ def adamw(
     References:
       Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101
     """
-    if not callable(learning_rate):
-        _check('learning_rate', learning_rate, low=0)
-    for name, value in (('b1', b1), ('b2', b2)):
-        _check(name, value, low=0, high=1)
-    _check('epsilon', epsilon, low=0)
-    _check('weight_decay', weight_decay, low=0)
     optax = require('optax', 'train')
     return optax.inject_hyperparams(optax.adamw, static_args=('b1', 'b2', 'eps', 'mask'))(
         learning_rate=learning_rate,
@@ -92,15 +87,16 @@ def adamw(
     )
 
 
+@checked
 def adafactor(
-    learning_rate: float | Callable[[Any], Any] = 0.01,
-    decay_rate: float = 0.8,
-    clipping_threshold: float | None = 1.0,
-    momentum: float | None = None,
-    weight_decay: float = 0.0,
+    learning_rate: NonNegative | Callable[[Any], Any] = 0.01,
+    decay_rate: Fraction = 0.8,
+    clipping_threshold: Annotated[float, Bound(1)] | None = 1.0,
+    momentum: Fraction | None = None,
+    weight_decay: NonNegative = 0.0,
     *,
-    epsilon: float = 1e-30,
-    min_size: int = 128,
+    epsilon: NonNegative = 1e-30,
+    min_size: Size = 128,
     relative: bool = True,
 ) -> Any:
     """Adafactor: of the mean square of a matrix's gradient only rows and columns are kept.
@@ -134,18 +130,6 @@ def adafactor(
     References:
       Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235
     """
-    if not callable(learning_rate):
-        _check('learning_rate', learning_rate, low=0)
-    _check('decay_rate', decay_rate, low=0, high=1)
-    if clipping_threshold is not None:
-        _check('clipping_threshold', clipping_threshold, low=1)
-    if momentum is not None:
-        _check('momentum', momentum, low=0, high=1)
-    _check('weight_decay', weight_decay, low=0)
-    _check('epsilon', epsilon, low=0)
-    _check('min_size', min_size, low=1, whole=True)
-    if not isinstance(relative, bool):
-        raise TypeError(f'relative must be True or False, got {relative!r}')
     optax = require('optax', 'train')
     alone = optax.adafactor(
         None,
@@ -167,15 +151,16 @@ def adafactor(
     return optax.inject_hyperparams(scaled)(learning_rate=learning_rate)
 
 
+@checked
 def muon(
-    learning_rate: float | Callable[[Any], Any] = 0.02,
-    adam_fraction: float = 0.25,
-    momentum: float = 0.95,
-    b1: float = 0.9,
-    b2: float = 0.98,
-    weight_decay: float = 0.0,
+    learning_rate: NonNegative | Callable[[Any], Any] = 0.02,
+    adam_fraction: NonNegative = 0.25,
+    momentum: Fraction = 0.95,
+    b1: Fraction = 0.9,
+    b2: Fraction = 0.98,
+    weight_decay: NonNegative = 0.0,
     *,
-    unit_factor: float = 2.0,
+    unit_factor: NonNegative = 2.0,
 ) -> Any:
     """Muon on the matrices inside a model, Nesterov's Adam on tables, head, biases and scales.
 
@@ -204,13 +189,6 @@ def muon(
       Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Li et al. 2025, NorMuon,
       https://arxiv.org/abs/2510.05491
     """
-    if not callable(learning_rate):
-        _check('learning_rate', learning_rate, low=0)
-    for name, value in (('adam_fraction', adam_fraction), ('unit_factor', unit_factor)):
-        _check(name, value, low=0)
-    for name, value in (('momentum', momentum), ('b1', b1), ('b2', b2)):
-        _check(name, value, low=0, high=1)
-    _check('weight_decay', weight_decay, low=0)
     optax = require('optax', 'train')
 
     def adam_rate(step: Any) -> Any:
@@ -268,15 +246,3 @@ def _units(weights: Any) -> Any:
     layers = [path.removesuffix(first) for path in paths if f'/{path}'.endswith(f'/{first}')]
     units = {layer + kernel for layer in layers for kernel in (first, second)}
     return trees.map_with_path(lambda path, _: path in units, weights)
-
-
-def _check(
-    name: str, value: Any, low: float, high: float | None = None, whole: bool = False
-) -> None:
-    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        wanted = 'a whole number' if whole else 'a number'
-        raise TypeError(f'{name} must be {wanted}, got {value!r}')
-    if value < low or (high is not None and value > high):
-        limit = f'at least {low:g}' + (f' and at most {high:g}' if high is not None else '')
-        raise ValueError(f'{name} must be {limit}, got {value!r}')

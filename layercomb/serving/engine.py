@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from layercomb.data import checks
+from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError
 from layercomb.model import Model, embeddings
 from layercomb.serving.limits import Limits
@@ -97,7 +97,7 @@ class Engine:
     def __init__(self, model: Model, tokenizer: Any, limits: Limits) -> None:
         net, weights = unstack(model.layer, model.weights or {})  # once, not for each request
         self._model = Model(net, weights, unstack_state(model.layer, model.state))
-        self._tokenizer = checks.tokenizer(tokenizer, must_decode=True)
+        self._tokenizer = adapted(tokenizer, 'serving.app', must_decode=True)
         self._max_len = decoding.max_len(net)
         self._limits = limits
         self._threads = ThreadPoolExecutor(limits.max_concurrent, 'completion')

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from layercomb.supervised.decoding.numbers import real, whole
+from layercomb.checks import Count, Positive, Size, take_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,23 +23,18 @@ class Limits:
       reading: seconds in which a body has to arrive.
 
     Raises:
-      ValueError: if a value is out of its range.
+      TypeError: if a value is no number.
+      ValueError: if one is out of its range.
     """
 
-    max_tokens: int = 1024
-    max_prompt: int = 8192
-    max_choices: int = 8
-    max_body: int = 1 << 20
-    max_concurrent: int = 4
-    max_queue: int = 64
-    patience: float = 30.0
-    reading: float = 30.0
+    max_tokens: Size = 1024
+    max_prompt: Size = 8192
+    max_choices: Size = 8
+    max_body: Size = 1 << 20
+    max_concurrent: Size = 4
+    max_queue: Count = 64
+    patience: Positive = 30.0
+    reading: Positive = 30.0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if field.type == 'float':
-                value = real(name, value, 'above 0', 0, math.inf, above=True)
-            else:
-                value = whole(name, value, least=0 if name == 'max_queue' else 1)
-            object.__setattr__(self, name, value)
+        take_fields(self)

@@ -10,8 +10,9 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from layercomb.checks import Bound, fault
 from layercomb.data.adapted import adapted
 from layercomb.errors import one_line
 from layercomb.serving.limits import Limits
@@ -206,22 +207,14 @@ def _prompt(value: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _number(name: str, least: float, most: float, above: bool = False) -> Callable[[Any], float]:
-    def read(value: Any) -> float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not least <= value <= most or (above and value == least):
-            bounds = f'{"above" if above else "at least"} {least:g} and at most {most:g}'
-            raise _wrong(name, f'must be a number {bounds}')
-        return float(value)
+def _number(name: str, bound: Bound, kind: type = float) -> Callable[[Any], Any]:
+    """Reads a number of a kind that lies in a range; 16.0 is an int, since JSON does not tell."""
 
-    return read
-
-
-def _whole(name: str, least: int, most: int) -> Callable[[Any], int]:
-    def read(value: Any) -> int:
-        if not _is_whole(value) or not least <= value <= most:
-            raise _wrong(name, f'must be a whole number from {least} to {most}')
-        return int(value)
+    def read(value: Any) -> Any:
+        value = int(value) if kind is int and _is_whole(value) else value
+        if (wrong := fault(value, Annotated[kind, bound])) is not None:
+            raise _wrong(name, f'must be {wrong[1]}')
+        return kind(value)
 
     return read
 
@@ -257,15 +250,15 @@ def _stream_options(value: Any) -> bool:
     return _flag('stream_options')(options.get('include_usage', False))
 
 
-_MANY = 2**31 - 1
+_MANY = Bound(1, high=2**31 - 1)
 _READERS: dict[str, Callable[[Any], Any]] = {
-    'max_tokens': _whole('max_tokens', 1, _MANY),
-    'n': _whole('n', 1, _MANY),
-    'temperature': _number('temperature', 0, 2),
-    'top_p': _number('top_p', 0, 1, above=True),
-    'top_k': _whole('top_k', 1, _MANY),
-    'repetition_penalty': _number('repetition_penalty', 1e-6, 10),
-    'seed': _whole('seed', -(2**63), 2**63 - 1),
+    'max_tokens': _number('max_tokens', _MANY, int),
+    'n': _number('n', _MANY, int),
+    'temperature': _number('temperature', Bound(0, high=2)),
+    'top_p': _number('top_p', Bound(above=0, high=1)),
+    'top_k': _number('top_k', _MANY, int),
+    'repetition_penalty': _number('repetition_penalty', Bound(1e-6, high=10)),
+    'seed': _number('seed', Bound(-(2**63), high=2**63 - 1), int),
     'stop': _stop,
     'echo': _flag('echo'),
     'stream': _flag('stream'),

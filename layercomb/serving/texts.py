@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layercomb.data.adapted import adapted
-from layercomb.data.tokenizers import PieceDecoder
+from layercomb.data.pieces import PieceDecoder
 
 
 class Text:
@@ -47,7 +47,7 @@ class Text:
         prompt: Sequence[int] = (),
         whole: bool = False,
     ) -> None:
-        tokenizer = adapted(tokenizer)
+        tokenizer = adapted(tokenizer, 'Text', must_decode=True)
         self._decoder = tokenizer.incremental_decoder()
         self._eos_id = tokenizer.eos_id
         self._stop = tuple(stop)

@@ -7,8 +7,8 @@ import math
 import jax.numpy as jnp
 
 from layercomb import trees
+from layercomb.checks import Size
 from layercomb.layers.core.combinator import Combinator
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from layercomb.checks import Size, checked
 from layercomb.data import checks, files
 from layercomb.data.corpora.choice import StandIn, choose
 from layercomb.data.packing import Arrays, window
@@ -27,7 +28,10 @@ _CIFAR10_CURE = (
 _IMAGENET64_SPLITS = {None: 'all', 'train': 'train', 'valid': 'validation', 'test': 'validation'}
 
 
-def png_images(pattern: str, size: int = 64, split: str | None = None) -> Sequence[np.ndarray]:
+@checked
+def png_images(
+    pattern: str | os.PathLike[str], size: Size = 64, split: str | None = None
+) -> Sequence[np.ndarray]:
     """Returns the images that a pattern matches, cut to squares about the centre and scaled.
 
     Args:
@@ -39,11 +43,10 @@ def png_images(pattern: str, size: int = 64, split: str | None = None) -> Sequen
       A sequence of images, (size, size, 3) uint8, each decoded when it is asked for.
 
     Raises:
-      TypeError: if the pattern is no string or the size no integer.
+      TypeError: if the pattern is no path, or the size no int.
       ValueError: if the size is out of range, or there is no such split.
       UsageError: if no file is left, one is no image, or Pillow is not installed.
     """
-    size = checks.integer('size', size, 1)
     require('PIL.Image', 'images')
     return Mapped(files.matching(pattern, split, files.PNG), partial(_decoded, size=size))
 
@@ -73,7 +76,7 @@ def subpixels(images: Sequence[Any]) -> Sequence[Arrays]:
     >>> inputs.tolist()
     [0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     """
-    return Mapped(checks.source(images), _sequence)
+    return Mapped(checks.source('subpixels', images, 'images'), _sequence)
 
 
 def imagenet64(

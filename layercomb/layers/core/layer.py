@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.core import fields
+from layercomb.checks import check_fields, frozen
 from layercomb.layers.core.checks import (
     check_inputs,
     check_outputs,
@@ -110,8 +110,8 @@ class Layer:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            set_field(self, field.name, fields.frozen(getattr(self, field.name)))
-        fields.check_fields(self)
+            set_field(self, field.name, frozen(getattr(self, field.name)))
+        check_fields(self)
         if self.name is not None and ('/' in self.name or self.name in (*RESERVED, '')):
             raise ValueError(
                 f'{type(self).__name__}: a layer cannot be named {self.name!r}: names have no "/", '
