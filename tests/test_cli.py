@@ -244,7 +244,7 @@ MISTAKES = {
     "train.tokenizer='bytes'": "train: tokenizer must have encode, .*, got 'bytes'",
     'train.tokenizer=@data.ByteTokenizer': 'tokenizer must have encode, eos_id and vocab_size',
     "text_files.pattern='nothing/*.txt'": "no file matches 'nothing/\\*.txt'|nothing",
-    'data.packed.batch_size=0': 'batch_size=0',
+    'data.packed.batch_size=0': 'packed: batch_size must be at least 1, got 0',
     'TrainTask.accumulate=3': 'accumulate=3 does not divide a batch of 2 rows',
     'TransformerLM.max_len=4': 'the sequence is 8 long and max_len=4: shorten it',
     'TransformerLM.vocab_size=50': r'token id \d+ is outside the vocabulary of 50',

@@ -1,4 +1,4 @@
-"""Byte models that count: what any neural model must beat."""
+"""Byte models that count: baselines for language models."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def witten_bell_bits_per_byte(
         p(b | h) = (c(h, b) + t(h) p(b | h')) / (c(h) + t(h))
 
     and below the empty context all 256 bytes are equally likely. Documents are joined by NUL, and
-    the separators are predicted like every other byte: just what `packed` with a `ByteTokenizer`
-    asks of a model, so the figures compare.
+    the separators are predicted like every other byte. This is the task that `packed` with a
+    `ByteTokenizer` gives a model, so the figures can be compared.
 
     Args:
       train: documents to count.
@@ -43,6 +43,7 @@ def witten_bell_bits_per_byte(
       Bits per byte on `valid` for each order.
 
     Raises:
+      TypeError: if an order is no int.
       ValueError: if an order is not in 0 … 3, or a source holds no byte.
 
     References:
@@ -65,20 +66,21 @@ def witten_bell_bits_on_batches(
     batches: Iterable[tuple[Any, ...]],
     orders: Sequence[Order] = (1, 2, 3),
 ) -> dict[int, float]:
-    """Returns the bits per byte of the same models on the targets of batches, and on no others.
+    """Returns the bits per byte of the same models on the targets of batches.
 
-    Just what a neural model is measured on: a target's context is what its row holds before it, so
-    the first ones of a row are predicted by models of lower order.
+    A neural model is measured on the same targets with the same contexts: the bytes before a target
+    in its row. So models of lower order predict the first targets of a row.
 
     Args:
       train: documents to count.
-      batches: (inputs, targets, loss_weights), (B, L) bytes, bytes and weights.
+      batches: batches of (inputs, targets, loss_weights): (B, L) bytes, bytes and weights.
       orders: numbers of context bytes, 0 … 3.
 
     Returns:
       Weighted mean of the bits per byte for each order.
 
     Raises:
+      TypeError: if an order is no int.
       ValueError: if an order is not in 0 … 3, or `train` holds no byte.
       UsageError: if the batches are not of bytes, or no target counts.
 
@@ -106,7 +108,7 @@ def _bits(
     times: np.ndarray,
     orders: Sequence[int],
 ) -> dict[int, float]:
-    """Mean bits of grams, of whose context bytes `known` are known and that count `times`."""
+    """Mean bits of grams for each order; each has `known` context bytes and the weight `times`."""
     p = np.full(wanted.shape, 1 / 256)
     bits = {}
     for order in range(max(orders) + 1):
@@ -117,7 +119,7 @@ def _bits(
 
 
 def _grams_of_batch(batch: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every target that counts with the bytes before it, how many these are, and its weight."""
+    """Each target of weight above 0 with the bytes before it, their number, and its weight."""
     if len(batch) != 3 or not all(_are_bytes(np.asarray(x)) for x in batch[:2]):
         raise UsageError(
             'byte models need batches (inputs, targets, loss_weights) of bytes, as a ByteTokenizer '

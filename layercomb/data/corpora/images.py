@@ -1,4 +1,4 @@
-"""Images: to be classified, or as sequences of subpixels for language models."""
+"""Images, for classifiers or, as sequences of subpixels, for language models."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def subpixels(images: Sequence[Any]) -> Sequence[Arrays]:
 
     Raises:
       TypeError: if `images` is no sequence.
-      ValueError: if it is empty; for an element that is no such image.
+      ValueError: if it is empty, or an element is no such image.
 
     References:
       van den Oord et al. 2016, Pixel recurrent neural networks, https://arxiv.org/abs/1601.06759
@@ -99,7 +99,7 @@ def imagenet64(
         that returns them.
 
     Raises:
-      TypeError: if the path is no string.
+      TypeError: if `path` is no path.
       ValueError: if there is no such split.
       UsageError: as `png_images`, or if there is neither data nor stand-in.
     """
@@ -139,7 +139,7 @@ def cifar10(
       A sequence of (inputs, targets, loss_weights): (32, 32, 3) float32 in 0 … 1, int32, float32.
 
     Raises:
-      TypeError: if the path is no string.
+      TypeError: if `path` is no path.
       ValueError: if there is no such split.
       UsageError: if the folder is another, or there is neither data nor stand-in.
 
