@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import Size
 from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.combinators.map import Map
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.residual import Add
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays, Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.state import WHOLE, Part

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from layercomb import paths, transforms
-from layercomb.data import checks
+from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, of_the_machine, of_the_person, one_line, require
 from layercomb.launcher import arguments, compile_cache, includes, runs, stopping, terminal
 from layercomb.launcher.experiment import Experiment
@@ -230,7 +230,7 @@ def trained(
             raise UsageError('this run has no tokenizer, so it makes no text: bind train.tokenizer')
         if tokenizer is not None:
             with of_the_person():
-                tokenizer = checks.tokenizer(tokenizer, must_decode=text)
+                tokenizer = adapted(tokenizer, 'train', must_decode=text)
         model, _ = runs.saved_model(run_dir, net, _signature_of_text(net), checkpoint)
     if bits is not None:
         with of_the_person():

@@ -1,4 +1,4 @@
-"""Errors that are a person's mistake: one line of cause and cure."""
+"""Errors that the user can put right: one line of cause and cure."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from types import ModuleType
 
 
 class UsageError(Exception):
-    """Something a person can put right: the message states the cause and the cure, in one line.
+    """A mistake that the user can put right; the message is one line of cause and cure.
 
-    The launcher prints it and exits with code 2. Mistakes in a model's own description raise
-    ordinary ``TypeError`` and ``ValueError``; this class is for what is outside the model: files,
-    data, run directories, missing extras, a loss that is no longer finite.
+    The launcher prints it and exits with code 2. Mistakes in the description of a model raise
+    ``TypeError`` and ``ValueError``. This class is for everything outside the model: files, data,
+    run directories, missing extras, a loss that is not finite.
     """
 
 
 class UsageWarning(UserWarning):
-    """Something a person should look at, of which a run may be right all the same.
+    """Something the user should look at, although the run may be right.
 
-    The launcher prints its message in one line.
+    The launcher prints the message in one line.
     """
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Imports `module`, or says which extra to install.
+    """Imports `module`, or tells which extra to install.
 
     Args:
       module: the dotted name of a module that only one feature needs.
-      extra: the extra in setup.cfg that brings it.
+      extra: the extra in setup.cfg that installs it.
 
     Returns:
       The module.
@@ -49,14 +49,14 @@ def require(module: str, extra: str) -> ModuleType:
 
 @contextlib.contextmanager
 def of_the_machine(cure: str) -> Iterator[None]:
-    """Turns what the operating system refuses, such as a write to a full disk, into a UsageError.
+    """Turns errors of the operating system, such as a full disk, into a UsageError.
 
     Args:
-      cure: what a person can do about it.
+      cure: what the user can do about it.
 
     Raises:
-      UsageError: for an OSError, and for the ValueError that TensorStore makes of one. A closed
-        pipe is no error of the machine and stays as it is.
+      UsageError: for an OSError, and for the ValueError that TensorStore raises for one. A
+        BrokenPipeError is raised as it is.
     """
     try:
         yield
@@ -68,10 +68,11 @@ def of_the_machine(cure: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def of_the_person() -> Iterator[None]:
-    """Turns errors of construction, where all values are a person's, into a UsageError of one line.
+    """Turns errors of code that handles the user's values only into a UsageError of one line.
 
     Raises:
-      UsageError: for what wrong values, names and types raise, with our notes of where it was.
+      UsageError: for errors of wrong values, names and types, with the notes that say in which
+        layer.
     """
     try:
         yield
@@ -84,7 +85,7 @@ def of_the_person() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an error says, or its name if it says nothing.
+    """The first line of an error's message, or its class if it has no message.
 
     >>> one_line(ValueError('too long\\nby far')), one_line(KeyError('no such name'))
     ('too long', 'no such name')
@@ -95,7 +96,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _refusal(error: OSError | ValueError) -> str:
-    """What the operating system said; an error of another origin is raised again."""
+    """The message of the operating system; an error of another origin is raised again."""
     if isinstance(error, OSError):
         where = f' ({error.filename})' if error.filename else ''
         return (error.strerror or str(error) or type(error).__name__).splitlines()[0] + where

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 
 import layercomb_kernels
 from layercomb import paths, trees
+from layercomb.checks import Size, check_value
 from layercomb.errors import UsageError, of_the_machine, require
 from layercomb.interop.safetensors import save_weights
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.model import Model, embeddings
 from layercomb.shapes import shape_dtype
-from layercomb.supervised.decoding.numbers import whole
 from layercomb.supervised.decoding.prompts import checked, fresh_state, logits_of
 from layercomb.supervised.decoding.prompts import max_len as longest
 from layercomb.transforms.unstacking import unstack, unstack_state
@@ -117,12 +117,14 @@ def write(
       The size in bytes of each file written, by its name.
 
     Raises:
-      ValueError: if a size is no whole number of at least 1.
+      TypeError: if a size is no int.
+      ValueError: if one is below 1.
       UsageError: if the directory holds anything or cannot be written, or an extra is missing; and
         as for `decode_programs`.
     """
     require('flatbuffers', 'export')  # jax would ask for it as late as in serialize
-    batch_size, max_len = whole('batch_size', batch_size), _room(model, max_len)
+    batch_size = check_value('export', 'batch_size', batch_size, Size)
+    max_len = _room(model, max_len)
     path = paths.local(out, 'out')
     with of_the_machine('choose another directory'):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -161,9 +163,10 @@ def decode_programs(
 
     Raises:
       UsageError: if it is no language model, or `max_len` is more than the model's.
-      ValueError: if a size is no whole number of at least 1.
+      TypeError: if a size is no int.
+      ValueError: if one is below 1.
     """
-    batch_size = whole('batch_size', batch_size)
+    batch_size = check_value('export', 'batch_size', batch_size, Size)
     layer, given, state = checked(model)
     if model.layer.n_in != 1:
         raise UsageError(f'export takes a language model: this one has {model.layer.n_in} inputs')
@@ -214,7 +217,7 @@ def _no_locations() -> Iterator[None]:
 def _room(model: Model, max_len: int | None) -> int:
     """How many positions the caches hold."""
     limit = longest(model.layer)
-    room = (limit or _MAX_LEN) if max_len is None else whole('max_len', max_len)
+    room = check_value('export', 'max_len', max_len, Size | None) or limit or _MAX_LEN
     if limit is not None and room > limit:
         raise UsageError(f"max_len={room} is more than the model's {limit}: ask for fewer")
     return room

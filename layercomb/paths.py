@@ -1,7 +1,6 @@
-"""Where files are: every path that a person gives is read here, once, before anything is made.
+"""Paths that the user gives: each is read here, once, before anything is written.
 
-A relative path means the directory that the process is in at that moment: what is returned is
-absolute, so that a later `os.chdir` changes nothing.
+The result is absolute, so a later `os.chdir` does not change what a relative path means.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ _URL = re.compile(r'([A-Za-z][A-Za-z0-9+.-]+):/')
 
 
 def local(path: Any, what: str, folder: Path | None = None) -> Path:
-    """A path on this machine, absolute, with `~` and `~user` expanded; nothing is made or read.
+    """A path on this machine, absolute, with `~` and `~user` expanded; no file is read or made.
 
     Args:
-      path: str, bytes or `os.PathLike`; a glob pattern may be one.
+      path: a path or a glob pattern, as str, bytes or `os.PathLike`.
       what: the name of the argument, for messages.
-      folder: what a relative path goes from; by default the directory of the process.
+      folder: what a relative path starts from; by default the working directory.
 
     Raises:
       TypeError: if it is no path.
-      UsageError: if it is empty, a URL (``gs://…``, ``file://…``), or names a home directory or a
-        working directory that is not there.
+      UsageError: if it is empty or a URL (``gs://…``, ``file://…``), if it starts from a home
+        directory that does not exist, or if the working directory does not exist any more.
 
     >>> local('/data/../texts', 'pattern').as_posix()
     '/data/../texts'
@@ -69,10 +68,14 @@ def local(path: Any, what: str, folder: Path | None = None) -> Path:
 
 
 def check_can_hold(directory: Path) -> None:
-    """Raises the OSError that writing into a directory would, as far as it shows; makes nothing.
+    """Raises the OSError that writing into a directory would raise, as far as that can be known.
 
     Args:
-      directory: absolute; it, and directories above it, need not exist yet.
+      directory: absolute; it and its parents need not exist yet. Nothing is made.
+
+    Raises:
+      NotADirectoryError, PermissionError: if it, or its nearest existing parent, is a file or may
+        not be written.
     """
     there = next(path for path in (directory, *directory.parents) if _exists(path))
     if not there.is_dir():
@@ -83,7 +86,7 @@ def check_can_hold(directory: Path) -> None:
 
 @contextlib.contextmanager
 def whole(out: Path) -> Iterator[Path]:
-    """A place to make a directory, which moves to `out` when all is written, or vanishes.
+    """A path to write a directory to: it becomes `out` at the end, or is removed after an error.
 
     Args:
       out: absolute; an empty directory, or one that does not exist yet.
@@ -101,14 +104,14 @@ def whole(out: Path) -> Iterator[Path]:
     except BaseException:
         if folder != out.parent:
             shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # others may have put something there meanwhile
+        with contextlib.suppress(OSError):  # another process may have written there
             for parent in made:
                 parent.rmdir()
         raise
 
 
 def check_for_arrays(path: Path) -> None:
-    """Raises UsageError for a directory that TensorStore, which writes arrays, does not take."""
+    """Raises a UsageError if TensorStore, which writes checkpoints, cannot use a path."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -125,7 +128,7 @@ def check_for_arrays(path: Path) -> None:
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path as text that any UTF-8 can hold: bytes of its name that are none become U+FFFD.
+    """A path as valid UTF-8 text: other bytes of its name become U+FFFD.
 
     >>> shown('run\\udcff')
     'run\ufffd'
@@ -134,7 +137,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 def _at_home(text: str, what: str) -> str:
-    """The path with its home directory, where it begins with one."""
+    """The path with `~` or `~user` expanded, if it begins so."""
     if not text.startswith('~'):
         return text
     user = text.partition('/')[0]
@@ -148,7 +151,7 @@ def _at_home(text: str, what: str) -> str:
 
 
 def _exists(path: Path) -> bool:
-    """Whether something has this name, a link to nothing too."""
+    """Whether the path exists; a broken link does."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):

@@ -149,6 +149,24 @@ def check_width(x: Any, width: int) -> None:
         )
 
 
+def nearest_divisor(n: int, to: int) -> int:
+    """The divisor of `n` nearest to a number.
+
+    >>> nearest_divisor(96, 30)
+    32
+    """
+    return min((i for i in range(1, n + 1) if n % i == 0), key=lambda i: abs(i - to))
+
+
+def nearest_multiple(n: int, of: int) -> int:
+    """The positive multiple of a number nearest to `n`.
+
+    >>> nearest_multiple(100, 64)
+    128
+    """
+    return max(1, round(n / of)) * of
+
+
 def _describe_one(x: Any) -> str:
     if not (hasattr(x, 'shape') and hasattr(x, 'dtype')):
         return type(x).__name__

@@ -1,4 +1,4 @@
-"""Which files a pattern means, and which of them a split has."""
+"""The files that a pattern matches, and those of a split."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from layercomb.errors import UsageError
 
 @dataclass(frozen=True)
 class Kind:
-    """What files of a directory are wanted.
+    """A kind of files, for patterns that are directories.
 
     Attributes:
-      word: what messages call one.
+      word: what messages call such a file.
       content: what messages say that a directory should hold.
-      belongs: whether the file at a path is one.
+      belongs: whether the file at a path is of this kind.
     """
 
     word: str
@@ -31,18 +31,18 @@ class Kind:
 def matching(
     pattern: str | bytes | os.PathLike[str], split: str | None, kind: Kind
 ) -> tuple[str, ...]:
-    """The files that a pattern means, absolute, in the order of their paths.
+    """The files that a pattern matches: absolute paths, sorted.
 
     Args:
       pattern: a glob pattern, where `**` stands for any directories and `~` for the home; or a
-        directory, for all files of the kind in it (hidden ones are passed over). A relative one
-        means the directory of the process at this moment.
-      split: None for all, or 'train', 'valid', 'test' for about 90, 5 and 5 % of them, which go by
-        a checksum of the path below the pattern's fixed part.
-      kind: which files of a directory are meant.
+        directory, for all files of the kind in it, except hidden ones. A relative pattern starts
+        from the working directory.
+      split: None for all files, or 'train', 'valid', 'test' for about 90, 5 and 5 % of them, chosen
+        by a checksum of the path below the pattern's fixed part.
+      kind: which files of a directory to take.
 
     Raises:
-      TypeError: if the pattern is no string.
+      TypeError: if the pattern is no path.
       ValueError: if there is no such split.
       UsageError: if it is no path, or no file is left.
     """
@@ -74,7 +74,7 @@ def matching(
 
 
 def read(path: str) -> bytes:
-    """What a file holds.
+    """The bytes of a file.
 
     Raises:
       UsageError: if it cannot be read.
@@ -86,7 +86,7 @@ def read(path: str) -> bytes:
 
 
 def walk(root: str, skip: Iterable[str] = ()) -> list[str]:
-    """The files below a directory, sorted; hidden ones and the directories in `skip` left out."""
+    """The files below a directory, sorted, without hidden ones and the directories in `skip`."""
     found = []
     for directory, names, files in os.walk(root):
         names[:] = [name for name in names if name not in skip and not name.startswith('.')]
@@ -101,12 +101,12 @@ def check_split(split: str) -> None:
 
 
 def of_split(files: Iterable[str], root: str, split: str) -> list[str]:
-    """Those files below `root` that a split has."""
+    """The files below `root` that belong to a split."""
     return [path for path in files if _split_of(os.path.relpath(path, root)) == split]
 
 
 def is_utf8(document: bytes) -> bool:
-    """Whether bytes are text."""
+    """Whether bytes are valid UTF-8."""
     try:
         document.decode('utf-8')
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Grain iterators whose state is a few numbers: imports Grain, so only the pipelines import it."""
+"""Grain iterators with a small state. This imports Grain, so only the pipelines import it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 import grain
 import numpy as np
 
-from layercomb.data.packing import Arrays, encode_checked, window
-from layercomb.data.tokenizers import Tokenizer
+from layercomb.data.adapted import Adapted
+from layercomb.data.packing import Arrays, window
 
 _AHEAD = 8  # elements read before they are asked for
 _BATCHES_AHEAD = 4  # batches made before they are asked for
-_SAMPLES = 8  # examples by which a data set is known again
+_SAMPLES = 8  # examples whose checksums identify a data set
 
 
 class _ReadAhead:
-    """The elements of a data set by index, the next few of them read in a thread.
+    """The elements of a data set by index; the next few are read ahead in a thread.
 
-    Unlike a daemon thread, which the interpreter may kill inside Grain's C++ when it exits (and
-    then aborts), the thread of an executor is waited for.
+    The interpreter waits for the thread of an executor when it exits. A daemon thread may be killed
+    inside Grain's C++, which then aborts.
     """
 
     def __init__(self, dataset: grain.MapDataset):
@@ -43,17 +43,17 @@ class _ReadAhead:
 
 
 class Examples(grain.IterDataset):
-    """Batches of examples that have one shape, in order.
+    """Batches of examples of one shape, in order.
 
-    The state is the number of examples taken, by all hosts together, so a run may go on with
-    another batch size, or on another number of hosts, from the next example that it has not seen.
+    The state is the number of examples that all hosts together have taken. So a run can go on with
+    another batch size or number of hosts, from the next example that it has not seen.
 
     Attributes:
-      examples: tuples of arrays by random access, shuffled and repeated as wanted.
+      examples: tuples of arrays with random access, already shuffled and repeated.
       batch_size: rows of a batch, on this host.
       shard: (index, count) of this host, which takes every count-th example.
       stack: a function from the examples of a batch to the batch.
-      padding: an example that fills the last batch; None drops what does not fill one.
+      padding: an example that fills up the last batch; None drops an incomplete batch.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Examples(grain.IterDataset):
         return self.batch_size * self.shard[1]
 
     def identity(self) -> dict[str, Any]:
-        """By what it is known again: see `identity_of`."""
+        """What identifies the data when a run is resumed: see `identity_of`."""
         return {'rows': self.n_rows, **identity_of(self.examples)}
 
 
@@ -96,7 +96,7 @@ class _ExampleIterator(grain.DatasetIterator):
         return batch
 
     def _from(self, start: int) -> Any:
-        """The batches from an example on, a few of them made in a thread before they are asked."""
+        """The batches from example `start` on; a thread makes a few of them ahead."""
         given, (index, count) = self._dataset, self._dataset.shard
         if start >= len(given.examples):
             return iter(())
@@ -114,23 +114,23 @@ class _ExampleIterator(grain.DatasetIterator):
         return {'examples': self._taken}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        # Checkpoints of earlier versions count batches, of the size that they have now.
+        # Checkpoints of earlier versions count batches of the present size.
         counted = 'examples' in state
         self._taken = state['examples'] if counted else state['next_index'] * self._dataset.n_rows
         self._batches = None
 
 
 def identity_of(examples: grain.MapDataset) -> dict[str, Any]:
-    """By what a data set is known again: how many examples it has, and checksums of a few of them.
+    """What identifies a data set: how many examples it has, and checksums of a few of them.
 
-    Those are spread over an epoch, in the order in which they are taken, so another seed, another
-    source or one of another length gives others.
+    The few are spread over an epoch, in the order in which they are taken. So another seed, another
+    source, or a source of another length has another identity.
 
     Args:
-      examples: tuples of arrays, or documents, by random access.
+      examples: tuples of arrays, or documents, with random access.
 
     Returns:
-      ``n``, of one epoch, and ``samples``: what JSON can hold.
+      ``n``, the examples of one epoch, and ``samples``, their checksums; JSON can hold both.
     """
     source = examples
     while source.parents:
@@ -151,20 +151,20 @@ def _checksum(example: Any) -> int:
 
 
 class PackedDocuments(grain.IterDataset):
-    """Windows of the endless text eos, document, eos, document, …, each `length` long.
+    """Windows of the text eos, document, eos, document, …
 
-    Yields (inputs, targets, loss_weights), (L,) int32, int32 and float32. The state is where the
-    next window starts, a document and an offset, so resuming reads one document again. (Grain's
-    own concatenation keeps tuples in its state; they come back from JSON as lists, and it then
-    loses a document.)
+    Yields (inputs, targets, loss_weights), (L,) int32, int32 and float32. The state is the document
+    and the offset where the next window starts, so resuming reads one document again. (Grain's own
+    concatenation keeps tuples in its state; JSON turns them into lists, and then it loses a
+    document.)
 
     Attributes:
-      documents: text by random access, shuffled and repeated as wanted.
-      length: of a window.
+      documents: texts with random access, already shuffled and repeated.
+      length: L, of a window.
       tokenizer: what encodes the documents.
     """
 
-    def __init__(self, documents: grain.MapDataset, length: int, tokenizer: Tokenizer):
+    def __init__(self, documents: grain.MapDataset, length: int, tokenizer: Adapted):
         super().__init__(documents)
         self.documents, self.length, self.tokenizer = documents, length, tokenizer
 
@@ -172,7 +172,7 @@ class PackedDocuments(grain.IterDataset):
         return _PackedIterator(self)
 
     def identity(self) -> dict[str, Any]:
-        """By what it is known again: see `identity_of`."""
+        """What identifies the data when a run is resumed: see `identity_of`."""
         return {'length': self.length, **identity_of(self.documents)}
 
 
@@ -205,7 +205,7 @@ class _PackedIterator(grain.DatasetIterator):
         if self._encoded is None or self._encoded[0] != document:
             ids = np.zeros(0, np.int32)
             if document < len(self._documents):
-                ids = encode_checked(self._documents[document], self._tokenizer)
+                ids = self._tokenizer.encode(self._documents[document])
             eos = np.array([self._tokenizer.eos_id], np.int32)
             self._encoded = document, np.concatenate([eos, ids])
         return self._encoded[1]
@@ -220,14 +220,13 @@ class _PackedIterator(grain.DatasetIterator):
 class Buckets(grain.IterDataset):
     """Batches of examples of about the same length.
 
-    An example goes to the first bucket that is long enough, or is cut to the last one; a bucket
-    that is full leaves as a batch, padded with zeros to its boundary. When the examples end, what
-    is left in the buckets leaves from the shortest to the longest, padded with empty rows. The
-    state is the next example and the numbers of those that wait: they are fetched again on
-    resuming.
+    An example goes to the shortest bucket that holds it, or is cut to the longest one. A full
+    bucket becomes a batch, padded with zeros to its boundary. When the examples end, the buckets
+    are emptied from the shortest to the longest, padded with empty rows. The state is the number of
+    the next example and of those that wait in buckets, which are read again when it is resumed.
 
     Attributes:
-      examples: tuples of 1-D arrays by random access, of which the last is the loss weights.
+      examples: tuples of 1-D arrays with random access; the last array holds the loss weights.
       boundaries: the lengths of the buckets, increasing.
       batch_sizes: rows in a batch of each bucket.
     """
@@ -242,7 +241,7 @@ class Buckets(grain.IterDataset):
         return _BucketIterator(self)
 
     def identity(self) -> dict[str, Any]:
-        """By what it is known again: see `identity_of`; how long buckets are is none of it."""
+        """What identifies the data, see `identity_of`, and the sizes of its batches as `rows`."""
         rows = [list(self.boundaries), list(self.batch_sizes)]
         return {'rows': rows, **identity_of(self.examples)}
 
@@ -268,7 +267,7 @@ class _BucketIterator(grain.DatasetIterator):
         return self._leave(bucket)
 
     def _full(self) -> int | None:
-        """A bucket from which a batch can leave, if there is one."""
+        """A bucket that is full, if there is one."""
         sizes = zip(self._waiting, self._batch_sizes, strict=True)
         return next((i for i, (waiting, size) in enumerate(sizes) if len(waiting) >= size), None)
 
@@ -280,7 +279,7 @@ class _BucketIterator(grain.DatasetIterator):
     def _leave(self, bucket: int) -> Arrays:
         size = self._batch_sizes[bucket]
         waiting, self._waiting[bucket] = self._waiting[bucket][:size], self._waiting[bucket][size:]
-        # Those that waited when the run was stopped are fetched again.
+        # Examples that waited when the run was stopped are read again.
         examples = [self._fetched.pop(i, None) or self._examples[i] for i in waiting]
         shape = size, self._boundaries[bucket]  # (B, L)
         columns = zip(*examples, strict=True)
@@ -297,6 +296,6 @@ class _BucketIterator(grain.DatasetIterator):
         self._next, self._fetched = state['next'], {}
         self._waiting = [[] for _ in self._boundaries]
         for i in sorted(i for waiting in state['waiting'] for i in waiting):
-            # Sorted anew, since a run may go on with other buckets.
+            # A run may go on with other buckets, so examples are sorted anew.
             self._fetched[i] = self._examples[i]
             self._waiting[self._bucket_of(self._fetched[i])].append(i)

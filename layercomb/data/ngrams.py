@@ -1,24 +1,27 @@
-"""Byte models that count: what any neural model must beat."""
+"""Byte models that count: baselines for language models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from layercomb.data import checks
+from layercomb.checks import Bound, checked
+from layercomb.data.checks import Source
 from layercomb.data.packing import token_stream
 from layercomb.data.tokenizers import ByteTokenizer
 from layercomb.errors import UsageError
 
 _MAX_ORDER = 3  # a context and the byte after it fit in 32 bits
+Order = Annotated[int, Bound(0, high=_MAX_ORDER)]
 
 
+@checked
 def witten_bell_bits_per_byte(
-    train: Sequence[str | bytes],
-    valid: Sequence[str | bytes],
-    orders: Sequence[int] = (1, 2, 3),
+    train: Source[str | bytes],
+    valid: Source[str | bytes],
+    orders: Sequence[Order] = (1, 2, 3),
 ) -> dict[int, float]:
     """Returns the bits per byte of interpolated Witten–Bell models of bytes.
 
@@ -28,8 +31,8 @@ def witten_bell_bits_per_byte(
         p(b | h) = (c(h, b) + t(h) p(b | h')) / (c(h) + t(h))
 
     and below the empty context all 256 bytes are equally likely. Documents are joined by NUL, and
-    the separators are predicted like every other byte: just what `packed` with a `ByteTokenizer`
-    asks of a model, so the figures compare.
+    the separators are predicted like every other byte. This is the task that `packed` with a
+    `ByteTokenizer` gives a model, so the figures can be compared.
 
     Args:
       train: documents to count.
@@ -40,6 +43,7 @@ def witten_bell_bits_per_byte(
       Bits per byte on `valid` for each order.
 
     Raises:
+      TypeError: if an order is no int.
       ValueError: if an order is not in 0 … 3, or a source holds no byte.
 
     References:
@@ -49,32 +53,34 @@ def witten_bell_bits_per_byte(
     >>> witten_bell_bits_per_byte(['abab' * 99], ['abababab'], orders=[1])[1] < 1.5
     True
     """
-    orders = _checked_orders(orders)
+    _check_orders('witten_bell_bits_per_byte', orders)
     asked = _padded_stream('valid', valid)
     wanted, times = np.unique(_grams(asked, _MAX_ORDER), return_counts=True)
     known = np.full(wanted.shape, _MAX_ORDER)
     return _bits(_padded_stream('train', train), wanted, known, times, orders)
 
 
+@checked
 def witten_bell_bits_on_batches(
-    train: Sequence[str | bytes],
+    train: Source[str | bytes],
     batches: Iterable[tuple[Any, ...]],
-    orders: Sequence[int] = (1, 2, 3),
+    orders: Sequence[Order] = (1, 2, 3),
 ) -> dict[int, float]:
-    """Returns the bits per byte of the same models on the targets of batches, and on no others.
+    """Returns the bits per byte of the same models on the targets of batches.
 
-    Just what a neural model is measured on: a target's context is what its row holds before it, so
-    the first ones of a row are predicted by models of lower order.
+    A neural model is measured on the same targets with the same contexts: the bytes before a target
+    in its row. So models of lower order predict the first targets of a row.
 
     Args:
       train: documents to count.
-      batches: (inputs, targets, loss_weights), (B, L) bytes, bytes and weights.
+      batches: batches of (inputs, targets, loss_weights): (B, L) bytes, bytes and weights.
       orders: numbers of context bytes, 0 … 3.
 
     Returns:
       Weighted mean of the bits per byte for each order.
 
     Raises:
+      TypeError: if an order is no int.
       ValueError: if an order is not in 0 … 3, or `train` holds no byte.
       UsageError: if the batches are not of bytes, or no target counts.
 
@@ -82,7 +88,7 @@ def witten_bell_bits_on_batches(
     >>> witten_bell_bits_on_batches(['abab' * 99], [batch], orders=[1])[1] < 0.2
     True
     """
-    orders = _checked_orders(orders)
+    _check_orders('witten_bell_bits_on_batches', orders)
     columns = [_grams_of_batch(batch) for batch in batches]
     if not any(times.size for _, _, times in columns):
         raise UsageError('no target in the batches counts: byte models have nothing to predict')
@@ -90,14 +96,9 @@ def witten_bell_bits_on_batches(
     return _bits(_padded_stream('train', train), wanted, known, times, orders)
 
 
-def _checked_orders(orders: Sequence[int]) -> list[int]:
-    try:
-        checked = [checks.integer('order', n, 0, _MAX_ORDER) for n in orders]
-    except (TypeError, ValueError):
-        checked = []
-    if not checked:
-        raise ValueError(f'orders={orders!r}: give numbers of context bytes from 0 to {_MAX_ORDER}')
-    return checked
+def _check_orders(owner: str, orders: Sequence[int]) -> None:
+    if not orders:
+        raise ValueError(f'{owner}: orders is empty: give numbers of context bytes')
 
 
 def _bits(
@@ -107,7 +108,7 @@ def _bits(
     times: np.ndarray,
     orders: Sequence[int],
 ) -> dict[int, float]:
-    """Mean bits of grams, of whose context bytes `known` are known and that count `times`."""
+    """Mean bits of grams for each order; each has `known` context bytes and the weight `times`."""
     p = np.full(wanted.shape, 1 / 256)
     bits = {}
     for order in range(max(orders) + 1):
@@ -118,7 +119,7 @@ def _bits(
 
 
 def _grams_of_batch(batch: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every target that counts with the bytes before it, how many these are, and its weight."""
+    """Each target of weight above 0 with the bytes before it, their number, and its weight."""
     if len(batch) != 3 or not all(_are_bytes(np.asarray(x)) for x in batch[:2]):
         raise UsageError(
             'byte models need batches (inputs, targets, loss_weights) of bytes, as a ByteTokenizer '
@@ -140,7 +141,7 @@ def _are_bytes(tokens: np.ndarray) -> bool:
     return bool(tokens.ndim == 2 and tokens.dtype.kind in 'iu' and (tokens & 255 == tokens).all())
 
 
-def _padded_stream(name: str, source: Sequence[str | bytes]) -> np.ndarray:
+def _padded_stream(name: str, source: Source[str | bytes]) -> np.ndarray:
     stream = token_stream(source, ByteTokenizer())
     if stream.size == len(source) + 1:
         raise ValueError(f'{name} holds no byte: there is nothing to count')

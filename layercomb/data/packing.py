@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from layercomb.data.adapted import adapted
+from layercomb.data.checks import Source
 from layercomb.data.tokenizers import Tokenizer
 
 Arrays = tuple[np.ndarray, ...]
 
 
-def token_stream(source: Sequence[str | bytes], tokenizer: Tokenizer) -> np.ndarray:
+def token_stream(source: Source[str | bytes], tokenizer: Tokenizer) -> np.ndarray:
     """Returns all documents of `source` as one array: eos, document, eos, document, …, eos.
 
-    It starts with a separator, so the first token of every document has something to be predicted
-    from.
+    It starts with a separator, from which the first token of the first document is predicted.
 
     Args:
       source: documents.
@@ -28,6 +28,7 @@ def token_stream(source: Sequence[str | bytes], tokenizer: Tokenizer) -> np.ndar
       Token ids in the smallest unsigned type that holds the vocabulary, (N,).
 
     Raises:
+      TypeError: if a document is no text, or the tokenizer is refused, see `adapted`.
       ValueError: if the tokenizer gives ids outside its vocabulary.
 
     >>> from layercomb.data.tokenizers import ByteTokenizer
@@ -39,33 +40,16 @@ def token_stream(source: Sequence[str | bytes], tokenizer: Tokenizer) -> np.ndar
     eos = np.array([tokenizer.eos_id], dtype)
     pieces = [eos]
     for i in range(len(source)):
-        pieces += [encode_checked(source[i], tokenizer).astype(dtype), eos]
+        pieces += [tokenizer.encode(source[i]).astype(dtype), eos]
     return np.concatenate(pieces)
 
 
-def encode_checked(document: str | bytes, tokenizer: Tokenizer) -> np.ndarray:
-    """Encodes a document and proves that its ids lie inside the vocabulary.
-
-    Args:
-      document: text.
-      tokenizer: what encodes it.
-
-    Returns:
-      Token ids, (L,) int32.
-
-    Raises:
-      TypeError: if the document is no text, or the tokenizer gives no ids.
-      ValueError: if an id is outside the vocabulary.
-    """
-    return adapted(tokenizer).encode(document)
-
-
 def window(tokens: np.ndarray, length: int) -> Arrays:
-    """Returns tokens as (inputs, targets, loss_weights), what is missing at the end padded.
+    """Returns tokens as (inputs, targets, loss_weights), padded at the end.
 
     Args:
-      tokens: at most length + 1 of them.
-      length: of what is returned.
+      tokens: at most length + 1 token ids.
+      length: L, of each array that is returned.
 
     Returns:
       (L,) int32, int32 and float32; padding is token 0 with weight 0.
@@ -81,8 +65,8 @@ def window(tokens: np.ndarray, length: int) -> Arrays:
 class Windows(Sequence[Arrays]):
     """All windows of a token stream, as examples (inputs, targets, loss_weights).
 
-    A window ends where the next one starts to predict: every token but the stream's first is a
-    target once. The last window is padded with weight 0.
+    The last token of a window is the first of the next one, so every token but the stream's first
+    is a target once. The last window is padded with weight 0.
 
     Attributes:
       stream: token ids, (N,), N > 1.

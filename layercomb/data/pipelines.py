@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layercomb.checks import Size, checked
 from layercomb.data import checks
-from layercomb.data.packing import Arrays, Windows, encode_checked, token_stream
+from layercomb.data.adapted import Adapted, adapted
+from layercomb.data.checks import Seed, Shard, Source
+from layercomb.data.packing import Arrays, Windows, token_stream
 from layercomb.data.tokenizers import ByteTokenizer, Tokenizer
 from layercomb.errors import UsageError, require
 
@@ -17,29 +20,30 @@ if TYPE_CHECKING:
     import grain
 
 
+@checked
 def batches(
-    source: Sequence[Arrays],
-    batch_size: int,
+    source: Source[Arrays],
+    batch_size: Size,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     shuffle: bool = True,
-    num_epochs: int | None = None,
-    shard: tuple[int, int] = (0, 1),
+    num_epochs: Size | None = None,
+    shard: Shard = (0, 1),
 ) -> grain.IterDataset:
     """Returns batches of examples that all have one shape, such as those of `duplication`.
 
-    The batches depend on the arguments alone. Their iterator's `get_state()` is the number of
-    examples taken, whatever a thread has made ahead, and goes through JSON; `set_state` on an
-    iterator of an equal data set, whose batch size may differ, goes on from there. With
-    `shard=(i, n)`, n hosts take the rows of batches n times as large, so training does not depend
-    on how many they are, and all get equally many batches.
+    The batches depend on the arguments alone. The iterator's `get_state()` holds the number of
+    examples taken, not counting those that a thread has made ahead, and can be written as JSON;
+    `set_state` on an iterator of an equal data set, whose batch size may differ, goes on from
+    there. With `shard=(i, n)`, n hosts share the rows of batches n times as large: training does
+    not depend on the number of hosts, and all get equally many batches.
 
     Args:
       source: a sequence of (inputs, targets, …, loss_weights), numpy arrays.
       batch_size: rows of a batch, on this host.
       seed: of the order.
       shuffle: whether to take the examples in another order each epoch.
-      num_epochs: how often to go through the source; None for ever. At the end of the last one
+      num_epochs: how often to go through the source; None for ever. At the end of the last epoch
         the batch is filled with zeros, of weight 0.
       shard: (index, count) of this host.
 
@@ -51,13 +55,12 @@ def batches(
       ValueError: if one is out of range.
       UsageError: if Grain is not installed.
     """
-    batch_size = checks.integer('batch_size', batch_size, 1)
-    if not isinstance(first := checks.source(source)[0], tuple) or len(first) < 3:
+    shard = checks.shard('batches', shard)
+    if not isinstance(first := checks.source('batches', source)[0], tuple) or len(first) < 3:
         raise TypeError(
             f'batches takes (inputs, targets, loss_weights), and the source holds '
             f'{type(first).__name__}: use data.packed or data.bucketed for documents'
         )
-    shard = checks.shard(shard)
     examples = _in_order(source, seed, shuffle, num_epochs)
     from layercomb.data import iterators
 
@@ -65,23 +68,24 @@ def batches(
     return iterators.Examples(examples, batch_size, shard, _stacked, padding)
 
 
+@checked
 def packed(
-    source: Sequence[str | bytes],
-    length: int,
-    batch_size: int,
+    source: Source[str | bytes],
+    length: Size,
+    batch_size: Size,
     tokenizer: Tokenizer = ByteTokenizer(),
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     shuffle: bool = True,
-    num_epochs: int | None = None,
+    num_epochs: Size | None = None,
     streaming: bool = False,
-    shard: tuple[int, int] = (0, 1),
+    shard: Shard = (0, 1),
 ) -> grain.IterDataset:
     """Returns batches of windows of the text eos, document, eos, document, …, eos.
 
     Inputs are the tokens of a window, targets the tokens after them. In an epoch every token of
     every document, and the separator after it, is a target once. The last window is padded with
-    weight 0. About order, resuming and hosts, see `batches`.
+    weight 0. For order, resuming and hosts, see `batches`.
 
     Args:
       source: a sequence of documents, str or bytes.
@@ -93,8 +97,8 @@ def packed(
         epoch.
       num_epochs: how often to go through the source; None for ever.
       streaming: False keeps all tokens in memory (a byte each with `ByteTokenizer`); True reads
-        documents as they are needed. Hosts then share out the documents, except when `num_epochs`
-        is given: each then reads all and keeps its rows, so that all get equally many batches.
+        documents as they are needed. Then each host reads documents of its own if `num_epochs` is
+        None; otherwise each reads all and keeps its rows, so that all get equally many batches.
       shard: (index, count) of this host.
 
     Returns:
@@ -105,18 +109,16 @@ def packed(
       ValueError: if one is out of range.
       UsageError: if the source holds no text, or Grain is not installed.
     """
-    length = checks.integer('length', length, 1)
-    batch_size = checks.integer('batch_size', batch_size, 1)
-    tokenizer = checks.tokenizer(tokenizer)
-    checks.source(source)
+    tokenizer, shard = adapted(tokenizer, 'packed'), checks.shard('packed', shard)
+    checks.source('packed', source)
     nothing = UsageError(f'the {len(source)} documents are empty: give a source that holds text')
-    if checks.flag('streaming', streaming):
-        # The first one that is not empty ends it, so this hardly ever reads a second.
-        if not any(encode_checked(source[i], tokenizer).size for i in range(len(source))):
+    if streaming:
+        # The first document that is not empty ends the search, so a second is hardly ever read.
+        if not any(tokenizer.encode(source[i]).size for i in range(len(source))):
             raise nothing
         return _streamed(
             _in_order(source, seed, shuffle, num_epochs),
-            length, batch_size, tokenizer, checks.shard(shard), endless=num_epochs is None,
+            length, batch_size, tokenizer, shard, endless=num_epochs is None,
         )  # fmt: skip
     stream = token_stream(source, tokenizer)
     if stream.size == len(source) + 1:
@@ -131,57 +133,56 @@ def packed(
     )
 
 
+@checked
 def bucketed(
-    source: Sequence[Any],
-    boundaries: Sequence[int],
-    batch_sizes: Sequence[int],
+    source: Source[Any],
+    boundaries: Sequence[Size],
+    batch_sizes: Sequence[Size],
     tokenizer: Tokenizer = ByteTokenizer(),
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     shuffle: bool = True,
-    num_epochs: int | None = None,
-    shard: tuple[int, int] = (0, 1),
+    num_epochs: Size | None = None,
+    shard: Shard = (0, 1),
 ) -> grain.IterDataset:
     """Returns batches of whole documents of about the same length.
 
-    A document becomes inputs `eos, tokens` and targets `tokens, eos`, and waits in the first
-    bucket that is long enough until the bucket is full; longer ones are cut to the last boundary.
-    So there are as many shapes of batches as there are buckets. About order, resuming and hosts,
-    see `batches`; each host reads all documents, and all are given the same shapes.
+    A document becomes inputs `eos, tokens` and targets `tokens, eos`, and waits in the shortest
+    bucket that holds it until that bucket is full. A document longer than the last boundary is cut
+    to it. There are as many shapes of batches as buckets. For order, resuming and hosts, see
+    `batches`; each host reads all documents, and all hosts get the same shapes.
 
     Args:
-      source: a sequence of documents, str or bytes, or of tuples of 1-D arrays, the last of which
-        is the loss weights: a tuple is as long as its longest array.
+      source: a sequence of documents, str or bytes; or of tuples of 1-D arrays, the last of which
+        holds the loss weights. The length of a tuple is that of its longest array.
       boundaries: lengths of the buckets, increasing.
       batch_sizes: rows of a batch in each bucket, on this host.
       tokenizer: what encodes the documents.
       seed: of the order.
       shuffle: whether to take the documents in another order each epoch.
-      num_epochs: how often to go through the source; None for ever. At the end what waits is given
-        out, padded to full batches.
+      num_epochs: how often to go through the source; None for ever. At the end the buckets are
+        emptied, padded to full batches.
       shard: (index, count) of this host.
 
     Returns:
-      A data set of (inputs, targets, loss_weights), each (B, L) of a bucket's sizes, int32, int32
-      and float32, padded with zeros; or of tuples such as the source holds.
+      A data set of (inputs, targets, loss_weights), int32, int32 and float32, each (B, L) with the
+      batch size and the boundary of a bucket, padded with zeros; or of tuples like the source's.
 
     Raises:
       TypeError: if an argument has the wrong type.
       ValueError: if one is out of range.
       UsageError: if Grain is not installed.
     """
-    boundaries = _integers('boundaries', boundaries)
-    batch_sizes = _integers('batch_sizes', batch_sizes)
-    if list(boundaries) != sorted(set(boundaries)):
-        raise ValueError(f'boundaries={boundaries}: give increasing lengths')
+    if not boundaries or list(boundaries) != sorted(set(boundaries)):
+        raise ValueError(f'bucketed: boundaries must be increasing lengths, got {boundaries!r}')
     if len(boundaries) != len(batch_sizes):
         raise ValueError(
-            f'{len(boundaries)} boundaries and {len(batch_sizes)} batch_sizes: '
+            f'bucketed: {len(boundaries)} boundaries and {len(batch_sizes)} batch_sizes: '
             'give one batch size for each boundary'
         )
-    tokenizer = checks.tokenizer(tokenizer)
-    index, count = checks.shard(shard)
-    documents = _in_order(checks.source(source), seed, shuffle, num_epochs)
+    tokenizer = adapted(tokenizer, 'bucketed')
+    index, count = checks.shard('bucketed', shard)
+    documents = _in_order(checks.source('bucketed', source), seed, shuffle, num_epochs)
     from layercomb.data import iterators
 
     examples = documents.map(partial(_as_example, tokenizer=tokenizer))
@@ -190,12 +191,11 @@ def bucketed(
 
 
 def _in_order(
-    source: Sequence[Any], seed: int, shuffle: bool, num_epochs: int | None
+    source: Source[Any], seed: int, shuffle: bool, num_epochs: int | None
 ) -> grain.MapDataset:
     grain = require('grain', 'train')
-    seed, num_epochs = checks.seed(seed), checks.epochs(num_epochs)
     dataset = grain.MapDataset.source(source)
-    if checks.flag('shuffle', shuffle):
+    if shuffle:
         dataset = dataset.shuffle(seed)
     return dataset.repeat(num_epochs)
 
@@ -204,7 +204,7 @@ def _streamed(
     documents: grain.MapDataset,
     length: int,
     batch_size: int,
-    tokenizer: Tokenizer,
+    tokenizer: Adapted,
     shard: tuple[int, int],
     endless: bool,
 ) -> grain.IterDataset:
@@ -235,7 +235,7 @@ def _rows(index: int, count: int, batch: Arrays) -> Arrays:
     return tuple(x[index::count] for x in batch)
 
 
-def _as_example(document: Any, tokenizer: Tokenizer) -> Arrays:
+def _as_example(document: Any, tokenizer: Adapted) -> Arrays:
     if isinstance(document, tuple):
         example = tuple(np.asarray(x) for x in document)
         if any(x.ndim != 1 for x in example):
@@ -244,17 +244,10 @@ def _as_example(document: Any, tokenizer: Tokenizer) -> Arrays:
                 f'{[x.shape for x in example]}: use data.batches for examples of one shape'
             )
         return example
-    ids = encode_checked(document, tokenizer)
+    ids = tokenizer.encode(document)
     eos = np.array([tokenizer.eos_id], np.int32)
     return (
         np.concatenate([eos, ids]),
         np.concatenate([ids, eos]),
         np.ones(ids.size + 1, np.float32),
     )
-
-
-def _integers(name: str, values: Any) -> tuple[int, ...]:
-    values = values.tolist() if isinstance(values, np.ndarray) else values
-    if not isinstance(values, (tuple, list)) or not values:
-        raise TypeError(f'{name}={values!r}: give a list of positive integers')
-    return tuple(checks.integer(f'an element of {name}', value, 1) for value in values)

@@ -1,4 +1,4 @@
-"""Where documents come from: sequences with random access, read when they are asked for."""
+"""Sources of documents: sequences with random access, read when they are asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from layercomb import paths
 from layercomb.data import files
 from layercomb.errors import UsageError, require
 
-# Linux distributions leave the tests out: without them the data is nearly the same everywhere.
+# Linux distributions leave out the tests; without them the data is nearly the same everywhere.
 _NOT_LIBRARY = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
 
 
@@ -71,12 +71,12 @@ def text_files(pattern: str, split: str | None = None) -> TextFiles:
 
     Args:
       pattern: a glob pattern, where `**` stands for any directories and `~` for the home; or a
-        directory, for all text files in it (UTF-8 without NUL; hidden ones are passed over).
-      split: None for all files, or 'train', 'valid', 'test' for about 90, 5 and 5 % of them, which
-        go by a checksum of the path below the pattern's fixed part.
+        directory, for all text files in it (UTF-8 without NUL), except hidden ones.
+      split: None for all files, or 'train', 'valid', 'test' for about 90, 5 and 5 % of them, chosen
+        by a checksum of the path below the pattern's fixed part.
 
     Raises:
-      TypeError: if the pattern is no string.
+      TypeError: if the pattern is no path.
       ValueError: if there is no such split.
       UsageError: if nothing is left to read.
     """
@@ -96,12 +96,12 @@ def tfds(
 ) -> Sequence[Any]:
     """Returns a data set of TensorFlow Datasets that was prepared as ArrayRecord.
 
-    TensorFlow is not needed. Prepare a data set once, on a machine that has what its builder needs:
-    `tfds build NAME --file_format=array_record`.
+    TensorFlow is not needed to read it. Prepare the data set once, on a machine where its builder
+    runs: `tfds build NAME --file_format=array_record`.
 
     Args:
-      name: the data set, with its config if it has one: 'c4/en'.
-      split: a split or a slice of one: 'train', 'train[:90%]'.
+      name: the data set, with its config if it has one, e.g. 'c4/en'.
+      split: a split or a slice of one, e.g. 'train' or 'train[:90%]'.
       data_dir: where it was prepared; by default ~/tensorflow_datasets.
       feature: the name of a text feature, for documents (bytes); or a pair such as
         ('image', 'label'), for examples (inputs, targets, loss_weights) that `batches` takes. uint8
@@ -109,7 +109,7 @@ def tfds(
 
     Raises:
       TypeError: if a name is no string.
-      UsageError: if tensorflow-datasets is missing, or the data set, split or feature is.
+      UsageError: if tensorflow-datasets, the data set, the split or the feature is missing.
     """
     names = (feature,) if isinstance(feature, str) else tuple(feature)
     if len(names) not in (1, 2) or not all(isinstance(x, str) for x in (name, split, *names)):
@@ -130,7 +130,7 @@ def tfds(
 
 @dataclass(frozen=True, eq=False)
 class Mapped(Sequence[Any]):
-    """f(x) for each x of a source, computed when it is asked for.
+    """f(x) for each x of a source, each computed when it is asked for.
 
     Attributes:
       source: a sequence.
@@ -154,16 +154,16 @@ def labelled(x: Any, label: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Args:
       x: inputs; arrays of uint8 become float32 in 0 … 1.
-      label: becomes int32.
+      label: a class, which becomes int32.
 
     Returns:
-      Both, and the weight 1.
+      (inputs, targets, loss_weights), of weight 1.
     """
     return _plain(x), _plain(label), np.ones((), np.float32)
 
 
 def tfds_records(name: str, split: str, data_dir: str | None, features: Sequence[str]) -> Any:
-    """The records of a prepared data set, which have all of `features`.
+    """The records of a prepared data set; each has all of `features`.
 
     Raises:
       UsageError: as `tfds`.
@@ -190,7 +190,7 @@ def _example(record: Any, inputs: str, targets: str) -> tuple[np.ndarray, np.nda
 
 
 def _plain(x: Any) -> np.ndarray:
-    """`x` in a type that models compute in."""
+    """`x` as float32 or int32, the types that models take."""
     x = np.asarray(x)
     if x.dtype == np.uint8 and x.ndim:
         return x.astype(np.float32) / np.float32(255)

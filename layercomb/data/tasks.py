@@ -5,24 +5,29 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from layercomb.data import checks
+from layercomb.checks import Bound, Size, check_value, checked
+from layercomb.data.checks import Seed
 from layercomb.data.packing import Arrays, window
 
 Example = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
+@checked
 def duplication(
-    length: int = 1024, vocab_size: int = 128, n_examples: int = 1_000_000, seed: int = 0
+    length: Annotated[int, Bound(4)] = 1024,
+    vocab_size: Annotated[int, Bound(2)] = 128,
+    n_examples: Size = 1_000_000,
+    seed: Seed = 0,
 ) -> Sequence[Example]:
     """Returns examples `0 w 0 w` of Reformer's duplication task.
 
     The word w has length / 2 − 1 symbols, each uniform in 1 … vocab_size − 1. Targets are the
     inputs one position later (and 0 after the last); the weight is 1 where the target lies in the
-    second half, which can be told from the first, and 0 elsewhere.
+    second half, which can be predicted from the first, and 0 elsewhere.
 
     Args:
       length: of the whole sequence, even, at least 4.
@@ -44,19 +49,18 @@ def duplication(
     >>> bool((inputs[:4] == inputs[4:]).all()), loss_weights
     (True, array([0., 0., 0., 1., 1., 1., 1., 0.], dtype=float32))
     """
-    length = checks.integer('length', length, 4)
-    vocab_size = checks.integer('vocab_size', vocab_size, 2)
     if length % 2:
-        raise ValueError(f'length={length}: give an even number, for two equal halves')
+        raise ValueError(f'duplication: length must be even, for two equal halves, got {length}')
     return Generated(_duplicate, (length // 2, vocab_size), n_examples, seed)
 
 
+@checked
 def copy(
-    max_length: int = 64,
-    vocab_size: int = 128,
-    min_length: int = 1,
-    n_examples: int = 1_000_000,
-    seed: int = 0,
+    max_length: Size = 64,
+    vocab_size: Annotated[int, Bound(3)] = 128,
+    min_length: Size = 1,
+    n_examples: Size = 1_000_000,
+    seed: Seed = 0,
 ) -> Sequence[Example]:
     """Returns examples `w 1 w` of copying words of many lengths.
 
@@ -81,24 +85,23 @@ def copy(
     >>> int(inputs[3]), bool((targets[3:] == inputs[:3]).all()), loss_weights
     (1, True, array([0., 0., 0., 1., 1., 1.], dtype=float32))
     """
-    max_length = checks.integer('max_length', max_length, 1)
-    min_length = checks.integer('min_length', min_length, 1, max_length)
-    vocab_size = checks.integer('vocab_size', vocab_size, 3)
+    _check_lengths('copy', min_length, max_length)
     return Generated(_copy, (min_length, max_length, vocab_size), n_examples, seed)
 
 
+@checked
 def copy_pairs(
-    max_length: int = 64,
-    vocab_size: int = 128,
-    min_length: int = 1,
-    n_examples: int = 1_000_000,
-    seed: int = 0,
+    max_length: Size = 64,
+    vocab_size: Annotated[int, Bound(2)] = 128,
+    min_length: Size = 1,
+    n_examples: Size = 1_000_000,
+    seed: Seed = 0,
 ) -> Sequence[Arrays]:
-    """Returns examples of copying words, for models from sequence to sequence.
+    """Returns examples of copying words, for encoder-decoders.
 
     The source is a word w, the decoder's inputs are `0 w`, its targets `w 0`. The length of w is
-    uniform in min_length … max_length, its symbols in 1 … vocab_size − 1; 0 ends the copy, where
-    there is a place left for it, and pads. All arrays are as long as the longest word.
+    uniform in min_length … max_length, its symbols in 1 … vocab_size − 1. 0 ends the copy, unless
+    w has the greatest length, and pads. All arrays have the length of the longest word.
 
     Args:
       max_length: L, of a word.
@@ -119,21 +122,19 @@ def copy_pairs(
     >>> bool((targets == source).all()), bool((inputs[1:] == source[:2]).all()), int(inputs[0])
     (True, True, 0)
     """
-    max_length = checks.integer('max_length', max_length, 1)
-    min_length = checks.integer('min_length', min_length, 1, max_length)
-    vocab_size = checks.integer('vocab_size', vocab_size, 2)
+    _check_lengths('copy_pairs', min_length, max_length)
     return Generated(_copy_pair, (min_length, max_length, vocab_size), n_examples, seed)
 
 
 def sequence_pair(
     source: np.ndarray, target: np.ndarray, eos: int, source_length: int, target_length: int
 ) -> Arrays:
-    """Tokens to read and tokens to say, cut and padded, as an encoder-decoder takes them.
+    """Returns tokens to read and tokens to produce, cut and padded, as encoder-decoders take them.
 
     Args:
-      source: token ids of any number.
-      target: token ids of any number.
-      eos: stands before the target and after it.
+      source: any number of token ids.
+      target: any number of token ids.
+      eos: the id before the target and after it.
       source_length: M.
       target_length: L.
 
@@ -142,7 +143,7 @@ def sequence_pair(
     """
     read = np.zeros(source_length, np.int32)
     read[: source.size] = source[:source_length]
-    mask = np.arange(source_length) < max(1, source.size)  # attention wants something to look at
+    mask = np.arange(source_length) < max(1, source.size)  # attention needs a position
     said = np.concatenate([[eos], target, [eos]])[: target_length + 1]
     inputs, targets, weights = window(said, target_length)
     return read, inputs, mask, targets, weights
@@ -157,20 +158,12 @@ class Generated(Sequence[Any]):
       sizes: what `make` is given.
       n_examples: how many there are.
       seed: example i depends on the seed and on i alone.
-
-    Raises:
-      TypeError, ValueError: unless `n_examples` and `seed` are integers in range.
     """
 
     make: Callable[..., Arrays]
     sizes: tuple[int, ...]
     n_examples: int
     seed: int
-
-    def __post_init__(self) -> None:
-        n_examples = checks.integer('n_examples', self.n_examples, 1)
-        object.__setattr__(self, 'n_examples', n_examples)
-        object.__setattr__(self, 'seed', checks.seed(self.seed))
 
     def __len__(self) -> int:
         return self.n_examples
@@ -183,6 +176,10 @@ class Generated(Sequence[Any]):
             raise IndexError(f'example {index} of {self.n_examples}')
         rng = np.random.default_rng((self.seed, index % self.n_examples))
         return self.make(*self.sizes, rng)
+
+
+def _check_lengths(owner: str, min_length: int, max_length: int) -> None:
+    check_value(owner, 'min_length', min_length, Annotated[int, Bound(1, high=max_length)])
 
 
 def _duplicate(half: int, vocab_size: int, rng: np.random.Generator) -> Example:

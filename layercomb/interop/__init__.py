@@ -1,1 +1,1 @@
-"""Weights in other formats."""
+"""Weights in the formats of other libraries."""

@@ -1,4 +1,4 @@
-"""Weights as safetensors: one flat file, each array under its path, read without running anything.
+"""Weights as safetensors: one file, each array under its path; reading it runs no code.
 
 The format: https://github.com/huggingface/safetensors
 """
@@ -23,8 +23,8 @@ def save_weights(path: str | Path, weights: Mapping[str, Any]) -> None:
     """Writes a tree of arrays, each of its own dtype (bfloat16 too), as one file.
 
     Args:
-      path: of the file, ``….safetensors``; what is there is replaced.
-      weights: a nested dict of arrays; none of them may be a random key.
+      path: of the file, ``….safetensors``; an existing file is replaced.
+      weights: a nested dict of arrays, none of which may be a random key.
 
     Raises:
       UsageError: if safetensors is not installed, or the file cannot be written.
@@ -33,7 +33,7 @@ def save_weights(path: str | Path, weights: Mapping[str, Any]) -> None:
     from safetensors import SafetensorError
 
     file = paths.local(path, 'path')
-    arrays = {  # the format knows no strides: it would write what a view looks at, in its order
+    arrays = {  # the format has no strides, so a view would be written in the wrong order
         name: np.array(jax.device_get(x), order='C') for name, x in trees.flatten(weights).items()
     }
     with of_the_machine('free some space, or write elsewhere'):
@@ -44,17 +44,17 @@ def save_weights(path: str | Path, weights: Mapping[str, Any]) -> None:
 
 
 def load_weights(path: str | Path) -> dict[str, Any]:
-    """Reads a file of safetensors as a tree.
+    """Reads a safetensors file as a tree.
 
     Args:
-      path: of the file; a ``/`` in a name goes one level down.
+      path: of the file; a ``/`` in the name of an array separates levels of the tree.
 
     Returns:
       A nested dict of JAX arrays.
 
     Raises:
-      UsageError: if safetensors is not installed, or there is no such file, or it is another kind
-        of file, or damaged.
+      UsageError: if safetensors is not installed, or the file does not exist, is damaged, or is
+        no safetensors file.
     """
     numpy = require('safetensors.numpy', 'export')
     from safetensors import SafetensorError
@@ -68,6 +68,6 @@ def load_weights(path: str | Path) -> dict[str, Any]:
 
 
 def _of_the_system(error: Exception, file: Path) -> Exception:
-    """The OSError that an error of the library tells of, or the error itself."""
+    """The OSError behind an error of the library, or the error itself."""
     code = re.search(r'\(os error (\d+)\)', str(error))
     return error if code is None else OSError(int(code[1]), os.strerror(int(code[1])), str(file))

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import trees
-from layercomb.checking.annotations import check_values, frozen
+from layercomb.checks import check_values, frozen
 from layercomb.data import checks
+from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
@@ -88,16 +89,14 @@ class Experiment:
         check_count('train', 'sample_tokens', self.sample_tokens)
         Sampler(self.sample_temperature)
         if self.tokenizer is not None:
-            checks.tokenizer(
-                self.tokenizer, 'train.tokenizer', must_decode=self.sample_prompt is not None
-            )
+            adapted(self.tokenizer, 'train', must_decode=self.sample_prompt is not None)
         if self.sample_prompt is not None and self.tokenizer is None:
             raise ValueError('train.sample_prompt needs train.tokenizer = @data.ByteTokenizer()')
         if self.baseline_text is None:
             return
         if not self.eval_tasks:
             raise ValueError('train.baseline_text needs train.eval_tasks to be measured on')
-        first = checks.source(self.baseline_text, 'train.baseline_text')[0]
+        first = checks.source('train', self.baseline_text, 'baseline_text')[0]
         if not isinstance(first, (str, bytes)):
             raise TypeError('train.baseline_text must be one source of documents, str or bytes')
 

@@ -111,7 +111,7 @@ def write_stream(prompt: Sequence[int], tokens: Iterator[np.ndarray], tokenizer:
       tokens: (1,) token ids, one after the other.
       tokenizer: what turns them into text.
     """
-    tokenizer = adapted(tokenizer)
+    tokenizer = adapted(tokenizer, must_decode=True)
     decoder = tokenizer.incremental_decoder()
     print(_text(decoder, prompt), end='', flush=True)
     started, n = time.perf_counter(), 0
@@ -129,7 +129,7 @@ def write_stream(prompt: Sequence[int], tokens: Iterator[np.ndarray], tokenizer:
 
 def write_text(prompt: Sequence[int], tokens: np.ndarray, tokenizer: Any) -> None:
     """Prints a prompt and its continuation, (T,) token ids, up to the end of the text in it."""
-    tokenizer = adapted(tokenizer)
+    tokenizer = adapted(tokenizer, must_decode=True)
     ends = np.flatnonzero(tokens == tokenizer.eos_id)
     made = tokens[: ends[0]] if ends.size else tokens
     print(_text(tokenizer.incremental_decoder(), [*prompt, *made], final=True))

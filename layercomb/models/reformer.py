@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layercomb import layers as tl
-from layercomb.checking.annotations import checked
+from layercomb.checks import checked
 from layercomb.layers.positions.axial import nearest_grid
 from layercomb.models.transformer import (
     attention_pattern,

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 
 from layercomb import layers as tl
-from layercomb.checking.annotations import checked
+from layercomb.checks import checked
 from layercomb.layers.core.walk import walk
 from layercomb.models.reformer import (
     reformer_positions,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layercomb import layers as tl
-from layercomb.checking.annotations import checked, frozen
+from layercomb.checks import checked, frozen
 
 
 @checked

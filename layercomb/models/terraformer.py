@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import layers as tl
-from layercomb.checking.annotations import checked
+from layercomb.checks import Size, checked
 from layercomb.layers.core.counted import after_memory, put_counted, take_counted
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.state import WHOLE

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from layercomb import layers as tl
-from layercomb.checking.annotations import checked
-from layercomb.layers.core.fields import nearest_multiple
+from layercomb.checks import checked
+from layercomb.shapes import nearest_multiple
 from layercomb.transforms.rewriting import rewrite
 
 

@@ -12,11 +12,11 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
-import numpy as np
 
+from layercomb.checks import Bound, Count, Fraction, NonNegative, Size, checked
 from layercomb.errors import require
 from layercomb.layers.core.layer import Layer
 from layercomb.optimizers.tensors import (
@@ -31,8 +31,12 @@ from layercomb.optimizers.tensors import (
 from layercomb.trees import Tree
 
 
+@checked
 def warmup_cosine(
-    learning_rate: float, steps: int, warmup_steps: int = 0, final_fraction: float = 0.1
+    learning_rate: NonNegative,
+    steps: Size,
+    warmup_steps: Count = 0,
+    final_fraction: Fraction = 0.1,
 ) -> Callable[[Any], Any]:
     """A schedule: up in a line, down along a cosine.
 
@@ -48,10 +52,6 @@ def warmup_cosine(
     Raises:
       TypeError, ValueError: for an argument of another type, or out of its range.
     """
-    _check('learning_rate', learning_rate, low=0)
-    _check('steps', steps, low=1, whole=True)
-    _check('warmup_steps', warmup_steps, low=0, whole=True)
-    _check('final_fraction', final_fraction, low=0, high=1)
     if warmup_steps >= steps:
         raise ValueError(f'warmup_steps={warmup_steps} must be below steps={steps}')
     optax = require('optax', 'train')
@@ -64,12 +64,13 @@ def warmup_cosine(
     )
 
 
+@checked
 def adamw(
-    learning_rate: float | Callable[[Any], Any] = 1e-3,
-    b1: float = 0.9,
-    b2: float = 0.98,
-    epsilon: float = 1e-9,
-    weight_decay: float = 0.0,
+    learning_rate: NonNegative | Callable[[Any], Any] = 1e-3,
+    b1: Fraction = 0.9,
+    b2: Fraction = 0.98,
+    epsilon: NonNegative = 1e-9,
+    weight_decay: NonNegative = 0.0,
     *,
     net: Layer | None = None,
 ) -> Any:
@@ -93,12 +94,6 @@ def adamw(
     References:
       Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101
     """
-    if not callable(learning_rate):
-        _check('learning_rate', learning_rate, low=0)
-    for name, value in (('b1', b1), ('b2', b2)):
-        _check(name, value, low=0, high=1)
-    _check('epsilon', epsilon, low=0)
-    _check('weight_decay', weight_decay, low=0)
     optax = require('optax', 'train')
 
     def made(net: Layer | None) -> Any:
@@ -114,15 +109,16 @@ def adamw(
     return for_model('optimizers.adamw', made, net)
 
 
+@checked
 def adafactor(
-    learning_rate: float | Callable[[Any], Any] = 0.01,
-    decay_rate: float = 0.8,
-    clipping_threshold: float | None = 1.0,
-    momentum: float | None = None,
-    weight_decay: float = 0.0,
+    learning_rate: NonNegative | Callable[[Any], Any] = 0.01,
+    decay_rate: Fraction = 0.8,
+    clipping_threshold: Annotated[float, Bound(1)] | None = 1.0,
+    momentum: Fraction | None = None,
+    weight_decay: NonNegative = 0.0,
     *,
-    epsilon: float = 1e-30,
-    min_size: int = 128,
+    epsilon: NonNegative = 1e-30,
+    min_size: Size = 128,
     relative: bool = True,
     net: Layer | None = None,
 ) -> Any:
@@ -159,18 +155,6 @@ def adafactor(
     References:
       Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235
     """
-    if not callable(learning_rate):
-        _check('learning_rate', learning_rate, low=0)
-    _check('decay_rate', decay_rate, low=0, high=1)
-    if clipping_threshold is not None:
-        _check('clipping_threshold', clipping_threshold, low=1)
-    if momentum is not None:
-        _check('momentum', momentum, low=0, high=1)
-    _check('weight_decay', weight_decay, low=0)
-    _check('epsilon', epsilon, low=0)
-    _check('min_size', min_size, low=1, whole=True)
-    if not isinstance(relative, bool):
-        raise TypeError(f'relative must be True or False, got {relative!r}')
     optax = require('optax', 'train')
     alone = optax.adafactor(
         None,
@@ -195,15 +179,16 @@ def adafactor(
     return for_model('optimizers.adafactor', made, net)
 
 
+@checked
 def muon(
-    learning_rate: float | Callable[[Any], Any] = 0.02,
-    adam_fraction: float = 0.25,
-    momentum: float = 0.95,
-    b1: float = 0.9,
-    b2: float = 0.98,
-    weight_decay: float = 0.0,
+    learning_rate: NonNegative | Callable[[Any], Any] = 0.02,
+    adam_fraction: NonNegative = 0.25,
+    momentum: Fraction = 0.95,
+    b1: Fraction = 0.9,
+    b2: Fraction = 0.98,
+    weight_decay: NonNegative = 0.0,
     *,
-    unit_factor: float = 2.0,
+    unit_factor: NonNegative = 2.0,
     net: Layer | None = None,
 ) -> Any:
     """Muon on the matrices inside a model, Nesterov's Adam on tables, head, biases and scales.
@@ -238,13 +223,6 @@ def muon(
       Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Li et al. 2025, NorMuon,
       https://arxiv.org/abs/2510.05491
     """
-    if not callable(learning_rate):
-        _check('learning_rate', learning_rate, low=0)
-    for name, value in (('adam_fraction', adam_fraction), ('unit_factor', unit_factor)):
-        _check(name, value, low=0)
-    for name, value in (('momentum', momentum), ('b1', b1), ('b2', b2)):
-        _check(name, value, low=0, high=1)
-    _check('weight_decay', weight_decay, low=0)
     optax = require('optax', 'train')
 
     def adam_rate(step: Any) -> Any:
@@ -274,17 +252,3 @@ def muon(
         return optax.chain(whole, optax.masked(evened, units))
 
     return for_model('optimizers.muon', made, net)
-
-
-def _check(
-    name: str, value: Any, low: float, high: float | None = None, whole: bool = False
-) -> None:
-    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        wanted = 'a whole number' if whole else 'a number'
-        if isinstance(value, jax.Array):
-            wanted += ' and no array (what changes is injected here: leave out inject_hyperparams)'
-        raise TypeError(f'{name} must be {wanted}, got {value!r}')
-    if value < low or (high is not None and value > high):
-        limit = f'at least {low:g}' + (f' and at most {high:g}' if high is not None else '')
-        raise ValueError(f'{name} must be {limit}, got {value!r}')

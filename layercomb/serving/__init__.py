@@ -1,4 +1,4 @@
-"""A server for one language model: completions as OpenAI's clients ask for them, and a page.
+"""A server for one language model: OpenAI's completions API, and a page.
 
 from layercomb import serving
 application = serving.app(model, tokenizer, 'my-model')      # ASGI
@@ -37,31 +37,30 @@ def app(
     limits: Limits = Limits(),
     hosts: str | Sequence[str] | None = None,
 ) -> Starlette:
-    """The application, compiled for most requests already.
+    """Makes the ASGI application, and compiles the programs that most requests need.
 
-    ``POST /v1/completions`` takes `prompt` (a text, texts, or token ids), `max_tokens` (1 at
-    least), `temperature`, `top_p`, `n`, `stop`, `stream`, `stream_options`, `seed`, `echo`, and
-    beyond OpenAI's `top_k` and `repetition_penalty`. What else OpenAI's clients send is accepted
-    where it asks for nothing. Prompt and answer are one text: an answer is what its tokens add to
-    the prompt's. Stop texts are looked for in the answer alone; the one whose end comes first ends
-    the answer.
-    ``GET /v1/models``, ``/healthz`` and ``/``, a page. Errors are JSON.
+    ``POST /v1/completions`` takes `prompt` (a text, texts, or token ids), `max_tokens` (at least
+    1), `temperature`, `top_p`, `n`, `stop`, `stream`, `stream_options`, `seed`, `echo`, and, beyond
+    OpenAI's fields, `top_k` and `repetition_penalty`. OpenAI's other fields are accepted if their
+    values ask for nothing. Prompt and answer are one text: the answer is what its tokens add to
+    the text of the prompt. Stop texts are searched in the answer only; the one that is complete
+    first ends it. ``GET`` serves ``/v1/models``, ``/healthz`` and a page at ``/``. Errors are JSON.
 
     Args:
       model: a language model with weights, (B, L) → (B, L, V).
       tokenizer: turns text into tokens and back: see `data.Tokenizer`.
-      name: of the model.
-      limits: what is allowed.
-      hosts: the names under which it answers, without ports; ``'*'`` or None for any. A request
-        without a Host, which no browser sends, is answered.
+      name: of the model, as clients know it.
+      limits: what requests may ask for.
+      hosts: the host names under which it answers, without ports; ``'*'`` or None for any. A
+        request without a Host header is answered; browsers always send one.
 
     Returns:
       An ASGI application; its `state.engine` makes the completions.
 
     Raises:
-      TypeError, ValueError: if the tokenizer lacks what `data.Tokenizer` names, or a host is no
-        name.
-      UsageError: if starlette is not installed, or the model is no language model, or cannot be
+      TypeError, ValueError: if the tokenizer does not offer what `data.Tokenizer` names, or a host
+        is no host name.
+      UsageError: if starlette is not installed, or the model is no language model or cannot be
         decoded.
     """
     require('starlette', 'serve')
@@ -80,11 +79,11 @@ def app(
 
 @contextlib.contextmanager
 def bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that has an address, and does not listen yet.
+    """A socket that is bound to an address and does not listen yet.
 
     Args:
-      host: a name or an address; ``0.0.0.0`` or ``::`` for all.
-      port: 0 takes a free one.
+      host: a name or an address; ``0.0.0.0`` or ``::`` for all interfaces.
+      port: 0 … 65535; 0 takes a free one.
 
     Raises:
       UsageError: if the address is taken, not allowed, or not of this machine.
@@ -119,14 +118,16 @@ def run(
     listener: socket.socket,
     allowed_hosts: str | Sequence[str] = (),
 ) -> None:
-    """Serves until it is interrupted, and says when it is ready.
+    """Serves until it is interrupted, and prints a line when it is ready.
 
     Args:
       model, tokenizer, name, limits: as for `app`.
-      listener: from `bound`. Where it is of this machine alone, other names are refused.
-      allowed_hosts: further names under which it answers, such as that of a proxy on this machine
-        which hands the Host on; ``'*'`` for any. Where the listener is open to other machines it
-        answers under any name, unless some are given: then under these and the loopback's.
+      listener: a socket from `bound`. If only this machine can reach it, requests for other host
+        names are refused.
+      allowed_hosts: further host names under which it answers, such as that of a proxy on this
+        machine that passes the Host header on; ``'*'`` for any. If other machines can reach the
+        listener, it answers under any name by default; with `allowed_hosts`, only under these and
+        those of the loopback.
 
     Raises:
       TypeError, ValueError, UsageError: as `app`.
@@ -135,7 +136,7 @@ def run(
     address, port, *_ = listener.getsockname()
     here = ipaddress.ip_address(address).is_loopback
     further = allowed(allowed_hosts)
-    own = address.partition('%')[0]  # without the interface, which no browser names
+    own = address.partition('%')[0]  # without the interface, which browsers do not send
     hosts = (*_LOOPBACK, own, *further) if here or further else None
     print(f'{name}: compiling', flush=True)
     started = time.perf_counter()
@@ -148,7 +149,7 @@ def run(
         timeout_graceful_shutdown=1,
         ws='none',
     )
-    listener.listen()  # who comes from now on waits, and is answered
+    listener.listen()  # requests from now on wait until the server runs
     seconds = time.perf_counter() - started
     shown = f'[{address}]' if ':' in address else address
     print(f'ready after {seconds:.1f} s: http://{shown}:{port}/ (Ctrl-C stops)', flush=True)

@@ -1,8 +1,9 @@
 """The engine: completions, a few at a time, each decoded in a thread of its own.
 
-The event loop owns the places; a thread only decodes and posts what it has made. A place is taken
-before anything is computed, and free again when its thread has ended, never earlier: whoever hangs
-up stops the thread within a token, and nobody can have more computed than places allow.
+The event loop owns the places; a thread only decodes, and posts what it has made. A completion
+takes a place before anything is computed, and gives it back when its thread has ended, never
+earlier. A client that disconnects stops the thread within a token, so there is never more computed
+at once than there are places.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from layercomb.data import checks
+from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError
 from layercomb.model import Model, embeddings
 from layercomb.serving.limits import Limits
@@ -26,7 +27,7 @@ from layercomb.serving.texts import Text
 from layercomb.supervised import decoding
 from layercomb.transforms.unstacking import unstack, unstack_state
 
-_LEAST_ROOM = 512  # caches hold so many positions, or a power of two of them
+_LEAST_ROOM = 512  # positions that caches hold at least; otherwise a power of two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Piece:
 
     Attributes:
       index: of the choice.
-      text: what it added; empty while characters are unfinished, or held back.
-      finish_reason: 'stop' or 'length' with the last piece of a choice.
+      text: what it added; empty while a character is unfinished or text is held back.
+      finish_reason: 'stop' or 'length' in the last piece of a choice, otherwise None.
     """
 
     index: int
@@ -70,7 +71,7 @@ class Running:
             yield posted
 
     def cancel(self) -> None:
-        """Lets the thread end after the token that it is at."""
+        """Ends the thread after the current token."""
         self._cancelled.set()
 
     @property
@@ -78,7 +79,7 @@ class Running:
         return self._cancelled.is_set()
 
     def post(self, item: Piece | Exception | None) -> None:
-        """Called in the thread: hands an item over; None ends."""
+        """Hands an item over, called in the thread; None ends the completion."""
         self._loop.call_soon_threadsafe(self._posted.put_nowait, item)
 
 
@@ -87,17 +88,17 @@ class Engine:
 
     Args:
       model: a language model with weights.
-      tokenizer: with what `data.Tokenizer` names.
-      limits: how many are made at once, and how many wait.
+      tokenizer: see `data.Tokenizer`; it must decode.
+      limits: how many completions are made at once, and how many wait.
 
     Raises:
-      TypeError, ValueError: if the tokenizer lacks something.
+      TypeError, ValueError: if the tokenizer is refused, see `adapted`.
     """
 
     def __init__(self, model: Model, tokenizer: Any, limits: Limits) -> None:
         net, weights = unstack(model.layer, model.weights or {})  # once, not for each request
         self._model = Model(net, weights, unstack_state(model.layer, model.state))
-        self._tokenizer = checks.tokenizer(tokenizer, must_decode=True)
+        self._tokenizer = adapted(tokenizer, 'serving.app', must_decode=True)
         self._max_len = decoding.max_len(net)
         self._limits = limits
         self._threads = ThreadPoolExecutor(limits.max_concurrent, 'completion')
@@ -105,7 +106,7 @@ class Engine:
         self._waiting = 0
         self._running: set[Running] = set()
         known = [embedding.vocab_size for _, embedding in embeddings(net)]
-        self.vocab_size = min([*known, self._tokenizer.vocab_size])  # what both can read
+        self.vocab_size = min([*known, self._tokenizer.vocab_size])  # ids that both know
 
     @property
     def n_running(self) -> int:
@@ -113,19 +114,20 @@ class Engine:
         return len(self._running)
 
     def warm_up(self) -> None:
-        """Compiles what most requests need, by making a few tokens.
+        """Compiles the programs that most requests need, by making a few tokens.
 
-        How they are drawn is no other program; more rows, and longer prompts and answers are.
+        Any sampling uses the same programs; more rows, longer prompts and longer answers do not.
         """
         request = Request(((self._tokenizer.eos_id,),), 2)
         for _ in zip(range(2), self._tokens(request), strict=False):
             pass
 
     async def start(self, request: Request) -> Running:
-        """Begins a completion, once there is a place for it.
+        """Begins a completion as soon as there is a place for it.
 
         Raises:
-          Refusal: if the prompt leaves no room, too many wait, or it has waited too long.
+          Refusal: if prompt and answer do not fit the model, if too many requests wait, or if this
+            one has waited too long.
         """
         self._check_room(request)
         await self._take_place()
@@ -136,12 +138,12 @@ class Engine:
         return running
 
     async def close(self) -> None:
-        """Stops all that is being made, and waits until it has."""
+        """Stops all completions, and waits until their threads have ended."""
         self.cancel()
         await asyncio.to_thread(self._threads.shutdown)
 
     def cancel(self) -> None:
-        """Lets all that is being made end after the token that it is at."""
+        """Ends all completions after their current tokens."""
         for running in list(self._running):
             running.cancel()
 
@@ -178,7 +180,7 @@ class Engine:
             self._post_pieces(running)
         except Refusal as e:
             running.post(e)
-        except UsageError as e:  # the request was right: weights that diverged, for one
+        except UsageError as e:  # not the request's fault, e.g. weights that diverged
             running.post(Refusal(500, str(e), 'internal_error'))
         except Exception:
             logging.getLogger(__name__).exception('a completion failed')
@@ -193,7 +195,7 @@ class Engine:
         ]
         try:
             made = self._tokens(request)
-        except UsageError as e:  # prompts that the model cannot read together
+        except UsageError as e:  # e.g. prompts that the model cannot read in one batch
             raise Refusal(400, str(e), 'invalid_value') from None
         if request.echo:
             for index, text in enumerate(texts):
@@ -209,9 +211,9 @@ class Engine:
                 return
 
     def _tokens(self, request: Request) -> Any:
-        """Tokens (B,), one after the other, without end.
+        """Yields the tokens (B,) of each step, without end.
 
-        The caches get room for more than is asked for, in few sizes, since each is a program.
+        Caches get room for more than is asked for, in a few sizes: each size is a program.
         """
         longest = max(map(len, request.prompts))
         room = max(_LEAST_ROOM, 1 << (longest + request.max_tokens - 1).bit_length())

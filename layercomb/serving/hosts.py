@@ -1,7 +1,7 @@
-"""The names under which a server answers.
+"""The host names under which a server answers.
 
-A page from elsewhere may have a name of its own lead to this machine (DNS rebinding); its browser
-then sends that name as Host. So names that nobody has allowed are refused.
+A hostile page can make its own host name resolve to this machine (DNS rebinding). The browser then
+sends that name as the Host header, so requests for names that nobody has allowed are refused.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def allowed(names: str | Sequence[str]) -> tuple[str, ...]:
     """Names in the form that `name_of` gives.
 
     Args:
-      names: host names as a browser sends them, ``xn--…`` for letters beyond ASCII, and
-        addresses, without ports; several in one text with commas between. ``*`` allows any.
+      names: host names as a browser sends them (``xn--…`` for letters beyond ASCII) and addresses,
+        without ports: a sequence, or one text with commas between them. ``*`` allows any.
 
     Raises:
       ValueError: if one is no name of a host.
@@ -44,7 +44,7 @@ def name_of(host: str) -> str:
     bracketed = re.fullmatch(r'\[(.*)\](:\d*)?', host)
     host = bracketed[1] if bracketed else re.sub(r'^([^:]*):\d*$', r'\1', host)
     try:
-        return str(ipaddress.ip_address(host))  # ::1 has other spellings
+        return str(ipaddress.ip_address(host))  # ::1 can be spelled in other ways
     except ValueError:
         return host.removesuffix('.')
 
@@ -53,8 +53,8 @@ def checked(name: str) -> str:
     """One name in the form that `name_of` gives, or ``*``.
 
     Raises:
-      ValueError: if it is no name of a host. Names in letters beyond ASCII are none: there are
-        several rules for what becomes of them, and another host may have what the wrong one gives.
+      ValueError: if it is no host name. Names with letters beyond ASCII are refused: there are
+        several rules to encode them, and the wrong one may give the name of another host.
     """
     made = name.strip() if isinstance(name, str) else ''
     if made == ANY:
@@ -63,7 +63,7 @@ def checked(name: str) -> str:
         raise ValueError(
             f'{name!r:.80} is not in ASCII: give the name as the browser sends it, xn--…'
         )
-    if '%' not in made:  # which no browser sends after an address
+    if '%' not in made:  # an interface, which browsers do not send
         with contextlib.suppress(ValueError):
             return str(ipaddress.ip_address(made.removeprefix('[').removesuffix(']')))
     made = made.lower().removesuffix('.')

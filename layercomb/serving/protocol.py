@@ -1,4 +1,4 @@
-"""The protocol: what ``POST /v1/completions`` takes and gives, as OpenAI's clients speak it.
+"""The protocol of ``POST /v1/completions``, which follows OpenAI's completions API.
 
 Reference: https://platform.openai.com/docs/api-reference/completions
 """
@@ -10,8 +10,9 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from layercomb.checks import Bound, fault
 from layercomb.data.adapted import adapted
 from layercomb.errors import one_line
 from layercomb.serving.limits import Limits
@@ -20,12 +21,12 @@ _STOPS, _STOP_LENGTH = 4, 256
 
 
 class Refusal(Exception):
-    """What a request is answered with instead of a completion.
+    """An error response instead of a completion.
 
     Args:
-      status: of the response.
+      status: the HTTP status.
       message: a line of cause and cure.
-      code: what a program can tell it by.
+      code: the kind of error, for programs.
       param: the field of the request that is wrong.
       headers: further headers of the response.
     """
@@ -49,11 +50,11 @@ class Refusal(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A completion that was asked for.
+    """A request for a completion.
 
     Attributes:
-      prompts: token ids.
-      max_tokens: how many to make at most, for each choice.
+      prompts: the token ids of each prompt.
+      max_tokens: the most tokens to make, for each choice.
       n: how many choices to make of each prompt.
       temperature, top_p, top_k, repetition_penalty: as in `decoding.stream`.
       seed: of the sample.
@@ -61,7 +62,7 @@ class Request:
       echo: whether each choice begins with its prompt.
       stream: whether to send text as it is made.
       include_usage: whether a stream ends with the usage.
-      of_text: whether each prompt was given as a text; of none where it is empty.
+      of_text: whether each prompt was given as a text; empty if none was.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -92,17 +93,17 @@ class Request:
 def parse(body: bytes, tokenizer: Any, model: str, vocab_size: int, limits: Limits) -> Request:
     """Reads a request.
 
-    What clients send although it asks for nothing is taken, in view of all the other fields:
-    `best_of` of at most `n`, penalties and biases of 0, an empty `suffix`, and null for anything.
-    What asks for more is refused by name. Whole numbers may be written as JSON allows, 16.0 too. No
-    field may come twice.
+    Unsupported fields are accepted if their values change nothing: `best_of` of at most `n`,
+    penalties and biases of 0, an empty `suffix`, and null for any field. Other values of them are
+    refused by name. Ints may be written as 16.0, which is the same number in JSON. A field may not
+    come twice.
 
     Args:
       body: JSON.
       tokenizer: turns prompts into tokens.
-      model: the name of the model served.
-      vocab_size: its token ids are less than this.
-      limits: what may be asked for.
+      model: the name of the served model.
+      vocab_size: the model's token ids are less than this.
+      limits: what a request may ask for.
 
     Raises:
       Refusal: if anything in it is wrong.
@@ -155,7 +156,7 @@ def choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
 
 
 def usage(request: Request, n_made: int) -> dict[str, int]:
-    """How many tokens were read and made."""
+    """The numbers of tokens that were read and made, as OpenAI names them."""
     n_read = sum(map(len, request.prompts))
     return {
         'prompt_tokens': n_read,
@@ -191,7 +192,7 @@ def _prompt(value: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     if isinstance(value, str):
         try:
             ids = adapted(tokenizer).encode(value).tolist()
-        except (ValueError, TypeError, LookupError) as e:  # half of a surrogate pair, for one
+        except (ValueError, TypeError, LookupError) as e:  # e.g. half of a surrogate pair
             raise _wrong('prompt', f'is no text ({cut(one_line(e), 200)})') from None
     elif isinstance(value, list) and all(map(_is_whole, value)):
         ids = [int(i) for i in value]
@@ -206,22 +207,14 @@ def _prompt(value: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _number(name: str, least: float, most: float, above: bool = False) -> Callable[[Any], float]:
-    def read(value: Any) -> float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not least <= value <= most or (above and value == least):
-            bounds = f'{"above" if above else "at least"} {least:g} and at most {most:g}'
-            raise _wrong(name, f'must be a number {bounds}')
-        return float(value)
+def _number(name: str, bound: Bound, kind: type = float) -> Callable[[Any], Any]:
+    """Reads a number of a kind that lies in a range; 16.0 is an int, since JSON does not tell."""
 
-    return read
-
-
-def _whole(name: str, least: int, most: int) -> Callable[[Any], int]:
-    def read(value: Any) -> int:
-        if not _is_whole(value) or not least <= value <= most:
-            raise _wrong(name, f'must be a whole number from {least} to {most}')
-        return int(value)
+    def read(value: Any) -> Any:
+        value = int(value) if kind is int and _is_whole(value) else value
+        if (wrong := fault(value, Annotated[kind, bound])) is not None:
+            raise _wrong(name, f'must be {wrong[1]}')
+        return kind(value)
 
     return read
 
@@ -257,15 +250,15 @@ def _stream_options(value: Any) -> bool:
     return _flag('stream_options')(options.get('include_usage', False))
 
 
-_MANY = 2**31 - 1
+_MANY = Bound(1, high=2**31 - 1)
 _READERS: dict[str, Callable[[Any], Any]] = {
-    'max_tokens': _whole('max_tokens', 1, _MANY),
-    'n': _whole('n', 1, _MANY),
-    'temperature': _number('temperature', 0, 2),
-    'top_p': _number('top_p', 0, 1, above=True),
-    'top_k': _whole('top_k', 1, _MANY),
-    'repetition_penalty': _number('repetition_penalty', 1e-6, 10),
-    'seed': _whole('seed', -(2**63), 2**63 - 1),
+    'max_tokens': _number('max_tokens', _MANY, int),
+    'n': _number('n', _MANY, int),
+    'temperature': _number('temperature', Bound(0, high=2)),
+    'top_p': _number('top_p', Bound(above=0, high=1)),
+    'top_k': _number('top_k', _MANY, int),
+    'repetition_penalty': _number('repetition_penalty', Bound(1e-6, high=10)),
+    'seed': _number('seed', Bound(-(2**63), high=2**63 - 1), int),
     'stop': _stop,
     'echo': _flag('echo'),
     'stream': _flag('stream'),
@@ -285,8 +278,7 @@ def _is_at_most_n(value: Any, values: Mapping[str, Any]) -> bool:
     return _is_whole(value) and 1 <= value <= values.get('n', 1)
 
 
-# What clients send by default, and is accepted where it asks for nothing more than the fields that
-# are read; and what is said where it does.
+# Unsupported fields: whether a value changes nothing, and the message if it does.
 _UNSUPPORTED = 'is not supported: leave it out, or at'
 _NEUTRAL: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     'presence_penalty': (_is_zero, f'{_UNSUPPORTED} 0'),
@@ -296,7 +288,7 @@ _NEUTRAL: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     'logit_bias': (_is_bias_of_nothing, _UNSUPPORTED + ' {{}}'),
     'suffix': (lambda value, _: value == '', f'{_UNSUPPORTED} ""'),
 }
-_NAMES = {'model', 'prompt', 'user'}  # the user is of no interest
+_NAMES = {'model', 'prompt', 'user'}  # the user is ignored
 
 
 def _is_whole(value: Any) -> bool:
@@ -307,7 +299,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; which of two values was meant cannot be known."""
+    """An object of JSON; a name that comes twice is refused, since either value may be meant."""
     made: dict[str, Any] = {}
     for name, value in pairs:
         if name in made:
@@ -321,12 +313,12 @@ def _no_constant(name: str) -> None:
 
 
 def _name(given: str) -> str:
-    """What a client calls a field, as it can be sent back."""
+    """A client's name of a field, cut and without what UTF-8 cannot hold."""
     return cut(given, 64).encode(errors='replace').decode()
 
 
 def cut(text: str, most: int) -> str:
-    """A text of a client's, or its beginning: a message is one line, and not a long one."""
+    """A client's text, cut to its beginning if it is too long for a message."""
     return text if len(text) <= most else f'{text[:most]}…'
 
 

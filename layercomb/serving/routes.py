@@ -1,4 +1,4 @@
-"""The application: routes, and what goes over the wire."""
+"""The application: its routes, requests and responses."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal
 
 _PAGE = importlib.resources.files('layercomb.serving').joinpath('page.html').read_text('utf-8')
-# A client that is cut off while it writes does not read the answer: up to so many times what is
-# allowed is read, and not kept.
+# A client that is cut off while it writes does not read the response, so up to this many times the
+# allowed bytes are read and dropped.
 _DISCARDED = 16
 
 
@@ -73,10 +73,7 @@ class _Routes:
         self._limits, self._hosts = limits, None if hosts is None else allowed(hosts)
 
     def guarded(self, answer: Any) -> Any:
-        """An endpoint that answers only under the names it is known by.
-
-        Else a page from elsewhere could reach it by a name of its own that leads here.
-        """
+        """An endpoint that answers only under the allowed host names, see `hosts`."""
 
         async def endpoint(request: Request) -> Response:
             said = request.headers.get('host')  # browsers always send one
@@ -127,9 +124,9 @@ class _Routes:
             starting.cancel()
 
     async def _read(self, request: Request) -> protocol.Request:
-        """The request, if its body is JSON of a bearable size."""
+        """The request, if its body is JSON of an allowed size."""
         kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
-        if kind != 'application/json':  # which a page from elsewhere cannot send unasked
+        if kind != 'application/json':  # another site's page needs a preflight
             raise Refusal(415, 'send JSON, with Content-Type: application/json', 'no_json')
         body, n, limit = bytearray(), 0, self._limits.max_body
         try:
@@ -147,13 +144,13 @@ class _Routes:
         if n > limit:
             raise Refusal(413, f'the body is over {limit} bytes: send less', 'body_too_large')
         vocab_size = self._engine.vocab_size
-        return await run_in_threadpool(  # others are answered while it is made tokens of
+        return await run_in_threadpool(  # encoding does not block other requests
             protocol.parse, bytes(body), self._tokenizer, self._name, vocab_size, self._limits
         )
 
 
 def _suggested(name: str) -> str:
-    """A name that may be allowed, or NAME; whoever reads it may copy it into a command."""
+    """A valid host name, or NAME: the message may be copied into a command."""
     try:
         return 'NAME' if name == ANY else checked(name)
     except ValueError:
@@ -171,7 +168,7 @@ class _EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        finally:  # whoever hung up is sent no more, and nothing more is made
+        finally:  # after a disconnect nothing more is made
             self._running.cancel()
 
 
@@ -184,7 +181,7 @@ async def _events(running: Running, model: str) -> AsyncIterator[str]:
         if running.request.include_usage:
             usage = protocol.usage(running.request, running.n_made)
             yield _event({**protocol.completion(name, model, []), 'usage': usage})
-    except Refusal as e:  # it has begun: the status is sent
+    except Refusal as e:  # the status has been sent already
         yield _event(e.body)
     yield 'data: [DONE]\n\n'
 

@@ -1,4 +1,4 @@
-"""The text of one choice, as its tokens come: whole characters, and nothing of a stop text."""
+"""The text of one choice as its tokens come: whole characters, without stop texts."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Sequence
 from typing import Any
 
 from layercomb.data.adapted import adapted
-from layercomb.data.tokenizers import PieceDecoder
+from layercomb.data.pieces import PieceDecoder
 
 
 class Text:
-    """Turns tokens into text that may be shown, and says when the text is done.
+    """Turns tokens into text that may be shown, and tells when the text is done.
 
     Prompt and answer are one stream: the answer is what its tokens add to the text of the prompt,
-    a character that the prompt began included. Stop texts are looked for in the answer alone, and
-    the one whose end comes first ends it, however the text is cut into tokens. What might be the
-    beginning of one is held back until it is known not to be. A character that is unfinished at the
-    end becomes U+FFFD.
+    including a character that the prompt began. Stop texts are searched in the answer only; the one
+    that is complete first ends it, however the text is cut into tokens. Text that may be the
+    beginning of a stop text is held back until it is known not to be. An unfinished character at
+    the end becomes U+FFFD.
 
     Args:
       tokenizer: what decodes the tokens.
-      stop: texts that end it, and are no part of it.
-      max_tokens: how many tokens it has at most.
-      prompt: the tokens before it.
-      whole: whether the prompt was given as a text, and so ends with a whole character: a U+FFFD
-        there is its own, and not of a character that the answer goes on with.
+      stop: texts that end the answer and are not part of it.
+      max_tokens: the most tokens of the answer.
+      prompt: the tokens before the answer.
+      whole: whether the prompt was given as a text. Then it ends with a whole character, and U+FFFD
+        at its end is a character, not one that the answer completes.
 
     Attributes:
-      prompt: the characters that the prompt has whole.
-      finish_reason: 'stop' or 'length' once it is done.
-      n_tokens: how many tokens it has, the one that ended it included.
+      prompt: the whole characters of the prompt.
+      finish_reason: 'stop' or 'length' once the text is done, None before.
+      n_tokens: how many tokens the answer has, including the one that ended it.
 
     >>> from layercomb.data import ByteTokenizer
     >>> text = Text(ByteTokenizer(), ['END'], 9)
@@ -47,20 +47,20 @@ class Text:
         prompt: Sequence[int] = (),
         whole: bool = False,
     ) -> None:
-        tokenizer = adapted(tokenizer)
+        tokenizer = adapted(tokenizer, 'Text', must_decode=True)
         self._decoder = tokenizer.incremental_decoder()
         self._eos_id = tokenizer.eos_id
         self._stop = tuple(stop)
         self._max_tokens = max_tokens
         self._held = ''
-        # A tokenizer's own decoder ends with `final`, and may know the one from the other.
+        # A tokenizer's own decoder is not finished here: `final` would end it.
         final = whole and isinstance(self._decoder, PieceDecoder)
         self.prompt: str = self._decoder.decode(list(prompt), final=final) if prompt else ''
         self.finish_reason: str | None = None
         self.n_tokens = 0
 
     def add(self, token: int) -> str:
-        """Takes the next token, and returns what may be shown now; nothing once it is done."""
+        """Takes the next token, and returns the text that may be shown now; '' once it is done."""
         if self.finish_reason is not None:
             return ''
         self.n_tokens += 1
@@ -78,6 +78,6 @@ class Text:
         return shown
 
     def _unsure(self) -> int:
-        """How many characters at the end may be the beginning of a stop text."""
+        """How many held characters may be the beginning of a stop text."""
         beginnings = (text[:n] for text in self._stop for n in range(1, len(text)))
         return max((len(b) for b in beginnings if self._held.endswith(b)), default=0)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from layercomb import trees
+from layercomb.checks import Bound, Size, check_value
 from layercomb.errors import require
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.metrics.classification import Metric
@@ -19,6 +19,8 @@ from layercomb.optimizers.tensors import bound
 from layercomb.supervised import updates
 from layercomb.supervised.batches import Batch, check_data, checked, is_endless
 from layercomb.trees import Tree
+
+_ClipNorm = Annotated[float, Bound(above=0)] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,12 +74,7 @@ class TrainTask:
         check_optimizer(self.optimizer)
         check_count('TrainTask', 'accumulate', self.accumulate)
         check_count('TrainTask', 'loss_chunk_len', self.loss_chunk_len, optional=True)
-        if self.clip_norm is not None:
-            kinds = (int, float, np.integer, np.floating)
-            if isinstance(self.clip_norm, bool) or not isinstance(self.clip_norm, kinds):
-                raise TypeError(f'TrainTask: clip_norm={self.clip_norm!r}: give a number or None')
-            if not self.clip_norm > 0:
-                raise ValueError(f'TrainTask: clip_norm={self.clip_norm}: it must be above 0')
+        check_value('TrainTask', 'clip_norm', self.clip_norm, _ClipNorm)
         if self.trainable is not None and not callable(self.trainable):
             raise TypeError(
                 f'TrainTask: trainable={self.trainable!r}: give a function of a path, such as '
@@ -175,13 +172,7 @@ def lower_is_better(name: str, tasks: Sequence[EvalTask]) -> bool:
 
 def check_count(owner: str, name: str, value: Any, optional: bool = False) -> None:
     """Raises TypeError or ValueError unless `value` is a positive integer, or None if optional."""
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        wanted = 'a positive integer' + (' or None' if optional else '')
-        raise TypeError(f'{owner}: {name}={value!r}: give {wanted}')
-    if value < 1:
-        raise ValueError(f'{owner}: {name}={value}: it must be at least 1')
+    check_value(owner, name, value, Size | None if optional else Size)
 
 
 def check_optimizer(optimizer: Any) -> None:

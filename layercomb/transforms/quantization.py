@@ -9,12 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from layercomb import trees
+from layercomb.checks import Size
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.embedding import Embedding
 from layercomb.layers.core.axes import UNKNOWN, Axes
 from layercomb.layers.core.combinator import Combinator
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.positionwise import of_sublayers

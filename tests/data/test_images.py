@@ -124,13 +124,13 @@ def test_what_a_person_gets_wrong(folder, tmp_path, monkeypatch):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UsageError, match=r"no PNG file in '.*': give a directory that holds PNG"):
         data.png_images(str(tmp_path / 'empty'))
-    with pytest.raises(ValueError, match='size=0: give an integer of at least 1'):
+    with pytest.raises(ValueError, match='size must be at least 1, got 0'):
         data.png_images(str(folder), 0)
     with pytest.raises(TypeError, match='path=7: give a folder of PNG images'):
         data.imagenet64(7)
     with pytest.raises(ValueError, match=r"split='dev': choose 'train', 'valid' or 'test'"):
         data.imagenet64(split='dev')
-    with pytest.raises(ValueError, match='the source is empty'):
+    with pytest.raises(ValueError, match='subpixels: images is empty'):
         data.subpixels([])
     monkeypatch.setitem(sys.modules, 'PIL.Image', None)
     with pytest.raises(UsageError, match=r'not installed: pip install "layercomb\[images\]"'):
@@ -151,10 +151,10 @@ def test_a_folder_that_is_not_of_cifar10(cifar):
 @pytest.mark.parametrize(
     ('arguments', 'error', 'message'),
     [
-        ({'size': 0}, ValueError, 'size=0: give an integer of at least 1'),
-        ({'size': '32'}, TypeError, "size='32': give an integer of at least 1"),
-        ({'n_examples': 0}, ValueError, 'n_examples=0: give an integer of at least 1'),
-        ({'seed': -1}, ValueError, 'seed=-1: give an integer in 0'),
+        ({'size': 0}, ValueError, 'size must be at least 1, got 0'),
+        ({'size': '32'}, TypeError, "size must be an int, got '32'"),
+        ({'n_examples': 0}, ValueError, 'n_examples must be at least 1, got 0'),
+        ({'seed': -1}, ValueError, 'seed must be at least 0 and at most'),
     ],
 )
 def test_wrong_arguments_of_shapes(arguments, error, message):

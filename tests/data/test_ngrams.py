@@ -79,9 +79,17 @@ def test_longer_contexts_help_on_real_text():
     assert 4.5 > bits[1] > bits[2] > bits[3] > 1.5
 
 
-@pytest.mark.parametrize('orders', [(), (4,), (-1,), ('a',)])
-def test_wrong_orders(orders):
-    with pytest.raises(ValueError, match='give numbers of context bytes from 0 to 3'):
+@pytest.mark.parametrize(
+    ('orders', 'error', 'message'),
+    [
+        ((), ValueError, 'orders is empty: give numbers of context bytes'),
+        ((4,), ValueError, r'orders must be at least 0 and at most 3, got \(4,\)'),
+        ((-1,), ValueError, 'orders must be at least 0 and at most 3'),
+        (('a',), TypeError, r"orders must be a sequence of int, got \('a',\)"),
+    ],
+)
+def test_wrong_orders(orders, error, message):
+    with pytest.raises(error, match=message):
         data.witten_bell_bits_per_byte(['a'], ['a'], orders=orders)
 
 

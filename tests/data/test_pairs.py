@@ -112,17 +112,27 @@ def test_they_are_what_the_reformer_takes_with_its_loss():
 @pytest.mark.parametrize(
     ('make', 'arguments', 'error', 'message'),
     [
-        (data.pairs, (TEXTS, 0, 3), ValueError, 'source_length=0: give an integer of at least 1'),
-        (data.pairs, (TEXTS, 3, '3'), TypeError, "target_length='3': give an integer of at least"),
-        (data.pairs, (TEXTS, 3, 3, 'bytes'), TypeError, "tokenizer='bytes': give one with encode"),
-        (data.pairs, ([], 3, 3), ValueError, 'the source is empty: give at least one'),
-        (data.pairs, ('text', 3, 3), TypeError, "source='text': give a sequence of documents"),
-        (data.copy_pairs, (4, 1), ValueError, 'vocab_size=1: give an integer of at least 2'),
-        (data.copy_pairs, (4, 9, 5), ValueError, 'min_length=5: give an integer in 1 … 4'),
+        (data.pairs, (TEXTS, 0, 3), ValueError, 'pairs: source_length must be at least 1, got 0'),
+        (data.pairs, (TEXTS, 3, '3'), TypeError, "pairs: target_length must be an int, got '3'"),
+        (data.pairs, (TEXTS, 3, 3, 'bytes'), TypeError, 'pairs: tokenizer must have encode'),
+        (data.pairs, ([], 3, 3), ValueError, 'pairs: source is empty: give at least one'),
+        (
+            data.pairs,
+            ('text', 3, 3),
+            TypeError,
+            "pairs: source must be a sequence of documents .*, got 'text'",
+        ),
+        (data.copy_pairs, (4, 1), ValueError, 'copy_pairs: vocab_size must be at least 2, got 1'),
+        (
+            data.copy_pairs,
+            (4, 9, 5),
+            ValueError,
+            'min_length must be at least 1 and at most 4, got 5',
+        ),
     ],
 )
 def test_wrong_arguments(make, arguments, error, message):
     with pytest.raises(error, match=message):
         make(*arguments)
-    with pytest.raises(TypeError, match='masked=1: give True or False'):
+    with pytest.raises(TypeError, match='masked must be a bool, got 1'):
         data.pairs(TEXTS, 3, 3, masked=1)

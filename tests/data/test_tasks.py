@@ -55,14 +55,34 @@ def test_they_end():
 @pytest.mark.parametrize(
     ('make', 'arguments', 'error', 'message'),
     [
-        (data.duplication, {'length': 7}, ValueError, 'length=7: give an even number'),
-        (data.duplication, {'length': 2}, ValueError, 'length=2: give an integer of at least 4'),
-        (data.duplication, {'length': '8'}, TypeError, "length='8': give an integer of at least 4"),
-        (data.duplication, {'vocab_size': 1}, ValueError, 'vocab_size=1: give an integer of at'),
-        (data.duplication, {'n_examples': 0}, ValueError, 'n_examples=0: give an integer of at'),
-        (data.duplication, {'seed': -1}, ValueError, 'seed=-1: give an integer in 0 … 4294967295'),
-        (data.copy, {'min_length': 65}, ValueError, 'min_length=65: give an integer in 1 … 64'),
-        (data.copy, {'vocab_size': 2.5}, TypeError, r'vocab_size=2\.5: give an integer'),
+        (
+            data.duplication,
+            {'length': 7},
+            ValueError,
+            'length must be even, for two .*, got 7',
+        ),
+        (
+            data.duplication,
+            {'length': 2},
+            ValueError,
+            'duplication: length must be at least 4, got 2',
+        ),
+        (data.duplication, {'length': '8'}, TypeError, "length must be an int, got '8'"),
+        (data.duplication, {'vocab_size': 1}, ValueError, 'vocab_size must be at least 2, got 1'),
+        (data.duplication, {'n_examples': 0}, ValueError, 'n_examples must be at least 1, got 0'),
+        (
+            data.duplication,
+            {'seed': -1},
+            ValueError,
+            'seed must be at least 0 and at most 4294967295, got -1',
+        ),
+        (
+            data.copy,
+            {'min_length': 65},
+            ValueError,
+            'copy: min_length must be at least 1 and at most 64, got 65',
+        ),
+        (data.copy, {'vocab_size': 2.5}, TypeError, r'vocab_size must be an int, got 2\.5'),
     ],
 )
 def test_wrong_arguments(make, arguments, error, message):

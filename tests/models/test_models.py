@@ -141,7 +141,7 @@ def test_a_pattern_that_does_not_fit_names_the_nearest_depth(n_layers, n, neares
             lambda: models.TransformerLM(V, n_layers='6'),
             'TransformerLM: n_layers must be an int, got',
         ),
-        (lambda: lm(positions=['a']), r"TransformerLM: positions must be a str, got \('a',\)"),
+        (lambda: lm(positions=['a']), r"TransformerLM: positions must be a str, got \['a'\]"),
         (lambda: lm(remat='no'), "TransformerLM: remat must be a bool, got 'no'"),
         (lambda: models.MLP(128), 'MLP: layer_widths must be a sequence of int, got 128'),
         (

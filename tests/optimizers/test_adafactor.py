@@ -143,14 +143,18 @@ def test_frozen_weights_are_left_out():
 @pytest.mark.parametrize(
     ('arguments', 'error', 'message'),
     [
-        ({'learning_rate': 'abc'}, TypeError, "learning_rate must be a number, got 'abc'"),
+        (
+            {'learning_rate': 'abc'},
+            TypeError,
+            "must be a number or a function, got 'abc'",
+        ),
         ({'decay_rate': 2}, ValueError, 'decay_rate must be at least 0 and at most 1, got 2'),
         ({'clipping_threshold': 0.5}, ValueError, 'clipping_threshold must be at least 1'),
         ({'momentum': '0.9'}, TypeError, 'momentum must be a number'),
         ({'weight_decay': -1}, ValueError, 'weight_decay must be at least 0, got -1'),
-        ({'min_size': 2.5}, TypeError, r'min_size must be a whole number, got 2\.5'),
-        ({'relative': 1}, TypeError, 'relative must be True or False, got 1'),
-        ({'net': 'abc'}, TypeError, "adafactor: net must be a layer, got 'abc'"),
+        ({'min_size': 2.5}, TypeError, r'min_size must be an int, got 2\.5'),
+        ({'relative': 1}, TypeError, 'relative must be a bool, got 1'),
+        ({'net': 'abc'}, TypeError, "adafactor: net must be a Layer or None, got 'abc'"),
     ],
 )
 def test_mistakes(arguments, error, message):

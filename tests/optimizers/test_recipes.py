@@ -109,11 +109,11 @@ def test_steps_by_unit_are_the_equation():
 
 @pytest.mark.parametrize('make', [optimizers.adamw, optimizers.muon])
 def test_mistakes(make):
-    with pytest.raises(TypeError, match="learning_rate must be a number, got 'abc'"):
+    with pytest.raises(TypeError, match="learning_rate must be a number or a function, got 'abc'"):
         make(learning_rate='abc')
     with pytest.raises(ValueError, match='b2 must be at least 0 and at most 1, got 2'):
         make(b2=2)
-    with pytest.raises(TypeError, match=r'steps must be a whole number, got 0\.5'):
+    with pytest.raises(TypeError, match=r'warmup_cosine: steps must be an int, got 0\.5'):
         optimizers.warmup_cosine(1.0, steps=0.5)
     with pytest.raises(ValueError, match='warmup_steps=9 must be below steps=5'):
         optimizers.warmup_cosine(1.0, steps=5, warmup_steps=9)

@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 
 import layercomb as lc
 from layercomb import data, models, serving, tl
-from layercomb.data import checks
 from layercomb.data.adapted import adapted
 from layercomb.data.packing import token_stream
-from layercomb.data.tokenizers import PieceDecoder
+from layercomb.data.pieces import PieceDecoder
 from layercomb.errors import UsageError
 from layercomb.launcher import terminal
 from layercomb.launcher.experiment import Experiment
@@ -130,14 +129,14 @@ def test_an_encoder_that_gives_no_ids_is_refused_when_it_is_given(model, ids):
 @pytest.mark.parametrize(
     ('fields', 'said'),
     [
-        ({'vocab_size': None}, 'vocab_size=None: give an integer'),
-        ({'vocab_size': 16.0}, r'vocab_size=16\.0: give an integer'),
-        ({'vocab_size': lambda self: 16}, 'vocab_size=<bound method .*: give an integer'),
-        ({'vocab_size': 0}, 'vocab_size=0: give an integer'),
-        ({'eos_id': None}, 'eos_id=None: give an integer in 0 … 15'),
-        ({'eos_id': -1}, 'eos_id=-1: give an integer in 0 … 15'),
-        ({'eos_id': 16}, 'eos_id=16: give an integer in 0 … 15'),
-        ({'eos_id': True}, 'eos_id=True: give an integer in 0 … 15'),
+        ({'vocab_size': None}, 'Other: vocab_size must be an int, got None'),
+        ({'vocab_size': 16.0}, r'Other: vocab_size must be an int, got 16\.0'),
+        ({'vocab_size': lambda self: 16}, 'vocab_size must be an int, got <bound method'),
+        ({'vocab_size': 0}, 'vocab_size must be at least 1 and at most 2147483647, got 0'),
+        ({'eos_id': None}, 'Other: eos_id must be an int, got None'),
+        ({'eos_id': -1}, 'eos_id must be at least 0 and below 16, got -1'),
+        ({'eos_id': 16}, 'eos_id must be at least 0 and below 16, got 16'),
+        ({'eos_id': True}, 'eos_id must be an int, got True'),
     ],
 )
 def test_what_a_tokenizer_says_about_itself_is_checked(model, fields, said):
@@ -151,7 +150,7 @@ def test_what_a_tokenizer_says_about_itself_is_checked(model, fields, said):
 
 def test_sizes_may_be_numpys_and_properties():
     fields = {'vocab_size': property(lambda self: np.uint8(16)), 'eos_id': np.array(15)}
-    stream = token_stream(['a bb'], checks.tokenizer(other(**fields), must_decode=True))
+    stream = token_stream(['a bb'], adapted(other(**fields), must_decode=True))
     assert stream.tolist() == [15, 1, 2, 15]
 
 
@@ -211,7 +210,7 @@ def test_an_experiment_refuses_a_tokenizer_when_it_is_described(model):
     experiment(model, other(decode=raises))  # nothing is shown
     with pytest.raises(TypeError, match='does not decode that list'):
         experiment(model, other(decode=raises), sample_prompt='a bb')
-    with pytest.raises(ValueError, match='eos_id=16: give an integer in 0 … 15'):
+    with pytest.raises(ValueError, match='eos_id must be at least 0 and below 16, got 16'):
         experiment(model, other(eos_id=16))
 
 
@@ -489,7 +488,7 @@ class Framed(Greek):
 
 @pytest.mark.parametrize('kind', [Bases, Greek, Framed])
 def test_a_tokenizer_of_another_alphabet_is_taken(kind):
-    made = checks.tokenizer(kind(), must_decode=True)
+    made = adapted(kind(), must_decode=True)
     assert made.decode([0, 3]) == kind.letters[0] + kind.letters[3]
 
 
@@ -499,14 +498,14 @@ def test_a_tokenizer_that_knows_letters_and_decodes_none_is_refused():
             return ''.join({'A': 'A'}[i] for i in ids)
 
     with pytest.raises(TypeError, match=r'Broken gave the ids \[4\] and does not decode that list'):
-        checks.tokenizer(Broken(), must_decode=True)
+        adapted(Broken(), must_decode=True)
 
     class Bytes(Greek):
         def decode(self, ids):
             return b'x'
 
     with pytest.raises(TypeError, match='decode gave bytes: text is a str'):
-        checks.tokenizer(Bytes(), must_decode=True)
+        adapted(Bytes(), must_decode=True)
 
 
 def test_the_size_of_a_vocabulary_is_asked_for_once():
@@ -550,17 +549,18 @@ def test_what_is_no_integer_is_refused(wrong):
         lambda: data.bucketed(['abc'], [wrong], [1]),
         lambda: data.copy(wrong),
     ):
-        with pytest.raises(TypeError, match='give an integer'):
+        with pytest.raises(TypeError, match=r'must be (an int|a sequence of int), got'):
             give()
-    with pytest.raises(ValueError, match='max_tokens must be a whole number'):
+    with pytest.raises(TypeError, match='Limits: max_tokens must be an int, got'):
         serving.Limits(max_tokens=wrong)
-    with pytest.raises(ValueError, match='give numbers of context bytes'):
+    with pytest.raises(TypeError, match='orders must be a sequence of int, got'):
         data.witten_bell_bits_per_byte(['ab'], ['ab'], orders=[wrong])
 
 
 @pytest.mark.parametrize('wrong', ['long', float('nan'), float('inf'), None, True])
 def test_seconds_that_a_server_cannot_wait(wrong):
-    with pytest.raises(ValueError, match='patience must be above 0'):
+    said = 'patience must be (above 0 and finite|a number), got'
+    with pytest.raises((TypeError, ValueError), match=said):
         serving.Limits(patience=wrong)
 
 
@@ -595,7 +595,7 @@ def test_what_has_no_order_or_no_end_is_no_source(source):
         lambda: data.batches(source, 1),
         lambda: data.pairs(source, 4, 4),
     ):
-        with pytest.raises(TypeError, match='give a sequence of documents or examples'):
+        with pytest.raises(TypeError, match='source must be a sequence of documents or examples'):
             give()
 
 

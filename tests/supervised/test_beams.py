@@ -113,9 +113,9 @@ def test_other_numbers_are_no_other_program():
 def test_errors():
     model = make()
     for wrong in (np.nan, np.inf, 11):
-        with pytest.raises(ValueError, match='length_penalty must be from -10 to 10'):
+        with pytest.raises(ValueError, match='length_penalty must be at least -10 and at most 10'):
             decoding.beam_search(model, [[1]], 2, length_penalty=wrong)
-    with pytest.raises(ValueError, match='n_beams must be a whole number of at least 1, got 0'):
+    with pytest.raises(ValueError, match='beam_search: n_beams must be at least 1, got 0'):
         decoding.beam_search(model, [[1]], 2, n_beams=0)
     with pytest.raises(ValueError, match='n_best must be 1 to n_beams=2, got 3'):
         decoding.beam_search(model, [[1]], 2, n_beams=2, n_best=3)

@@ -47,7 +47,7 @@ def test_errors():
         decoding.score(model, [[1] * 120])
     with pytest.raises(UsageError, match='token id 11 is outside the vocabulary'):
         decoding.score(model, [[1, 11]])
-    with pytest.raises(ValueError, match='n_given must be a whole number of at least 1'):
+    with pytest.raises(ValueError, match='score: n_given must be at least 1, got 0'):
         decoding.score(model, [[1, 2]], n_given=0)
     with pytest.raises(UsageError, match='causal=False sees later positions'):
         decoding.score(make(tl.SelfAttention(2, causal=False)), [[1, 2]])

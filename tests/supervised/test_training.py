@@ -395,11 +395,11 @@ def test_no_cost_beside_the_plain_step():
         ({'optimizer': optax.sgd('0.1')}, TypeError, 'must be numbers or schedules, not strings'),
         ({'loss': 'cross_entropy'}, TypeError, "loss: 'cross_entropy' is no metric: give e.g. tl."),
         ({'loss': tl.CrossEntropyLoss}, TypeError, 'loss: CrossEntropyLoss is no metric: give'),
-        ({'accumulate': 0}, ValueError, 'accumulate=0: it must be at least 1'),
-        ({'accumulate': 2.0}, TypeError, r'accumulate=2.0: give a positive integer$'),
-        ({'clip_norm': '1'}, TypeError, "clip_norm='1': give a number or None"),
-        ({'clip_norm': 0.0}, ValueError, 'clip_norm=0.0: it must be above 0'),
-        ({'loss_chunk_len': 'a'}, TypeError, "loss_chunk_len='a': give a positive integer or None"),
+        ({'accumulate': 0}, ValueError, 'accumulate must be at least 1, got 0'),
+        ({'accumulate': 2.0}, TypeError, r'TrainTask: accumulate must be an int, got 2\.0$'),
+        ({'clip_norm': '1'}, TypeError, "clip_norm must be a number or None, got '1'"),
+        ({'clip_norm': 0.0}, ValueError, 'TrainTask: clip_norm must be above 0, got 0.0'),
+        ({'loss_chunk_len': 'a'}, TypeError, "loss_chunk_len must be an int or None, got 'a'"),
         ({'trainable': 'dense'}, TypeError, "trainable='dense': give a function of a path"),
     ],
 )
@@ -416,7 +416,7 @@ def test_a_train_task_checks_its_arguments(task, error, text):
         ({'metrics': (LOSS, LOSS)}, ValueError, 'two metrics have one label'),
         ({'name': 'a/b'}, ValueError, "name='a/b': give a word without"),
         ({'name': 'train'}, ValueError, "the name 'train' is that of training"),
-        ({'n_batches': 0}, ValueError, 'n_batches=0: it must be at least 1'),
+        ({'n_batches': 0}, ValueError, 'EvalTask: n_batches must be at least 1, got 0'),
     ],
 )
 def test_an_eval_task_checks_its_arguments(task, error, text):
@@ -431,9 +431,9 @@ def test_an_eval_task_checks_its_arguments(task, error, text):
         ({'eval_tasks': (eval_task(), eval_task())}, ValueError, 'two eval_tasks have one name'),
         ({'eval_tasks': LOSS}, TypeError, r'eval_tasks holds CrossEntropyLoss\(\): give EvalTasks'),
         ({'seed': 'a'}, TypeError, "seed='a': give an integer"),
-        ({'log_every': 0}, ValueError, 'log_every=0: it must be at least 1'),
-        ({'eval_every': 'a'}, TypeError, "eval_every='a': give a positive integer or None"),
-        ({'keep': None}, TypeError, r'keep=None: give a positive integer$'),
+        ({'log_every': 0}, ValueError, 'Loop: log_every must be at least 1, got 0'),
+        ({'eval_every': 'a'}, TypeError, "eval_every must be an int or None, got 'a'"),
+        ({'keep': None}, TypeError, 'Loop: keep must be an int, got None$'),
     ],
 )
 def test_a_loop_checks_its_arguments(arguments, error, text):

@@ -1,4 +1,4 @@
-"""A published data set: from a local path, else from TFDS, else something that stands in for it."""
+"""Where a published data set is read from: a local path, TFDS, or a stand-in."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ def choose(
     cure: str,
     asked: bool = False,
 ) -> Sequence[Any]:
-    """Returns the data at a path if one is given, else what is prepared, else the stand-in.
+    """Returns the data at a path if one is given, else that of TFDS, else the stand-in.
 
     Args:
       what: the data set's name, for messages.
-      path: where it is, or None. What is wrong with a given path is an error, whatever could stand
-        in.
-      local: reads it from a path, which is absolute.
-      prepared: reads it from TFDS, or raises a UsageError.
+      path: where it is, or None. Errors of a given path are raised; there is no stand-in for it.
+      local: a function that reads the data from an absolute path.
+      prepared: a function that reads it from TFDS, or raises a UsageError.
       stand_in: other data of the same kind, for machines that have neither, or a function that
-        returns it. One line on stderr says that it is used.
-      cure: what path to give.
-      asked: whether TFDS was told where to look: then nothing stands in, either.
+        returns it. A line on stderr says that it is used.
+      cure: what path to give, for messages.
+      asked: whether the user told where TFDS has it. Then there is no stand-in, either.
 
     Raises:
-      TypeError: if the path is no string.
-      UsageError: if nothing is there.
+      TypeError: if `path` is no path.
+      UsageError: if there is no data.
     """
     if path is not None:
         if not isinstance(path, (str, bytes, os.PathLike)):

@@ -1,4 +1,4 @@
-"""Code and what it says that it does: pairs from Python's own library."""
+"""Code and its docstrings: pairs from Python's own library."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ Pair = tuple[bytes, bytes]
 def python_docstrings(split: str = 'train', of: str = 'functions') -> Sequence[Pair]:
     """Returns code of this Python's own library with its docstrings: real pairs on every machine.
 
-    They stand in for articles and abstracts. They are always the same for one version of Python,
-    in the order of the files, which are those that `python_stdlib` has in that split. Making them
-    takes a few seconds.
+    They can stand in for articles and abstracts. One version of Python always gives the same pairs,
+    in the order of the files of `python_stdlib(split)`. Making them takes a few seconds.
 
     Args:
       split: 'train', 'valid' or 'test'.
-      of: 'functions', for short sources and many of them: functions and methods, but not those
-        inside other functions or statements; or 'modules', for long ones.
+      of: 'functions' for many short sources: functions and methods, except those inside other
+        functions or statements; or 'modules' for long sources.
 
     Returns:
-      A list of (source without its docstring, docstring), bytes of UTF-8 without NUL. A source is
-      indented as it stands in its file, a docstring by nothing.
+      A list of (source without its docstring, docstring), UTF-8 bytes without NUL. A source keeps
+      its indentation, a docstring has none.
 
     Raises:
       ValueError: if there is no such split, or `of` is something else.
@@ -45,12 +44,12 @@ def python_docstrings(split: str = 'train', of: str = 'functions') -> Sequence[P
 def _pairs(document: bytes, nodes: Callable[[ast.Module], Iterator[Any]]) -> Iterator[Pair]:
     text = document.decode('utf-8-sig')
     if '"""' not in text and "'''" not in text:
-        return  # tables of characters, for the most part, which take long to parse
+        return  # mostly tables of characters, which take long to parse
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about escapes in the library's own strings
             module = ast.parse(text)
-    except (SyntaxError, ValueError):  # what 2to3 is tested on
+    except (SyntaxError, ValueError):  # the tests of 2to3 are Python 2
         return
     source = text.encode()
     starts = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
@@ -61,7 +60,7 @@ def _pairs(document: bytes, nodes: Callable[[ast.Module], Iterator[Any]]) -> Ite
 
 
 def _without(source: bytes, starts: list[int], node: Any) -> bytes:
-    """The source of a node, its docstring cut out with the lines that it fills."""
+    """The source of a node without the lines of its docstring."""
     start, stop = 0, len(source)
     if not isinstance(node, ast.Module):
         start, stop = starts[node.lineno - 1], starts[node.end_lineno - 1] + node.end_col_offset
@@ -69,7 +68,7 @@ def _without(source: bytes, starts: list[int], node: Any) -> bytes:
     before = source[start : starts[string.lineno - 1] + string.col_offset]
     after = source[starts[string.end_lineno - 1] + string.end_col_offset : stop]
     rest = after.lstrip(b' \t')
-    if rest[:1] in b'\r\n':  # nothing else, so that b'' is taken for the end of a line, too
+    if rest[:1] in b'\r\n':  # the docstring ends its line, or the file
         before, after = before.rstrip(b' \t'), rest.removeprefix(b'\r').removeprefix(b'\n')
     return before + after
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from layercomb.data import checks
+from layercomb.checks import Size, checked
+from layercomb.data.checks import Seed
 from layercomb.data.sources import labelled
 from layercomb.data.tasks import Example, Generated
 
@@ -25,7 +26,8 @@ _INSIDE: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], ...] = (
 )
 
 
-def shapes(size: int = 32, n_examples: int = 50_000, seed: int = 0) -> Sequence[Example]:
+@checked
+def shapes(size: Size = 32, n_examples: Size = 50_000, seed: Seed = 0) -> Sequence[Example]:
     """Returns labelled images of ten shapes, which stand in for CIFAR-10 and other images.
 
     A shape of one colour, at any place, size and angle, on a ground of another colour, with noise.
@@ -48,7 +50,6 @@ def shapes(size: int = 32, n_examples: int = 50_000, seed: int = 0) -> Sequence[
     >>> image.shape, label.dtype, weight
     ((8, 8, 3), dtype('int32'), array(1., dtype=float32))
     """
-    size = checks.integer('size', size, 1)
     return Generated(_draw, (size,), n_examples, seed)
 
 

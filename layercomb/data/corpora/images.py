@@ -1,4 +1,4 @@
-"""Images: to be classified, or as sequences of subpixels for language models."""
+"""Images, for classifiers or, as sequences of subpixels, for language models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from layercomb.checks import Size, checked
 from layercomb.data import checks, files
 from layercomb.data.corpora.choice import StandIn, choose
 from layercomb.data.packing import Arrays, window
@@ -27,7 +28,10 @@ _CIFAR10_CURE = (
 _IMAGENET64_SPLITS = {None: 'all', 'train': 'train', 'valid': 'validation', 'test': 'validation'}
 
 
-def png_images(pattern: str, size: int = 64, split: str | None = None) -> Sequence[np.ndarray]:
+@checked
+def png_images(
+    pattern: str | os.PathLike[str], size: Size = 64, split: str | None = None
+) -> Sequence[np.ndarray]:
     """Returns the images that a pattern matches, cut to squares about the centre and scaled.
 
     Args:
@@ -39,11 +43,10 @@ def png_images(pattern: str, size: int = 64, split: str | None = None) -> Sequen
       A sequence of images, (size, size, 3) uint8, each decoded when it is asked for.
 
     Raises:
-      TypeError: if the pattern is no string or the size no integer.
+      TypeError: if the pattern is no path, or the size no int.
       ValueError: if the size is out of range, or there is no such split.
       UsageError: if no file is left, one is no image, or Pillow is not installed.
     """
-    size = checks.integer('size', size, 1)
     require('PIL.Image', 'images')
     return Mapped(files.matching(pattern, split, files.PNG), partial(_decoded, size=size))
 
@@ -64,7 +67,7 @@ def subpixels(images: Sequence[Any]) -> Sequence[Arrays]:
 
     Raises:
       TypeError: if `images` is no sequence.
-      ValueError: if it is empty; for an element that is no such image.
+      ValueError: if it is empty, or an element is no such image.
 
     References:
       van den Oord et al. 2016, Pixel recurrent neural networks, https://arxiv.org/abs/1601.06759
@@ -73,7 +76,7 @@ def subpixels(images: Sequence[Any]) -> Sequence[Arrays]:
     >>> inputs.tolist()
     [0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     """
-    return Mapped(checks.source(images), _sequence)
+    return Mapped(checks.source('subpixels', images, 'images'), _sequence)
 
 
 def imagenet64(
@@ -96,7 +99,7 @@ def imagenet64(
         that returns them.
 
     Raises:
-      TypeError: if the path is no string.
+      TypeError: if `path` is no path.
       ValueError: if there is no such split.
       UsageError: as `png_images`, or if there is neither data nor stand-in.
     """
@@ -136,7 +139,7 @@ def cifar10(
       A sequence of (inputs, targets, loss_weights): (32, 32, 3) float32 in 0 … 1, int32, float32.
 
     Raises:
-      TypeError: if the path is no string.
+      TypeError: if `path` is no path.
       ValueError: if there is no such split.
       UsageError: if the folder is another, or there is neither data nor stand-in.
 

@@ -15,23 +15,23 @@ from layercomb.errors import UsageError
 
 _OF = 20
 ALL = frozenset(range(_OF))
-_LINES = {'valid': 19, 'test': 18}  # the last ones, so that the first lines are to train on
+_LINES = {'valid': 19, 'test': 18}  # the last lines, so that the first are for 'train'
 
 
 @dataclass(frozen=True)
 class JsonLines(Sequence[tuple[bytes, ...]]):
     """Some fields of each line of some files, as tuples of bytes.
 
-    Nothing is read before it is asked for. Then the lines of plain files are found once, and each
-    is read from its file when its turn comes. A gzip file has no random access: the lines that the
-    share has are held in memory.
+    The files are read when the first line is asked for. Then the lines of plain files are found
+    once, and each is read from its file when it is asked for. A gzip file has no random access, so
+    its lines in the share are held in memory.
 
     Attributes:
       paths: the files; those that end in '.gz' are decompressed.
-      fields: names of fields, and others that a line may have instead: (('text',),). A field is a
-        string, or a list of strings, which are joined by newlines.
+      fields: tuples of field names, e.g. (('text',),); a line must have all fields of one of them.
+        A field is a string, or a list of strings, which are joined by newlines.
       share: which lines of each twenty, counted from 0; the others belong to other splits.
-      cure: what messages say to give.
+      cure: what to give instead, for messages.
     """
 
     paths: tuple[str, ...]
@@ -54,16 +54,16 @@ class JsonLines(Sequence[tuple[bytes, ...]]):
             record = json.loads(line)
         except OSError as e:
             raise UsageError(f'cannot read {path} ({e.strerror}): give {self.cure}') from None
-        except (ValueError, RecursionError):  # of brackets without end
+        except (ValueError, RecursionError):  # endless brackets
             raise UsageError(f'{path}:{number} is no JSON: give {self.cure}') from None
         return self._chosen(record, f'{path}:{number}')
 
-    def __reduce__(self) -> Any:  # without the lines
+    def __reduce__(self) -> Any:  # without the lines that were read
         return JsonLines, (self.paths, self.fields, self.share, self.cure)
 
     @cached_property
     def _lines(self) -> list[tuple[str, int, int | bytes]]:
-        """Of each line the file, its number, and where it starts or, from gzip, what it says."""
+        """Of each line the file, its number, and its start in the file or, from gzip, its text."""
         found = []
         for path in self.paths:
             try:
@@ -96,7 +96,7 @@ class JsonLines(Sequence[tuple[bytes, ...]]):
 
 
 def share_of(split: str, splits: Sequence[str]) -> frozenset[int]:
-    """Which lines of each twenty a split has: one for all but 'train', which has the rest.
+    """The lines of each twenty that a split has: one each for other splits, the rest for 'train'.
 
     >>> sorted(share_of('valid', ('train', 'valid'))), len(share_of('train', ('train', 'valid')))
     ([19], 19)
@@ -107,7 +107,7 @@ def share_of(split: str, splits: Sequence[str]) -> frozenset[int]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, int | bytes]]:
-    """Number and text of each line of a gzip file, or where one of another starts; none blank."""
+    """The number of each line that is not blank, and its text (gzip) or its start in the file."""
     compressed = path.endswith('.gz')
     at = 0
     with gzip.open(path) if compressed else open(path, 'rb') as file:

@@ -1,4 +1,4 @@
-"""Published corpora: C4, and papers with their abstracts."""
+"""Published corpora: C4, and scientific papers with their abstracts."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def c4(
     Without a path, TFDS is asked, then `stand_in` is returned, and a line on stderr says so.
 
     Args:
-      path: the folder as published, of whose files 'train' has ``c4-train.*.json*`` and 'valid'
-        ``c4-validation.*.json*``; or a file or glob pattern of JSON lines, of which every 20th is
-        for 'valid' and the others to train on. Plain files are read line by line when a line is
-        asked for; those that end in .gz have no random access and are read into memory when the
-        first document is asked for, so give some of them; all of C4 is for TFDS.
+      path: the folder as published, where 'train' is ``c4-train.*.json*`` and 'valid' is
+        ``c4-validation.*.json*``; or a file or glob pattern of JSON lines, where every 20th line is
+        for 'valid' and the others are for 'train'. A line of a plain file is read when it is asked
+        for. Files that end in .gz have no random access: they are read into memory when the first
+        document is asked for, so give only some of them, and use TFDS for all of C4.
       split: 'train' or 'valid'.
       data_dir: where TFDS has prepared it.
       stand_in: other documents, for machines that have no C4, or a function that returns them.
       name: of the data set in TFDS, which has a feature 'text'.
 
     Raises:
-      TypeError: if the path is no string.
+      TypeError: if `path` is no path.
       ValueError: if there is no such split.
       UsageError: if no file matches, or there is neither data nor stand-in; later, when documents
         are asked for, if a file cannot be read or a line has no text.
@@ -85,7 +85,7 @@ def scientific_papers(
 
     Args:
       path: the folder as published, which holds train.txt, val.txt and test.txt; or a file or glob
-        pattern of JSON lines, of each twenty of which one is for 'valid' and one for 'test'. About
+        pattern of JSON lines, where of each twenty lines one is for 'valid' and one for 'test'. For
         files that end in .gz, see `c4`. A line has 'article_text' and 'abstract_text', lists of
         sentences, or 'article' and 'abstract', strings.
       split: 'train', 'valid' or 'test'.
@@ -94,11 +94,11 @@ def scientific_papers(
       name: of the data set in TFDS, which has features 'article' and 'abstract'.
 
     Returns:
-      A sequence of (article, abstract), bytes. Sentences are joined by newlines, and the marks of
-      their ends (<S> and </S>) are taken out of the abstract, as TFDS does.
+      A sequence of (article, abstract), bytes. Sentences are joined by newlines, and the marks <S>
+      and </S> around them are removed from the abstract, as in TFDS.
 
     Raises:
-      TypeError: if the path is no string.
+      TypeError: if `path` is no path.
       ValueError: if there is no such split.
       UsageError: as `c4`.
 
@@ -132,7 +132,7 @@ def _local(
     fields: tuple[tuple[str, ...], ...],
     cure: str,
 ) -> JsonLines:
-    """All lines of a split's files in a published folder, or its share of other files' lines."""
+    """The lines of a split: its files in a published folder, or its share of other files."""
     if os.path.isdir(path):
         pattern, share = os.path.join(glob.escape(path), published[split]), ALL
     else:

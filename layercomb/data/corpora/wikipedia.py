@@ -28,19 +28,19 @@ def enwik8(
 ) -> Sequence[bytes]:
     """Returns a split of enwik8 as one document: 90, 5 and 5 of its 100 million bytes.
 
-    Any other file is cut likewise, its first 90 % for training. Without a path, TFDS is asked, then
-    `stand_in` is returned, and a line on stderr says so.
+    Any other file is cut in the same way, with its first 90 % for training. Without a path, TFDS is
+    asked, then `stand_in` is returned, and a line on stderr says so.
 
     Args:
       path: of enwik8 or enwik8.zip.
       split: 'train', 'valid' or 'test'.
       data_dir: where TFDS has prepared it.
       stand_in: other documents, for machines that have no enwik8, or a function that returns them.
-      name: of the data set in TFDS. TFDS itself has none: 'enwik8' is one of your own, with a
-        feature 'text' and a split 'train', whose texts are joined by newlines before they are cut.
+      name: of the data set in TFDS. TFDS has no enwik8 of its own: prepare one with a feature
+        'text' and a split 'train', whose texts are joined by newlines before they are cut.
 
     Raises:
-      TypeError: if the path is no string.
+      TypeError: if `path` is no path.
       ValueError: if there is no such split.
       UsageError: if the path cannot be read, or there is neither data nor stand-in.
 
@@ -60,7 +60,7 @@ def enwik8(
 
 
 def _local(path: str, split: str) -> Sequence[bytes]:
-    with _opened(path):  # what is wrong shows now, not in a worker
+    with _opened(path):  # errors show now, not in a worker
         return Mapped((path,), partial(_piece_of_file, split=split))
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import Rate, Size
 from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.functions import dot_product_attention, local_attention
 from layercomb.layers.attention.multihead import MultiHead, attend, dropout_arguments, heads
-from layercomb.layers.core.fields import Rate, Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import set_field

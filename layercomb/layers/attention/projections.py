@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import Size
 from layercomb.layers.attention.by_head import by_head
 from layercomb.layers.attention.slices import over_positions, positions
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform
-from layercomb.layers.core.fields import Size, nearest_divisor
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow
-from layercomb.shapes import as_deep, check_float, check_sequence, check_width
+from layercomb.shapes import as_deep, check_float, check_sequence, check_width, nearest_divisor
 
 
 class SplitHeads(Layer):

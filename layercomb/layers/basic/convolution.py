@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import Size
 from layercomb.layers.basic.initializers import Initializer, he_normal, zeros
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past

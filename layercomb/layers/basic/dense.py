@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from layercomb.checks import Size
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow

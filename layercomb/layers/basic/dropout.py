@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.core.fields import Rate
+from layercomb.checks import Rate
 from layercomb.layers.core.layer import POSITION_AXES, Layer
 from layercomb.layers.core.mode import Mode
 

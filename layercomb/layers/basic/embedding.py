@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layercomb.checks import Size
 from layercomb.layers.basic.initializers import Initializer, Normal
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow

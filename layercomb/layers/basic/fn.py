@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.core.fields import Bound
+from layercomb.checks import Bound
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import call_text, named, set_field, show

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import layercomb_kernels
+from layercomb.checks import Bound, Rate
 from layercomb.layers.core.counted import counted_positions
-from layercomb.layers.core.fields import Bound, Rate
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.native import has_kernels, with_kernel

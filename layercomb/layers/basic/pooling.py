@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layercomb.checks import Size
 from layercomb.layers.basic.convolution import (
     check_padding,
     check_window,
 )
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.shapes import check_float, check_rank

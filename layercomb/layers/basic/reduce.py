@@ -6,7 +6,7 @@ import math
 
 import jax.numpy as jnp
 
-from layercomb.layers.core.fields import Size
+from layercomb.checks import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.shapes import check_axis, check_mask

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import Size
 from layercomb.layers.basic.activations import activation
 from layercomb.layers.basic.dense import dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past, poison_overflow, refuse_overflow

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import Size
 from layercomb.layers.combinators.shares import add_aux
 from layercomb.layers.core.checks import check_inputs, check_outputs
 from layercomb.layers.core.counted import put_counted, take_counted
 from layercomb.layers.core.decisions import Decisions, put_decisions, take_decisions
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.positionwise import of_sublayers

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import Size
 from layercomb.layers.core.counted import put_counted, take_counted
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.positionwise import of_sublayers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from layercomb.layers.core.fields import Size
+from layercomb.checks import Size
 from layercomb.layers.core.layer import POSITION_AXES, Arrays, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import call_text, named, set_field

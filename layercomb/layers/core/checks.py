@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from layercomb.checking.arguments import ABSENT, Method
 from layercomb.layers.core.mode import check_mode
 from layercomb.layers.core.observing import tell
+from layercomb.methods import ABSENT, Method
 from layercomb.shapes import describe, signature_of
 
 F = TypeVar('F', bound=Callable[..., Any])

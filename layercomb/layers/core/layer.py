@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from layercomb.checking.annotations import frozen
+from layercomb.checks import check_fields, frozen
 from layercomb.layers.core.axes import check_declared
 from layercomb.layers.core.checks import (
     check_inputs,
@@ -18,7 +18,6 @@ from layercomb.layers.core.checks import (
     checking_apply,
     checking_init,
 )
-from layercomb.layers.core.fields import check_fields
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.positionwise import forget_if_overridden
 from layercomb.layers.core.printing import code_of, set_field

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.core.fields import Rate
+from layercomb.checks import Rate
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import snake_case

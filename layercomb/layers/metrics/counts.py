@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.core.fields import Bound
+from layercomb.checks import Bound
 from layercomb.layers.metrics.classification import Metric, check_targets
 from layercomb.layers.metrics.regression import Elementwise, is_rate
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from layercomb.checks import Size
 from layercomb.layers.basic.initializers import Initializer, Normal
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.positions.position import (

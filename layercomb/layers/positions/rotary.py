@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.core.fields import Bound, Size
+from layercomb.checks import Bound, Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.positions.position import (

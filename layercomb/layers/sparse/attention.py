@@ -12,16 +12,17 @@ import dataclasses
 from dataclasses import KW_ONLY
 from typing import Any
 
+from layercomb.checks import Size
 from layercomb.layers.attention.layers import DotProductAttention
 from layercomb.layers.attention.multihead import MultiHead
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.combinators.side_by_side import Parallel
-from layercomb.layers.core.fields import Size, nearest_divisor
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import unwrapped
 from layercomb.layers.sparse.local_conv import LocalConv
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense
+from layercomb.shapes import nearest_divisor
 
 
 class FoldHeads(Layer):

@@ -8,10 +8,10 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import Bound, Size
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import contract
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.fields import Bound, Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.sparse import controllers

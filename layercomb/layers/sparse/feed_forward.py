@@ -11,10 +11,10 @@ from typing import Annotated
 
 import jax
 
+from layercomb.checks import Bound, Size
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import contract, dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.fields import Bound, Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow, rows_of

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 import layercomb_kernels
+from layercomb.checks import Size
 from layercomb.layers.basic.convolution import convolve
 from layercomb.layers.basic.initializers import Initializer, lecun_normal, zeros
-from layercomb.layers.core.fields import Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past

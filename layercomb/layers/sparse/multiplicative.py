@@ -13,13 +13,13 @@ import math
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import Size
 from layercomb.layers.basic.dense import contract
 from layercomb.layers.basic.initializers import Initializer, Normal, zeros
-from layercomb.layers.core.fields import Size, nearest_divisor, nearest_multiple
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow, rows_of
-from layercomb.shapes import as_deep, check_float, check_width
+from layercomb.shapes import as_deep, check_float, check_width, nearest_divisor, nearest_multiple
 from layercomb.trees import Tree
 
 

@@ -12,12 +12,12 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import Bound, Rate, Size
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
 from layercomb.layers.core.counted import counted_positions
 from layercomb.layers.core.decisions import decide
-from layercomb.layers.core.fields import Bound, Rate, Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.state import AuxLoss

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layercomb.checks import Bound, Size, check_value
 from layercomb.model import Model
-from layercomb.supervised.decoding.numbers import real, whole
 from layercomb.supervised.decoding.prompts import (
     Sequences,
     Start,
@@ -27,6 +27,7 @@ from layercomb.supervised.decoding.prompts import (
 from layercomb.supervised.decoding.sampling import diverged, has_probabilities
 from layercomb.trees import Tree
 
+_PENALTY = Annotated[float, Bound(-10, high=10)]
 _LOW, _NONE = -1e30, -1e29  # the total of a place without a beam, and what is above it
 
 
@@ -75,16 +76,18 @@ def beam_search(
       `Beams`.
 
     Raises:
-      ValueError: if a number is out of its range.
+      TypeError: if a number is none.
+      ValueError: if one is out of its range.
       UsageError: as `decoding.generate`.
 
     References:
       Wu et al., length normalization in section 7, 2016, https://arxiv.org/abs/1609.08144
     """
-    n_beams, n_best = whole('n_beams', n_beams), whole('n_best', n_best)
+    n_beams = check_value('beam_search', 'n_beams', n_beams, Size)
+    n_best = check_value('beam_search', 'n_best', n_best, Size)
     if n_best > n_beams:
         raise ValueError(f'n_best must be 1 to n_beams={n_beams}, got {n_best!r}')
-    length_penalty = real('length_penalty', length_penalty, 'from -10 to 10', -10, 10)
+    length_penalty = check_value('beam_search', 'length_penalty', length_penalty, _PENALTY)
     start = begin(model, prompts, n_tokens, inputs, eos_id)
     search = _Search(n_beams, n_best, np.int32(n_tokens), length_penalty, as_id(eos_id))
     found = _run(start, search)

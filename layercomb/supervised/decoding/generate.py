@@ -23,7 +23,7 @@ import numpy as np
 
 from layercomb.model import Model
 from layercomb.supervised.decoding.beams import Beams, beam_search
-from layercomb.supervised.decoding.numbers import key
+from layercomb.supervised.decoding.keys import key
 from layercomb.supervised.decoding.prompts import (
     Sequences,
     Start,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb import trees
+from layercomb.checks import Count, Size, check_value
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, one_line
 from layercomb.layers.combinators.serial import Serial
@@ -29,7 +30,6 @@ from layercomb.layers.decoding.seek import seek
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import Signature, is_float, shape_dtype
 from layercomb.supervised.decoding.fitness import judged_init
-from layercomb.supervised.decoding.numbers import whole
 from layercomb.transforms.quantization import bare
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.unstacking import unstack, unstack_state
@@ -87,13 +87,13 @@ def begin(
 ) -> Start:
     """What decoding begins with; arguments and errors are those of `decoding.generate`."""
     net, weights, state = checked(model)
-    n_tokens = whole('n_tokens', n_tokens)
+    n_tokens = check_value('decoding', 'n_tokens', n_tokens, Size)
     tokens, lengths = padded('prompt', prompts)
     longest, limit = tokens.shape[1], max_len(net)
     context = context_of(net, inputs, len(tokens))
     check_ids(net, 'prompt', tokens)
     if eos_id is not None:
-        check_ids(net, 'eos_id', np.full((1, 1), whole('eos_id', eos_id, least=0)))
+        check_ids(net, 'eos_id', np.full((1, 1), check_value('decoding', 'eos_id', eos_id, Count)))
     needed = longest + n_tokens
     if limit is not None and needed > limit:
         raise UsageError(

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layercomb.checks import Bound, Size, take_fields
 from layercomb.errors import UsageError
-from layercomb.supervised.decoding.numbers import real, whole
 
 NO_TOKEN = -1  # what is drawn where there are no probabilities
 _COLD = 1e-6  # lower temperatures draw the likeliest token, but for what float32 rounds
 _ALL = 2**31 - 1  # more tokens than any vocabulary has
+
+Temperature = Annotated[float, Bound(0, math.inf)]
+Share = Annotated[float, Bound(above=0, high=1)]
+Penalty = Annotated[float, Bound(1e-6, high=1e6)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,33 +40,21 @@ class Sampler:
         changes nothing, more makes repetitions rarer.
 
     Raises:
-      ValueError: if a value is out of its range.
+      TypeError: if a value is no number.
+      ValueError: if one is out of its range.
 
     References:
       Holtzman et al., nucleus sampling, 2020, https://arxiv.org/abs/1904.09751
       Keskar et al., CTRL (the penalty), 2019, https://arxiv.org/abs/1909.05858
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
+    temperature: Temperature = 1.0
+    top_k: Size | None = None
+    top_p: Share | None = None
+    repetition_penalty: Penalty = 1.0
 
     def __post_init__(self) -> None:
-        checked: dict[str, Any] = {
-            'temperature': real(
-                'temperature', self.temperature, 'at least 0 and finite', 0, math.inf
-            ),
-            'repetition_penalty': real(
-                'repetition_penalty', self.repetition_penalty, 'from 1e-6 to 1e6', 1e-6, 1e6
-            ),
-        }
-        if self.top_k is not None:
-            checked['top_k'] = whole('top_k', self.top_k)
-        if self.top_p is not None:
-            checked['top_p'] = real('top_p', self.top_p, 'above 0 and at most 1', 0, 1, above=True)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        take_fields(self)
 
     def __call__(
         self, logits: jax.Array, keys: jax.Array, seen: jax.Array | None = None

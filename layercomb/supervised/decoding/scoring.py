@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb import losses
+from layercomb.checks import Size, check_value
 from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.metrics.classification import CrossEntropyLoss
 from layercomb.model import Model
-from layercomb.supervised.decoding.numbers import whole
 from layercomb.supervised.decoding.prompts import (
     Sequences,
     check_ids,
@@ -61,13 +61,13 @@ def score(
       `Scores`.
 
     Raises:
-      TypeError: if the model has no weights.
-      ValueError: if `n_given` is not a whole number of at least 1.
+      TypeError: if the model has no weights, or `n_given` is no int.
+      ValueError: if `n_given` is below 1.
       UsageError: if a text is too short or too long, or holds ids outside the vocabulary; if
         `inputs` do not go with it; or if logits are NaN.
     """
     net, weights, state = checked(model)
-    n_given = whole('n_given', n_given)
+    n_given = check_value('score', 'n_given', n_given, Size)
     tokens, lengths = padded('text', texts)
     if lengths.min() <= n_given:
         raise UsageError(

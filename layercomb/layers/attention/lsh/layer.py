@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import Rate, Size
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.lsh import rings
@@ -27,7 +28,6 @@ from layercomb.layers.attention.lsh.hashing import (
 from layercomb.layers.attention.multihead import MultiHead, dropout_arguments
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
 from layercomb.layers.core.decisions import decide
-from layercomb.layers.core.fields import Rate, Size
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import poison_overflow, refuse_overflow

@@ -1,1 +1,0 @@
-"""Checks of plain values and arguments, which know nothing of layers."""
