@@ -13,10 +13,10 @@ from layercomb import losses, models, testing, transforms, trees
 from layercomb.capture import capture
 from layercomb.errors import UsageError
 from layercomb.layers.basic.fn import Fn
-from layercomb.layers.core.axes import Axes
 from layercomb.layers.core.layer import Layer, init_state
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
+from layercomb.layers.facts.axes import Axes
 from layercomb.model import Model
 from layercomb.shapes import describe, shape_dtype, signature_of
 from layercomb.summary import summary

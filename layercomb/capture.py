@@ -23,12 +23,12 @@ from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.residual import Add
 from layercomb.layers.core.layer import Arrays, Layer, fold
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import WHOLE, Part
 from layercomb.layers.core.walk import joined
 from layercomb.layers.core.wrapper import Wrapper, wrapped
 from layercomb.layers.decoding.once import Once
 from layercomb.layers.reversible.cotangents import add_cts
 from layercomb.layers.reversible.layers import Reversible
+from layercomb.layers.state.parts import WHOLE, Part
 from layercomb.trees import Tree
 
 Activations = dict[str, Any]

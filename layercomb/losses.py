@@ -13,14 +13,14 @@ from layercomb.errors import UsageWarning
 from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.combinator import Combinator, fold
-from layercomb.layers.core.counted import count_only, put_counted, take_counted
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode, check_mode
-from layercomb.layers.core.positionwise import of_sublayers, unsaid
-from layercomb.layers.core.state import AuxLoss
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.facts.positionwise import of_sublayers, unsaid
 from layercomb.layers.metrics.classification import Metric
+from layercomb.layers.state.counted import count_only, put_counted, take_counted
+from layercomb.layers.state.parts import AuxLoss
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 

@@ -14,9 +14,9 @@ import pytest
 
 import layercomb as lc
 from layercomb import testing, tl
-from layercomb.layers.core.decisions import Decisions
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.state.decisions import Decisions
 
 X = lc.shape_dtype((2, 4, 8))
 

@@ -13,9 +13,9 @@ import pytest
 import layercomb_kernels
 from layercomb import Model, init_state, losses, models, summary, tl, transforms, trees, walk
 from layercomb.layers.basic.dense import contract
-from layercomb.layers.core.axes import Axes
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.facts.axes import Axes
 from layercomb.layers.quantized.matrix import Narrow
 from layercomb.shapes import describe, shape_dtype, signature_of
 from layercomb.supervised import decoding

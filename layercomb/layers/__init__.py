@@ -71,11 +71,8 @@ from layercomb.layers.combinators.routing import (
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.combinators.side_by_side import Branch, Parallel
 from layercomb.layers.core.combinator import Combinator
-from layercomb.layers.core.counted import counted_positions, put_counted, take_counted
-from layercomb.layers.core.decisions import decide
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import AuxLoss
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import Once
 from layercomb.layers.decoding.seek import Position, seek
@@ -122,6 +119,9 @@ from layercomb.layers.sparse.multiplicative import (
     multiplicative_dense,
 )
 from layercomb.layers.sparse.switch import SwitchFF
+from layercomb.layers.state.counted import counted_positions, put_counted, take_counted
+from layercomb.layers.state.decisions import decide
+from layercomb.layers.state.parts import AuxLoss
 
 __all__ = [
     'F1',

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 
 from layercomb import layers as tl
 from layercomb.checks import Size, checked
-from layercomb.layers.core.counted import after_memory, put_counted, take_counted
 from layercomb.layers.core.layer import Arrays
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import WHOLE
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import run_once
 from layercomb.layers.decoding.seek import Position, Seekable, held, seek
 from layercomb.layers.positions.position import check_length, check_next
 from layercomb.layers.sparse.attention import is_self_attention
+from layercomb.layers.state.counted import after_memory, put_counted, take_counted
+from layercomb.layers.state.parts import WHOLE
 from layercomb.models.reformer import (
     reformer_positions,
     reversible_blocks,

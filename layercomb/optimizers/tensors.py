@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from layercomb import trees
 from layercomb.errors import require
-from layercomb.layers.core.axes import Axes
 from layercomb.layers.core.layer import Layer
+from layercomb.layers.facts.axes import Axes
 from layercomb.transforms.weight_axes import axes, declared, holder
 from layercomb.trees import Tree
 
@@ -93,7 +93,7 @@ def tensors(owner: str, net: Layer | None, weights: Tree) -> dict[str, Axes]:
         raise TypeError(
             f'{owner}: {type(layer).__name__} does not declare the axes of its weight {own!r}, '
             f'{shape}: add a line such as weight_axes = {{{own!r}: {"D->F"!r}}} to the class, as '
-            'layers.core.axes explains'
+            'layers.facts.axes explains'
         )
     return found
 

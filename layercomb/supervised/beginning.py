@@ -12,8 +12,8 @@ from layercomb import trees
 from layercomb.errors import require
 from layercomb.layers.core.layer import Layer, init_state
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import Blocks
 from layercomb.layers.decoding.seek import Seekable
+from layercomb.layers.state.parts import Blocks
 from layercomb.model import Model
 from layercomb.optimizers.tensors import bound
 from layercomb.shapes import Signature

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from layercomb.layers.core.decisions import take_decisions
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.reversible.cotangents import Cotangents
 from layercomb.layers.reversible.one_pass import one_pass as rules
+from layercomb.layers.state.decisions import take_decisions
 from layercomb.trees import Tree
 
 

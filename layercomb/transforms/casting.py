@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.matrix import Narrow
 from layercomb.layers.reversible.one_pass import one_pass
 from layercomb.shapes import is_float

@@ -13,12 +13,12 @@ from layercomb.checks import Size
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.embedding import Embedding
-from layercomb.layers.core.axes import UNKNOWN, Axes
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.facts.axes import UNKNOWN, Axes
+from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.matrix import BITS, Narrow, can_narrow, constant, narrow
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
@@ -141,7 +141,7 @@ class Quantized(Wrapper):
         return weights
 
     def narrow_spec(self, path: str, leaf: Any) -> str | None:
-        """The axes of a narrow matrix or of its scales, as `core.axes` writes them.
+        """The axes of a narrow matrix or of its scales, as `facts.axes` writes them.
 
         Args:
           path: of the weight, in the leaf.

@@ -9,8 +9,8 @@ import jax
 
 from layercomb import trees
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.reversible.cotangents import vjp
 from layercomb.layers.reversible.one_pass import one_pass
 from layercomb.trees import Tree

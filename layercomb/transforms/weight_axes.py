@@ -7,10 +7,10 @@ from typing import Any
 import jax
 
 from layercomb import trees
-from layercomb.layers.core.axes import Axes, undeclared
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.facts.axes import Axes, undeclared
 from layercomb.transforms.quantization import Quantized
 from layercomb.trees import Tree
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import layercomb as lc
-from layercomb.layers.core.axes import Axes, undeclared
+from layercomb.layers.facts.axes import Axes, undeclared
 
 
 @pytest.mark.parametrize(

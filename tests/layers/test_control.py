@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from layercomb import init_state, tl
-from layercomb.layers.core.decisions import Decisions, put_decisions, take_decisions
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.state.decisions import Decisions, put_decisions, take_decisions
 from layercomb.losses import total as aux_loss
 from layercomb.shapes import shape_dtype
 

@@ -16,9 +16,9 @@ from layercomb import tl
 from layercomb.layers.attention.lsh.function import lsh_attention
 from layercomb.layers.attention.lsh.hashing import automatic_buckets, lsh_buckets
 from layercomb.layers.attention.lsh.windows import SELF
-from layercomb.layers.core.decisions import Decisions
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import beside, own
+from layercomb.layers.state.decisions import Decisions
+from layercomb.layers.state.parts import beside, own
 
 
 def windows(buckets, chunk_len, causal, mask, neighbourhood):

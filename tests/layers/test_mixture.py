@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from layercomb import tl, transforms
-from layercomb.layers.core.decisions import Decisions
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import beside, own
 from layercomb.layers.sparse import by_expert as products
 from layercomb.layers.sparse.block_sparse import BlockSparseFF
 from layercomb.layers.sparse.switch import SwitchFF
+from layercomb.layers.state.decisions import Decisions
+from layercomb.layers.state.parts import beside, own
 from layercomb.losses import total as aux_loss
 from layercomb.shapes import shape_dtype
 

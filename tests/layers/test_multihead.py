@@ -14,10 +14,10 @@ from layercomb.layers.attention import multihead, slices
 from layercomb.layers.attention.heads import goes_by_head
 from layercomb.layers.attention.projections import kernel_gradient
 from layercomb.layers.core.combinator import Combinator
-from layercomb.layers.core.decisions import Decisions
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import beside, own
+from layercomb.layers.state.decisions import Decisions
+from layercomb.layers.state.parts import beside, own
 
 B, L, D = 2, 12, 8
 LAYERS = {

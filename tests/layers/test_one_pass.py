@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from layercomb import tl, transforms
-from layercomb.layers.core.decisions import put_decisions, take_decisions
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.reversible.cotangents import add_cts, vjp
+from layercomb.layers.state.decisions import put_decisions, take_decisions
 from layercomb.shapes import is_float, shape_dtype, signature_of
 
 B, L, D = 2, 7, 4

@@ -11,9 +11,9 @@ import pytest
 
 import layercomb as lc
 from layercomb import tl
-from layercomb.layers.core.decisions import take_decisions
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.state.decisions import take_decisions
 
 B, L, D = 2, 12, 8
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import layercomb_kernels
 from layercomb import tl, trees
-from layercomb.layers.core.decisions import Decisions
 from layercomb.layers.core.layer import init_state
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import beside, own
 from layercomb.layers.quantized.native import has_kernels
+from layercomb.layers.state.decisions import Decisions
+from layercomb.layers.state.parts import beside, own
 from layercomb.shapes import shape_dtype
 
 B, L, D, F, N = 2, 6, 12, 24, 4

@@ -10,12 +10,12 @@ import pytest
 
 import layercomb as lc
 from layercomb import losses, models, tl, trees
-from layercomb.layers.core.decisions import Decisions, put_decisions, take_decisions
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import Blocks, beside, own, put_back, take_out
 from layercomb.layers.decoding.caches import KVCache
 from layercomb.layers.decoding.seek import Position
+from layercomb.layers.state.decisions import Decisions, put_decisions, take_decisions
+from layercomb.layers.state.parts import Blocks, beside, own, put_back, take_out
 from layercomb.shapes import shape_dtype
 from layercomb.supervised.beginning import trained_state
 from layercomb.supervised.steps import aux_loss

@@ -12,9 +12,9 @@ import pytest
 
 import layercomb as lc
 from layercomb import losses, models, tl, trees
-from layercomb.layers.core.decisions import take_decisions
 from layercomb.layers.core.layer import init_state
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.state.decisions import take_decisions
 from layercomb.shapes import describe, shape_dtype
 from layercomb.supervised import Loop, TrainTask
 

@@ -9,8 +9,8 @@ import pytest
 
 import layercomb as lc
 from layercomb import losses, models, tl, trees
-from layercomb.layers.core.decisions import take_decisions
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.state.decisions import take_decisions
 
 IMAGES = (lc.shape_dtype((4, 8, 8, 3)),)
 

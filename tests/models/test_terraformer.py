@@ -11,9 +11,9 @@ import pytest
 
 import layercomb as lc
 from layercomb import models, tl, trees
-from layercomb.layers.core.decisions import take_decisions
 from layercomb.layers.core.layer import init_state
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.state.decisions import take_decisions
 from layercomb.models.terraformer import AfterMemory
 from layercomb.supervised.decoding import generate, prompts
 

@@ -9,10 +9,10 @@ import pytest
 
 import layercomb as lc
 from layercomb import losses, models, tl, transforms
-from layercomb.layers.core.counted import Counted, count_only
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.metrics.classification import weighted_sum
+from layercomb.layers.state.counted import Counted, count_only
 from layercomb.models.terraformer import AfterMemory
 from layercomb.supervised.steps import aux_loss
 

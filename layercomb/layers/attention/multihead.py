@@ -17,8 +17,8 @@ from layercomb.layers.core.checks import check_inputs
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.printing import set_field
+from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.reversible.one_pass import one_pass
 
 

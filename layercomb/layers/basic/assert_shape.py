@@ -9,9 +9,9 @@ from layercomb.layers.combinators.routing import Rearrange
 from layercomb.layers.core.checks import check_inputs
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.printing import call_text, named, set_field, show
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.shapes import Signature, describe
 
 

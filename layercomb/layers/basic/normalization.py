@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 import layercomb_kernels
 from layercomb.checks import Bound, Rate
-from layercomb.layers.core.counted import counted_positions
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.native import has_kernels, with_kernel
+from layercomb.layers.state.counted import counted_positions
 from layercomb.shapes import as_deep, check_float, check_width
 from layercomb.trees import Tree
 

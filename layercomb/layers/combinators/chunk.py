@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from layercomb.checks import Size
 from layercomb.layers.combinators.shares import add_aux, how_many, shares
-from layercomb.layers.core.counted import along_length, put_counted, take_counted
-from layercomb.layers.core.decisions import Decisions, put_decisions, take_decisions
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.positionwise import of_sublayers, reason, unsaid
-from layercomb.layers.core.state import beside, own, without
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.facts.positionwise import of_sublayers, reason, unsaid
+from layercomb.layers.state.counted import along_length, put_counted, take_counted
+from layercomb.layers.state.decisions import Decisions, put_decisions, take_decisions
+from layercomb.layers.state.parts import beside, own, without
 from layercomb.shapes import describe
 from layercomb.trees import Tree
 

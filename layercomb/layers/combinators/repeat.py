@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.checks import Size
-from layercomb.layers.core.counted import put_counted, take_counted
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.positionwise import of_sublayers
-from layercomb.layers.core.state import Blocks, refuse_blocks
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.facts.positionwise import of_sublayers
+from layercomb.layers.state.counted import put_counted, take_counted
+from layercomb.layers.state.parts import Blocks, refuse_blocks
 from layercomb.shapes import Signature, describe
 from layercomb.trees import Tree
 

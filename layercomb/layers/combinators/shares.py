@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.core.counted import Counted
-from layercomb.layers.core.state import AuxLoss, own
+from layercomb.layers.state.counted import Counted
+from layercomb.layers.state.parts import AuxLoss, own
 from layercomb.trees import Tree
 
 

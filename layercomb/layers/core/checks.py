@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from layercomb.layers.core.mode import check_mode
-from layercomb.layers.core.observing import tell
+from layercomb.layers.facts.observing import tell
 from layercomb.methods import ABSENT, Method
 from layercomb.shapes import describe, signature_of
 

@@ -19,9 +19,9 @@ import jax
 from layercomb.layers.core.checks import check_inputs, check_outputs, check_sublayers, where
 from layercomb.layers.core.layer import Layer, fold, is_layers
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.observing import tell
-from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.wrapper import default_name, given_name
+from layercomb.layers.facts.observing import tell
+from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 
 from layercomb.checks import check_fields, frozen
-from layercomb.layers.core.axes import check_declared
 from layercomb.layers.core.checks import (
     check_inputs,
     check_outputs,
@@ -19,8 +18,10 @@ from layercomb.layers.core.checks import (
     checking_init,
 )
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.positionwise import forget_if_overridden
 from layercomb.layers.core.printing import code_of, set_field
+from layercomb.layers.facts.axes import check_declared
+from layercomb.layers.facts.declared import Declares
+from layercomb.layers.facts.positionwise import forget_if_overridden
 from layercomb.shapes import Signature, signature_of
 from layercomb.trees import Tree
 
@@ -33,7 +34,7 @@ POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
 @dataclasses.dataclass(frozen=True, repr=False)
-class Layer:
+class Layer(Declares):
     """An immutable, hashable, array-free description of a function with weights and state.
 
     A subclass is made a frozen dataclass by being one: annotate its fields, write `init` where it
@@ -54,32 +55,8 @@ class Layer:
       name: the key of its weights in the combinator around it; None takes the class's name.
       n_in: how many values it takes off the stack.
       n_out: how many it puts back.
-      float32: whether `transforms.cast` leaves it in float32 (norms, losses, sums of streams).
-      weight_axes: the axes of each of its own weights, by path, in letters: ``{'kernel': 'D->F',
-        'bias': '->F'}``. `core.axes` explains them. Muon and Adafactor refuse a layer whose
-        weights have two axes or more, and are not declared.
-      position_wise: True if each output position depends on the same position of the inputs alone;
-        False if it depends on others, or on where it lies; None if nobody has said. `Chunk` takes
-        what says True, and decoding a layer that says another thing only if it holds a cache. A
-        subclass that computes anew, in one of the methods `computes_in`, says it anew.
-      cacheless: whether it decodes without a cache although it is not position-wise: it mixes
-        positions in training alone, or those of what it is given whole at every step.
-      counts_positions: whether it averages over positions in training. Its state then says which of
-        them count: it begins with `counted_positions`, and leaves the others out.
-      carries_counted: whether a layer made of layers hands that on to them: it gives them their
-        states as they are, or takes it out and puts it back by `take_counted` and `put_counted`
-        where it loops over states or cuts positions.
-      reads_memory: whether what is inside works on another sequence than the one that decoding
-        writes: an encoder (`Once`), or attention to a memory.
-      sees_padding: whether an output position depends on what stands after it, even where
-        positions see only what stands before them; prompts of several lengths are then refused.
-      makes_logits: whether it is a head, (B, L, D) → (B, L, V) for each position by itself, so that
-        decoding may ask for one position alone.
-      needs_max_len: whether its field ``max_len`` is open, so that a model around it should set it.
 
-    Four more are read where a layer has them, as a field or a property: ``causal``, which decoding
-    refuses if it is False; ``max_len``, the longest sequence; ``vocab_size``, below which the ids
-    that it looks up must lie; and a field ``rotary``, for positions put into queries and keys.
+    What else a class may declare is in `Declares`: `position_wise`, `weight_axes`, `float32` …
     """
 
     name: str | None = dataclasses.field(default=None, kw_only=True)
@@ -87,18 +64,6 @@ class Layer:
     # Without annotations, so that a subclass may make fields of them, in its own order.
     n_in = 1
     n_out = 1
-    position_wise = cast('bool | None', None)
-    cacheless = False
-    computes_in: ClassVar[tuple[str, ...]] = ('apply',)
-    float32: ClassVar[bool] = False
-    counts_positions: ClassVar[bool] = False
-    carries_counted: ClassVar[bool] = False
-    weight_axes: ClassVar[dict[str, str]] = {}
-    sees_padding = False
-    makes_logits = False
-    needs_max_len = False
-    reads_memory: ClassVar[bool] = False
-    shown_before: ClassVar[dict[str, str]] = {}  # which keyword `repr` shows before which other
 
     def __init_subclass__(cls, *, init: bool = True, **kwargs: Any) -> None:
         """Makes the class a frozen dataclass; ``init=False`` leaves the constructor it has.

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.positionwise import of_sublayers
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.trees import Tree
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.core.state import Part
+from layercomb.layers.state.parts import Part
 
 S = TypeVar('S', bound='Seekable')
 T = TypeVar('T')

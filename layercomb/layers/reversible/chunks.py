@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from layercomb.layers.combinators.chunk import Chunk, state_parts
 from layercomb.layers.combinators.shares import by_share, how_many, passes_on, shares
-from layercomb.layers.core.counted import put_counted
-from layercomb.layers.core.decisions import put_decisions
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.reversible.cotangents import Cotangents, zero_cts, zeros_once
 from layercomb.layers.reversible.one_pass import one_pass
+from layercomb.layers.state.counted import put_counted
+from layercomb.layers.state.decisions import put_decisions
 from layercomb.trees import Tree
 
 

@@ -27,15 +27,15 @@ import jax.numpy as jnp
 from layercomb.layers.basic.assert_shape import AssertShape
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.serial import Serial
-from layercomb.layers.core.counted import put_counted, take_counted
-from layercomb.layers.core.decisions import put_decisions, take_decisions
 from layercomb.layers.core.layer import Arrays, Layer, fold
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.positionwise import of_sublayers
+from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.reversible.cotangents import zero_cts
 from layercomb.layers.reversible.layers import (
     Reversible,
 )
+from layercomb.layers.state.counted import put_counted, take_counted
+from layercomb.layers.state.decisions import put_decisions, take_decisions
 from layercomb.shapes import Signature, is_float
 from layercomb.trees import Tree
 

@@ -16,15 +16,15 @@ from layercomb.checks import Bound, Rate, Size
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.counted import counted_positions
-from layercomb.layers.core.decisions import decide
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import AuxLoss
 from layercomb.layers.sparse import controllers
 from layercomb.layers.sparse.by_expert import (
     by_expert,
 )
+from layercomb.layers.state.counted import counted_positions
+from layercomb.layers.state.decisions import decide
+from layercomb.layers.state.parts import AuxLoss
 from layercomb.shapes import check_float
 from layercomb.trees import Tree
 

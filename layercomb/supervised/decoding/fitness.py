@@ -16,9 +16,9 @@ from layercomb import trees
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.observing import observing
-from layercomb.layers.core.positionwise import of_sublayers, unsaid
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.facts.observing import observing
+from layercomb.layers.facts.positionwise import of_sublayers, unsaid
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
 

@@ -23,10 +23,10 @@ from layercomb.errors import UsageError, one_line
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import AuxLoss, take_out
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.seek import seek
+from layercomb.layers.state.parts import AuxLoss, take_out
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import Signature, is_float, shape_dtype
 from layercomb.supervised.decoding.fitness import judged_init

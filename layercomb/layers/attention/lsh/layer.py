@@ -27,12 +27,12 @@ from layercomb.layers.attention.lsh.hashing import (
 )
 from layercomb.layers.attention.multihead import MultiHead, dropout_arguments
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
-from layercomb.layers.core.decisions import decide
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import poison_overflow, refuse_overflow
 from layercomb.layers.decoding.seek import held
 from layercomb.layers.positions.position import check_length
+from layercomb.layers.state.decisions import decide
 
 
 class LSHOptions(Layer):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.state import Part, beside, own, put_back, take_out
+from layercomb.layers.state.parts import Part, beside, own, put_back, take_out
 from layercomb.trees import Tree
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.core.state import Part, beside, own, put_back, take_out, without
+from layercomb.layers.state.parts import Part, beside, own, put_back, take_out, without
 from layercomb.trees import Tree
 
 

@@ -1,0 +1,1 @@
+"""What layers declare about themselves, and what follows from it."""

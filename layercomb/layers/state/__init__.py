@@ -1,0 +1,1 @@
+"""What stands in a state: parts that say by their type what they are."""
