@@ -212,7 +212,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.slow  # tests/layers/test_reversible.py has the stacks by themselves
+@pytest.mark.slow  # tests/layers/reversible/test_reversible.py has the stacks by themselves
 @pytest.mark.parametrize('kinds', KINDS)
 def test_memory_does_not_grow_with_depth(kinds, optimized):
     """The temporaries of the gradient, less the decisions that must be kept."""

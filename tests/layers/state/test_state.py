@@ -16,9 +16,9 @@ from layercomb.layers.decoding.caches import KVCache
 from layercomb.layers.decoding.seek import Position
 from layercomb.layers.state.decisions import Decisions, put_decisions, take_decisions
 from layercomb.layers.state.parts import Blocks, beside, own, put_back, take_out
+from layercomb.losses import total as aux_loss
 from layercomb.shapes import shape_dtype
 from layercomb.supervised.beginning import trained_state
-from layercomb.supervised.steps import aux_loss
 
 B, L, D = 2, 6, 4
 RESERVED_ONCE = ('decisions', 'aux_loss', 'counted_positions', '0')

@@ -13,8 +13,8 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.metrics.classification import weighted_sum
 from layercomb.layers.state.counted import Counted, count_only
+from layercomb.losses import total as aux_loss
 from layercomb.models.terraformer import AfterMemory
-from layercomb.supervised.steps import aux_loss
 
 B, L, D, V, E = 3, 8, 8, 16, 4
 LOSS = tl.CrossEntropyLoss()
