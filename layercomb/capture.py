@@ -21,7 +21,7 @@ from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.combinators.map import Map
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.residual import Add
-from layercomb.layers.core.layer import Arrays, Layer, fold
+from layercomb.layers.core.layer import Arrays, Key, Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import joined
 from layercomb.layers.core.wrapper import Wrapper, wrapped
@@ -187,7 +187,9 @@ class _Kept(Wrapper):
         """Under which the outputs stand: no layer and no array is called so."""
         return f'/{self.path}'
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         outputs, new = self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
         rest = new if isinstance(new, dict) else {WHOLE: new}
         return outputs, {**rest, self.key: {str(i): y for i, y in enumerate(outputs)}}
@@ -222,7 +224,9 @@ class _Each(Wrapper):
     n_in = property(lambda self: self.n * self.layer.n_in)
     n_out = property(lambda self: self.n * self.layer.n_out)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         outputs: Arrays = ()
         new: Tree = {}
         for i in range(self.n):
@@ -238,7 +242,9 @@ class _Each(Wrapper):
 class _Again(Wrapper):
     """A `Once` that computes its layer at every call, where what is kept can come out."""
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         once: Any = self.layer
         return once.layer.apply(weights, once.inner_state(state), inputs, mode=Mode.EVAL)
 

@@ -13,7 +13,7 @@ from layercomb.errors import UsageWarning
 from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.combinator import Combinator, fold
-from layercomb.layers.core.layer import Arrays, Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode, check_mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
@@ -21,6 +21,7 @@ from layercomb.layers.facts.positionwise import of_sublayers, unsaid
 from layercomb.layers.metrics.classification import Metric
 from layercomb.layers.state.counted import count_only, put_counted, take_counted
 from layercomb.layers.state.parts import AuxLoss
+from layercomb.shapes import Signature
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
@@ -43,14 +44,18 @@ class Scored(Wrapper):
     n_in = property(lambda self: self.layer.n_in + 2)
     n_out = property(lambda self: 2 * len(self.losses))
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         head = signature[: self.layer.n_in]
         logits, weights, state = self.layer.init_with_outputs(head, rng, mode)
         for loss in self.losses:
             loss.init((*logits, *signature[self.layer.n_in :]), rng, mode)
         return weights, state
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         k = self.layer.n_in
         logits, state = self.layer.apply(weights, state, inputs[:k], rng=fold(rng, 0), mode=mode)
         outputs: tuple[jax.Array, ...] = ()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from layercomb import layers as tl
 from layercomb.checks import Size, checked
-from layercomb.layers.core.layer import Arrays
+from layercomb.layers.core.layer import Arrays, Key
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import run_once
@@ -34,7 +34,7 @@ from layercomb.models.transformer import (
     rotary_positions,
     with_positions,
 )
-from layercomb.shapes import shape_dtype
+from layercomb.shapes import Signature, shape_dtype
 from layercomb.transforms.rewriting import rewrite
 from layercomb.trees import Tree
 
@@ -326,14 +326,16 @@ class AfterMemory(Wrapper):
     n_in = property(lambda self: 2 + self.masked)
     position_wise = False
 
-    def inner_signature(self, signature):
+    def inner_signature(self, signature: Signature) -> Signature:
         """Of the joined sequence and, if `masked`, the joined mask."""
         memory, x, *_ = signature
         length = memory.shape[1] + x.shape[1]
         joined = shape_dtype((x.shape[0], length, x.shape[2]), x.dtype)
         return (joined, *[shape_dtype((x.shape[0], length), bool)] * self.masked)
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Any]:
         """The layer's weights; its caches are as long as both sequences."""
         memory, x, *_ = signature
         check_length('AfterMemory', x.shape[1], self.max_len)
@@ -344,7 +346,9 @@ class AfterMemory(Wrapper):
             return weights, Reading(state, jnp.zeros((), bool), before, position)
         return weights, state
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Any]:
         """The layer on the joined sequence, or in ``PREDICT`` on what follows."""
         memory, x, *mask = inputs
         if mask:

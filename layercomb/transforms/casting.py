@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.core.combinator import Combinator
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.matrix import Narrow
 from layercomb.layers.reversible.one_pass import one_pass
-from layercomb.shapes import is_float
+from layercomb.shapes import Signature, is_float
 from layercomb.transforms.rewriting import rewrite
+from layercomb.trees import Tree
 
 
 class Cast(Wrapper):
@@ -50,14 +51,18 @@ class Cast(Wrapper):
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f'Cast: dtype must be floating-point, got {self.dtype!r}')
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         narrow = tuple(
             jax.ShapeDtypeStruct(x.shape, jnp.dtype(self.dtype)) if is_float(x) else x
             for x in signature
         )
         return self.layer.init(narrow, rng, mode)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         narrow_weights, narrow_inputs = self.narrowed(weights), self.narrowed(tuple(inputs))
         return self.layer.apply(narrow_weights, state, narrow_inputs, rng=rng, mode=mode)
 

@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from layercomb import trees
@@ -14,7 +15,7 @@ from layercomb.layers.attention.projections import MergeHeads, SplitHeads
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.embedding import Embedding
 from layercomb.layers.core.combinator import Combinator
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.axes import UNKNOWN, Axes
@@ -22,7 +23,7 @@ from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.matrix import BITS, Narrow, can_narrow, constant, narrow
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
-from layercomb.shapes import is_float
+from layercomb.shapes import Signature, is_float
 from layercomb.transforms.casting import Cast
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
@@ -105,11 +106,15 @@ class Quantized(Wrapper):
                 'transforms.quantize(net, weights) reaches every one inside'
             )
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         weights, state = self.layer.init(signature, rng, mode)
         return self.narrow(weights), state
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         return self.layer.apply(self._seen(weights), state, inputs, rng=rng, mode=mode)
 
     def narrow(self, weights: Tree) -> Tree:

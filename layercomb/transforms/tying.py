@@ -8,11 +8,13 @@ from typing import Any
 import jax
 
 from layercomb import trees
+from layercomb.layers.core.layer import Arrays, Key
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.reversible.cotangents import vjp
 from layercomb.layers.reversible.one_pass import one_pass
+from layercomb.shapes import Signature
 from layercomb.trees import Tree
 
 
@@ -60,7 +62,9 @@ class Tied(Wrapper):
                 'other: tie two places that lie beside each other'
             )
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         return self.init_with_outputs(signature, rng, mode)[1:]
 
     def init_with_outputs(self, signature: Any, rng: jax.Array, mode: Mode) -> Any:
@@ -107,7 +111,9 @@ class Tied(Wrapper):
                 )
         return None
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         return self.layer.apply(self.untied(weights), state, inputs, rng=rng, mode=mode)
 
     def untied(self, weights: Tree) -> Tree:

@@ -16,13 +16,16 @@ from layercomb.checks import Rate, Size
 from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.functions import dot_product_attention, local_attention
 from layercomb.layers.attention.multihead import MultiHead, attend, dropout_arguments, heads
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.combinator import Call, Stack
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import set_field
 from layercomb.layers.core.wrapper import wrapped
 from layercomb.layers.decoding.caches import KVCache, poison_overflow, refuse_overflow
 from layercomb.layers.decoding.once import Once
 from layercomb.layers.decoding.seek import held
+from layercomb.shapes import Signature
+from layercomb.trees import Tree
 
 
 class DotProductAttention(Layer):
@@ -47,12 +50,16 @@ class DotProductAttention(Layer):
     position_wise = False
     n_in = property(lambda self: 3 + self.masked)
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Any]:
         _, k, v, *_ = signature
         decodes = mode is Mode.PREDICT and self.causal
         return {}, KVCache.empty(k, v, self.masked) if decodes else {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Any]:
         q, k, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, KVCache), q, k, v, *mask)
@@ -104,14 +111,18 @@ class LocalAttention(Layer):
                 'not be negative, and causal attention looks ahead by 0'
             )
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Any]:
         _, k, v, *_ = signature
         if mode is not Mode.PREDICT or not self.causal:
             return {}, {}
         front, behind = self._padding
         return {}, KVCache.empty(k, v, masked=True, length=front + k.shape[2] + behind)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Any]:
         q, k, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, KVCache), q, k, v, *mask)
@@ -217,7 +228,7 @@ class OfItself(DenseHeads):
     shown_before = {'rotary': 'query'}
     n_in = property(lambda self: 1 + self.masked)
 
-    def route(self, call, stack):
+    def route(self, call: Call, stack: Stack) -> Stack:
         x, *mask = stack[: self.n_in]
         return attend(self, call, x, x, *mask) + stack[self.n_in :]
 
@@ -307,6 +318,6 @@ class CrossAttention(DenseHeads):
         made = heads(self, DotProductAttention(False, self.dropout, self.masked))
         return {**made, 'key': Once(made['key']), 'value': Once(made['value'])}
 
-    def route(self, call, stack):
+    def route(self, call: Call, stack: Stack) -> Stack:
         x, memory, *mask = stack[: self.n_in]
         return attend(self, call, x, memory, *mask) + stack[self.n_in :]

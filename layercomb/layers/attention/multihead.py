@@ -15,11 +15,12 @@ from layercomb.layers.attention.heads import HeadByHead, goes_by_head
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
 from layercomb.layers.core.checks import check_inputs
 from layercomb.layers.core.combinator import Combinator
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import set_field
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.reversible.one_pass import one_pass
+from layercomb.trees import Tree
 
 
 class MultiHead(Combinator):
@@ -48,7 +49,9 @@ class MultiHead(Combinator):
     # Without an annotation, so that it is no field.
     reads = {'query': 0, 'key': 0, 'value': 0}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         """As the parts say; in ``RECORD``, inside a reversible stack, head by head where possible.
 
         See `goes_by_head` for where it is possible.

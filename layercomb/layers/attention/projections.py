@@ -14,10 +14,18 @@ from layercomb.checks import Size
 from layercomb.layers.attention.by_head import by_head
 from layercomb.layers.attention.slices import over_positions, positions
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow
-from layercomb.shapes import as_deep, check_float, check_sequence, check_width, nearest_divisor
+from layercomb.shapes import (
+    Signature,
+    as_deep,
+    check_float,
+    check_sequence,
+    check_width,
+    nearest_divisor,
+)
+from layercomb.trees import Tree
 
 
 class SplitHeads(Layer):
@@ -39,7 +47,9 @@ class SplitHeads(Layer):
     weight_axes = {'kernel': 'D->HK', 'bias': 'H|->K'}
     position_wise = True
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_float('SplitHeads', x)
         check_sequence('SplitHeads', x)
@@ -54,7 +64,9 @@ class SplitHeads(Layer):
         bias = {'bias': jnp.zeros((self.n_heads, k), jnp.float32)} if self.use_bias else {}
         return {'kernel': kernel, **bias}, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         kernel = weights['kernel']
         check_sequence('SplitHeads', x)
@@ -87,7 +99,9 @@ class MergeHeads(Layer):
     n_in = 2
     weight_axes = {'kernel': 'HK->D', 'bias': '->D'}
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         x, like = signature
         _, h, _, k = x.shape
         d = like.shape[-1]
@@ -97,7 +111,9 @@ class MergeHeads(Layer):
             **({'bias': jnp.zeros(d, jnp.float32)} if self.use_bias else {}),
         }, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         x, like = inputs
         kernel = weights['kernel']
         check_width(like, kernel.shape[-1])

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import snake_case
 from layercomb.shapes import check_float
+from layercomb.trees import Tree
 
 
 class Activation(Layer):
@@ -23,7 +24,9 @@ class Activation(Layer):
     computes_in = ('apply', 'function')
     function: ClassVar[Any]
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         return (type(self).function(x),), state
 
@@ -103,7 +106,9 @@ class LeakyRelu(Activation):
     position_wise = True
     function = staticmethod(jax.nn.leaky_relu)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         return (jax.nn.leaky_relu(x, self.a),), state
 

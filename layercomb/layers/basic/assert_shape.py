@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import jax
+
 from layercomb.layers.combinators.routing import Rearrange
 from layercomb.layers.core.checks import check_inputs
-from layercomb.layers.core.layer import Arrays, Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import call_text, named, set_field, show
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.shapes import Signature, describe
+from layercomb.trees import Tree
 
 
 class AssertShape(Wrapper, init=False):
@@ -99,7 +102,9 @@ class AssertShape(Wrapper, init=False):
         """The same layer with other values in some fields."""
         return type(self)(**{'spec': self.spec, 'layer': self.layer, 'name': self.name, **changes})
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         """The inner layer's weights and state."""
         return self.init_with_outputs(tuple(signature), rng, mode)[1:]
 
@@ -110,7 +115,9 @@ class AssertShape(Wrapper, init=False):
         self.check_after(outputs, sizes)
         return outputs, weights, state
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         """Applies the layer between its checks."""
         sizes = self.check_before(inputs)
         outputs, state = self.layer.apply(weights, state, inputs, rng=rng, mode=mode)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from layercomb.checks import Size
 from layercomb.layers.basic.initializers import Initializer, he_normal, zeros
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past
 from layercomb.layers.decoding.seek import held
-from layercomb.shapes import as_deep, check_float, check_rank, check_width
+from layercomb.shapes import Signature, as_deep, check_float, check_rank, check_width
+from layercomb.trees import Tree
 
 
 class Conv1D(Layer):
@@ -60,7 +61,9 @@ class Conv1D(Layer):
                 f"Conv1D: padding is 'same', 'valid' or 'causal', got {self.padding!r}"
             )
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Any]:
         (x,) = signature
         check_rank('Conv1D', x, '(batch, length, channels)', 3)
         weights = _weights(self, (self.width,), x, rng)
@@ -73,7 +76,9 @@ class Conv1D(Layer):
             )
         return weights, Past.empty(x, self._reach)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Any]:
         (x,) = inputs
         check_width(x, self.groups * weights['kernel'].shape[-2])
         check_window('Conv1D', (self._reach + 1,), x, self.padding)
@@ -125,12 +130,16 @@ class Conv2D(Layer):
         super().__post_init__()
         check_padding('Conv2D', self.padding)
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Any]:
         (x,) = signature
         check_rank('Conv2D', x, '(batch, height, width, channels)', 4)
         return _weights(self, self.kernel_size, x, rng), {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Any]:
         (x,) = inputs
         check_width(x, self.groups * weights['kernel'].shape[-2])
         check_window('Conv2D', self.kernel_size, x, self.padding)

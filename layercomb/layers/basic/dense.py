@@ -11,10 +11,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from layercomb.checks import Size
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow
-from layercomb.shapes import as_deep, check_float, check_width
+from layercomb.shapes import Signature, as_deep, check_float, check_width
 from layercomb.trees import Tree
 
 
@@ -43,7 +43,9 @@ class Dense(Layer):
     makes_logits = True
     position_wise = True
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_float('Dense', x)
         d = x.shape[-1]
@@ -54,7 +56,9 @@ class Dense(Layer):
             weights['bias'] = self.bias_init(bias_key, (n,))
         return weights, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         return (dense(weights, x),), state
 

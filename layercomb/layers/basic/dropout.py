@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.checks import Rate
-from layercomb.layers.core.layer import POSITION_AXES, Layer
+from layercomb.layers.core.layer import POSITION_AXES, Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.shapes import Signature
+from layercomb.trees import Tree
 
 
 class Dropout(Layer):
@@ -33,7 +35,9 @@ class Dropout(Layer):
     position_wise = property(lambda self: not set(POSITION_AXES) & set(self.shared_axes))
     cacheless = True
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         for axis in self.shared_axes:
             if not -len(x.shape) <= axis < len(x.shape):
@@ -43,7 +47,9 @@ class Dropout(Layer):
                 )
         return {}, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         if not mode.is_training or self.rate == 0:
             return (x,), state

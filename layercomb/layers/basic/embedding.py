@@ -10,9 +10,11 @@ import numpy as np
 
 from layercomb.checks import Size
 from layercomb.layers.basic.initializers import Initializer, Normal
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow
+from layercomb.shapes import Signature
+from layercomb.trees import Tree
 
 
 class Embedding(Layer):
@@ -35,12 +37,16 @@ class Embedding(Layer):
     float32 = True
     weight_axes = {'table': 'V:D'}
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (ids,) = signature
         self._check_integers(ids)
         return {'table': self.table_init(rng, (self.vocab_size, self.d_model))}, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (ids,) = inputs
         self._check_integers(ids)
         self.check_ids(ids)

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.checks import Bound
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import call_text, named, set_field, show
 from layercomb.shapes import describe
+from layercomb.trees import Tree
 
 Count = Annotated[int, Bound(0)]
 
@@ -68,7 +69,9 @@ class Fn(Layer):
     def _class_name(self) -> str:
         return self.label
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         made = self.f(*inputs)
         outputs = tuple(made) if isinstance(made, (tuple, list)) else (made,)
         outputs = tuple(jnp.asarray(y) if isinstance(y, (int, float)) else y for y in outputs)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.shapes import check_rank, describe
+from layercomb.trees import Tree
 
 
 class PaddingMask(Layer):
@@ -34,7 +35,9 @@ class PaddingMask(Layer):
 
     position_wise = True
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (ids,) = inputs
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise TypeError(

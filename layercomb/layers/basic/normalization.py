@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 import layercomb_kernels
 from layercomb.checks import Bound, Rate
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.layers.state.counted import counted_positions
-from layercomb.shapes import as_deep, check_float, check_width
+from layercomb.shapes import Signature, as_deep, check_float, check_width
 from layercomb.trees import Tree
 
 
@@ -35,14 +35,18 @@ class LayerNorm(Layer):
     float32 = True
     weight_axes = {'scale': '->D', 'bias': '->D'}
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_float('LayerNorm', x)
         d = x.shape[-1]
         weights = {'scale': jnp.ones(d, jnp.float32)}
         return (weights | {'bias': jnp.zeros(d, jnp.float32)} if self.use_bias else weights), {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         check_width(x, len(weights['scale']))
         bias = weights['bias'] if self.use_bias else 0.0
@@ -66,12 +70,16 @@ class RMSNorm(Layer):
     float32 = True
     weight_axes = {'scale': '->D'}
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_float('RMSNorm', x)
         return {'scale': jnp.ones(x.shape[-1], jnp.float32)}, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         check_width(x, len(weights['scale']))
         f = _fast_rms_norm if _is_little(x, mode, weights) else _rms_norm
@@ -103,7 +111,9 @@ class BatchNorm(Layer):
     cacheless = True
     counts_positions = True
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_float('BatchNorm', x)
         d = x.shape[-1]
@@ -112,7 +122,9 @@ class BatchNorm(Layer):
             {'mean': jnp.zeros(d, jnp.float32), 'var': jnp.ones(d, jnp.float32)},
         )
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         check_width(x, len(weights['scale']))
         h = x.astype(jnp.float32)

@@ -13,9 +13,10 @@ from layercomb.layers.basic.convolution import (
     check_padding,
     check_window,
 )
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.shapes import check_float, check_rank
+from layercomb.shapes import Signature, check_float, check_rank
+from layercomb.trees import Tree
 
 
 class Pool(Layer):
@@ -45,13 +46,17 @@ class Pool(Layer):
             self.padding.upper(),
         )
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_rank(type(self).__name__, x, '(batch, height, width, channels)', 4)
         check_float(type(self).__name__, x)
         return {}, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         return (self.reduce(x),), state
 
@@ -70,6 +75,8 @@ class AvgPool(Pool):
     start = 0.0
     combine = staticmethod(jax.lax.add)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         return (self.reduce(x) / self.reduce(jnp.ones_like(x)),), state

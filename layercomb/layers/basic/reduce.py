@@ -7,9 +7,10 @@ import math
 import jax.numpy as jnp
 
 from layercomb.checks import Size
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.shapes import check_axis, check_mask
+from layercomb.trees import Tree
 
 
 class Flatten(Layer):
@@ -23,7 +24,9 @@ class Flatten(Layer):
 
     position_wise = property(lambda self: self.first_axis != 1)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         if self.first_axis >= len(x.shape):
             n = len(x.shape)
@@ -56,7 +59,9 @@ class Mean(Layer):
         if self.masked and self.axis != 1:
             raise ValueError(f'Mean: a mask (B, L) runs along axis 1, got axis={self.axis}')
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         x = inputs[0]
         check_axis('Mean', x, self.axis)
         if not self.masked:

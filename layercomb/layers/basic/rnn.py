@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -9,11 +11,12 @@ from layercomb.checks import Size
 from layercomb.layers.basic.activations import activation
 from layercomb.layers.basic.dense import dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past, poison_overflow, refuse_overflow
 from layercomb.layers.decoding.seek import held
-from layercomb.shapes import check_float, check_sequence, shape_dtype
+from layercomb.shapes import Signature, check_float, check_sequence, shape_dtype
+from layercomb.trees import Tree
 
 
 class SRU(Layer):
@@ -62,7 +65,9 @@ class SRU(Layer):
         if self.activation is not None:
             activation(self.activation)  # raises if there is none of this name
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Any]:
         (x,) = signature
         check_float('SRU', x)
         check_sequence('SRU', x)
@@ -77,7 +82,9 @@ class SRU(Layer):
             return weights, {}
         return weights, Past.empty(shape_dtype((batch, length, n)), 1)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Any]:
         (x,) = inputs
         check_sequence('SRU', x)
         parts = len(weights['bias']) // (self.n_units or x.shape[-1])

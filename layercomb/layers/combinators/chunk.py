@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from layercomb.checks import Size
 from layercomb.layers.combinators.shares import add_aux, how_many, shares
-from layercomb.layers.core.layer import Arrays, fold
+from layercomb.layers.core.layer import Arrays, Key, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.positionwise import of_sublayers, reason, unsaid
@@ -58,7 +58,9 @@ class Chunk(Wrapper):
             'where the slices end: chunk only what works on each position by itself'
         )
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         """Applies the layer to each slice; slice `i` draws from `rng` folded with `i`."""
         length = self.length_of(inputs)
         if length <= self.chunk_len:

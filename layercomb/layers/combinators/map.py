@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from layercomb.checks import Size
 from layercomb.layers.combinators.shares import add_aux
 from layercomb.layers.core.checks import check_inputs, check_outputs
-from layercomb.layers.core.layer import Arrays, fold
+from layercomb.layers.core.layer import Arrays, Key, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.state.counted import put_counted, take_counted
 from layercomb.layers.state.decisions import Decisions, put_decisions, take_decisions
 from layercomb.layers.state.parts import Blocks, beside, own, refuse_blocks, without
-from layercomb.shapes import describe
+from layercomb.shapes import Signature, describe
 from layercomb.trees import Tree
 
 
@@ -41,11 +41,13 @@ class Map(Wrapper):
     n_in = property(lambda self: self.n * self.layer.n_in)
     n_out = property(lambda self: self.n * self.layer.n_out)
 
-    def inner_signature(self, signature):
+    def inner_signature(self, signature: Signature) -> Signature:
         """Of the first group."""
         return self._groups(signature)[0]
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         """The layer's weights, from the first group; every group must have the same signature."""
         groups = self._groups(signature)
         for group in groups[1:]:
@@ -59,7 +61,9 @@ class Map(Wrapper):
             state = Blocks({str(i): jax.tree.map(jnp.copy, state) for i in range(self.n)})
         return weights, state
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         """Applies the layer to each group; group `i` draws from `rng` folded with `i`."""
         check_inputs(self, inputs)
         apart = mode is Mode.PREDICT

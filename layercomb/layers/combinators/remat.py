@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from layercomb.layers.core.layer import Arrays
+from layercomb.layers.core.layer import Arrays, Key
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.positionwise import of_sublayers
@@ -22,7 +22,9 @@ class Remat(Wrapper):
     carries_counted = True
     position_wise = property(of_sublayers)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         """Applies the layer under `jax.checkpoint`, unless there is no backward pass."""
         if mode is Mode.PREDICT:
             return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)

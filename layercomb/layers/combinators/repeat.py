@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.checks import Size
-from layercomb.layers.core.layer import Arrays, fold
+from layercomb.layers.core.layer import Arrays, Key, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.positionwise import of_sublayers
@@ -54,7 +54,9 @@ class Repeat(Wrapper):
                 f'one takes {self.layer.n_in} and puts back {self.layer.n_out}'
             )
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         """Weights stacked on a leading axis (not if shared); state stacked, or one a block."""
         return self.init_with_outputs(signature, rng, mode)[1:]
 
@@ -85,7 +87,9 @@ class Repeat(Wrapper):
             )
         return signature, weights, state
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         """Runs the blocks in order; block `i` draws from `rng` folded with `i`."""
         if mode is Mode.PREDICT:
             return self._apply_one_by_one(weights, state, inputs, rng)

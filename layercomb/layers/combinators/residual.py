@@ -9,8 +9,9 @@ from layercomb.layers.combinators.serial import serial_arity, serial_route
 from layercomb.layers.combinators.side_by_side import one_layer
 from layercomb.layers.combinators.variadic import Variadic
 from layercomb.layers.core.combinator import Call, Stack
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.trees import Tree
 
 
 class Add(Layer):
@@ -20,7 +21,9 @@ class Add(Layer):
     n_in = 2
     float32 = True
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         """Adds the second value to the first."""
         a, b = inputs
         if a.shape != b.shape:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from layercomb.checks import Size
-from layercomb.layers.core.layer import POSITION_AXES, Arrays, Layer
+from layercomb.layers.core.layer import POSITION_AXES, Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import call_text, named, set_field
 from layercomb.shapes import check_axis, describe
+from layercomb.trees import Tree
 
 
 class Rearrange(Layer):
@@ -21,7 +22,9 @@ class Rearrange(Layer):
         """The outputs, of the inputs."""
         raise NotImplementedError
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         return self.pick(tuple(inputs)), state
 
 
@@ -107,7 +110,9 @@ class Multiply(Layer):
     position_wise = True
     n_in = 2
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         a, b = inputs
         sizes = tuple(zip(a.shape, b.shape, strict=False))
         gates = [all(m in (n, 1) for n, m in sizes), all(n in (m, 1) for n, m in sizes)]
@@ -133,7 +138,9 @@ class Concatenate(Layer):
     n_in = property(lambda self: self.n_items)
     position_wise = property(lambda self: self.axis not in POSITION_AXES)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         self._check(inputs)
         return (jnp.concatenate(inputs, self.axis),), state
 
@@ -164,7 +171,9 @@ class Split(Layer):
     n_out = property(lambda self: self.n_items)
     position_wise = property(lambda self: self.axis not in POSITION_AXES)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         check_axis('Split', x, self.axis)
         if x.shape[self.axis] % self.n_items:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from layercomb.layers.core.checks import check_inputs, check_outputs, check_sublayers, where
-from layercomb.layers.core.layer import Layer, fold, is_layers
+from layercomb.layers.core.layer import Arrays, Key, Layer, fold, is_layers
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import default_name, given_name
 from layercomb.layers.facts.observing import tell
@@ -78,12 +78,16 @@ class Combinator(Layer):
             changes[field] = tuple(next(rest) for _ in value) if many else next(rest)
         return self.replace(**changes)
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         """Weights and state of all sublayers, each under its key."""
         _, weights, state = self.init_with_outputs(tuple(signature), rng, mode)
         return weights, state
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         """Routes `inputs`; sublayer `i` draws from `rng` folded with `i`."""
         check_inputs(self, inputs)
         new_state = copy.copy(state)  # of the same type

@@ -26,6 +26,7 @@ from layercomb.shapes import Signature, signature_of
 from layercomb.trees import Tree
 
 Arrays = tuple[jax.Array, ...]
+Key = jax.Array | None  # a typed key of random numbers, where something may be drawn
 L = TypeVar('L', bound='Layer')
 
 

@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from layercomb.layers.core.checks import check_sublayers
 from layercomb.layers.core.layer import Layer, is_layers
 from layercomb.layers.core.mode import Mode
 from layercomb.shapes import Signature
+from layercomb.trees import Tree
 
 
 class Wrapper(Layer):
@@ -64,7 +67,9 @@ class Wrapper(Layer):
         """The signature of what the inner layer is given, first if it is applied several times."""
         return signature
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         """The inner layer's weights and state."""
         return self.layer.init(signature, rng, mode)
 

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layercomb.layers.core.layer import Arrays, Key
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.positionwise import of_sublayers
+from layercomb.shapes import Signature
 from layercomb.trees import Tree
 
 
@@ -40,7 +42,9 @@ class Once(Wrapper):
 
     position_wise = property(of_sublayers)
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         """The layer's, without caches; in ``PREDICT`` with room for its outputs."""
         if mode is not Mode.PREDICT:
             return self.layer.init(signature, rng, mode)
@@ -53,7 +57,9 @@ class Once(Wrapper):
         inner: Tree = state['layer']
         return inner
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         """The layer's; in ``PREDICT`` what it gave at the first call."""
         if mode is not Mode.PREDICT:
             return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)

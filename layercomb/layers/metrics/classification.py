@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.checks import Rate
-from layercomb.layers.core.layer import Arrays, Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import snake_case
-from layercomb.shapes import as_deep, describe
+from layercomb.shapes import Signature, as_deep, describe
+from layercomb.trees import Tree
 
 Shape = tuple[int, ...]
 
@@ -135,11 +136,15 @@ class Metric(Layer):
                 f'{tuple(weights.shape)}; {what}'
             )
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         self.check(*signature)
         return {}, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         """Checks the shapes, and scores."""
         outputs, targets, loss_weights = inputs
         self.check(outputs, targets, loss_weights)

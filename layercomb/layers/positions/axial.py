@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.basic.initializers import Initializer, Normal
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.positions.position import check_length, init_position, next_positions
-from layercomb.shapes import as_deep, check_float, check_sequence, check_width
+from layercomb.shapes import Signature, as_deep, check_float, check_sequence, check_width
+from layercomb.trees import Tree
 
 
 class AxialPositions(Layer):
@@ -58,7 +59,9 @@ class AxialPositions(Layer):
                 f'depths={self.depths}'
             )
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_float('AxialPositions', x)
         check_sequence('AxialPositions', x)
@@ -71,7 +74,9 @@ class AxialPositions(Layer):
         }
         return tables, init_position(signature, mode)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         check_sequence('AxialPositions', x)
         length = x.shape[1]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import jax
+
 from layercomb.checks import Size
 from layercomb.layers.basic.initializers import Initializer, Normal
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.positions.position import (
     add_rows,
@@ -12,9 +14,11 @@ from layercomb.layers.positions.position import (
     init_position,
 )
 from layercomb.shapes import (
+    Signature,
     check_float,
     check_sequence,
 )
+from layercomb.trees import Tree
 
 
 class LearnedPositions(Layer):
@@ -34,7 +38,9 @@ class LearnedPositions(Layer):
     weight_axes = {'table': 'L:D'}
     position_wise = False  # a piece of a sequence does not know where it begins
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_float('LearnedPositions', x)
         check_sequence('LearnedPositions', x)
@@ -42,7 +48,9 @@ class LearnedPositions(Layer):
         table = self.table_init(rng, (self.max_len, x.shape[-1]))
         return {'table': table}, init_position(signature, mode)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         check_sequence('LearnedPositions', x)
         return add_rows(self, weights['table'], state, x, mode)

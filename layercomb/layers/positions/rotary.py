@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.checks import Bound, Size
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.positions.position import (
     angles,
@@ -18,8 +18,10 @@ from layercomb.layers.positions.position import (
     next_positions,
 )
 from layercomb.shapes import (
+    Signature,
     check_rank,
 )
+from layercomb.trees import Tree
 
 
 class RotaryPositions(Layer):
@@ -44,13 +46,17 @@ class RotaryPositions(Layer):
     float32 = True
     position_wise = False  # a piece of a sequence does not know where it begins
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         self._check(*signature)
         check_length('RotaryPositions', signature[0].shape[2], self.max_len)
         check_even('RotaryPositions', signature[0].shape[-1])
         return {}, init_position(signature, mode)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         q, k = inputs
         self._check(q, k)
         where, state = next_positions(self, state, q.shape[2], mode)  # (B or 1, L)

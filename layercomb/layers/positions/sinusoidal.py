@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.checks import Bound, Size
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.positions.position import (
     add_rows,
@@ -19,9 +19,11 @@ from layercomb.layers.positions.position import (
     next_positions,
 )
 from layercomb.shapes import (
+    Signature,
     check_float,
     check_sequence,
 )
+from layercomb.trees import Tree
 
 
 class SinusoidalPositions(Layer):
@@ -54,7 +56,9 @@ class SinusoidalPositions(Layer):
                 'SinusoidalPositions: trainable positions are a table of max_len rows: give max_len'
             )
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_float('SinusoidalPositions', x)
         check_sequence('SinusoidalPositions', x)
@@ -66,7 +70,9 @@ class SinusoidalPositions(Layer):
         every = jnp.arange(self.max_len, dtype=jnp.int32)
         return {'table': self._waves(every, x.shape[-1])}, state
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         check_sequence('SinusoidalPositions', x)
         if self.trainable:

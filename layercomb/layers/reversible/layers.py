@@ -11,7 +11,8 @@ from layercomb.layers.combinators.residual import Add
 from layercomb.layers.combinators.routing import Select, Swap
 from layercomb.layers.combinators.serial import serial_arity, serial_route
 from layercomb.layers.combinators.variadic import Variadic
-from layercomb.layers.core.layer import Arrays, Layer
+from layercomb.layers.core.combinator import Call, Stack
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import call_text, named
 from layercomb.layers.reversible.cotangents import Cotangents, add_cts
@@ -90,7 +91,7 @@ class ReversibleHalfResidual(Variadic, Reversible, init=False):
                 f'{n_out}: end them with Add, Concatenate or Drop'
             )
 
-    def route(self, call, stack):
+    def route(self, call: Call, stack: Stack) -> Stack:
         (y,) = serial_route(self.layers, call, stack[1 : self.n_in])
         return call(len(self.layers), (stack[0], y)) + stack[1:]
 
@@ -102,8 +103,8 @@ class ReversibleHalfResidual(Variadic, Reversible, init=False):
         (y,), d_inner, d_weights = Pass(self, weights, state, rng, mode, state_cts).run(
             tuple(xs), (d_acc,)
         )
-        d_xs = map(add_cts, d_xs, d_inner)
-        return (acc - y.astype(acc.dtype), *xs), (d_acc, *d_xs), d_weights
+        d_inputs = (d_acc, *map(add_cts, d_xs, d_inner))
+        return (acc - y.astype(acc.dtype), *xs), d_inputs, d_weights
 
 
 class ReversibleSelect(Select, Reversible):
@@ -164,7 +165,9 @@ class ReversibleConcatenatePair(Reversible):
     n_out = 2
     float32 = True
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         """Joins the two values, twice."""
         a, b = inputs
         if a.shape != b.shape:

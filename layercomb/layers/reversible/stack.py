@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from layercomb.layers.basic.assert_shape import AssertShape
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.serial import Serial
-from layercomb.layers.core.layer import Arrays, Layer, fold
+from layercomb.layers.core.layer import Arrays, Key, Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.reversible.cotangents import zero_cts
@@ -49,7 +49,9 @@ class ReversibleStack(Reversible, init=False):
 
     position_wise = property(of_sublayers)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         """Runs the layers on streams of float32; in ``TRAIN`` nothing inside is kept."""
         if mode is Mode.TRAIN:
             return _reversible(self, weights, state, _widened(inputs), rng)
@@ -93,7 +95,8 @@ class ReversibleSerial(ReversibleStack, Serial, init=False):
         """Undoes the layers from the last to the first."""
         d_weights: Tree = {}
         values, cts = tuple(outputs), tuple(cts)
-        for i, (key, layer) in reversed(list(enumerate(self.children))):
+        children: Any = self.children
+        for i, (key, layer) in reversed(list(enumerate(children))):
             n = layer.n_out
             inputs, d_inputs, d = layer.reverse_and_grad(
                 weights.get(key, {}),

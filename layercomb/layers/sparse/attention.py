@@ -12,17 +12,21 @@ import dataclasses
 from dataclasses import KW_ONLY
 from typing import Any
 
+import jax
+
 from layercomb.checks import Size
 from layercomb.layers.attention.layers import DotProductAttention
 from layercomb.layers.attention.multihead import MultiHead
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.combinators.side_by_side import Parallel
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.combinator import Call, Stack
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import unwrapped
 from layercomb.layers.sparse.local_conv import LocalConv
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense
-from layercomb.shapes import nearest_divisor
+from layercomb.shapes import Signature, nearest_divisor
+from layercomb.trees import Tree
 
 
 class FoldHeads(Layer):
@@ -39,7 +43,9 @@ class FoldHeads(Layer):
 
     position_wise = True
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         if x.shape[-1] % self.n_heads:
             raise ValueError(
@@ -48,7 +54,9 @@ class FoldHeads(Layer):
             )
         return {}, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         b, length, d = x.shape
         x = x.reshape(b, length, self.n_heads, d // self.n_heads)
@@ -60,7 +68,9 @@ class UnfoldHeads(Layer):
 
     position_wise = True
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         b, h, length, k = x.shape
         return (x.swapaxes(1, 2).reshape(b, length, h * k),), state  # (B, L, H·K)
@@ -128,7 +138,7 @@ class SparseQKVAttention(MultiHead):
             'output': Serial(UnfoldHeads(), dense),
         }
 
-    def route(self, call, stack):
+    def route(self, call: Call, stack: Stack) -> Stack:
         x, *mask = stack[: self.n_in]
         at = self.keys.index
         (mixed,) = call(at('mix'), (x,))

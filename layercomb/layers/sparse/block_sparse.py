@@ -12,13 +12,13 @@ from layercomb.checks import Bound, Size
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import contract
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.sparse import controllers
 from layercomb.layers.sparse.by_expert import (
     by_expert,
 )
-from layercomb.shapes import as_deep, check_float
+from layercomb.shapes import Signature, as_deep, check_float
 from layercomb.trees import Tree
 
 
@@ -88,7 +88,9 @@ class BlockSparseFF(Layer):
         super().__post_init__()
         controllers.check_fields(self, 'n_blocks')
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_float('BlockSparseFF', x)
         d, e, m, make = x.shape[-1], self.n_blocks, self.d_ff // self.n_blocks, self.kernel_init
@@ -105,7 +107,9 @@ class BlockSparseFF(Layer):
             weights['out']['bias'] = self.bias_init(keys[5], (d,))
         return weights, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         out = weights['out']
         c = controllers.logits(weights['controller'], x)  # (…, E)

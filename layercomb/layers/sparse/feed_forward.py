@@ -15,12 +15,12 @@ from layercomb.checks import Bound, Size
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import contract, dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow, rows_of
 from layercomb.layers.quantized.rows import IN_BOUNDS
 from layercomb.layers.sparse import controllers
-from layercomb.shapes import as_deep, check_float
+from layercomb.shapes import Signature, as_deep, check_float
 from layercomb.trees import Tree
 
 
@@ -88,7 +88,9 @@ class SparseFF(Layer):
         super().__post_init__()
         controllers.check_fields(self, 'block_size')
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_float('SparseFF', x)
         d, f, make = x.shape[-1], self.d_ff, self.kernel_init
@@ -104,7 +106,9 @@ class SparseFF(Layer):
             weights['out']['bias'] = self.bias_init(keys[5], (d,))
         return weights, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         if mode is Mode.PREDICT and math.prod(x.shape[:-1]) < self.block_size:
             return (self._few(weights, x),), state

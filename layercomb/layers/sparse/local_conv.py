@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +11,7 @@ import layercomb_kernels
 from layercomb.checks import Size
 from layercomb.layers.basic.convolution import convolve
 from layercomb.layers.basic.initializers import Initializer, lecun_normal, zeros
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past
 from layercomb.layers.decoding.seek import held
@@ -17,7 +19,8 @@ from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.layers.sparse.multiplicative import (
     check_modules,
 )
-from layercomb.shapes import as_deep, check_float, check_sequence, check_width
+from layercomb.shapes import Signature, as_deep, check_float, check_sequence, check_width
+from layercomb.trees import Tree
 
 
 class LocalConv(Layer):
@@ -62,7 +65,9 @@ class LocalConv(Layer):
     weight_axes = {'kernel': 'WXM->F', 'bias': 'N|->M'}
     position_wise = False
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Any]:
         (x,) = signature
         check_sequence('LocalConv', x)
         check_float('LocalConv', x)
@@ -75,7 +80,9 @@ class LocalConv(Layer):
             return weights, {}
         return weights, Past.empty(x, self._reach)
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Any]:
         (x,) = inputs
         check_sequence('LocalConv', x)
         m, length = weights['kernel'].shape[2], x.shape[1]

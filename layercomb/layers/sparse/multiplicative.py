@@ -16,10 +16,17 @@ import jax.numpy as jnp
 from layercomb.checks import Size
 from layercomb.layers.basic.dense import contract
 from layercomb.layers.basic.initializers import Initializer, Normal, zeros
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow, rows_of
-from layercomb.shapes import as_deep, check_float, check_width, nearest_divisor, nearest_multiple
+from layercomb.shapes import (
+    Signature,
+    as_deep,
+    check_float,
+    check_width,
+    nearest_divisor,
+    nearest_multiple,
+)
 from layercomb.trees import Tree
 
 
@@ -57,7 +64,9 @@ class MultiplicativeDense(Layer):
     weight_axes = {'modules': 'S:D', 'features': 'M:D', 'bias': '->F'}
     position_wise = True
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_float(type(self).__name__, x)
         d = x.shape[-1]
@@ -70,7 +79,9 @@ class MultiplicativeDense(Layer):
             **({'bias': self.bias_init(bias_key, (n,))} if self.use_bias else {}),
         }, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         y = multiplicative_dense(x, weights['modules'], weights['features'])
         return (y + as_deep(weights['bias'], y) if self.use_bias else y,), state
@@ -107,7 +118,9 @@ class MultiplicativeHead(Layer):
     makes_logits = True
     position_wise = True
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         (x,) = signature
         check_float('MultiplicativeHead', x)
         weights = _factors(rng, x.shape[-1], self.vocab_size, self.n_modules)
@@ -116,7 +129,9 @@ class MultiplicativeHead(Layer):
             **({'bias': jnp.zeros(self.vocab_size, jnp.float32)} if self.use_bias else {}),
         }, {}
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         y = multiplicative_dense(x, weights['modules'], weights['features'])
         y = y[..., : self.vocab_size]

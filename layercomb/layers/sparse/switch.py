@@ -16,7 +16,7 @@ from layercomb.checks import Bound, Rate, Size
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.sparse import controllers
 from layercomb.layers.sparse.by_expert import (
@@ -25,7 +25,7 @@ from layercomb.layers.sparse.by_expert import (
 from layercomb.layers.state.counted import counted_positions
 from layercomb.layers.state.decisions import decide
 from layercomb.layers.state.parts import AuxLoss
-from layercomb.shapes import check_float
+from layercomb.shapes import Signature, check_float
 from layercomb.trees import Tree
 
 
@@ -99,7 +99,9 @@ class SwitchFF(Layer):
         super().__post_init__()
         elementwise(type(self).__name__, self.activation)  # a wrong name is an error now
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
         """Weights, and an auxiliary loss of zero, except in ``PREDICT``, which has none."""
         (x,) = signature
         check_float('SwitchFF', x)
@@ -121,7 +123,9 @@ class SwitchFF(Layer):
         state = {'aux_loss': AuxLoss(jnp.zeros((), jnp.float32))}
         return weights, {} if mode is Mode.PREDICT else state
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         (x,) = inputs
         state, counted = counted_positions(state, x)
         flat = x.reshape(-1, x.shape[-1])  # (T, D)

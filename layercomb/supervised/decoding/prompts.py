@@ -21,7 +21,7 @@ from layercomb.checks import Count, Size, check_value
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, one_line
 from layercomb.layers.combinators.serial import Serial
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
@@ -383,7 +383,9 @@ class _AtPosition(Wrapper):
     n_in = property(lambda self: 2)
     position_wise = False
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
         x, at = inputs
         x = _take(_of_each_position((x,), 'before its last layer'), at)
         return self.layer.apply(weights, state, (x,), rng=rng, mode=mode)

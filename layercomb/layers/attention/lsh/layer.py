@@ -27,12 +27,15 @@ from layercomb.layers.attention.lsh.hashing import (
 )
 from layercomb.layers.attention.multihead import MultiHead, dropout_arguments
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.combinator import Call, Stack
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import poison_overflow, refuse_overflow
 from layercomb.layers.decoding.seek import held
 from layercomb.layers.positions.position import check_length
 from layercomb.layers.state.decisions import decide
+from layercomb.shapes import Signature
+from layercomb.trees import Tree
 
 
 class LSHOptions(Layer):
@@ -109,7 +112,9 @@ class LSHAttention(LSHOptions):
         if self.n_buckets is not None:
             check_buckets(self.n_buckets)
 
-    def init(self, signature, rng, mode=Mode.TRAIN):
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Any]:
         q, v, *_ = signature
         b, h, length, _ = q.shape
         check_length('LSHAttention', length, self.max_len)
@@ -135,7 +140,9 @@ class LSHAttention(LSHOptions):
             rings=made,
         )
 
-    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+    def apply(
+        self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Any]:
         q, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, LSHCache), q, v, *mask)
@@ -265,7 +272,7 @@ class LSHSelfAttention(LSHOptions, MultiHead):
         core = LSHAttention(**{name: getattr(self, name) for name in options})
         return {'query': split, 'value': split, 'core': core, 'output': MergeHeads()}
 
-    def route(self, call, stack):
+    def route(self, call: Call, stack: Stack) -> Stack:
         x, *mask = stack[: self.n_in]
         at = self.keys.index
         (q,) = call(at('query'), (x,))
