@@ -94,6 +94,7 @@ def adamw(
     References:
       Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101
     """
+    _check_not_injected('adamw', learning_rate, b1, b2, epsilon, weight_decay)
     optax = require('optax', 'train')
 
     def made(net: Layer | None) -> Any:
@@ -155,6 +156,7 @@ def adafactor(
     References:
       Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235
     """
+    _check_not_injected('adafactor', learning_rate, decay_rate, weight_decay, epsilon)
     optax = require('optax', 'train')
     alone = optax.adafactor(
         None,
@@ -223,6 +225,9 @@ def muon(
       Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Li et al. 2025, NorMuon,
       https://arxiv.org/abs/2510.05491
     """
+    _check_not_injected(
+        'muon', learning_rate, adam_fraction, momentum, b1, b2, weight_decay, unit_factor
+    )
     optax = require('optax', 'train')
 
     def adam_rate(step: Any) -> Any:
@@ -252,3 +257,12 @@ def muon(
         return optax.chain(whole, optax.masked(evened, units))
 
     return for_model('optimizers.muon', made, net)
+
+
+def _check_not_injected(owner: str, *numbers: Any) -> None:
+    """Refuses arrays, which `optax.inject_hyperparams` around a recipe would hand to it."""
+    if any(isinstance(number, jax.Array) for number in numbers):
+        raise TypeError(
+            f'{owner}: an argument must be a number and no array: what changes is injected here: '
+            'leave out inject_hyperparams'
+        )

@@ -48,7 +48,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | Path, keep: int = 3) -> None:
-        self.directory, self._keep = paths.local(directory, 'output_dir'), keep
+        self.directory, self._keep = paths.local(directory, 'output_dir'), int(keep)
         self.best: Best | None = None
         paths.check_for_arrays(self.directory)
         try:

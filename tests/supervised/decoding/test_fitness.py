@@ -66,14 +66,14 @@ class KeptPassing(Passing):
 
     def init(self, signature, rng, mode=Mode.TRAIN):
         weights, state = self.layer.init(signature, rng, mode)
-        return weights, {**state, **KeptShift().init(signature, rng, mode)[1]}
+        kept = KeptShift().init(signature, rng, mode)[1]
+        return weights, {'inside': state, 'kept': kept} if kept or state else {}
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
-        kept = {key: state[key] for key in ('past', 'position') if key in state}
-        rest = {key: x for key, x in state.items() if key not in kept}
+        kept, inside = state.get('kept', {}), state.get('inside', {})
         inputs, kept = KeptShift().apply({}, kept, inputs, mode=mode)
-        outputs, rest = self.layer.apply(weights, rest, inputs, rng=rng, mode=mode)
-        return outputs, {**rest, **kept}
+        outputs, inside = self.layer.apply(weights, inside, inputs, rng=rng, mode=mode)
+        return outputs, {'inside': inside, 'kept': kept} if state else {}
 
 
 class Rolling(tl.Serial, init=False):
