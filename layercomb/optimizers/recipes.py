@@ -12,7 +12,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast
 
 import jax
 
@@ -29,6 +29,26 @@ from layercomb.optimizers.tensors import (
     tensors,
 )
 from layercomb.trees import Tree
+
+F = TypeVar('F', bound=Callable[..., Any])
+
+
+def _injects_by_itself(recipe: F) -> F:
+    """Refuses arrays, which `optax.inject_hyperparams` around a recipe would hand to it.
+
+    They would become numbers, and what was to change would stand still.
+    """
+
+    @functools.wraps(recipe)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(x, jax.Array) for x in (*args, *kwargs.values())):
+            raise TypeError(
+                f'{recipe.__name__}: an argument must be a number and no array: what changes is '
+                'injected here: leave out inject_hyperparams'
+            )
+        return recipe(*args, **kwargs)
+
+    return cast(F, wrapper)
 
 
 @checked
@@ -64,6 +84,7 @@ def warmup_cosine(
     )
 
 
+@_injects_by_itself
 @checked
 def adamw(
     learning_rate: NonNegative | Callable[[Any], Any] = 1e-3,
@@ -94,7 +115,6 @@ def adamw(
     References:
       Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101
     """
-    _check_not_injected('adamw', learning_rate, b1, b2, epsilon, weight_decay)
     optax = require('optax', 'train')
 
     def made(net: Layer | None) -> Any:
@@ -110,6 +130,7 @@ def adamw(
     return for_model('optimizers.adamw', made, net)
 
 
+@_injects_by_itself
 @checked
 def adafactor(
     learning_rate: NonNegative | Callable[[Any], Any] = 0.01,
@@ -156,7 +177,6 @@ def adafactor(
     References:
       Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235
     """
-    _check_not_injected('adafactor', learning_rate, decay_rate, weight_decay, epsilon)
     optax = require('optax', 'train')
     alone = optax.adafactor(
         None,
@@ -181,6 +201,7 @@ def adafactor(
     return for_model('optimizers.adafactor', made, net)
 
 
+@_injects_by_itself
 @checked
 def muon(
     learning_rate: NonNegative | Callable[[Any], Any] = 0.02,
@@ -225,9 +246,6 @@ def muon(
       Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Li et al. 2025, NorMuon,
       https://arxiv.org/abs/2510.05491
     """
-    _check_not_injected(
-        'muon', learning_rate, adam_fraction, momentum, b1, b2, weight_decay, unit_factor
-    )
     optax = require('optax', 'train')
 
     def adam_rate(step: Any) -> Any:
@@ -257,12 +275,3 @@ def muon(
         return optax.chain(whole, optax.masked(evened, units))
 
     return for_model('optimizers.muon', made, net)
-
-
-def _check_not_injected(owner: str, *numbers: Any) -> None:
-    """Refuses arrays, which `optax.inject_hyperparams` around a recipe would hand to it."""
-    if any(isinstance(number, jax.Array) for number in numbers):
-        raise TypeError(
-            f'{owner}: an argument must be a number and no array: what changes is injected here: '
-            'leave out inject_hyperparams'
-        )

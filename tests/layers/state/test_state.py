@@ -1,5 +1,6 @@
 """State is typed: what a part of it means is said by its class, whatever key it stands under."""
 
+import contextlib
 import functools
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 
 import layercomb as lc
 from layercomb import losses, models, tl, trees
+from layercomb.errors import UsageWarning
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import KVCache
@@ -42,6 +44,8 @@ class Keeps(Layer):
 
     key: str = 'decisions'
 
+    position_wise = True
+
     def init(self, signature, rng, mode=Mode.TRAIN):
         return {self.key: jnp.ones(D)}, {self.key: jnp.zeros(())}
 
@@ -72,7 +76,9 @@ def test_a_layer_weight_or_state_may_have_any_name(name):
     for made in (recorded, replayed):  # other programs round otherwise
         for y, wanted in zip(made, trained, strict=True):
             np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
-    loss = aux_loss(after)
+    told = pytest.warns(UsageWarning, match='no auxiliary loss')  # as it was one before
+    with told if name == 'aux_loss' else contextlib.nullcontext():
+        loss = aux_loss(after)
     assert loss is not None and float(loss) == pytest.approx(
         float(sum(x.value.sum() for x in [after['switch_ff']['aux_loss']]))
     )
