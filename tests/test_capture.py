@@ -160,7 +160,7 @@ def test_gradients_of_what_is_kept_are_those_of_hand():
     jax.tree.map(close, jax.grad(kept)(weights), jax.grad(by_hand)(weights))
 
 
-@pytest.mark.parametrize('name', ['Reformer', 'Terraformer'])
+@pytest.mark.parametrize('name', [pytest.param('Reformer', marks=pytest.mark.slow), 'Terraformer'])
 @pytest.mark.parametrize('mode', [Mode.EVAL, Mode.PREDICT])
 def test_encoders_and_decoders(name, mode):
     sizes = {'max_len': 8, 'ff_chunk_len': 2}

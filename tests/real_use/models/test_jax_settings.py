@@ -63,7 +63,6 @@ ALWAYS = {
     'no rank promotion',
     'keys of rbg',
     'NaN is an error',
-    'no jit',
     'all at once',
 }
 
