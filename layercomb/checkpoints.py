@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import paths
-from layercomb.errors import UsageError, of_the_machine, require
+from layercomb.errors import UsageError, machine_errors, require
 from layercomb.trees import plain, typed
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def save_tree(directory: str | Path, tree: Tree) -> None:
     """
     path = paths.local(directory, 'directory')
     paths.check_for_arrays(path)
-    with of_the_machine('free some space, or save elsewhere'):
+    with machine_errors('free some space, or save elsewhere'):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f'{str(path)!r} is not empty: save to a new directory, or empty it')
         paths.check_can_hold(path)
@@ -100,7 +100,7 @@ def load_tree(directory: str | Path, abstract: Tree) -> Tree:
       UsageError: if nothing was saved there, it is damaged, or it is another tree.
     """
     path = paths.local(directory, 'directory')
-    with of_the_machine('check the path'):
+    with machine_errors('check the path'):
         if not (path / _RECORD).is_dir():
             raise UsageError(f'{str(path)!r} holds no saved weights: check the path')
         trees, _ = read(path, {'tree': abstract}, cure='save it again')

@@ -20,7 +20,7 @@ from typing import Any
 
 from layercomb import paths, transforms
 from layercomb.data.adapted import adapted
-from layercomb.errors import UsageError, of_the_machine, of_the_person, one_line, require
+from layercomb.errors import UsageError, machine_errors, one_line, require, usage_errors
 from layercomb.launcher import arguments, compile_cache, includes, runs, stopping, terminal
 from layercomb.launcher.experiment import Experiment
 from layercomb.layers.core.layer import Layer
@@ -54,7 +54,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         parsed = arguments.parser(_COMMANDS).parse_args(command_line)
         cure = 'put that right, and run the same again'
         kept = compile_cache.kept(not parsed.no_compile_cache)
-        with terminal.plain_warnings(), of_the_machine(cure), kept:
+        with terminal.plain_warnings(), machine_errors(cure), kept:
             parsed.run(parsed)
             terminal.flush()
     except UsageError as e:
@@ -79,13 +79,13 @@ def run_train(options: argparse.Namespace) -> None:
     text = runs.read_text(source)
     with configured(text, options.gin_param, source.name, source) as config:
         experiment = config.build()
-        with of_the_person():
+        with usage_errors():
             allowed = check_allowed(options.allow_changes)
         runs.check_directory(directory, config.text, bool(allowed))
-        with of_the_person():
+        with usage_errors():
             experiment.check_sample()
             loop = experiment.loop(directory, allowed)  # checks the rest before anything is written
-            with of_the_machine('choose another --output_dir'):
+            with machine_errors('choose another --output_dir'):
                 directory.mkdir(parents=True, exist_ok=True)
                 config.write(directory)
         with stopping.on_sigterm(loop.stop) as asked:
@@ -95,7 +95,7 @@ def run_train(options: argparse.Namespace) -> None:
             print(f'layercomb: stopped {saved}; the same command goes on', file=sys.stderr)
             return
         cure = 'it is trained and saved; put that right, and run the same again'
-        with of_the_person(), of_the_machine(cure):
+        with usage_errors(), machine_errors(cure):
             terminal.write_result(experiment, loop, row, directory)
 
 
@@ -106,11 +106,11 @@ def run_eval(options: argparse.Namespace) -> None:
     file = runs.config_file(options.run_dir)
     with configured(runs.read_text(file), options.gin_param, options.run_dir, file) as config:
         experiment = config.build()
-        with of_the_person():
+        with usage_errors():
             experiment.check()
         if not experiment.eval_tasks:
             raise UsageError('the configuration measures nothing: bind train.eval_tasks')
-        with of_the_person():
+        with usage_errors():
             signature = experiment.batch_signature()[: experiment.model.n_in]
         chosen = options.checkpoint
         model, step = runs.saved_model(options.run_dir, experiment.model, signature, chosen)
@@ -129,7 +129,7 @@ def run_generate(options: argparse.Namespace) -> None:
     model, tokenizer = trained(
         options.run_dir, options.gin_param, options.bits, checkpoint=options.checkpoint
     )
-    with of_the_person():
+    with usage_errors():
         given = prompts.given(model, prompt, tokenizer)
         given |= {'n_tokens': options.n_tokens, 'eos_id': tokenizer.eos_id}
         shown = [] if 'inputs' in given else given['prompts'][0]
@@ -152,7 +152,7 @@ def run_inspect(options: argparse.Namespace) -> None:
         name = source.name
     with configured(runs.read_text(source), options.gin_param, name, source) as config:
         experiment = config.build()
-        with of_the_person():
+        with usage_errors():
             signature = experiment.batch_signature()
             print(summary(experiment.model, signature[: experiment.model.n_in]))
             takes = experiment.training_bytes()
@@ -167,7 +167,7 @@ def run_serve(options: argparse.Namespace) -> None:
     from layercomb import serving
     from layercomb.serving import hosts
 
-    with of_the_person():
+    with usage_errors():
         limits = serving.Limits(
             max_tokens=options.max_tokens,
             max_prompt=options.max_prompt,
@@ -190,7 +190,7 @@ def run_export(options: argparse.Namespace) -> None:
     model, _ = trained(
         options.run_dir, options.gin_param, text=False, checkpoint=options.checkpoint
     )
-    with of_the_person():
+    with usage_errors():
         written = export.write(
             model,
             options.out,
@@ -229,11 +229,11 @@ def trained(
         if text and tokenizer is None:
             raise UsageError('this run has no tokenizer, so it makes no text: bind train.tokenizer')
         if tokenizer is not None:
-            with of_the_person():
+            with usage_errors():
                 tokenizer = adapted(tokenizer, 'train', must_decode=text)
         model, _ = runs.saved_model(run_dir, net, _signature_of_text(net), checkpoint)
     if bits is not None:
-        with of_the_person():
+        with usage_errors():
             narrow = transforms.quantize(model.layer, model.weights or {}, bits=bits)
             model = Model(*narrow, model.state)
     return model, tokenizer
@@ -258,7 +258,7 @@ class Config:
 
     def build(self) -> Any:
         """The experiment."""
-        with of_the_person():
+        with usage_errors():
             try:
                 make = self._gin.get_configurable(train)
             except KeyError:
@@ -279,7 +279,7 @@ class Config:
 
     def value(self, name: str) -> Any:
         """One argument of `train` alone, without building the others."""
-        with of_the_person():
+        with usage_errors():
             try:
                 value = self._gin.query_parameter(f'cli.train.{name}')
             except ValueError:
@@ -341,7 +341,7 @@ def find_config(name: str) -> Path:
     """
     known = includes.library()
     stem = name.removesuffix('.gin')
-    with of_the_machine('check the path'):
+    with machine_errors('check the path'):
         if stem in known and not Path(name).is_file():
             return known[stem]
         path = paths.local(name, 'config')

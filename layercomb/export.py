@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import layercomb_kernels
 from layercomb import paths, trees
 from layercomb.checks import Size, check_value
-from layercomb.errors import UsageError, of_the_machine, require
+from layercomb.errors import UsageError, machine_errors, require
 from layercomb.interop.safetensors import save_weights
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
@@ -126,12 +126,12 @@ def write(
     batch_size = check_value('export', 'batch_size', batch_size, Size)
     max_len = _room(model, max_len)
     path = paths.local(out, 'out')
-    with of_the_machine('choose another directory'):
+    with machine_errors('choose another directory'):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f'{str(path)!r} is not empty: export to a new directory, or empty it')
         paths.check_can_hold(path)
     programs = decode_programs(model, batch_size, max_len)
-    with of_the_machine('free some space, or write elsewhere'), paths.whole(path) as folder:
+    with machine_errors('free some space, or write elsewhere'), paths.whole(path) as folder:
         folder.mkdir()
         save_weights(folder / 'model.safetensors', model.weights or {})
         if jax.tree.leaves(model.state):

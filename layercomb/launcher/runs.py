@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from layercomb import paths
-from layercomb.errors import UsageError, of_the_machine, of_the_person
+from layercomb.errors import UsageError, machine_errors, usage_errors
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
 
@@ -29,7 +29,7 @@ def is_run(directory: str | Path) -> bool:
       UsageError: if the machine will not say.
     """
     folder = paths.local(directory, 'run_dir')
-    with of_the_machine('check the path'):
+    with machine_errors('check the path'):
         return (folder / CONFIG).is_file()
 
 
@@ -104,10 +104,10 @@ def saved_model(
     """
     from layercomb.supervised.checkpoints import saved_weights
 
-    with of_the_person():
+    with usage_errors():
         key = jax.eval_shape(jax.random.key, 0)
         weights, state = jax.eval_shape(lambda rng: net.init(signature, rng), key)
-    with of_the_machine(f'check that {str(run_dir)!r} can be read'):
+    with machine_errors(f'check that {str(run_dir)!r} can be read'):
         weights, state, step = saved_weights(run_dir, weights, state, checkpoint)
     return Model(net, weights, state), step
 
@@ -120,7 +120,7 @@ def check_directory(directory: Path, text: str, allow_changes: bool = False) -> 
       text: its configuration.
       allow_changes: whether that may differ from the one there, as far as the `Loop` allows.
     """
-    with of_the_machine('choose another --output_dir'):
+    with machine_errors('choose another --output_dir'):
         if (directory / CONFIG).exists():
             if not allow_changes:
                 _same_experiment(directory, text)

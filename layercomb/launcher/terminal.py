@@ -15,7 +15,7 @@ import numpy as np
 
 from layercomb import paths
 from layercomb.data.adapted import adapted
-from layercomb.errors import UsageError, UsageWarning, of_the_machine, of_the_person
+from layercomb.errors import UsageError, UsageWarning, machine_errors, usage_errors
 from layercomb.launcher import runs
 from layercomb.model import Model
 
@@ -86,7 +86,7 @@ def _standard_input() -> str:
     stream = sys.stdin
     if stream is None or stream.closed:
         raise UsageError('there is no standard input: give --prompt TEXT or --prompt_file FILE')
-    with of_the_machine('give --prompt TEXT or --prompt_file FILE'):
+    with machine_errors('give --prompt TEXT or --prompt_file FILE'):
         given: str | bytes = (getattr(stream, 'buffer', None) or stream).read()
     text = given if isinstance(given, str) else _decoded(given, stream.encoding or 'ascii')
     return text.replace('\r\n', '\n').replace('\r', '\n')
@@ -228,5 +228,5 @@ def _to_nowhere(stream: Any) -> None:
 
 
 def _text(decoder: Any, tokens: Any, final: bool = False) -> str:
-    with of_the_person():  # an id beyond the tokenizer's, where the model's vocabulary is larger
+    with usage_errors():  # an id beyond the tokenizer's, where the model's vocabulary is larger
         return decoder.decode([int(i) for i in tokens], final=final)

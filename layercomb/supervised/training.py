@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb import paths, trees
-from layercomb.errors import UsageError, of_the_machine
+from layercomb.errors import UsageError, machine_errors
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model, check_tokens
 from layercomb.supervised import steps
@@ -174,7 +174,7 @@ class Loop:
             self._stopping = False
             rows = [] if self._directory is None else read_metrics(self._directory)
             return next((r for r in rows if r['step'] == self.step), {'step': self.step})
-        with of_the_machine('put that right, and run again to go on from the last checkpoint'):
+        with machine_errors('put that right, and run again to go on from the last checkpoint'):
             run = _Run(self, n_steps)
             try:
                 while self.step < n_steps and not self._stopping:
