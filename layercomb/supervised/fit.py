@@ -98,7 +98,7 @@ def no_batch(task: EvalTask) -> UsageError:
 
 
 def on_device(batch: tuple[Any, ...]) -> Signature:
-    """The signature of a batch on the device: int64 and float64 become JAX's default dtypes."""
+    """The signature of a batch on the device, with dtypes as JAX canonicalizes them."""
     return tuple(
         jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
         for x in signature_of(batch)
