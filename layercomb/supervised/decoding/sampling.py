@@ -15,7 +15,7 @@ from layercomb.checks import Bound, Size, take_fields
 from layercomb.errors import UsageError
 
 NO_TOKEN = -1  # drawn where the logits have no probabilities
-_COLD = 1e-6  # below it, the likeliest token is taken: dividing by less would overflow float32
+_COLD = 1e-6  # below it, argmax takes the likeliest token, as drawing would, up to rounding
 _ALL = 2**31 - 1  # more tokens than any vocabulary has
 
 Temperature = Annotated[float, Bound(0, math.inf)]
