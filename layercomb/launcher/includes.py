@@ -52,7 +52,7 @@ class Includes:
 
     @property
     def imports(self) -> str:
-        """The import lines of all parsed files; the outermost file's come last, so that they win."""
+        """The import lines of all parsed files; the outermost file's come last, and so win."""
         lines = [line for text in reversed(self._texts) for line in _IMPORT.findall(text)]
         return '\n'.join(
             sorted(dict.fromkeys(lines), key=lambda x: not x.startswith('from __gin__'))

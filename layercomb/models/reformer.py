@@ -144,7 +144,9 @@ def reversible_feed_forward(
 def reversible_blocks(
     blocks: Sequence[Sequence[tl.ReversibleHalfResidual]], n_layers: int
 ) -> tl.ReversibleRepeat:
-    """Repeats blocks that alternate over depth; each half adds to the stream that the last one read.
+    """Repeats blocks that alternate over depth.
+
+    Each half adds to the stream that the half before it read.
 
     Args:
       blocks: the halves of each block, in order.

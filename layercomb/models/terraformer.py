@@ -383,7 +383,7 @@ class AfterMemory(Wrapper):
         def read(inner: Tree) -> Tree:
             inner = seek(inner, jnp.zeros(len(memory[0]), jnp.int32))
             new = self.layer.apply(weights, inner, memory, mode=Mode.PREDICT)[1]
-            return _as_far_as(inner, new)  # drops what `capture` adds: a cond wants one structure
+            return _as_far_as(inner, new)  # drops what `capture` adds: a loop keeps one structure
 
         inner = run_once(state.has_memory, state.layer, read)
         outputs, inner = self.layer.apply(weights, inner, values, mode=Mode.PREDICT)
