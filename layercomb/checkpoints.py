@@ -1,12 +1,12 @@
 """Trees of arrays on disk: whole or absent, and checked when read.
 
-A directory holds named trees of arrays and a record in JSON, which also keeps the type and shape of
-each array. Orbax writes it under a temporary name and renames it when all is on the disk. Its
-format does not notice a flipped bit in an array, so each file's checksum is written beside it, in
-the background too, and compared before anything is read.
+A directory holds named trees of arrays and a record in JSON, with the dtype and shape of each
+array. Orbax writes it under a temporary name, and renames it when all is on the disk. Orbax does
+not notice a flipped bit in an array, so each file's checksum is written beside it, also in the
+background, and compared before anything is read.
 
-Files know no types of a state: trees are written as `trees.plain` makes them, and get their types
-back when they are read, from the tree that the reader expects.
+Files do not keep the types of state entries. Trees are written as `trees.plain` makes them, and get
+their types back from the tree that the reader expects.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import paths
-from layercomb.errors import UsageError, of_the_machine, require
+from layercomb.errors import UsageError, machine_errors, require
 from layercomb.trees import plain, typed
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 else:
     ocp = require('orbax.checkpoint', 'train')
 
-# Its threads log tracebacks of errors that are raised as well, and said in a line where it matters.
+# Orbax's threads log tracebacks of errors that it also raises; the library reports them in a line.
 logging.getLogger('absl').addFilter(lambda r: r.exc_info is None or 'orbax' not in r.pathname)
 
 Tree = Any  # nested containers of arrays, or of jax.ShapeDtypeStruct
@@ -45,7 +45,11 @@ class _CheckedHandler(ocp.StandardCheckpointHandler):
     """Orbax's handler of trees, which also leaves a checksum of each file."""
 
     def finalize(self, directory: Any) -> None:
-        """Called in the background, when all files are there and before the step is renamed."""
+        """Writes the checksums; Orbax calls this in the background, before it renames the step.
+
+        Args:
+          directory: where the files are.
+        """
         super().finalize(directory)
         path = Path(directory)
         (path / _CHECKSUMS).write_text(json.dumps(_file_checksums(path)), encoding='utf-8')
@@ -75,7 +79,7 @@ def save_tree(directory: str | Path, tree: Tree) -> None:
     """
     path = paths.local(directory, 'directory')
     paths.check_for_arrays(path)
-    with of_the_machine('free some space, or save elsewhere'):
+    with machine_errors('free some space, or save elsewhere'):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f'{str(path)!r} is not empty: save to a new directory, or empty it')
         paths.check_can_hold(path)
@@ -100,7 +104,7 @@ def load_tree(directory: str | Path, abstract: Tree) -> Tree:
       UsageError: if nothing was saved there, it is damaged, or it is another tree.
     """
     path = paths.local(directory, 'directory')
-    with of_the_machine('check the path'):
+    with machine_errors('check the path'):
         if not (path / _RECORD).is_dir():
             raise UsageError(f'{str(path)!r} holds no saved weights: check the path')
         trees, _ = read(path, {'tree': abstract}, cure='save it again')
@@ -108,7 +112,12 @@ def load_tree(directory: str | Path, abstract: Tree) -> Tree:
 
 
 def save_args(trees: Mapping[str, Tree], record: Mapping[str, Any]) -> Any:
-    """Orbax's arguments that save named trees, and a record that JSON can hold."""
+    """Orbax's arguments for saving named trees and a record.
+
+    Args:
+      trees: trees of arrays by name; those without arrays are left out.
+      record: what else to keep, in types that JSON can hold.
+    """
     trees = {name: plain(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
     trees = {name: jax.tree.map(_without_key, tree) for name, tree in trees.items()}
     arrays = {name: kinds(tree) for name, tree in trees.items()}
@@ -131,7 +140,7 @@ def read(path: Path, abstract: Mapping[str, Tree], cure: str) -> tuple[dict[str,
       (trees, record), as they were saved.
 
     Raises:
-      UsageError: if a file is damaged, or the trees are others.
+      UsageError: if a file is damaged, or the saved trees differ from `abstract`.
     """
     paths.check_for_arrays(path)
     saved = {name: plain(tree) for name, tree in abstract.items() if jax.tree.leaves(tree)}
@@ -153,7 +162,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _without_key(x: Any) -> Any:
-    """A typed key, of an optimizer that draws, as the integers in it, which can be written."""
+    """A typed key, which an optimizer may hold, as its integers, which can be written."""
     if not _is_key(x):
         return x
     return jax.random.key_data(x) if isinstance(x, jax.Array) else jax.eval_shape(_data, x)
@@ -164,23 +173,26 @@ def _data(key: jax.Array) -> jax.Array:
 
 
 def _as_it_was(x: jax.Array, like: Any) -> jax.Array:
-    """What `_without_key` made of a value like `like`, as the value."""
+    """Undoes `_without_key`: makes a typed key of integers if `like` is one."""
     if not _is_key(like):
         return x
-    implementations: list[Any] = []  # which a struct does not say, and a traced key does
+    implementations: list[Any] = []  # a struct does not name it, a traced key does
     jax.eval_shape(lambda key: implementations.append(jax.random.key_impl(key)), like)
     return jax.random.wrap_key_data(x, impl=implementations[0])
 
 
 def read_record(path: Path, cure: str) -> dict[str, Any]:
-    """What `save_args` kept beside arrays: the record as 'values', and as 'arrays' their kinds.
+    """Reads what `save_args` wrote besides the arrays.
 
     Args:
       path: what was written with `save_args`.
       cure: what an error should advise.
 
+    Returns:
+      'values', the record, and 'arrays', the `kinds` of each tree.
+
     Raises:
-      UsageError: if it cannot be read, or its checksum is another.
+      UsageError: if it cannot be read, or its checksum is wrong.
     """
     try:
         sealed = json.loads((path / _RECORD / 'metadata').read_text('utf-8'))
@@ -192,7 +204,7 @@ def read_record(path: Path, cure: str) -> dict[str, Any]:
 
 
 def _verify(path: Path, name: str, cure: str) -> None:
-    """Raises UsageError unless every file of one tree is what was written."""
+    """Raises a UsageError unless every file of one tree has the checksum that was written."""
     try:
         expected = json.loads((path / name / _CHECKSUMS).read_text('utf-8'))
     except (OSError, ValueError):
@@ -205,7 +217,7 @@ def _verify(path: Path, name: str, cure: str) -> None:
 
 
 def _file_checksums(directory: Path) -> dict[str, int]:
-    """Path within the directory -> CRC-32 of the file, read a piece at a time."""
+    """Path within the directory -> CRC-32 of the file, read 4 MiB at a time."""
     checksums = {}
     for file in sorted(directory.rglob('*')):
         if file.is_file() and file.name != _CHECKSUMS:
@@ -222,7 +234,7 @@ def _damaged(path: Path, cause: str, cure: str) -> UsageError:
 
 
 def _same(path: Path, there: Mapping[str, Kinds], here: Mapping[str, Kinds]) -> None:
-    """Raises UsageError at the first array that differs in being, type or shape."""
+    """Raises a UsageError at the first array that is missing, or differs in dtype or shape."""
     for name, leaves in here.items():
         saved = there.get(name, {})
         for leaf in sorted(saved.keys() | leaves.keys()):
@@ -236,7 +248,11 @@ def _same(path: Path, there: Mapping[str, Kinds], here: Mapping[str, Kinds]) -> 
 
 
 def kinds(tree: Tree) -> Kinds:
-    """The type and shape of each array of a tree, by path, such as 'float32[4,5]'."""
+    """The dtype and shape of each array of a tree, by path, such as 'float32[4,5]'.
+
+    Args:
+      tree: arrays or `jax.ShapeDtypeStruct`; a typed key counts as its integers.
+    """
     return {
         jax.tree_util.keystr(path, simple=True, separator='/'): (
             f'{jnp.dtype(leaf.dtype).name}[{",".join(map(str, leaf.shape))}]'
@@ -248,7 +264,7 @@ def kinds(tree: Tree) -> Kinds:
 
 
 def _placed(tree: Tree) -> Tree:
-    """Adds to each struct the sharding it lacks: the first device."""
+    """Puts structs without a sharding on the first device."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:

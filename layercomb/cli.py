@@ -1,9 +1,9 @@
 """The launcher: ``layercomb train | eval | inspect | generate | serve | export``.
 
-The only file that imports gin: what a run has learnt leaves it as a model and a tokenizer.
+This is the only file that imports gin. It hands trained models and tokenizers to the others.
 
-A configuration says ``from layercomb import cli`` and binds the arguments of `train`. Whatever a
-person got wrong ends with exit code 2 and one line of cause and cure; a traceback is a bug.
+A configuration says ``from layercomb import cli`` and binds the arguments of `train`. A mistake of
+the user ends with exit code 2 and one line of cause and cure; a traceback is a bug.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from layercomb import paths, transforms
 from layercomb.data.adapted import adapted
-from layercomb.errors import UsageError, of_the_machine, of_the_person, one_line, require
+from layercomb.errors import UsageError, machine_errors, one_line, require, usage_errors
 from layercomb.launcher import arguments, compile_cache, includes, runs, stopping, terminal
 from layercomb.launcher.experiment import Experiment
 from layercomb.layers.core.layer import Layer
@@ -29,11 +29,11 @@ from layercomb.shapes import Signature, shape_dtype
 
 
 def train(*args: Any, **fields: Any) -> Experiment:
-    """What a configuration binds: the fields of an `Experiment`, which it returns."""
+    """Makes an `Experiment`. A configuration binds its arguments, the fields of `Experiment`."""
     return Experiment(*args, **fields)
 
 
-# By which gin knows names and defaults.
+# Gin reads names and defaults from it.
 train.__dict__['__signature__'] = inspect.signature(Experiment).replace(
     return_annotation='Experiment'
 )
@@ -44,23 +44,23 @@ def main(command_line: Sequence[str] | None = None) -> int:
     """Runs the launcher.
 
     Args:
-      command_line: words, without the program's name.
+      command_line: words, without the program's name; by default those of the process.
 
     Returns:
-      The exit code: 0, or 2 for what a person can put right.
+      The exit code: 0, 2 for a mistake that the user can put right, or 130 after Ctrl-C.
     """
     parsed = argparse.Namespace(run=None)
     try:
         parsed = arguments.parser(_COMMANDS).parse_args(command_line)
         cure = 'put that right, and run the same again'
         kept = compile_cache.kept(not parsed.no_compile_cache)
-        with terminal.plain_warnings(), of_the_machine(cure), kept:
+        with terminal.plain_warnings(), machine_errors(cure), kept:
             parsed.run(parsed)
             terminal.flush()
     except UsageError as e:
         print(f'layercomb: {one_line(e)}', file=sys.stderr)  # gin adds lines of its own
         return 2
-    except BrokenPipeError:  # whoever read the output wants no more of it
+    except BrokenPipeError:  # the reader of the output has closed it
         terminal.stop_writing()
     except KeyboardInterrupt:
         resumes = '; the same command goes on from the last checkpoint'
@@ -79,13 +79,13 @@ def run_train(options: argparse.Namespace) -> None:
     text = runs.read_text(source)
     with configured(text, options.gin_param, source.name, source) as config:
         experiment = config.build()
-        with of_the_person():
+        with usage_errors():
             allowed = check_allowed(options.allow_changes)
         runs.check_directory(directory, config.text, bool(allowed))
-        with of_the_person():
+        with usage_errors():
             experiment.check_sample()
             loop = experiment.loop(directory, allowed)  # checks the rest before anything is written
-            with of_the_machine('choose another --output_dir'):
+            with machine_errors('choose another --output_dir'):
                 directory.mkdir(parents=True, exist_ok=True)
                 config.write(directory)
         with stopping.on_sigterm(loop.stop) as asked:
@@ -95,7 +95,7 @@ def run_train(options: argparse.Namespace) -> None:
             print(f'layercomb: stopped {saved}; the same command goes on', file=sys.stderr)
             return
         cure = 'it is trained and saved; put that right, and run the same again'
-        with of_the_person(), of_the_machine(cure):
+        with usage_errors(), machine_errors(cure):
             terminal.write_result(experiment, loop, row, directory)
 
 
@@ -106,11 +106,11 @@ def run_eval(options: argparse.Namespace) -> None:
     file = runs.config_file(options.run_dir)
     with configured(runs.read_text(file), options.gin_param, options.run_dir, file) as config:
         experiment = config.build()
-        with of_the_person():
+        with usage_errors():
             experiment.check()
         if not experiment.eval_tasks:
             raise UsageError('the configuration measures nothing: bind train.eval_tasks')
-        with of_the_person():
+        with usage_errors():
             signature = experiment.batch_signature()[: experiment.model.n_in]
         chosen = options.checkpoint
         model, step = runs.saved_model(options.run_dir, experiment.model, signature, chosen)
@@ -129,7 +129,7 @@ def run_generate(options: argparse.Namespace) -> None:
     model, tokenizer = trained(
         options.run_dir, options.gin_param, options.bits, checkpoint=options.checkpoint
     )
-    with of_the_person():
+    with usage_errors():
         given = prompts.given(model, prompt, tokenizer)
         given |= {'n_tokens': options.n_tokens, 'eos_id': tokenizer.eos_id}
         shown = [] if 'inputs' in given else given['prompts'][0]
@@ -152,7 +152,7 @@ def run_inspect(options: argparse.Namespace) -> None:
         name = source.name
     with configured(runs.read_text(source), options.gin_param, name, source) as config:
         experiment = config.build()
-        with of_the_person():
+        with usage_errors():
             signature = experiment.batch_signature()
             print(summary(experiment.model, signature[: experiment.model.n_in]))
             takes = experiment.training_bytes()
@@ -167,7 +167,7 @@ def run_serve(options: argparse.Namespace) -> None:
     from layercomb import serving
     from layercomb.serving import hosts
 
-    with of_the_person():
+    with usage_errors():
         limits = serving.Limits(
             max_tokens=options.max_tokens,
             max_prompt=options.max_prompt,
@@ -190,7 +190,7 @@ def run_export(options: argparse.Namespace) -> None:
     model, _ = trained(
         options.run_dir, options.gin_param, text=False, checkpoint=options.checkpoint
     )
-    with of_the_person():
+    with usage_errors():
         written = export.write(
             model,
             options.out,
@@ -209,17 +209,20 @@ def trained(
     text: bool = True,
     checkpoint: str = 'last',
 ) -> tuple[Model, Any]:
-    """A model of texts as a checkpoint of a run has it, and its tokenizer.
+    """A trained model of text and its tokenizer, from a checkpoint of a run.
 
     Args:
       run_dir: the output directory of a run.
-      bindings: what goes before the run's own configuration.
-      bits: of each weight, where they shall be narrow: see `transforms.quantize`.
+      bindings: bindings that override the run's own configuration.
+      bits: 16, 8 or 4 narrows the weights, see `transforms.quantize`; None leaves them.
       text: whether there must be a tokenizer.
       checkpoint: 'last', 'best' or the number of a step.
 
+    Returns:
+      (model, tokenizer); the tokenizer is None if the run has none.
+
     Raises:
-      UsageError: if there is no such run or checkpoint, or no tokenizer to make text with.
+      UsageError: if there is no such run or checkpoint, or no tokenizer although `text`.
     """
     file = runs.config_file(run_dir)
     with configured(runs.read_text(file), bindings, run_dir, file) as config:
@@ -229,18 +232,18 @@ def trained(
         if text and tokenizer is None:
             raise UsageError('this run has no tokenizer, so it makes no text: bind train.tokenizer')
         if tokenizer is not None:
-            with of_the_person():
+            with usage_errors():
                 tokenizer = adapted(tokenizer, 'train', must_decode=text)
         model, _ = runs.saved_model(run_dir, net, _signature_of_text(net), checkpoint)
     if bits is not None:
-        with of_the_person():
+        with usage_errors():
             narrow = transforms.quantize(model.layer, model.weights or {}, bits=bits)
             model = Model(*narrow, model.state)
     return model, tokenizer
 
 
 def _signature_of_text(net: Layer) -> Signature:
-    """Of a few tokens that a model reads, and those of its source, with their mask."""
+    """The signature of a short text: tokens, and for an encoder-decoder source and mask."""
     from layercomb.supervised.decoding import prompts
 
     length, of_source = (min(8, f(net) or 8) for f in (prompts.max_len, prompts.source_max_len))
@@ -250,15 +253,23 @@ def _signature_of_text(net: Layer) -> Signature:
 
 
 class Config:
-    """A parsed configuration, good while its context is open."""
+    """A parsed configuration, valid while its context is open.
+
+    Attributes:
+      text: the bindings, as gin writes them.
+    """
 
     def __init__(self, gin: Any):
         self._gin = gin
         self.text: str = includes.written(gin, gin.config_str)
 
     def build(self) -> Any:
-        """The experiment."""
-        with of_the_person():
+        """Builds the experiment.
+
+        Raises:
+          UsageError: if the configuration does not bind `train`, or a value in it is wrong.
+        """
+        with usage_errors():
             try:
                 make = self._gin.get_configurable(train)
             except KeyError:
@@ -269,17 +280,27 @@ class Config:
             return make()
 
     def write(self, directory: Path) -> None:
-        """Keeps the bindings, by which runs are compared, and beside them all that is in force.
+        """Writes the bindings, by which runs are compared, and the operative configuration.
 
-        The latter has what nobody bound, too: the defaults of everything built so far.
+        The latter also has the defaults of everything built so far.
+
+        Args:
+          directory: the run's directory, which must exist.
         """
         runs.write_text(directory / runs.CONFIG, self.text)
         operative = includes.written(self._gin, self._gin.operative_config_str)
         runs.write_text(directory / runs.OPERATIVE, operative)
 
     def value(self, name: str) -> Any:
-        """One argument of `train` alone, without building the others."""
-        with of_the_person():
+        """Builds one argument of `train`, without the others.
+
+        Args:
+          name: of the argument.
+
+        Returns:
+          Its value; None if it is not bound.
+        """
+        with usage_errors():
             try:
                 value = self._gin.query_parameter(f'cli.train.{name}')
             except ValueError:
@@ -296,9 +317,9 @@ def configured(
 
     Args:
       text: the configuration.
-      bindings: what goes before it; includes there go from the directory of the process.
+      bindings: bindings that override it; their includes are looked for in the working directory.
       name: what messages call it.
-      file: where it stands: beside it lies what it includes.
+      file: its path; included files are looked for beside it.
 
     Raises:
       UsageError: if something in it is unknown, or does not parse.
@@ -314,7 +335,7 @@ def configured(
                 imports = parser.imports
                 try:
                     parser.parse(binding, Path('--gin_param'))
-                except ValueError:  # what the file does not mention is reached by its imports
+                except ValueError:  # a name that the file does not use needs the file's imports
                     if "doesn't have a parameter" in str(sys.exc_info()[1]):
                         raise
                     parser.parse(f'{imports}\n{binding}', Path('--gin_param'))
@@ -334,14 +355,17 @@ def _parsing(where: str) -> Iterator[None]:
 
 
 def find_config(name: str) -> Path:
-    """A configuration by path, or by the name of one that comes with the library.
+    """The path of a configuration.
+
+    Args:
+      name: a path, or the name of a configuration that comes with the library.
 
     Raises:
-      UsageError: if there is none, listing those there are.
+      UsageError: if there is none, listing those of the library.
     """
     known = includes.library()
     stem = name.removesuffix('.gin')
-    with of_the_machine('check the path'):
+    with machine_errors('check the path'):
         if stem in known and not Path(name).is_file():
             return known[stem]
         path = paths.local(name, 'config')

@@ -48,7 +48,7 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def of_the_machine(cure: str) -> Iterator[None]:
+def machine_errors(cure: str) -> Iterator[None]:
     """Turns errors of the operating system, such as a full disk, into a UsageError.
 
     Args:
@@ -67,7 +67,7 @@ def of_the_machine(cure: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def of_the_person() -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """Turns errors of code that handles the user's values only into a UsageError of one line.
 
     Raises:

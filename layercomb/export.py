@@ -1,7 +1,7 @@
-"""A trained model in files that other programs read: safetensors, and decoding as a program.
+"""Exports a trained model for other programs: weights as safetensors, decoding as a program.
 
-What `write` leaves needs neither this library nor the model's description to be run: weights in a
-flat file, and a decode step that `jax.export` has lowered for CPUs, GPUs and TPUs.
+The files run without this library and without the model's description: weights in a flat file,
+and a decode step that `jax.export` has lowered for CPUs, GPUs and TPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import layercomb_kernels
 from layercomb import paths, trees
 from layercomb.checks import Size, check_value
-from layercomb.errors import UsageError, of_the_machine, require
+from layercomb.errors import UsageError, machine_errors, require
 from layercomb.interop.safetensors import save_weights
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
@@ -31,9 +31,9 @@ from layercomb.supervised.decoding.prompts import max_len as longest
 from layercomb.transforms.unstacking import unstack, unstack_state
 from layercomb.version import __version__
 
-_MAX_LEN = 1024  # where nothing in the model limits it
-# In the state, where no path begins so: how many tokens each row has had, or more than there is
-# room for.
+_MAX_LEN = 1024  # if nothing in the model limits it
+# A key in the state that no path begins with: how many tokens each row has had, or room + 1 for a
+# row whose logits are NaN from then on.
 _READ = '/n_read'
 _PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -111,7 +111,7 @@ def write(
       out: a directory that is empty or does not exist yet.
       config: the configuration that made the model, kept beside it.
       batch_size: how many rows the decode step takes.
-      max_len: how many positions its caches hold; by default as many as the model can, or 1,024.
+      max_len: how many positions its caches hold; by default the model's limit, else 1,024.
 
     Returns:
       The size in bytes of each file written, by its name.
@@ -126,12 +126,12 @@ def write(
     batch_size = check_value('export', 'batch_size', batch_size, Size)
     max_len = _room(model, max_len)
     path = paths.local(out, 'out')
-    with of_the_machine('choose another directory'):
+    with machine_errors('choose another directory'):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f'{str(path)!r} is not empty: export to a new directory, or empty it')
         paths.check_can_hold(path)
     programs = decode_programs(model, batch_size, max_len)
-    with of_the_machine('free some space, or write elsewhere'), paths.whole(path) as folder:
+    with machine_errors('free some space, or write elsewhere'), paths.whole(path) as folder:
         folder.mkdir()
         save_weights(folder / 'model.safetensors', model.weights or {})
         if jax.tree.leaves(model.state):
@@ -153,17 +153,17 @@ def decode_programs(
     Args:
       model: a language model with weights.
       batch_size: the number of rows, B.
-      max_len: how many positions the caches hold; by default as many as the model can, or 1,024.
+      max_len: how many positions the caches hold; by default the model's limit, else 1,024.
 
     Returns:
-      ``decode_init``: () → state, and ``decode_step``: (weights, state, tokens (B, 1)) →
-      (logits (B, V), state). Weights are unstacked; weights and state are flat dicts by path.
-      Logits are NaN for a row that has gone past `max_len`, or has had an id outside the
-      vocabulary: of an embedding, or of the logits where there is none.
+      ``decode_init``: () → state, and ``decode_step``: (weights, state, tokens (B, 1) int32) →
+      (logits (B, V), state). Weights are unstacked; weights and state are flat dicts by path. A
+      row's logits are NaN after it has gone past `max_len`, or has had an id outside the vocabulary
+      (the smallest of the embeddings, or V without an embedding).
 
     Raises:
-      UsageError: if it is no language model, or `max_len` is more than the model's.
-      TypeError: if a size is no int.
+      UsageError: if it is not a language model, or `max_len` is more than the model's.
+      TypeError: if a size is not an int.
       ValueError: if one is below 1.
     """
     batch_size = check_value('export', 'batch_size', batch_size, Size)
@@ -204,7 +204,7 @@ def decode_programs(
 
 @contextlib.contextmanager
 def _no_locations() -> Iterator[None]:
-    """Lowers without saying where the source of each operation lies on this machine."""
+    """Inside the context, programs are lowered without the source locations of operations."""
     option = 'jax_traceback_in_locations_limit'
     limit = getattr(jax.config, option)
     jax.config.update(option, 0)
@@ -225,9 +225,9 @@ def _room(model: Model, max_len: int | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Slice:
-    """Where a weight of the unstacked model is found: an array, and indices along its first axes.
+    """Where a weight of the unstacked model is: an array's name, and indices along its first axes.
 
-    Stands for an array while weights are unstacked, and notes how it is sliced.
+    It takes an array's place while weights are unstacked, and records how it is sliced.
     """
 
     name: str
@@ -238,7 +238,7 @@ class _Slice:
 
 
 def _layout(model: Model, step: jax.export.Exported) -> dict[str, Any]:
-    """What the decode step takes and gives, as JSON can hold it."""
+    """The inputs and outputs of the decode step, in types that JSON can hold."""
     whole = trees.map_with_path(lambda path, _: _Slice(path), model.weights or {})
     slices = trees.flatten(unstack(model.layer, whole)[1])
     (weights, state, tokens), _ = jax.tree.unflatten(step.in_tree, step.in_avals)
@@ -258,7 +258,7 @@ def _layout(model: Model, step: jax.export.Exported) -> dict[str, Any]:
 
 
 def _vocab_size(net: Layer, n_logits: int) -> int:
-    """How many ids there are: as many as the least embedding has, or as there are logits."""
+    """The vocabulary size: that of the smallest embedding, else the number of logits."""
     return min((each.vocab_size for _, each in embeddings(net)), default=n_logits)
 
 

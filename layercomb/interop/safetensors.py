@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb import paths, trees
-from layercomb.errors import UsageError, of_the_machine, require
+from layercomb.errors import UsageError, machine_errors, require
 
 
 def save_weights(path: str | Path, weights: Mapping[str, Any]) -> None:
@@ -36,7 +36,7 @@ def save_weights(path: str | Path, weights: Mapping[str, Any]) -> None:
     arrays = {  # the format has no strides, so a view would be written in the wrong order
         name: np.array(jax.device_get(x), order='C') for name, x in trees.flatten(weights).items()
     }
-    with of_the_machine('free some space, or write elsewhere'):
+    with machine_errors('free some space, or write elsewhere'):
         try:
             numpy.save_file(arrays, file, {'format': 'layercomb'})
         except SafetensorError as e:
@@ -60,7 +60,7 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     from safetensors import SafetensorError
 
     file = paths.local(path, 'path')
-    with of_the_machine('check the path'):
+    with machine_errors('check the path'):
         try:
             return jax.tree.map(jnp.asarray, trees.unflatten(numpy.load_file(file)))
         except SafetensorError as e:

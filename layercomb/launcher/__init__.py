@@ -1,1 +1,1 @@
-"""What the launcher is made of, but for gin, which `cli` alone imports."""
+"""The parts of the launcher. Only `cli` imports gin."""

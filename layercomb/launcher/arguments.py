@@ -1,4 +1,4 @@
-"""What the command line takes."""
+"""The arguments of the command line."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from layercomb.version import __version__
 
 
 class _Parser(argparse.ArgumentParser):
-    """What it refuses, it says in one line, as everything here does."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f'{message}: see {self.prog} --help')
 
 
 def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
-    """The parser of the command line; what it gives has the command's function as ``run``.
+    """Makes the parser of the command line.
 
     Args:
-      commands: what runs each command, named by it; its docstring is ``COMMAND ARGUMENTS: help``.
+      commands: name -> the function that runs the command; its docstring must be
+        ``COMMAND ARGUMENTS: help``.
+
+    Returns:
+      A parser; in what it parses, ``run`` is the command's function.
     """
     made = _Parser(
         prog='layercomb', description='Trains and uses models that gin configurations describe.'
@@ -73,10 +77,10 @@ def _command(
     first: str,
     first_help: str,
 ) -> Any:
-    """Adds a command and what all have: its first argument, bindings, the cache.
+    """Adds a command with the arguments that all commands have: first one, bindings, cache.
 
     Returns:
-      What adds a further argument to it.
+      A function that adds a further argument to it.
     """
     about = (run.__doc__ or '').partition(': ')[2]
     sub = subparsers.add_parser(name, help=about, description=about)
@@ -99,12 +103,12 @@ def _command(
 
 
 def _cache() -> str:
-    """Where compiled programs are kept, as help shows it."""
+    """The folder of compiled programs, as help shows it."""
     folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or compile_cache.folder(os.environ)
     return paths.shown(str(folder or 'no folder, for want of a home')).replace('%', '%%')
 
 
-# The options of `sampling`, and what they are by default.
+# The options of `sampling` and their defaults.
 _SAMPLING: dict[str, Any] = {
     'temperature': 0.8,
     'top_k': None,
@@ -115,10 +119,16 @@ _SAMPLING: dict[str, Any] = {
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """How tokens are to be drawn, as `decoding.stream` takes it.
+    """The sampling arguments of `decoding.stream`.
+
+    Args:
+      options: of the command ``generate``.
+
+    Returns:
+      'temperature', 'top_k', 'top_p', 'repetition_penalty' and 'rng', a seed.
 
     Raises:
-      UsageError: if anything is said about it, and a search that draws nothing is asked for, too.
+      UsageError: if a sampling option is given together with ``--beams``, which draws nothing.
     """
     given = {name: getattr(options, name) for name in _SAMPLING}
     said = sorted(name for name, value in given.items() if value is not None)

@@ -1,7 +1,8 @@
-"""Programs that were compiled are kept in the user's cache folder, so that a command compiles once.
+"""Keeps compiled programs in the user's cache folder, so that a command compiles only once.
 
-JAX keeps them (its persistent compilation cache); this says where. A program runs only where it was
-compiled for, so a folder belongs to one version of jaxlib and one set of a CPU's features.
+JAX stores them (its persistent compilation cache); this module chooses the folder. A program runs
+only on the machine type it was compiled for, so each folder is for one version of jaxlib and one
+set of CPU features.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-# JAX's variables. What a person has set in the environment stays.
+# JAX's variables. Values that the user has set in the environment stay.
 _ENABLED = 'jax_enable_compilation_cache'
 _DIRECTORY = 'jax_compilation_cache_dir'
 _SMALL_PROGRAMS_TOO = {
@@ -33,13 +34,13 @@ _FEATURES = ('flags', 'Features', 'model name', 'CPU implementer', 'CPU part')  
 
 @contextlib.contextmanager
 def kept(on: bool = True) -> Iterator[None]:
-    """Compiled programs are looked for in the cache folder, and kept there.
+    """Inside the context, JAX uses the cache folder. Afterwards its settings are as before.
 
     An entry that cannot be read is compiled anew, and a folder that cannot be written to is not
-    used; neither is an error. Afterwards JAX is set as it was before.
+    used; neither is an error.
 
     Args:
-      on: False leaves JAX as it is set, except that it keeps nothing.
+      on: False turns the cache off and leaves other settings alone.
     """
     if not on:
         with _set({_ENABLED: False}):
@@ -58,10 +59,10 @@ def kept(on: bool = True) -> Iterator[None]:
 
 
 def folder(environment: Mapping[str, str]) -> Path | None:
-    """Where programs of this machine are kept by default; None if the person has no home.
+    """The default cache folder of this machine; None if the user has no home folder.
 
     Args:
-      environment: as `os.environ`.
+      environment: variables by name, as `os.environ`.
     """
     try:
         home = Path.home()
@@ -80,7 +81,7 @@ def folder(environment: Mapping[str, str]) -> Path | None:
 
 
 def _cpu() -> str:
-    """A hash of what the CPU can do."""
+    """A hash of the CPU's features."""
     try:
         lines = Path('/proc/cpuinfo').read_text('utf-8', 'replace').splitlines()
         known = {line for line in lines if line.startswith(_FEATURES)}
@@ -91,14 +92,14 @@ def _cpu() -> str:
 
 
 def _explicit(environment: Mapping[str, str]) -> str | None:
-    """The folder that a person has told JAX to use."""
+    """The folder that the user has told JAX to use, if any."""
     return environment.get(_DIRECTORY.upper()) or getattr(jax.config, _DIRECTORY)
 
 
 def _usable(directory: Path | None) -> str | None:
-    """A folder's name, once it is made and a file was written in it; else None.
+    """Makes the folder and checks that a file can be written in it; returns its name, else None.
 
-    Programs of others would be run as one's own, so no one else may read or write there.
+    Programs found there are run, so only the user may read or write there.
     """
     if directory is None:
         return None
@@ -114,7 +115,7 @@ def _usable(directory: Path | None) -> str | None:
 
 @contextlib.contextmanager
 def _set(values: Mapping[str, object]) -> Iterator[None]:
-    """Sets variables of JAX, which looks at those of its cache but once, and sets them back."""
+    """Sets variables of JAX inside the context. JAX reads them once, so its cache is reset."""
     before = {name: getattr(jax.config, name) for name in values}
     try:
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""An experiment: a model, what it trains on, what is measured, and what is shown at the end."""
+"""An experiment: a model, its training and eval tasks, and the sample at the end."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from layercomb.supervised.tasks import EvalTask, TrainTask, check_count
 from layercomb.trees import Tree
 
 _LOOP = inspect.signature(Loop).parameters
-# What an experiment says to its `Loop`, by the names that it has there.
+# The arguments that an experiment passes to its `Loop`.
 _OPTIONS = (
     'seed', 'eval_every', 'checkpoint_every', 'log_every', 'keep', 'keep_best', 'callbacks',
 )  # fmt: skip
 
 
 def _of_loop(name: str) -> Any:
-    """A field's default, as `Loop` states it."""
+    """A field with the default of `Loop`."""
     return dataclasses.field(default=_LOOP[name].default)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """What a configuration describes, as plain values.
+    """The experiment that a configuration describes, as plain values.
 
     Attributes:
       model: a layer that gives logits.
@@ -50,14 +50,16 @@ class Experiment:
       eval_tasks: what to measure, one or several.
       steps: how many steps to train.
       seed, eval_every, checkpoint_every, log_every, keep, keep_best, callbacks: as for `Loop`.
-      tokenizer: turns text into tokens and back, see `data.Tokenizer`; None where the data is no
+      tokenizer: turns text into tokens and back, see `data.Tokenizer`; None if the data is not
         text.
-      sample_prompt: what to continue as a sample, once trained; None for no sample.
-      sample_tokens: the sample's length.
-      sample_temperature: how it is drawn.
-      baseline_text: training text, a source of documents, on which byte models count what they
-        predict with. They are measured beside the trained model, on the batches of the first of
-        `eval_tasks`; None for no comparison.
+      sample_prompt: the prompt of the sample that is shown after training; None for no sample.
+      sample_tokens: the sample's length, in tokens.
+      sample_temperature: the temperature it is drawn at, see `Sampler`.
+      baseline_text: training text, a source of documents, for simple byte models that are compared
+        with the trained model on the batches of the first eval task; None for no comparison.
+
+    Raises:
+      TypeError, ValueError: for a field that cannot be right, or fields that do not fit together.
     """
 
     model: Layer
@@ -101,10 +103,10 @@ class Experiment:
             raise TypeError('train.baseline_text must be one source of documents, str or bytes')
 
     def loop(self, directory: str | Path, allow_changes: Sequence[str] = ()) -> Loop:
-        """What trains it.
+        """The `Loop` that trains it.
 
         Args:
-          directory: of the run.
+          directory: the run's directory.
           allow_changes: as for `Loop`.
         """
         return Loop(
@@ -120,18 +122,26 @@ class Experiment:
         return {name: getattr(self, name) for name in _OPTIONS}
 
     def batch_signature(self) -> Signature:
-        """Of a batch: inputs, targets and weights."""
+        """The signature of a batch: inputs, targets and loss weights.
+
+        Raises:
+          UsageError: if the data has no batch.
+        """
         return on_device(_first_batch(self.train_task.data))
 
     def abstract(self, signature: Signature) -> tuple[Any, Any]:
-        """Weights and state as `jax.ShapeDtypeStruct`, for inputs of a signature."""
+        """Weights and state as `jax.ShapeDtypeStruct`, in ``TRAIN``.
+
+        Args:
+          signature: of the model's inputs.
+        """
         return jax.eval_shape(
             lambda rng: self.model.init(signature, rng, Mode.TRAIN),
             jax.eval_shape(jax.random.key, 0),
         )
 
     def check(self) -> None:
-        """Looks at the first batches, traces model, losses and optimizer, and computes nothing.
+        """Traces model, losses and sample on the first batches; nothing is computed.
 
         Raises:
           TypeError, ValueError: if they do not fit together, or not to the data.
@@ -144,7 +154,7 @@ class Experiment:
         self.check_sample()
 
     def check_sample(self) -> None:
-        """Traces the sample that is shown at the end, if one is; nothing is computed.
+        """Traces the sample that is shown at the end, if there is one; nothing is computed.
 
         Raises:
           ValueError, UsageError: if the model cannot make it.
@@ -156,13 +166,13 @@ class Experiment:
         jax.eval_shape(self._begin_sample, weights, state)
 
     def _begin_sample(self, weights: Tree, state: Tree) -> Start:
-        """What the sample begins with; raises what is wrong with it."""
+        """The start of the sample; raises an error if the sample cannot be made."""
         model = Model(self.model, weights, state)
         start = given(model, self.sample_prompt or '', self.tokenizer)
         return begin(model, n_tokens=self.sample_tokens, eos_id=self.tokenizer.eos_id, **start)
 
     def training_bytes(self) -> dict[str, int]:
-        """What a training step takes, by compiling it and asking the compiler; nothing is run.
+        """The memory of a training step, in bytes: the step is compiled and not run.
 
         Returns:
           Bytes of 'weights', 'optimizer' and 'temporaries' (activations and gradients).

@@ -1,6 +1,6 @@
-"""``include 'base.gin'`` in a configuration: looked for beside the file that says it.
+"""``include 'base.gin'`` in a configuration: the file beside the one that includes it.
 
-Gin would look in the directory of the process, where there may be another of that name.
+Gin itself would look in the working directory, which may hold another file of that name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Includes:
     """Parses configurations and what they include.
 
     Args:
-      gin: the module, which the launcher alone imports.
+      gin: the module; only the launcher imports it.
     """
 
     def __init__(self, gin: Any) -> None:
@@ -32,10 +32,14 @@ class Includes:
         self._texts: list[str] = []
 
     def parse(self, text: str, file: Path) -> None:
-        """Parses a text as if it stood in `file`, which need not be there.
+        """Parses a configuration as if it were the content of `file`.
+
+        Args:
+          text: the configuration.
+          file: its path, which need not exist; included files are looked for beside it.
 
         Raises:
-          UsageError: if what is included is not there, or includes itself.
+          UsageError: if an included file is missing, or includes itself.
         """
         config = self._gin.config
         own, config.parse_config_file = config.parse_config_file, self._include
@@ -48,14 +52,14 @@ class Includes:
 
     @property
     def imports(self) -> str:
-        """The imports of all that was parsed; where two give one name, the outer file's is last."""
+        """The import lines of all parsed files; the outermost file's come last, and so win."""
         lines = [line for text in reversed(self._texts) for line in _IMPORT.findall(text)]
         return '\n'.join(
             sorted(dict.fromkeys(lines), key=lambda x: not x.startswith('from __gin__'))
         )
 
     def _include(self, name: str, skip_unknown: Any = False, *_: Any) -> Any:
-        """What gin calls for a file by its name."""
+        """Parses an included file; gin calls it with the file's name."""
         file = _find(name, self._open[-1])
         chain = [path.resolve() for path in self._open]
         if file.resolve() in chain:
@@ -72,10 +76,13 @@ class Includes:
 
 @contextlib.contextmanager
 def alone(gin: Any) -> Iterator[None]:
-    """Leaves gin as it was, so that a configuration means the same whatever was read before it.
+    """Restores gin afterwards, so that a configuration does not depend on those read before it.
 
-    Gin keeps for good what one has named, and later ones, in a notebook for instance, would find it
-    by parts of its name: without the import that they lack, or in place of a macro of their own.
+    Gin never forgets a registered name. A later configuration, in a notebook for instance, would
+    find it by a part of its name, without importing it, or instead of its own macro.
+
+    Args:
+      gin: the module.
     """
     config = gin.config
     named, constants = dict(config._REGISTRY.items()), dict(config._CONSTANTS.items())
@@ -90,7 +97,7 @@ def alone(gin: Any) -> Iterator[None]:
         config.ParseContext.process_import = own
         gin.clear_config()
         for name, made in list(config._REGISTRY.items()):
-            if name not in named and made.import_source is not None:  # not by a decorator of gin
+            if name not in named and made.import_source is not None:  # keeps decorated functions
                 config._REGISTRY.pop(name)
                 config._INVERSE_REGISTRY.pop(made.wrapped, None)
         for name in {name for made in _constants.values() for name in made} - constants.keys():
@@ -98,11 +105,11 @@ def alone(gin: Any) -> Iterator[None]:
                 config._CONSTANTS.pop(name)
 
 
-_constants: dict[str, dict[str, Any]] = {}  # what importing a module made, which happens but once
+_constants: dict[str, dict[str, Any]] = {}  # gin constants by module, made when it was imported
 
 
 def _noting_constants(process_import: Any, constants: Any) -> Any:
-    """Gin's `process_import`, after which a module's constants are there each time."""
+    """Gin's `process_import`, which also restores the constants of a module imported earlier."""
 
     def noting(context: Any, statement: Any) -> None:
         before, loaded = dict(constants.items()), set(sys.modules)
@@ -119,10 +126,14 @@ def _noting_constants(process_import: Any, constants: Any) -> Any:
 
 
 def written(gin: Any, write: Callable[[], str]) -> str:
-    """What gin writes of a configuration, as gin can read it again.
+    """The text that gin writes of a configuration, with imports in an order that gin can read.
 
-    Gin sorts imports as ASCII does, where a module in capitals comes before ``__gin__``, and then
-    refuses what it wrote, since its own imports must come first.
+    Gin sorts imports by ASCII, so a module in capitals comes before ``__gin__``. It then refuses
+    its own text, since ``__gin__`` must come first.
+
+    Args:
+      gin: the module.
+      write: a function of gin's that returns the text, such as ``gin.config_str``.
     """
     manager = gin.config.ImportManager
     own = manager.sorted_imports
@@ -144,7 +155,7 @@ def library() -> dict[str, Path]:
 
 
 def place(error: BaseException) -> str:
-    """Where in an included file an error of gin was: 'in line 3 of /path/base.gin', or ''."""
+    """The place of an error in an included file: 'in line 3 of /path/base.gin'; '' if unknown."""
     found = re.search(r'In file "([^"]*)", line (\d+)', str(error))
     if found is None and isinstance(error, SyntaxError) and error.filename:
         return f'in line {error.lineno} of {error.filename}'
@@ -155,13 +166,13 @@ _IMPORT = re.compile(r'^(?:from|import) .*$', re.MULTILINE)
 
 
 class _Named(io.StringIO):
-    """A text that gin's messages call by the name of its file."""
+    """A text with a file name, which gin shows in messages."""
 
     name: str
 
 
 def _find(name: str, includer: Path) -> Path:
-    """The file that an `include` means: beside the one that says it, or of the library."""
+    """The file that an `include` means: beside the including file, else one of the library."""
     file = paths.local(name, 'include', includer.parent)
     if file.is_file():
         return file

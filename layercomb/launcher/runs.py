@@ -1,4 +1,4 @@
-"""A run's directory: its configuration, whether it may be gone on with, and what it has learnt."""
+"""A run's directory: its configuration, whether it may be resumed, and its trained model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from layercomb import paths
-from layercomb.errors import UsageError, of_the_machine, of_the_person
+from layercomb.errors import UsageError, machine_errors, usage_errors
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
 
 CONFIG = 'config.gin'
 OPERATIVE = 'operative_config.gin'
-# What may change between the parts of one run: how long it is, and what is shown of it.
+# What may change when a run is resumed: its length, and what is reported of it.
 _MAY_CHANGE = re.compile(
     r'cli\.train\.(steps|keep|keep_best|callbacks|\w+_every|eval_tasks|tokenizer|sample_\w+|baseline_text)$'
     r'|.*EvalTask\.|.*TrainTask\.(accumulate|loss_chunk_len)$'
@@ -25,16 +25,22 @@ _MAY_CHANGE = re.compile(
 def is_run(directory: str | Path) -> bool:
     """Whether a directory holds a run.
 
+    Args:
+      directory: any path.
+
     Raises:
-      UsageError: if the machine will not say.
+      UsageError: if the path cannot be read.
     """
     folder = paths.local(directory, 'run_dir')
-    with of_the_machine('check the path'):
+    with machine_errors('check the path'):
         return (folder / CONFIG).is_file()
 
 
 def config_of(run_dir: str | Path) -> str:
-    """The configuration of a run.
+    """The configuration of a run, as text.
+
+    Args:
+      run_dir: the output directory of a run.
 
     Raises:
       UsageError: if there is no run, or it cannot be read.
@@ -43,7 +49,10 @@ def config_of(run_dir: str | Path) -> str:
 
 
 def config_file(run_dir: str | Path) -> Path:
-    """Where the configuration of a run stands.
+    """The path of a run's configuration.
+
+    Args:
+      run_dir: the output directory of a run.
 
     Raises:
       UsageError: if there is no run.
@@ -56,10 +65,13 @@ def config_file(run_dir: str | Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """A file of text in UTF-8, its mark left out and its lines ended by a newline alone.
+    """Reads a file of text in UTF-8, without byte order mark, with every line end as a newline.
+
+    Args:
+      path: of the file.
 
     Raises:
-      UsageError: if it cannot be read, or is other text.
+      UsageError: if it cannot be read, or is not UTF-8.
     """
     try:
         return path.read_text(encoding='utf-8-sig')
@@ -70,7 +82,15 @@ def read_text(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of text, whole or not at all: half a configuration is of another experiment."""
+    """Writes a file of text in UTF-8, whole or not at all.
+
+    Args:
+      path: of the file, which is replaced.
+      text: its new content.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
     unfinished = path.with_name(f'.{path.name}')
     try:
         unfinished.write_text(text, encoding='utf-8')
@@ -81,18 +101,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-    """Where text stops to be UTF-8: 'byte 0xff at 0 is no UTF-8'."""
+    """The first byte that is not UTF-8, in words: 'byte 0xff at 0 is no UTF-8'."""
     return f'byte 0x{error.object[error.start]:02x} at {error.start} is no UTF-8'
 
 
 def saved_model(
     run_dir: str | Path, net: Layer, signature: Any, checkpoint: str = 'last'
 ) -> tuple[Model, int]:
-    """The model as one of a run's checkpoints has it; writes nothing.
+    """The model from one of a run's checkpoints. Nothing is written.
 
     Args:
       run_dir: the output directory of a run, which may still be training.
-      net: its model.
+      net: the run's model, without weights.
       signature: of the model's inputs.
       checkpoint: 'last', 'best' or the number of a step.
 
@@ -104,23 +124,24 @@ def saved_model(
     """
     from layercomb.supervised.checkpoints import saved_weights
 
-    with of_the_person():
+    with usage_errors():
         key = jax.eval_shape(jax.random.key, 0)
         weights, state = jax.eval_shape(lambda rng: net.init(signature, rng), key)
-    with of_the_machine(f'check that {str(run_dir)!r} can be read'):
+    with machine_errors(f'check that {str(run_dir)!r} can be read'):
         weights, state, step = saved_weights(run_dir, weights, state, checkpoint)
     return Model(net, weights, state), step
 
 
 def check_directory(directory: Path, text: str, allow_changes: bool = False) -> None:
-    """Raises UsageError unless a run may be kept in the directory: a new one, or this one.
+    """Raises a UsageError unless the directory is new, empty, or holds this very run.
 
     Args:
-      directory: the run's.
-      text: its configuration.
-      allow_changes: whether that may differ from the one there, as far as the `Loop` allows.
+      directory: the run's directory.
+      text: the run's configuration.
+      allow_changes: True skips the comparison with the configuration there; the `Loop` then
+        compares the parts.
     """
-    with of_the_machine('choose another --output_dir'):
+    with machine_errors('choose another --output_dir'):
         if (directory / CONFIG).exists():
             if not allow_changes:
                 _same_experiment(directory, text)
@@ -147,7 +168,7 @@ def _is_empty(directory: Path) -> bool:
 
 
 def _bindings(text: str) -> dict[str, str]:
-    """What a configuration binds, without what may change between the parts of one run."""
+    """The bindings of a configuration, without those that may change when a run is resumed."""
     joined = re.sub(r'\\\n\s*', '', text)
     found = re.findall(r'^([\w./]+) = (.*(?:\n[ \t].*)*)', joined, re.MULTILINE)
     lines = {name: re.sub(r'\s*\n\s*', ' ', value) for name, value in found}

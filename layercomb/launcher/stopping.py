@@ -1,4 +1,4 @@
-"""SIGTERM, by which a system asks a process to end: training saves first."""
+"""SIGTERM, the system's request to end: training saves first."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 @contextlib.contextmanager
 def on_sigterm(stop: Callable[[], None]) -> Iterator[list[int]]:
-    """Calls a function at the first SIGTERM; a second one ends the process at once.
+    """Calls a function at the first SIGTERM; a second SIGTERM ends the process at once.
 
-    Outside of the main thread, where signals cannot be handled, nothing happens.
+    Outside the main thread, where Python cannot handle signals, it does nothing.
 
     Args:
-      stop: what to call, between two steps of the interpreter.
+      stop: the function, called between two bytecodes of the main thread.
 
     Yields:
-      A list that holds the signal once it has come.
+      A list, to which the signal's number is added when it comes.
     """
     came: list[int] = []
 

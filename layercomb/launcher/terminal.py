@@ -1,4 +1,4 @@
-"""What commands read from a terminal and show in it: prompts, text as it comes, results."""
+"""Input and output of commands: prompts, streamed text, results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from layercomb import paths
 from layercomb.data.adapted import adapted
-from layercomb.errors import UsageError, UsageWarning, of_the_machine, of_the_person
+from layercomb.errors import UsageError, UsageWarning, machine_errors, usage_errors
 from layercomb.launcher import runs
 from layercomb.model import Model
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def any_console() -> Iterator[None]:
-    """Standard output and error take any text, so that no letter ends a command.
+    """Inside the context, standard output and error accept any text, without encoding errors.
 
-    What their encoding lacks becomes a '?', and on standard error its number. Where there is no
-    stream, as for a Windows program without a console, or it is closed, text goes nowhere. The
-    streams are those of the moment, and are given back as they were.
+    A character that their encoding lacks becomes '?', and on standard error an escape such as
+    '\\u20ac'. If a stream is missing (a Windows program without a console) or closed, text is
+    dropped. Afterwards the streams are as before.
     """
     with contextlib.ExitStack() as stack:
         for name, errors in (('stdout', 'replace'), ('stderr', 'backslashreplace')):
@@ -46,12 +46,17 @@ def any_console() -> Iterator[None]:
 
 
 def flush() -> None:
-    """Writes what was printed, so that a full disk or a closed pipe shows while it can be said."""
+    """Flushes standard output now, so that a full disk or a closed pipe can still be reported."""
     sys.stdout.flush()
 
 
 def check_text(text: str, what: str) -> None:
-    """Raises UsageError where an argument of the command line was no UTF-8."""
+    """Raises a UsageError if an argument of the command line was not UTF-8.
+
+    Args:
+      text: the argument.
+      what: what the message calls it.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -61,10 +66,15 @@ def check_text(text: str, what: str) -> None:
 
 
 def read_prompt(text: str | None, file: str | None, from_stdin: bool) -> str:
-    """The prompt, from the one place that was named.
+    """Reads the prompt from exactly one source.
+
+    Args:
+      text: the prompt itself, or None.
+      file: the path of a file in UTF-8, or None.
+      from_stdin: whether to read standard input.
 
     Raises:
-      UsageError: if none or several were named, it cannot be read, or it is empty.
+      UsageError: if no source or several are given, it cannot be read, or it is empty.
     """
     if (text is not None) + (file is not None) + from_stdin != 1:
         raise UsageError("give one of --prompt TEXT, --prompt_file FILE, or '-' (standard input)")
@@ -79,14 +89,14 @@ def read_prompt(text: str | None, file: str | None, from_stdin: bool) -> str:
 
 
 def _standard_input() -> str:
-    """All of standard input, with lines as `runs.read_text` ends them.
+    """All of standard input, with every line end as a newline.
 
-    Where it comes as bytes, it is UTF-8, as files are, or else what the stream declares.
+    Bytes are decoded as UTF-8, or if they are not, in the encoding that the stream declares.
     """
     stream = sys.stdin
     if stream is None or stream.closed:
         raise UsageError('there is no standard input: give --prompt TEXT or --prompt_file FILE')
-    with of_the_machine('give --prompt TEXT or --prompt_file FILE'):
+    with machine_errors('give --prompt TEXT or --prompt_file FILE'):
         given: str | bytes = (getattr(stream, 'buffer', None) or stream).read()
     text = given if isinstance(given, str) else _decoded(given, stream.encoding or 'ascii')
     return text.replace('\r\n', '\n').replace('\r', '\n')
@@ -107,9 +117,9 @@ def write_stream(prompt: Sequence[int], tokens: Iterator[np.ndarray], tokenizer:
     """Prints a prompt and its continuation as it is made, then its speed on standard error.
 
     Args:
-      prompt: the tokens that are continued; with what comes they are one text, as the model has it.
-      tokens: (1,) token ids, one after the other.
-      tokenizer: what turns them into text.
+      prompt: token ids that are continued; they are decoded together with what follows.
+      tokens: yields (1,) token ids.
+      tokenizer: turns tokens into text, see `data.Tokenizer`.
     """
     tokenizer = adapted(tokenizer, must_decode=True)
     decoder = tokenizer.incremental_decoder()
@@ -128,7 +138,13 @@ def write_stream(prompt: Sequence[int], tokens: Iterator[np.ndarray], tokenizer:
 
 
 def write_text(prompt: Sequence[int], tokens: np.ndarray, tokenizer: Any) -> None:
-    """Prints a prompt and its continuation, (T,) token ids, up to the end of the text in it."""
+    """Prints a prompt and its continuation, up to the first `eos_id`.
+
+    Args:
+      prompt: token ids.
+      tokens: (T,) token ids that continue it.
+      tokenizer: turns tokens into text, see `data.Tokenizer`.
+    """
     tokenizer = adapted(tokenizer, must_decode=True)
     ends = np.flatnonzero(tokens == tokenizer.eos_id)
     made = tokens[: ends[0]] if ends.size else tokens
@@ -136,10 +152,10 @@ def write_text(prompt: Sequence[int], tokens: np.ndarray, tokenizer: Any) -> Non
 
 
 def write_measured(measured: Mapping[str, Any]) -> None:
-    """Prints metrics, a name and a number a line; of a table, a line a row, below its name.
+    """Prints metrics, one line each: name and number. A table is its name and a line for each row.
 
     Args:
-      measured: of `evaluate`.
+      measured: what `evaluate` returned.
     """
     for name, value in measured.items():
         if not isinstance(value, list):
@@ -170,18 +186,18 @@ def plain_warnings() -> Iterator[None]:
 
 
 def stop_writing() -> None:
-    """Lets standard output go to nowhere, once whoever read it has gone (``| head``)."""
+    """Drops further standard output, after its reader has closed the pipe (``| head``)."""
     _to_nowhere(sys.stdout)
 
 
 def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], directory: Path) -> None:
-    """Prints what a run came to: metrics, simple models beside it, a sample.
+    """Prints the result of a run: metrics, a comparison with byte models, and a sample.
 
     Args:
       experiment: what was run.
       loop: the `Loop` that ran it.
-      row: the last line of its metrics.
-      directory: where it is kept.
+      row: the last row of its metrics.
+      directory: the run's directory.
     """
     numbers = [f'{k} {v:.4g}' for k, v in row.items() if k != 'step' and not isinstance(v, list)]
     print(f'\nstep {row["step"]}: ' + ', '.join(numbers))
@@ -215,7 +231,7 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
 
 
 def _give_back(stream: Any, errors: str) -> None:
-    """Ends the patience of a stream; what it could not write till now, it will not write."""
+    """Restores a stream's handling of encoding errors; drops text that it cannot write."""
     try:
         stream.reconfigure(errors=errors)
     except (OSError, ValueError):
@@ -228,5 +244,5 @@ def _to_nowhere(stream: Any) -> None:
 
 
 def _text(decoder: Any, tokens: Any, final: bool = False) -> str:
-    with of_the_person():  # an id beyond the tokenizer's, where the model's vocabulary is larger
+    with usage_errors():  # an id beyond the tokenizer's, where the model's vocabulary is larger
         return decoder.decode([int(i) for i in tokens], final=final)

@@ -43,8 +43,8 @@ def ReformerLM(
         x₁ = x₁ + Dropout(Attention(Norm(x₂)))
         x₂ = x₂ + Dropout(FeedForward(Norm(x₁)))
 
-    so that training keeps no activations of any block: its memory does not grow with depth. The
-    head reads both streams, concatenated.
+    Training keeps no activations of any block, so its memory does not grow with depth. The head
+    reads both streams, concatenated.
 
     Args:
       vocab_size: V.
@@ -52,27 +52,26 @@ def ReformerLM(
       d_ff: the width inside the feed-forwards.
       n_layers: how many blocks.
       n_heads: of the default attention; it must divide `d_model`.
-      max_len: the longest sequence; the numbers of buckets follow from it, never from the length
-        of an input, so that a longer input changes nothing before it.
+      max_len: the longest sequence. It sets the number of buckets. The length of an input does not,
+        so a longer input changes no earlier output.
       dropout: the rate on the embeddings and on what each half of a block adds.
       attention: a layer (B, L, D) → (B, L, D), or several that alternate over depth, e.g.
         ``(tl.LocalSelfAttention(8, 64), tl.LSHSelfAttention(8))``; by default causal
-        `LSHSelfAttention`. Where an LSH layer says neither ``n_buckets`` nor ``max_len``, it gets
-        this `max_len`.
-      n_hashes: rounds of the default attention.
-      chunk_len: of the default attention.
+        `LSHSelfAttention`. An LSH layer without ``n_buckets`` and ``max_len`` gets this `max_len`.
+      n_hashes: hash rounds of the default attention.
+      chunk_len: positions in a chunk of the default attention.
       activation: of the feed-forwards, a name or a layer.
       positions: 'axial', 'rotary' (put into the attention layers), 'learned', 'sinusoidal' or
         'none'.
-      axial_shape: of the grid of axial positions; it must cover `max_len`. By default the squarest
-        of powers of two.
+      axial_shape: (rows, columns) of the grid of axial positions; it must cover `max_len`. By
+        default powers of two, as nearly square as possible.
       axial_depths: how D is divided among its two axes; by default into halves.
       norm: the normalization.
       ff_chunk_len: positions that a feed-forward and a norm take at a time; None takes all.
 
     Returns:
-      ``Serial(embedding, positions, Dup, ReversibleRepeat(block), head)``, where the head joins the
-      streams, normalizes and projects, so that a chunked loss does all of it a piece at a time.
+      ``Serial(embedding, positions, Dup, ReversibleRepeat(block), head)``. The head concatenates
+      the streams, normalizes and projects, so that a chunked loss does all this in slices.
 
     Raises:
       ValueError: if the attention pattern does not divide `n_layers`, the axial shape does not
@@ -103,7 +102,16 @@ def ReformerLM(
 def two_streams(
     vocab_size: int, d_model: int, place: tl.Layer | None, dropout: float
 ) -> tuple[tl.Layer | None, ...]:
-    """What makes two equal streams of tokens: embeddings, at their places, dropped, twice."""
+    """Layers that make two equal streams of tokens: embedding, positions, dropout, `Dup`.
+
+    Token ids (B, L) → two streams (B, L, D).
+
+    Args:
+      vocab_size: V.
+      d_model: D.
+      place: adds positions; None for none.
+      dropout: the rate on the embeddings.
+    """
     embedding = tl.Embedding(vocab_size, d_model, table_init=tl.Normal(0.02))
     return embedding, place, tl.Dropout(dropout) if dropout else None, tl.Dup()
 
@@ -119,7 +127,14 @@ def reversible_half(
 def reversible_feed_forward(
     norm: tl.Layer, feed: tl.Layer, dropout: float, chunk_len: int | None
 ) -> tl.ReversibleHalfResidual:
-    """The half of a block that is a feed-forward; norm and dropout lie inside its pieces."""
+    """The feed-forward half of a block: acc + Dropout(feed(norm(x))), norm and dropout in slices.
+
+    Args:
+      norm: the normalization.
+      feed: a layer (B, L, D) → (B, L, D).
+      dropout: the rate on what it adds.
+      chunk_len: positions in a slice; None takes all at once.
+    """
     layers = feed.sublayers if isinstance(feed, tl.Serial) else (feed,)
     drop = tl.Dropout(dropout) if dropout else None
     whole: tl.Layer = tl.Serial(norm, *layers, drop, name='feed_forward')
@@ -129,7 +144,9 @@ def reversible_feed_forward(
 def reversible_blocks(
     blocks: Sequence[Sequence[tl.ReversibleHalfResidual]], n_layers: int
 ) -> tl.ReversibleRepeat:
-    """Blocks that alternate over depth; each half adds to the stream that the one before it read.
+    """Repeats blocks that alternate over depth.
+
+    Each half adds to the stream that the half before it read.
 
     Args:
       blocks: the halves of each block, in order.
@@ -143,7 +160,13 @@ def reversible_blocks(
 def reformer_positions(
     positions: str, max_len: int, shape: tuple[int, int] | None, depths: tuple[int, int] | None
 ) -> tl.Layer | None:
-    """What adds positions to the embeddings, if anything does: axial ones, or `position_layer`'s.
+    """The layer that adds positions to the embeddings: axial, or that of `position_layer`.
+
+    Args:
+      positions: 'axial', or a kind of `position_layer`.
+      max_len: the longest sequence.
+      shape: (rows, columns) of the axial grid, or None.
+      depths: how D is divided among its two axes, or None.
 
     Raises:
       ValueError: for an unknown kind, or an axial shape that does not cover `max_len`.
@@ -156,10 +179,15 @@ def reformer_positions(
 def axial_positions(
     max_len: int, shape: tuple[int, int] | None, depths: tuple[int, int] | None
 ) -> tl.AxialPositions:
-    """Axial positions for `max_len`.
+    """Axial positions for sequences of up to `max_len` positions.
+
+    Args:
+      max_len: the longest sequence.
+      shape: (rows, columns) of the grid; None takes powers of two, as nearly square as possible.
+      depths: how D is divided among its two axes; None takes halves.
 
     Raises:
-      ValueError: if `shape` does not cover it.
+      ValueError: if `shape` has fewer than `max_len` places.
     """
     grid = nearest_grid(max_len)
     layer = tl.AxialPositions(grid if shape is None else tuple(shape), depths)

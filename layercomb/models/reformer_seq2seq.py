@@ -50,12 +50,12 @@ def Reformer(
 ) -> tl.Serial:
     """From sequence to sequence: tokens (B, M) and (B, L) → logits (B, L, target_vocab_size).
 
-    The first input is the source, the second what the decoder has said before each position (the
-    target moved by one), the third, if `masked`, says which positions of the source are real.
+    The first input is the source. The second is the target moved by one: what the decoder has
+    written before each position. If `masked`, the third says which source positions are real.
 
-    Encoder and decoder are two streams each, in blocks that can be run backwards, so that training
-    keeps no activations of any block. Each half of a block reads the stream that was written last,
-    and adds to the other one::
+    Encoder and decoder have two streams each, in reversible blocks, so that training keeps no
+    activations of any block. Each half of a block reads the stream that was written last, and adds
+    to the other one::
 
         encoder    a = a + Dropout(Attention(Norm(b)))            bidirectional
                    b = b + Dropout(FeedForward(Norm(a)))
@@ -63,15 +63,14 @@ def Reformer(
                    b = b + Dropout(CrossAttention(Norm(a), m))
                    a = a + Dropout(FeedForward(Norm(b)))          and a and b change places
 
-    The memory m = Norm(a + b), of the encoder's last streams, is context of all decoder blocks, and
-    their gradients of it add up. It is the sum and not the two joined, so that it is as wide as the
-    decoder's streams: each block then makes keys and values at half the price, and what is held of
-    m and of its gradient is half as large. The head reads the decoder's two streams, joined.
+    All decoder blocks read the memory m = Norm(a + b), made of the encoder's last streams; their
+    gradients of m add up. A sum is half as wide as the concatenated streams, so keys, values, m and
+    its gradient cost half as much. The head reads the decoder's two streams, concatenated.
 
-    In ``PREDICT`` the decoder takes its next inputs, many or one, and gives what ``EVAL`` gives. It
-    is handed the whole source each time, which the encoder reads at the first call (`Once`). The
-    sublayers can be applied by themselves: ``encoder``: (source[, mask]) → m, and ``decoder``:
-    (inputs, m[, mask]) → its two streams, which ``head`` joins.
+    In ``PREDICT`` the decoder takes one or more next inputs, and gives what ``EVAL`` gives. It gets
+    the whole source each time; the encoder reads it at the first call only (`Once`). The sublayers
+    can be applied by themselves: ``encoder``: (source[, mask]) → m, and ``decoder``:
+    (inputs, m[, mask]) → its two streams, which ``head`` concatenates.
 
     Args:
       vocab_size: V, of the source.
@@ -79,17 +78,18 @@ def Reformer(
       d_ff: the width inside the feed-forwards.
       n_encoder_layers: how many blocks encode.
       n_decoder_layers: how many decode.
-      n_heads: of attention where a default is taken; it must divide `d_model`.
-      max_len: the longest sequence on either side; the numbers of buckets follow from it.
+      n_heads: of the default attention layers; it must divide `d_model`.
+      max_len: the longest sequence on either side; it sets the number of buckets.
       dropout: the rate on the embeddings and on what each half of a block adds.
       encoder_attention: a layer, or several that alternate over depth; with `masked` they must take
         a mask, as ``tl.SelfAttention(8, causal=False, masked=True)`` does. By default bidirectional
         `LSHSelfAttention`.
-      decoder_attention: the same, causal and without a mask; by default causal `LSHSelfAttention`.
+      decoder_attention: a layer, or several that alternate over depth, causal and without a mask.
+        By default causal `LSHSelfAttention`.
       target_vocab_size: of the decoder's inputs and logits; by default V.
       masked: whether a third input (B, M) boolean says which positions of the source are real.
       cross_attention: (B, L, D), (B, M, D)[, (B, M)] → (B, L, D); by default `CrossAttention`.
-      n_hashes, chunk_len: of attention where a default is taken.
+      n_hashes, chunk_len: of the default attention layers, as in `ReformerLM`.
       activation, positions, axial_shape, axial_depths, norm, ff_chunk_len: as in `ReformerLM`, on
         either side.
 
@@ -97,8 +97,8 @@ def Reformer(
       A layer with ``n_in = 2 + masked``, whose parts are ``encoder``, ``decoder`` and ``head``.
 
     Raises:
-      ValueError: as `ReformerLM`; if an attention layer takes a mask where there is none, or none
-        where there is; or if the decoder's sees later positions.
+      ValueError: as `ReformerLM`; if an attention layer does not take the inputs it gets, such as a
+        missing mask; or if the decoder's attention is not causal.
 
     References:
       Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
@@ -170,7 +170,7 @@ def _decoder(streams: tuple[tl.Layer | None, ...], blocks: tl.Layer, masked: boo
 def _check_attention(
     looks: Sequence[tl.Layer], backs: Sequence[tl.Layer], across: tl.Layer, masked: bool
 ) -> None:
-    """Raises a ValueError unless all attention layers take what they are handed."""
+    """Raises a ValueError unless all attention layers take the inputs they get."""
     check_arity('Reformer', 'encoder_attention', looks, 1, masked)
     check_arity('Reformer', 'decoder_attention', backs, 1, False)
     check_arity('Reformer', 'cross_attention', (across,), 2, masked)
@@ -180,7 +180,15 @@ def _check_attention(
 def check_arity(
     owner: str, argument: str, pattern: Sequence[tl.Layer], n_values: int, masked: bool
 ) -> None:
-    """Raises a ValueError unless each layer takes the values there are, and the mask if any."""
+    """Raises a ValueError unless each layer takes so many inputs and gives one output.
+
+    Args:
+      owner: the name of the model, for messages.
+      argument: the name of its argument, for messages.
+      pattern: the layers.
+      n_values: how many inputs there are, without the mask.
+      masked: whether there is a mask as last input.
+    """
     for layer in pattern:
         if (layer.n_in, layer.n_out) != (n_values + masked, 1):
             there = f'{n_values + masked} in and 1 out'
@@ -191,7 +199,12 @@ def check_arity(
 
 
 def refuse_looking_ahead(owner: str, pattern: Sequence[tl.Layer]) -> None:
-    """Raises a ValueError if a layer, or one inside, says that it is not causal."""
+    """Raises a ValueError if a layer, or a layer inside it, has ``causal=False``.
+
+    Args:
+      owner: the name of the model, for messages.
+      pattern: the attention layers of its decoder.
+    """
     for _, layer in (found for given in pattern for found in walk(given)):
         if getattr(layer, 'causal', True) is False:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""RevNet: a residual network of images, whose blocks run backwards instead of being kept."""
+"""RevNet: a residual network for images, with reversible blocks."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ def RevNet(
 ) -> tl.Serial:
     """A classifier of images: (B, H, W, channels) float → logits (B, n_classes).
 
-    A convolution makes two streams of half the stage's width each, which pass through blocks that
-    can be run backwards::
+    A convolution makes two streams, each of half the stage's width. They pass through reversible
+    blocks::
 
         x₁ = x₁ + F(x₂)
         x₂ = x₂ + G(x₁)
 
-    where F and G are norm, activation, 3×3 convolution, twice. Between two stages a convolution of
-    stride 2 joins, halves and widens the streams; it is not reversible, so its inputs are kept: one
-    activation a stage, where a residual network keeps several a block.
+    where F and G are norm, activation, 3×3 convolution, twice. Between two stages, a convolution of
+    stride 2 joins the streams, halves height and width, and widens the features. It is not
+    reversible, so training keeps its inputs: one activation a stage, where an ordinary residual
+    network keeps several a block.
 
     Args:
       n_classes: the width of the logits.
-      widths: of the stages, both streams together; even. The default is RevNet-38 for CIFAR.
-      n_blocks: how many blocks a stage has, one number for all or one for each.
+      widths: features of each stage, both streams together; even. The default is RevNet-38 for
+        CIFAR.
+      n_blocks: how many blocks a stage has: one number for all stages, or one for each.
       dropout: the rate before the second convolution of F and G.
       activation: a name or a layer.
-      norm: the normalization; with `BatchNorm` the statistics are updated once a step.
+      norm: the normalization; statistics of `BatchNorm` are updated once a step.
 
     Returns:
       ``Serial(stem, Split, stage_1, down_1, stage_2, …, Concatenate, norm, activation, Mean, Mean,
       head)``.
 
     Raises:
-      ValueError: if there is no width, or an odd one, or the numbers of blocks are not as many as
-        the widths.
+      ValueError: if `widths` is empty or has an odd width, or if `n_blocks` has another length.
 
     References:
       The Reversible Residual Network (Gomez et al. 2017), https://arxiv.org/abs/1707.04585
@@ -99,7 +100,7 @@ def _half(
 
 
 def _conv(width: int, stride: int = 1) -> tl.Conv2D:
-    """A 3×3 convolution without a bias: a normalization follows, sooner or later."""
+    """A 3×3 convolution without a bias, since a normalization follows."""
     return tl.Conv2D(width, strides=(stride, stride), use_bias=False)
 
 

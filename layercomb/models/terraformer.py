@@ -67,7 +67,7 @@ def TerraformerLM(
 ) -> tl.Serial:
     """A sparse, reversible language model: token ids (B, L) → logits (B, L, vocab_size).
 
-    The blocks of `ReformerLM`, whose parts are sparse, each unless it is switched off by None::
+    It has the blocks of `ReformerLM` with sparse parts; None switches a part off::
 
         x₁ = x₁ + Dropout(SparseQKVAttention(Norm(x₂)))
         x₂ = x₂ + Dropout(SparseFF(Norm(x₁)))
@@ -93,8 +93,8 @@ def TerraformerLM(
       head_modules: S of `MultiplicativeHead`; None for a dense head.
       kernel_size: of the attention's convolution, over positions and modules.
       d_lowrank: the rank of the controllers; None takes `SparseFF`'s own.
-      d_sru: if given, an `SRU` so wide takes the place of each feed-forward, whatever `d_ff`,
-        `ff_block_size`, `d_lowrank` and `activation` say.
+      d_sru: the width of an `SRU` that replaces each feed-forward; `d_ff`, `ff_block_size`,
+        `d_lowrank` and `activation` are then not used. None for feed-forwards.
       activation: of the feed-forwards, a name.
       positions: 'rotary' (put into the attention layers), 'axial', 'learned', 'sinusoidal' or
         'none'.
@@ -106,7 +106,8 @@ def TerraformerLM(
       ``Serial(embedding, positions, Dup, ReversibleRepeat(block), head)``.
 
     Raises:
-      ValueError: if sizes do not divide each other, naming the nearest that do; as `ReformerLM`.
+      ValueError: if sizes do not divide each other, naming the nearest that do; and as
+        `ReformerLM`.
 
     References:
       Jaszczur et al. 2021, https://arxiv.org/abs/2111.12763
@@ -160,16 +161,16 @@ def Terraformer(
 ) -> tl.Serial:
     """From sequence to sequence: tokens (B, M) and (B, L) → logits (B, L, target_vocab_size).
 
-    The first input is the source, the second what the decoder has said before each position (the
-    target moved by one), the third, if `masked`, says which positions of the source are real.
+    The first input is the source. The second is the target moved by one: what the decoder has
+    written before each position. If `masked`, the third says which source positions are real.
 
-    The encoder's two streams, through blocks as in `TerraformerLM` with bidirectional attention,
-    add up to the memory. The decoder has no attention of its own for it: it reads one sequence, the
-    memory and behind it the embedded inputs, with causal self-attention, and the head reads what
-    comes out at the inputs.
+    The encoder has the blocks of `TerraformerLM` with bidirectional attention; the memory is the
+    sum of its two streams. The decoder has no cross-attention: it reads one sequence, the memory
+    followed by the embedded inputs, with causal self-attention. The head reads the outputs at the
+    inputs' positions.
 
-    In ``PREDICT`` the decoder takes its next inputs, many or one, and gives what ``EVAL`` gives. It
-    is handed the whole source each time, which encoder and decoder read at the first call alone.
+    In ``PREDICT`` the decoder takes one or more next inputs, and gives what ``EVAL`` gives. It gets
+    the whole source each time; encoder and decoder read it at the first call only.
 
     Args:
       vocab_size: V, of the source.
@@ -177,32 +178,32 @@ def Terraformer(
       d_ff: the width inside the feed-forwards.
       n_encoder_layers: how many blocks encode.
       n_decoder_layers: how many decode.
-      n_heads: of attention where a default is taken; it must divide `d_model`.
+      n_heads: of the default attention layers; it must divide `d_model`.
       max_len: the longest source.
       dropout: the rate on the embeddings and on what each half of a block adds.
       encoder_attention: a self-attention layer, or several that alternate over depth; with `masked`
         they must take a mask. By default bidirectional `SelfAttention`. Projections become sparse.
-      decoder_attention: the same, causal; with `masked` it takes a mask too. By default causal
-        `SelfAttention`.
+      decoder_attention: likewise for the decoder, causal; with `masked` it takes a mask too. By
+        default causal `SelfAttention`.
       target_vocab_size: of the decoder's inputs and logits; by default V.
       target_max_len: the longest input of the decoder; by default `max_len`.
-      masked: whether a third input (B, M) boolean says which positions of the source are real;
-        others, which should end a row, change nothing by what they hold, and the memory is moved to
-        where the inputs begin. How many they are, the first real positions of the memory see
-        through the convolution of sparse projections.
+      masked: whether a third input (B, M) boolean says which positions of the source are real.
+        Padding should be at the end of a row; the memory is moved so that it ends where the inputs
+        begin. The contents of padding change nothing. The convolution of sparse projections does
+        see, at the first real positions, that padding is there.
       ff_block_size, qkv_modules, head_modules, kernel_size, d_lowrank, d_sru: what is sparse, on
         either side; as in `TerraformerLM`.
       activation, norm, ff_chunk_len: as in `TerraformerLM`.
-      positions: as in `TerraformerLM`; the joined sequence is counted through by 'rotary', and by
-        others each side for itself.
+      positions: as in `TerraformerLM`. 'rotary' counts through the joined sequence; other kinds
+        count source and inputs separately.
 
     Returns:
       A layer with ``n_in = 2 + masked``, whose parts are ``encoder``, ``embedding``, ``decoder``
       and ``head``.
 
     Raises:
-      ValueError: as `TerraformerLM`; if an attention layer takes a mask where there is none, or
-        none where there is; or if the decoder's sees later positions.
+      ValueError: as `TerraformerLM`; if an attention layer does not take the inputs it gets, such
+        as a missing mask; or if the decoder's attention is not causal.
 
     References:
       Jaszczur et al. 2021, section 4, https://arxiv.org/abs/2111.12763
@@ -256,10 +257,10 @@ class Reading(Seekable):
     """The state in ``PREDICT`` of a layer that reads a memory before its inputs.
 
     Attributes:
-      layer: the state of the layer inside, whose positions are count the memory's too.
+      layer: the state of the layer inside, whose positions include the memory's.
       has_memory: () bool, whether the memory has been read.
-      before: (B,) int32, how long the memory is.
-      position: where the rows stand, counted from the first input.
+      before: (B,) int32, the length of the memory.
+      position: the position of each row, counted from the first input.
     """
 
     layer: Tree
@@ -268,7 +269,12 @@ class Reading(Seekable):
     position: Position
 
     def seek(self, lengths: jax.Array) -> Reading:
-        """The rows at other inputs; inside, the memory's positions are added."""
+        """Moves each row to another input position.
+
+        Args:
+          lengths: (B,) int32, counted from the first input; the layer inside also counts the
+            memory.
+        """
         return self.replace(
             layer=seek(self.layer, lengths + self.before), position=self.position.seek(lengths)
         )
@@ -306,16 +312,18 @@ def _attention(
 class AfterMemory(Wrapper):
     """A causal layer that reads a memory and then its inputs, as one sequence.
 
-    (memory (B, M, D), x (B, L, D)[, mask (B, M)]) → what the layer puts out at the positions of x,
-    each (B, L, …). The layer takes the joined sequence and, if `masked`, the joined mask. What is
-    masked is made 0 and moved to the beginning, so that the memory ends where the inputs begin.
+    (memory (B, M, D), x (B, L, D)[, mask (B, M)]) → the layer's outputs at the positions of x, each
+    (B, L, …). The layer takes the joined sequence and, if `masked`, the joined mask. Masked
+    positions of the memory become 0 and move to the beginning, so that the memory ends where the
+    inputs begin.
 
-    In ``PREDICT`` the memory is read at the first call, and the state says that it has been. Rows
-    have positions of their own, counted from the first input.
+    In ``PREDICT`` the memory is read at the first call only. Each row has its own position, counted
+    from the first input.
 
     Attributes:
-      masked: whether a third input says which positions of the memory are real.
-      max_len: the most inputs that are taken, the memory aside; None takes any number.
+      layer: the causal layer.
+      masked: whether a third input, boolean, says which positions of the memory are real.
+      max_len: the most positions of x; None for any number.
     """
 
     carries_counted = True
@@ -327,7 +335,7 @@ class AfterMemory(Wrapper):
     position_wise = False
 
     def inner_signature(self, signature: Signature) -> Signature:
-        """Of the joined sequence and, if `masked`, the joined mask."""
+        """The signature of the joined sequence and, if `masked`, of the joined mask."""
         memory, x, *_ = signature
         length = memory.shape[1] + x.shape[1]
         joined = shape_dtype((x.shape[0], length, x.shape[2]), x.dtype)
@@ -349,7 +357,7 @@ class AfterMemory(Wrapper):
     def apply(
         self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Any]:
-        """The layer on the joined sequence, or in ``PREDICT`` on what follows."""
+        """Runs the layer on the joined sequence, or in ``PREDICT`` on the next inputs."""
         memory, x, *mask = inputs
         if mask:
             memory, mask[0] = _at_the_end(memory, mask[0])
@@ -375,7 +383,7 @@ class AfterMemory(Wrapper):
         def read(inner: Tree) -> Tree:
             inner = seek(inner, jnp.zeros(len(memory[0]), jnp.int32))
             new = self.layer.apply(weights, inner, memory, mode=Mode.PREDICT)[1]
-            return _as_far_as(inner, new)  # what `capture` keeps has no place in a loop
+            return _as_far_as(inner, new)  # drops what `capture` adds: a loop keeps one structure
 
         inner = run_once(state.has_memory, state.layer, read)
         outputs, inner = self.layer.apply(weights, inner, values, mode=Mode.PREDICT)
@@ -384,14 +392,14 @@ class AfterMemory(Wrapper):
 
 
 def _as_far_as(like: Any, state: Any) -> Any:
-    """What of a state stands at paths that another one has."""
+    """The part of a state at paths that another state has."""
     if not isinstance(like, dict):
         return state.get(WHOLE, state) if isinstance(state, dict) else state
     return type(like)((key, _as_far_as(x, state[key])) for key, x in like.items())
 
 
 def _at_the_end(memory: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What is real moved to the end of each row, in its order, and zeros before it."""
+    """Moves real positions to the end of each row, in order, with zeros before them."""
     order = jnp.argsort(mask, axis=1, stable=True).astype(jnp.int32)  # False is before True
     mask = jnp.take_along_axis(mask, order, 1)
     moved = jnp.take_along_axis(memory, order[..., None], 1)
@@ -401,10 +409,15 @@ def _at_the_end(memory: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Arra
 def sparse_projections(
     pattern: Sequence[tl.Layer], n_modules: int | None, kernel_size: tuple[int, int]
 ) -> tuple[tl.Layer, ...]:
-    """The attention layers, wrapped ones too, with sparse projections, if `n_modules` says so.
+    """The attention layers, wrapped ones too, with sparse projections.
+
+    Args:
+      pattern: self-attention layers (B, L, D) → (B, L, D).
+      n_modules: S of `SparseQKVAttention`; None leaves the layers as they are.
+      kernel_size: (positions, modules) of its convolution.
 
     Raises:
-      TypeError: if there is none in a layer of the pattern.
+      TypeError: if a layer of the pattern has no projections that can be sparse.
     """
     if n_modules is None:
         return tuple(pattern)
@@ -440,7 +453,15 @@ def sparse_feed_forward(
     d_lowrank: int | None,
     d_sru: int | None,
 ) -> tl.ReversibleHalfResidual:
-    """The half of a block that is a sparse feed-forward, a dense one, or an SRU."""
+    """The feed-forward half of a block: sparse, dense or an SRU.
+
+    Args:
+      norm, dropout, chunk_len: as of `reversible_feed_forward`.
+      d_ff, d_model, activation: the width inside, D, and a name.
+      block_size: N of `SparseFF`; None for a dense feed-forward.
+      d_lowrank: the rank of the controller; None takes `SparseFF`'s own.
+      d_sru: the width of an SRU that replaces the feed-forward; None for none.
+    """
     if d_sru is not None:
         sru = tl.Serial(tl.Dense(d_sru), tl.SRU(), tl.Dense(d_model), name='sru')
         return reversible_half(norm, sru, dropout, chunk_len)
@@ -452,7 +473,12 @@ def sparse_feed_forward(
 
 
 def sparse_head(vocab_size: int, n_modules: int | None) -> tl.Layer:
-    """What makes logits: multiplicative, or dense if `n_modules` is None."""
+    """The layer that makes logits, (B, L, D) → (B, L, V).
+
+    Args:
+      vocab_size: V.
+      n_modules: S of `MultiplicativeHead`; None for a `Dense`.
+    """
     if n_modules is None:
         return tl.Dense(vocab_size)
     return tl.MultiplicativeHead(vocab_size, n_modules)

@@ -50,8 +50,9 @@ def TransformerLM(
       activation: of the feed-forwards, a name or a layer.
       positions: 'learned', 'sinusoidal', 'rotary' (put into the attention layers) or 'none'.
       norm: the normalization.
-      ff_chunk_len: computes feed-forwards so many positions at a time, if given.
-      remat: computes each block again in the backward pass instead of keeping what is inside.
+      ff_chunk_len: how many positions a feed-forward takes at a time; None takes all.
+      remat: whether the backward pass computes each block again, instead of keeping its
+        activations.
 
     Returns:
       ``Serial(embedding, positions, Repeat(block), norm, head)``.
@@ -105,7 +106,7 @@ def TransformerEncoder(
 ) -> tl.Serial:
     """An encoder for classification: token ids (B, L) → logits (B, n_classes).
 
-    The blocks of `TransformerLM` with bidirectional attention, and the mean over positions.
+    It has the blocks of `TransformerLM` with bidirectional attention, then the mean over positions.
 
     Args:
       vocab_size: V.
@@ -150,14 +151,27 @@ def TransformerEncoder(
 
 
 def residual(norm: tl.Layer, layer: tl.Layer, dropout: float) -> tl.Residual:
-    """x + Dropout(layer(norm(x)))."""
+    """x + Dropout(layer(norm(x))), with x (B, L, D).
+
+    Args:
+      norm: the normalization.
+      layer: (B, L, D) → (B, L, D), or with a mask as second input.
+      dropout: the rate on what the layer adds.
+    """
     return tl.Residual(norm, layer, tl.Dropout(dropout) if dropout else None)
 
 
 def feed_forward(
     d_ff: int, d_model: int, activation: str | tl.Layer, chunk_len: int | None
 ) -> tl.Layer:
-    """Dense to `d_ff`, an activation, and Dense back, a piece at a time if `chunk_len` says so."""
+    """Dense to `d_ff`, an activation, and Dense back: (B, L, D) → (B, L, D).
+
+    Args:
+      d_ff: the width inside.
+      d_model: D.
+      activation: a name or a layer.
+      chunk_len: how many positions are computed at a time; None takes all.
+    """
     layers = tl.Serial(
         tl.Dense(d_ff), tl.activation(activation), tl.Dense(d_model), name='feed_forward'
     )
@@ -165,10 +179,14 @@ def feed_forward(
 
 
 def position_layer(positions: str, max_len: int) -> tl.Layer | None:
-    """What adds positions to the embeddings, if anything does.
+    """The layer that adds positions to embeddings (B, L, D); None for kinds that add nothing.
+
+    Args:
+      positions: 'learned', 'sinusoidal', 'rotary' or 'none'.
+      max_len: the longest sequence.
 
     Raises:
-      ValueError: for an unknown kind, listing the known.
+      ValueError: for an unknown kind, listing the known kinds.
     """
     kinds = {
         'learned': tl.LearnedPositions(max_len),
@@ -182,18 +200,23 @@ def position_layer(positions: str, max_len: int) -> tl.Layer | None:
 
 
 def rotary_positions(positions: str, max_len: int) -> tl.RotaryPositions | None:
-    """What turns queries and keys, if positions are rotary."""
+    """The layer that rotates queries and keys, for 'rotary'; None for other kinds of positions."""
     return tl.RotaryPositions(max_len=max_len) if positions == 'rotary' else None
 
 
 def with_positions(
     pattern: tuple[tl.Layer, ...], max_len: int, rotary: tl.RotaryPositions | None
 ) -> tuple[tl.Layer, ...]:
-    """The attention layers, wrapped ones too, told what they leave open.
+    """The attention layers, wrapped ones too, with `max_len` and `rotary` filled in.
 
-    Layers that say `needs_max_len`, as LSH layers do without ``n_buckets`` and ``max_len``, get
-    `max_len`; those with a field ``rotary``, which turns queries and keys, get `rotary` if it is
-    None. What attends to a memory is left alone, for positions of two sequences have no distance.
+    Layers with `needs_max_len`, such as LSH layers without ``n_buckets`` and ``max_len``, get
+    `max_len`. Layers whose field ``rotary`` is None get `rotary`. Layers that attend to a memory
+    are left alone: positions of two sequences have no distance.
+
+    Args:
+      pattern: the attention layers.
+      max_len: the longest sequence.
+      rotary: rotates queries and keys; None for no rotation.
 
     Raises:
       ValueError: if `rotary` is given and no layer takes it.
@@ -222,11 +245,15 @@ def with_positions(
 def attention_pattern(
     attention: tl.Layer | Sequence[tl.Layer], n_layers: int
 ) -> tuple[tl.Layer, ...]:
-    """The attention layers that alternate over depth.
+    """The attention layers that alternate over depth, as a tuple.
+
+    Args:
+      attention: one layer, or several.
+      n_layers: how many blocks the model has.
 
     Raises:
-      ValueError: if there are none, or their number does not divide `n_layers`, naming the
-        nearest that it does.
+      ValueError: if there are no layers, or their number does not divide `n_layers`, naming the
+        nearest multiple.
     """
     pattern = tuple(attention) if isinstance(attention, (list, tuple)) else (attention,)
     if not pattern:

@@ -1,4 +1,4 @@
-"""Optimizers: recipes over optax, and what optax lacks."""
+"""Optimizers: recipes over optax, and additions to it."""
 
 from layercomb.optimizers.recipes import adafactor, adamw, muon, warmup_cosine
 from layercomb.optimizers.tensors import bound

@@ -1,8 +1,8 @@
-"""Optimizers of optax as Transformers are trained with, checked argument by argument.
+"""Recipes for training Transformers with optax, with checked arguments.
 
-The layers declare the axes of their weights, in `weight_axes`. From these, weight decay spares
-vectors, Muon finds its matrices, and Adafactor takes its means over one tensor. A `Loop` tells the
-recipes its model; in a loop of one's own, and inside other optimizers such as `optax.chain`, say
+Layers declare the axes of their weights in `weight_axes`. From these, weight decay finds the
+vectors that it spares, Muon its matrices, and Adafactor the axes of one tensor. A `Loop` passes its
+model to the recipes; in your own loop, and inside other optimizers such as `optax.chain`, give
 ``net=``.
 """
 
@@ -58,13 +58,13 @@ def warmup_cosine(
     warmup_steps: Count = 0,
     final_fraction: Fraction = 0.1,
 ) -> Callable[[Any], Any]:
-    """A schedule: up in a line, down along a cosine.
+    """A schedule: a linear warm-up, then a cosine decay.
 
     Args:
       learning_rate: the peak.
-      steps: when it arrives at its end, warm-up included.
-      warmup_steps: how many steps go up.
-      final_fraction: what part of the peak is left at the end.
+      steps: the step at which it ends, warm-up included; constant afterwards.
+      warmup_steps: how many steps the warm-up takes, from 0 to the peak; 0 starts at the peak.
+      final_fraction: the final learning rate as a fraction of the peak.
 
     Returns:
       An optax schedule, from a step to a learning rate.
@@ -95,7 +95,7 @@ def adamw(
     *,
     net: Layer | None = None,
 ) -> Any:
-    """AdamW, whose decay spares biases and scales, and whose learning rate shows in reports.
+    """AdamW without decay of biases and scales; reports show its learning rate.
 
     Args:
       learning_rate: a number, or a schedule such as `warmup_cosine` gives.
@@ -103,8 +103,8 @@ def adamw(
       b2: of the mean of their squares.
       epsilon: added to the root.
       weight_decay: decoupled, times the learning rate.
-      net: the model, whose vectors are not decayed; None takes the one of the `Loop`, and where
-        there is none goes by the names of weights, as `trees.decay_mask` does.
+      net: the model, whose vectors are not decayed; None takes that of the `Loop`. Without a model,
+        names of weights decide, as in `trees.decay_mask`.
 
     Returns:
       An `optax.GradientTransformation`.
@@ -144,7 +144,7 @@ def adafactor(
     relative: bool = True,
     net: Layer | None = None,
 ) -> Any:
-    """Adafactor: of the mean square of a matrix's gradient only rows and columns are kept.
+    """Adafactor: keeps only row and column means of a matrix's squared gradient.
 
     With a mean β R + (1 − β) mean_j G² of each row and C of each column, β = 1 − t^(−decay_rate)
     at step t, and d the clipping threshold, a matrix W of gradient G moves as::
@@ -152,15 +152,15 @@ def adafactor(
         V = R C / mean(R)       U = G / √V       U ← U / max(1, rms(U) / d)
         W ← W − η (max(10⁻³, rms(W)) U + λ W)
 
-    Of vectors and small matrices, V is kept whole. All means are of one tensor: layers stacked by
-    `Repeat` are not mixed, and move as they were if each stood alone. What is one tensor the layers
-    declare, in `weight_axes`; a table is a matrix here.
+    For vectors and small matrices, V is kept whole. Means never mix layers that `Repeat` stacked:
+    each moves as it would alone. Layers declare in `weight_axes` which axes are one tensor; a table
+    is a matrix here.
 
     Args:
       learning_rate: η, a number or a schedule.
       decay_rate: how fast β goes to 1.
       clipping_threshold: d, at least 1; None for no clipping.
-      momentum: of what U adds, which takes as much memory as the weights; None for none.
+      momentum: of the updates, which takes as much memory as the weights; None for none.
       weight_decay: λ, decoupled, times the learning rate; it spares biases and scales.
       epsilon: added to G².
       min_size: a matrix of fewer rows or columns has its V kept whole.
@@ -214,25 +214,25 @@ def muon(
     unit_factor: NonNegative = 2.0,
     net: Layer | None = None,
 ) -> Any:
-    """Muon on the matrices inside a model, Nesterov's Adam on tables, head, biases and scales.
+    """Muon for the matrices inside a model, Nesterov's Adam for tables, head, biases and scales.
 
-    Which are which the layers declare, in `weight_axes`. A head is what has an axis V, or lies in a
-    layer named ``head``.
+    Layers declare in `weight_axes` which weights are matrices. A weight belongs to the head if it
+    has an axis V or lies in a layer named ``head``.
 
     A matrix W moves along the momentum M of its gradient, made orthogonal: W ← W − η U Vᵀ √max(1,
     out / in), where M = U S Vᵀ, to the precision of five Newton–Schulz steps.
 
-    The units of a `SparseFF` are rows of which each sees few positions, some many more than others,
-    and the rows of U Vᵀ differ as much. There each is divided by the root of the running mean of
-    its own square, relative to that of all rows, after NorMuon, so that all units learn.
+    A unit of a `SparseFF` is a row that sees few positions, and some units see many more than
+    others; the rows of U Vᵀ differ likewise. As in NorMuon, each such row is divided by the root of
+    the running mean of its square, relative to that of all rows, so that all units learn.
 
     Args:
       learning_rate: η, a number or a schedule.
-      adam_fraction: Adam's learning rate as a part of it.
+      adam_fraction: Adam's learning rate as a fraction of η.
       momentum: of M.
       b1, b2: of Adam.
-      weight_decay: of what Muon moves but units, times the learning rate.
-      unit_factor: what steps of units are multiplied by then.
+      weight_decay: of the matrices that Muon moves, units excepted, times the learning rate.
+      unit_factor: multiplies the steps of units, after the division.
       net: the model; None takes the one of the `Loop`.
 
     Returns:

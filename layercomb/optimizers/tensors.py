@@ -24,7 +24,7 @@ AxesOf = Callable[[Tree], dict[str, Axes]]
 
 
 def for_model(owner: str, make: Callable[[Layer | None], Any], net: Layer | None) -> Any:
-    """An optimizer that knows its model, or can be told it by `bind`.
+    """An optimizer that knows its model, or learns it later through `bind`.
 
     Args:
       owner: the name of the recipe, for messages.
@@ -50,9 +50,13 @@ def for_model(owner: str, make: Callable[[Layer | None], Any], net: Layer | None
 
 
 def bound(optimizer: Any, net: Layer) -> Any:
-    """The optimizer for a model, if it is a recipe that was not told its model; else itself.
+    """Tells a recipe its model; any other optimizer is returned as it is.
 
-    What stands inside another one, such as `optax.chain`, cannot be reached: give it ``net=``.
+    A recipe inside another optimizer, such as `optax.chain`, is not reached: give it ``net=``.
+
+    Args:
+      optimizer: an `optax.GradientTransformation`.
+      net: the model.
     """
     bind = getattr(optimizer, 'bind', None)
     return optimizer if bind is None else bind(net)
@@ -103,9 +107,13 @@ class _Unknown(Layer):
 
 
 def decayed(net: Layer | None, weights: Tree) -> Tree:
-    """True at the weights that decay shrinks: matrices and tables, but no vectors.
+    """A tree of bools: True at the weights that decay shrinks, matrices and tables.
 
-    Those that no layer declares go by their names, as in `trees.decay_mask`.
+    For weights that no layer declares, names decide, as in `trees.decay_mask`.
+
+    Args:
+      net: the model; None if it is not known.
+      weights: its weights.
     """
     by_name = trees.decay_mask(weights)
     if net is None:
@@ -119,7 +127,7 @@ def decayed(net: Layer | None, weights: Tree) -> Tree:
 
 
 def matrices(found: dict[str, Axes], weights: Tree) -> Tree:
-    """Which axes of each weight a matrix sums over and gives, as optax's Muon asks for them.
+    """The axes that each matrix sums over and gives, in the form that optax's Muon takes.
 
     Returns:
       A tree of `optax.contrib.MuonDimensionNumbers`, None where Adam is to do the work: at vectors,
@@ -137,16 +145,16 @@ def matrices(found: dict[str, Axes], weights: Tree) -> Tree:
 
 
 def chosen_rows(found: dict[str, Axes], weights: Tree) -> Tree:
-    """True at units of which a position chooses few."""
+    """A tree of bools: True at weights whose rows are units, of which a position chooses few."""
     return trees.map_with_path(lambda path, _: found[path].has_chosen_rows, weights)
 
 
 def by_tensor(optimizer: Any, axes_of: AxesOf) -> Any:
     """An optimizer that treats each vector and each matrix by itself.
 
-    Under `Repeat` a layer's weights are then moved as they were if it stood alone: what is a mean
-    over a tensor never mixes layers. So a kernel of a convolution is one matrix for each place, and
-    the bias of queries, keys and values is one vector for each head.
+    Under `Repeat`, each layer's weights move as they would alone: means over a tensor never mix
+    layers. A convolution's kernel is one matrix for each place in the window, and the bias of
+    queries, keys and values is one vector for each head.
 
     Args:
       optimizer: an `optax.GradientTransformation`, which is mapped over stacks of tensors. It
@@ -202,8 +210,8 @@ def by_unit(decay: float) -> Any:
 
         u ← u √(mean(v) / (v + mean(v) / 100))
 
-    so that no row's step grows by more than tenfold. Where all rows move, their mean square stays
-    about the same; where few do, it falls as their number: what stands still gives nothing away.
+    so that no row's step grows by more than a factor of ten. If all rows move, the mean square of
+    the steps stays about the same. If few rows move, it falls with their number.
 
     Args:
       decay: β.

@@ -1,4 +1,4 @@
-"""Batches in order, from a place that can be written down and gone back to."""
+"""Batches in order, with a position that can be saved and restored."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from layercomb.shapes import describe
 
 Batch = tuple[Any, ...]
 
-# Keys of the states of this library's pipelines, which say what was read and not in how many rows.
+# Keys of the states of this library's pipelines: they count examples, not batches.
 _COUNTS_EXAMPLES = {'examples', 'document', 'waiting'}
-# Data sets that end where those they are made of end.
+# Data sets that end where their parents end.
 _AS_LONG = {
     'BatchIterDataset',
     'Buckets',
@@ -34,7 +34,12 @@ _ENDLESS = 1 << 60  # Grain's length of what is repeated for ever is near the gr
 
 
 def check_data(owner: str, data: Any) -> None:
-    """Raises a TypeError unless `data` can be gone through again and again."""
+    """Raises a TypeError unless `data` can be iterated over more than once.
+
+    Args:
+      owner: who was given the data, for messages.
+      data: the value to check.
+    """
     if isinstance(data, Iterator) or not hasattr(data, '__iter__'):
         kind = type(data).__name__
         raise TypeError(
@@ -44,13 +49,13 @@ def check_data(owner: str, data: Any) -> None:
 
 
 def check_loss_weights(batch: Batch, where: str) -> None:
-    """Raises a UsageError if a loss weight is negative: a mean has no such weights.
+    """Raises a UsageError if a loss weight is negative.
 
-    What is not finite shows in the loss, and is left to those who look at that.
+    Infinite weights and NaN pass: they show in the loss, which is checked for them.
 
     Args:
-      batch: whose last array is the loss weights.
-      where: how to call the batch.
+      batch: its last array holds the loss weights.
+      where: what messages call the batch.
     """
     weights = np.asarray(batch[-1])
     least = weights.min() if weights.size else 0
@@ -64,13 +69,13 @@ def check_loss_weights(batch: Batch, where: str) -> None:
 
 @contextlib.contextmanager
 def made(what: str) -> Iterator[None]:
-    """Blames the data for what making a batch of it raises.
+    """Turns an error in making a batch into a UsageError that names the batch.
 
     Args:
-      what: how to call the batch.
+      what: what messages call the batch.
 
     Raises:
-      UsageError: for a TypeError or ValueError, of an element that is not like the others.
+      UsageError: for a TypeError or ValueError, as an element raises that differs from the others.
     """
     try:
         yield
@@ -80,12 +85,12 @@ def made(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shaped_unlike(first: Batch, batch: Batch, where: str) -> Iterator[None]:
-    """Blames the data where a model that took the first batch refuses one of another shape.
+    """Turns a model's ValueError into a UsageError if the batch differs in shape from the first.
 
     Args:
-      first: a batch that the model takes.
-      batch: the one it is given.
-      where: how to call that one.
+      first: a batch that the model accepted.
+      batch: the batch it is given now.
+      where: what messages call that batch.
 
     Raises:
       UsageError: for a ValueError, if the shapes differ.
@@ -105,18 +110,18 @@ def shaped_unlike(first: Batch, batch: Batch, where: str) -> Iterator[None]:
 class Batches:
     """An iterator over batches that knows its position.
 
-    An iterator with `get_state` and `set_state`, such as Grain's, is asked for its own. Any other
-    is gone through again from the start, so its batches must come out the same each time.
+    If the data's iterator has `get_state` and `set_state`, as Grain's have, its own state is the
+    position. Other data is read again from the start, so its batches must be the same each time.
 
-    What interrupts the making of a batch (Ctrl-C, an error that is mended) leaves the position as
-    it is: the next call makes that batch anew.
+    An interrupt while a batch is made (Ctrl-C, an error that is then fixed) leaves the position as
+    it was: the next call makes the same batch.
 
     Args:
       data: an iterable of tuples of arrays.
 
     Attributes:
       taken: how many batches were taken.
-      examples: how many rows these had.
+      examples: how many rows these batches had in all.
     """
 
     def __init__(self, data: Iterable[Batch]) -> None:
@@ -128,26 +133,34 @@ class Batches:
         self._anchor = _Anchor(0, self._own_state())
 
     def peek(self) -> Batch:
-        """The next batch, which stays the next."""
+        """The next batch, without taking it.
+
+        Raises:
+          UsageError: if the data has ended, or the batch cannot be made.
+        """
         if self._peeked is None:
-            if self._interrupted:  # a generator that has raised would only say that it has ended
+            if self._interrupted:  # a generator that has raised cannot continue
                 self._iterator = self._gone_back()
                 self._interrupted = False
             self._peeked = self._next()
         return self._peeked
 
     def take(self) -> Batch:
-        """The next batch."""
+        """Takes the next batch; errors are those of `peek`."""
         batch, self._peeked = self.peek(), None
         self.taken += 1
         self.examples += n_rows(batch)
         return batch
 
     def position(self) -> dict[str, Any]:
-        """Where `take` stands, as JSON can hold it.
+        """The position after the last `take`, in types that JSON can hold.
+
+        Returns:
+          'taken' and 'examples', two counts, and 'state', the iterator's own; None if it has none.
 
         Raises:
-          TypeError: if the iterator's own state is nothing that JSON can hold.
+          TypeError: if JSON cannot hold the iterator's own state.
+          RuntimeError: after `peek`, before the batch is taken.
         """
         if self._peeked is not None:
             raise RuntimeError('a batch was peeked at: the iterator stands one further than `take`')
@@ -169,12 +182,12 @@ class Batches:
 
         Args:
           position: from `position`.
-          resized: whether batches have other sizes than those that were counted: the examples taken
-            are what counts then.
+          resized: whether the batch size has changed. The position is then found by examples, not
+            by batches.
 
         Raises:
-          UsageError: if it is a position in data of another kind, or cannot be found with the
-            present size of batches.
+          UsageError: if the position is of another kind of data, or no batch of the present size
+            starts there.
         """
         state = position['state']
         if (state is None) == hasattr(self._iterator, 'get_state'):
@@ -202,7 +215,7 @@ class Batches:
         return copy.deepcopy(self._iterator.get_state()) if has_state else None
 
     def _skip(self, position: dict[str, Any], resized: bool) -> None:
-        """Takes what was taken before: so many examples, or so many batches."""
+        """Takes batches until as many examples, or batches, are taken as at the position."""
         by, goal = ('examples', position['examples']) if resized else ('taken', position['taken'])
         while getattr(self, by) < goal:
             rows = n_rows(self.take())
@@ -213,7 +226,7 @@ class Batches:
             )
 
     def _gone_back(self) -> Any:
-        """A new iterator, at the position that the one before had."""
+        """A new iterator at the position of the old one."""
         iterator: Any = iter(self._data)
         if self._anchor.state is not None:
             iterator.set_state(copy.deepcopy(self._anchor.state))
@@ -233,25 +246,28 @@ class Batches:
         except BaseException:
             self._interrupted = True
             raise
-        # A first batch that is none is a mistake in the program, a later one is in the data.
+        # A malformed first batch is a mistake in the program, a later one is in the data.
         blamed = made(f'batch {self.taken + 1} of the data') if self.taken else nullcontext()
         with blamed:
             return checked(batch)
 
 
 class _Anchor(NamedTuple):
-    """Where an iterator can be brought: its own state after so many batches."""
+    """A position to restart an iterator from: its own state after `taken` batches."""
 
     taken: int
     state: Any
 
 
 def checked(batch: Any) -> Batch:
-    """A batch as a tuple.
+    """A batch as a tuple, checked.
+
+    Args:
+      batch: a tuple or list of arrays (inputs…, targets, loss_weights), each (B, …).
 
     Raises:
       TypeError: if it is no tuple of arrays.
-      ValueError: if its inputs have different numbers of rows, or none.
+      ValueError: if its inputs have different numbers of rows, or one has no axes.
     """
     if not isinstance(batch, (tuple, list)) or not all(hasattr(x, 'shape') for x in batch):
         raise TypeError(
@@ -268,14 +284,14 @@ def checked(batch: Any) -> Batch:
 
 
 def n_rows(batch: Batch) -> int:
-    """How many examples a batch holds."""
+    """How many examples a batch holds: the length of its first axis."""
     return batch[0].shape[0] if batch else 0
 
 
 def is_endless(data: Any) -> bool:
-    """Whether a Grain data set is known to have no end, since something in it repeats for ever."""
+    """Whether a Grain data set is known to repeat for ever; False if that is not known."""
     try:
         return len(data) >= _ENDLESS
-    except (TypeError, OverflowError):  # one that is iterated over does not know its length
+    except (TypeError, OverflowError):  # an IterDataset has no length
         passes_on = type(data).__name__ in _AS_LONG
         return passes_on and any(map(is_endless, getattr(data, 'parents', ())))

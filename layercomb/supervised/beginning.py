@@ -1,4 +1,4 @@
-"""What training begins with: weights and state of a seed or a Model, the optimizer, the carry."""
+"""What training begins with: weights and state from a seed or a Model, optimizer and carry."""
 
 from __future__ import annotations
 
@@ -24,12 +24,23 @@ from layercomb.trees import Tree
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def fresh(net: Layer, signature: Signature, key: jax.Array) -> tuple[Tree, Tree]:
-    """Weights and state of a model, made from a key in one compiled program."""
+    """Makes weights and state in one compiled program.
+
+    Args:
+      net: the model.
+      signature: of its inputs.
+      key: a typed key.
+    """
     return net.init(signature, key)
 
 
 def check_weights(given: Tree, wanted: Tree) -> None:
-    """Raises a ValueError at the first of a Model's weights that is not as its layer has it."""
+    """Raises a ValueError at the first weight of a Model that its layer would shape differently.
+
+    Args:
+      given: the Model's weights.
+      wanted: the weights that its layer makes, arrays or `jax.ShapeDtypeStruct`.
+    """
     there, here = trees.flatten(given), trees.flatten(wanted)
     for path in sorted(there.keys() | here.keys()):
         is_, should = (tuple(w[path].shape) if path in w else 'absent' for w in (there, here))
@@ -41,7 +52,16 @@ def check_weights(given: Tree, wanted: Tree) -> None:
 
 
 def trained_state(model: Model, signature: Signature, wanted: Tree) -> Tree:
-    """A copy of what training has a place for in a Model's state, which may be for ``PREDICT``."""
+    """The part of a Model's state that training uses, copied. Caches are left out.
+
+    Args:
+      model: its state may be for ``TRAIN``, ``EVAL`` or ``PREDICT``.
+      signature: of its inputs.
+      wanted: the state in training, as `jax.ShapeDtypeStruct`.
+
+    Returns:
+      A state like `wanted`; entries that the Model lacks are as `init` makes them.
+    """
     empty = init_state(model.layer, signature, Mode.TRAIN) if jax.tree.leaves(wanted) else wanted
     held = _stacked(model.state)
 
@@ -53,9 +73,9 @@ def trained_state(model: Model, signature: Signature, wanted: Tree) -> Tree:
 
 
 def _stacked(state: Tree) -> dict[str, Any]:
-    """A state's arrays by path, those of blocks that lie apart for decoding stacked as in training.
+    """A state's arrays by path, without caches.
 
-    Caches, which training has no place for, are left out.
+    Blocks that are separate for decoding are stacked, as in training.
     """
     if isinstance(state, Blocks):
         blocks = [_stacked(state[str(i)]) for i in range(len(state)) if str(i) in state]
@@ -71,7 +91,15 @@ def _stacked(state: Tree) -> dict[str, Any]:
 
 
 def clipped(task: TrainTask, net: Layer) -> Any:
-    """The task's optimizer for a model, behind clipping where that is asked for."""
+    """The task's optimizer for a model, after clipping if the task says so.
+
+    Args:
+      task: has the optimizer and ``clip_norm``, the largest global norm.
+      net: the model, told to optimizers that can be told.
+
+    Returns:
+      An `optax.GradientTransformation`.
+    """
     optimizer = bound(task.optimizer, net)
     if task.clip_norm is None:
         return optimizer
@@ -80,7 +108,7 @@ def clipped(task: TrainTask, net: Layer) -> Any:
 
 
 def distinct(carry: Carry) -> Carry:
-    """Copies an array that stands in two places, which cannot be donated twice."""
+    """The carry without shared arrays: an array in two places is copied, so each can be donated."""
     seen: set[int] = set()
 
     def once(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a person's own code may do while a `Loop` runs."""
+"""Callbacks: your own code, called while a `Loop` runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Running(Protocol):
     """What a callback sees of a `Loop`.
 
     Attributes:
-      step: how many steps were set off.
+      step: how many steps were dispatched.
     """
 
     step: int
@@ -23,23 +23,23 @@ class Running(Protocol):
 
     @property
     def state(self) -> Tree:
-        """The model's state, likewise."""
+        """The model's state after `step` steps, valid until the callback returns."""
 
     @property
     def opt_state(self) -> Any:
-        """The optimizer's state, likewise."""
+        """The optimizer's state after `step` steps, valid until the callback returns."""
 
     def stop(self) -> None:
         """Ends the run; see `Loop.stop`."""
 
 
 class Callback:
-    """Is called by a `Loop` while it runs; subclasses override what they need.
+    """The base class of callbacks of a `Loop`; subclasses override the methods they need.
 
-    A callback ends the run by ``loop.stop()``. What it raises ends the run at once and reaches the
-    caller of `Loop.run` as it is; what was being saved is finished first, and nothing else is
-    saved. `row` is a dict of numbers: 'step', 'train/loss', 'train/grad_norm', and
-    'train/learning_rate' where the optimizer keeps it.
+    ``loop.stop()`` ends the run. An exception in a callback ends it at once and reaches the caller
+    of `Loop.run`; a checkpoint that is being written is finished first, and no other is begun.
+    `row` is a dict of numbers: 'step', 'train/loss', 'train/grad_norm', and 'train/learning_rate'
+    if the optimizer's state has one.
 
     >>> class Patience(Callback):
     ...     '''Ends a run once the loss has not fallen for some evaluations.'''
@@ -58,9 +58,9 @@ class Callback:
     def after_step(self, loop: Running, row: Row) -> None:
         """Called for every step, in order, once its numbers are on the host.
 
-        Steps are set off ahead of that: `loop.step` is up to `inflight.AHEAD` more than
+        Later steps are already dispatched: `loop.step` is up to `inflight.AHEAD` more than
         ``row['step']``, and `loop.weights` are those after `loop.step` steps. Reading their values
-        waits for them, and makes the device wait; the numbers in `row` cost nothing.
+        stalls the device; reading `row` does not.
 
         Args:
           loop: the Loop.
@@ -68,9 +68,9 @@ class Callback:
         """
 
     def after_evaluation(self, loop: Running, row: Row) -> None:
-        """Called after the eval tasks were measured; `loop.weights` are those that were.
+        """Called after the eval tasks were measured; `loop.weights` are the measured weights.
 
-        A checkpoint that is due, or that `keep_best` asks for, is being saved by then.
+        If a checkpoint is due, or `keep_best` asks for one, writing it has already begun.
 
         Args:
           loop: the Loop, with ``loop.step == row['step']``.
@@ -78,7 +78,7 @@ class Callback:
         """
 
     def at_end(self, loop: Running, row: Row) -> None:
-        """Called once when a run has ended by itself or by `Loop.stop`; not after an error.
+        """Called once when a run ends by itself or by `Loop.stop`; not after an error.
 
         Args:
           loop: the Loop, with ``loop.step == row['step']``; its last step is being saved.
@@ -87,7 +87,12 @@ class Callback:
 
 
 def check_callbacks(owner: str, callbacks: Any) -> None:
-    """Raises a TypeError unless `callbacks` is a sequence of them."""
+    """Raises a TypeError unless `callbacks` is a tuple or list of `Callback` objects.
+
+    Args:
+      owner: who was given them, for messages.
+      callbacks: the value to check.
+    """
     if not isinstance(callbacks, (tuple, list)):
         raise TypeError(f'{owner}: callbacks={callbacks!r}: give a tuple of supervised.Callback')
     for callback in callbacks:

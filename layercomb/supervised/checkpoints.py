@@ -1,8 +1,8 @@
 """The checkpoints of a run: the last few steps and the best, written while training goes on.
 
-A step's directory holds `weights`, `state` and `opt_state`, and a record of where the data stood,
-of the random key, and of which step is the best so far. It appears when it is complete, so a
-process killed at any moment leaves the step before it restorable, and the best of that time.
+A step's directory holds `weights`, `state` and `opt_state`, and a record: the data's position, the
+random key, and which step is the best so far. The directory appears only when it is complete. So if
+the process is killed at any moment, the previous step and the best one can still be restored.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Best(NamedTuple):
     """The best step so far.
 
     Attributes:
-      name: of the metric: 'valid/loss'.
-      value: the metric's, after that step.
-      step: which has a checkpoint.
+      name: the metric's name, such as 'valid/loss'.
+      value: the metric's value after that step.
+      step: the number of the step, which has a checkpoint.
     """
 
     name: str
@@ -34,17 +34,19 @@ class Best(NamedTuple):
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of a run and the best, in one directory, made at the first save.
+    """The last `keep` checkpoints of a run and the best one, in one directory.
+
+    The directory is made at the first save.
 
     Args:
-      directory: where the steps' directories stand.
+      directory: holds a directory for each step.
       keep: how many of the last steps to keep; older ones are deleted, except the best.
 
     Attributes:
-      best: the best step so far, if one is known. It is kept, and noted in what is saved.
+      best: the best step so far; None if there is none. It is kept, and each save records it.
 
     Raises:
-      UsageError: if the directory cannot be, or cannot be written to.
+      UsageError: if the directory cannot be made or written to.
     """
 
     def __init__(self, directory: str | Path, keep: int = 3) -> None:
@@ -58,7 +60,7 @@ class Checkpoints:
 
     @cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        """Orbax's manager, which makes the directory: not before there is something to keep."""
+        """Orbax's manager. It makes the directory, so it is made at the first save."""
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LastAndBest(self, self._keep), cleanup_tmp_directories=True
         )
@@ -69,7 +71,7 @@ class Checkpoints:
             raise _unwritable(self.directory, e) from None
 
     def latest(self) -> int | None:
-        """The last complete step, or None."""
+        """The number of the last complete step; None if there is none."""
         return max(_steps(self.directory), default=None)
 
     def save(self, step: int, trees: Mapping[str, Tree], record: Mapping[str, Any]) -> None:
@@ -84,11 +86,17 @@ class Checkpoints:
         self._manager.save(step, args=checkpoints.save_args(trees, {**record, **best}))
 
     def note_best(self, name: str, value: float, step: int) -> None:
-        """Says that a step, which is saved next, is the best so far; see `Best`."""
+        """Records that the step to be saved next is the best so far.
+
+        Args:
+          name: the metric's name, such as 'valid/loss'.
+          value: the metric's value.
+          step: the number of the step.
+        """
         self.best = Best(name, value, step)
 
     def remember_best(self, record: Mapping[str, Any]) -> None:
-        """Sets `best` to what a checkpoint's record calls so, if that step is still there."""
+        """Sets `best` from a checkpoint's record; to None if that step is no longer there."""
         self.best = _best(self.directory, record)
 
     def record(self, step: int) -> tuple[dict[str, Any], dict[str, checkpoints.Kinds]]:
@@ -123,24 +131,32 @@ class Checkpoints:
         return _restore(self.directory, step, abstract)
 
     def wait(self) -> None:
-        """Waits until what was saved is on the disk; errors of writing it are raised here."""
+        """Waits until all saves are on the disk, and raises errors of writing them."""
         if '_manager' in vars(self):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets the background threads go."""
+        """Waits for all saves, and ends the background threads."""
         if '_manager' in vars(self):
             self._manager.close()
 
 
 class _LastAndBest:
-    """Orbax's policy of what to keep: the last few, and the best at the time."""
+    """Orbax's policy of what to keep: the last few steps, and the best one."""
 
     def __init__(self, checkpoints: Checkpoints, n_last: int) -> None:
         self._checkpoints, self._n_last = checkpoints, n_last
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Whether to keep each of the steps, which come in order."""
+        """Whether to keep each checkpoint, in order of steps; Orbax calls this.
+
+        Args:
+          checkpoints: Orbax's descriptions of the steps, oldest first.
+          context: not used.
+
+        Returns:
+          A bool for each.
+        """
         best = self._checkpoints.best
         first = len(checkpoints) - self._n_last
         return [
@@ -155,12 +171,12 @@ def saved_weights(
     state: Tree | None = None,
     checkpoint: str | int = 'last',
 ) -> tuple[Tree, Tree, int]:
-    """The model of one of a run's checkpoints, without its optimizer; writes nothing.
+    """Weights and state from one of a run's checkpoints. Nothing is written.
 
     Args:
       run_dir: the output directory of a run, which may still be training.
       weights: the weights as `jax.ShapeDtypeStruct`: `jax.eval_shape(net.init, …)[0]`.
-      state: the state, likewise; nothing if the model has none.
+      state: the state as `jax.ShapeDtypeStruct`; None if the model has none.
       checkpoint: 'last'; 'best', the one that `keep_best` kept; or the number of a step.
 
     Returns:
@@ -198,7 +214,7 @@ def _chosen(directory: Path, run: str, checkpoint: str) -> int:
 
 
 def _best(directory: Path, record: Mapping[str, Any]) -> Best | None:
-    """What a record calls the best step, unless that is there no more."""
+    """The best step in a record; None if there is none, or it was deleted."""
     best = record.get(_BEST)
     return Best(**best) if best and best['step'] in _steps(directory) else None
 
@@ -219,7 +235,7 @@ def _steps(directory: Path) -> list[int]:
 def _restore(
     directory: Path, step: int, abstract: Mapping[str, Tree]
 ) -> tuple[dict[str, Tree], dict]:
-    """Reads one step, naming in an error the step that would come before it."""
+    """Reads one step; errors name the step to continue from instead."""
     path = directory / str(step)
     return checkpoints.read(path, abstract, _cure(directory, step))
 

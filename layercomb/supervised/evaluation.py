@@ -23,7 +23,7 @@ from layercomb.supervised.fit import check_arity, no_batch
 from layercomb.supervised.tasks import EvalTask
 from layercomb.trees import Tree
 
-_MANY = 10_000  # batches after which an evaluation without an end in sight says so
+_MANY = 10_000  # batches after which an evaluation without n_batches warns that it may not end
 
 Sums = tuple[tuple[jax.Array, ...], ...]  # for each metric, its `sums` of a batch
 
@@ -31,17 +31,17 @@ Sums = tuple[tuple[jax.Array, ...], ...]  # for each metric, its `sums` of a bat
 def evaluate(
     net: Layer, weights: Tree, state: Tree, tasks: Sequence[EvalTask] | EvalTask
 ) -> dict[str, Any]:
-    """Measures a model, which is left as it is: nothing is random and no state is kept.
+    """Measures a model in ``EVAL``, without randomness. The model is not changed.
 
     Args:
       net: gives logits.
       weights: its weights.
-      state: its state.
+      state: its state; what the batches would make of it is dropped.
       tasks: what to measure, one or several; each goes through its data from the start.
 
     Returns:
-      'task/metric' -> the metric over all positions of all batches, a number, or lists of lists of
-      numbers for a table (`tl.ConfusionMatrix`); what has loss weight 0 counts nowhere.
+      'task/metric' -> the metric over all positions of all batches: a number, or lists of lists of
+      numbers for a table (`tl.ConfusionMatrix`). Positions of loss weight 0 do not count.
 
     Raises:
       UsageError: if there is no batch, or one cannot be made; if a token is outside the vocabulary,
@@ -62,7 +62,13 @@ def evaluate(
 
 @functools.lru_cache(maxsize=16)
 def compiled(net: Layer, metrics: tuple[Metric, ...], chunk_len: int | None) -> Callable[..., Sums]:
-    """A jitted function of (weights, state, batch), one for equal arguments."""
+    """The jitted evaluation step: (weights, state, batch) → each metric's sums over the batch.
+
+    Args:
+      net: gives logits.
+      metrics: what to measure. Equal arguments share one function.
+      chunk_len: how many positions of logits exist at a time; None for all.
+    """
     scored = losses.attach(net, metrics, chunk_len)
 
     def step(weights: Tree, state: Tree, batch: tuple[Any, ...]) -> Sums:
@@ -74,7 +80,7 @@ def compiled(net: Layer, metrics: tuple[Metric, ...], chunk_len: int | None) -> 
 
 
 def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[list[np.ndarray]]:
-    """Sums over batches, in double precision, one batch always being computed meanwhile."""
+    """Sums over batches, in double precision; one batch is computed while another is read."""
     per_batch: list[Any] = []
     first: Batch = ()
     batches = task.batches()
@@ -115,7 +121,7 @@ def _check_batch(task: EvalTask, net: Layer, batch: Batch, where: str, is_first:
 
 
 def _sum(of_batches: Sequence[Any]) -> np.ndarray:
-    """Σ of arrays of one shape, in double precision, and of single numbers without any rounding."""
+    """Σ of arrays of one shape, in double precision; of single numbers, rounded once."""
     arrays = [np.asarray(x, np.float64) for x in of_batches]
     numbers = [float(x) for x in arrays if not x.shape]
     if numbers and all(map(math.isfinite, numbers)):  # fsum refuses infinities of both signs

@@ -1,4 +1,4 @@
-"""What a run is made of, kept in each checkpoint: no run goes on as another one unnoticed."""
+"""What a run is made of: kept in each checkpoint, and compared when the run resumes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Fingerprint = dict[str, Any]  # as JSON can hold it
 PARTS = ('model', 'loss', 'optimizer', 'trainable', 'data', 'batch_size', 'seed')
 
 _OF_THE_SEED = 'of the seed'
-_ROWS = 64  # of the first batch, by which data is known that says nothing of itself
-_SAMPLE = 1024  # numbers of each weight, by which given weights are known
+_ROWS = 64  # rows of the first batch that are compared
+_SAMPLE = 1024  # numbers of each given weight that are compared
 
 
 def fingerprint(
@@ -43,19 +43,22 @@ def fingerprint(
     first: Batch,
     seed: int,
 ) -> Fingerprint:
-    """What a run is made of, as values: no names of modules or files, so that code may move.
+    """What a run is made of, as values. Names of modules and files are left out: code may move.
 
     Args:
-      net: the model; its functions count by their names.
+      net: the model; functions in it are compared by name.
       task: what it trains on.
-      optimizer: the task's, behind clipping; known by the jaxprs of `init` and `update`, and by the
-        numbers that its state begins with.
+      optimizer: the task's optimizer after clipping. It is compared by the jaxprs of `init` and
+        `update`, and by the numbers in its initial state.
       trainable: the weights that train, as `jax.ShapeDtypeStruct`.
       given: the weights of the Model that the run starts from; None if they come from the seed.
-      first: the first batch of the data, by which that is known. A data set of this library's, or
-        another one with an `identity()`, is known by that as well: a dict that JSON can hold, whose
-        'rows' say how large batches are.
+      first: the first batch of the data, which is compared by its rows. Data with an `identity()`,
+        as this library's has, is also compared by that: a dict that JSON can hold, whose 'rows' is
+        the batch size.
       seed: of the run.
+
+    Returns:
+      A dict that JSON can hold: 'versions', 'weights', and a value for each of `PARTS`.
     """
     known = identity(task.data) or {}
     rows = known.pop('rows', None)
@@ -75,16 +78,19 @@ def fingerprint(
 def check(
     where: str, then: Fingerprint | None, now: Fingerprint, allowed: Sequence[str]
 ) -> frozenset[str]:
-    """The parts of a run that changed, all of which are allowed to.
+    """Compares two fingerprints.
 
     Args:
       where: the run's directory, for messages.
-      then: the fingerprint in the checkpoint; None in one that an earlier version wrote.
-      now: the present one.
-      allowed: names out of `PARTS`.
+      then: the fingerprint in the checkpoint; None if an earlier version wrote it without one.
+      now: the present fingerprint.
+      allowed: names out of `PARTS` that may differ.
+
+    Returns:
+      The names of the parts that changed, all of them allowed.
 
     Raises:
-      UsageError: if a part that may not change did.
+      UsageError: if a part changed that is not allowed to.
     """
     if then is None:
         warnings.warn(
@@ -108,10 +114,13 @@ def check(
 
 
 def check_allowed(allow_changes: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Names of parts, from a sequence of them or a text with commas; 'all' is all of them.
+    """The names of parts that may change.
+
+    Args:
+      allow_changes: a sequence of names, or a text with commas; 'all' stands for all `PARTS`.
 
     Raises:
-      ValueError: for a name that is no part's, listing those there are.
+      ValueError: for a name that is not in `PARTS`.
 
     >>> check_allowed('data, seed')
     ('data', 'seed')
@@ -127,7 +136,7 @@ def check_allowed(allow_changes: str | Iterable[str] | None) -> tuple[str, ...]:
 
 def _difference(part: str, then: Fingerprint, now: Fingerprint) -> str | None:
     """How a part changed, in words; None if it did not."""
-    if part not in then:  # which the version that wrote it did not know
+    if part not in then:  # the checkpoint is older than this part
         return None
     old, new = then[part], now[part]
     if old == new or (part == 'weights' and new == _OF_THE_SEED):
@@ -186,7 +195,11 @@ def _of_data(old: dict[str, Any], new: dict[str, Any], same_size: bool) -> str |
 
 
 def identity(data: Any) -> dict[str, Any] | None:
-    """What a data set, or one that it is made of, says of itself; None if nothing."""
+    """The `identity()` of a data set or of one of its parents; None if none has one.
+
+    Args:
+      data: any data set; Grain's have ``parents``.
+    """
     if hasattr(data, 'identity'):
         with made('an example of the data'):
             return dict(data.identity())
@@ -241,13 +254,13 @@ def _shown(value: np.ndarray) -> str:
 
 
 def _weights(given: Tree) -> str:
-    """A checksum of numbers spread over each weight, quick to make of any number of them."""
+    """A checksum of `_SAMPLE` or so numbers spread over each weight, quick for large models."""
     flat = (x.reshape(-1) for x in trees.flatten(given).values())
     return f'{_crc(np.asarray(x[:: max(1, x.size // _SAMPLE)]) for x in flat):08x}'
 
 
 def _frozen(trainable: Tree) -> str:
-    """Which weights do not train: None stands in their places."""
+    """A digest of which weights are frozen: None stands in their places."""
     paths = [path for path, x in trees.flatten(trainable).items() if x is None]
     return f'all but {len(paths)}, {zlib.crc32(" ".join(paths).encode()):08x}'
 

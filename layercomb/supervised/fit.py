@@ -1,6 +1,6 @@
-"""Whether a model, its tasks and their data fit together: known before anything is computed.
+"""Checks that a model, its tasks and their data fit together, before anything is computed.
 
-And what may be wrong where a loss is not finite all the same.
+Also finds the likely cause of a loss that is not finite.
 """
 
 from __future__ import annotations
@@ -78,7 +78,13 @@ def check_fit(
 
 
 def check_arity(net: Layer, batch: Batch, where: str) -> None:
-    """Raises a TypeError unless a batch has the model's inputs, targets and loss weights."""
+    """Raises a TypeError unless a batch has the model's inputs, targets and loss weights.
+
+    Args:
+      net: the model.
+      batch: a tuple of ``net.n_in + 2`` arrays, if it is right.
+      where: what messages call the data.
+    """
     if len(batch) != net.n_in + 2:
         raise TypeError(
             f'the model takes {net.n_in} inputs, so a batch is {net.n_in + 2} arrays (inputs…, '
@@ -87,12 +93,12 @@ def check_arity(net: Layer, batch: Batch, where: str) -> None:
 
 
 def no_batch(task: EvalTask) -> UsageError:
-    """What to say of an evaluation without data."""
+    """The error for an evaluation without data, to be raised."""
     return UsageError(f'EvalTask {task.name!r}: the data holds no batch: check its source')
 
 
 def on_device(batch: tuple[Any, ...]) -> Signature:
-    """The signature of a batch once it is an array of JAX's."""
+    """The signature of a batch on the device, with dtypes as JAX canonicalizes them."""
     return tuple(
         jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
         for x in signature_of(batch)
@@ -100,11 +106,15 @@ def on_device(batch: tuple[Any, ...]) -> Signature:
 
 
 def why_not_finite(net: Layer, batch: Batch) -> str:
-    """What to do about a loss that is not finite: the cause in the batch, if there is one.
+    """The likely cause of a loss that is not finite, and what to do about it.
 
     Args:
       net: gives logits.
-      batch: of which the loss is.
+      batch: the batch with that loss.
+
+    Returns:
+      A target outside the logits or a loss weight that is not finite, if the batch has one; else
+      general advice.
     """
     return (
         _strange_target(net, batch)
@@ -145,7 +155,7 @@ def check_arguments(
 
 
 def _strange_target(net: Layer, batch: Batch) -> str | None:
-    """What to do about a target that no logit stands for, if there is one."""
+    """What to do about a target outside the logits, if there is one."""
     targets, weights = batch[-2:]
     counted = np.asarray(targets)[np.asarray(weights) != 0]
     if not np.issubdtype(counted.dtype, np.integer) or counted.size == 0:

@@ -1,4 +1,4 @@
-"""Steps that were set off and whose metrics were not looked at yet."""
+"""Steps that are dispatched, and whose metrics have not been read yet."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch
 
-# How many steps may wait to be looked at. A device that is faster than Python never waits for it,
-# and batches are kept for so many steps, to be named in an error.
+# How many steps may be dispatched and unread. The device then never waits for Python. The batches
+# of these steps are kept, since an error names what is wrong in its batch.
 AHEAD = 8
 
 
@@ -19,8 +19,8 @@ class Finished(NamedTuple):
     """A step that was computed.
 
     Attributes:
-      step: its number.
-      values: its metrics, of `steps.METRICS`, in that order.
+      step: its number, from 1.
+      values: its metrics by name: those of `steps.METRICS` that it has, in that order.
       batch: what it was computed from.
     """
 
@@ -36,17 +36,23 @@ class InFlight:
         self._steps: deque[tuple[int, steps.Metrics, Batch]] = deque()
 
     def add(self, step: int, metrics: steps.Metrics, batch: Batch) -> None:
-        """Takes a step that was set off, and starts to copy its metrics to the host."""
+        """Adds a dispatched step, and starts to copy its metrics to the host.
+
+        Args:
+          step: its number.
+          metrics: arrays () by name, which may still be computed.
+          batch: what it is computed from.
+        """
         for value in metrics.values():
             value.copy_to_host_async()
         self._steps.append((step, metrics, batch))
 
     def finished(self, wait: bool) -> list[Finished]:
-        """The oldest steps, which stay in the queue until they are `drop`ped.
+        """The oldest steps. They stay in the queue until `drop` is called.
 
         Args:
-          wait: whether to wait for all; else only steps that are ready are given, after waiting
-            until no more than `AHEAD` are not.
+          wait: True waits for all steps. False returns those that are ready, after waiting until
+            at most `AHEAD` are unread.
         """
         n = len(self._steps) if wait else max(0, len(self._steps) - AHEAD)
         while n < len(self._steps) and _is_ready(self._steps[n][1]['loss']):
@@ -54,7 +60,7 @@ class InFlight:
         return [_read(*self._steps[i]) for i in range(n)]
 
     def drop(self) -> None:
-        """Takes the oldest step out of the queue."""
+        """Removes the oldest step from the queue."""
         self._steps.popleft()
 
 

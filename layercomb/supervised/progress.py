@@ -1,4 +1,4 @@
-"""How far a run is: a live bar on a terminal, a line now and then elsewhere."""
+"""The progress of a run: a live bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Throughput:
-    """Tokens and steps a second, over the time spent training alone.
+    """Tokens a second, over the time spent in training steps.
 
-    Tokens are the positions that count: neither padding nor a prompt of loss weight 0, though both
-    are computed. Where an example has one weight, as in classification, it is one token.
+    Tokens are positions whose loss weight is not 0, so padding does not count. An example with one
+    weight, as in classification, is one token.
 
-    The clock starts after the first step, which compiles, and stands still in `pause`.
+    The clock starts after the first step, which compiles. `pause` stops it for evaluations and
+    checkpoints.
     """
 
     def __init__(self) -> None:
@@ -31,11 +32,15 @@ class Throughput:
 
     @property
     def paused(self) -> bool:
-        """Whether the clock stands still until the next step is finished."""
+        """Whether the clock is stopped until the next step is finished."""
         return self._started is None
 
     def together(self, n: int) -> None:
-        """Says that the next `n` steps were seen to be finished now, each after an equal time."""
+        """Splits the time since the last call equally among the next `n` steps.
+
+        Args:
+          n: how many steps were found finished now.
+        """
         if not n:
             return
         now = time.perf_counter()
@@ -43,9 +48,10 @@ class Throughput:
         self._started, self._together = now, n
 
     def step(self, tokens: int) -> None:
-        """Counts a finished step, of so many positions whose loss weight is not 0.
+        """Counts a finished step, which has finished now unless `together` announced it.
 
-        It has finished now, unless it is one of those that `together` has told of.
+        Args:
+          tokens: its positions whose loss weight is not 0.
         """
         if not self._together:
             self.together(1)
@@ -56,11 +62,11 @@ class Throughput:
             self._total_steps += 1
 
     def pause(self) -> None:
-        """Stops the clock until the next step is done, which is not counted."""
+        """Stops the clock until the next step is finished; that step is not counted."""
         self._started = None
 
     def tokens_per_second(self) -> float | None:
-        """Since this was asked last; None if no step was timed since."""
+        """Tokens a second since the last call; None if no step was timed since then."""
         seconds, tokens = self._seconds - self._reported, self._tokens
         if not self._steps:
             return None
@@ -68,7 +74,7 @@ class Throughput:
         return tokens / max(seconds, 1e-9)
 
     def seconds_left(self, steps: int) -> float | None:
-        """How long that many steps will take, at the mean speed so far."""
+        """The time that `steps` steps will take, in seconds; None if no step was timed yet."""
         return steps * self._seconds / self._total_steps if self._total_steps else None
 
 
@@ -103,7 +109,12 @@ class Progress:
             self._bar.update()
 
     def row(self, row: Mapping[str, Any], seconds_left: float | None = None) -> None:
-        """Shows a row of metrics; measurements of evaluation always get a line of their own."""
+        """Shows a row of metrics; an evaluation always gets a line of its own.
+
+        Args:
+          row: 'step' and metrics by name; tables are left out.
+          seconds_left: the time until the run ends, in seconds; None if it is not known.
+        """
         if self._out is None:
             return
         evaluated = [
@@ -123,7 +134,7 @@ class Progress:
                 print(_evaluation(row, evaluated, self._n_steps), file=self._out, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar, which stays visible."""
         if self._bar is not None:
             self._bar.close()
 

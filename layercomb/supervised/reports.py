@@ -1,8 +1,8 @@
-"""What a run leaves to read: `metrics.jsonl`, TensorBoard events, `report.png`.
+"""Reports of a run: `metrics.jsonl`, TensorBoard events and `report.png`.
 
-A row of metrics is a dict: `step`, then names such as `train/loss` and `valid/accuracy`, whose
-first part says where it was measured and whose second part what. A value is a number, or lists of
-lists of numbers for a table (a confusion matrix), which `metrics.jsonl` alone shows.
+A row of metrics is a dict: `step`, then names such as `train/loss` and `valid/accuracy`: where it
+was measured, and which metric. A value is a number, or lists of lists of numbers for a table (a
+confusion matrix). Tables are only in `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ _FILE = 'metrics.jsonl'
 
 
 class MetricsLog:
-    """Rows of metrics, to `metrics.jsonl` and to TensorBoard.
+    """Writes rows of metrics to `metrics.jsonl` and to TensorBoard.
 
     Args:
       directory: the run's directory.
-      step: the step the run starts from. What was logged after it, by a run that was killed before
-        it could save, is dropped, so no step appears twice.
+      step: the step the run starts from. Rows of later steps, logged by a run that was killed
+        before it could save, are dropped, so that no step appears twice.
+
+    Raises:
+      UsageError: if the directory cannot be written to.
     """
 
     def __init__(self, directory: str | Path, step: int = 0) -> None:
@@ -51,7 +54,11 @@ class MetricsLog:
             ) from None
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends a row; a number that is not finite is written as null."""
+        """Appends a row.
+
+        Args:
+          row: 'step', and metrics by name; a number that is not finite is written as null.
+        """
         self._file.write(_line(row))
         self._file.flush()
         if self._events is None:
@@ -73,12 +80,14 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: str | Path) -> list[Row]:
-    """The rows of a run's `metrics.jsonl`; none where there is no such file.
-
-    A last line that a killed process left unfinished is not a row.
+    """Reads the rows of a run's `metrics.jsonl`.
 
     Args:
       run_dir: the output directory of a run.
+
+    Returns:
+      The rows, in order; [] if there is no such file. Lines that cannot be parsed, such as one that
+      a killed process left unfinished, are left out.
     """
     path = paths.local(run_dir, 'run_dir') / _FILE
     rows = []
@@ -117,10 +126,10 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
 
     Args:
       rows: rows of metrics, by step.
-      title: what stands above.
+      title: the title above.
 
     Returns:
-      A matplotlib figure, which belongs to no pyplot state.
+      A matplotlib figure, 11 inches wide, independent of pyplot's state.
     """
     figure_module = require('matplotlib.figure', 'train')
     series = _series(rows)
@@ -157,7 +166,7 @@ _LOGARITHMIC = ('perplexity', 'grad_norm')
 
 
 def _rank(label: str) -> tuple[int, str]:
-    """What a reader wants to know first."""
+    """The place of a metric in the report: loss first, speed last."""
     if label in _ORDER:
         return _ORDER.index(label), label
     return (len(_ORDER) + 1 + _LAST.index(label) if label in _LAST else len(_ORDER)), label
@@ -222,7 +231,7 @@ def _dress(axes: Axes, label: str, last_step: int, wide: bool) -> None:
 
 
 def _summary(rows: Sequence[Row], labels: Sequence[str]) -> str:
-    """The last value of what matters: 'step 2,000 · train loss 1.53 · valid loss 1.61'."""
+    """The last values of the metrics: 'step 2,000 · train loss 1.53 · valid loss 1.61'."""
     parts = [f'step {rows[-1]["step"]:,}']
     last = {name: values[-1] for name, (_, values) in _series(rows).items()}
     for label in labels:
@@ -236,7 +245,7 @@ def _summary(rows: Sequence[Row], labels: Sequence[str]) -> str:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """A mean over a fortieth of the curve around each point, narrower where it begins."""
+    """A moving mean over a fortieth of the curve around each point, narrower at its ends."""
     half = max(1, len(values) // 80)
     smooth = []
     for i in range(len(values)):
@@ -259,7 +268,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _rewrite(path: Path, rows: Sequence[Row]) -> None:
-    """Makes `path` hold these rows and no others, at once."""
+    """Replaces the rows in `path` atomically."""
     if not path.exists() and not rows:
         return
     unfinished = path.with_name(f'.{path.name}')

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what of it is taken, and what was changed on purpose."""
+"""Resuming from a checkpoint, also with changes that were made on purpose."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Resumed:
-    """What a run goes on with.
+    """What a resumed run starts from.
 
     Attributes:
       step: how many steps were taken.
-      weights: the model's.
-      state: the model's.
-      opt_state: the optimizer's; None where it begins anew, because its form changed.
-      key: of all that is random; None where the seed changed, whose own is taken.
+      weights: the model's weights.
+      state: the model's state.
+      opt_state: the optimizer's state; None if it must be initialised anew.
+      key: the random key of the run; None if the seed changed, so that the key comes from it.
     """
 
     step: int
@@ -48,11 +48,11 @@ def resume(
     trainable: Tree,
     batches: Batches,
 ) -> Resumed | None:
-    """Reads the last checkpoint of a run, and puts the data where it stood.
+    """Reads the last checkpoint of a run, and moves the data to its saved position.
 
-    What was changed on purpose is used. An optimizer whose hyperparameters changed keeps its
-    moments; one that changed otherwise begins anew, which is said. Other data begins at its
-    beginning. Batches of another size begin with the first example that was not seen yet.
+    Allowed changes take effect. If only hyperparameters of the optimizer changed, its moments are
+    kept; if it changed otherwise, its state is initialised anew, with a warning. Changed data
+    starts from its beginning. Batches of another size start at the first unseen example.
 
     Args:
       checkpoints: of the run.
@@ -61,10 +61,10 @@ def resume(
       abstract: 'weights', 'state' and 'opt_state' as `jax.ShapeDtypeStruct`.
       optimizer: what made `abstract['opt_state']`.
       trainable: the weights that train, as `jax.ShapeDtypeStruct`.
-      batches: of the data, of which nothing was taken yet.
+      batches: of the data; none may have been taken yet.
 
     Returns:
-      What was found; None if there is no checkpoint.
+      What the run starts from; None if there is no checkpoint.
 
     Raises:
       UsageError: if the run was another one, or the checkpoint is damaged.
@@ -102,7 +102,7 @@ def resume(
 
 
 def _only_hyperparams(record: dict[str, Any], made_of: Fingerprint) -> bool:
-    """Whether an optimizer's state begins with the same numbers but for hyperparameters."""
+    """Whether only hyperparameters differ among the numbers in an optimizer's initial state."""
     was, wanted = (each['optimizer']['numbers'] for each in (record['made_of'], made_of))
     changed = {path for path in was.keys() | wanted.keys() if was.get(path) != wanted.get(path)}
     return all('hyperparams/' in path for path in changed)

@@ -22,12 +22,12 @@ METRICS = ('loss', 'grad_norm', 'learning_rate')  # of a step, in the order of r
 
 
 class Carry(NamedTuple):
-    """What a step takes, donates and gives back.
+    """What a step takes, donates and returns.
 
     Attributes:
-      trainable: the weights that train, None where there is another.
+      trainable: the weights that train; None in the places of frozen weights.
       state: the model's state.
-      opt_state: the optimizer's.
+      opt_state: the optimizer's state.
       step: int32 (), how many steps have been taken.
     """
 
@@ -41,9 +41,21 @@ class Carry(NamedTuple):
 def compiled(
     net: Layer, loss: Metric, optimizer: Any, accumulate: int, chunk_len: int | None
 ) -> Callable[..., tuple[Carry, Metrics]]:
-    """A jitted function of (carry, frozen weights, key, batch), one for equal arguments.
+    """The jitted training step: (carry, frozen weights, key, batch) → (carry, metrics).
 
-    The carry is donated. The key of a step is that of the run with the step folded in.
+    Equal arguments share one function. The carry is donated. Each step's key is the run's key with
+    the step number folded in.
+
+    Args:
+      net: gives logits.
+      loss: a metric with a gradient.
+      optimizer: an `optax.GradientTransformation`.
+      accumulate: how many micro batches a batch is cut into; it must divide the batch's rows.
+      chunk_len: how many positions of logits exist at a time; None for all.
+
+    Returns:
+      The function. Its metrics are float32 (): 'loss', 'grad_norm', and 'learning_rate' if the
+      optimizer's state has one.
     """
     scored = losses.attach(net, loss, chunk_len)
     gradient = _whole(scored) if accumulate == 1 else _accumulated(scored, accumulate)
@@ -79,7 +91,7 @@ def _whole(scored: Layer) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
 def _mean(
     scored: Layer, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
 ) -> tuple[jax.Array, Tree]:
-    """The loss of a batch, its auxiliary losses among it, and the new state."""
+    """The loss of a batch, auxiliary losses included, and the new state."""
     total, weight, aux, state = _sums(scored, trainable, frozen, state, key, batch)
     return total / _positive(weight) + aux, state
 
@@ -131,7 +143,7 @@ def _sums(
 
 
 def _cut(x: jax.Array, n: int) -> jax.Array:
-    """Every n-th row to one micro batch, so that each spreads over all devices the batch is on."""
+    """Gives every n-th row to one micro batch, so that each is spread over the batch's devices."""
     if x.shape[0] % n:
         raise ValueError(
             f'accumulate={n} does not divide a batch of {x.shape[0]} rows: '
@@ -141,7 +153,7 @@ def _cut(x: jax.Array, n: int) -> jax.Array:
 
 
 def _positive(weight: jax.Array) -> jax.Array:
-    """A batch without a weight has the loss 0, not 0 / 0."""
+    """The weight, or 1 if it is 0: a batch without weights has loss 0, not 0 / 0."""
     return jnp.where(weight == 0, 1, weight)
 
 

@@ -29,22 +29,22 @@ class TrainTask:
 
     Attributes:
       data: an iterable whose iterators yield batches (inputs…, targets, loss_weights) of numpy
-        arrays, the first axis of which is the batch. Positions of loss weight 0 count nowhere:
-        neither in the loss nor in mixtures' balance, the statistics of `BatchNorm`, or tokens a
-        second. Other positions see them all the same, unless attention and means are `masked`.
-        The data must start anew each time it is gone through. A Grain data set's position is saved;
-        with any other, a resumed run skips the batches it has seen, so they must be the same again.
+        arrays; the first axis is the batch. Positions of loss weight 0 do not count: not in the
+        loss, the balance of mixtures, the statistics of `BatchNorm`, or tokens a second. Other
+        positions still attend to them, unless attention and means are `masked`. Each iterator must
+        start from the beginning. A Grain data set's position is saved. With other data, a resumed
+        run skips the batches it has seen, so they must come in the same order again.
       loss: a metric, such as `tl.CrossEntropyLoss()`, of the model's output. The step minimises
         Σ wv / Σ w over all positions of a batch, 0 where none counts, plus auxiliary losses.
-      optimizer: an `optax.GradientTransformation`. What it asks for beside gradients and weights,
-        the loss as `value` or `value_fn` and the gradient as `grad`, it is given.
-      accumulate: into how many micro batches a batch is cut, each run by itself, to save memory.
-        Losses and weights are summed and divided once, so the gradient is that of the whole batch;
-        but what layers average over a batch (balance, statistics) is over a micro batch.
+      optimizer: an `optax.GradientTransformation`. If its update asks for them, it gets the loss as
+        `value` and `value_fn`, and the gradient as `grad`.
+      accumulate: how many micro batches a batch is cut into, to save memory. Losses and weights are
+        summed and divided once, so the gradient is that of the whole batch; but what layers average
+        over a batch (balance, statistics) is averaged over a micro batch.
       clip_norm: gradients of a greater global norm are scaled down to it.
       loss_chunk_len: how many positions of logits exist at a time; None for all.
-      trainable: a predicate on paths of weights; None trains all. The rest are neither
-        differentiated nor given optimizer state, and integer weights never are.
+      trainable: a predicate on paths of weights; None trains all. Frozen weights have no gradient
+        and no optimizer state. Integer weights are always frozen.
 
     Raises:
       TypeError, ValueError: at construction, for an argument that cannot be right.
@@ -82,10 +82,16 @@ class TrainTask:
             )
 
     def partition(self, weights: Tree) -> tuple[Tree, Tree]:
-        """The weights that train and those that do not; see `trees.partition`.
+        """Splits weights into (trainable, frozen); see `trees.partition`.
+
+        Args:
+          weights: all weights of a model.
+
+        Returns:
+          Two trees like `weights`, each with None in the other's places.
 
         Raises:
-          ValueError: if none trains.
+          ValueError: if no weight trains.
         """
         trainable, frozen = trees.partition(weights, self.trainable)
         if not jax.tree.leaves(trainable):
@@ -95,14 +101,14 @@ class TrainTask:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvalTask:
-    """What a `Loop` measures now and then: metrics over held-out data.
+    """What a `Loop` measures in its evaluations: metrics over held-out data.
 
     Attributes:
       data: as for `TrainTask`; each evaluation goes through it from the start.
       metrics: one metric, or several.
       name: what comes before the `/` in reports: `valid/loss`.
-      n_batches: how many batches to go through; None for all, and then the data must end: a data
-        set of Grain's that repeats for ever is refused.
+      n_batches: how many batches to go through; None for all. The data must then end: a Grain data
+        set that repeats for ever is refused.
       loss_chunk_len: how many positions of logits exist at a time; None for all.
 
     Raises:
@@ -139,19 +145,19 @@ class EvalTask:
             )
 
     def batches(self) -> Iterator[Batch]:
-        """What an evaluation goes through: the same batches each time, `n_batches` of them."""
+        """The batches of one evaluation: the first `n_batches` of the data, the same each time."""
         return map(checked, itertools.islice(iter(self.data), self.n_batches))
 
 
 def lower_is_better(name: str, tasks: Sequence[EvalTask]) -> bool:
-    """Which way a measured metric is better.
+    """Whether lower values of a metric are better.
 
     Args:
       name: 'task/metric', as reports call it.
       tasks: what is measured.
 
     Raises:
-      ValueError: if none of them measures that, or the metric has no better and worse.
+      ValueError: if no task measures the metric, or its class does not say which way is better.
     """
     metrics = {
         f'{task.name}/{metric.label}': metric
@@ -176,10 +182,10 @@ def check_count(owner: str, name: str, value: Any, optional: bool = False) -> No
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Raises a TypeError unless `optimizer` is one, and can take a step.
+    """Raises a TypeError unless `optimizer` is an optax transformation that can take a step.
 
-    What an optax constructor was given shows only when it is used, so this traces one step on a
-    weight or two. Masks and labels that fit the real weights alone are left to the Loop.
+    Wrong arguments of an optax constructor show only when the optimizer is used, so this traces
+    one step on two small weights. The Loop checks masks and labels, which fit only real weights.
     """
     optax = require('optax', 'train')
     if not isinstance(optimizer, optax.GradientTransformation):
@@ -195,7 +201,7 @@ def check_optimizer(optimizer: Any) -> None:
     try:
         updates.traced(bound(optimizer, Dense()), weights)
     except TypeError as e:
-        if 'shape' in str(e):  # of what fits the real weights alone
+        if 'shape' in str(e):  # a mask or label that fits only the real weights
             return
         raise TypeError(f'TrainTask: {updates.why_not(optimizer, e)}') from None
     except Exception:

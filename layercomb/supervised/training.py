@@ -1,4 +1,4 @@
-"""The loop: steps, and now and then a report, an evaluation, a checkpoint."""
+"""The training loop: steps, reports, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb import paths, trees
-from layercomb.errors import UsageError, of_the_machine
+from layercomb.errors import UsageError, machine_errors
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model, check_tokens
 from layercomb.supervised import steps
@@ -46,42 +46,42 @@ if TYPE_CHECKING:
 
 
 class Loop:
-    """Trains a model, and picks up where an earlier run in the same directory stopped.
+    """Trains a model, and resumes an earlier run in the same directory.
 
-    With an `output_dir` that holds checkpoints, the last one is restored at construction: weights,
-    state, optimizer, random key and the data's position. What follows is bitwise what a run that
-    was never stopped would have done, on the same machine. Without one, nothing is written. A
-    checkpoint says what the run was made of, and a run made of something else is refused.
+    If `output_dir` holds checkpoints, the constructor restores the last one: weights, state,
+    optimizer, random key and the data's position. On the same machine, a resumed run is bitwise
+    equal to an uninterrupted one. A checkpoint records what the run was made of, and a run made of
+    something else is refused. Without `output_dir`, nothing is written.
 
     A step is one compiled function that donates its carry, so arrays taken from `weights`, `state`
-    or `opt_state` are valid until the next `run`. The loss of a step is looked at while later ones
-    run, so that no device waits for Python: up to `inflight.AHEAD` steps are set off meanwhile.
-    A step whose loss is not finite is named, nothing later is reported, and nothing is saved after
-    it: before a checkpoint the losses of all steps are looked at.
+    or `opt_state` are valid until the next `run`. Losses are read while later steps run, so that
+    the device never waits for Python: up to `inflight.AHEAD` steps are dispatched ahead.
+
+    If a loss is not finite, the run stops with an error that names the step. Nothing after that
+    step is reported or saved: all losses are read before a checkpoint is written.
 
     Args:
-      model: a layer that gives logits, whose weights are then made from `seed`; or an `lc.Model`,
-        whose weights are where training starts. They are copied as far as they train, and the
-        Model keeps its own.
+      model: a layer that gives logits, whose weights are made from `seed`; or an `lc.Model`, whose
+        weights are where training starts. The trained ones are copied: the Model keeps its own.
       train_task: data, loss and optimizer.
-      eval_tasks: what to measure, each under a name of its own.
+      eval_tasks: what to measure, each task under its own name.
       output_dir: the run's directory: `checkpoints/`, `metrics.jsonl`, TensorBoard events and
         `report.png`.
-      seed: of the weights and of all that is random in training.
+      seed: seeds the weights and all randomness in training.
       eval_every: steps between evaluations; None for one at the end.
       checkpoint_every: steps between checkpoints; None for one at the end.
       log_every: steps between rows of metrics. Evaluations and the last step have a row too. Loss,
-        gradient norm and learning rate of a row are those of its step alone, no means since the row
-        before; tokens a second (positions of loss weight not 0) are over all steps since then.
+        gradient norm and learning rate are those of the row's step, not means. Tokens a second
+        (positions whose loss weight is not 0) are averaged over the steps since the last row.
       keep: how many of the last checkpoints to keep.
-      keep_best: a metric of the eval tasks, such as 'valid/loss': whenever it is better than ever
-        before, a checkpoint is written, and kept until a better one is. Which way is better, the
-        metric's class says. The best so far outlives a resumed run. None keeps no best.
+      keep_best: a metric of the eval tasks, such as 'valid/loss'. Whenever it reaches a new best, a
+        checkpoint is written, and kept until a better one is. The metric's class says which way is
+        better. The best so far is remembered when a run resumes. None keeps no best.
       callbacks: objects of classes derived from `Callback`, called in this order.
       progress: where to show progress, by default standard error; False for nowhere.
       allow_changes: what may differ from the run so far: names out of `fingerprint.PARTS`, or
-        'all'. `resuming.resume` says what then happens. How a run is computed and shown may always
-        differ: `accumulate`, `loss_chunk_len`, the evaluations, and the arguments above but `seed`.
+        'all'. `resuming.resume` says what then happens. What does not need permission:
+        `accumulate`, `loss_chunk_len`, the evaluations, and the arguments above except `seed`.
 
     Attributes:
       step: how many steps have been taken.
@@ -155,10 +155,11 @@ class Loop:
         return self._carry.opt_state
 
     def run(self, n_steps: int) -> Row:
-        """Trains until `n_steps` steps have been taken, those of earlier runs included, or `stop`.
+        """Trains until `n_steps` steps have been taken in all, or until `stop` is called.
 
         Args:
-          n_steps: where to stop. If so many have been taken already, nothing is done.
+          n_steps: the total number of steps, earlier runs included. If that many have been taken
+            already, nothing is done.
 
         Returns:
           The metrics of the last step: 'step', 'train/loss', …, 'valid/loss', …
@@ -174,7 +175,7 @@ class Loop:
             self._stopping = False
             rows = [] if self._directory is None else read_metrics(self._directory)
             return next((r for r in rows if r['step'] == self.step), {'step': self.step})
-        with of_the_machine('put that right, and run again to go on from the last checkpoint'):
+        with machine_errors('put that right, and run again to go on from the last checkpoint'):
             run = _Run(self, n_steps)
             try:
                 while self.step < n_steps and not self._stopping:
@@ -188,15 +189,15 @@ class Loop:
         return run.row
 
     def stop(self) -> None:
-        """Ends the run in progress, or else the next one before its first step.
+        """Ends the run in progress, or else the next run before its first step.
 
-        No further step is set off. Those that were are finished and reported, and the last one is
-        saved; it is not evaluated. For callbacks, signal handlers and other threads.
+        Steps already dispatched are finished and reported, and the last one is saved but not
+        evaluated. Safe to call from callbacks, signal handlers and other threads.
         """
         self._stopping = True
 
     def _settle(self) -> None:
-        """Finishes what an interrupt left undone beside a step that was taken."""
+        """Brings data position and step count up to a step that an interrupt cut short."""
         taken = self._carry.step
         if taken.is_deleted():
             then = '; it goes on from the last checkpoint' if self._checkpoints else ''
@@ -211,7 +212,7 @@ class Loop:
     def _begin(self, model: Layer | Model) -> None:
         """Sets the carry: from the last checkpoint, from the Model given, or from the seed."""
         if self._checkpoints is not None:
-            self._batches.position()  # which must be what a checkpoint can hold
+            self._batches.position()  # fails now if a checkpoint could not hold it
         self._first = self._batches.peek()
         check_arity(self._net, self._first, 'the data')
         signature = on_device(self._first[: self._net.n_in])
@@ -232,7 +233,7 @@ class Loop:
             weights, state = fresh(self._net, signature, init_key)
         trainable, self._frozen = self._task.partition(weights)
         if weights is given:
-            trainable = jax.tree.map(jnp.copy, trainable)  # donating would take the Model's own
+            trainable = jax.tree.map(jnp.copy, trainable)  # the step donates its weights
         opt_state = None if resumed is None else resumed.opt_state
         if opt_state is None:
             with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
@@ -270,7 +271,7 @@ class Loop:
         self._checkpoints.save(self.step, saved, record)
 
     def _advance(self) -> None:
-        """Sets off a step, whose metrics are looked at when they are computed."""
+        """Dispatches a step; its metrics are read later, when they are computed."""
         batch, where = self._batches.peek(), f'the batch of step {self.step + 1}'
         check_loss_weights(batch, where)
         try:
@@ -284,7 +285,7 @@ class Loop:
         self._in_flight.add(self.step, metrics, batch)
 
     def _not_finite(self, step: int, what: str, value: float, batch: Batch) -> UsageError:
-        """What to say when training has come to an end."""
+        """The error that ends training: which step, and the last good checkpoint."""
         last = 'no checkpoint yet'
         if self._checkpoints is not None:
             self._checkpoints.wait()
@@ -299,7 +300,7 @@ class Loop:
 
 
 class _Run:
-    """One call of `Loop.run`: what has to happen beside the steps, some steps behind them."""
+    """One call of `Loop.run`: reports, evaluations and checkpoints of its steps."""
 
     def __init__(self, loop: Loop, n_steps: int) -> None:
         self._loop, self._n_steps = loop, n_steps
@@ -312,7 +313,7 @@ class _Run:
         self.row: Row = {'step': loop.step}
 
     def advance(self) -> None:
-        """Sets off a step, looks at those that are finished, and does what is due after it."""
+        """Dispatches a step, reads the metrics of finished steps, and does what is due."""
         loop = self._loop
         loop._advance()
         evaluating = bool(loop._eval_tasks) and self._due(loop.step, self._eval_every)
@@ -328,7 +329,7 @@ class _Run:
                 callback.after_evaluation(loop, self.row)
 
     def end(self) -> None:
-        """Finishes, reports and saves the last step, which may be one that nothing is due after."""
+        """Finishes, reports and saves the last step, also where none of these was due."""
         loop = self._loop
         self._look(wait=True, evaluating=False)
         if self._reported < loop.step:
@@ -350,9 +351,9 @@ class _Run:
         return step == self._n_steps or (every is not None and step % every == 0)
 
     def _look(self, wait: bool, evaluating: bool) -> None:
-        """Checks steps that are finished, all if `wait`, and reports those whose turn it is.
+        """Checks the finished steps (all steps if `wait`), and reports those that are due.
 
-        The last of them is reported later if an evaluation of it is to follow.
+        If an evaluation follows the last step, that step is reported with it.
         """
         loop = self._loop
         finished = loop._in_flight.finished(wait)
@@ -378,7 +379,7 @@ class _Run:
         self._report(evaluate(loop._net, loop.weights, loop.state, loop._eval_tasks))
 
     def _report(self, measured: Mapping[str, Any] | None = None) -> None:
-        """Shows and writes the last step that was looked at, and what was measured after it."""
+        """Shows and writes the last step that was read, and what was measured after it."""
         speed = self._throughput.tokens_per_second()
         if speed is not None:
             self.row['train/tokens_per_second'] = speed

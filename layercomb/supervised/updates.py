@@ -1,4 +1,4 @@
-"""An optimizer's update, with all that optimizers of optax may ask for."""
+"""An optimizer's update, with the extra arguments that optax optimizers may ask for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def update(
     value: jax.Array,
     value_fn: Callable[[Tree], jax.Array],
 ) -> tuple[Tree, Any]:
-    """The weights after one update of an optimizer, and its state.
+    """Makes one update of an optimizer.
 
     Args:
       optimizer: an `optax.GradientTransformation`, with extra arguments or without.
@@ -36,7 +36,7 @@ def update(
       value_fn: the loss as a function of the weights: line searches ask for it.
 
     Returns:
-      (weights, opt_state).
+      (weights, opt_state), both new.
     """
     optax = require('optax', 'train')
     extra = {'value': value, 'grad': grads, 'value_fn': value_fn}
@@ -57,11 +57,14 @@ def _taken(optimizer: Any) -> tuple[str, ...]:
 
 
 def traced(optimizer: Any, weights: Tree) -> tuple[Any, Any]:
-    """The programs of an optimizer, `init` and `update`, as jaxprs; nothing is computed.
+    """The programs of an optimizer, as jaxprs; nothing is computed.
 
     Args:
       optimizer: an `optax.GradientTransformation`.
       weights: those that train, as arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      (init, update), two closed jaxprs.
     """
     with jax.numpy_dtype_promotion('standard'), jax.disable_jit(False):
         init, state = jax.make_jaxpr(optimizer.init, return_shape=True)(weights)
@@ -74,29 +77,47 @@ def traced(optimizer: Any, weights: Tree) -> tuple[Any, Any]:
 
 
 def hyperparams(opt_state: Any) -> dict[str, jax.Array]:
-    """What `optax.inject_hyperparams` keeps in an optimizer's state, by path."""
+    """The hyperparameters that `optax.inject_hyperparams` keeps in an optimizer's state.
+
+    Args:
+      opt_state: the optimizer's state, a tree.
+
+    Returns:
+      Path -> array, for each path with a part ``hyperparams``.
+    """
     return {path: x for path, x in _leaves(opt_state) if re.search(r'(^|/)hyperparams/', path)}
 
 
 def first_numbers(optimizer: Any, weights: Tree) -> dict[str, jax.Array]:
-    """The numbers in the state that an optimizer begins with, hyperparameters among them, by path.
+    """The numbers in an optimizer's initial state, hyperparameters included.
 
     Args:
       optimizer: an `optax.GradientTransformation`.
       weights: those that train, as arrays or `jax.ShapeDtypeStruct`: their values do not matter.
+
+    Returns:
+      Path -> array: floats of shape (), and hyperparameters of any shape.
     """
 
     def made() -> dict[str, jax.Array]:
         state = optimizer.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), weights))
         numbers = {path: x for path, x in _leaves(state) if x.shape == () and is_float(x)}
-        return numbers | hyperparams(state)  # all else is never computed
+        return numbers | hyperparams(state)  # jit leaves out the rest
 
     with jax.numpy_dtype_promotion('standard'):
         return jax.jit(made)()
 
 
 def with_hyperparams(opt_state: Any, values: dict[str, jax.Array]) -> Any:
-    """An optimizer's state with other values of what `hyperparams` finds in it."""
+    """Replaces the hyperparameters in an optimizer's state.
+
+    Args:
+      opt_state: the optimizer's state.
+      values: path -> array, for each path that `hyperparams` finds.
+
+    Returns:
+      The state, all else as it was.
+    """
     found = hyperparams(opt_state)
 
     def chosen(keys: Any, leaf: Any) -> Any:
@@ -114,7 +135,12 @@ def _leaves(opt_state: Any) -> list[tuple[str, Any]]:
 
 
 def why_not(optimizer: Any, error: TypeError) -> str:
-    """Why an optimizer cannot take a step, and what to do about it."""
+    """Why an optimizer cannot take a step, and what to do about it.
+
+    Args:
+      optimizer: an `optax.GradientTransformation`.
+      error: what its step raised.
+    """
     cause = str(error).strip().splitlines()[0][:160].rstrip(' .')
     missing = re.search(r'missing \d+ required (?:keyword-only|positional) arguments?: (.*)', cause)
     if missing:

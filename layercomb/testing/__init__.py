@@ -1,4 +1,4 @@
-"""What every layer promises, checked of any layer, one's own too: `check_layer`.
+"""`check_layer`: checks what every layer promises, of any layer, also your own.
 
 >>> import jax, jax.numpy as jnp
 >>> import layercomb as lc
@@ -14,7 +14,7 @@
 ...         return (self.factor * weights['scale'] * x,), state
 >>> lc.testing.check_layer(Scale(2.0), lc.shape_dtype((2, 4, 8)))
 
-Nothing is said of a layer that keeps its promises. Of another, one error says which it broke:
+A layer that keeps its promises gives no output. For any other, an error names the broken promise:
 
 >>> class Centred(Scale):
 ...     position_wise = True
@@ -27,7 +27,7 @@ Nothing is said of a layer that keeps its promises. Of another, one error says w
 ... except AssertionError as error:
 ...     print(error)
 Centred() breaks the promise 'position_wise':
-what says that it is position-wise gives the same for a piece of the positions.
+a layer that says it is position-wise gives the same for a slice of the positions.
   came:     output 0, given all positions but the first: float32[2,3,8] is off by up to 0.569
   expected: what it gives for them among all
   fix:      say that it is not position-wise: position_wise = False in the class
@@ -76,14 +76,14 @@ def check_layer(
       layer: any layer.
       signature: of its inputs: a `shape_dtype`, or a tuple of them. Small ones are quick; with
         positions there should be four or so.
-      positions: the axis of positions in each input, and None for one that is given whole at every
-        step of decoding. By default 1 in all that have two axes or more. ``()`` says that there
-        are none, and the layer is not decoded.
+      positions: the axis of positions in each input; None for an input that is given whole at every
+        step of decoding. By default axis 1 of inputs with two axes or more. ``()`` says that there
+        are no positions; the layer is then not decoded.
       positions_out: the axis of positions in the outputs.
       vocab_size: integers among the inputs are below it. By default the smallest `vocab_size` of
         the layer and of those inside it, else 2.
-      draws: whether training must draw from the key, or must not. By default both are right.
-      tolerance: relative and absolute, where float32 results are compared.
+      draws: whether training must draw from the key (True) or must not (False); None allows both.
+      tolerance: relative and absolute, for comparing float32 results.
       skip: names of checks to leave out.
 
     Raises:
@@ -119,7 +119,7 @@ def layer_checks(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """The checks of `check_layer` one by one, for a test of each.
 
-    What they compute is computed once for all of them, when the first one needs it. With pytest::
+    They share their computations, which run when a check first needs them. With pytest::
 
         CHECKS = dict(lc.testing.layer_checks(Scale(2.0), lc.shape_dtype((2, 4, 8))))
 

@@ -1,4 +1,4 @@
-"""Checks along the positions: decoding step by step, and what says that it may be cut."""
+"""Checks along the positions: decoding step by step, and position-wise layers on slices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layercomb.testing.trial import Trial
 
 
 def decodes_step_by_step(trial: Trial) -> None:
-    """PREDICT, piece by piece, gives what EVAL gives for the whole, and keeps one state."""
+    """PREDICT, slice by slice, gives what EVAL gives for the whole; the state keeps its form."""
     if not trial.length:
         return
     start, made = trial.get('decoded')
@@ -30,7 +30,7 @@ def decodes_step_by_step(trial: Trial) -> None:
         found = difference(got, wanted, trial.tolerance)
         expect(
             not found,
-            f'output {n}, given {len(pieces)} pieces of the positions: {found}',
+            f'output {n}, given {len(pieces)} slices of the positions: {found}',
             'what EVAL gives for all positions at once',
             'in PREDICT keep in the state what earlier positions left, and look at no later one; '
             'check_layer(…, positions=(…)) says which axes are positions, () that there are none',
@@ -38,7 +38,7 @@ def decodes_step_by_step(trial: Trial) -> None:
 
 
 def may_be_cut_if_it_says_so(trial: Trial) -> None:
-    """A layer that says it is position-wise gives, for some positions, what it gives among all."""
+    """A layer that says it is position-wise gives the same for a slice of the positions."""
     if 'cut' not in trial.parts:
         return
     whole = trial.outputs(Mode.EVAL)[0]

@@ -1,4 +1,4 @@
-"""The table of checks, each with the promise it looks after."""
+"""The table of checks, each with the promise that it checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Check:
     Attributes:
       promise: what every layer promises.
       run: raises `Broken` if the promise is broken.
-      fix: what most likely mends an error that the layer itself raises during the check.
+      fix: the most likely fix of an error that the layer itself raises during the check.
     """
 
     promise: str
@@ -30,11 +30,15 @@ class Check:
     def __call__(self, name: str, trial: Trial) -> None:
         """Runs the check.
 
+        Args:
+          name: of the check, for the error.
+          trial: the layer with its inputs.
+
         Raises:
           LayerCheckError: if the promise is broken.
         """
         try:
-            with jax.debug_key_reuse(False):  # 'keys' alone looks after it, for what all compute
+            with jax.debug_key_reuse(False):  # the check 'keys' covers what all of them compute
                 self.run(trial)
         except Exception as error:
             broken = error if isinstance(error, Broken) else from_error(error, self.fix)
@@ -47,7 +51,7 @@ class Check:
             ) from (None if error is broken else error)
 
 
-# From what all else stands on to what only some layers do.
+# Basic promises first, since the others rely on them.
 CHECKS: dict[str, Check] = {
     'value': Check(
         'a layer is a frozen description, equal to its copies',
@@ -105,13 +109,13 @@ CHECKS: dict[str, Check] = {
         'see the error: it arose in apply',
     ),
     'decoding': Check(
-        'PREDICT, piece by piece, gives what EVAL gives for the whole',
+        'PREDICT, slice by slice, gives what EVAL gives for the whole',
         sequences.decodes_step_by_step,
         'in PREDICT apply takes any number of next positions, without a key; a layer without '
         'positions is checked with positions=()',
     ),
     'position_wise': Check(
-        'what says that it is position-wise gives the same for a piece of the positions',
+        'a layer that says it is position-wise gives the same for a slice of the positions',
         sequences.may_be_cut_if_it_says_so,
         'say that it is not position-wise: position_wise = False in the class',
     ),

@@ -1,4 +1,4 @@
-"""A layer on trial: what it computes for one signature, each thing once for all checks."""
+"""A trial of a layer: its results for one signature, computed once for all checks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Traced:
 
 
 class Trial:
-    """A layer, example inputs, and what comes of them, computed when it is first asked for.
+    """A layer with example inputs, and its results, computed when they are first needed.
 
     Args:
       layer: the layer.
@@ -87,7 +87,12 @@ class Trial:
         return next((x.shape[axis] for x, axis in found if axis is not None), 0)
 
     def piece(self, values: Any, begin: int, end: int) -> Arrays:
-        """The inputs' positions from `begin` to `end`."""
+        """A slice of the inputs along the positions.
+
+        Args:
+          values: the inputs.
+          begin, end: the first position, and the one after the last.
+        """
         return tuple(
             x if axis is None else jax.lax.slice_in_dim(x, begin, end, axis=axis)
             for x, axis in zip(values, self.positions, strict=True)
@@ -170,7 +175,11 @@ class Trial:
         return made[0], made[1]
 
     def results(self, apply_key: int) -> dict[str, Any]:
-        """What all parts give, compiled as one program; of broken ones, the errors."""
+        """The results of all parts, compiled as one program; an error in the place of a broken one.
+
+        Args:
+          apply_key: the seed of the key that `apply` gets.
+        """
         if apply_key not in self._results:
             self._results[apply_key] = self._computed(apply_key)
         return self._results[apply_key]

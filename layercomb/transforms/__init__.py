@@ -1,8 +1,8 @@
-"""What varies is a rewrite, not a flag: functions from a description to a description.
+"""Transforms: functions from a description of a model to another description.
 
-Precision, quantization, tying and unstacking change no layer's code and keep every path. What needs
-the description alone is built on one bottom-up `rewrite`, which reaches every layer, inside
-combinators and wrappers alike.
+Precision, quantization, tying and unstacking are transforms, not flags of layers. They keep every
+path. Those that need only the description use `rewrite`, which reaches every layer, inside
+combinators and wrappers too.
 """
 
 from layercomb.transforms.casting import Cast, cast

@@ -23,8 +23,7 @@ from layercomb.trees import Tree
 class Cast(Wrapper):
     """Computes a layer in another dtype: weights and inputs are cast on the way in.
 
-    The weights that are kept, and their gradients, stay as they are (float32); what comes out is
-    of the given dtype.
+    Stored weights and their gradients stay float32. Outputs have the given dtype.
 
     Attributes:
       layer: what to compute: a leaf, or a wrapper around one.
@@ -67,7 +66,11 @@ class Cast(Wrapper):
         return self.layer.apply(narrow_weights, state, narrow_inputs, rng=rng, mode=mode)
 
     def narrowed(self, tree: Any) -> Any:
-        """A tree with its floats in the dtype; narrow matrices stay as they are."""
+        """Casts the floats of a tree to the dtype; narrow matrices stay as they are.
+
+        Args:
+          tree: weights, or a tuple of inputs.
+        """
 
         def one(x: Any) -> Any:
             return x if isinstance(x, Narrow) or not is_float(x) else x.astype(self.dtype)
@@ -77,7 +80,7 @@ class Cast(Wrapper):
 
 @one_pass.register(Cast)
 def _cast(layer, weights, state, inputs, cts, **given):
-    """The inner layer's rule, on what is cast; gradients are cast back."""
+    """The inner layer's rule on cast weights and inputs; gradients are cast back."""
     wide = weights, tuple(inputs)
     outputs, d_inputs, d_weights = one_pass(
         layer.layer, layer.narrowed(weights), state, layer.narrowed(wide[1]), cts, **given
@@ -97,8 +100,8 @@ def _uncastable(layer: Layer) -> Layer | None:
 def cast(net: Layer, dtype: Any = 'bfloat16') -> Layer:
     """Computes a model in `dtype`, with float32 weights, norms, softmaxes, losses and streams.
 
-    Leaves that say ``float32 = True`` are left alone; attention and matrix products sum in float32
-    whatever they are given.
+    Leaves with ``float32 = True`` stay as they are. Attention and matrix products sum in float32
+    for any dtype of inputs.
 
     Args:
       net: any layer.
@@ -112,7 +115,7 @@ def cast(net: Layer, dtype: Any = 'bfloat16') -> Layer:
 
     def one(layer: Layer) -> Layer:
         if isinstance(layer, Cast):
-            return layer.layer  # cast anew, inside
+            return layer.layer  # the layer inside is cast already
         routes = layer.sublayers or isinstance(layer, Combinator)  # Serial() has none
         return layer if routes or layer.float32 else Cast(layer, name)
 

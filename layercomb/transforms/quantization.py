@@ -31,10 +31,10 @@ from layercomb.trees import Tree
 
 @functools.singledispatch
 def narrow_paths(layer: Layer) -> tuple[str, ...]:
-    """The paths of the weights that a leaf can compute from when they are narrow.
+    """The paths of a leaf's weights that may be narrow.
 
-    A layer of one's own that multiplies by them through `core.dense`, `core.matmul` or
-    `core.contract` joins in, and declares their axes in `weight_axes`::
+    Your own layer can take part if it multiplies by the weights through `core.dense`, `core.matmul`
+    or `core.contract`, and declares their axes in `weight_axes`. Register it::
 
         transforms.narrow_paths.register(Mine, lambda layer: ('kernel',))
     """
@@ -65,7 +65,7 @@ def _of_features(layer: Layer) -> tuple[str, ...]:
 
 @narrow_paths.register(SparseFF)
 def _of_units(layer: Layer) -> tuple[str, ...]:
-    """Not of the controller: it is small, and rounded it would choose other units."""
+    """The controller is left out: it is small, and rounding would make it choose other units."""
     del layer
     return 'in/kernel_transposed', 'out/kernel'
 
@@ -73,13 +73,13 @@ def _of_units(layer: Layer) -> tuple[str, ...]:
 class Quantized(Wrapper):
     """A leaf whose matrices are kept in few bits; `quantize` makes it, with the weights.
 
-    What was ``kernel`` is integers under the same name, and ``kernel_scales`` beside it; bfloat16
-    has no scales. Its gradient is for its inputs, and for the weights that are not narrow.
+    ``kernel`` becomes integers under the same name, with float32 ``kernel_scales`` beside it;
+    bfloat16 has no scales. Gradients exist for inputs, and for weights that are not narrow.
 
     Attributes:
       layer: a leaf, or a `Cast` around one.
       bits: 8, 4, or 16 for bfloat16.
-      group_size: how many weights share a scale, about: see `quantize`.
+      group_size: about how many weights share a scale: see `quantize`.
       smallest: matrices with fewer weights stay as they are.
 
     Raises:
@@ -118,7 +118,11 @@ class Quantized(Wrapper):
         return self.layer.apply(self._seen(weights), state, inputs, rng=rng, mode=mode)
 
     def narrow(self, weights: Tree) -> Tree:
-        """The leaf's weights, possibly stacked on leading axes, with its large matrices narrow."""
+        """The leaf's weights with its large matrices narrow.
+
+        Args:
+          weights: the leaf's, possibly stacked on leading axes.
+        """
         for path, axes in narrow_axes(bare(self.layer)).items():
             wide = trees.get(weights, path)
             shape = wide.shape[wide.ndim - len(axes) :]
@@ -150,10 +154,10 @@ class Quantized(Wrapper):
 
         Args:
           path: of the weight, in the leaf.
-          leaf: what stands there, an array or `jax.ShapeDtypeStruct`.
+          leaf: the value there, an array or `jax.ShapeDtypeStruct`.
 
         Returns:
-          None for a weight that is as the leaf has it.
+          The axes, such as 'F<-D'; None for a weight that is not narrow.
         """
         of_matrix = path.removesuffix(_SCALES)
         layer = bare(self.layer)
@@ -174,10 +178,11 @@ _SCALES = '_scales'
 def narrow_axes(layer: Layer) -> dict[str, str]:
     """The weights of a leaf that may be narrow, and their axes as `Narrow` writes them.
 
-    Tables and units are rounded along their rows, other matrices along what a product sums over.
+    Tables and units are rounded along their rows, other matrices along the axes that a product
+    sums over.
 
     Raises:
-      TypeError: for a weight that is declared as no such matrix.
+      TypeError: for a weight that is not declared as a matrix or table.
     """
     return {path: _narrow_axes(layer, path) for path in narrow_paths(layer)}
 
@@ -203,29 +208,32 @@ def _rows(wide: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def bare(layer: Layer) -> Layer:
-    """The leaf that a model computes, out of what says in which precision: `Cast`, `Quantized`."""
+    """The layer inside `Cast` and `Quantized`; any other layer is returned as it is."""
     return bare(layer.layer) if isinstance(layer, (Cast, Quantized)) else layer
 
 
 def quantize(
     net: Layer, weights: Tree, bits: int = 8, group_size: int = 64, *, smallest: int = 4096
 ) -> tuple[Layer, Tree]:
-    """The same model with its large matrices in few bits, to be decoded or evaluated.
+    """The same model with its large matrices in few bits, for decoding or evaluation.
 
     Kernels of dense layers and projections, tables of embeddings, units of sparse feed-forwards and
-    features of multiplicative layers become int8, int4 or bfloat16; biases, norms, positions,
-    controllers and whatever is small stay as they are. Narrow matrices are rows along what a
-    product sums over, a kernel (D, F) being (F, D), and integers have a float32 scale for each
-    group of a row, at ``…_scales``; all names are kept. Both ends of a `Tied` model are
-    quantized, each along its own sum, and it is tied no longer.
+    features of multiplicative layers become int8, int4 or bfloat16. Biases, norms, positions,
+    controllers and small weights stay as they are. A narrow matrix is stored with the summed axis
+    last, so a kernel (D, F) becomes (F, D). Integers have a float32 scale for each group of a row,
+    at ``…_scales``. All names are kept. Both ends of a `Tied` model are quantized separately, and
+    the result is no longer tied.
 
     Args:
       net: any layer, stacked or `unstack`ed.
       weights: its weights, which are not changed.
       bits: 8, 4, or 16 for bfloat16, which has no scales.
-      group_size: how many weights share a scale. Where it does not divide what there is, the
-        divisor nearest to it, by ratio, takes its place.
+      group_size: how many weights share a scale. If it does not divide the length of a row, the
+        nearest divisor, by ratio, is used.
       smallest: matrices with fewer weights stay as they are.
+
+    Returns:
+      (layer, weights).
 
     Raises:
       ValueError: for other bits; and when the gradient for a quantized weight is asked for.

@@ -9,7 +9,7 @@ from layercomb.layers.core.walk import joined
 
 
 def rewrite(net: Layer, fn: Callable[..., Layer], *, paths: bool = False) -> Layer:
-    """Applies `fn` to every layer, from the leaves up, and puts its results in their places.
+    """Replaces every layer by what `fn` returns for it, from the leaves up.
 
     Args:
       net: any layer.

@@ -1,4 +1,4 @@
-"""`Tied`: a model in which a weight, or a whole layer's, is also another one."""
+"""`Tied`: a model in which two weights, or the weights of two layers, are shared."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from layercomb.trees import Tree
 
 
 class Tied(Wrapper):
-    """A model in which the weights at one path are those at another: there are none at `target`.
+    """A model that uses the weights at `source` at `target` too, where it has none of its own.
 
     A path is that of one weight, or of a layer, all of whose weights are shared. State (running
-    statistics, caches) is not. Several ties are several `Tied` around each other.
+    statistics, caches) is not shared. For several ties, nest several `Tied`.
 
     Attributes:
       layer: the model.
-      source: the path of what is there, e.g. ``'embedding/table'``, or ``'first'`` for a layer.
-      target: the path of what it also serves as, e.g. ``'head/kernel'``, or ``'last'``.
+      source: the path of the weights that exist, e.g. ``'embedding/table'``, or ``'first'`` for a
+        layer.
+      target: the path where they are used too, e.g. ``'head/kernel'``, or ``'last'``.
       via: a module-level function from one weight to the other, e.g. ``jnp.transpose``.
 
     Raises:
@@ -75,7 +76,10 @@ class Tied(Wrapper):
         return outputs, trees.drop(weights, self.target), state
 
     def misfit(self, whole: Tree) -> str | None:
-        """Why the weights at `source` cannot serve at `target` of the whole model's; None if so.
+        """Why the weights at `source` cannot be used at `target`; None if they can.
+
+        Args:
+          whole: the weights of the model without the tie, arrays or `jax.ShapeDtypeStruct`.
 
         Raises:
           KeyError: if one of the paths does not exist.
@@ -100,7 +104,7 @@ class Tied(Wrapper):
         return self._difference(source, target)
 
     def _difference(self, source: Tree, target: Tree) -> str | None:
-        """What two layers do not have in common, of the weights in them and their shapes."""
+        """The first difference between two layers' weights, by path and shape; None if equal."""
         here, there = trees.flatten(source), trees.flatten(target)
         for path in sorted(here.keys() | there.keys()):
             has = [tuple(at[path].shape) if path in at else 'nothing' for at in (here, there)]
@@ -117,7 +121,7 @@ class Tied(Wrapper):
         return self.layer.apply(self.untied(weights), state, inputs, rng=rng, mode=mode)
 
     def untied(self, weights: Tree) -> Tree:
-        """The weights with those at `target` too."""
+        """The weights of the model without the tie: those at `target` are filled in."""
         value = trees.get(weights, self.source)
         return trees.put(weights, self.target, self.via(value) if self.via else value)
 

@@ -16,10 +16,10 @@ from layercomb.trees import Tree
 
 
 def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
-    """The same model with one subtree of weights a layer where `Repeat` or `Map` had one for all.
+    """The same model with separate weights for each layer of a `Repeat` or `Map`, for decoding.
 
-    For decoding: slicing stacked weights copies them at every token. Do it once, before the first.
-    The state in ``PREDICT`` is the same for both models; `unstack_state` unstacks training's.
+    Slicing stacked weights would copy them at every token, so unstack once, before the first one.
+    The state in ``PREDICT`` is the same for both models; `unstack_state` unstacks that of training.
 
     Args:
       net: any layer.
@@ -95,7 +95,7 @@ def _is_stacked(net: Layer) -> bool:
 
 
 def _moved(net: Tied, weights: Tree) -> bool:
-    """Whether unstacking moves an end of a tie, so that its paths would not lead to it."""
+    """Whether unstacking moves an end of a tie, so that its paths are no longer valid."""
     try:
         whole = net.untied(weights)
     except KeyError:

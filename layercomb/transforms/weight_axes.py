@@ -16,10 +16,10 @@ from layercomb.trees import Tree
 
 
 def axes(net: Layer, weights: Tree) -> dict[str, Axes]:
-    """The axes of each weight, as the layers declare them in `weight_axes`, by path.
+    """The axes of each weight by path, as the layers declare them in `weight_axes`.
 
-    Axes that `Repeat` stacked are told apart from those of the layer. A weight that nobody declares
-    has axes that are not `is_declared`.
+    Axes that `Repeat` stacked are counted apart. For a weight that its layer does not declare,
+    `is_declared` of its axes is False.
 
     Args:
       net: any layer.
@@ -48,7 +48,11 @@ def axes(net: Layer, weights: Tree) -> dict[str, Axes]:
 def holder(net: Layer, path: str) -> tuple[Layer, str, int]:
     """The layer that makes a weight, the weight's path in it, and how many axes are stacked.
 
-    A path that leads nowhere ends at the last combinator on its way.
+    For a path that does not exist, it is the last combinator on the way.
+
+    Args:
+      net: any layer.
+      path: of a weight.
     """
     layer, rest, stacked = net, path, 0
     while rest not in layer.weight_axes:
@@ -66,7 +70,13 @@ def holder(net: Layer, path: str) -> tuple[Layer, str, int]:
 
 
 def declared(net: Layer, path: str, leaf: Any) -> str | None:
-    """What is declared of a weight, an array or `jax.ShapeDtypeStruct`; None if nothing is."""
+    """The axes that are declared for a weight, such as 'D->F'; None if there are none.
+
+    Args:
+      net: any layer.
+      path: of the weight.
+      leaf: the weight, an array or `jax.ShapeDtypeStruct`.
+    """
     layer, rest, _ = holder(net, path)
     if isinstance(layer, Quantized):
         return layer.narrow_spec(rest, leaf) or declared(layer.layer, rest, leaf)

@@ -14,7 +14,7 @@ import pytest
 
 from layercomb import Model, cli, models, shape_dtype, trees
 from layercomb.data import ByteTokenizer
-from layercomb.errors import UsageError, of_the_person
+from layercomb.errors import UsageError, usage_errors
 from layercomb.interop.safetensors import load_weights
 from layercomb.launcher import runs
 
@@ -304,8 +304,8 @@ def test_mistakes_in_a_binding(files, capsys, binding):
 
 
 @pytest.mark.parametrize('error', [OverflowError, ZeroDivisionError, IndexError, LookupError])
-def test_errors_of_values_are_of_the_person(error):
-    with pytest.raises(UsageError, match='too large'), of_the_person():
+def test_errors_of_values_are_usage_errors(error):
+    with pytest.raises(UsageError, match='too large'), usage_errors():
         raise error('too large')
 
 

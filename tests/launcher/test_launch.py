@@ -24,7 +24,7 @@ def test_only_training_asks_for_huge_pages(linux):
     assert not launcher.wants_huge_pages({}, [])
 
 
-def test_a_setting_of_the_person_is_left_alone(linux):
+def test_a_setting_of_the_user_is_left_alone(linux):
     assert not launcher.wants_huge_pages({'GLIBC_TUNABLES': ''}, ['train'])
 
 

@@ -347,7 +347,7 @@ BROKEN = [
     ),
     (AsksForTracers(), 'jit', 'without jit, .* is off by up to', 'do not ask whether'),
     (Infinite(), 'jit', 'infinite or not a number', 'guard divisions'),
-    (Looks(), 'decoding', 'output 0, given 2 pieces of the positions: ', 'keep in the state'),
+    (Looks(), 'decoding', 'output 0, given 2 slices of the positions: ', 'keep in the state'),
     (Grows(), 'decoding', r'at seen there is float32\[2,2,8\] and not', 'make caches in init'),
     (SaysPositionWise(), 'position_wise', 'given all positions but the first', 'not position-wise'),
     (WidensNarrow(), 'bfloat16', r'bfloat16 gave float32\[2,4,8\]', 'float32 = True'),

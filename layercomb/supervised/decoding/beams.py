@@ -28,16 +28,16 @@ from layercomb.supervised.decoding.sampling import diverged, has_probabilities
 from layercomb.trees import Tree
 
 _PENALTY = Annotated[float, Bound(-10, high=10)]
-_LOW, _NONE = -1e30, -1e29  # the total of a place without a beam, and what is above it
+_LOW, _NONE = -1e30, -1e29  # the total of an empty place in the beam; real totals are above _NONE
 
 
 class Beams(NamedTuple):
-    """What a beam search found, the best first.
+    """The hypotheses that a beam search found, best first.
 
     Attributes:
-      tokens: (B, N, T) int32, without the prompts, filled up with `eos_id`.
-      scores: (B, N) float32. N is `n_best`, or less where no row has so many hypotheses; −∞ says
-        that a row has fewer than another, and that there is none.
+      tokens: (B, N, T) int32, without the prompts, filled up with `eos_id`. N is `n_best`, or the
+        largest number of hypotheses of a row, if that is smaller.
+      scores: (B, N) float32; −∞ marks an empty place, in a row with fewer hypotheses than N.
     """
 
     tokens: np.ndarray
@@ -57,26 +57,27 @@ def beam_search(
 ) -> Beams:
     """The likeliest continuations of each prompt that a search of limited width finds.
 
-    A hypothesis ends with `eos_id`, or has `n_tokens` tokens. One of T tokens, the last included,
-    has the score::
+    A hypothesis ends with `eos_id`, or at `n_tokens` tokens. A hypothesis of T tokens, `eos_id`
+    included, has the score::
 
         Σ_t log p(y_t | prompt, y_<t) / T ** length_penalty
 
-    Hypotheses that have ended are kept apart from live ones, so that they take no places in the
-    beam. The search stops when no live one can still come among the best. One beam without an
-    `eos_id` is greedy decoding; with an `eos_id` it goes on past an end, for a better score.
+    Ended hypotheses are kept apart from live ones, so they take no place in the beam. The search
+    stops when no live hypothesis can still become one of the best. One beam without an `eos_id` is
+    greedy decoding; with an `eos_id` it continues past an end, to look for a better score.
 
     Args:
       model, prompts, n_tokens, inputs, eos_id: as in `decoding.generate`.
       n_beams: K, how many live hypotheses a row keeps.
-      n_best: N ≤ K, how many a row returns, if there are so many.
-      length_penalty: 0 favours short hypotheses, for each token costs; 1 takes the mean.
+      n_best: N ≤ K, how many hypotheses a row returns, at most.
+      length_penalty: 0 sums the log-probabilities, which favours short hypotheses; 1 takes their
+        mean. From −10 to 10.
 
     Returns:
       `Beams`.
 
     Raises:
-      TypeError: if a number is none.
+      TypeError: if a number is not one.
       ValueError: if one is out of its range.
       UsageError: as `decoding.generate`.
 
@@ -105,7 +106,7 @@ def beam_search(
 )
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """What a search is told. Only other numbers of beams need another program."""
+    """The arguments of a search. Only `n_beams` and `n_best` need another program."""
 
     n_beams: int
     n_best: int
@@ -114,13 +115,13 @@ class _Search:
     eos_id: Any  # -1 if nothing ends a hypothesis
 
     def normed(self, total: jax.Array, length: Any) -> jax.Array:
-        """Scores of hypotheses of a length, −∞ in places without one."""
+        """The scores of hypotheses of a length; −∞ in empty places."""
         score = total / jnp.asarray(length, jnp.float32) ** self.length_penalty
         return jnp.where(total > _NONE, score, -jnp.inf)
 
 
 class _Carry(NamedTuple):
-    """A search under way, after `length` tokens."""
+    """The state of a search after `length` tokens."""
 
     length: jax.Array
     tokens: jax.Array  # (B, K, T), the live ones
@@ -133,7 +134,7 @@ class _Carry(NamedTuple):
 
 @jax.jit
 def _run(start: Start, search: _Search) -> tuple[jax.Array, ...]:
-    """Tokens, scores, how many tokens were made, and whether all had probabilities."""
+    """Tokens, scores, how many tokens were made, and whether all logits gave probabilities."""
     b, k, n, t = len(start.tokens), search.n_beams, search.n_best, search.n_tokens
     logits, state = ingest(start)
     per_row = _per_row(start)
@@ -153,8 +154,8 @@ def _run(start: Start, search: _Search) -> tuple[jax.Array, ...]:
     )
 
     def unfinished(carry: _Carry) -> jax.Array:
-        # What a live one may still reach: its total only falls, and is divided by one length or
-        # another, of which the first or the last favours it most.
+        # The best score that a live hypothesis may still reach. Its total only falls, and the
+        # length that favours it most is the next one or the last one.
         best = carry.totals.max(-1)
         reach = jnp.maximum(search.normed(best, carry.length + 1), search.normed(best, t))
         hopes = (carry.length < t) & (reach > carry.scores.min(-1)).any()
@@ -169,7 +170,7 @@ def _run(start: Start, search: _Search) -> tuple[jax.Array, ...]:
         return carry._replace(logits=logits, state=state)
 
     carry = jax.lax.while_loop(unfinished, step, carry)
-    # The live ones of full length are hypotheses too; of others none could come among the best.
+    # Live hypotheses of full length count too. Shorter ones cannot become one of the best.
     is_full = carry.length == t
     full = jnp.where(is_full, search.normed(carry.totals, t), -jnp.inf)
     best = _best(search, carry, carry.tokens, full)
@@ -177,10 +178,10 @@ def _run(start: Start, search: _Search) -> tuple[jax.Array, ...]:
 
 
 def _choose(search: _Search, carry: _Carry) -> tuple[jax.Array, _Carry]:
-    """Each row's next live hypotheses, and the beams, (B, K), that they go on from."""
+    """Each row's next live hypotheses, and the beams (B, K) that they continue."""
     b, k, vocab_size = carry.logits.shape
     total = carry.totals[:, :, None] + jax.nn.log_softmax(carry.logits)
-    # Twice as many as there are beams: at most K of them end, one for each beam.
+    # 2K candidates suffice: at most K of them end, one for each beam.
     total, at = jax.lax.top_k(total.reshape(b, k * vocab_size), min(2, vocab_size) * k)
     beam, token = at // vocab_size, at % vocab_size  # (B, 2K)
     tokens = jnp.take_along_axis(carry.tokens, beam[:, :, None], 1)
@@ -197,31 +198,32 @@ def _choose(search: _Search, carry: _Carry) -> tuple[jax.Array, _Carry]:
 
 
 def _stay(beam: jax.Array) -> jax.Array:
-    """An order of hypotheses that go on from beams (K,), in which one of each beam takes its place.
+    """An order of hypotheses, which continue beams (K,), that moves as few caches as possible.
 
-    Caches are then copied only into the places of beams from which nothing goes on.
+    The first hypothesis that continues a beam takes that beam's place. So caches are copied only
+    into the places of beams that no hypothesis continues.
     """
     k = len(beam)
     same = beam[:, None] == beam[None]  # (K, K)
     stays = ~jnp.tril(same, -1).any(1)  # the first of its beam
-    free = _order(jnp.zeros(k, bool).at[beam].set(True))  # places where nothing goes on first
+    free = _order(jnp.zeros(k, bool).at[beam].set(True))  # free places first
     place = jnp.where(stays, beam, free[jnp.cumsum(~stays, dtype=jnp.int32) - 1])
     return _order(place)
 
 
 def _order(x: jax.Array) -> jax.Array:
-    return jnp.argsort(x).astype(jnp.int32)  # JAX's default integer is what a program sets
+    return jnp.argsort(x).astype(jnp.int32)  # argsort's dtype depends on jax_enable_x64
 
 
 def _best(search: _Search, carry: _Carry, tokens: jax.Array, scores: jax.Array) -> Any:
-    """The best N of those that ended before and those that end now."""
+    """The best N of the hypotheses that ended before and those that end now."""
     scores, at = jax.lax.top_k(jnp.concatenate([carry.scores, scores], 1), search.n_best)
     tokens = jnp.concatenate([carry.ended, tokens], 1)
     return jnp.take_along_axis(tokens, at[:, :, None], 1), scores
 
 
 def _per_row(start: Start) -> Tree:
-    """Which arrays of a state have something for each row: those that grow with their number."""
+    """Which arrays of a state are per row: those whose shape changes with the number of rows."""
 
     def shapes(n_rows: int) -> Tree:
         signature = start.signature(start.room, n_rows)
@@ -232,7 +234,7 @@ def _per_row(start: Start) -> Tree:
 
 
 def _repeated(state: Tree, per_row: Tree, n: int, k: int) -> Tree:
-    """A state of n rows with each of them k times; some arrays have several lines a row."""
+    """A state of n rows with each row k times; some arrays have several lines a row."""
 
     def repeat(x: jax.Array, is_per_row: bool) -> jax.Array:
         if not is_per_row:
@@ -244,15 +246,15 @@ def _repeated(state: Tree, per_row: Tree, n: int, k: int) -> Tree:
 
 
 def _copied(state: Tree, per_row: Tree, chosen: jax.Array) -> Tree:
-    """A state in which beam i of row b is what beam `chosen[b, i]` was, updated in place.
+    """Copies beam `chosen[b, i]` of row b to beam i, in place.
 
-    Beams are copied one by one, and only those that change. What they are copied from does not
-    change, thanks to `_stay`.
+    Only beams that change are copied, one by one. Thanks to `_stay`, no beam is overwritten before
+    it is copied.
     """
     b, k = chosen.shape
     source = (chosen + jnp.arange(b, dtype=jnp.int32)[:, None] * k).reshape(-1)
     moves = source != jnp.arange(b * k, dtype=jnp.int32)
-    order = _order(~moves)  # those first
+    order = _order(~moves)  # beams that change first
 
     def one(i: jax.Array, state: Tree) -> Tree:
         def copy(x: jax.Array, is_per_row: bool) -> jax.Array:

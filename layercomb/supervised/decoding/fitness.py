@@ -1,7 +1,7 @@
-"""Whether a model's layers can decode, where they are given one position at a time.
+"""Checks that a model's layers can decode one position at a time.
 
-A layer that works on each position by itself can, and so can one that keeps in ``PREDICT`` what it
-needs of the positions before. Any other would give wrong numbers without a word.
+A position-wise layer can, and so can a layer that keeps a cache of earlier positions in
+``PREDICT``. Any other layer would silently give wrong numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from layercomb.trees import Tree
 
 @dataclasses.dataclass
 class _Seen:
-    """What is seen of a layer while a model is initialised for decoding."""
+    """What was observed of a layer while a model was initialised for decoding."""
 
     layer: Layer
     signatures: list[Signature] = dataclasses.field(default_factory=list)
@@ -35,11 +35,11 @@ class _Seen:
 def judged_init(
     net: Layer, signature: Signature, rng: jax.Array
 ) -> tuple[tuple[Tree, Tree], str | None]:
-    """Weights and state in ``PREDICT``, and why a layer cannot decode, if one cannot.
+    """Initialises a model for ``PREDICT``, and finds a layer that cannot decode, if there is one.
 
-    It cannot if it is given one position at a time, is not known to be position-wise, and keeps
-    nothing of the positions before. What a layer is given whole at every step, such as a source, is
-    no such position.
+    A layer cannot decode if it gets one position at a time, is not known to be position-wise, and
+    keeps no state of earlier positions. Inputs that a layer gets whole at every step, such as a
+    source, do not count as positions.
 
     Args:
       net: a model.
@@ -47,7 +47,8 @@ def judged_init(
       rng: a key.
 
     Returns:
-      What `net.init` gives, and cause and cure of the first layer that cannot, or None.
+      ((weights, state), refusal): what `net.init` returns, and the error text for the first layer
+      that cannot decode, or None.
     """
     suspects = {id(layer): layer for layer in _suspects(net)}
     seen, made = _observed(suspects, lambda: net.init(signature, rng, Mode.PREDICT))
@@ -65,7 +66,7 @@ def judged_init(
 
 
 def _suspects(layer: Layer, given_whole: bool = False) -> Iterator[Layer]:
-    """Layers that say something else than ``position_wise = True``, and not for what they hold."""
+    """Layers that do not say ``position_wise = True``, unless only because of a layer inside."""
     said = layer.position_wise
     if said is True:
         return
@@ -81,9 +82,9 @@ def _suspects(layer: Layer, given_whole: bool = False) -> Iterator[Layer]:
 def _observed(
     suspects: dict[int, Layer], init: Callable[[], tuple[Tree, Tree]]
 ) -> tuple[dict[int, _Seen], tuple[Tree, Tree]]:
-    """What is seen of suspects that `init` initialises in ``PREDICT``, and what it gives.
+    """Runs `init`; returns what was observed of suspects in ``PREDICT``, and its result.
 
-    What stands in `Once` is initialised as it evaluates, and so is not seen.
+    Layers inside `Once` are initialised in ``EVAL``, so they are not observed.
     """
     seen: dict[int, _Seen] = {}
 
@@ -99,7 +100,7 @@ def _observed(
 
 
 def _holds_cache(seen: _Seen) -> bool:
-    """Whether the layer itself has state in ``PREDICT`` that it has not in training."""
+    """Whether the layer itself has state in ``PREDICT`` that it does not have in training."""
     layer, signature = seen.layer, seen.signatures[-1]
     own = seen.paths - _paths(layer, signature, Mode.TRAIN)
     if isinstance(layer, Combinator):
@@ -115,7 +116,7 @@ def _paths(layer: Layer, signature: Signature, mode: Mode) -> frozenset[str]:
 
 
 def _with_other_length(signature: Signature) -> Signature:
-    """The same with fewer tokens, or with two where there is one."""
+    """The same signature with one token less a row, or with two tokens instead of one."""
     at = min(1, len(signature) - 1)
     batch, length, *rest = signature[at].shape
     shape = (batch, length - 1 if length > 1 else 2, *rest)

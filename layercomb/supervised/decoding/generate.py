@@ -1,14 +1,14 @@
 """Decoding: `generate` a batch in one compiled program, or `stream` it token by token.
 
-Both read the prompt at once, then go a position at a time in ``PREDICT``, with caches that are
-updated in place. Row b of step i draws with a key folded with b and i, so what row b samples does
-not depend on how many rows there are and what they hold, nor on which of the two functions makes
-it; the same prompt in another row draws anew. `beam_search` looks for the likeliest continuations,
-and `score` tells how likely given ones are.
+Both read the prompt at once, then go one position at a time in ``PREDICT``, with caches that are
+updated in place. Row b of step i draws with a key folded with b and i. So the sample of row b does
+not depend on the other rows, nor on which of the two functions makes it; the same prompt in another
+row gives another sample. `beam_search` looks for the likeliest continuations, and `score` gives the
+likelihood of given texts.
 
-All numbers are arrays in the programs. A new program is compiled for another model, another number
-of rows, and for lengths that `round_up` tells apart; with LSH attention of neighbourhood='chunk',
-which would see padding, for every length of a prompt.
+All numbers are arguments of the programs. A new program is compiled for another model, another
+number of rows, and each length that `round_up` gives. LSH attention with neighbourhood='chunk'
+would see padding, so there a program is compiled for every prompt length.
 """
 
 from __future__ import annotations
@@ -67,14 +67,15 @@ def generate(
     Args:
       model: with weights: a language model, (B, L) → (B, L, V), or an encoder-decoder, (B, S),
         (B, L)[, mask (B, S)] → (B, L, V).
-      prompts: (B, P) integers, or a list of B sequences of integers of any lengths; to an
-        encoder-decoder what its decoder begins with, a token at least.
-      n_tokens: how many to make.
-      inputs: what an encoder reads, likewise; lengths may differ if the model takes a mask.
+      prompts: (B, P) integers, or a list of B sequences of integers of any lengths. For an
+        encoder-decoder, what its decoder begins with: at least one token.
+      n_tokens: how many tokens to make for each row.
+      inputs: what an encoder reads, (B, S) or a list of B sequences; lengths may differ if the
+        model takes a mask.
       temperature, top_k, top_p, repetition_penalty: see `Sampler`; temperature 0 is greedy.
       rng: a typed key, or a seed.
-      eos_id: a row is done once it has made this token, and is filled up with it. It must be in the
-        vocabulary.
+      eos_id: the token that ends a row; the rest of the row is filled with it. It must be in the
+        vocabulary. None ends no row.
 
     Returns:
       (B, n_tokens) int32, without the prompts.
@@ -82,9 +83,9 @@ def generate(
     Raises:
       TypeError: if the model has no weights.
       ValueError: if a number is out of its range, or `rng` is neither a key nor a seed.
-      UsageError: if a prompt is empty, holds ids outside the vocabulary, or is with `n_tokens`
-        longer than the model's positions reach; if the model looks ahead; if `inputs` do not go
-        with the model and the prompts; or if logits are NaN, which says at which token.
+      UsageError: if a prompt is empty or holds ids outside the vocabulary; if prompt and `n_tokens`
+        together exceed the model's `max_len`; if the model sees later positions; if `inputs` do not
+        fit the model and the prompts; or if logits are NaN, naming the token.
     """
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
     start = begin(model, prompts, n_tokens, inputs, eos_id)
@@ -107,11 +108,11 @@ def stream(
     rng: jax.Array | int = 0,
     eos_id: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields (B,) tokens as they are made: the columns of what `generate` returns.
+    """Yields tokens (B,) int32 as they are made: the columns of what `generate` returns.
 
-    Ends early once every row has made `eos_id`. Arguments and errors are those of `generate`; they
-    are checked at the call, NaN where it arises. To stream many prompts of one model, unstack it
-    once: ``lc.Model(*lc.unstack(net, weights), state)``.
+    It ends early once every row has made `eos_id`. Arguments and errors are those of `generate`.
+    Arguments are checked at the call; NaN raises when it arises. To stream many prompts of one
+    model, unstack it once: ``lc.Model(*lc.unstack(net, weights), state)``.
     """
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
     start = begin(model, prompts, n_tokens, inputs, eos_id)
@@ -128,7 +129,7 @@ def _fold_each(keys: jax.Array, i: Any) -> jax.Array:
 
 
 class _Kept(NamedTuple):
-    """What the next token is made from, beside the last one."""
+    """What the next token is made from, besides the last token."""
 
     state: Tree
     seen: jax.Array  # (B, V) bool
@@ -137,7 +138,7 @@ class _Kept(NamedTuple):
 
 @jax.jit
 def _first(start: Start, sampler: Sampler, keys: jax.Array) -> tuple[jax.Array, _Kept]:
-    """The first token of each row, and what the next one is made from."""
+    """The first token of each row, (B,), and what the next one is made from."""
     logits, state = ingest(start)
     seen = sampler.seen(start.tokens, start.lengths, logits.shape[-1])
     token = sampler(logits, _fold_each(keys, 0), seen)
@@ -156,8 +157,8 @@ def _step(
 def _next(structure: Any) -> Any:
     """The compiled step: (leaves of what stays the same, state, token) → (token, state).
 
-    Leaves are flat because to walk through nested dicts of weights, and to hash a model, takes
-    longer at each token than a small model does.
+    Leaves are passed flat, since flattening nested dicts and hashing a model at each token takes
+    longer than a small model does.
     """
 
     def step(leaves: list[jax.Array], kept: _Kept, token: jax.Array) -> Any:
@@ -171,7 +172,7 @@ def _next(structure: Any) -> Any:
 def _generate(
     start: Start, sampler: Sampler, n_tokens: jax.Array, eos_id: jax.Array, keys: jax.Array
 ) -> jax.Array:
-    """(B, room), of which the first `n_tokens` are made: one program serves for any number."""
+    """(B, room) tokens, of which the first `n_tokens` are made: one program serves any number."""
     first, kept = _first(start, sampler, keys)
     made = jnp.full((len(first), start.room), jnp.maximum(eos_id, 0), jnp.int32)
     made = made.at[:, 0].set(first)
@@ -201,7 +202,7 @@ def _stream(
     done = np.zeros(len(token), bool)
     for i in range(1, n_tokens + 1):
         made = token
-        if i < n_tokens:  # the next one is on its way while this one is looked at
+        if i < n_tokens:  # dispatches the next token before this one is read
             token, kept = step(leaves, kept, made)
         shown = np.where(done, eos_id, np.asarray(made))
         check_drawn(shown[:, None], i - 1)

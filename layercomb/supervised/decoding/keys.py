@@ -1,4 +1,4 @@
-"""The key of a sample, as people give it."""
+"""The random key of a sample, from a key or a seed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from layercomb.model import seeded
 
 
 def key(name: str, value: Any) -> jax.Array:
-    """A typed key, from one, from its numbers as ``jax.random.PRNGKey`` gives them, or from a seed.
+    """Makes a typed key.
+
+    Args:
+      name: what messages call the value.
+      value: a typed key (), its numbers as ``jax.random.PRNGKey`` gives them, or an integer seed.
 
     Raises:
-      ValueError: if it is none of these, such as several keys at once.
+      ValueError: for anything else, such as several keys at once.
     """
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.shape == ():

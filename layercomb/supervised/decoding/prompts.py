@@ -1,8 +1,8 @@
-"""What decoding begins with: prompts as arrays, and a model that has read them.
+"""The start of decoding: prompts as arrays, and a model that has read them.
 
-Weights are unstacked, since slicing stacked ones copies them every token. Prompts are read whole,
-with caches of their length, which then grow to the room that is needed, so that attention over a
-prompt does not look at the room behind it.
+Weights are unstacked, since slicing stacked ones copies them at every token. Prompts are read
+whole, with caches of the prompt's length, so that attention does not see empty places. The caches
+then grow to the full length.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ Sequences = Any  # (B, P) integers, or a list of sequences of them, of any lengt
 )
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """All that decoding begins with.
+    """Everything that decoding starts from.
 
     Attributes:
       net: the model, unstacked.
-      room: how many positions there will be.
+      room: how many positions the caches hold.
       weights: of the model.
-      trained: what training left in its state.
-      context: what each step is given beside tokens: nothing, or the source of an encoder, (B, S),
-        and perhaps its mask.
-      tokens: the prompts, (B, P), padded at the end.
-      lengths: of the prompts, (B,).
+      trained: the state that training left, such as running statistics.
+      context: the inputs besides tokens, the same at each step: none, or an encoder's source
+        (B, S) int32 and, if the model takes one, its mask (B, S) bool.
+      tokens: (B, P) int32, the prompts, padded at the end.
+      lengths: (B,) int32, of the prompts.
     """
 
     net: Layer
@@ -67,14 +67,19 @@ class Start:
     lengths: jax.Array
 
     def signature(self, length: int, n_rows: int | None = None) -> Signature:
-        """Of the model's inputs, with so many tokens a row and so many rows."""
+        """The signature of the model's inputs.
+
+        Args:
+          length: how many tokens a row has.
+          n_rows: how many rows there are; None takes the number of prompts.
+        """
         n = len(self.tokens) if n_rows is None else n_rows
         around = tuple(shape_dtype((n, *x.shape[1:]), x.dtype) for x in self.context)
         tokens = shape_dtype((n, length), 'int32')
         return (*around[:1], tokens, *around[1:])
 
     def inputs(self, tokens: jax.Array) -> tuple[jax.Array, ...]:
-        """The model's, (B, T) tokens among them."""
+        """The model's inputs: tokens (B, T) int32, between the source and its mask, if any."""
         return (*self.context[:1], tokens, *self.context[1:])
 
 
@@ -85,7 +90,7 @@ def begin(
     inputs: Sequences | None = None,
     eos_id: int | None = None,
 ) -> Start:
-    """What decoding begins with; arguments and errors are those of `decoding.generate`."""
+    """Prepares decoding; arguments and errors are those of `decoding.generate`."""
     net, weights, state = checked(model)
     n_tokens = check_value('decoding', 'n_tokens', n_tokens, Size)
     tokens, lengths = padded('prompt', prompts)
@@ -110,9 +115,15 @@ def begin(
 
 
 def given(model: Model, prompt: str, tokenizer: Any) -> dict[str, Any]:
-    """What decoding begins with: the prompt; or what an encoder reads, and the end of no answer.
+    """The arguments `prompts` and `inputs` of `decoding.generate`, from one prompt as text.
 
-    That is how `data.pairs` begins answers.
+    A language model continues the prompt. An encoder-decoder reads it, and its decoder starts from
+    `eos_id`, as answers of `data.pairs` do.
+
+    Args:
+      model: a language model or an encoder-decoder.
+      prompt: the text.
+      tokenizer: see `data.Tokenizer`.
 
     Raises:
       UsageError: if the tokenizer makes no token of the prompt.
@@ -128,15 +139,20 @@ def given(model: Model, prompt: str, tokenizer: Any) -> dict[str, Any]:
 
 
 def as_id(eos_id: int | None) -> np.int32:
-    """The token that ends a row as a number, where none is an id that no token has."""
+    """The id of the token that ends a row; −1, which no token has, for None."""
     return np.int32(-1 if eos_id is None else eos_id)
 
 
 def padded_length(net: Layer, what: str, lengths: np.ndarray) -> int:
-    """How long rows of such lengths (B,) are read: as `round_up` says, if padding is not seen.
+    """The length that rows are padded to: by `round_up`, unless a layer would see the padding.
+
+    Args:
+      net: the model.
+      what: what messages call a row.
+      lengths: (B,) integers, of the rows.
 
     Raises:
-      UsageError: if padding is seen, and lengths differ.
+      UsageError: if a layer sees padding, and lengths differ.
     """
     seeing = next((layer for layer in _of_what_is_written(net) if layer.sees_padding), None)
     if seeing is None:
@@ -153,17 +169,20 @@ def padded_length(net: Layer, what: str, lengths: np.ndarray) -> int:
 
 
 def _of_what_is_written(net: Layer) -> Iterator[Layer]:
-    """The layers that work on the sequence which decoding writes, and not on a memory.
+    """The layers that work on the sequence that decoding writes.
 
-    What reads a memory is among them, and what is inside it is not: an encoder gets no padding
-    without a mask, has a length of its own, and may look ahead.
+    A layer that reads a memory is one of them; layers inside it, such as an encoder, are not: an
+    encoder has its own length and mask, and may look ahead.
     """
     for _, layer in walk(net, enter=lambda layer: not layer.reads_memory):
         yield layer
 
 
 def checked(model: Model) -> tuple[Layer, Tree, Tree]:
-    """A model's layer, weights and state.
+    """A model's layer, weights and state, checked.
+
+    Args:
+      model: an `lc.Model`.
 
     Raises:
       TypeError: if it has no weights.
@@ -176,11 +195,19 @@ def checked(model: Model) -> tuple[Layer, Tree, Tree]:
 
 
 def context_of(net: Layer, inputs: Sequences | None, n_rows: int) -> tuple[jax.Array, ...]:
-    """The source that an encoder reads, (B, S), and its mask where the model takes one.
+    """The source that an encoder reads, and its mask if the model takes one.
+
+    Args:
+      net: the model.
+      inputs: (B, S) integers, or a list of sequences of them; None for a language model.
+      n_rows: B, the number of prompts.
+
+    Returns:
+      (), or a source (B, S) int32, or that and a mask (B, S) bool.
 
     Raises:
-      UsageError: if there is one and no encoder or the other way round, if its number of rows is
-        not that of the prompts, or if rows differ in length and the model takes no mask.
+      UsageError: if there is a source and no encoder, or an encoder and no source; if the source
+        has another number of rows; or if rows differ in length and the model takes no mask.
     """
     if net.n_in > 1 and not any(layer.reads_memory for _, layer in walk(net)):
         raise UsageError(
@@ -224,7 +251,14 @@ def context_of(net: Layer, inputs: Sequences | None, n_rows: int) -> tuple[jax.A
 
 
 def padded(what: str, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged sequences as one array (B, P), padded with 0 at the end, and their lengths (B,).
+    """Makes one array of ragged sequences.
+
+    Args:
+      what: what messages call a sequence.
+      sequences: (B, P) integers, or a list of B sequences of integers.
+
+    Returns:
+      (tokens, lengths): (B, P) int32, padded with 0 at the end, and (B,) int32.
 
     Raises:
       UsageError: if they are not sequences of integers, if one is empty, or if there is none.
@@ -251,7 +285,13 @@ def padded(what: str, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_ids(net: Layer, what: str, tokens: np.ndarray) -> None:
-    """Raises a UsageError if ids lie outside the vocabulary of what reads them."""
+    """Raises a UsageError if ids lie outside the vocabulary of the layer that reads them.
+
+    Args:
+      net: the model.
+      what: 'source' for what an encoder reads; else what messages call the ids.
+      tokens: (B, L) integers.
+    """
     after_source = net.n_in > 1 and what != 'source'
     try:
         check_tokens(net, (None, tokens) if after_source else (tokens,))
@@ -260,22 +300,27 @@ def check_ids(net: Layer, what: str, tokens: np.ndarray) -> None:
 
 
 def max_len(net: Layer) -> int | None:
-    """The longest sequence that a model writes, prompt included, or None if nothing limits it."""
+    """The most positions that a model can write, prompt included; None if nothing limits them.
+
+    Args:
+      net: the model; its least ``max_len`` counts.
+    """
     limits = (getattr(layer, 'max_len', None) for layer in _of_what_is_written(net))
     return min((n for n in limits if n is not None), default=None)
 
 
 def source_max_len(net: Layer) -> int | None:
-    """The longest sequence that a model's encoder reads."""
+    """The most positions that a model's encoder can read; None if nothing limits them."""
     readers = [layer for layer in _of_what_is_written(net) if layer.reads_memory]
     limits = [max_len(inside) for layer in readers for inside in layer.sublayers]
     return min((n for n in limits if n is not None), default=None)
 
 
 def round_up(length: int) -> int:
-    """The next multiple of an eighth of the power of two below, or of 64: near lengths meet there.
+    """Rounds a length up, so that few programs are compiled.
 
-    So programs are compiled for few lengths, and at most an eighth is computed in vain.
+    The result is a multiple of 64, or of an eighth of the power of two below the length if that is
+    more. Beyond 512, padding is at most an eighth of the length.
 
     >>> [round_up(n) for n in (1, 64, 65, 1000, 1025, 4097)]
     [64, 64, 128, 1024, 1152, 4608]
@@ -296,18 +341,23 @@ def _refuse_looking_ahead(net: Layer) -> None:
 
 
 def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
-    """A fresh decoding state with what training left: running statistics, but no caches.
+    """A decoding state with empty caches, and with the running statistics of training.
+
+    Args:
+      net: the model.
+      trained: its state after training.
+      signature: of its inputs; caches are as long as it says.
 
     Raises:
-      UsageError: if there are some for which the decoding state has no place, or if a layer mixes
-        positions, or may, and keeps none.
+      UsageError: if the decoding state has no place for a statistic, or if a layer may mix
+        positions and keeps no cache.
     """
     (_, fresh), refusal = judged_init(net, signature, jax.random.key(0))
     if refusal is not None and _is_of_each_position(net.output_signature(signature, Mode.PREDICT)):
-        raise UsageError(refusal)  # what is no language model is told so by what reads its logits
+        raise UsageError(refusal)  # `logits_of` refuses a model that is no language model
     made = jax.eval_shape(lambda: net.init(signature, jax.random.key(0), Mode.TRAIN)[1])
     of_training = trees.flatten(made)
-    statistics, _ = take_out(trained, AuxLoss)  # which decoding does not ask for
+    statistics, _ = take_out(trained, AuxLoss)  # decoding needs no auxiliary losses
     kept = {path: x for path, x in trees.flatten(statistics).items() if path in of_training}
     homeless = sorted(kept.keys() - trees.flatten(fresh).keys())
     if homeless:
@@ -319,7 +369,12 @@ def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
 
 
 def ingest(start: Start) -> tuple[jax.Array, Tree]:
-    """Reads the prompts: logits (B, V) after each, and the state with each row at its length."""
+    """Reads the prompts.
+
+    Returns:
+      (logits, state): (B, V) after each prompt's last token, and a state with room for all
+      positions, in which each row stands at its prompt's length.
+    """
     length, at = start.tokens.shape[1], start.lengths - 1
     state = fresh_state(start.net, start.trained, start.signature(length))
     inputs, short = start.inputs(start.tokens), at_one_position(start.net)
@@ -335,14 +390,17 @@ def ingest(start: Start) -> tuple[jax.Array, Tree]:
 def logits_of(outputs: tuple[jax.Array, ...]) -> jax.Array:
     """A language model's only output, (B, L, V).
 
+    Args:
+      outputs: of the model.
+
     Raises:
-      UsageError: if it is no such model.
+      UsageError: if they are anything else than one float array of three axes.
     """
     return _of_each_position(outputs, 'of tokens')
 
 
 def _of_each_position(values: tuple[jax.Array, ...], where: str) -> jax.Array:
-    """The only value, (B, L, …), in numbers; `where` says what of a model makes it."""
+    """The only value, (B, L, …) floats; `where` says which part of a model makes it."""
     if not _is_of_each_position(values):
         given = ', '.join(f'{x.dtype}{list(x.shape)}' for x in values)
         raise UsageError(
@@ -353,12 +411,12 @@ def _of_each_position(values: tuple[jax.Array, ...], where: str) -> jax.Array:
 
 
 def _is_of_each_position(values: tuple[Any, ...]) -> bool:
-    """Whether arrays, or their signatures, are one alone, (B, L, …), in numbers."""
+    """Whether arrays, or their signatures, are a single one, of three axes and floats."""
     return len(values) == 1 and values[0].ndim == 3 and is_float(values[0])
 
 
 def _grown(start: Start, state: Tree) -> Tree:
-    """A state whose caches have grown to the room there is, with zeros behind what they held."""
+    """A state whose caches have grown to the room there is, padded with zeros."""
     whole = jax.eval_shape(
         lambda: fresh_state(start.net, start.trained, start.signature(start.room))
     )
@@ -371,7 +429,16 @@ def _grown(start: Start, state: Tree) -> Tree:
 
 
 def advance(start: Start, state: Tree, token: jax.Array) -> tuple[jax.Array, Tree]:
-    """Runs one position, (B,) tokens: logits (B, V) after it."""
+    """Runs one position.
+
+    Args:
+      start: what decoding starts from.
+      state: in ``PREDICT``.
+      token: (B,) int32, each row's next token.
+
+    Returns:
+      (logits, state): (B, V) after the token, and the new state.
+    """
     inputs = start.inputs(token[:, None])
     (logits,), state = start.net.apply(start.weights, state, inputs, mode=Mode.PREDICT)
     return logits[:, 0], state
@@ -392,9 +459,11 @@ class _AtPosition(Wrapper):
 
 
 def at_one_position(net: Layer) -> Layer | None:
-    """The model with positions (B,) as a last input and logits (B, 1, V) there alone.
+    """The model with another last input, positions (B,), and logits (B, 1, V) only there.
 
-    Paths are the same. None if it does not end with a layer that says ``makes_logits``.
+    Returns:
+      A layer with the same paths; None if the model does not end with a layer that says
+      ``makes_logits``.
     """
     if isinstance(net, Tied):
         inner = at_one_position(net.layer)

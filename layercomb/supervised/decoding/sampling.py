@@ -14,8 +14,8 @@ import numpy as np
 from layercomb.checks import Bound, Size, take_fields
 from layercomb.errors import UsageError
 
-NO_TOKEN = -1  # what is drawn where there are no probabilities
-_COLD = 1e-6  # lower temperatures draw the likeliest token, but for what float32 rounds
+NO_TOKEN = -1  # drawn where the logits have no probabilities
+_COLD = 1e-6  # below it, argmax takes the likeliest token, as drawing would, up to rounding
 _ALL = 2**31 - 1  # more tokens than any vocabulary has
 
 Temperature = Annotated[float, Bound(0, math.inf)]
@@ -25,19 +25,19 @@ Penalty = Annotated[float, Bound(1e-6, high=1e6)]
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How the next token is drawn from its logits: what follows, in this order.
+    """How the next token is drawn from its logits.
 
-    All numbers are arrays in a compiled program, so that one serves for any: what they leave out is
-    not computed, which is decided at every token.
+    The repetition penalty is applied first, then temperature, top-k and top-p. All numbers are
+    arguments of the compiled program, so one program serves any of them. A filter that is switched
+    off is skipped at run time.
 
     Attributes:
-      temperature: logits are divided by it; 0 takes the likeliest token, and so does what is below
-        1e-6.
-      top_k: only the k likeliest tokens may be drawn.
-      top_p: only the likeliest tokens whose probabilities together reach p may be drawn.
-      repetition_penalty: before all that, the logits of tokens that the row holds already, prompt
-        included, are divided by it where they are positive and multiplied where they are not; 1
-        changes nothing, more makes repetitions rarer.
+      temperature: logits are divided by it; 0, or less than 1e-6, takes the likeliest token.
+      top_k: only the k likeliest tokens may be drawn; None for no limit.
+      top_p: only the likeliest tokens whose probabilities together reach p may be drawn; None for
+        no limit.
+      repetition_penalty: for tokens that the row already holds, prompt included, positive logits
+        are divided by it and others multiplied. 1 changes nothing; more makes repetitions rarer.
 
     Raises:
       TypeError: if a value is no number.
@@ -64,10 +64,10 @@ class Sampler:
         Args:
           logits: (B, V).
           keys: (B,) typed keys.
-          seen: (B, V) bool, the tokens that each row holds; None penalises nothing.
+          seen: (B, V) bool, the tokens that each row holds; None for no penalty.
 
         Returns:
-          (B,) int32; `NO_TOKEN` where logits are NaN, or infinite without leaving probabilities.
+          (B,) int32; `NO_TOKEN` in rows without probabilities, see `has_probabilities`.
         """
         logits = logits.astype(jnp.float32)
         if seen is not None:
@@ -100,24 +100,42 @@ class Sampler:
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
     def seen(self, tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
-        """What rows hold at first, (B, V) bool, of prompts (B, P)."""
+        """The tokens that rows hold at first, (B, V) bool.
+
+        Args:
+          tokens: (B, P) int32, the prompts, padded at the end.
+          lengths: (B,) int32, of the prompts.
+          vocab_size: V.
+        """
         there = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
         rows = jnp.arange(len(tokens), dtype=jnp.int32)[:, None]
         return jnp.zeros((len(tokens), vocab_size), bool).at[rows, tokens].max(there)
 
     def add(self, seen: jax.Array, token: jax.Array) -> jax.Array:
-        """What rows hold after one more token each, (B,)."""
+        """Adds one token a row.
+
+        Args:
+          seen: (B, V) bool, the tokens that rows hold.
+          token: (B,) int32.
+
+        Returns:
+          (B, V) bool.
+        """
         return seen.at[jnp.arange(len(token), dtype=jnp.int32), token].set(True)
 
 
 def has_probabilities(logits: jax.Array) -> jax.Array:
-    """Whether logits (…, V) stand for probabilities: no NaN, no +∞, and one at least above −∞."""
-    # Not by their maximum, for on a CPU that ignores NaN.
+    """Whether logits (…, V) give probabilities: no NaN, no +∞, and at least one above −∞."""
+    # The maximum would not do: on a CPU it ignores NaN.
     return (logits < jnp.inf).all(-1) & (logits > -jnp.inf).any(-1)
 
 
 def diverged(where: str) -> UsageError:
-    """What is raised where there are no probabilities."""
+    """The error for logits without probabilities, to be raised.
+
+    Args:
+      where: the place, such as 'at token 3 of row 0'.
+    """
     return UsageError(
         f'the logits are NaN or infinite {where}: the weights have most likely diverged, so load '
         'those of an earlier checkpoint, or train with a lower learning rate'
@@ -125,17 +143,22 @@ def diverged(where: str) -> UsageError:
 
 
 def check_drawn(tokens: np.ndarray, first: int) -> None:
-    """Raises a UsageError if tokens (B, T), the first of which is a row's i-th, have no value."""
+    """Raises a UsageError if one of the tokens is `NO_TOKEN`.
+
+    Args:
+      tokens: (B, T) integers.
+      first: the number of the first column, for the message.
+    """
     steps, rows = np.nonzero(tokens.T == NO_TOKEN)
     if steps.size:
         raise diverged(f'at token {first + steps[0]} of row {rows[0]}')
 
 
 def _likeliest(logits: jax.Array, shares: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Logits (B, V) without those below the largest t for which Σ shares[logits ≥ t] ≥ wanted.
+    """Sets logits (B, V) below t to −∞, for the largest t with Σ shares[logits ≥ t] ≥ wanted.
 
-    Found bit by bit, from the highest: 32 sums, where sorting a vocabulary of 50,000 takes longer
-    than many a model.
+    t is found bit by bit, by 32 sums. Sorting a vocabulary of 50,000 would take longer than a step
+    of a small model.
     """
     bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.uint32)
     sign = jnp.uint32(1 << 31)
@@ -165,5 +188,5 @@ def _unflatten(_: None, numbers: Sequence[Any]) -> Sampler:
     return sampler
 
 
-# A program holds for any numbers, and for any that are not given.
+# One program serves all numbers, also those that are None.
 jax.tree_util.register_pytree_node(Sampler, _flatten, _unflatten)

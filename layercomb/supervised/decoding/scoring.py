@@ -1,4 +1,4 @@
-"""How likely a model holds a given text to be."""
+"""`score`: the log-likelihood of given texts under a model."""
 
 from __future__ import annotations
 
@@ -31,12 +31,11 @@ _TOGETHER = 512  # positions whose logits exist at a time
 
 
 class Scores(NamedTuple):
-    """Log-likelihoods.
+    """Log-likelihoods, in nats.
 
     Attributes:
-      tokens: (B, L) float32, log p of each token after those before it; 0 for what is given, and
-        for what lies behind the end of a row.
-      totals: (B,) float32, their sums.
+      tokens: (B, L) float32, log p(y_t | y_<t) of each token; 0 for given tokens and for padding.
+      totals: (B,) float32, the sums over tokens.
     """
 
     tokens: np.ndarray
@@ -48,13 +47,13 @@ def score(
 ) -> Scores:
     """The log-likelihood of texts: Σ_t log p(y_t | y_<t), over t from `n_given` on.
 
-    Whole sequences at once, in ``EVAL``; logits exist for a piece of the positions at a time.
+    It runs in ``EVAL``, on whole sequences. Logits exist for a slice of the positions at a time.
 
     Args:
       model: as in `decoding.generate`.
       texts: (B, L) integers, or a list of B sequences of integers, each longer than `n_given`.
-      n_given: how many tokens a text begins with that are not scored, but given: 1 at least, for a
-        model says nothing about what comes first.
+      n_given: how many first tokens of each text are given and not scored; at least 1, since the
+        model gives no probability to the first token.
       inputs: what an encoder reads, as in `decoding.generate`.
 
     Returns:
