@@ -147,7 +147,6 @@ def test_percentiles(house, values):
 
 
 def test_the_library_meets_its_goals(house):
-    """Those that it has met once; the others are shown by the script."""
     code = f'import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import house; house.main(); '
     code += "print('jax' in sys.modules, 'layercomb' in sys.modules)"
     done = subprocess.run(
@@ -156,5 +155,5 @@ def test_the_library_meets_its_goals(house):
     text, _, imported = done.stdout.rstrip().rpartition('\n')
     assert imported == 'False False'
     missed = {goal.measure for goal in house.missed(json.loads(text))}
-    assert not missed & {'widest_folder', 'n_private', 'p90'}
+    assert not missed
     assert not json.loads(text)['back_and_forth']['modules_top']
