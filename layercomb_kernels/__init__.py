@@ -1,21 +1,20 @@
-"""Products of a few rows of activations, in C++, for decoding on a CPU.
+"""C++ kernels for products of a few rows of activations, for decoding on a CPU.
 
-XLA widens int8, int4 and bfloat16 weights anew at every product, which at one position costs ten
-times what the product does, gathers rows before it multiplies them, and lays out anew the factors
-of sparse layers. For each position these kernels read a weight once. They are compiled at first
-use, with the machine's own compiler; without one, or with ``LAYERCOMB_KERNELS=0``, `available` is
-false, and the library multiplies as XLA does. ``python -m layercomb_kernels`` says what there is,
-and compiles ahead.
+XLA is slow there. It widens int8, int4 and bfloat16 weights again for every product, which at one
+position takes ten times as long as the product itself; it gathers rows before it multiplies them;
+and it copies the factors of sparse layers to another layout. These kernels read each weight once
+per position. Small operations such as a norm are included, since XLA makes about six loops of one,
+each of which costs a few microseconds.
 
-Weights are float32, bfloat16, int8, or two int4 in a byte (uint8): byte j of a row of n holds
-column j in its low half, and column j + n in its high one. Scales are float32, one for each group
-of integers along a row; floats have none, (0, 0). Where the processor has an instruction for it,
-integers are multiplied by activations rounded to 16 bits, with a scale of their own for every few
-values: products are then exact to some 2e-5 of what is typical, where rounding a weight to int8 has
-cost 4e-3.
+The kernels are compiled at first use with the machine's own compiler. Without a compiler, or with
+``LAYERCOMB_KERNELS=0``, `available` is false and the library uses XLA. ``python -m
+layercomb_kernels`` compiles them ahead and reports whether they work.
 
-What is little work, such as a norm, is here because XLA makes some six loops of it, each of which
-costs a few microseconds whatever it does.
+Weights are float32, bfloat16, int8, or two int4 in a byte (uint8): in a row of n bytes, byte j
+holds column j in its low half and column j + n in its high half. Scales are float32, one for each
+group of integers along a row; float weights have none, (0, 0). On processors with an integer dot
+product, activations are rounded to 16 bits, with a scale for every few values. The typical relative
+error of a product is then 2e-5; rounding weights to int8 costs 4e-3.
 
 Letters: M rows of activations, D their width, F outputs, K gathered rows, G groups, S modules.
 """
@@ -50,20 +49,20 @@ _off = jax.make_user_context(False)
 
 
 def available() -> bool:
-    """Whether the kernels work here; the first call compiles them."""
+    """Whether the kernels can be used here; the first call compiles them."""
     return why_not() is None
 
 
 def why_not() -> str | None:
-    """What keeps the kernels from being used, in one line; None if nothing does."""
+    """Why the kernels cannot be used, in one line; None if they can. It compiles them if needed."""
     return 'switched off by layercomb_kernels.off()' if _off.value else _register()
 
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """A context without kernels, for programs that leave this process, such as `jax.export`'s.
+    """A context without kernels, for programs that leave this process, such as exported ones.
 
-    What is traced inside is not mixed up with what was traced outside.
+    Programs traced inside and outside are kept apart.
     """
     with _off(True):
         yield
@@ -86,9 +85,9 @@ def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array
 
     Args:
       x: (M, D) float32.
-      words: (F, D), or (F, D / 2) of int4.
-      scales: (F, G), for groups of D / G weights of a row, in int4 each within one half of it;
-        (0, 0) of floats.
+      words: W (F, D), or (F, D / 2) uint8 of two int4 each.
+      scales: (F, G) float32, for groups of D / G weights in a row, for int4 each within one half of
+        it; (0, 0) for float weights.
 
     Returns:
       (M, F) float32.
@@ -102,11 +101,11 @@ def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array
 def gathered_products(
     x: jax.Array, at: jax.Array, words: jax.Array, scales: jax.Array
 ) -> jax.Array:
-    """y[m, k] = Σ_d x[m, d] W[at[m, k], d], reading no other rows.
+    """y[m, k] = Σ_d x[m, d] W[at[m, k], d]; no other rows of W are read.
 
     Args:
       x: (M, D) float32.
-      at: (M, K) int32; what lies outside takes the nearest row.
+      at: (M, K) int32; an index out of bounds is clamped.
       words, scales: as of `row_products`.
 
     Returns:
@@ -119,7 +118,7 @@ def gathered_products(
 
 
 def gathered_sums(h: jax.Array, at: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array:
-    """y[m, d] = Σ_k h[m, k] W[at[m, k], d], reading no other rows.
+    """y[m, d] = Σ_k h[m, k] W[at[m, k], d]; no other rows of W are read.
 
     Args:
       h: (M, K) float32.
@@ -157,7 +156,7 @@ def factored_products(
 
 
 def module_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """y[m, s] = Σ_p Σ_j x[m, p, s + j] W[p, j], of windows of J modules at P positions.
+    """y[m, s] = Σ_p Σ_j x[m, p, s + j] W[p, j], over P positions and windows of J modules.
 
     Args:
       x: (M, P, S + J − 1, D) float32.
@@ -174,9 +173,9 @@ def module_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def chosen_units(x: jax.Array, first: jax.Array, second: jax.Array, block_size: int) -> jax.Array:
-    """The number of the largest logit in each block, of the logits x A B.
+    """The number of the largest logit in each block of N, for the logits x A B.
 
-    Of equal ones it is the first; of a block with NaN it is the last one.
+    Of equal logits the first is chosen; in a block with NaN, the last unit.
 
     Args:
       x: (M, D) float32.
@@ -185,7 +184,7 @@ def chosen_units(x: jax.Array, first: jax.Array, second: jax.Array, block_size: 
       block_size: N, which divides F.
 
     Returns:
-      (M, F / N) int32, counted from 0 to F − 1.
+      (M, F / N) int32, numbers from 0 to F − 1.
     """
     _check_ranks(x=(x, 2), first=(first, 2), second=(second, 2))
     n = second.shape[1]
@@ -201,7 +200,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     Args:
       x: (M, D) float32.
       scale, bias: (D,) float32.
-      epsilon: what keeps the divisor from 0.
+      epsilon: added under the root.
 
     Returns:
       (M, D) float32.
@@ -210,7 +209,16 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """x / √(mean of x² + epsilon) · scale, along rows; arguments as of `layer_norm`."""
+    """x / √(mean of x² + epsilon) · scale, along rows.
+
+    Args:
+      x: (M, D) float32.
+      scale: (D,) float32.
+      epsilon: added under the root.
+
+    Returns:
+      (M, D) float32.
+    """
     return _normalize(x, scale, epsilon)
 
 
@@ -224,17 +232,17 @@ def _normalize(x: jax.Array, scale: jax.Array, epsilon: float, *bias: jax.Array)
 def query_attention(
     query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array
 ) -> jax.Array:
-    """y[n] = Σ_c softmax(query[n] · keys[n, c]) values[n, c], over the c that are seen.
+    """y[n] = Σ_c softmax(query[n] · keys[n, c]) values[n, c], over the seen c; 0 if none is seen.
 
-    What lies behind the last key that is seen is not read; values before it are, and must be
-    numbers. Where no key is seen y is 0. Rows and heads are one axis of N = M · H, as they are in a
-    cache: reshaped, XLA would copy it.
+    Keys and values after the last seen key are not read. Values before it are read, and must be
+    finite. Rows and heads share one axis of N = M · H, as in a cache, which XLA would copy if it
+    were reshaped.
 
     Args:
       query: (N, K) float32.
       keys: (N, C, K) float32.
       values: (N, C, V) float32.
-      seen: (M, C) bool, alike for all heads of a row.
+      seen: (M, C) bool, the same for all heads of a row.
 
     Returns:
       (N, V) float32.
@@ -245,18 +253,20 @@ def query_attention(
     _check(fits, query, keys, values, seen)
     _check_dtypes(keys, query, keys, values)
     if seen.dtype != jnp.bool_:
-        raise TypeError(f'what is seen is told by bool, got {seen.dtype}')
+        raise TypeError(f'seen must be bool, got {seen.dtype}')
     return _call('query_attention', (n, values.shape[2]), query, keys, values, seen)
 
 
 def gathered_cosines(x: jax.Array, at: jax.Array, keys: jax.Array, epsilon: float) -> jax.Array:
-    """y[n, k] = x[n] · w / √(w · w + epsilon), w being keys[n, at[n, k]], reading no others.
+    """y[n, k] = x[n] · w / √(w · w + epsilon), where w = keys[n, at[n, k]].
+
+    No other keys are read.
 
     Args:
       x: (N, D) float32.
-      at: (N, K) int32; what lies outside takes the nearest.
+      at: (N, K) int32; an index out of bounds is clamped.
       keys: (N, L, D) float32.
-      epsilon: what keeps the divisor from 0.
+      epsilon: added under the root.
 
     Returns:
       (N, K) float32.
@@ -270,11 +280,11 @@ def gathered_cosines(x: jax.Array, at: jax.Array, keys: jax.Array, epsilon: floa
 
 
 def gathered_means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
-    """y[n] = Σ_k p[n, k] values[n, at[n, k]], reading no others.
+    """y[n] = Σ_k p[n, k] values[n, at[n, k]]; no other values are read.
 
     Args:
       p: (N, K) float32.
-      at: (N, K) int32; what lies outside takes the nearest.
+      at: (N, K) int32; an index out of bounds is clamped.
       values: (N, L, D) float32.
 
     Returns:
@@ -298,17 +308,17 @@ def _check_ranks(**expected: tuple[jax.Array, int]) -> None:
 
 
 def _check(fits: bool, *args: jax.Array) -> None:
-    """The kernels trust the shapes that they are given."""
+    """Checks shapes, which the kernels do not check themselves."""
     if not fits:
         shapes = ', '.join(str(tuple(x.shape)) for x in args)
         raise ValueError(f'the shapes do not fit together: {shapes}')
 
 
 def _check_matrix(words: jax.Array, scales: jax.Array, x: jax.Array) -> None:
-    """Whole groups, and a scale for each."""
+    """Checks that groups are whole and each has a scale."""
     _check_dtypes(words, x, scales)
     if words.dtype in (jnp.int8, jnp.uint8):
-        n_parts = 2 if words.dtype == jnp.uint8 else 1  # a byte of int4 is of either half of a row
+        n_parts = 2 if words.dtype == jnp.uint8 else 1  # a byte has an int4 of each half of a row
         n_groups = scales.shape[1] // n_parts
         whole = n_groups > 0 and words.shape[1] % n_groups == 0
         fits = scales.shape == (len(words), n_parts * n_groups)
@@ -318,7 +328,7 @@ def _check_matrix(words: jax.Array, scales: jax.Array, x: jax.Array) -> None:
 
 
 def _check_dtypes(words: jax.Array, *floats: jax.Array) -> None:
-    """The kernels trust dtypes, too."""
+    """Checks dtypes, which the kernels do not check themselves."""
     for x in floats:
         if x.dtype != jnp.float32:
             raise TypeError(f'the kernels take float32, got {x.dtype}')

@@ -1,4 +1,4 @@
-"""``python -m layercomb_kernels``: compiles the kernels ahead, and says whether they work."""
+"""``python -m layercomb_kernels``: compiles the kernels ahead and reports whether they work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from layercomb_kernels import build
 
 
 def main() -> int:
-    """Prints where the kernels are, or why there are none; 0 if they work."""
+    """Prints where the kernels are, or why there are none; returns 0 if they work, else 1."""
     reason = layercomb_kernels.why_not()
     if reason is not None:
         print(f"no kernels, products are XLA's: {reason}")

@@ -1,8 +1,8 @@
-"""Compiles the kernels once for a machine, into the user's cache.
+"""Compiles the kernels once per machine, into the user's cache.
 
-The file's name carries a hash of all that the result depends on: source, flags, compiler, jaxlib
-and processor. It is made under another name and moved into place, so that processes which start
-together do not disturb each other.
+The file name contains a hash of everything the result depends on: source, flags, compiler, jaxlib
+and processor. The file is written under a temporary name and then moved, so that processes that
+start together do not interfere.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _SECONDS = 300
 
 
 class Unavailable(Exception):
-    """Why there are no kernels, in one line."""
+    """The kernels cannot be used; the message is the reason, in one line."""
 
 
 def load() -> ctypes.CDLL:
-    """The kernels, compiled if they have not been before.
+    """The compiled kernels, as a shared library; compiles them if needed.
 
     Raises:
       Unavailable: if they are switched off, there is no compiler, or it fails.
@@ -42,7 +42,7 @@ def load() -> ctypes.CDLL:
         raise Unavailable(f'switched off by {SWITCH}=0')
     path = library_path()
     if _is_intact(path):
-        with contextlib.suppress(OSError):  # of another machine, perhaps: made anew, once
+        with contextlib.suppress(OSError):  # perhaps of another machine: compile again, once
             return ctypes.CDLL(str(path))
     _compile(path)
     try:
@@ -52,10 +52,10 @@ def load() -> ctypes.CDLL:
 
 
 def library_path() -> Path:
-    """Where the compiled kernels of this machine are kept.
+    """The path of this machine's compiled kernels, whether or not they exist yet.
 
     Raises:
-      Unavailable: if there is no compiler, or no place for a user's cache.
+      Unavailable: if there is no compiler, or no directory for a user's cache.
     """
     parts = [
         *(path.read_text(encoding='utf-8') for path in [*SOURCES, *HEADERS]),
@@ -68,7 +68,7 @@ def library_path() -> Path:
 
 
 def _cache() -> Path:
-    """The user's cache. A relative one does not count, as the XDG specification has it."""
+    """The user's cache directory. A relative path is ignored, as the XDG specification says."""
     for path in (os.environ.get('XDG_CACHE_HOME', ''), os.path.expanduser('~/.cache')):
         if os.path.isabs(path):
             return Path(path)
@@ -80,12 +80,12 @@ def _digest(content: bytes) -> str:
 
 
 def _seal(path: Path) -> Path:
-    """Where the hash of a library stands, which was written when the library was complete."""
+    """The file with a library's hash, which is written after the library is complete."""
     return path.with_suffix('.sha256')
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether a library is as it was made: to load one that was cut short ends the process."""
+    """Whether a library has its recorded hash: loading a truncated one would end the process."""
     try:
         return _seal(path).read_text(encoding='utf-8') == _digest(path.read_bytes())
     except (OSError, ValueError):
@@ -103,7 +103,7 @@ def _command() -> list[str]:
 
 
 def _processor() -> str:
-    """What -march=native goes by: the model and its flags, where the system tells."""
+    """What -march=native depends on: the model and its flags, if the system reports them."""
     lines: set[str] = set()
     with contextlib.suppress(OSError):
         known = ('model name', 'flags', 'Features', 'CPU part')
@@ -135,7 +135,7 @@ def _compile(path: Path) -> None:
 
 
 def _run(commands: Iterable[list[str]]) -> None:
-    """Runs compilers, all at once."""
+    """Runs the compiler commands in parallel."""
 
     def run(command: list[str]) -> None:
         done = subprocess.run(command, capture_output=True, timeout=_SECONDS)

@@ -256,7 +256,7 @@ def test_shapes_are_checked():
     ):
         with pytest.raises(ValueError, match=r'\w+ must have \d axes, got \('):
             call()
-    with pytest.raises(TypeError, match='what is seen is told by bool, got float32'):
+    with pytest.raises(TypeError, match='seen must be bool, got float32'):
         kernels.query_attention(x, x[:, None], x[:, None], np.ones((2, 1), np.float32))
     with pytest.raises(TypeError, match='the kernels take float32, got float16'):
         kernels.row_products(np.ones((2, 16), np.float16), words, scales)

@@ -1,1 +1,1 @@
-"""Attention: functions of arrays, and the layers around them."""
+"""Attention: array functions, and the layers built on them."""

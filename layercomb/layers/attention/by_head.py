@@ -1,4 +1,4 @@
-"""`by_head`: which parts of attention can be computed for one head at a time, a rule a class."""
+"""`by_head`: which layers can compute attention one head at a time, one rule per class."""
 
 from __future__ import annotations
 
@@ -14,31 +14,36 @@ from layercomb.trees import Tree
 
 @Rules
 def by_head(layer: Layer, weights: Tree) -> Tree | None:
-    """The weights of each head alone, on a leading axis H; None if a layer needs all heads at once.
+    """The weights of a layer split by head, on a leading axis H; None if it cannot be split.
 
-    Inside reversible layers a multi-head layer goes head by head if each of its parts has a rule:
-    queries, keys and values of all heads then never exist at once. This also takes float32 streams
-    and a CPU. By default the answer is None, and attention is computed for all heads at once. It is
-    another tree for `SplitHeads` and `MergeHeads`; layers without weights, such as
-    `DotProductAttention`, `LSHAttention` and `RotaryPositions`, answer with the ``{}`` they have.
+    Inside reversible layers, a multi-head layer is computed head by head if each of its parts has a
+    rule, the streams are float32 and the platform is a CPU. Queries, keys and values of all heads
+    then never exist at once. The default rule returns None: all heads are computed at once.
 
-    A layer of one's own joins by `by_head.register`, under these conditions. Given the weights of
-    one head, as if H were 1, it computes of (B, 1, …) what it computes for that head among all. A
-    projection from heads gives that head's part of a sum. A core draws for (B, H, …) from one key a
-    head, and has no state but decisions (B, H, …). A subclass that overrides `apply` does not
-    inherit the rule of the class above.
+    `SplitHeads` and `MergeHeads` return a tree of split weights. Layers without weights, such as
+    `DotProductAttention`, `LSHAttention` and `RotaryPositions`, return their ``{}``.
+
+    Register a rule for your own layer with `by_head.register`. The layer must meet these
+    conditions:
+
+    * given the weights of one head and values (B, 1, …), it computes the same as for that head
+      among all H;
+    * a projection from heads gives that head's term of the sum over heads;
+    * a core takes one random key per head, and has no state but decisions (B, H, …).
+
+    A subclass that overrides `apply` does not inherit the rule of its base class.
 
     Args:
       layer: a part of a multi-head layer: a projection, positions, or the core.
       weights: its weights.
 
     Returns:
-      A tree of the same keys, each array (H, …).
+      A tree with the same keys, each array (H, …); or None.
 
     >>> import jax, jax.numpy as jnp
     >>> from layercomb import tl
     >>> class Scaled(tl.Layer):
-    ...     '''Heads of features as they are, times a number for each head.'''
+    ...     '''Copies the features to each head, times a number per head.'''
     ...     n_heads: int
     ...
     ...     def init(self, signature, rng, mode=tl.Mode.TRAIN):
@@ -57,7 +62,15 @@ def by_head(layer: Layer, weights: Tree) -> Tree | None:
 
 
 def as_it_is(layer: Layer, weights: Tree) -> Tree:
-    """The rule of layers without weights that treat every head alike."""
+    """The rule of layers without weights that treat every head alike.
+
+    Args:
+      layer: the layer; not used.
+      weights: its weights, ``{}``, or a tree of such.
+
+    Returns:
+      `weights`, unchanged.
+    """
     return weights
 
 
@@ -77,10 +90,13 @@ def _if_one_head_fits(layer, weights):
 
 
 def fits_one_head(spec: str) -> bool:
-    """Whether a spec that fits values (B, H, …) fits one of their heads too, where H is 1.
+    """Whether a spec for values (B, H, …) also fits one head of them, (B, 1, …).
 
-    It does not if it gives H a number, or uses its letter for another axis. A letter beside '...'
-    may be that of H; then it counts as not fitting.
+    It does not if it gives H as a number, or uses the letter of H for another axis. A letter beside
+    '...' might stand for H, so it counts as not fitting.
+
+    Args:
+      spec: as of `AssertShape`, e.g. ``'bhlk,bhmk->bhlk'``.
 
     >>> fits_one_head('bhlk,bhmk->bhlk'), fits_one_head('b2lk'), fits_one_head('bhlh')
     (True, False, False)

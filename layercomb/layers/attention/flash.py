@@ -1,12 +1,12 @@
-"""Softmax attention of whole sequences, a block of queries by a block of keys at a time.
+"""Softmax attention of whole sequences, one block of queries by one block of keys at a time.
 
-The forward pass keeps a running maximum m and sum ℓ of every query while the blocks of keys go by
-(the online softmax) and leaves the output O and the logsumexp z = m + log ℓ. The backward pass
+The forward pass visits the blocks of keys in turn. It keeps a running maximum m and sum ℓ for every
+query (online softmax), and returns the output O and the logsumexp z = m + log ℓ. The backward pass
 recomputes the probabilities of each block::
 
     P = exp(s·Q Kᵀ − z)    dV = Pᵀ dO    dS = P ∘ (dO Vᵀ − Σ dO ∘ O)    dQ = s·dS K    dK = s·dSᵀ Q
 
-Everything is written for one head, on arrays already cut into blocks, and mapped over heads.
+Functions named `…_head` compute one head, on arrays cut into blocks; they are mapped over heads.
 Shape letters: B batch, H heads, K depth of queries and keys, D depth of values; Nq blocks of q
 queries, Nk blocks of c keys.
 
@@ -29,13 +29,13 @@ from layercomb.layers.attention import tiles
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static about one call: who sees whom, and how the work is cut.
+    """The static part of one call: which keys a query sees, and the sizes of the blocks.
 
     Attributes:
       n_queries: Lq, before padding.
       n_keys: Lk, before padding.
-      q_block: queries in a block.
-      k_block: keys in a block.
+      q_block: queries in a block, q.
+      k_block: keys in a block, c.
       scale: factor s of the scores.
       causal: whether a query sees only keys at its own position and before.
       dropout_rate: share of the probabilities set to zero.
@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def n_q_blocks(self) -> int:
-        """Number of blocks of queries, Nq."""
+        """Number of blocks of queries, Nq; the last may be short."""
         return -(-self.n_queries // self.q_block)
 
     @property
@@ -61,7 +61,17 @@ class Plan:
 
 
 def visible(plan: Plan, i: Any, j: Any, mask: Any, start: Any) -> jax.Array:
-    """Which keys of block j each query of block i sees, (q or 1, c)."""
+    """Which keys of block j each query of block i sees.
+
+    Args:
+      plan: the static description.
+      i, j: numbers of the block of queries and the block of keys, int32 ().
+      mask: (Nk, c) bool, True = a real key; or None.
+      start: position of the first query, int32 ().
+
+    Returns:
+      (q, c) bool if causal, else (1, c), the same for all queries. Padding is never seen.
+    """
     key = j * plan.k_block + jnp.arange(plan.k_block, dtype=jnp.int32)
     seen = (key < plan.n_keys)[None]  # (1, c)
     if mask is not None:
@@ -73,11 +83,20 @@ def visible(plan: Plan, i: Any, j: Any, mask: Any, start: Any) -> jax.Array:
 
 
 def key_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any) -> tuple[Any, Any]:
-    """Blocks of keys for the i-th block of queries: (middle, high).
+    """Which blocks of keys the i-th block of queries reads: (middle, high).
 
-    Every query sees every key of the blocks before middle; those from middle to high need
-    `visible`; nobody sees the others. `starts` are the least and the greatest position of a
-    first query in the batch, since the bounds serve all rows together.
+    Every query sees every key of the blocks before `middle`. Blocks from `middle` up to `high`
+    (exclusive) need `visible`. No query sees the blocks from `high` on.
+
+    Args:
+      plan: the static description.
+      masked: whether there is a mask; `middle` is then 0.
+      starts: the least and the greatest position of a first query in the batch; the bounds hold for
+        all rows.
+      i: number of the block of queries.
+
+    Returns:
+      Two block numbers, Python integers where they are known, else int32 ().
     """
     middle, high = 0 if masked else plan.n_keys // plan.k_block, plan.n_k_blocks
     if plan.causal:
@@ -89,10 +108,17 @@ def key_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any) -> tup
 
 
 def query_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any) -> tuple[Any, Any]:
-    """Blocks of queries for the j-th block of keys: (low, middle).
+    """Which blocks of queries see the j-th block of keys: (low, middle).
 
-    Those from low to middle need `visible`; the queries from middle on see every key; those
-    before low see none.
+    No query of the blocks before `low` sees a key. Blocks from `low` up to `middle` (exclusive)
+    need `visible`. Queries of the blocks from `middle` on see every key.
+
+    Args:
+      plan, masked, starts: as of `key_blocks`.
+      j: number of the block of keys.
+
+    Returns:
+      Two block numbers, Python integers where they are known, else int32 ().
     """
     low = middle = 0
     high = plan.n_q_blocks
@@ -110,7 +136,22 @@ def query_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any) -> t
 
 
 def forward_head(plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, start: Any, rng: Any):
-    """One head's output (Nq, q, D) and logsumexp (Nq, q) from q (Nq, q, K), k (Nk, c, K) …"""
+    """One head's output and logsumexp.
+
+    Args:
+      plan: the static description.
+      starts: the least and the greatest position of a first query in the batch.
+      q: (Nq, q, K) float32, already times the scale.
+      k: (Nk, c, K).
+      v: (Nk, c, D).
+      mask: (Nk, c) bool, or None.
+      start: position of this row's first query, int32 ().
+      rng: key of dropout, or None.
+
+    Returns:
+      The output (Nq, q, D) in the dtype of v, zero where a query sees no key; and z (Nq, q)
+      float32, `tiles.FAR` where a query sees no key.
+    """
 
     def block(i, q_i, edge, j, carry):
         m, total, out = carry
@@ -155,8 +196,18 @@ def backward_head(
     d_out: Any,
     dot_out: Any,
 ):
-    """One head's gradients of q (Nq, q, K), of k (Nk, K, c) and of v (Nk, D, c)."""
-    # Transposed once, here: products that contract the rows of both factors are slow on the CPU.
+    """One head's gradients, from the cotangent of its output.
+
+    Args:
+      plan, starts, q, k, v, mask, start, rng: as of `forward_head`.
+      z: (Nq, q) float32, the logsumexp.
+      d_out: (Nq, q, D), cotangent of the output.
+      dot_out: (Nq, q) float32, Σ dO ∘ O.
+
+    Returns:
+      Gradients of q (Nq, q, K) in float32, of k (Nk, K, c) and of v (Nk, D, c), both transposed.
+    """
+    # Transpose once: on the CPU, products that contract the rows of both factors are slow.
     q_t, d_out_t = q.swapaxes(1, 2), d_out.swapaxes(1, 2)  # (Nq, K, q), (Nq, D, q)
 
     def block(j, edge, i, carry):
@@ -188,7 +239,15 @@ def backward_head(
 
 
 def cut(x: jax.Array, block: int) -> jax.Array:
-    """Cuts the length of x (B, H, L, K) into blocks, the last one filled up with zeros."""
+    """Cuts the length of x into blocks, and pads the last one with zeros.
+
+    Args:
+      x: (B, H, L, …).
+      block: positions in a block, q.
+
+    Returns:
+      (B, H, ⌈L / q⌉, q, …).
+    """
     n_blocks = -(-x.shape[2] // block)
     missing = n_blocks * block - x.shape[2]
     x = jnp.pad(x, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 3)) if missing else x
@@ -196,13 +255,21 @@ def cut(x: jax.Array, block: int) -> jax.Array:
 
 
 def join(x: jax.Array, length: int) -> jax.Array:
-    """Undoes `cut`."""
+    """Undoes `cut`: (B, H, N, q, …) → (B, H, length, …), without the padding."""
     whole = x.shape[2] * x.shape[3]
     return x.reshape(*x.shape[:2], whole, *x.shape[4:])[:, :, :length]  # (B, H, L, K)
 
 
 def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any) -> Any:
-    """The bounds `starts`, and the arguments of `forward_head`: axes (B, H) first, q times s."""
+    """The arguments `starts` and the rest of `forward_head`, with leading axes (B, H).
+
+    Args:
+      plan, q, k, v, mask, offset, rng: as of `attend`.
+
+    Returns:
+      `starts`; and a tuple of q times the scale (B, H, Nq, q, K), k (B, H, Nk, c, K), v
+      (B, H, Nk, c, D), mask (B, H, Nk, c) or None, start (B, H) int32, and keys (B, H) or None.
+    """
     n_rows, n_heads = q.shape[:2]
     starts: tuple[Any, Any] = (0, 0)
     start = jnp.zeros((n_rows, n_heads), jnp.int32)
@@ -228,7 +295,7 @@ def attend(
     offset: jax.Array | None,
     rng: jax.Array | None,
 ) -> jax.Array:
-    """Attention as `plan` says, in memory linear in both lengths.
+    """Softmax attention as `plan` says, in memory linear in both lengths.
 
     Args:
       plan: the static description.
@@ -247,7 +314,14 @@ def attend(
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any) -> Any:
-    """The output, and what the backward pass needs."""
+    """The output (B, H, Lq, D), and the residuals of the backward pass.
+
+    Args:
+      plan, q, k, v, mask, offset, rng: as of `attend`.
+
+    Returns:
+      The output, and (q, k, v, mask, offset, rng, output, z), with z (B, H, Nq, q) float32.
+    """
     starts, heads = per_head(plan, q, k, v, mask, offset, rng)
     f = functools.partial(forward_head, plan, starts)
     out, z = tiles.over_heads(f, heads, plan.q_block * plan.k_block)
@@ -257,7 +331,16 @@ def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, r
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
-    """The gradients of q, k and v; None for what has none."""
+    """The gradients of the arguments of `attend`.
+
+    Args:
+      plan: the static description.
+      kept: the residuals of `attend_forward`.
+      d_out: (B, H, Lq, D), cotangent of the output.
+
+    Returns:
+      Gradients of q, k and v, shaped and typed as these; None for mask, offset and rng.
+    """
     q, k, v, mask, offset, rng, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     starts, heads = per_head(plan, q, k, v, mask, offset, rng)

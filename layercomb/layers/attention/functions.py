@@ -1,7 +1,7 @@
 """Exact attention as array functions, in memory linear in the length.
 
-They take and give arrays (B, H, L, K): batch, heads, length, depth of a head. The layers around
-them are in `attention`; how the work is done, in `blockwise` and `chunkwise`.
+Arguments and results are arrays (B, H, L, K): batch, heads, length, depth of a head. The layers
+that use them are in `layers`; the computation is in `flash` and `local`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def dot_product_attention(
         y[t] = Σ_c p[t, c] v[c]      p[t, ·] = softmax of scale · q[t]·k[c] over the visible c
 
     A causal query at position t sees the keys 0 … t; blocks that no query sees are not computed.
-    Scores and sums are float32 whatever the inputs are. On an NVIDIA GPU, where dtypes and
-    depths allow it, cuDNN's kernel does the work. A single query meets all keys at once, unless
-    there is dropout.
+    Scores and sums are float32 for any input dtype. On an NVIDIA GPU, cuDNN's kernel is used where
+    dtypes and depths allow it. A single query is computed against all keys at once, unless there is
+    dropout.
 
     Args:
       q: (B, H, Lq, K), floating.
@@ -50,19 +50,19 @@ def dot_product_attention(
       v: (B, H, Lk, D); D need not be K.
       causal: whether a query sees only keys at its own position and before.
       mask: (B, Lk) bool, True = a real key. A query that sees no real key gives zeros.
-      offset: (B,) int32: query t of row b stands at position offset[b] + t, and the keys at 0,
-        1, …; zero by default. What decoding needs: few queries against a cache of keys.
+      offset: (B,) int32: query t of row b is at position offset[b] + t, the keys are at 0, 1, …;
+        zero by default. Decoding uses it: few queries against a cache of keys.
       scale: factor of the scores, 1/√K by default.
       dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow by
         1 / (1 − dropout_rate).
-      rng: the key of dropout, needed where the rate is not zero.
-      block_len: queries and keys in a block, at most; chosen by default.
+      rng: a typed key for dropout, needed if the rate is not zero.
+      block_len: longest block of queries and of keys wanted; chosen by default.
 
     Returns:
       (B, H, Lq, D), in the dtype of v.
 
     Raises:
-      ValueError: where shapes, dtypes or the rate do not fit together.
+      ValueError: if shapes, dtypes or the rate do not fit together.
 
     >>> q = jnp.ones((1, 2, 5, 8))
     >>> dot_product_attention(q, q, q, causal=True).shape
@@ -106,7 +106,7 @@ def local_attention(
 ) -> jax.Array:
     """Softmax attention of each chunk to itself and its neighbours: linear in the length.
 
-    With C = chunk_len, a query at position t sees, of the keys c that exist::
+    With C = chunk_len, a query at position t sees these of the existing keys c::
 
         (⌊t/C⌋ − look_back)·C  ≤  c  ≤  t                                    causal
         (⌊t/C⌋ − look_back)·C  ≤  c  <  (⌊t/C⌋ + 1 + look_ahead)·C           not causal
@@ -122,13 +122,13 @@ def local_attention(
       mask: (B, L) bool, True = a real key. A query that sees no real key gives zeros.
       scale: factor of the scores, 1/√K by default.
       dropout_rate: as of `dot_product_attention`.
-      rng: the key of dropout.
+      rng: a typed key for dropout, needed if the rate is not zero.
 
     Returns:
       (B, H, L, D), in the dtype of v.
 
     Raises:
-      ValueError: where shapes, dtypes or sizes do not fit together.
+      ValueError: if shapes, dtypes or sizes do not fit together.
     """
     check(q, k, v, mask, None, dropout_rate, rng)
     check_chunks(q, k, chunk_len, look_back, look_ahead, causal)
@@ -150,7 +150,15 @@ def local_attention(
 
 
 def even_block(length: int, block_len: int) -> int:
-    """The block that covers `length` most evenly in as few blocks as `block_len` needs."""
+    """The block length that splits `length` most evenly into the fewest blocks.
+
+    Args:
+      length: positions to split.
+      block_len: the longest block wanted.
+
+    Returns:
+      `length` if one block holds it, else a multiple of 16, which may exceed `block_len`.
+    """
     n_blocks = -(-length // block_len)
     if n_blocks <= 1:
         return max(1, length)
@@ -166,14 +174,27 @@ def one_query(
     offset: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """Attention of a single query a row, (B, H, 1, K), to all keys at once."""
+    """Attention of one query per row to all keys at once, without dropout.
+
+    Args:
+      q: (B, H, 1, K), floating.
+      k: (B, H, Lk, K).
+      v: (B, H, Lk, D).
+      causal: whether the query sees only keys at its own position and before.
+      mask: (B, Lk) bool, True = a real key; or None.
+      offset: (B,) int32, the query's position; None for 0.
+      scale: factor of the scores.
+
+    Returns:
+      (B, H, 1, D), in the dtype of v; zero where the query sees no key.
+    """
     n_keys = k.shape[2]
     plan = blockwise.Plan(1, n_keys, 1, n_keys, scale, causal)
     start = jnp.zeros((1,), jnp.int32) if offset is None else offset
     seen = jax.vmap(lambda t: blockwise.visible(plan, 0, 0, None, t)[0])(start)  # (B or 1, Lk)
     seen = seen[:, None] if mask is None else (seen & mask)[:, None]  # (B or 1, 1, Lk)
     q_1 = q[:, :, 0].astype(jnp.float32) * scale  # (B, H, K)
-    if has_kernels(1, q_1, k, v):  # which reads what is seen alone
+    if has_kernels(1, q_1, k, v):  # a kernel reads no key after the last seen one
         seen = jnp.broadcast_to(seen[:, 0], (len(q), n_keys))
         return _fast_attend(q_1, k, v, seen)[:, :, None]  # (B, H, 1, D)
     p = _probabilities(q_1, k, seen)
@@ -181,7 +202,7 @@ def one_query(
 
 
 def _probabilities(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
-    """What queries (B, H, K) give to keys (B, H, Lk, K), where `seen` (B or 1, 1, Lk) says."""
+    """Probabilities (B, H, Lk): q (B, H, K), k (B, H, Lk, K), seen (B or 1, 1, Lk) bool."""
     scores = jnp.where(seen, tiles.dot('bhk,bhck->bhc', q, k), -tiles.FAR)
     p = jnp.exp(scores - scores.max(-1, keepdims=True, initial=-tiles.FAR))
     p = jnp.where(seen, p, 0.0)
@@ -190,7 +211,7 @@ def _probabilities(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    """Attention of queries (B, H, K) to what is seen, (B, Lk) → (B, H, D)."""
+    """Attention of queries (B, H, K) to the seen keys, (B, Lk) bool → (B, H, D)."""
     return tiles.dot('bhc,bhcd->bhd', _probabilities(q, k, seen[:, None]), v)
 
 
@@ -205,7 +226,7 @@ _fast_attend = with_kernel(_attend, _by_kernel)
 
 @functools.cache
 def has_cudnn() -> bool:
-    """Whether arrays live on an NVIDIA GPU that cuDNN's attention runs on (Ampere or later)."""
+    """Whether JAX runs on an NVIDIA GPU that has cuDNN attention (Ampere or later)."""
     if jax.default_backend() != 'gpu':
         return False
     device = jax.local_devices()[0]
@@ -213,7 +234,17 @@ def has_cudnn() -> bool:
 
 
 def cudnn_applies(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> bool:
-    """Whether cuDNN's kernel computes just this."""
+    """Whether cuDNN's kernel computes this call.
+
+    It needs one 16-bit dtype, one depth for keys and values (a multiple of 8, up to 128) and, if
+    causal, equal lengths.
+
+    Args:
+      q: (B, H, Lq, K).
+      k: (B, H, Lk, K).
+      v: (B, H, Lk, D).
+      causal: whether a query sees only keys at its own position and before.
+    """
     narrow = q.dtype in (jnp.float16, jnp.bfloat16) and q.dtype == k.dtype == v.dtype
     depth = q.shape[-1]
     fits = depth == v.shape[-1] and depth % 8 == 0 and depth <= 128
@@ -223,7 +254,18 @@ def cudnn_applies(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> boo
 def cudnn_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, scale: float
 ) -> jax.Array:
-    """Attention by cuDNN, which wants (B, L, H, K)."""
+    """Attention by cuDNN, whose layout is (B, L, H, K).
+
+    Args:
+      q: (B, H, Lq, K).
+      k: (B, H, Lk, K).
+      v: (B, H, Lk, K).
+      causal: whether a query sees only keys at its own position and before.
+      scale: factor of the scores.
+
+    Returns:
+      (B, H, Lq, K), in the dtype of the arguments.
+    """
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, L, H, K)
     y = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation='cudnn')
     return y.swapaxes(1, 2)  # (B, H, L, D)
@@ -238,7 +280,12 @@ def check(
     dropout_rate: float,
     rng: jax.Array | None,
 ) -> None:
-    """Raises ValueError where the arguments do not fit together."""
+    """Checks the arguments of attention, as of `dot_product_attention`.
+
+    Raises:
+      ValueError: if shapes, dtypes, mask, offset or dropout rate do not fit together, or dropout
+        has no key.
+    """
     shapes = f'q {q.shape}, k {k.shape}, v {v.shape}'
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f'attention takes arrays (batch, heads, length, depth), got {shapes}')
@@ -271,7 +318,11 @@ def check_chunks(
     look_ahead: int,
     causal: bool,
 ) -> None:
-    """Raises ValueError where local attention has no meaning."""
+    """Checks the arguments of local attention, as of `local_attention`.
+
+    Raises:
+      ValueError: if a size is out of range, a causal call looks ahead, or q and k differ in length.
+    """
     chunk_len, look_back, look_ahead = map(operator.index, (chunk_len, look_back, look_ahead))
     if chunk_len < 1 or look_back < 0 or look_ahead < 0:
         raise ValueError(

@@ -1,8 +1,9 @@
 """Attention head by head: `HeadByHead`, the outputs and gradients of a multi-head layer.
 
-Attention is a sum over heads, so each head gives its part of the output and of all gradients, and
-queries, keys and values of all heads never exist at once. Projections go some positions at a time.
-Of arrays as wide as the model there are the output and the gradients of the inputs, and no others.
+Attention is a sum over heads. Each head adds its term to the output and to all gradients, so that
+queries, keys and values of all heads never exist at once. Projections are computed a slice of
+positions at a time. The only arrays as wide as the model are the output and the gradients of the
+inputs.
 
 Shape letters: B batch, L length, D d_model, H heads, K head depth.
 """
@@ -28,7 +29,7 @@ from layercomb.trees import Tree
 
 
 class Head(NamedTuple):
-    """What one head has of its own.
+    """The arrays that belong to one head.
 
     Attributes:
       weights: of the parts, for this head.
@@ -42,11 +43,16 @@ class Head(NamedTuple):
 
 
 def goes_by_head(layer: Any, weights: Tree, inputs: Any) -> bool:
-    """Whether a multi-head layer, given weights and inputs, can go head by head and should.
+    """Whether a multi-head layer is computed head by head.
 
-    It can if each part has a rule in `by_head`, and projections do not mix positions. It should on
-    a CPU, since one head would not keep another platform busy, and with float32 streams, since the
-    sum over heads would be rounded otherwise.
+    It is possible if each part has a rule in `by_head` and no projection mixes positions. It is
+    done on a CPU only, since one head does not keep another platform busy, and only with float32
+    streams, since the sum over heads would be rounded otherwise.
+
+    Args:
+      layer: a `MultiHead` layer.
+      weights: its weights.
+      inputs: its inputs, (B, L, D) and others.
     """
     parts = zip(layer.keys, layer.sublayers, strict=True)
     if any(p.position_wise is not True for key, p in parts if key in (*layer.reads, 'output')):
@@ -58,7 +64,7 @@ def goes_by_head(layer: Any, weights: Tree, inputs: Any) -> bool:
 
 
 def _apart(layer: Any, weights: Tree) -> Tree | None:
-    """The weights with a leading axis of heads; None if a part needs all heads at once."""
+    """The weights with a leading axis H; None if a part needs all heads at once."""
     made = {}
     for key, part in zip(layer.keys, layer.sublayers, strict=True):
         with where(layer, key, part, ()):
@@ -74,8 +80,8 @@ class HeadByHead:
 
     Attributes:
       owner: the `MultiHead` layer, for which `goes_by_head` holds.
-      inputs: its inputs.
-      mode: the mode.
+      inputs: its inputs, (B, L, D) and others.
+      mode: the mode of `apply`.
     """
 
     owner: Any
@@ -83,7 +89,12 @@ class HeadByHead:
     mode: Mode
 
     def outputs(self, weights: Tree, state: Tree, rng: jax.Array | None) -> Any:
-        """What `apply` gives: a tuple of the output, and the new state."""
+        """The result of `apply`: a tuple of the output (B, L, D), and the new state.
+
+        Args:
+          weights, state: of the whole layer.
+          rng: a typed key; or None.
+        """
         x = self.inputs[0]
 
         def one(total: jax.Array, head: Head) -> tuple[jax.Array, Tree]:
@@ -102,7 +113,13 @@ class HeadByHead:
         return (y,), {**state, **({'core': core} if core else {})}
 
     def gradients(self, weights: Tree, state: Tree, ct: jax.Array, rng: jax.Array | None) -> Any:
-        """What `one_pass` gives, of the cotangent of the output."""
+        """The result of `one_pass`: outputs, cotangents of the inputs and of the weights.
+
+        Args:
+          weights, state: of the whole layer.
+          ct: (B, L, D), cotangent of the output.
+          rng: a typed key; or None.
+        """
         x = self.inputs[0]
         apart, pull_apart = jax.vjp(lambda weights: _apart(self.owner, weights), weights)
         start = jax.tree.map(
@@ -117,7 +134,7 @@ class HeadByHead:
         return (y,), d_inputs, pull_apart(d_apart)[0]
 
     def _add_gradients(self, carry: Any, head: Head, ct: jax.Array) -> tuple[Any, Tree]:
-        """The output and cotangents of inputs with a head's added; cotangents of its weights."""
+        """Adds one head's output and cotangents of inputs; also returns those of its weights."""
         total, d_inputs = carry
         w, inputs = head.weights, self.inputs
 
@@ -136,7 +153,7 @@ class HeadByHead:
         return (total, d_inputs), d_weights
 
     def _heads(self, apart: Any, state: Tree, rng: jax.Array | None) -> Head:
-        """What each head has of its own, with a leading axis (H)."""
+        """The arrays of each head, with a leading axis H."""
         core = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], state.get('core', {}))
         key = fold(rng, self.owner.keys.index('core'))
         if key is not None:
@@ -154,7 +171,7 @@ class HeadByHead:
         }
 
     def _project_grad(self, weights: Tree, cts: Tree, d_inputs: Any) -> tuple[Any, Tree]:
-        """The cotangents of inputs with those of one head's projections added; of the weights."""
+        """Adds the cotangents of one head's projections; also returns those of its weights."""
         d_inputs, d_weights, reads = list(d_inputs), zero_cts(weights), self.owner.reads
         for i in sorted({reads[key] for key in cts}):
             its_cts = {key: ct for key, ct in cts.items() if reads[key] == i}
@@ -168,13 +185,16 @@ class HeadByHead:
         return tuple(d_inputs), d_weights
 
     def _merge(self, weights: Tree, values: Any) -> jax.Array:
-        """One head's part of the output, from what it attended to and the first input."""
+        """One head's term of the output, from what it attended to and the first input."""
         return self._part('output', weights, {}, values[: self._sublayer('output').n_in], None)[0]
 
     def _attend(
         self, head: Head, weights: Tree, projected: Tree, inputs: Any
     ) -> tuple[jax.Array, Tree]:
-        """What one head hands to the output, and the new state of its core, which alone draws."""
+        """One head's attention output, and the new state of its core.
+
+        Only the core gets a random key.
+        """
         owner = self.owner
         new: Tree = {}
 
@@ -199,7 +219,7 @@ class HeadByHead:
         return owner.route(call, inputs)[0], new
 
     def _part(self, key: str, weights: Tree, state: Tree, values: Any, rng: Any) -> Any:
-        """The outputs of a part; of the core with its state behind them."""
+        """The outputs of a part; the core returns its new state as the last value."""
         part = self._sublayer(key)
         with where(self.owner, key, part, values):
             check_inputs(part, values)

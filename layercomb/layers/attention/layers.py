@@ -1,4 +1,4 @@
-"""Attention layers: an attention function and what decoding keeps, and projections around it.
+"""Attention layers: cores with their decoding caches, and multi-head layers around them.
 
 Shape letters: B batch, L length, D d_model, H heads, K head depth, M memory length or room in a
 cache, T new positions.
@@ -33,14 +33,14 @@ class DotProductAttention(Layer):
 
     q (B, H, L, K), k (B, H, M, K), v (B, H, M, V) → y (B, H, L, V).
 
-    In ``PREDICT`` a causal one keeps keys and values in a cache as long as the signature given to
-    `init`, and takes the next positions, many or one. To run past it is refused; inside `jit`,
-    where positions are not known, the rows concerned become NaN.
+    In ``PREDICT`` a causal layer caches keys and values, with room for the length of the signature
+    given to `init`, and takes the next position or positions. A call that overflows the cache
+    raises a ValueError; inside `jit`, where positions are not known, the rows concerned become NaN.
 
     Attributes:
       causal: whether position t sees positions up to t only.
-      dropout: the rate at which probabilities are dropped in training.
-      masked: whether a fourth input (B, M) boolean says which keys are real.
+      dropout: share of the probabilities set to zero in training, in [0, 1).
+      masked: whether a fourth input (B, M) bool says which keys are real.
     """
 
     causal: bool = True
@@ -53,6 +53,13 @@ class DotProductAttention(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Any]:
+        """No weights. The state is a `KVCache` in ``PREDICT`` if causal, else ``{}``.
+
+        Args:
+          signature: of q (B, H, L, K), k (B, H, M, K), v (B, H, M, V) and, if masked, mask (B, M).
+          rng: not used.
+          mode: see `Mode`.
+        """
         _, k, v, *_ = signature
         decodes = mode is Mode.PREDICT and self.causal
         return {}, KVCache.empty(k, v, self.masked) if decodes else {}
@@ -60,6 +67,19 @@ class DotProductAttention(Layer):
     def apply(
         self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Any]:
+        """y (B, H, L, V), in the dtype of v, and the new state.
+
+        Args:
+          weights: ``{}``.
+          state: in ``PREDICT``, if causal, a `KVCache` with room for M positions.
+          inputs: q (B, H, L, K), k (B, H, M, K), v (B, H, M, V) and, if masked, mask (B, M) bool.
+            With a cache all of them hold the next T positions.
+          rng: a typed key, needed in training with dropout.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: if shapes do not fit, the cache overflows, or dropout has no key.
+        """
         q, k, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, KVCache), q, k, v, *mask)
@@ -83,14 +103,25 @@ class DotProductAttention(Layer):
 
 
 class LocalAttention(Layer):
-    """Attention within a chunk and a few before it: (B, H, L, K) thrice → (B, H, L, V).
+    """Attention to a position's own chunk and its neighbours: (B, H, L, K) thrice → (B, H, L, V).
 
-    The sequence is cut into chunks of `chunk_len`; position t sees positions from the start of
-    chunk ⌊t / chunk_len⌋ − look_back on, up to itself if causal, else to the end of chunk
-    ⌊t / chunk_len⌋ + look_ahead. Cost and memory are linear in the length.
+    The sequence is cut into chunks of `chunk_len`. Position t sees positions from the start of
+    chunk ⌊t / chunk_len⌋ − look_back, up to itself if causal, else to the end of chunk
+    ⌊t / chunk_len⌋ + look_ahead. Time and memory are linear in the length.
 
-    In ``PREDICT`` keys and values are kept as in `DotProductAttention`, and a new position reads
-    its chunks alone.
+    In ``PREDICT`` a causal layer caches keys and values as `DotProductAttention` does, but a new
+    position reads only the chunks it sees.
+
+    Attributes:
+      chunk_len: positions in a chunk; the length need not be a multiple.
+      look_back: chunks seen before a position's own.
+      look_ahead: chunks seen after it; 0 if causal.
+      causal: whether position t sees positions up to t only.
+      dropout: share of the probabilities set to zero in training, in [0, 1).
+      masked: whether a fourth input (B, L) bool says which keys are real.
+
+    Raises:
+      ValueError: for a negative look_back or look_ahead, or a causal layer that looks ahead.
     """
 
     chunk_len: Size
@@ -114,6 +145,13 @@ class LocalAttention(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Any]:
+        """No weights. The state is a `KVCache` in ``PREDICT`` if causal, else ``{}``.
+
+        Args:
+          signature: of q and k (B, H, L, K), v (B, H, L, V) and, if masked, mask (B, L).
+          rng: not used.
+          mode: see `Mode`.
+        """
         _, k, v, *_ = signature
         if mode is not Mode.PREDICT or not self.causal:
             return {}, {}
@@ -123,6 +161,19 @@ class LocalAttention(Layer):
     def apply(
         self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Any]:
+        """y (B, H, L, V), in the dtype of v, and the new state.
+
+        Args:
+          weights: ``{}``.
+          state: in ``PREDICT``, if causal, a `KVCache`.
+          inputs: q and k (B, H, L, K), v (B, H, L, V) and, if masked, mask (B, L) bool. With a
+            cache all of them hold the next T positions.
+          rng: a typed key, needed in training with dropout.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: if shapes do not fit, the cache overflows, or dropout has no key.
+        """
         q, k, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, KVCache), q, k, v, *mask)
@@ -145,7 +196,7 @@ class LocalAttention(Layer):
         )
 
     def _extend(self, cache: KVCache, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-        """Attends from new positions, on a piece of the cache that begins where a chunk does."""
+        """Attends from new positions to a slice of the cache that starts at a chunk boundary."""
         c, length = self.chunk_len, q.shape[2]
         front, behind = self._padding
         position, room = cache.position.rows, cache.room - front - behind
@@ -170,11 +221,11 @@ class LocalAttention(Layer):
 
     @property
     def _padding(self) -> tuple[int, int]:
-        """How much a cache holds before and after the positions: no window then ends outside."""
+        """Places that a cache holds before and after the positions, so that every window fits."""
         return self.look_back * self.chunk_len, 2 * self.chunk_len - 1
 
     def _attend_aligned(self, q: Any, k: Any, v: Any, seen: Any, at: jax.Array) -> jax.Array:
-        """Puts T queries where their keys stand, (B, H, size, K), and takes their outputs back."""
+        """Places T queries beside their keys, (B, H, size, K), attends, and takes their outputs."""
         length = q.shape[2]
 
         def place(q: jax.Array, at: jax.Array) -> jax.Array:
@@ -193,14 +244,14 @@ by_head.register(LocalAttention)(as_it_is)
 
 
 class DenseHeads(MultiHead):
-    """What multi-head layers with dense projections share: their fields, and the parts.
+    """Base of multi-head layers with dense projections: their common fields.
 
     Attributes:
       n_heads: H.
       d_head: K, by default D / H; any other is possible.
-      masked: whether a last input, boolean, says which keys are real.
-      dropout: the rate at which probabilities are dropped in training.
-      query, key, value, core, output: the parts, to be replaced.
+      masked: whether a last input, bool, says which keys are real.
+      dropout: share of the probabilities set to zero in training, in [0, 1).
+      query, key, value, core, output: the parts, to be replaced; None for the default ones.
     """
 
     n_heads: Size
@@ -216,10 +267,10 @@ class DenseHeads(MultiHead):
 
 
 class OfItself(DenseHeads):
-    """What multi-head attention of a sequence to itself adds to it.
+    """Base of multi-head attention of a sequence to itself.
 
     Attributes:
-      rotary: positions put into queries and keys, e.g. `RotaryPositions()`.
+      rotary: positions applied to queries and keys, e.g. `RotaryPositions()`.
     """
 
     _: KW_ONLY
@@ -229,6 +280,12 @@ class OfItself(DenseHeads):
     n_in = property(lambda self: 1 + self.masked)
 
     def route(self, call: Call, stack: Stack) -> Stack:
+        """Attends from the input (B, L, D) to itself: (B, L, D) on the stack.
+
+        Args:
+          call: as of `Combinator.route`.
+          stack: x (B, L, D) and, if masked, mask (B, L) bool; then any others, which stay.
+        """
         x, *mask = stack[: self.n_in]
         return attend(self, call, x, x, *mask) + stack[self.n_in :]
 
@@ -242,10 +299,10 @@ class SelfAttention(OfItself):
       n_heads: H.
       causal: whether position t sees positions up to t only.
       d_head: K, by default D / H; any other is possible.
-      masked: whether a second input (B, L) boolean says which positions are real.
-      dropout: the rate at which probabilities are dropped in training.
-      rotary: positions put into queries and keys, e.g. `RotaryPositions()`.
-      query, key, value, core, output: the parts, to be replaced.
+      masked: whether a second input (B, L) bool says which positions are real.
+      dropout: share of the probabilities set to zero in training, in [0, 1).
+      rotary: positions applied to queries and keys, e.g. `RotaryPositions()`.
+      query, key, value, core, output: the parts, to be replaced; None for the default ones.
 
     References:
       Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
@@ -254,22 +311,23 @@ class SelfAttention(OfItself):
     causal: bool = True
 
     def parts(self) -> dict[str, Layer]:
+        """The default parts, around a `DotProductAttention`."""
         return heads(self, DotProductAttention(self.causal, self.dropout, self.masked))
 
 
 class LocalSelfAttention(OfItself):
     """Multi-head attention of a sequence to the chunks around each position: (B, L, D) → (B, L, D).
 
-    As `SelfAttention`, with `LocalAttention` for a core: linear in the length.
+    `SelfAttention` with a `LocalAttention` core. Time and memory are linear in the length.
 
     Attributes:
       n_heads: H.
       chunk_len: the length of a chunk.
       causal: whether position t sees positions up to t only.
-      look_back: how many chunks before its own a position sees.
-      look_ahead: how many chunks after it, if not causal.
+      look_back: chunks seen before a position's own.
+      look_ahead: chunks seen after it; 0 if causal.
       d_head, masked, dropout, rotary: as of `SelfAttention`.
-      query, key, value, core, output: the parts, to be replaced.
+      query, key, value, core, output: the parts, to be replaced; None for the default ones.
     """
 
     chunk_len: Size
@@ -281,6 +339,7 @@ class LocalSelfAttention(OfItself):
     shown_before = {**OfItself.shown_before, 'look_back': 'd_head', 'look_ahead': 'd_head'}
 
     def parts(self) -> dict[str, Layer]:
+        """The default parts, around a `LocalAttention`."""
         core = LocalAttention(
             self.chunk_len, self.look_back, self.look_ahead, self.causal, self.dropout, self.masked
         )
@@ -290,19 +349,22 @@ class LocalSelfAttention(OfItself):
 class CrossAttention(DenseHeads):
     """Multi-head attention to another sequence: (B, L, D), (B, M, E) → (B, L, D).
 
-    Queries come from the first value, keys and values from the second, the memory. In ``PREDICT``
-    they are made `Once`, also by projections of one's own.
+    Queries come from the first input, keys and values from the second, the memory. In ``PREDICT``
+    keys and values are computed `Once`, also by projections of your own.
 
     Attributes:
       n_heads: H.
-      d_head: K, by default D / H, which needs a memory as wide as the sequence.
-      masked: whether a third input (B, M) boolean says which positions of the memory are real.
-      dropout: the rate at which probabilities are dropped in training.
-      query, key, value, core, output: the parts, to be replaced.
+      d_head: K, by default D / H; then the memory must be as wide as the sequence.
+      masked: whether a third input (B, M) bool says which positions of the memory are real.
+      dropout: share of the probabilities set to zero in training, in [0, 1).
+      query, key, value, core, output: the parts, to be replaced; None for the default ones.
+
+    Raises:
+      ValueError: if queries and keys have different depths.
     """
 
-    cacheless = True  # the memory is there at every step
-    rotary = None  # positions of two sequences have no distance
+    cacheless = True  # the whole memory is given at every step
+    rotary = None  # positions of two sequences are not comparable
     reads = {'query': 0, 'key': 1, 'value': 1}
     reads_memory = True
     n_in = property(lambda self: 2 + self.masked)
@@ -315,9 +377,17 @@ class CrossAttention(DenseHeads):
         super().__post_init__()
 
     def parts(self) -> dict[str, Layer]:
+        """The default parts, around a bidirectional core; keys and values are made `Once`."""
         made = heads(self, DotProductAttention(False, self.dropout, self.masked))
         return {**made, 'key': Once(made['key']), 'value': Once(made['value'])}
 
     def route(self, call: Call, stack: Stack) -> Stack:
+        """Attends from x to the memory: (B, L, D) on the stack.
+
+        Args:
+          call: as of `Combinator.route`.
+          stack: x (B, L, D), memory (B, M, E) and, if masked, mask (B, M) bool; then any others,
+            which stay.
+        """
         x, memory, *mask = stack[: self.n_in]
         return attend(self, call, x, memory, *mask) + stack[self.n_in :]

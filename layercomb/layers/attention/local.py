@@ -1,12 +1,12 @@
-"""Softmax attention of each chunk of queries to the chunks around it, some chunks at a time.
+"""Softmax attention of each chunk of queries to the chunks around it, a tile of chunks at a time.
 
-Each query meets a window of W = (look_back + 1 + look_ahead)·C keys, so its softmax is whole and
-the cost is linear in the length. Chunks are taken in tiles of G, whose windows are cut from one
-slice of keys; the backward pass recomputes the probabilities of each tile as `blockwise` does.
+Each query sees a window of W = (look_back + 1 + look_ahead)·C keys, so its softmax is computed at
+once, and time is linear in the length. A tile holds G chunks; their windows are cut from one slice
+of keys. The backward pass recomputes the probabilities of each tile, as `flash` does.
 
 Shape letters: B batch, H heads, L length, K depth of queries and keys, D depth of values, C chunk;
-N tiles of G chunks; W window; P the length with the chunks that the first and the last window need;
-q and w stand for one query's and one key's place in its chunk and window.
+N tiles of G chunks; W window; P the padded length, with the chunks that the first and the last
+window need; q and w are places of a query in its chunk and of a key in its window.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from layercomb.layers.attention import tiles
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static about one call.
+    """The static part of one call.
 
     Attributes:
       length: L, before padding.
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def n_chunks_seen(self) -> int:
-        """Chunks in a window."""
+        """Chunks in a window, W / C."""
         return self.look_back + 1 + self.look_ahead
 
     @property
@@ -68,7 +68,15 @@ class Plan:
 
 
 def windows(plan: Plan, x: jax.Array) -> jax.Array:
-    """The windows (G, W, ...) of a tile from the keys that they share, ((G + W/C − 1)·C, ...)."""
+    """The windows of a tile's chunks, which overlap.
+
+    Args:
+      plan: the static description.
+      x: ((G + W/C − 1)·C, …), the slice that the windows share.
+
+    Returns:
+      (G, W, …).
+    """
     shape = (plan.n_together, plan.chunk_len, *x.shape[1:])
     n, c = plan.tile_len, plan.chunk_len
     shifted = [x[s * c : s * c + n].reshape(shape) for s in range(plan.n_chunks_seen)]
@@ -76,20 +84,48 @@ def windows(plan: Plan, x: jax.Array) -> jax.Array:
 
 
 def slice_of_tile(plan: Plan, x: jax.Array, i: Any) -> jax.Array:
-    """The part of x (P, ...) that the windows of tile i cover."""
+    """The slice of x that the windows of tile i cover.
+
+    Args:
+      plan: the static description.
+      x: (P, …).
+      i: the tile's number, int32 ().
+
+    Returns:
+      ((G + W/C − 1)·C, …).
+    """
     n = plan.tile_len + plan.window_len - plan.chunk_len
     return lax.dynamic_slice_in_dim(x, i * plan.tile_len, n)
 
 
 def add_windows(plan: Plan, total: jax.Array, i: Any, parts: jax.Array) -> jax.Array:
-    """Adds the windows of tile i, (G, W, K), to the positions of `total` (P, K) they came from."""
+    """Adds the windows of tile i to the positions they came from: the transpose of `windows`.
+
+    Args:
+      plan: the static description.
+      total: (P, K).
+      i: the tile's number, int32 ().
+      parts: (G, W, K).
+
+    Returns:
+      (P, K).
+    """
     old = slice_of_tile(plan, total, i)
     (new,) = jax.linear_transpose(functools.partial(windows, plan), old)(parts)
     return lax.dynamic_update_slice_in_dim(total, old + new, i * plan.tile_len, 0)
 
 
 def visible(plan: Plan, real: jax.Array, i: Any) -> jax.Array:
-    """Which keys of its window each query of tile i sees, (G, C, W)."""
+    """Which keys of its window each query of tile i sees.
+
+    Args:
+      plan: the static description.
+      real: (P,) bool, True = a real key.
+      i: the tile's number, int32 ().
+
+    Returns:
+      (G, C, W) bool.
+    """
     seen = windows(plan, slice_of_tile(plan, real, i))[:, None]  # (G, 1, W)
     if plan.causal:
         key = jnp.arange(plan.window_len, dtype=jnp.int32)[None] - plan.look_back * plan.chunk_len
@@ -98,9 +134,19 @@ def visible(plan: Plan, real: jax.Array, i: Any) -> jax.Array:
 
 
 def forward_head(plan: Plan, q: Any, k: Any, v: Any, real: Any, rng: Any) -> Any:
-    """One head's output (N, G, C, D) and logsumexp (N, G, C).
+    """One head's output and logsumexp.
 
-    From q (N, G, C, K), k (P, K), v (P, D), and which keys are real, (P,) bool.
+    Args:
+      plan: the static description.
+      q: (N, G, C, K).
+      k: (P, K).
+      v: (P, D).
+      real: (P,) bool, True = a real key.
+      rng: key of dropout, or None.
+
+    Returns:
+      The output (N, G, C, D) in the dtype of v, zero where a query sees no key; and z (N, G, C)
+      float32, `tiles.FAR` where a query sees no key.
     """
 
     def tile(_, i):
@@ -124,7 +170,17 @@ def forward_head(plan: Plan, q: Any, k: Any, v: Any, real: Any, rng: Any) -> Any
 def backward_head(
     plan: Plan, q: Any, k: Any, v: Any, real: Any, rng: Any, z: Any, d_out: Any, dot_out: Any
 ) -> Any:
-    """One head's gradients of q (N, G, C, K), of k (P, K) and of v (P, D)."""
+    """One head's gradients, from the cotangent of its output.
+
+    Args:
+      plan, q, k, v, real, rng: as of `forward_head`.
+      z: (N, G, C) float32, the logsumexp.
+      d_out: (N, G, C, D), cotangent of the output.
+      dot_out: (N, G, C) float32, Σ dO ∘ O.
+
+    Returns:
+      Gradients of q (N, G, C, K), of k (P, K) and of v (P, D), in their dtypes.
+    """
 
     def tile(carry, i):
         d_k, d_v = carry
@@ -147,20 +203,20 @@ def backward_head(
 
 
 def surround(plan: Plan, x: jax.Array) -> jax.Array:
-    """Pads x (B, H, L, ...) to (B, H, P, ...) with what the first and last windows look for."""
+    """Pads x for the first and last windows and to whole tiles: (B, H, L, …) → (B, H, P, …)."""
     before, after = plan.look_back * plan.chunk_len, plan.look_ahead * plan.chunk_len
     after += plan.n_tiles * plan.tile_len - plan.length
     return jnp.pad(x, [(0, 0), (0, 0), (before, after)] + [(0, 0)] * (x.ndim - 3))
 
 
 def centre(plan: Plan, x: jax.Array) -> jax.Array:
-    """Undoes `surround`."""
+    """Undoes `surround`: (B, H, P, …) → (B, H, L, …)."""
     before = plan.look_back * plan.chunk_len
     return x[:, :, before : before + plan.length]
 
 
 def cut(plan: Plan, x: jax.Array) -> jax.Array:
-    """Cuts x (B, H, L, ...) into tiles of chunks, the last one filled up with zeros."""
+    """Cuts x into tiles of chunks, padded with zeros: (B, H, L, …) → (B, H, N, G, C, …)."""
     missing = plan.n_tiles * plan.tile_len - plan.length
     x = jnp.pad(x, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 3))
     shape = (plan.n_tiles, plan.n_together, plan.chunk_len)
@@ -168,13 +224,21 @@ def cut(plan: Plan, x: jax.Array) -> jax.Array:
 
 
 def join(plan: Plan, x: jax.Array) -> jax.Array:
-    """Undoes `cut`."""
+    """Undoes `cut`: (B, H, N, G, C, …) → (B, H, L, …)."""
     whole = plan.n_tiles * plan.tile_len
     return x.reshape(*x.shape[:2], whole, *x.shape[5:])[:, :, : plan.length]  # (B, H, L, ...)
 
 
 def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> Any:
-    """The arguments of `forward_head`, each with leading axes (B, H)."""
+    """The arguments of `forward_head`, with leading axes (B, H).
+
+    Args:
+      plan, q, k, v, mask, rng: as of `attend`.
+
+    Returns:
+      q (B, H, N, G, C, K), k (B, H, P, K), v (B, H, P, D), real (B, H, P) bool, and keys (B, H) or
+      None.
+    """
     rows = q.shape[:2]
     real = jnp.ones((1, 1, 1), bool) if mask is None else mask[:, None]
     real = surround(plan, jnp.broadcast_to(real, (*rows, plan.length)))  # (B, H, P)
@@ -208,13 +272,20 @@ def attend(
 
 
 def n_pairs(plan: Plan) -> int:
-    """Pairs of a query and a key in a tile."""
+    """(query, key) pairs in a tile, G·C·W."""
     return plan.tile_len * plan.window_len
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> Any:
-    """The output, and what the backward pass needs."""
+    """The output (B, H, L, D), and the residuals of the backward pass.
+
+    Args:
+      plan, q, k, v, mask, rng: as of `attend`.
+
+    Returns:
+      The output, and (q, k, v, mask, rng, output, z), with z (B, H, N, G, C) float32.
+    """
     f = functools.partial(forward_head, plan)
     out, z = tiles.over_heads(f, per_head(plan, q, k, v, mask, rng), n_pairs(plan))
     out = join(plan, out)
@@ -223,7 +294,16 @@ def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> A
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
-    """The gradients of q, k and v; None for what has none."""
+    """The gradients of the arguments of `attend`.
+
+    Args:
+      plan: the static description.
+      kept: the residuals of `attend_forward`.
+      d_out: (B, H, L, D), cotangent of the output.
+
+    Returns:
+      Gradients of q, k and v, shaped and typed as these; None for mask and rng.
+    """
     q, k, v, mask, rng, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     heads = (*per_head(plan, q, k, v, mask, rng), z, cut(plan, d_out), cut(plan, dot_out))

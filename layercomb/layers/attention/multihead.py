@@ -1,4 +1,4 @@
-"""What attention layers share: `MultiHead`, projections around a core.
+"""`MultiHead`: projections around an attention core.
 
 A multi-head layer is a combinator of parts, each of which can be replaced: ``query``, ``key``,
 ``value`` (B, L, D) → (B, H, L, K), a ``core`` that attends, and ``output`` back to (B, L, D). Shape
@@ -24,14 +24,14 @@ from layercomb.trees import Tree
 
 
 class MultiHead(Combinator):
-    """What multi-head layers share: parts that nobody chose follow the other fields.
+    """Base of multi-head layers: a part that is None is made by `parts` from the other fields.
 
     Attributes:
       reads: the number of the input that each projection reads in `route`.
     """
 
     def parts(self) -> dict[str, Layer]:
-        """The query, key, value, core and output of the other fields' making."""
+        """The default query, key, value, core and output, made from the other fields."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
@@ -41,7 +41,11 @@ class MultiHead(Combinator):
         super().__post_init__()
 
     def replace(self, **changes: Any) -> Any:
-        """The same layer with other values in some fields, and in the parts made from these."""
+        """The same layer with other values in some fields; parts made from these are made again.
+
+        Args:
+          **changes: fields and their new values.
+        """
         made = {f: None for f, part in self.parts().items() if getattr(self, f) == part}
         return super().replace(**{**made, **changes})
 
@@ -52,9 +56,9 @@ class MultiHead(Combinator):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
-        """As the parts say; in ``RECORD``, inside a reversible stack, head by head where possible.
+        """Applies the parts by `route`; in ``RECORD`` head by head where `goes_by_head` holds.
 
-        See `goes_by_head` for where it is possible.
+        ``RECORD`` is the mode of the forward pass of a reversible stack.
         """
         if mode is not Mode.RECORD or not goes_by_head(self, weights, inputs):
             return super().apply(weights, state, inputs, rng=rng, mode=mode)
@@ -64,7 +68,7 @@ class MultiHead(Combinator):
 
 @one_pass.register(MultiHead, of=('apply',))
 def _by_head(layer, weights, state, inputs, cts, *, rng, mode, state_cts):
-    """Head by head, where ``RECORD`` goes so."""
+    """Computes head by head where `goes_by_head` holds, as ``RECORD`` does."""
     check_inputs(layer, inputs)
     if cts[0] is None or not goes_by_head(layer, weights, inputs):
         given = {'rng': rng, 'mode': mode, 'state_cts': state_cts}
@@ -74,13 +78,35 @@ def _by_head(layer, weights, state, inputs, cts, *, rng, mode, state_cts):
 
 
 def heads(layer: Any, core: Layer) -> dict[str, Layer]:
-    """The usual parts around a core: three projections to heads, and one from them."""
+    """The default parts around a core: three projections to heads, and one from heads.
+
+    Args:
+      layer: has n_heads and d_head.
+      core: (B, H, L, K), (B, H, M, K), (B, H, M, K) → (B, H, L, K).
+
+    Returns:
+      The layers by field: query, key, value, core and output.
+    """
     split = SplitHeads(layer.n_heads, layer.d_head)
     return {'query': split, 'key': split, 'value': split, 'core': core, 'output': MergeHeads()}
 
 
 def attend(layer: Any, call: Any, x: Any, memory: Any, *mask: Any) -> tuple[Any, ...]:
-    """The route that all multi-head layers share, from `x` to what it reads of `memory`."""
+    """The route that multi-head layers share: attention from `x` to `memory`.
+
+    Args:
+      layer: a `MultiHead` layer with query, key, value, core, output and rotary.
+      call: as of `Combinator.route`.
+      x: (B, L, D).
+      memory: (B, M, E).
+      *mask: (B, M) bool, True = a real key; or nothing.
+
+    Returns:
+      A tuple of the output, (B, L, D).
+
+    Raises:
+      ValueError: if queries and keys have different depths.
+    """
     at = layer.keys.index
     (q,) = call(at('query'), (x,))
     (k,) = call(at('key'), (memory,))
@@ -98,7 +124,19 @@ def attend(layer: Any, call: Any, x: Any, memory: Any, *mask: Any) -> tuple[Any,
 
 
 def dropout_arguments(rate: float, rng: jax.Array | None, mode: Mode) -> dict[str, Any]:
-    """What an attention function needs to drop probabilities: nothing outside training."""
+    """The arguments of an attention function for dropout: none outside training.
+
+    Args:
+      rate: the dropout rate of the layer.
+      rng: a typed key; or None.
+      mode: the mode of `apply`.
+
+    Returns:
+      ``dropout_rate`` and ``rng``, or an empty dict.
+
+    Raises:
+      ValueError: in training with dropout, without a key.
+    """
     if not rate or not mode.is_training:
         return {}
     if rng is None:

@@ -1,4 +1,4 @@
-"""Projections from a stream to heads and back, `SplitHeads` and `MergeHeads`.
+"""Projections from features to heads and back: `SplitHeads` and `MergeHeads`.
 
 Shape letters: B batch, L length, D d_model, H heads, K head depth.
 """
@@ -35,8 +35,12 @@ class SplitHeads(Layer):
 
     Attributes:
       n_heads: H.
-      d_head: K; None takes D / H, which must be whole.
-      use_bias: whether b is there.
+      d_head: K; None takes D / H, which must be an integer.
+      use_bias: whether to add b.
+      kernel_init: of W, as a matrix (D, H·K).
+
+    Raises:
+      ValueError: if d_head is None and H does not divide D, naming the nearest number that does.
     """
 
     n_heads: Size
@@ -50,6 +54,13 @@ class SplitHeads(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """Weights ``kernel`` (D, H, K) and ``bias`` (H, K), float32; no state.
+
+        Args:
+          signature: of x (B, L, D), floating.
+          rng: a typed key.
+          mode: not used.
+        """
         (x,) = signature
         check_float('SplitHeads', x)
         check_sequence('SplitHeads', x)
@@ -67,6 +78,14 @@ class SplitHeads(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """y (B, H, L, K), in the dtype of x, from x (B, L, D).
+
+        Args:
+          weights: as of `init`; the kernel may be `Narrow`.
+          state: ``{}``.
+          inputs: x (B, L, D).
+          rng, mode: not used.
+        """
         (x,) = inputs
         kernel = weights['kernel']
         check_sequence('SplitHeads', x)
@@ -87,9 +106,14 @@ def _split_by_head(layer, weights):
 class MergeHeads(Layer):
     """A projection from heads: y[b, l] = Σ_h x[b, h, l] W[h] + b, (B, H, L, K) → (B, L, D).
 
-    Its second input, (B, L, D), only says how wide to be, so that heads of any depth fit any model.
+    The second input, (B, L, D), only gives the width of the output, so that heads of any depth fit
+    any model.
 
     Weights: ``kernel`` (H, K, D), ``bias`` (D,).
+
+    Attributes:
+      use_bias: whether to add b.
+      kernel_init: of W, as a matrix (H·K, D).
     """
 
     use_bias: bool = True
@@ -102,6 +126,13 @@ class MergeHeads(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """Weights ``kernel`` (H, K, D) and ``bias`` (D,), float32; no state.
+
+        Args:
+          signature: of x (B, H, L, K), and of a value (B, L, D) as wide as the output.
+          rng: a typed key.
+          mode: not used.
+        """
         x, like = signature
         _, h, _, k = x.shape
         d = like.shape[-1]
@@ -114,6 +145,14 @@ class MergeHeads(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """y (B, L, D), in the dtype of x, from heads x (B, H, L, K).
+
+        Args:
+          weights: as of `init`; the kernel may be `Narrow`.
+          state: ``{}``.
+          inputs: x (B, H, L, K), and a value (B, L, D) of which only the width matters.
+          rng, mode: not used.
+        """
         x, like = inputs
         kernel = weights['kernel']
         check_width(like, kernel.shape[-1])
@@ -126,7 +165,7 @@ class MergeHeads(Layer):
 
 @by_head.register(MergeHeads)
 def _merge_by_head(layer, weights):
-    """The bias goes to the first head, since what heads give is summed."""
+    """The first head gets the bias, since the outputs of heads are summed."""
     kernel = weights['kernel'][:, None]  # (H, 1, K, D)
     if not layer.use_bias:
         return {'kernel': kernel}
@@ -143,13 +182,29 @@ def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def split_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(B, L, D), (D, H, K) → (B, H, L, K), in the dtype of x; has no forward-mode derivative."""
+    """y[b, h, l] = x[b, l] W[:, h], without forward-mode derivative.
+
+    Args:
+      x: (B, L, D), floating.
+      kernel: W (D, H, K).
+
+    Returns:
+      (B, H, L, K), in the dtype of x, summed in float32.
+    """
     return _dot('dhk,bld->bhlk', kernel, x).astype(x.dtype)
 
 
 @jax.custom_vjp
 def merge_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(B, H, L, K), (H, K, D) → (B, L, D), in the dtype of x; has no forward-mode derivative."""
+    """y[b, l] = Σ_h x[b, h, l] W[h], without forward-mode derivative.
+
+    Args:
+      x: (B, H, L, K), floating.
+      kernel: W (H, K, D).
+
+    Returns:
+      (B, L, D), in the dtype of x, summed in float32.
+    """
     return _dot('bhlk,hkd->bld', x, kernel).astype(x.dtype)
 
 
@@ -170,10 +225,17 @@ merge_heads.defvjp(lambda x, kernel: (merge_heads(x, kernel), (x, kernel)), _mer
 
 
 def kernel_gradient(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Σ_bl x[b, l] ⊗ y[b, :, l], (B, L, D), (B, H, L, K) → (D, H, K) float32.
+    """Σ_bl x[b, l] ⊗ y[b, :, l], the gradient of a kernel.
 
-    Long sequences go a slice at a time: the product wants the sum's axis last, and a copy of x with
-    that layout would be as large as x.
+    Long sequences are computed a slice of positions at a time. The product needs the summed axis
+    last, and one copy of x in that layout would be as large as x.
+
+    Args:
+      x: (B, L, D).
+      y: (B, H, L, K).
+
+    Returns:
+      (D, H, K) float32.
     """
 
     def part(total: jax.Array, at: Any, size: int) -> jax.Array:

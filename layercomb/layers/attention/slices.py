@@ -1,6 +1,6 @@
-"""Long sequences some positions at a time, so that no other array of a whole one need be made.
+"""Long sequences a slice of positions at a time, so that temporaries stay small.
 
-Arrays are (…, L, features), with the positions on the axis before the last.
+Arrays are (…, L, features): the axis of positions is the one before the last.
 """
 
 from __future__ import annotations
@@ -16,11 +16,21 @@ from layercomb.layers.attention import tiles
 from layercomb.layers.reversible.cotangents import vjp, zero_cts
 from layercomb.trees import Tree
 
-POSITIONS_TOGETHER = 4096  # enough to keep a product busy
+POSITIONS_TOGETHER = 4096  # positions in a slice: enough for an efficient product
 
 
 def over_positions(step: Callable[[Any, Any, int], Any], carry: Any, length: int) -> Any:
-    """Carries through ``step(carry, first, size)`` the positions of a sequence, some at a time."""
+    """Carries a value through ``step`` for each slice of a sequence.
+
+    Args:
+      step: ``step(carry, first, size)`` → the next carry; `first` is the slice's first position,
+        int32 or int, and `size` its length, an int.
+      carry: the first carry, a tree of arrays.
+      length: L.
+
+    Returns:
+      The last carry.
+    """
     n, rest = divmod(length, POSITIONS_TOGETHER)
     carry = tiles.loop(
         0, n, lambda i, carry: step(carry, i * POSITIONS_TOGETHER, POSITIONS_TOGETHER), carry
@@ -29,12 +39,30 @@ def over_positions(step: Callable[[Any, Any, int], Any], carry: Any, length: int
 
 
 def positions(tree: Any, first: Any, size: int) -> Any:
-    """Some positions of every (…, L, features)."""
+    """Positions first … first + size − 1 of each array.
+
+    Args:
+      tree: arrays (…, L, features).
+      first: int32 ().
+      size: how many positions.
+
+    Returns:
+      The same tree of (…, size, features).
+    """
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, x.ndim - 2), tree)
 
 
 def add_at(tree: Any, slices: Any, first: Any) -> Any:
-    """A tree of (…, L, features) with slices added at some positions, in place where it can be."""
+    """Adds slices to a tree of arrays, from a position on; in place where XLA can.
+
+    Args:
+      tree: arrays (…, L, features).
+      slices: the same tree of (…, size, features).
+      first: the first position, int32 ().
+
+    Returns:
+      The tree of (…, L, features).
+    """
 
     def add(x: jax.Array, some: jax.Array) -> jax.Array:
         axis = x.ndim - 2
@@ -47,18 +75,18 @@ def add_at(tree: Any, slices: Any, first: Any) -> Any:
 def by_slice(
     f: Callable[[Tree, Any], Any], weights: Tree, values: Any, cts: Any, sums: Any, d_values: Any
 ) -> tuple[Any, Any, Tree]:
-    """Adds up outputs and gradients of a position-wise function, some positions at a time.
+    """Adds up outputs and gradients of a position-wise function, a slice of positions at a time.
 
     Args:
-      f: from weights and a tree of (…, L, features) to another such tree.
-      weights: its weights.
-      values: its argument.
-      cts: of what it gives.
-      sums: what its outputs are added to, or None, where they are not wanted.
-      d_values: what the cotangents of `values` are added to.
+      f: ``f(weights, values)`` → a tree of (…, L, features).
+      weights: of f.
+      values: a tree of (…, L, features).
+      cts: cotangents of the outputs of f.
+      sums: arrays to which the outputs are added; None if outputs are not wanted.
+      d_values: arrays to which the cotangents of `values` are added.
 
     Returns:
-      The two sums, and the cotangents of the weights.
+      `sums` and `d_values` after the additions, and the cotangents of the weights.
     """
 
     def step(carry: Any, first: Any, size: int) -> Any:

@@ -1,4 +1,4 @@
-"""What the attention functions share: products, loops and dropout of one tile of scores."""
+"""Helpers of the attention functions: products, loops and dropout of one tile of scores."""
 
 from __future__ import annotations
 
@@ -11,39 +11,53 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Large and finite: differences of two of them are zero, where infinities would give NaN.
+# Stands for infinity. It is finite: FAR − FAR is 0, where ∞ − ∞ would be NaN.
 FAR = 1e30
-# Queries and keys of a block. On the CPU a block of one head's scores is 64 kB, which the second
-# cache holds, and one core computes it; elsewhere large products pay.
+# Queries and keys of a block. On the CPU a block of one head's scores is 64 kB, which fits the L2
+# cache of the core that computes it. Elsewhere larger products are faster.
 CPU_BLOCK_LEN, BLOCK_LEN = 128, 512
-# (query, key) pairs taken together on the CPU, from as many heads as it takes.
+# (query, key) pairs computed together on the CPU, from one or more heads.
 CPU_PAIRS = CPU_BLOCK_LEN**2
-# Pairs that one head's tile of chunks holds, about.
+# About how many (query, key) pairs one head's tile of chunks holds.
 CPU_PAIRS_IN_TILE, PAIRS_IN_TILE = 1 << 17, 1 << 24
 
 
 def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Contracts `x` with `y` as `spec` says: products in the dtype of `y`, sums in float32.
+    """An einsum of two arrays: products in the dtype of `y`, sums in float32.
 
-    On the CPU, narrow blocks are widened first: some products of bfloat16 with a float32
-    result have no kernel there.
+    On the CPU both are widened to float32 first: XLA has no CPU kernel for some bfloat16 products
+      with
+    a float32 result.
+
+    Args:
+      spec: of `jnp.einsum`.
+      x, y: floating arrays.
+
+    Returns:
+      float32, of the shape that `spec` gives.
     """
     dtype = jnp.float32 if jax.default_backend() == 'cpu' else y.dtype
     return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def block_len() -> int:
-    """The length of blocks where nobody says another."""
+    """The default length of a block of queries or keys."""
     return CPU_BLOCK_LEN if jax.default_backend() == 'cpu' else BLOCK_LEN
 
 
 def pairs_in_tile() -> int:
-    """Pairs of a query and a key in a tile of chunks, where nobody says another number."""
+    """The default number of (query, key) pairs in a tile of chunks."""
     return CPU_PAIRS_IN_TILE if jax.default_backend() == 'cpu' else PAIRS_IN_TILE
 
 
 def even_share(n: int, at_most: int) -> int:
-    """How many of `n` to take at a time, at most `at_most` or 1, so that little is padded.
+    """How many of `n` items to take at a time, at most `at_most` (at least 1).
+
+    It is a divisor of `n` if one is more than half of `at_most`; else the share that pads least.
+
+    Args:
+      n: number of items.
+      at_most: the largest share.
 
     >>> even_share(512, 42), even_share(10, 4), even_share(7, 100)
     (32, 4, 7)
@@ -63,11 +77,11 @@ def over_heads(
       f: a function of one head's arrays.
       heads: its arguments, trees of arrays (B, H, ...).
       n_pairs: (query, key) pairs that `f` holds at a time.
-      at_most: how many heads are taken together. None takes on the CPU as many as keep the
-        temporaries in the caches; elsewhere all.
+      at_most: heads computed together, at most. None: on the CPU as many as fit the caches,
+        elsewhere all.
 
     Returns:
-      What `f` returns, with leading axes (B, H).
+      The results of `f`, with leading axes (B, H).
     """
     n_rows, n_heads = jax.tree.leaves(heads)[0].shape[:2]
     n = n_rows * n_heads
@@ -83,10 +97,18 @@ def over_heads(
 
 
 def keys_of_heads(rng: jax.Array, n_heads: int) -> jax.Array:
-    """A key for every head, (H,): folded in one key, or already so many.
+    """A random key for every head.
+
+    Args:
+      rng: one typed key (), or one for each head (H,), which is returned unchanged.
+      n_heads: H.
+
+    Returns:
+      Typed keys (H,).
 
     Raises:
-      TypeError, ValueError: for what is neither.
+      TypeError: if `rng` is no typed key.
+      ValueError: if its shape is neither () nor (H,).
     """
     if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         raise TypeError(f'rng is {rng.dtype}{rng.shape}: give a typed key, jax.random.key(…)')
@@ -100,7 +122,15 @@ def keys_of_heads(rng: jax.Array, n_heads: int) -> jax.Array:
 
 
 def key_per_head(rng: jax.Array | None, shape: tuple[int, int]) -> jax.Array | None:
-    """A key for every head of every row, (B, H), from one key or from one for every head."""
+    """A random key for every head of every row.
+
+    Args:
+      rng: one typed key (), or one for each head (H,); or None.
+      shape: (B, H).
+
+    Returns:
+      Typed keys (B, H); None without a key.
+    """
     if rng is None:
         return None
     n_rows, n_heads = shape
@@ -109,30 +139,57 @@ def key_per_head(rng: jax.Array | None, shape: tuple[int, int]) -> jax.Array | N
 
 
 def drop(rate: float, rng: jax.Array | None, tile: Any, probabilities: jax.Array) -> jax.Array:
-    """Sets a share of the probabilities to zero and scales up the others; none without a key.
+    """Dropout: sets a share of the probabilities to zero and scales up the others.
 
-    The choice is a function of the key and of the tile's number, so that a backward pass can
-    make it again instead of keeping it.
+    The mask depends only on the key and the tile's number, so that the backward pass computes it
+    again.
+
+    Args:
+      rate: share set to zero, in [0, 1).
+      rng: a typed key; None for no dropout.
+      tile: the tile's number, int32 ().
+      probabilities: float32, any shape.
+
+    Returns:
+      float32, of the same shape.
     """
     if rng is None:
         return probabilities
-    # Sixteen random bits hold the rate to within 2⁻¹⁷ and cost half of what thirty-two would.
+    # 16 random bits give the rate to within 2⁻¹⁷, at half the cost of 32.
     n_dropped = min(round(rate * 65536), 65535)
     bits = jax.random.bits(jax.random.fold_in(rng, tile), probabilities.shape, jnp.uint16)
     return jnp.where(bits >= n_dropped, probabilities * (65536 / (65536 - n_dropped)), 0.0)
 
 
 def loop(low: Any, high: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """`lax.fori_loop` that leaves no loop behind where it is known to run never or once."""
+    """`lax.fori_loop`, without a loop where it is known to run at most once.
+
+    Args:
+      low, high: bounds, `high` exclusive: Python integers or int32 ().
+      body: ``body(i, carry)`` → the next carry.
+      carry: the first carry.
+
+    Returns:
+      The last carry.
+    """
     if isinstance(low, int) and isinstance(high, int) and high - low <= 1:
         return body(low, carry) if high > low else carry
-    # A Python number would be counted in what JAX's default integers are set to.
+    # A Python integer would take JAX's default integer type, int32 or int64.
     low, high = (np.int32(x) if isinstance(x, int) else x for x in (low, high))
     return lax.fori_loop(low, high, body, carry)
 
 
 def each(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, n: int) -> tuple[Any, Any]:
-    """`lax.scan` over 0 … n − 1 that leaves no loop behind where it runs once."""
+    """`lax.scan` over 0 … n − 1, without a loop where n is 1.
+
+    Args:
+      body: ``body(carry, i)`` → the next carry, and an output.
+      carry: the first carry.
+      n: how many rounds, at least 1.
+
+    Returns:
+      The last carry, and the outputs with a leading axis (n).
+    """
     if n == 1:
         carry, out = body(carry, 0)
         return carry, jax.tree.map(lambda x: x[None], out)
@@ -140,10 +197,10 @@ def each(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, n: int) -> tup
 
 
 def least(*xs: Any) -> Any:
-    """The least of integers: a Python integer if all of them are."""
+    """The minimum of integers: a Python integer if all are, else an int32 array ()."""
     return min(xs) if all(isinstance(x, int) for x in xs) else functools.reduce(jnp.minimum, xs)
 
 
 def most(*xs: Any) -> Any:
-    """The greatest of integers: a Python integer if all of them are."""
+    """The maximum of integers: a Python integer if all are, else an int32 array ()."""
     return max(xs) if all(isinstance(x, int) for x in xs) else functools.reduce(jnp.maximum, xs)

@@ -1,1 +1,1 @@
-"""What decoding keeps between steps."""
+"""Decoding state: caches, positions, and layers that run once."""

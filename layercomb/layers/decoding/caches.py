@@ -1,12 +1,12 @@
-"""Caches for decoding: keys and values, or past inputs, with a position for each row.
+"""Decoding caches: keys and values, or past inputs, with a position for each row.
 
-A cache is as long as the signature that `init` was given. Rows count their own positions, so that
-prompts of different lengths may share a batch: ingest them padded at the end, `seek` to their
-lengths, and what the padding left behind is overwritten before it is seen.
+A cache has room for the length of the signature given to `init`. Each row counts its own positions,
+so that prompts of different lengths may share a batch: ingest them padded at the end, then `seek`
+to their lengths. What the padding left in the cache is overwritten before it is seen.
 
-Rows and heads share one axis. A product of matrices wants its batch to be one axis. Where that is
-not so from the start, XLA writes the new positions once into what it returns and again into a copy
-that it reads, and a token then costs as much as the whole cache is long.
+Rows and heads share one axis, the batch axis of the matrix products. With two axes XLA would write
+new positions into the result, copy the whole cache to read it, and take time proportional to the
+length of the cache for every token.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ C = TypeVar('C', bound='KVCache')
 
 
 class KVCache(Seekable):
-    """Keys and values of the positions that were taken; the whole state of an attention layer.
+    """Keys and values of the positions taken so far; the whole state of an attention layer.
 
     Attributes:
       k: (B·H, L, K).
       v: (B·H, L, V).
-      mask: (B, L) bool, which positions are real; None if all are.
-      position: where the rows stand.
+      mask: (B, L) bool, True = a real position; None if all are.
+      position: how many positions each row has taken.
     """
 
     k: jax.Array
@@ -46,14 +46,14 @@ class KVCache(Seekable):
         length: int | None = None,
         **more: Any,
     ) -> C:
-        """A cache of nothing yet, for keys (B, H, L, K) and values (B, H, L, V).
+        """An empty cache for keys (B, H, L, K) and values (B, H, L, V).
 
         Args:
-          k: the keys' signature.
-          v: the values'.
-          masked: whether to keep which positions are real, too.
-          length: how many positions to keep room for; by default L.
-          **more: the fields that a subclass has beside these.
+          k: the signature of the keys.
+          v: the signature of the values.
+          masked: whether the cache has a mask.
+          length: positions to keep room for; None for L.
+          **more: fields that a subclass adds.
         """
         batch, length = k.shape[0], k.shape[2] if length is None else length
 
@@ -65,35 +65,35 @@ class KVCache(Seekable):
 
     @property
     def room(self) -> int:
-        """L, how many positions there is room for."""
+        """L, the number of positions that fit."""
         return self.k.shape[1]
 
     def append(self: C, start: jax.Array, **values: jax.Array | None) -> C:
-        """Writes the next T positions of each row and moves the rows' positions on by T.
+        """The cache with the next T positions of each row written, and positions moved on by T.
 
         Args:
-          start: (B,) int32, the index in the cache at which each row's go.
-          **values: new ``k`` and ``v`` (B, H, T, …), ``mask`` (B, T) if the cache has one, and what
-            else a subclass keeps for each position.
+          start: (B,) int32, the index at which each row's new positions go.
+          **values: ``k`` and ``v`` (B, H, T, …), ``mask`` (B, T) if the cache has one, and the
+            arrays that a subclass keeps per position; None is skipped.
         """
         new = {name: x for name, x in values.items() if x is not None}
         written = {name: _write(getattr(self, name), x, start) for name, x in new.items()}
         return self.replace(**written, position=self.position.moved(new['k'].shape[2]))
 
     def by_row(self, x: jax.Array) -> jax.Array:
-        """One of the cache's arrays with rows and heads apart: (B·H, L, …) → (B, H, L, …)."""
+        """An array of the cache with rows and heads apart: (B·H, L, …) → (B, H, L, …)."""
         return x.reshape(len(self.position.rows), -1, *x.shape[1:])
 
 
 class Past(Seekable):
-    """What a layer that sees some positions back keeps of the positions that were taken.
+    """Past inputs, for a layer that sees some positions back.
 
-    Everything is kept, and not the last few alone, so that rows can go back to where their prompts
-    end.
+    All inputs are kept, not only the last few, so that rows can go back to the end of their
+    prompts.
 
     Attributes:
       past: (B, reach + L, D), zeros before the first position.
-      position: where the rows stand.
+      position: how many positions each row has taken.
     """
 
     past: jax.Array
@@ -101,15 +101,27 @@ class Past(Seekable):
 
     @classmethod
     def empty(cls, x: jax.ShapeDtypeStruct, reach: int) -> Past:
-        """Room for x (B, L, D) of a layer that sees `reach` positions back."""
+        """An empty cache for x.
+
+        Args:
+          x: the signature (B, L, D).
+          reach: how many positions back the layer sees.
+        """
         batch, length, width = x.shape
         return cls(jnp.zeros((batch, reach + length, width), x.dtype), Position.first(batch))
 
     def extend(self, x: jax.Array, reach: int) -> tuple[jax.Array, Past]:
-        """The next inputs (B, T, D) behind the `reach` before them, each row at its position.
+        """The next inputs with the `reach` inputs before them, at each row's position.
+
+        Args:
+          x: (B, T, D).
+          reach: as of `empty`.
 
         Returns:
           (B, reach + T, D), and the cache with the inputs written.
+
+        Raises:
+          ValueError: if the cache is known to overflow.
         """
         position, length = self.position.rows, x.shape[1]
         room = self.past.shape[1] - reach
@@ -125,15 +137,27 @@ class Past(Seekable):
 
 
 def taken(position: jax.Array) -> int:
-    """How many positions the furthest row has taken; 0 inside `jit`, where it is not known."""
+    """How many positions the furthest row has taken; 0 inside `jit`, where it is not known.
+
+    Args:
+      position: (B,) int32.
+    """
     known = not isinstance(position, jax.core.Tracer)
     return int(np.asarray(position).max(initial=0)) if known else 0
 
 
 def refuse_overflow(position: jax.Array, length: int, room: int) -> None:
-    """Raises a ValueError where it is known that the next positions do not fit.
+    """Checks that the next positions fit, where positions are known.
 
-    Inside `jit` positions are not known; `poison_overflow` then makes the outputs NaN.
+    Inside `jit` they are not known; `poison_overflow` then makes the outputs NaN.
+
+    Args:
+      position: (B,) int32, positions taken.
+      length: how many come next.
+      room: how many fit.
+
+    Raises:
+      ValueError: if they are known not to fit.
     """
     reached = taken(position)
     if reached + length > room:
@@ -144,13 +168,20 @@ def refuse_overflow(position: jax.Array, length: int, room: int) -> None:
 
 
 def poison_overflow(y: jax.Array, position: jax.Array, length: int, room: int) -> jax.Array:
-    """`y` (B, …), with NaN in the rows whose next positions did not fit into the cache."""
+    """`y` with NaN in the rows whose next positions do not fit.
+
+    Args:
+      y: (B, …), floating.
+      position: (B,) int32, positions taken before.
+      length: how many came next.
+      room: how many fit.
+    """
     fits = position + length <= room
     return jnp.where(fits.reshape(-1, *[1] * (y.ndim - 1)), y, jnp.nan)
 
 
 def _write(room: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes (B, H, T, …) into (B·H, L, …), or (B, T) into (B, L), at a place for each row."""
+    """Writes (B, H, T, …) into (B·H, L, …), or (B, T) into (B, L), at `start` (B,)."""
     new = new.astype(room.dtype).reshape(room.shape[0], -1, *room.shape[2:])  # (B·H, T, …)
     if len(start) == 1:
         return jax.lax.dynamic_update_slice_in_dim(room, new, start[0], 1)

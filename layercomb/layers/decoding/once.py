@@ -1,4 +1,4 @@
-"""`Once`: what decoding computes at its first call alone."""
+"""`Once`: a layer that decoding computes only in its first call."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from layercomb.trees import Tree
 
 
 def run_once(has_run: jax.Array, kept: Any, run: Callable[[Any], Any]) -> Any:
-    """`kept` if `has_run`, and else what `run` makes of it.
+    """`kept` if `has_run`, else ``run(kept)``.
 
-    A loop of one round at most, and not a branch: a loop writes over what it is given, while a
-    branch would copy at every call what it returns unchanged.
+    It is a loop of at most one round, since a loop updates its value in place; a branch would copy
+    `kept` in every call.
+
+    Args:
+      has_run: bool ().
+      kept: a tree of arrays.
+      run: returns a tree of the same shapes and dtypes.
     """
 
     def body(carry: Any) -> Any:
@@ -30,11 +35,11 @@ def run_once(has_run: jax.Array, kept: Any, run: Callable[[Any], Any]) -> Any:
 
 
 class Once(Wrapper):
-    """A layer of a whole sequence, which in ``PREDICT`` runs once, as it evaluates.
+    """A layer of a whole sequence that runs once in ``PREDICT``, as in ``EVAL``.
 
-    For the encoder of a model whose decoder takes its inputs step by step, and for what makes keys
-    and values of a memory. It is handed the same sequence at every call, runs at the first, and
-    keeps its outputs in the state. In other modes it is the layer itself.
+    It is for the encoder of a model whose decoder takes its inputs step by step, and for the keys
+    and values of a memory. Every call is given the same sequence. The first call computes the
+    outputs and keeps them in the state. In other modes it is the inner layer unchanged.
     """
 
     carries_counted = True
@@ -45,7 +50,13 @@ class Once(Wrapper):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
-        """The layer's, without caches; in ``PREDICT`` with room for its outputs."""
+        """The layer's weights and state; in ``PREDICT`` also room for its outputs, and no caches.
+
+        Args:
+          signature: of the layer's inputs.
+          rng: a typed key.
+          mode: see `Mode`.
+        """
         if mode is not Mode.PREDICT:
             return self.layer.init(signature, rng, mode)
         outputs, weights, state = self.layer.init_with_outputs(signature, rng, Mode.EVAL)
@@ -53,14 +64,22 @@ class Once(Wrapper):
         return weights, {'layer': state, 'outputs': made, 'has_run': jnp.zeros((), bool)}
 
     def inner_state(self, state: Tree) -> Tree:
-        """The layer's own state, in this one's of ``PREDICT``."""
+        """The inner layer's own state, from the state of ``PREDICT``."""
         inner: Tree = state['layer']
         return inner
 
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
-        """The layer's; in ``PREDICT`` what it gave at the first call."""
+        """The layer's outputs and state; in ``PREDICT`` the outputs of the first call.
+
+        Args:
+          weights: of the layer.
+          state: as of `init`.
+          inputs: of the layer, the same in every call of ``PREDICT``.
+          rng: a typed key, if the layer needs one; not used in ``PREDICT``.
+          mode: see `Mode`.
+        """
         if mode is not Mode.PREDICT:
             return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
 

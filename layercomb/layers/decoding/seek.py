@@ -1,4 +1,4 @@
-"""Where the rows of a decoding state stand, and how they are sent to other positions."""
+"""Positions of the rows of a decoding state, and `seek`, which changes them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar('T')
 
 
 class Seekable(Part):
-    """A part of a decoding state whose rows can be sent to other positions, as a cache's can."""
+    """A part of a decoding state whose rows can be moved to other positions, such as a cache."""
 
     def seek(self: S, lengths: jax.Array) -> S:
-        """The same part with each row at a position of its own; by default each field is moved.
+        """The same part with each row at another position; by default moves each field.
 
         Args:
           lengths: (B,) int32.
@@ -28,9 +28,9 @@ class Seekable(Part):
 
 
 class Position(Seekable):
-    """Where each row of a decoding state stands: how many positions it has taken.
+    """How many positions each row of a decoding state has taken.
 
-    A layer that counts positions keeps one in its state in ``PREDICT``, beside what else it keeps::
+    A layer that counts positions keeps one in its state in ``PREDICT``, beside its other entries::
 
         return weights, {'position': tl.Position.first(x.shape[0])}
 
@@ -42,26 +42,30 @@ class Position(Seekable):
 
     @classmethod
     def first(cls, n_rows: int) -> Position:
-        """Of rows that have taken nothing yet."""
+        """The position 0 of `n_rows` rows."""
         return cls(jnp.zeros(n_rows, jnp.int32))
 
     def moved(self, length: int) -> Position:
-        """The rows after so many more positions each."""
+        """The position of rows that have taken `length` more."""
         return Position(self.rows + length)
 
     def seek(self, lengths: jax.Array) -> Position:
-        """The rows at other positions, (B,)."""
+        """The rows at other positions.
+
+        Args:
+          lengths: (B,) integers.
+        """
         return Position(jnp.asarray(lengths, jnp.int32))
 
 
 def seek(state: T, lengths: jax.Array) -> T:
-    """A decoding state in which each row stands at a position of its own.
+    """The decoding state with each row at another position.
 
     To decode prompts of different lengths together, ingest them padded at the end, then seek to
-    their lengths: what the padding left behind is overwritten before it is seen.
+    their lengths. What the padding left in the caches is overwritten before it is seen.
 
     Args:
-      state: any state of ``PREDICT``, of a whole model.
+      state: any state of ``PREDICT``, of a layer or a whole model.
       lengths: (B,) int32, how many positions each row keeps, at most as many as it has taken.
 
     >>> import jax.numpy as jnp
@@ -79,7 +83,11 @@ def seek(state: T, lengths: jax.Array) -> T:
 
 
 def with_known_positions(state: T) -> T:
-    """A state whose positions are NumPy's, which `jit` and `eval_shape` look at as they are."""
+    """The state with positions as NumPy arrays, so that `jit` and `eval_shape` know their values.
+
+    Args:
+      state: any state of ``PREDICT``.
+    """
 
     def one(x: Any) -> Any:
         return Position(np.asarray(x.rows)) if isinstance(x, Position) else x  # type: ignore[arg-type]
@@ -89,7 +97,11 @@ def with_known_positions(state: T) -> T:
 
 
 def held(state: Any, kind: type[T]) -> T:
-    """What a layer's state in ``PREDICT`` must be, or hold: a cache, or a position.
+    """A layer's cache or position, checked for its type.
+
+    Args:
+      state: the layer's state, or the entry of it.
+      kind: the class wanted, such as `KVCache`.
 
     Raises:
       ValueError: if the state was not made for ``PREDICT``.

@@ -1,1 +1,1 @@
-"""What tells positions apart."""
+"""Positional encodings."""

@@ -1,4 +1,4 @@
-"""Axial positional embeddings: few learned rows for very many positions."""
+"""`AxialPositions`: positional embeddings with few learned rows for very many positions."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from layercomb.trees import Tree
 class AxialPositions(Layer):
     """x + concat_a(table_a[i_a]), where (i_0, i_1, …) are position t's coordinates in a grid.
 
-    The grid is filled row by row: for a shape (m, n), i_0 = ⌊t / n⌋ and i_1 = t mod n. A million
-    positions, (1024, 1024), need 2,048 rows. x is (B, L, D) with D the sum of the depths.
+    x is (B, L, D), D being the sum of the depths. The grid is filled row by row: for a shape (m,
+    n), i_0 = ⌊t / n⌋ and i_1 = t mod n. A million positions, (1024, 1024), need 2,048 rows.
 
     Weights: ``table_0`` (m, D_0), ``table_1`` (n, D_1), …
 
     Attributes:
       shape: of the grid, two numbers or more; their product is the longest sequence.
-      depths: D_0, D_1, …; by default D in equal parts, the first one taking the rest.
+      depths: D_0, D_1, …; None for D in equal parts, the first one with the remainder.
       table_init: of the tables.
 
     Raises:
-      ValueError: for another number of depths than axes, or depths that do not add up to D.
+      ValueError: if depths and axes differ in number, the depths do not add up to D, or a sequence
+        is longer than the grid.
 
     References:
       Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
@@ -41,7 +42,7 @@ class AxialPositions(Layer):
 
     float32 = True
     weight_axes = property(lambda self: {f'table_{a}': 'L:D' for a in range(len(self.shape))})
-    position_wise = False  # a piece of a sequence does not know where it begins
+    position_wise = False  # a slice does not know its first position
     max_len = property(lambda self: math.prod(self.shape))
 
     def __post_init__(self) -> None:
@@ -62,6 +63,13 @@ class AxialPositions(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """The tables, float32; in ``PREDICT`` the state is a `Position`.
+
+        Args:
+          signature: of x (B, L, D), floating.
+          rng: a typed key.
+          mode: see `Mode`.
+        """
         (x,) = signature
         check_float('AxialPositions', x)
         check_sequence('AxialPositions', x)
@@ -77,6 +85,18 @@ class AxialPositions(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """y (B, L, D), in the dtype of x, and the new state.
+
+        Args:
+          weights: the tables.
+          state: in ``PREDICT`` a `Position`.
+          inputs: x (B, L, D); in ``PREDICT`` the next positions.
+          rng: not used.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: for positions known to be outside the grid; inside `jit` they give NaN.
+        """
         (x,) = inputs
         check_sequence('AxialPositions', x)
         length = x.shape[1]
@@ -93,7 +113,7 @@ class AxialPositions(Layer):
         return (x + as_deep(added, x).astype(x.dtype),), state
 
     def _grid(self, tables: list[jax.Array], length: int) -> jax.Array:
-        """The first `length` rows, (L, D): broadcast, since a gather's gradient is slow."""
+        """The first `length` rows, (L, D), by broadcasting: the gradient of a gather is slow."""
         used = -(-length // math.prod(self.shape[1:]))  # rows of the grid
         shape = (used, *self.shape[1:])
         parts = []
@@ -116,7 +136,7 @@ class AxialPositions(Layer):
 
 
 def nearest_grid(max_len: int) -> tuple[int, int]:
-    """The squarest grid that covers `max_len`, both sides powers of two.
+    """The squarest grid for `max_len` positions, both sides being powers of two.
 
     >>> nearest_grid(65536), nearest_grid(12288)
     ((256, 256), (128, 128))

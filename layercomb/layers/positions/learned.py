@@ -1,4 +1,4 @@
-"""`LearnedPositions`."""
+"""`LearnedPositions`: one learned row for each position."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from layercomb.trees import Tree
 
 
 class LearnedPositions(Layer):
-    """x + table[t], one learned row a position.
+    """y[b, t] = x[b, t] + table[t], (B, L, D) → (B, L, D): one learned row per position.
 
     Weights: ``table`` (max_len, D).
 
     Attributes:
       max_len: the longest sequence.
       table_init: of the table.
+
+    Raises:
+      ValueError: if a sequence is longer than `max_len`.
     """
 
     max_len: Size
@@ -36,11 +39,18 @@ class LearnedPositions(Layer):
 
     float32 = True
     weight_axes = {'table': 'L:D'}
-    position_wise = False  # a piece of a sequence does not know where it begins
+    position_wise = False  # a slice does not know its first position
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """The table, float32; in ``PREDICT`` the state is a `Position`.
+
+        Args:
+          signature: of x (B, L, D), floating.
+          rng: a typed key.
+          mode: see `Mode`.
+        """
         (x,) = signature
         check_float('LearnedPositions', x)
         check_sequence('LearnedPositions', x)
@@ -51,6 +61,18 @@ class LearnedPositions(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """y (B, L, D), in the dtype of x, and the new state.
+
+        Args:
+          weights: the table.
+          state: in ``PREDICT`` a `Position`.
+          inputs: x (B, L, D); in ``PREDICT`` the next positions.
+          rng: not used.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: for positions known to pass `max_len`; inside `jit` they give NaN.
+        """
         (x,) = inputs
         check_sequence('LearnedPositions', x)
         return add_rows(self, weights['table'], state, x, mode)

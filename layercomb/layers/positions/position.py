@@ -1,4 +1,4 @@
-"""What layers of positions share: where the next inputs stand, and sines and cosines of that."""
+"""Helpers of positional layers: the next positions of a row, and angles of sines and cosines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,21 @@ from layercomb.trees import Tree
 def add_rows(
     layer: Any, table: jax.Array, state: Tree, x: jax.Array, mode: Mode
 ) -> tuple[tuple[jax.Array], Tree]:
-    """Outputs and state of a layer that adds to each position of x (B, L, D) a row of its table."""
+    """Adds to each position of x a row of a table.
+
+    Args:
+      layer: has max_len.
+      table: (max_len, D).
+      state: of the layer; in ``PREDICT`` it holds a `Position`.
+      x: (B, L, D).
+      mode: see `Mode`.
+
+    Returns:
+      A tuple of (B, L, D) in the dtype of x, and the new state.
+
+    Raises:
+      ValueError: if the widths differ, or positions are known to pass `max_len`.
+    """
     check_width(x, table.shape[1])
     length = x.shape[1]
     where, state = next_positions(layer, state, length, mode)  # (B or 1, L)
@@ -32,29 +46,53 @@ def add_rows(
 
 
 def frequencies(depth: int, period: float) -> jax.Array:
-    """period^(−2i/depth) for i = 0 … depth/2 − 1, (depth/2,) float32."""
+    """ω_i = period^(−2i/depth) for i = 0 … depth/2 − 1, (depth/2,) float32."""
     return period ** (-jnp.arange(0, depth, 2, dtype=jnp.float32) / depth)
 
 
 def angles(where: jax.Array, depth: int, period: float, max_len: int | None) -> jax.Array:
-    """t·ω_i for the positions t in `where` (…, L), (…, L, depth/2) float32; NaN past `max_len`."""
+    """t·ω_i for the positions t in `where`; NaN from `max_len` on.
+
+    Args:
+      where: (…, L) int32.
+      depth: an even number.
+      period: of `frequencies`.
+      max_len: the number of positions; None for no limit.
+
+    Returns:
+      (…, L, depth/2) float32, in radians.
+    """
     t = where[..., None].astype(jnp.float32)
     t = t if max_len is None else jnp.where(t < max_len, t, jnp.nan)
     return t * as_deep(frequencies(depth, period), t)
 
 
 def init_position(signature: Signature, mode: Mode) -> Tree:
-    """The state of a layer that counts positions: zeros (B,) in ``PREDICT``, else nothing."""
+    """The state of a layer that counts positions: a `Position` at 0 in ``PREDICT``, else ``{}``.
+
+    Args:
+      signature: of the inputs, the first one (B, …).
+      mode: see `Mode`.
+    """
     if mode is not Mode.PREDICT:
         return {}
     return {'position': Position.first(signature[0].shape[0])}
 
 
 def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[jax.Array, Tree]:
-    """The next `length` positions of each row, (B, L) or (1, L) int32, and the state after them.
+    """The next `length` positions of each row, and the state after them.
+
+    Args:
+      layer: has max_len.
+      state: of the layer; in ``PREDICT`` it holds a `Position`.
+      length: L.
+      mode: see `Mode`.
+
+    Returns:
+      (B, L) int32 in ``PREDICT``, else (1, L); and the new state.
 
     Raises:
-      ValueError: where they are known to pass the layer's `max_len`.
+      ValueError: if positions are known to pass `max_len`.
     """
     steps = jnp.arange(length, dtype=jnp.int32)[None]
     if mode is not Mode.PREDICT:
@@ -66,12 +104,30 @@ def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[ja
 
 
 def check_next(layer: Any, start: Position, length: int) -> None:
-    """Raises a ValueError if the next positions are known to pass the layer's `max_len`."""
+    """Checks the next positions against the layer's `max_len`, where they are known.
+
+    Args:
+      layer: has max_len.
+      start: positions taken, (B,) rows.
+      length: how many come next.
+
+    Raises:
+      ValueError: if they are known to pass it.
+    """
     check_length(type(layer).__name__, taken(start.rows) + length, layer.max_len)
 
 
 def check_length(owner: str, length: int, max_len: int | None) -> None:
-    """Raises a ValueError if a sequence is longer than `max_len`."""
+    """Checks the length of a sequence.
+
+    Args:
+      owner: the name of the layer, for the message.
+      length: of the sequence.
+      max_len: the most positions; None for no limit.
+
+    Raises:
+      ValueError: if it is longer than `max_len`.
+    """
     if max_len is not None and length > max_len:
         raise ValueError(
             f'{owner}: the sequence is {length} long and max_len={max_len}: shorten it, or make '
@@ -80,6 +136,14 @@ def check_length(owner: str, length: int, max_len: int | None) -> None:
 
 
 def check_even(owner: str, depth: int) -> None:
-    """Raises a ValueError unless features come in pairs."""
+    """Checks that features come in pairs.
+
+    Args:
+      owner: the name of the layer, for the message.
+      depth: number of features.
+
+    Raises:
+      ValueError: if it is odd.
+    """
     if depth % 2:
         raise ValueError(f'{owner} works on pairs of features, got {depth}: use an even number')

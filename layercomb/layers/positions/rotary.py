@@ -1,4 +1,4 @@
-"""`RotaryPositions`."""
+"""`RotaryPositions`: rotations of queries and keys."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from layercomb.trees import Tree
 class RotaryPositions(Layer):
     """Rotates pairs of features of queries and keys by angles that grow with the position.
 
-    (q, k) → (R_t q, R_t k): features i and i + K/2 of position t are rotated by t·period^(−2i/K),
-    so that q·k depends on the distance of the two positions alone. Both are (B, H, L, K), K even.
+    (q, k) → (R_t q, R_t k), both (B, H, L, K), K even. R_t rotates features i and i + K/2 by
+    t·period^(−2i/K) radians, so that q·k depends only on the distance of the two positions.
 
     Attributes:
-      period: of the slowest rotation, over 2π.
-      max_len: the longest sequence that is taken; None takes any.
+      period: longest wavelength in positions, over 2π, in the limit of large K; at least 1.
+      max_len: the longest sequence; None for no limit.
 
     References:
       Su et al., RoFormer, 2021, https://arxiv.org/abs/2104.09864
@@ -44,11 +44,21 @@ class RotaryPositions(Layer):
     n_in = 2
     n_out = 2
     float32 = True
-    position_wise = False  # a piece of a sequence does not know where it begins
+    position_wise = False  # a slice does not know its first position
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """No weights; in ``PREDICT`` the state is a `Position`.
+
+        Args:
+          signature: of q and k (B, H, L, K), K even.
+          rng: not used.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: if shapes do not fit, K is odd, or L exceeds `max_len`.
+        """
         self._check(*signature)
         check_length('RotaryPositions', signature[0].shape[2], self.max_len)
         check_even('RotaryPositions', signature[0].shape[-1])
@@ -57,6 +67,18 @@ class RotaryPositions(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """The rotated q and k, in their dtypes, and the new state.
+
+        Args:
+          weights: ``{}``.
+          state: in ``PREDICT`` a `Position`.
+          inputs: q and k (B, H, L, K); the numbers of heads may differ.
+          rng: not used.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: if shapes do not fit, or positions are known to pass `max_len`.
+        """
         q, k = inputs
         self._check(q, k)
         where, state = next_positions(self, state, q.shape[2], mode)  # (B or 1, L)
@@ -76,6 +98,14 @@ class RotaryPositions(Layer):
 
 
 def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-    """Rotates features i and i + K/2 of x (…, K) by the angle whose sine and cosine are given."""
+    """Rotates features i and i + K/2 of x by an angle.
+
+    Args:
+      x: (…, K), K even.
+      sin, cos: of the angle, (…, K/2) float32.
+
+    Returns:
+      (…, K), in the dtype of x, computed in float32.
+    """
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)  # (…, K/2)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""`SinusoidalPositions`."""
+"""`SinusoidalPositions`: sines and cosines of the position."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ from layercomb.trees import Tree
 class SinusoidalPositions(Layer):
     """x + P, with P[t, i] = sin(t ω_i) and P[t, D/2 + i] = cos(t ω_i), ω_i = period^(−2i/D).
 
-    x is (B, L, D) with D even. There are no weights, unless `trainable`: then P is the weight
-    ``table`` (max_len, D), which starts with these values.
+    x is (B, L, D), D even. There are no weights, unless `trainable`: then P is the weight ``table``
+    (max_len, D), which starts with these values.
 
     Attributes:
-      period: of the slowest wave, times 2π.
-      max_len: the longest sequence that is taken; None takes any.
-      trainable: whether P learns; `max_len` must be given then.
+      period: longest wavelength in positions, over 2π, in the limit of large D; at least 1.
+      max_len: the longest sequence; None for no limit.
+      trainable: whether P is trained; needs `max_len`.
+
+    Raises:
+      ValueError: if `trainable` without `max_len`, D is odd, or a sequence is longer than
+        `max_len`.
 
     References:
       Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762
@@ -47,7 +51,7 @@ class SinusoidalPositions(Layer):
 
     float32 = True
     weight_axes = {'table': 'L:D'}
-    position_wise = False  # a piece of a sequence does not know where it begins
+    position_wise = False  # a slice does not know its first position
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +63,16 @@ class SinusoidalPositions(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """No weights, or the ``table`` if trainable; in ``PREDICT`` the state is a `Position`.
+
+        Args:
+          signature: of x (B, L, D), floating, D even.
+          rng: not used.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: if D is odd, or L exceeds `max_len`.
+        """
         (x,) = signature
         check_float('SinusoidalPositions', x)
         check_sequence('SinusoidalPositions', x)
@@ -73,6 +87,18 @@ class SinusoidalPositions(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """y (B, L, D), in the dtype of x, and the new state.
+
+        Args:
+          weights: ``{}``, or the ``table`` if trainable.
+          state: in ``PREDICT`` a `Position`.
+          inputs: x (B, L, D); in ``PREDICT`` the next positions.
+          rng: not used.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: for positions known to pass `max_len`; inside `jit` they give NaN.
+        """
         (x,) = inputs
         check_sequence('SinusoidalPositions', x)
         if self.trainable:

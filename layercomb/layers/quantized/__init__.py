@@ -1,1 +1,1 @@
-"""Matrices of narrow weights, and the native kernels that read them."""
+"""Matrices of narrow weights, and the native kernels that multiply by them."""

@@ -1,16 +1,17 @@
-"""`Narrow`: a matrix of int8, int4 or bfloat16 weights that stands in for a wide one.
+"""`Narrow`: a matrix of int8, int4 or bfloat16 weights in place of a float32 one.
 
-Integers are symmetric and share scales in groups, ŵ = scale · q, along what a product sums over, so
-that a product is a sum over groups of whole products. Where few rows are multiplied on a CPU, as in
-decoding, `layercomb_kernels` reads the narrow weights themselves, and may round activations to 16
-bits, which is 2e-5 of a product; otherwise weights are widened first.
+Integers are symmetric and share scales in groups along the summed axis, ŵ = scale · q, so that a
+product is a sum over groups. For few rows on a CPU, as in decoding, `layercomb_kernels` reads the
+narrow weights directly. It may round activations to 16 bits, a relative error of 2e-5. Otherwise
+weights are widened first.
 
-Axes are written in letters: ``i`` for those that a product sums over and groups run along, and
-``o`` for the others: ``'io'`` is a kernel (D, F), ``'iio'`` one from heads (H, K, D), ``'oi'`` a
-table of rows. Whatever the order, a narrow matrix is kept as rows, its ``i`` axes being one, the
-last: a row is what the product with one output reads. Of ``'ioo'`` (D, H, K) there is (H, K, D), of
-``'iio'`` (H, K, D) there is (D, H·K). Two int4 share a byte, weight j of a row of n being in its
-low half and weight j + n / 2 in its high one.
+Axes are written in letters: ``i`` for the axes that a product sums over, along which groups run,
+and ``o`` for the others. ``'io'`` is a kernel (D, F), ``'iio'`` one from heads (H, K, D), ``'oi'``
+a table of rows. A narrow matrix is always stored as rows, with its ``i`` axes merged into the last
+axis: ``'ioo'`` (D, H, K) is stored as (H, K, D), ``'iio'`` (H, K, D) as (D, H·K). One row is read
+  for
+one output. Two int4 share a byte: in a row of n, weight j is the low half of byte j and weight
+j + n / 2 its high half.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ BITS = (4, 8, 16)
 )
 @dataclasses.dataclass(frozen=True)
 class Narrow:
-    """A matrix of narrow weights, with what a layer asks of a wide one.
+    """A matrix of narrow weights, with the products that layers need.
 
     Attributes:
-      values: (*o, i) int8 or bfloat16, or (*o, i / 2) uint8 of two int4.
+      values: (*o, i) int8 or bfloat16, or (*o, i / 2) uint8 of two int4 each.
       scales: (*o, G) float32, one for each group of a row; None for bfloat16.
-      axes: see above.
-      bits: 8, 4 or 16; 32 for a wide matrix of which `rows_of` takes rows.
+      axes: letters ``i`` and ``o`` of the wide matrix, see the module.
+      bits: 8, 4 or 16; 32 for a float table wrapped by `rows_of`.
     """
 
     values: jax.Array
@@ -55,7 +56,7 @@ class Narrow:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the wide matrix, whose ``i`` axes are one."""
+        """The shape of the wide matrix, with its ``i`` axes merged."""
         *o, n = self.values.shape
         n *= 2 if self.bits == 4 else 1
         return (*o, n) if self.axes == 'oi' else (n, *o)
@@ -66,7 +67,7 @@ class Narrow:
         return rows if self.axes == 'oi' else jnp.moveaxis(rows, -1, 0)
 
     def wide_rows(self) -> jax.Array:
-        """The weights in float32, as they are kept: (*o, i)."""
+        """The weights in float32, in storage order: (*o, i)."""
         if self.scales is None:
             return self.values.astype(jnp.float32)
         q = _integers(self.values, self.bits)
@@ -74,7 +75,14 @@ class Narrow:
         return (groups * self.scales[..., None]).reshape(q.shape)
 
     def take(self, rows: jax.Array) -> jax.Array:
-        """Rows of a table (``'oi'``) in float32, (…) → (…, D); NaN for rows that do not exist."""
+        """Rows of a table (``'oi'``); NaN for rows that do not exist.
+
+        Args:
+          rows: (…) integers.
+
+        Returns:
+          (…, D) float32.
+        """
         known: Any = {'mode': 'fill', 'fill_value': jnp.nan}
         if self.scales is None:
             return jnp.take(self.values, rows, axis=0, **known).astype(jnp.float32)
@@ -83,11 +91,11 @@ class Narrow:
         return dataclasses.replace(self, values=values, scales=scales).wide()
 
     def product(self, x: jax.Array, dtype: Any = None) -> jax.Array:
-        """The sum of x times the weights over the ``i`` axes.
+        """x times the weights, summed over the ``i`` axes.
 
         Args:
-          x: (…, *i), floating-point.
-          dtype: of the result; None takes x's.
+          x: (…, *i), floating.
+          dtype: of the result; None for the dtype of x.
 
         Returns:
           (…, *o), summed in float32.
@@ -99,24 +107,40 @@ class Narrow:
         return product(x, self).reshape(lead + self.values.shape[:-1]).astype(dtype or x.dtype)
 
     def factored_product(self, x: jax.Array, modules: jax.Array) -> jax.Array:
-        """x ∘ each module, times the rows of a table: (M, D), (S, D) → (M, S, F), in x's dtype."""
+        """y[m, s, f] = Σ_d x[m, d] A[s, d] W[f, d], with W a table of rows.
+
+        Args:
+          x: (M, D), floating.
+          modules: A (S, D), floating.
+
+        Returns:
+          (M, S, F), in the dtype of x.
+        """
         product = _factored_product if self._has_kernels(len(x)) else _plain_factored_product
         return product(x, modules, self).astype(x.dtype)
 
     def gathered_product(self, x: jax.Array, rows: jax.Array) -> jax.Array:
-        """x times some rows of a table, which are all that is read.
+        """y[…, k] = Σ_d x[…, d] W[rows[…, k], d]; no other rows of the table W are read.
 
         Args:
-          x: (…, D).
+          x: (…, D), floating.
           rows: (…, K) int32, within bounds.
 
         Returns:
-          (…, K), in x's dtype.
+          (…, K), in the dtype of x.
         """
         return self._gathered(_gathered_product, _plain_gathered_product, x, rows)
 
     def gathered_sum(self, x: jax.Array, rows: jax.Array) -> jax.Array:
-        """The sum of some rows of a table, each times a number: (…, K), (…, K) → (…, D)."""
+        """y[…, d] = Σ_k x[…, k] W[rows[…, k], d]; no other rows of the table W are read.
+
+        Args:
+          x: (…, K), floating.
+          rows: (…, K) int32, within bounds.
+
+        Returns:
+          (…, D), in the dtype of x.
+        """
         return self._gathered(_gathered_sum, _plain_gathered_sum, x, rows)
 
     def _gathered(self, fast: Any, plain: Any, x: jax.Array, rows: jax.Array) -> jax.Array:
@@ -131,7 +155,7 @@ class Narrow:
         return self.values.dtype in known and self.values.size > 0 and has_kernels(n_rows)
 
     def _matrix(self) -> tuple[jax.Array, jax.Array]:
-        """Words and scales as the matrices that kernels take."""
+        """Values and scales as matrices, in the form that kernels take."""
         words = self.values.reshape(-1, self.values.shape[-1])
         if self.scales is None:
             return words, jnp.zeros((0, 0), jnp.float32)
@@ -139,7 +163,7 @@ class Narrow:
 
 
 def rows_of(table: jax.Array | Narrow) -> Narrow:
-    """A table (F, D), wide or narrow, of which rows can be taken."""
+    """A table (F, D), an array or `Narrow`, as a `Narrow` with axes ``'oi'``."""
     return table if isinstance(table, Narrow) else Narrow(table, None, 'oi', 32)
 
 
@@ -147,18 +171,21 @@ def rows_of(table: jax.Array | Narrow) -> Narrow:
 def narrow(
     wide: jax.Array, axes: str, bits: int, group_size: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The values and scales nearest to a matrix, or to a stack of them.
+    """Rounds a matrix, or a stack of them, to narrow weights.
 
-    8 bits go to the nearest of −127 … 127 times max |w| / 127 in the group, so that no weight is
-    off by more than half a scale. 4 bits have the scale, of a few, that leaves the least squared
-    error in its group.
+    8 bits: scale = max |w| / 127 in the group and q = round(w / scale), so that no weight is off by
+    more than half a scale. 4 bits: of a few scales, the one with the least squared error in the
+    group.
 
     Args:
-      wide: the axes that `axes` names, with any others before them.
-      axes: see `Narrow`.
+      wide: floating, with the axes that `axes` names; any others come first.
+      axes: letters ``i`` and ``o``, see the module.
       bits: 4, 8 or 16.
-      group_size: how many weights share a scale: the divisor of what there are that is nearest, by
-        ratio.
+      group_size: wanted number of weights that share a scale; the nearest divisor of the row's
+        length is taken (of half of it for int4), by ratio.
+
+    Returns:
+      Values and scales, as of `Narrow`; scales are None for 16 bits.
     """
     n_lead, n_i = wide.ndim - len(axes), axes.count('i')
     lead, shape = wide.shape[:n_lead], wide.shape[n_lead:]
@@ -170,7 +197,7 @@ def narrow(
     if bits == 16:
         return wide.astype(jnp.bfloat16), None
     length = wide.shape[-1]
-    size = group_of(length // 2 if bits == 4 else length, group_size)  # a group lies in one half
+    size = group_of(length // 2 if bits == 4 else length, group_size)  # a group is within one half
     groups = wide.astype(jnp.float32).reshape(*lead, *o, -1, size)  # (…, G, g)
     q, scales = _nearest(groups, bits)
     q = q.reshape(wide.shape)
@@ -178,13 +205,19 @@ def narrow(
 
 
 def can_narrow(shape: tuple[int, ...], axes: str, bits: int) -> bool:
-    """Whether a matrix of this shape has such a form: for int4 a row is cut into two halves."""
+    """Whether a matrix can be stored in so many bits: int4 needs rows of even length.
+
+    Args:
+      shape: of the wide matrix.
+      axes: letters ``i`` and ``o``, one for each axis.
+      bits: 4, 8 or 16.
+    """
     length = math.prod(n for n, axis in zip(shape, axes, strict=True) if axis == 'i')
     return bits != 4 or length % 2 == 0
 
 
 def group_of(length: int, group_size: int) -> int:
-    """The divisor of a length that is nearest to a group's size, by ratio.
+    """The divisor of `length` nearest to `group_size`, by ratio.
 
     >>> group_of(768, 64), group_of(100, 64), group_of(48, 64)
     (64, 50, 48)
@@ -194,7 +227,7 @@ def group_of(length: int, group_size: int) -> int:
 
 
 def _nearest(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """int8 values of groups (…, g), and a scale for each, (…, 1)."""
+    """int8 values of groups (…, g), and the scale of each group, (…, 1)."""
     if bits == 8:
         scales = jnp.abs(groups).max(-1, keepdims=True) / 127
         return _rounded(groups, scales, -127, 127), scales
@@ -202,7 +235,7 @@ def _nearest(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     extreme = jnp.where(-low > high, low, high)
 
     def attempt(parts: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scales = extreme / -parts  # the extreme goes to −8, which has no counterpart
+        scales = extreme / -parts  # the extreme becomes −8; there is no +8
         q = _rounded(groups, scales, -8, 7)
         error = jnp.square(q.astype(jnp.float32) * scales - groups).sum(-1, keepdims=True)
         return error, q, scales
@@ -216,19 +249,19 @@ def _nearest(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _rounded(groups: jax.Array, scales: jax.Array, low: int, high: int) -> jax.Array:
-    divisors = jnp.where(scales == 0, 1, scales)  # a group of zeros stays one
+    divisors = jnp.where(scales == 0, 1, scales)  # a group of zeros stays zero
     return jnp.clip(jnp.round(groups / divisors), low, high).astype(jnp.int8)
 
 
 def _pack(q: jax.Array) -> jax.Array:
-    """int8 of −8 … 7, (…, n) → uint8 (…, n / 2)."""
+    """int8 from −8 to 7, (…, n) → two int4 per byte, (…, n / 2) uint8."""
     n = q.shape[-1] // 2
     q = lax.bitcast_convert_type(q, jnp.uint8)
     return (q[..., :n] & 15) | (q[..., n:] << 4)
 
 
 def _integers(words: jax.Array, bits: int) -> jax.Array:
-    """Words as float32, (…, n) → (…, 2n) for int4."""
+    """Stored integers as float32: (…, n) → (…, n), or (…, 2n) for int4."""
     if bits == 8:
         return words.astype(jnp.float32)
     low, high = (lax.bitcast_convert_type(w, jnp.int8) >> 4 for w in (words << 4, words))
@@ -236,7 +269,7 @@ def _integers(words: jax.Array, bits: int) -> jax.Array:
 
 
 def _plain_product(x: jax.Array, w: Narrow) -> jax.Array:
-    """(M, D) → (M, F) float32, of widened weights."""
+    """The product by widened weights: (M, D) → (M, F) float32."""
     wide = w.wide_rows().reshape(-1, x.shape[1]).astype(x.dtype)  # (*o, D) → (F, D)
     return jnp.einsum('md,fd->mf', x, wide, preferred_element_type=jnp.float32)
 
@@ -244,7 +277,7 @@ def _plain_product(x: jax.Array, w: Narrow) -> jax.Array:
 def _plain_factored_product(x: jax.Array, modules: jax.Array, w: Narrow) -> jax.Array:
     wide = w.wide_rows().astype(x.dtype)  # (F, D)
     scaled = x[:, None] * modules.astype(x.dtype)[None]  # (M, S, D)
-    # This way round it reads the table fastest.
+    # XLA reads the table fastest in this order of operands.
     y = jnp.einsum('fd,msd->mfs', wide, scaled, preferred_element_type=jnp.float32)
     return y.swapaxes(1, 2)
 
@@ -281,10 +314,10 @@ _gathered_sum = _with_kernel(_plain_gathered_sum, layercomb_kernels.gathered_sum
 
 @jax.custom_jvp
 def constant(x: jax.Array) -> jax.Array:
-    """x, of which there is no derivative.
+    """x unchanged, (…) → (…), without derivative.
 
     Raises:
-      ValueError: when a gradient for it is asked for.
+      ValueError: when its gradient is taken.
     """
     return x
 

@@ -1,4 +1,4 @@
-"""Functions that `layercomb_kernels` computes where few rows are multiplied on a CPU."""
+"""Dispatch to `layercomb_kernels`, which is faster than XLA for few rows on a CPU."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Here, and not at a kernel's first use: programs depend on whether `layercomb_kernels.off()`
-# surrounds them, so JAX would compile again what it compiled before. Nothing is compiled by this.
+# Imported here, not at a kernel's first use: `layercomb_kernels.off()` is part of JAX's cache key,
+# so a later import would make JAX compile programs again. The import itself compiles nothing.
 import layercomb_kernels
 
-FEW = 32  # rows, at most, for which a kernel is quicker than XLA
+FEW = 32  # the most rows for which a kernel is faster than XLA
 
 
 def has_kernels(n_rows: int, *wide: jax.Array) -> bool:
-    """Whether a kernel is to take so few rows, and arrays that must be float32 for it.
+    """Whether a native kernel computes this call.
 
-    Where there are several devices arrays may be sharded, of which kernels know nothing: each of
-    them would then be given the whole.
+    It needs a CPU, a single device, 1 to `FEW` rows, and float32 arrays that are not empty. With
+    several devices arrays may be sharded, and a kernel would be given whole arrays.
+
+    Args:
+      n_rows: rows of activations.
+      *wide: arrays that the kernel takes as float32.
     """
     if not 0 < n_rows <= FEW or jax.default_backend() != 'cpu' or jax.device_count() > 1:
         return False
@@ -30,9 +34,11 @@ def has_kernels(n_rows: int, *wide: jax.Array) -> bool:
 
 
 def with_kernel(plain: Callable[..., Any], by_kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The function `plain`, computed by another one in programs for a CPU.
+    """A function that computes `by_kernel` in programs for a CPU, and `plain` elsewhere.
 
-    Its derivatives are those of `plain`.
+    Args:
+      plain: the function in JAX; derivatives are always its own.
+      by_kernel: takes the same arguments and returns the same shapes and dtypes.
     """
 
     @jax.custom_jvp

@@ -1,1 +1,1 @@
-"""Layers of which a token uses a part."""
+"""Sparse layers: a position uses only a part of the weights, or the weights are few."""

@@ -1,4 +1,4 @@
-"""Attention whose projections are sparse, around any core: dense, local or LSH.
+"""Attention with sparse projections around any core: dense, local or LSH.
 
 Shape letters: B batch, L length, D d_model, H heads, K head depth, S modules.
 
@@ -30,7 +30,7 @@ from layercomb.trees import Tree
 
 
 class FoldHeads(Layer):
-    """Features as heads, without weights: (B, L, H·K) → (B, H, L, K).
+    """Splits features into heads, without weights: (B, L, H·K) → (B, H, L, K).
 
     Attributes:
       n_heads: H.
@@ -46,6 +46,12 @@ class FoldHeads(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """No weights and no state; checks that H divides the width.
+
+        Args:
+          signature: of x (B, L, H·K).
+          rng, mode: not used.
+        """
         (x,) = signature
         if x.shape[-1] % self.n_heads:
             raise ValueError(
@@ -57,6 +63,7 @@ class FoldHeads(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """Heads (B, H, L, K) of the input (B, L, H·K)."""
         (x,) = inputs
         b, length, d = x.shape
         x = x.reshape(b, length, self.n_heads, d // self.n_heads)
@@ -64,13 +71,14 @@ class FoldHeads(Layer):
 
 
 class UnfoldHeads(Layer):
-    """Heads as features, without weights: (B, H, L, K) → (B, L, H·K)."""
+    """Joins heads to features, without weights: (B, H, L, K) → (B, L, H·K)."""
 
     position_wise = True
 
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """Features (B, L, H·K) of the input (B, H, L, K)."""
         (x,) = inputs
         b, h, length, k = x.shape
         return (x.swapaxes(1, 2).reshape(b, length, h * k),), state  # (B, L, H·K)
@@ -79,27 +87,28 @@ class UnfoldHeads(Layer):
 class SparseQKVAttention(MultiHead):
     """Attention with sparse projections: (B, L, D) → (B, L, D).
 
-    A multiplicative layer makes modules of x, and one convolution over positions and modules makes
-    queries, keys and values of them::
+    A multiplicative layer maps x to modules. One convolution over positions and modules maps these
+    to queries, keys and values::
 
         q, k, v = LocalConv(MultiplicativeDense(x)),   y = MultiplicativeDense(core(q, k, v))
 
-    At D = 1,024 with 16 modules these are 15 times fewer weights than D² each for q, k, v and y.
-    `sparse_qkv` puts it in the place of any self-attention.
+    At D = 1,024 with 16 modules it has 15 times fewer weights than dense projections, which have D²
+    each for q, k, v and y. `sparse_qkv` makes one from any self-attention.
 
-    The convolution looks back even where the core is bidirectional, and knows no mask: padding at
-    the end of a row changes nothing before it, padding elsewhere reaches the next positions.
+    The convolution looks back even if the core is bidirectional, and ignores the mask. Padding at
+    the end of a row changes no real position; padding elsewhere changes the positions after it.
 
     Attributes:
       n_heads: H.
       n_modules: S, which must divide D.
-      kernel_size: of the convolution, over positions and modules.
-      rotary: positions put into queries and keys, e.g. `RotaryPositions()`.
-      core: what attends, a `DotProductAttention`, `LocalAttention` or `LSHAttention`; by default
-        the first, causal. One that takes queries and values alone gets no keys; a mask is taken
-        where the core takes one.
-      mix, project, output: the parts, to be replaced: (B, L, D) → (B, L, D), → q, k and v, each
-        (B, H, L, K), and from heads back to (B, L, D).
+      kernel_size: of the convolution: positions and modules.
+      rotary: positions applied to queries and keys, e.g. `RotaryPositions()`.
+      core: a `DotProductAttention` (the default, causal), `LocalAttention` or `LSHAttention`. A
+        core that takes only queries and values gets no keys; a mask is an input if the core takes
+        one.
+      mix: (B, L, D) → (B, L, D); None for the default one, as for `project` and `output`.
+      project: (B, L, D) → q, k and v, each (B, H, L, K).
+      output: (B, H, L, K) → (B, L, D).
 
     References:
       Jaszczur et al. 2021, section 3.2, https://arxiv.org/abs/2111.12763
@@ -127,6 +136,7 @@ class SparseQKVAttention(MultiHead):
         return getattr(unwrapped(self.core), 'masked', False)
 
     def parts(self) -> dict[str, Layer]:
+        """The default `mix`, `project` and `output`."""
         n = self.core.n_in - self._is_masked
         dense = MultiplicativeDense(self.n_modules)
         return {
@@ -139,6 +149,13 @@ class SparseQKVAttention(MultiHead):
         }
 
     def route(self, call: Call, stack: Stack) -> Stack:
+        """Attends from the input (B, L, D) to itself: (B, L, D) on the stack.
+
+        Args:
+          call: as of `Combinator.route`.
+          stack: x (B, L, D) and, if the core is masked, mask (B, L) bool; then any others, which
+            stay.
+        """
         x, *mask = stack[: self.n_in]
         at = self.keys.index
         (mixed,) = call(at('mix'), (x,))
@@ -151,7 +168,7 @@ class SparseQKVAttention(MultiHead):
 
 
 def is_self_attention(layer: Layer) -> bool:
-    """Whether a layer has what `sparse_qkv` keeps: fields ``n_heads``, ``core`` and ``rotary``."""
+    """Whether a layer has the fields that `sparse_qkv` keeps: ``n_heads``, ``core``, ``rotary``."""
     fields = {field.name for field in dataclasses.fields(layer)}
     return {'n_heads', 'core', 'rotary'} <= fields and not layer.reads_memory
 
@@ -159,17 +176,17 @@ def is_self_attention(layer: Layer) -> bool:
 def sparse_qkv(
     attention: Layer, n_modules: int = 16, kernel_size: tuple[int, int] = (3, 3)
 ) -> SparseQKVAttention:
-    """The attention with sparse projections that attends as another one does.
+    """A `SparseQKVAttention` with the core of another self-attention.
 
     Args:
-      attention: a `SelfAttention`, `LocalSelfAttention`, `LSHSelfAttention`, or a layer of one's
-        own with fields ``n_heads``, ``core`` and ``rotary``. These and its name are kept, its
-        projections are not; a `SparseQKVAttention` is given back as it is.
+      attention: a `SelfAttention`, `LocalSelfAttention`, `LSHSelfAttention`, or a layer of your own
+        with fields ``n_heads``, ``core`` and ``rotary``. These and its name are kept, its
+        projections are not. A `SparseQKVAttention` is returned unchanged.
       n_modules, kernel_size: as of `SparseQKVAttention`.
 
     Raises:
       TypeError: for any other layer.
-      ValueError: if its heads have a depth of their own.
+      ValueError: if `attention` has a `d_head`.
 
     >>> from layercomb import tl
     >>> tl.sparse_qkv(tl.LocalSelfAttention(4, 64), 8).core
@@ -194,6 +211,6 @@ def sparse_qkv(
         n_modules,
         kernel_size=kernel_size,
         rotary=given.rotary,
-        core=given.core,  # chosen when the layer was made, if nobody else did
+        core=given.core,  # never None: the layer chose a default
         name=given.name,
     )

@@ -1,4 +1,4 @@
-"""`BlockSparseFF`."""
+"""`BlockSparseFF`: a feed-forward of which one block of units is computed per position."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from layercomb.trees import Tree
 
 
 class BlockSparseFF(Layer):
-    """A feed-forward cut into blocks of units, of which a controller picks one for each position.
+    """A feed-forward in blocks of units: a controller picks one block for each position.
 
-    y = (f(x W₁ + b₁) ∘ m) W₂ + b₂, where the mask m is the same for all units of a block, and is
-    made from c = x C₁ C₂, a number a block:
+    y = (f(x W₁ + b₁) ∘ m) W₂ + b₂, (…, D) → (…, D). The mask m is equal for all units of a block.
+    It is made from c = x C₁ C₂, one number per block:
 
     * ``EVAL``, ``PREDICT``: m is 1 at the block of the largest c, and 0 elsewhere; the other blocks
       are not computed;
-    * training: p = softmax(c + temperature · g), g being Gumbel noise. With probability
-      `hard_prob`, one draw for all that is given at once, m is the one-hot of the largest p, and
-      its gradient that of p (straight-through); else m = p. All blocks are computed.
+    * training: p = softmax(c + temperature · g), where g is Gumbel noise. With probability
+      `hard_prob`, drawn once per call, m is the one-hot of the largest p, with the gradient of p
+      (straight-through); else m = p. All blocks are computed.
 
     The chosen blocks are decisions: ``RECORD`` keeps them, ``REPLAY`` takes them.
 
-    Weights: ``in`` (kernel (E, D, M), bias (E, M)) and ``out`` (kernel (E, M, D), bias (D,)), for
-    E = n_blocks of M = d_ff / E units, so that a block lies together; ``controller`` (``in`` kernel
-    (D, R), ``out`` kernel (R, E)).
+    Weights: ``in`` (kernel (E, D, M), bias (E, M)), ``out`` (kernel (E, M, D), bias (D,)),
+    ``controller`` (``in`` kernel (D, R), ``out`` kernel (R, E)), for E = n_blocks of M = d_ff / E
+    units. Each block is contiguous in memory.
 
     Attributes:
       d_ff: the number of units.
-      n_blocks: E, which must divide it.
+      n_blocks: E, which must divide d_ff.
       d_lowrank: R, the rank of the controller; None takes D / E, but at least 16.
-      temperature: how much noise training adds.
-      hard_prob: how often training takes the hard choice.
+      temperature: factor of the noise in training, at least 0.
+      hard_prob: probability of the hard choice in training, from 0 to 1.
       activation: f, by its name.
-      use_bias: whether b₁ and b₂ are there.
-      kernel_init: of W₁ and W₂, each as a whole.
+      use_bias: whether to add b₁ and b₂.
+      kernel_init: of W₁ (D, d_ff) and W₂ (d_ff, D), each as one matrix.
       bias_init: of b₁ and b₂.
 
     Raises:
@@ -91,6 +91,13 @@ class BlockSparseFF(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """Weights as the class lists them, float32; no state.
+
+        Args:
+          signature: of x (…, D), floating.
+          rng: a typed key.
+          mode: not used.
+        """
         (x,) = signature
         check_float('BlockSparseFF', x)
         d, e, m, make = x.shape[-1], self.n_blocks, self.d_ff // self.n_blocks, self.kernel_init
@@ -110,6 +117,18 @@ class BlockSparseFF(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """y (…, D), in the dtype of x, and the new state.
+
+        Args:
+          weights: as of `init`.
+          state: ``{}``; in ``REPLAY`` the recorded blocks.
+          inputs: x (…, D).
+          rng: a typed key, needed in training.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: in training, without a key.
+        """
         (x,) = inputs
         out = weights['out']
         c = controllers.logits(weights['controller'], x)  # (…, E)
@@ -126,7 +145,7 @@ class BlockSparseFF(Layer):
         return (y + as_deep(out['bias'], y) if self.use_bias else y,), state
 
     def _whole(self, weights: Tree, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """All blocks, times the mask, without b₂."""
+        """The output of all blocks times the mask, without b₂."""
         h = contract('...d,edm->...em', x, weights['in']['kernel'])
         h = elementwise(type(self).__name__, self.activation)(
             h + as_deep(weights['in']['bias'], h) if self.use_bias else h

@@ -1,4 +1,4 @@
-"""Products of rows with the weights of the expert that each chose, in sorted tiles."""
+"""Products of rows with the weights of each row's expert, in sorted tiles."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from layercomb.layers.quantized.rows import put, rows
 from layercomb.trees import Tree
 
 Function = Callable[[jax.Array], jax.Array]
-_TILE = (8, 128)  # rows of a tile, at least and at most
+_TILE = (8, 128)  # the fewest and the most rows of a tile
 
 
 def by_expert(w_in: Tree, w_out: Tree, f: Function, x: jax.Array, experts: jax.Array) -> jax.Array:
     """y[t] = f(x[t] W₁[e] + b₁[e]) W₂[e] + b₂[e], where e = experts[t].
 
-    Positions are sorted by their experts into tiles of one expert each, whose last rows may be
-    empty, and the tiles are computed one after the other: no expert's work is done in vain, and no
-    weight is copied for every position. At E positions or fewer a tile is a position.
+    Positions are sorted by expert into tiles of one expert each, whose last rows may be empty. The
+    tiles are computed one after the other, so that no expert computes rows of another, and no
+    weight is copied per position. With E positions or fewer, a tile is one position.
 
     Args:
       w_in: ``kernel`` W₁ (E, D, M), ``bias`` b₁ (E, M) or none.
@@ -40,12 +40,12 @@ def by_expert(w_in: Tree, w_out: Tree, f: Function, x: jax.Array, experts: jax.A
 
 
 class _Tiles(NamedTuple):
-    """Where T positions lie in n tiles of C.
+    """Where T positions are in n tiles of C places.
 
     Attributes:
-      expert: (n,), of each tile.
-      row: (n, C), the position in each place, T where there is none.
-      place: (T,), of each position, counted through all tiles.
+      expert: (n,) int32, of each tile.
+      row: (n, C) int32, the position in each place, T where there is none.
+      place: (T,) int32, of each position, counted through all tiles.
     """
 
     expert: jax.Array
@@ -59,7 +59,7 @@ def _tiles(experts: jax.Array, n_experts: int) -> _Tiles:
     if t <= n_experts:
         return _Tiles(experts, position[:, None], position)
     size = _tile_size(t, n_experts)
-    n = n_experts + (t - n_experts) // size  # where each expert has one position at least
+    n = n_experts + (t - n_experts) // size  # the most tiles: each expert has a position
     all_experts = jnp.arange(n_experts, dtype=jnp.int32)[None]
     count = (experts[:, None] == all_experts).sum(0, dtype=jnp.int32)  # (E,)
     n_tiles = -(-count // size)
@@ -69,12 +69,12 @@ def _tiles(experts: jax.Array, n_experts: int) -> _Tiles:
     place = position + rows(first_tile * size - first, rows(experts, order))  # in sorted order
     row = put(jnp.full(n * size, t, jnp.int32), place, order).reshape(n, size)
     expert = (position[:n, None] >= end[1][None]).sum(1, dtype=jnp.int32)
-    expert = jnp.minimum(expert, n_experts - 1)  # of tiles left over, which are empty
+    expert = jnp.minimum(expert, n_experts - 1)  # for unused tiles, which are empty
     return _Tiles(expert, row, put(jnp.zeros_like(order), order, place))
 
 
 def _tile_size(n_rows: int, n_experts: int) -> int:
-    """A power of two, at most half of what an expert gets, so that little is empty."""
+    """A power of two, at most half of the mean rows per expert, so that few places are empty."""
     low, high = _TILE
     half = n_rows // (2 * n_experts)
     return max(low, min(high, 1 << max(half.bit_length() - 1, 0)))
@@ -88,9 +88,9 @@ def _dense_by_tile(weights: Tree, x: jax.Array, expert: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _dot_by_tile(x: jax.Array, w: jax.Array, expert: jax.Array) -> jax.Array:
-    """x[i] w[expert[i]]: a loop, because on a CPU `ragged_dot` multiplies by every expert.
+    """x[i] w[expert[i]], in a loop: on a CPU `ragged_dot` multiplies by every expert.
 
-    Its gradient is written out because a scan would keep a copy of the weights for every tile.
+    Its gradient is written by hand: that of a scan would keep a copy of the weights for every tile.
     """
     return _scan_dot(x, w, expert, 0)
 
@@ -114,7 +114,7 @@ _dot_by_tile.defvjp(_forward, _backward)
 
 
 def _scan_dot(x: jax.Array, w: jax.Array, expert: jax.Array, axis: int) -> jax.Array:
-    """The last axis of each tile times an axis of its expert's matrix."""
+    """The last axis of each tile times one axis of its expert's matrix."""
 
     def one(_: None, tile: Any) -> tuple[None, jax.Array]:
         x, e = tile

@@ -1,8 +1,8 @@
-"""What chooses which units of a sparse feed-forward work: a controller of low rank.
+"""Controllers of low rank, which choose the units of a sparse feed-forward.
 
-In training it is sampled: with c the logits of the choices, p = softmax(c + temperature · g), g
-being Gumbel noise. With probability `hard_prob`, one draw for all that is given at once, the mask
-is the one-hot of the largest p, and its gradient that of p (straight-through); else it is p.
+In training the choice is sampled. With logits c, p = softmax(c + temperature · g), where g is
+Gumbel noise. With probability `hard_prob`, drawn once per call, the mask is the one-hot of the
+largest p, with the gradient of p (straight-through); else it is p.
 
 References:
     Jaszczur et al. 2021, section 3.1, https://arxiv.org/abs/2111.12763
@@ -29,14 +29,14 @@ from layercomb.trees import Tree
 
 
 def check_fields(layer: Any, cut: str) -> None:
-    """Checks what layers with a controller have in common.
+    """Checks the fields that layers with a controller share.
 
     Args:
       layer: has d_ff, hard_prob and activation.
       cut: the name of its field that must divide d_ff.
 
     Raises:
-      ValueError: saying what fits.
+      ValueError: if it does not, hard_prob is not from 0 to 1, or the activation is unknown.
     """
     owner, n = type(layer).__name__, getattr(layer, cut)
     if layer.d_ff % n:
@@ -46,31 +46,48 @@ def check_fields(layer: Any, cut: str) -> None:
         )
     if not 0 <= layer.hard_prob <= 1:
         raise ValueError(f'{owner}: hard_prob={layer.hard_prob} is a probability, from 0 to 1')
-    elementwise(owner, layer.activation)  # a wrong name is an error now
+    elementwise(owner, layer.activation)  # a wrong name raises here
 
 
 def init(keys: Any, d: int, rank: int, n: int) -> Tree:
-    """The weights C₁ (D, R) and C₂ (R, n), by which logits vary as much as x does.
+    """The weights C₁ (D, R) and C₂ (R, n), float32, for which logits vary as much as x does.
 
-    Of logits near zero noise makes the choice, another one each time, and units learn nothing of
-    their own before the controller has grown.
+    With logits near zero, noise would make the choice, and units would learn nothing of their own
+    until the controller had grown.
+
+    Args:
+      keys: two typed keys.
+      d: D, the width of the input.
+      rank: R.
+      n: number of choices.
     """
     make = lecun_normal()
     return {'in': {'kernel': make(keys[0], (d, rank))}, 'out': {'kernel': make(keys[1], (rank, n))}}
 
 
 def logits(weights: Tree, x: jax.Array) -> jax.Array:
-    """c = x C₁ C₂ in float32: (…, D) → (…, n)."""
+    """c = x C₁ C₂, in float32.
+
+    Args:
+      weights: as of `init`.
+      x: (…, D).
+
+    Returns:
+      (…, n) float32.
+    """
     return matmul(dense(weights['in'], x), weights['out']['kernel'])
 
 
 def units(weights: Tree, x: jax.Array, block_size: int) -> jax.Array:
-    """The unit that is chosen in each block: (…, D) → (…, n / N) int32, numbers from 0 to n − 1.
+    """The chosen unit of each block of N.
 
     Args:
-      weights: as `init` makes them.
+      weights: as of `init`.
       x: (…, D).
-      block_size: N.
+      block_size: N, which divides n.
+
+    Returns:
+      (…, n / N) int32, numbers from 0 to n − 1.
     """
     first, second = weights['in']['kernel'], weights['out']['kernel']
     rows = x.reshape(-1, x.shape[-1])  # (M, D)
@@ -93,13 +110,16 @@ def _fast_units(block_size: int, *arrays: jax.Array) -> jax.Array:
 def sample(
     layer: Any, c: jax.Array, rng: jax.Array | None, mode: Mode, state: Tree, name: str
 ) -> tuple[jax.Array, Tree]:
-    """The mask of training, (…, n), and the new state. The choices (…) are a decision.
+    """The mask in training, and the new state. The choices, (…) integers, are a decision.
 
     Args:
       layer: has temperature and hard_prob.
-      c: (…, n) float32, the choices being along the last axis.
+      c: (…, n) float32, logits of the choices.
       rng: a typed key.
       mode, state, name: as of `decide`.
+
+    Returns:
+      The mask (…, n) float32, and the new state.
 
     Raises:
       ValueError: without a key.
@@ -123,21 +143,32 @@ def sample(
 
 
 def largest(c: jax.Array) -> jax.Array:
-    """The first index of the largest in each block, int32; the last one where there is NaN.
+    """The first index of the largest in each block; the last index if the block has NaN.
 
     XLA's argmax is several times slower on a CPU than these two reductions.
+
+    Args:
+      c: (…, n) floating.
+
+    Returns:
+      (…) int32.
     """
     at = jax.lax.broadcasted_iota(jnp.int32, c.shape, c.ndim - 1)
     return jnp.where(c == c.max(-1, keepdims=True), at, c.shape[-1] - 1).min(-1)
 
 
 def one_hot(choices: jax.Array, like: jax.Array) -> jax.Array:
-    """1 at each choice and 0 elsewhere, like (…, n): (…) → (…, n)."""
+    """1 at each choice and 0 elsewhere.
+
+    Args:
+      choices: (…) integers.
+      like: (…, n), whose shape and dtype the result has.
+    """
     at = jax.lax.broadcasted_iota(choices.dtype, like.shape, like.ndim - 1)
     return (choices[..., None] == at).astype(like.dtype)
 
 
 def smallest_integers(n: int) -> Any:
-    """The smallest integer type that numbers n choices."""
+    """The smallest of uint8, uint16 and int32 that numbers n choices."""
     kinds = (jnp.uint8, jnp.uint16)
     return next((t for t in kinds if n - 1 <= jnp.iinfo(t).max), jnp.int32)

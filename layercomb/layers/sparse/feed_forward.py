@@ -1,4 +1,4 @@
-"""`SparseFF`, a feed-forward whose weights grow while the work for one position does not.
+"""`SparseFF`: a feed-forward whose work per position does not grow with its number of weights.
 
 Shape letters: D d_model, F d_ff, N block, R rank.
 """
@@ -25,19 +25,19 @@ from layercomb.trees import Tree
 
 
 class SparseFF(Layer):
-    """A feed-forward in which one unit of each block of N works, chosen by a controller.
+    """A feed-forward that uses one unit of each block of N, chosen by a controller.
 
-    y = (f(x W₁ᵀ + b₁) ∘ m) W₂ + b₂, where the mask m of the d_ff units, cut into blocks of N, is
-    made from c = x C₁ C₂:
+    y = (f(x W₁ᵀ + b₁) ∘ m) W₂ + b₂, (…, D) → (…, D). The mask m of the d_ff units, in blocks of N,
+    is made from c = x C₁ C₂:
 
     * ``EVAL``, ``PREDICT``: m is 1 at the largest c of each block, and 0 elsewhere;
-    * training: p = softmax(c + temperature · g) over each block, g being Gumbel noise. With
-      probability `hard_prob`, one draw for all that is given at once, m is the one-hot of the
-      largest p, and its gradient that of p (straight-through); else m = p.
+    * training: p = softmax(c + temperature · g) over each block, where g is Gumbel noise. With
+      probability `hard_prob`, drawn once per call, m is the one-hot of the largest p, with the
+      gradient of p (straight-through); else m = p.
 
-    In ``PREDICT`` a position reads d_ff / N rows of W₁ and of W₂, which are stored so that a unit's
-    row is contiguous in both; N or more positions at once would read them all, and multiply whole
-    matrices. The chosen units are decisions: ``RECORD`` keeps them, ``REPLAY`` takes them.
+    In ``PREDICT`` a position reads d_ff / N rows of W₁ and of W₂; a unit's row is contiguous in
+    both. N or more positions in one call are multiplied by whole matrices. The chosen units are
+    decisions: ``RECORD`` keeps them, ``REPLAY`` takes them.
 
     Weights: ``in`` (kernel_transposed (d_ff, D), bias (d_ff,)), ``out`` (kernel (d_ff, D), bias
     (D,)), ``controller`` (``in`` kernel (D, R), ``out`` kernel (R, d_ff)).
@@ -46,10 +46,12 @@ class SparseFF(Layer):
       d_ff: the number of units; `block_size` must divide it.
       block_size: N.
       d_lowrank: R, the rank of the controller; None takes D / N, but at least 16.
-      temperature: how much noise training adds.
-      hard_prob: how often training takes the hard choice.
+      temperature: factor of the noise in training, at least 0.
+      hard_prob: probability of the hard choice in training, from 0 to 1.
       activation: f, by its name.
-      use_bias: whether b₁ and b₂ are there.
+      use_bias: whether to add b₁ and b₂.
+      kernel_init: of W₁ and W₂, both (d_ff, D).
+      bias_init: of b₁ and b₂.
 
     Raises:
       ValueError: if N does not divide d_ff, naming the nearest sizes that fit; in training, without
@@ -91,6 +93,13 @@ class SparseFF(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """Weights as the class lists them, float32; no state.
+
+        Args:
+          signature: of x (…, D), floating.
+          rng: a typed key.
+          mode: not used.
+        """
         (x,) = signature
         check_float('SparseFF', x)
         d, f, make = x.shape[-1], self.d_ff, self.kernel_init
@@ -109,6 +118,18 @@ class SparseFF(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """y (…, D), in the dtype of x, and the new state.
+
+        Args:
+          weights: as of `init`; kernels may be `Narrow`.
+          state: ``{}``; in ``REPLAY`` the recorded units.
+          inputs: x (…, D).
+          rng: a typed key, needed in training.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: in training, without a key.
+        """
         (x,) = inputs
         if mode is Mode.PREDICT and math.prod(x.shape[:-1]) < self.block_size:
             return (self._few(weights, x),), state
@@ -120,7 +141,7 @@ class SparseFF(Layer):
         return (self._whole(weights, x, controllers.one_hot(controllers.largest(c), c)),), state
 
     def _whole(self, weights: Tree, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """All units, times the mask."""
+        """The output of all units times the mask."""
         h = contract('...d,fd->...f', x, weights['in']['kernel_transposed'])
         h = self._activated(h, weights['in'].get('bias'))
         mask = mask.reshape(h.shape).astype(h.dtype)  # (…, F)
@@ -130,7 +151,7 @@ class SparseFF(Layer):
         return dense(out, h * mask)
 
     def _few(self, weights: Tree, x: jax.Array) -> jax.Array:
-        """The chosen units alone; their rows are gathered."""
+        """The output of the chosen units only, whose rows are gathered."""
         at = controllers.units(weights['controller'], x, self.block_size)  # (…, F / N)
         bias = weights['in'].get('bias')
         bias = None if bias is None else bias.at[at].get(**IN_BOUNDS)  # (d_ff,) → (…, F / N)

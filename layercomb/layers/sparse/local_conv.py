@@ -1,4 +1,4 @@
-"""`LocalConv`: a convolution over a few positions of each module."""
+"""`LocalConv`: a causal convolution over positions and modules."""
 
 from __future__ import annotations
 
@@ -24,24 +24,27 @@ from layercomb.trees import Tree
 
 
 class LocalConv(Layer):
-    """A convolution over positions, causally, and over modules: (B, L, S·M) → n_outputs like it.
+    """A causal convolution over positions and modules: (B, L, S·M) → n_outputs of (B, L, S·M).
 
-    With x seen as (B, L, S, M), and i positions back, j modules to either side::
+    With x reshaped to (B, L, S, M), i counting positions back and j modules to either side::
 
         y[t, s] = Σᵢⱼ x[t − i, s + j] W[i, j] + b
 
-    The kernel is the same for all modules, so there are few weights. Several outputs, each with a
-    kernel of its own, come from one convolution.
+    All modules share the kernel, so there are few weights. One convolution computes all outputs,
+    each with a kernel of its own.
 
-    In ``PREDICT`` the state keeps the inputs, as long as the signature given to `init`.
+    In ``PREDICT`` the state keeps the inputs, with room for the length of the signature given to
+    `init`.
 
     Weights: ``kernel`` (positions, modules, M, n_outputs·M), ``bias`` (n_outputs, M).
 
     Attributes:
       n_modules: S, which must divide the width.
-      kernel_size: how many positions, the last being its own, and how many modules, with its own in
-        the middle, an output sees.
-      n_outputs: how many values it puts back.
+      kernel_size: how many positions an output sees, the last being its own, and how many modules,
+        its own in the middle.
+      n_outputs: number of outputs.
+      kernel_init: of W.
+      bias_init: of b.
 
     Raises:
       ValueError: if S does not divide the width, naming the nearest number that does.
@@ -61,13 +64,23 @@ class LocalConv(Layer):
     bias_init: Initializer = zeros()
 
     n_out = property(lambda self: self.n_outputs)
-    # One matrix: apart, the places of a kernel would take steps too large.
+    # One matrix: with separate ones per place of the kernel, optimizer steps would be too large.
     weight_axes = {'kernel': 'WXM->F', 'bias': 'N|->M'}
     position_wise = False
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Any]:
+        """Weights as the class lists them, float32; the state is a `Past` in ``PREDICT``.
+
+        Args:
+          signature: of x (B, L, S·M), floating.
+          rng: a typed key.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: if S does not divide the width.
+        """
         (x,) = signature
         check_sequence('LocalConv', x)
         check_float('LocalConv', x)
@@ -83,6 +96,18 @@ class LocalConv(Layer):
     def apply(
         self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Any]:
+        """`n_outputs` arrays (B, L, S·M), and the new state.
+
+        Args:
+          weights: as of `init`.
+          state: in ``PREDICT`` a `Past`.
+          inputs: x (B, L, S·M); in ``PREDICT`` the next positions.
+          rng: not used.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: if shapes do not fit, or the cache overflows.
+        """
         (x,) = inputs
         check_sequence('LocalConv', x)
         m, length = weights['kernel'].shape[2], x.shape[1]
@@ -106,7 +131,7 @@ class LocalConv(Layer):
 
     @property
     def _reach(self) -> int:
-        """How many positions back the kernel sees."""
+        """How many earlier positions the kernel sees."""
         return self.kernel_size[0] - 1
 
 

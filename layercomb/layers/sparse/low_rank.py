@@ -1,4 +1,4 @@
-"""`LowRankDense`: two thin matrices in the place of one."""
+"""`LowRankDense`: two thin matrices in place of one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from layercomb.layers.combinators.serial import Serial
 
 
 def LowRankDense(n_units: int, rank: int, name: str | None = None) -> Serial:
-    """y = x A B + b with A (D, rank) and B (rank, n_units): a dense layer of low rank.
+    """y = x A B + b, a dense layer of low rank: (…, D) → (…, n_units).
+
+    A is (D, rank), B is (rank, n_units), b is (n_units,).
 
     Args:
       n_units: the width of the output.
-      rank: of the product.
-      name: of the layer.
+      rank: of the product A B.
+      name: of the layer; None for the default name of a `Serial`.
 
     >>> from layercomb import tl
     >>> tl.LowRankDense(512, 8)

@@ -1,4 +1,4 @@
-"""Dense layers of few weights: products of factors, low rank, and a convolution over modules.
+"""Dense layers with few weights: `MultiplicativeDense`, `MultiplicativeHead`.
 
 Shape letters: B batch, L length, D d_model, S modules, M features of a module, V vocabulary.
 
@@ -33,17 +33,18 @@ from layercomb.trees import Tree
 class MultiplicativeDense(Layer):
     """y[s·M + m] = Σᵢ x[i] D[i, s] E[i, m] + b: a dense layer with D·(S + M) weights, not D·S·M.
 
-    The kernel W[i, (s, m)] = D[i, s] E[i, m] can send any input feature to any output, so it can
-    represent every permutation. At M rows or more the kernel is made, and multiplied by; at fewer,
-    as in decoding, it costs more than the product, and x ∘ D is multiplied by E.
+    (…, D) → (…, S·M). The kernel W[i, (s, m)] = D[i, s] E[i, m] can send any input feature to any
+    output, so it can represent every permutation. With M rows or more, W is computed. With fewer
+    rows, as in decoding, W would cost more than the product, and x ∘ D is multiplied by E.
 
     Weights: ``modules`` Dᵀ (S, D), ``features`` Eᵀ (M, D), and ``bias`` (S·M,) unless `use_bias` is
     false.
 
     Attributes:
       n_modules: S.
-      n_units: the width of the output, S·M, which S must divide; None keeps the input's.
-      use_bias: whether b is there.
+      n_units: the width of the output, S·M, which S must divide; None for the input's width.
+      use_bias: whether to add b.
+      bias_init: of b.
 
     Raises:
       ValueError: if S does not divide the width, naming the nearest number that does.
@@ -67,6 +68,16 @@ class MultiplicativeDense(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """Weights as the class lists them, float32; no state.
+
+        Args:
+          signature: of x (…, D), floating.
+          rng: a typed key.
+          mode: not used.
+
+        Raises:
+          ValueError: if S does not divide the width of the output.
+        """
         (x,) = signature
         check_float(type(self).__name__, x)
         d = x.shape[-1]
@@ -82,6 +93,14 @@ class MultiplicativeDense(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """y (…, S·M), in the dtype of x, from x (…, D).
+
+        Args:
+          weights: as of `init`; ``features`` may be `Narrow`.
+          state: ``{}``.
+          inputs: x (…, D).
+          rng, mode: not used.
+        """
         (x,) = inputs
         y = multiplicative_dense(x, weights['modules'], weights['features'])
         return (y + as_deep(weights['bias'], y) if self.use_bias else y,), state
@@ -90,9 +109,9 @@ class MultiplicativeDense(Layer):
 class MultiplicativeHead(Layer):
     """Logits by a multiplicative layer: (…, D) → (…, vocab_size), with 1 / S of a head's weights.
 
-    As `MultiplicativeDense`, for a vocabulary of any size: the modules are as large as their number
-    asks for, and what they have beyond V together is cut off. It is faster than a `Dense` where one
-    position at a time is decoded, and predicts somewhat worse.
+    A `MultiplicativeDense` for a vocabulary of any size: a module has ⌈V / S⌉ features, and outputs
+    beyond V are dropped. Decoding one position at a time is faster than with a `Dense`; predictions
+    are somewhat worse.
 
     Weights: ``modules`` (S, D), ``features`` (⌈V / S⌉, D), and ``bias`` (V,) unless `use_bias` is
     false.
@@ -100,7 +119,7 @@ class MultiplicativeHead(Layer):
     Attributes:
       vocab_size: V.
       n_modules: S.
-      use_bias: whether a bias is there.
+      use_bias: whether to add the bias.
 
     References:
       Jaszczur et al. 2021, section 3.3 ("sparse loss"), https://arxiv.org/abs/2111.12763
@@ -121,6 +140,13 @@ class MultiplicativeHead(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """Weights as the class lists them, float32; no state.
+
+        Args:
+          signature: of x (…, D), floating.
+          rng: a typed key.
+          mode: not used.
+        """
         (x,) = signature
         check_float('MultiplicativeHead', x)
         weights = _factors(rng, x.shape[-1], self.vocab_size, self.n_modules)
@@ -132,6 +158,14 @@ class MultiplicativeHead(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """Logits (…, V), in the dtype of x, from x (…, D).
+
+        Args:
+          weights: as of `init`; ``features`` may be `Narrow`.
+          state: ``{}``.
+          inputs: x (…, D).
+          rng, mode: not used.
+        """
         (x,) = inputs
         y = multiplicative_dense(x, weights['modules'], weights['features'])
         y = y[..., : self.vocab_size]
@@ -139,7 +173,7 @@ class MultiplicativeHead(Layer):
 
 
 def _factors(rng: jax.Array, d: int, n: int, n_modules: int) -> Tree:
-    """Factors whose products have the variance of Glorot's kernels, each with its root."""
+    """Factors, each with the root of the variance that a Glorot kernel has."""
     modules, features = jax.random.split(rng)
     make = Normal((2 / (d + n)) ** 0.25)
     return {
@@ -156,7 +190,7 @@ def multiplicative_dense(
     Args:
       x: (…, D).
       modules: Dᵀ (S, D), a row for each module.
-      features: Eᵀ (M, D).
+      features: Eᵀ (M, D), an array or `Narrow`.
 
     Returns:
       (…, S·M).
@@ -177,7 +211,16 @@ def multiplicative_dense(
 
 
 def check_modules(owner: str, n_modules: int, width: int) -> None:
-    """Raises a ValueError unless so many modules divide a width."""
+    """Checks that the number of modules divides a width.
+
+    Args:
+      owner: the name of the layer, for the message.
+      n_modules: S.
+      width: of the layer's input or output.
+
+    Raises:
+      ValueError: if it does not, naming the nearest numbers that fit.
+    """
     if width % n_modules:
         raise ValueError(
             f'{owner}: n_modules={n_modules} does not divide the width {width}: use '

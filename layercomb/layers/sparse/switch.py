@@ -1,7 +1,6 @@
-"""Feed-forwards of which each position uses a part: `SwitchFF`, `BlockSparseFF`.
+"""`SwitchFF`: a mixture of feed-forwards, one for each position.
 
-Shape letters: B batch, L length, D d_model, F d_ff, E experts or blocks, M units of one of them,
-R rank, T positions in all, C rows of a tile, n tiles.
+Shape letters: B batch, L length, D d_model, F d_ff, E experts, T positions in all.
 """
 
 from __future__ import annotations
@@ -30,24 +29,24 @@ from layercomb.trees import Tree
 
 
 class SwitchFF(Layer):
-    """A mixture of feed-forwards, of which a router chooses one for each position.
+    """A mixture of feed-forwards: a router chooses one for each position, (…, D) → (…, D).
 
     With p = softmax(x Wᵣ), in float32, and e = argmax p::
 
         y = p[e] (f(x W₁[e] + b₁[e]) W₂[e] + b₂[e])
 
-    No expert is full and no position left out: positions are sorted by their experts, and each is
-    multiplied by the weights of its own alone.
+    Experts have no capacity limit, and no position is dropped: positions are sorted by expert, and
+    each is multiplied only by the weights of its own.
 
-    Training leaves an `AuxLoss` in the state, ``aux_loss``, which keeps the experts in use::
+    Training puts an `AuxLoss` into the state, ``aux_loss``, which balances the experts::
 
         balance · E · Σₑ share[e] · mean[e]
 
-    where share[e] is the part of the positions that chose e, taken as constant, and mean[e] the
-    mean of p[e]. It is `balance` where all are used alike. Positions of loss weight 0 count neither
-    in share nor in mean, be they padding or a prompt; if none counts, the loss is 0. They are still
-    computed. A `Loop` sees to that, and `losses.apply_counted` in a loop of one's own; else all
-    positions count.
+    where share[e] is the fraction of positions that chose e, without gradient, and mean[e] is the
+    mean of p[e]. It equals `balance` if all experts are used alike. Positions of loss weight 0
+    (padding, a prompt) are computed but count neither in share nor in mean; if no position counts,
+    the loss is 0. `Loop` passes these weights, as does `losses.apply_counted` in your own loop;
+    otherwise all positions count.
 
     The chosen experts are decisions: ``RECORD`` keeps them, ``REPLAY`` takes them.
 
@@ -57,11 +56,11 @@ class SwitchFF(Layer):
     Attributes:
       d_ff: F, the width of each expert.
       n_experts: E.
-      balance: the weight of the auxiliary loss.
-      jitter: in training the router's input is multiplied by numbers within 1 ± `jitter`.
+      balance: the weight of the auxiliary loss, at least 0.
+      jitter: in training the router's input is multiplied by uniform noise within 1 ± `jitter`.
       activation: f, by its name.
-      use_bias: whether b₁ and b₂ are there.
-      kernel_init: of W₁, W₂ and Wᵣ, of each expert by itself.
+      use_bias: whether to add b₁ and b₂.
+      kernel_init: of Wᵣ, and of W₁ and W₂ for each expert separately.
       bias_init: of b₁ and b₂.
 
     Raises:
@@ -97,19 +96,25 @@ class SwitchFF(Layer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        elementwise(type(self).__name__, self.activation)  # a wrong name is an error now
+        elementwise(type(self).__name__, self.activation)  # a wrong name raises here
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
-        """Weights, and an auxiliary loss of zero, except in ``PREDICT``, which has none."""
+        """Weights as the class lists them, and an auxiliary loss of zero; none in ``PREDICT``.
+
+        Args:
+          signature: of x (…, D), floating.
+          rng: a typed key.
+          mode: see `Mode`.
+        """
         (x,) = signature
         check_float('SwitchFF', x)
         d, f, e = x.shape[-1], self.d_ff, self.n_experts
         keys = jax.random.split(rng, 5)
 
         def each(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-            # One by one, or the initializer would count the experts as inputs.
+            # One expert at a time: the initializer would count the axis of experts as inputs.
             return jax.vmap(lambda k: self.kernel_init(k, shape))(jax.random.split(key, e))
 
         weights: Tree = {
@@ -126,6 +131,18 @@ class SwitchFF(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """y (…, D), in the dtype of x, and the new state.
+
+        Args:
+          weights: as of `init`.
+          state: ``aux_loss``, and in ``REPLAY`` the recorded experts.
+          inputs: x (…, D).
+          rng: a typed key, needed in training with jitter.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: in training with jitter, without a key.
+        """
         (x,) = inputs
         state, counted = counted_positions(state, x)
         flat = x.reshape(-1, x.shape[-1])  # (T, D)
@@ -154,7 +171,7 @@ class SwitchFF(Layer):
     def _probabilities(
         self, router: Tree, x: jax.Array, rng: jax.Array | None, mode: Mode
     ) -> jax.Array:
-        """p in float32, whatever the layer is computed in."""
+        """p (T, E) of x (T, D), in float32 for any dtype of x."""
         x, kernel = x.astype(jnp.float32), router['kernel'].astype(jnp.float32)
         if mode.is_training and self.jitter:
             if rng is None:
@@ -166,12 +183,12 @@ class SwitchFF(Layer):
 
 
 def imbalance(p: jax.Array, experts: jax.Array, counted: jax.Array | None = None) -> jax.Array:
-    """E · Σₑ share[e] · mean[e]: 1 where all experts are used alike, E where one is used alone.
+    """E · Σₑ share[e] · mean[e]: 1 if all experts are used alike, E if only one is used.
 
     Args:
-      p: (T, E) float32, what a router gives to each expert.
-      experts: (T,) integers, the chosen ones; their shares are constants.
-      counted: T booleans, of any shape, true where a position counts; None if all do.
+      p: (T, E) float32, the router's probabilities.
+      experts: (T,) integers, the chosen experts; no gradient flows through their shares.
+      counted: bool of any shape with T elements, True where a position counts; None if all do.
 
     Returns:
       float32 (); 0 if no position counts.

@@ -9,12 +9,15 @@ from layercomb.layers.decoding.caches import KVCache
 
 
 class LSHCache(KVCache):
-    """What LSH attention keeps for decoding, with N = B·H lines.
+    """The decoding cache of LSH attention, with N = B·H lines.
 
     Attributes:
-      mask: (B, L) bool, which positions are real.
+      k: (N, L, K), the queries, which serve as keys.
+      v: (N, L, V).
+      mask: (B, L) bool, True = a real position.
+      position: how many positions each row has taken.
       buckets: (N, L, R) unsigned, of each position in each round.
-      rotations: (H, R, F, K), which make the buckets.
+      rotations: (H, R, F, K) float32, of the hash.
       rings: (N, R, n, C) int32, see `rings`; None where each position reads all others.
     """
 
@@ -24,11 +27,15 @@ class LSHCache(KVCache):
     rings: jax.Array | None
 
     def seek(self, lengths: jax.Array) -> LSHCache:
-        """The cache with rows at other positions, and rings of what is before these."""
+        """The cache with each row at another position, and rings of the positions before it.
+
+        Args:
+          lengths: (B,) int32.
+        """
         return super().seek(lengths).refilled()
 
     def refilled(self) -> LSHCache:
-        """The cache with rings that hold the last positions before its own of each bucket."""
+        """The cache with rings made again from its buckets, mask and positions."""
         if self.rings is None:
             return self
         made = rings.filled(self.rings, self.buckets, self.mask, self.position.rows)

@@ -1,8 +1,8 @@
-"""LSH self-attention: each position sees the nearest of its own bucket, exactly causally.
+"""LSH self-attention: each position sees the nearest positions of its own bucket.
 
-Queries serve as keys too, so that near positions share a bucket. How the work is done is in
-`bucketwise`, the hash in `hashing`. Shape letters: B batch, H heads, L length, D d_model or depth
-of values, K head depth, R hash rounds, C chunk, T new positions.
+Queries serve as keys too, so that near positions share a bucket. The attention is computed in
+`windows`, the hash in `hashing`. Shape letters: B batch, H heads, L length, D d_model or depth of
+values, K head depth, R hash rounds, C chunk, T new positions.
 
 References:
     Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
@@ -38,43 +38,44 @@ def lsh_attention(
 ) -> jax.Array:
     """Softmax attention of each position to its neighbours in its buckets.
 
-    With k = q / ‖q‖ and s[t, c] = q[t]·k[c], but −100 for t = c, so that a position sees itself
-    only where it sees nothing else::
+    With k = q / ‖q‖ and s[t, c] = q[t]·k[c]; s[t, t] is −100, so that a position sees itself only
+    if it sees nothing else::
 
         y[t] = Σ_r Σ_{c ∈ W_r(t)} exp(s[t, c] − z[t]) v[c]
         z[t] = log Σ_r Σ_{c ∈ W_r(t)} exp s[t, c]
 
-    In round r positions are sorted by (bucket, position). W_r(t) are the positions c of t's bucket
-    fewer than C places from t, and if causal not after t. No later position changes which those
-    are, unlike in other implementations: the function is exactly causal. Time grows as R·L·C.
+    In round r positions are sorted by (bucket, position). W_r(t) holds the positions of t's bucket
+    that are fewer than C places from t and, if causal, not after t. Later positions do not change
+    W_r(t), so the function is exactly causal; other implementations are not. Time grows as R·L·C.
 
     Args:
-      q: (B, H, L, K), floating; queries, and keys.
+      q: (B, H, L, K), floating: queries, which serve as keys too.
       v: (B, H, L, D).
-      buckets: (B, H, R, L), integers from 0 to n_buckets, exclusive, as `lsh_buckets` makes them.
-      n_buckets: how many there are.
+      buckets: (B, H, R, L), integers from 0 to n_buckets − 1, as of `lsh_buckets`.
+      n_buckets: number of buckets.
       chunk_len: C; L need not be a multiple.
       causal: whether t sees only itself and positions before.
-      mask: (B, L) bool, True = a real position; others see nothing, are not seen, and give zeros,
-        but must be finite.
-      neighbourhood: ``'bucket'``, or ``'chunk'`` for what was trained with other implementations:
-        all that stands in t's chunk of the sorted sequence and the one before it (and the one
-        after, if not causal), whatever its bucket. That leaks: a later token moves the chunks'
-        borders, and so changes which earlier positions an earlier query sees.
-      duplicates: ``'count'``: what meets in N rounds counts N times; ``'once'``: it counts once
-        (log N is subtracted, at R more comparisons a pair).
-      dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow.
-      rng: the key of dropout, needed where the rate is not zero.
-      chunks_together: how many chunks of a head are computed at a time: at most so many, in shares
-        that leave little over. None takes what a CPU's caches hold, and elsewhere larger tiles.
-      heads_together: how many heads are: the largest divisor of B·H up to this. None takes what a
-        CPU's caches hold, and elsewhere all.
+      mask: (B, L) bool, True = a real position. Other positions see nothing, are not seen, and give
+        zeros; their values must be finite.
+      neighbourhood: ``'bucket'``, as above. ``'chunk'`` is for weights trained with other
+        implementations: W_r(t) then holds all positions of any bucket in t's chunk of the sorted
+        sequence and the chunk before it (and the one after, if not causal). This is not exactly
+        causal: a later token moves the chunk boundaries, which changes what an earlier query sees.
+      duplicates: ``'count'``: a pair that meets in N rounds counts N times. ``'once'``: it counts
+        once (log N is subtracted from its score, at R more comparisons per pair).
+      dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow by
+        1 / (1 − dropout_rate).
+      rng: a typed key for dropout, needed if the rate is not zero.
+      chunks_together: chunks of a head computed at a time, at most. None: as many as fit a CPU's
+        caches, larger tiles elsewhere.
+      heads_together: heads computed at a time: the largest divisor of B·H up to this. None: as many
+        as fit a CPU's caches, all elsewhere.
 
     Returns:
       (B, H, L, D), in the dtype of v.
 
     Raises:
-      ValueError: where shapes, dtypes or sizes do not fit together.
+      ValueError: if shapes, dtypes or sizes do not fit together.
 
     >>> q = jnp.ones((1, 2, 50, 8))
     >>> from layercomb import tl
@@ -120,7 +121,7 @@ def _check(
     neighbourhood: str,
     duplicates: str,
 ) -> None:
-    """Raises ValueError where the arguments do not fit together."""
+    """Raises ValueError if the arguments do not fit together."""
     shapes = f'q {q.shape}, v {v.shape}, buckets {buckets.shape}'
     if not q.ndim == v.ndim == buckets.ndim == 4 or q.shape[:3] != v.shape[:3]:
         raise ValueError(f'LSH attention takes q (B, H, L, K) and v (B, H, L, D), got {shapes}')

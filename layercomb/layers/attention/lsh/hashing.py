@@ -1,6 +1,8 @@
-"""Locality-sensitive hashing by random rotations: near vectors fall into the same bucket, mostly.
+"""Locality-sensitive hashing by random rotations: near vectors mostly get the same bucket.
 
-Shape letters: B batch, H heads, L length, K depth of a head, R rounds; T positions at a time.
+Shape letters: B batch, H heads, L length, K depth of a head, R rounds; T positions at a time; F
+  half
+the sum of the factors of the number of buckets.
 """
 
 from __future__ import annotations
@@ -13,21 +15,21 @@ from jax import lax
 
 from layercomb.layers.attention import tiles
 
-# Positions and heads hashed at a time, so that no (H, L, R·buckets) array exists.
+# Positions and heads hashed at a time: a full (H, L, R·buckets) array would be too large.
 CPU_TOGETHER, TOGETHER = (1024, 1), (8192, 8)
-# One hash of n buckets costs n / 2 products a position, two factors cost about √n.
+# Cost per position: n / 2 products for one hash of n buckets, about √n for two factors.
 FACTORED_FROM = 256
 
 
 def automatic_buckets(length: int, chunk_len: int) -> tuple[int, ...]:
-    """Numbers of buckets, in factors, that make a bucket half a chunk long on average.
+    """The number of buckets, in factors, for buckets that average half a chunk.
 
     Args:
       length: L, the length that the model is made for.
       chunk_len: C.
 
     Returns:
-      One even number near 2·L / C, or two of about its square root where that is 256 and more.
+      One even number near 2·L / C; from 256 on, two factors near its square root.
 
     >>> automatic_buckets(4096, 64), automatic_buckets(65536, 64), automatic_buckets(64, 64)
     ((128,), (64, 32), (2,))
@@ -41,12 +43,16 @@ def automatic_buckets(length: int, chunk_len: int) -> tuple[int, ...]:
 
 
 def factors_of(n_buckets: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The numbers of buckets that multiply up to all of them."""
+    """The factors of the number of buckets, as a tuple."""
     return n_buckets if isinstance(n_buckets, tuple) else (n_buckets,)
 
 
 def check_buckets(n_buckets: int | tuple[int, ...]) -> None:
-    """Raises ValueError unless every number of buckets is 1 or even and positive."""
+    """Checks the number of buckets, or each of its factors.
+
+    Raises:
+      ValueError: if one is neither 1 nor even and positive.
+    """
     for n in factors_of(n_buckets):
         if n != 1 and (n < 1 or n % 2):
             raise ValueError(
@@ -58,20 +64,23 @@ def check_buckets(n_buckets: int | tuple[int, ...]) -> None:
 def lsh_buckets(
     x: jax.Array, rng: jax.Array, *, n_buckets: int | tuple[int, ...], n_hashes: int
 ) -> jax.Array:
-    """The bucket of every vector in every round: h(x) = argmax [x R; −x R].
+    """The bucket of every vector in every round: h(x) = argmax [x A; −x A].
 
-    R (K, n_buckets / 2) is Gaussian, drawn for each head and round, the same for all rows of the
-    batch; round r is the same however many follow. Several factors (f₁, f₂, …) are hashed apart and
-    combined, h = (h₁ f₂ + h₂) …, so that many buckets cost little.
+    A (K, n_buckets / 2) is Gaussian, drawn for each head and round, the same for all rows of the
+    batch. Round r does not depend on n_hashes. Factors (f₁, f₂, …) are hashed separately and
+    combined, h = (h₁ f₂ + h₂) …, so that many buckets are cheap.
 
     Args:
       x: (B, H, L, K), floating; no gradient flows.
-      rng: a key, or one for every head, (H,).
-      n_buckets: 1 or an even number, or a tuple of such.
+      rng: a typed key, or one for every head, (H,).
+      n_buckets: 1 or an even number, or a tuple of such factors.
       n_hashes: R, at least 1.
 
     Returns:
-      (B, H, R, L) int32, from 0 to the product of the factors, exclusive.
+      (B, H, R, L) int32, from 0 to the product of the factors − 1.
+
+    Raises:
+      ValueError: for a factor that is odd and not 1, or L = 0.
 
     References:
       Andoni et al. 2015, https://arxiv.org/abs/1509.02897
@@ -89,7 +98,18 @@ def lsh_rotations(
     n_buckets: int | tuple[int, ...],
     n_hashes: int,
 ) -> jax.Array:
-    """The rotations of `lsh_buckets`, transposed: (H, R, F, K), F half the sum of the factors."""
+    """The rotations of `lsh_buckets`, transposed.
+
+    Args:
+      rng: a typed key, or one for every head, (H,).
+      n_heads: H.
+      depth: K.
+      n_buckets: 1 or an even number, or a tuple of such factors.
+      n_hashes: R, at least 1.
+
+    Returns:
+      (H, R, F, K) float32, F being half the sum of the factors.
+    """
     check_buckets(n_buckets)
     width = sum(f // 2 for f in factors_of(n_buckets))
 
@@ -103,7 +123,19 @@ def lsh_rotations(
 def rotated_buckets(
     x: jax.Array, rotations: jax.Array, *, n_buckets: int | tuple[int, ...]
 ) -> jax.Array:
-    """As `lsh_buckets`, by rotations that are there already."""
+    """The buckets of `lsh_buckets`, from given rotations.
+
+    Args:
+      x: (B, H, L, K), floating; no gradient flows.
+      rotations: (H, R, F, K), as of `lsh_rotations`.
+      n_buckets: as of `lsh_buckets`.
+
+    Returns:
+      (B, H, R, L) int32.
+
+    Raises:
+      ValueError: if L is 0.
+    """
     factors = factors_of(n_buckets)
     b, h, length, k = x.shape
     n_hashes = rotations.shape[1]
@@ -139,11 +171,18 @@ def rotated_buckets(
 
 
 def nearest(y: jax.Array) -> jax.Array:
-    """argmax [y; −y] over the last axis: a maximum and its first place, much faster than argmax."""
+    """argmax [y; −y] over the last axis, faster on a CPU than XLA's argmax.
+
+    Args:
+      y: (…, F) float32.
+
+    Returns:
+      (…) int32, from 0 to 2·F − 1.
+    """
     half = y.shape[-1]
     high, low = y.max(-1), y.min(-1)
     positive = high >= -low
     extreme = jnp.where(positive, high, low)
     places = jnp.where(y == extreme[..., None], jnp.arange(half, dtype=jnp.int32), half)
-    # NaN is found nowhere: any bucket will do, so that it shows in the scores and is not padding.
+    # NaN equals nothing: it gets a real bucket, not that of padding, and shows in the scores.
     return jnp.minimum(places.min(-1), half - 1) + jnp.where(positive, 0, half).astype(jnp.int32)

@@ -39,20 +39,20 @@ from layercomb.trees import Tree
 
 
 class LSHOptions(Layer):
-    """How LSH attention hashes and attends: the fields of `LSHAttention` and `LSHSelfAttention`.
+    """The fields that `LSHAttention` and `LSHSelfAttention` share.
 
     Attributes:
       n_hashes: R; may be changed after training.
       chunk_len: C.
-      n_buckets: 1, an even number, or a tuple of such, its factors; None makes buckets half a chunk
-        long at `max_len` positions.
-      max_len: the longest sequence, for which automatic buckets are made; None takes that of the
-        input, and then a longer input changes what precedes it.
+      n_buckets: 1, an even number, or a tuple of such factors; None makes buckets that average half
+        a chunk at `max_len` positions.
+      max_len: the longest sequence, from which automatic buckets are made. None takes the input's
+        length; a longer input then changes the buckets, and so the outputs, of earlier positions.
       causal: whether position t sees positions up to t only.
-      masked: whether a last input (B, L) boolean says which positions are real.
-      dropout: the rate at which probabilities are dropped in training.
+      masked: whether a last input (B, L) bool says which positions are real.
+      dropout: share of the probabilities set to zero in training, in [0, 1).
       neighbourhood, duplicates, chunks_together, heads_together: as of `lsh_attention`.
-      seed: of the rotations in ``EVAL`` and ``PREDICT``; layers of one seed have the same.
+      seed: of the rotations in ``EVAL`` and ``PREDICT``; layers with one seed share rotations.
     """
 
     _: KW_ONLY
@@ -74,30 +74,30 @@ class LSHOptions(Layer):
 
 
 class LSHAttention(LSHOptions):
-    """LSH attention of queries that are keys too: q (B, H, L, K), v (B, H, L, D) → (B, H, L, D).
+    """LSH attention with queries as keys: q (B, H, L, K), v (B, H, L, D) → (B, H, L, D).
 
-    As `lsh_attention`. Rotations are drawn afresh from `rng` in ``TRAIN`` and made from `seed` in
+    It computes `lsh_attention`. Rotations are drawn from `rng` in training, and from `seed` in
     ``EVAL`` and ``PREDICT``. The buckets are a decision: ``RECORD`` keeps them, ``REPLAY`` takes
     them.
 
-    In ``PREDICT`` a causal one keeps queries, values and buckets as long as the signature given to
-    `init`. With the default neighbourhood it keeps the `rings` of its buckets too, so that one new
-    position reads R·C keys, the very ones that ``EVAL`` sees, however many came before; with
-    ``'chunk'`` each reads them all. It must know `n_buckets` or `max_len`, for buckets counted by
-    the length of a cache would not be those of training.
+    In ``PREDICT`` a causal layer caches queries, values and buckets, with room for the length of
+    the signature given to `init`. With ``neighbourhood='bucket'`` it also keeps `rings`: one new
+    position then reads R·C keys, the same as in ``EVAL``, at any position. With ``'chunk'`` it
+    reads all keys. Decoding needs `n_buckets` or `max_len`: the length of a cache would give
+    another number of buckets than training.
 
     Attributes:
       n_hashes: R; may be changed after training.
       chunk_len: C.
-      n_buckets: 1, an even number, or a tuple of such, its factors; None makes buckets half a chunk
-        long at `max_len` positions.
-      max_len: the longest sequence, for which automatic buckets are made; None takes that of the
-        input, and then a longer input changes what precedes it.
+      n_buckets: 1, an even number, or a tuple of such factors; None makes buckets that average half
+        a chunk at `max_len` positions.
+      max_len: the longest sequence, from which automatic buckets are made. None takes the input's
+        length; a longer input then changes the buckets, and so the outputs, of earlier positions.
       causal: whether position t sees positions up to t only.
-      masked: whether a third input (B, L) boolean says which positions are real.
-      dropout: the rate at which probabilities are dropped in training.
+      masked: whether a third input (B, L) bool says which positions are real.
+      dropout: share of the probabilities set to zero in training, in [0, 1).
       neighbourhood, duplicates, chunks_together, heads_together: as of `lsh_attention`.
-      seed: of the rotations in ``EVAL`` and ``PREDICT``; layers of one seed have the same.
+      seed: of the rotations in ``EVAL`` and ``PREDICT``; layers with one seed share rotations.
 
     Raises:
       ValueError: for a number of buckets that is odd and not 1, a sequence longer than `max_len`,
@@ -115,6 +115,16 @@ class LSHAttention(LSHOptions):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Any]:
+        """No weights. The state is an `LSHCache` in ``PREDICT`` if causal, else ``{}``.
+
+        Args:
+          signature: of q (B, H, L, K), v (B, H, L, D) and, if masked, mask (B, L).
+          rng: not used; rotations come from `seed`.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: if L exceeds `max_len`, or in ``PREDICT`` without `n_buckets` and `max_len`.
+        """
         q, v, *_ = signature
         b, h, length, _ = q.shape
         check_length('LSHAttention', length, self.max_len)
@@ -143,6 +153,19 @@ class LSHAttention(LSHOptions):
     def apply(
         self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Any]:
+        """y (B, H, L, D), in the dtype of v, and the new state.
+
+        Args:
+          weights: ``{}``.
+          state: in ``PREDICT``, if causal, an `LSHCache`; in ``REPLAY`` the recorded buckets.
+          inputs: q (B, H, L, K), v (B, H, L, D) and, if masked, mask (B, L) bool. With a cache all
+            of them hold the next T positions.
+          rng: a typed key, or one for every head (H,); needed in training.
+          mode: see `Mode`.
+
+        Raises:
+          ValueError: if L exceeds `max_len`, the cache overflows, or training has no key.
+        """
         q, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, LSHCache), q, v, *mask)
@@ -162,13 +185,13 @@ class LSHAttention(LSHOptions):
         return (y,), state
 
     def _factors(self, length: int) -> tuple[int, ...]:
-        """The numbers of buckets that multiply up to all of them."""
+        """The factors of the number of buckets."""
         if self.n_buckets is None:
             return automatic_buckets(self.max_len or length, self.chunk_len)
         return factors_of(self.n_buckets)
 
     def _dtype(self, length: int) -> Any:
-        """The smallest integers that hold a bucket."""
+        """The smallest integer dtype that holds a bucket."""
         n = math.prod(self._factors(length))
         return next((t for t in (jnp.uint8, jnp.uint16) if n <= jnp.iinfo(t).max), jnp.int32)
 
@@ -214,7 +237,7 @@ class LSHAttention(LSHOptions):
     def _next(
         self, cache: LSHCache, before: jax.Array, q: Any, buckets: Any, position: Any, real: Any
     ) -> tuple[jax.Array, LSHCache]:
-        """Attention of one position a row to those in its rings, (B, H, 1, D), and the cache."""
+        """Attention of one position per row to its rings, (B, H, 1, D), and the new cache."""
         b, h, _, depth = q.shape
         position, real = jnp.repeat(position, h), jnp.repeat(real[:, 0], h)  # (N,), N = B·H
         after, at = rings.push(before, buckets.reshape(b * h, -1), position, real)
@@ -239,16 +262,17 @@ by_head.register(LSHAttention)(as_it_is)
 class LSHSelfAttention(LSHOptions, MultiHead):
     """Multi-head LSH attention of a sequence to itself: (B, L, D) → (B, L, D).
 
-    One projection makes queries and keys, another values, around an `LSHAttention`.
+    One projection makes queries, which serve as keys too, and another makes values, around an
+    `LSHAttention`.
 
     Attributes:
       n_heads: H.
-      n_hashes, chunk_len, n_buckets, max_len, causal, dropout: as of `LSHAttention`, and so
-        neighbourhood, duplicates, seed, chunks_together and heads_together.
-      masked: whether a second input (B, L) boolean says which positions are real.
+      n_hashes, chunk_len, n_buckets, max_len, causal, dropout, neighbourhood, duplicates, seed,
+        chunks_together, heads_together: as of `LSHAttention`.
+      masked: whether a second input (B, L) bool says which positions are real.
       d_head: K, by default D / H.
-      rotary: positions put into queries, e.g. `RotaryPositions()`.
-      query, value, core, output: the parts, to be replaced.
+      rotary: positions applied to queries, e.g. `RotaryPositions()`.
+      query, value, core, output: the parts, to be replaced; None for the default ones.
 
     References:
       Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
@@ -267,12 +291,19 @@ class LSHSelfAttention(LSHOptions, MultiHead):
     n_in = property(lambda self: 1 + self.masked)
 
     def parts(self) -> dict[str, Layer]:
+        """The default parts, around an `LSHAttention`."""
         split = SplitHeads(self.n_heads, self.d_head)
         options = (field.name for field in dataclasses.fields(LSHOptions) if field.name != 'name')
         core = LSHAttention(**{name: getattr(self, name) for name in options})
         return {'query': split, 'value': split, 'core': core, 'output': MergeHeads()}
 
     def route(self, call: Call, stack: Stack) -> Stack:
+        """Attends from the input (B, L, D) to itself: (B, L, D) on the stack.
+
+        Args:
+          call: as of `Combinator.route`.
+          stack: x (B, L, D) and, if masked, mask (B, L) bool; then any others, which stay.
+        """
         x, *mask = stack[: self.n_in]
         at = self.keys.index
         (q,) = call(at('query'), (x,))

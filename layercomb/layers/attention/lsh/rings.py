@@ -1,9 +1,9 @@
-"""Rings: the last positions that fell into each bucket, the only ones that decoding reads.
+"""Rings: the last C positions of each bucket, the only ones that decoding reads.
 
-A ring of C places holds what a position of exactly causal LSH attention sees in its bucket, itself
-included. A token then costs R·C keys, however many came before. A place takes 4 bytes, so a head
-takes 4·R·n·C. With automatic buckets, half a chunk long, that is 8·R bytes for each position of
-`max_len`; keys and values take 8·K.
+A ring of C places holds the positions that exactly causal LSH attention sees in a bucket, the
+current one included. One token thus reads R·C keys, at any position. Memory: a place takes 4 bytes,
+a head 4·R·n·C. Automatic buckets average half a chunk, which makes 8·R bytes per position of
+`max_len`; keys and values take 8·K in float32.
 
 Shape letters: N rows · heads, L length, R hash rounds, C chunk, n buckets.
 """
@@ -25,7 +25,11 @@ from layercomb.layers.quantized.rows import IN_BOUNDS, rows
 
 
 def empty(n_rows: int, n_hashes: int, n_buckets: int, chunk_len: int) -> jax.Array:
-    """Rings that hold nothing, (N, R, n, C) int32: negative, and no two of a ring the same."""
+    """Empty rings: negative numbers, all different within a ring.
+
+    Returns:
+      (N, R, n, C) int32, for N = n_rows, R = n_hashes, n = n_buckets and C = chunk_len.
+    """
     return jnp.broadcast_to(
         jnp.arange(-chunk_len, 0, dtype=jnp.int32), (n_rows, n_hashes, n_buckets, chunk_len)
     )
@@ -34,16 +38,16 @@ def empty(n_rows: int, n_hashes: int, n_buckets: int, chunk_len: int) -> jax.Arr
 def push(
     rings: jax.Array, buckets: jax.Array, position: jax.Array, real: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Puts each row's next position into its bucket of each round, in the place of the oldest.
+    """Puts each row's next position into its bucket of each round, over the oldest one.
 
     Args:
-      rings: (N, R, n, C).
-      buckets: (N, R).
-      position: (N,).
-      real: (N,) bool; others are put nowhere.
+      rings: (N, R, n, C) int32.
+      buckets: (N, R) integers, of the new position.
+      position: (N,) int32.
+      real: (N,) bool; padding is not stored.
 
     Returns:
-      The rings, and those of the buckets given, (N, R, C), negative where they hold nothing.
+      The new rings; and the rings of the given buckets, (N, R, C), negative at empty places.
     """
     n_rows, n_hashes = buckets.shape
     of_row, of_round = (jnp.arange(n, dtype=jnp.int32) for n in (n_rows, n_hashes))
@@ -55,9 +59,7 @@ def push(
 
 
 def cosines(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
-    """The products of queries with some of their keys, which are k / ‖k‖.
-
-    Each query has keys of its own, which a kernel reads where they are, however many queries ask.
+    """q[n] · k / ‖k‖ for chosen keys k of each query, without copying the cache.
 
     Args:
       q: (N, K).
@@ -71,7 +73,16 @@ def cosines(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
-    """The sums of some values, each times its p: (N, J), (N, J) int32, (N, L, D) → (N, D)."""
+    """Σ_j p[n, j] v[n, at[n, j]], the weighted sum of chosen values.
+
+    Args:
+      p: (N, J) float32.
+      at: (N, J) int32, within bounds.
+      values: v (N, L, D).
+
+    Returns:
+      (N, D) float32.
+    """
     return (_fast_means if has_kernels(1, p, values) else _means)(p, at, values)
 
 
@@ -98,13 +109,16 @@ _fast_means = with_kernel(_means, layercomb_kernels.gathered_means)
 
 
 def filled(rings: jax.Array, buckets: jax.Array, mask: jax.Array, position: jax.Array) -> jax.Array:
-    """Rings that hold what the buckets say, of the real positions that rows have reached.
+    """Rings of the real positions that each row has taken, from their buckets.
 
     Args:
-      rings: (N, R, n, C), whose shape alone matters.
+      rings: (N, R, n, C), of which only the shape is used.
       buckets: (N, L, R), of each position.
-      mask: (B, L), which positions are real.
-      position: (B,), how many positions each row has reached.
+      mask: (B, L) bool, True = a real position.
+      position: (B,) int32, how many positions each row has taken.
+
+    Returns:
+      (N, R, n, C) int32.
     """
     buckets = buckets.swapaxes(1, 2)  # (N, R, L)
     _, _, n_buckets, chunk_len = rings.shape
@@ -116,12 +130,12 @@ def filled(rings: jax.Array, buckets: jax.Array, mask: jax.Array, position: jax.
 
     def one(buckets: jax.Array) -> jax.Array:
         order, bucket = sorted_by_bucket(buckets, n_buckets)
-        # Among the last C of its bucket, if C places on there is another bucket.
+        # A position is among the last C of its bucket if the bucket C places later differs.
         last = bucket != jnp.pad(
             bucket[chunk_len:], (0, min(chunk_len, length)), constant_values=-1
         )
-        place = numbers % chunk_len  # different for any C in a row
-        at = jnp.where(last, bucket, n_buckets), place  # padding is in none
+        place = numbers % chunk_len  # C neighbours get different places
+        at = jnp.where(last, bucket, n_buckets), place  # padding is dropped
         return empty(1, 1, n_buckets, chunk_len)[0, 0].at[at].set(order, mode='drop')
 
     return jax.vmap(jax.vmap(one))(buckets)

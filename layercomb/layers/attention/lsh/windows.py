@@ -1,17 +1,17 @@
-"""Softmax attention of each query to its neighbours in sorted buckets, a round at a time.
+"""Softmax attention of each query to its neighbours in sorted buckets, one round at a time.
 
-A round sorts positions by (bucket, position) and cuts the sorted sequence into chunks; the keys of
-a query lie in its chunk and the one before it (and the one after, if not causal). Several rounds
-are one softmax over the union of their windows, in which a pair that meets twice counts twice::
+A round sorts positions by (bucket, position) and cuts the sorted sequence into chunks. The keys of
+a query are in its chunk and the one before it (and the one after, if not causal). All rounds share
+one softmax over the union of their windows; a pair that meets twice counts twice::
 
     z = log Σ_r Σ_{c ∈ W_r(t)} exp s[t, c]        P_r = exp(s − z) on W_r(t)
 
-so the backward pass needs queries, values, the output, z and Σ dO ∘ O, and goes round by round and
-tile by tile, as `blockwise` does: nothing is kept for a round.
+The backward pass keeps queries, values, buckets, the output and z, and nothing per round: it
+recomputes probabilities round by round and tile by tile, as `flash` does.
 
-Everything is written for one head. Shape letters: L length, padded; K depth of queries and keys,
-D depth of values, R rounds, C chunk, N tiles of G chunks, W window, P the length with the chunks
-that the first and the last window need.
+Functions named `…_head` compute one head. Shape letters: L length, padded to whole tiles; K depth
+of queries and keys, D depth of values, R rounds, C chunk, N tiles of G chunks, W window, P the
+length with the chunks that the first and the last window need.
 
 References:
     Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
@@ -34,21 +34,21 @@ from layercomb.layers.attention import tiles
 from layercomb.layers.quantized.rows import add, put, rows
 from layercomb.shapes import as_deep
 
-# A position's score with itself: it counts where nothing else is seen. The paper's −1e5 would put
-# z there, where float32 holds no fraction finer than 0.008; e⁻¹⁰⁰ is as good as nothing.
+# A position's score with itself, which counts only if it sees nothing else. The paper's −1e5 is too
+# low: float32 has a resolution of 0.008 there, and z would have it too. e⁻¹⁰⁰ is negligible enough.
 SELF = -100.0
-UNIT_EPSILON = 1e-6  # beside the square of a length
+UNIT_EPSILON = 1e-6  # ε, added to the square of a length
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan(chunkwise.Plan):
-    """What is static about one call.
+    """The static part of one call, beside the fields of `local.Plan`.
 
     Attributes:
       n_buckets: buckets of real positions; padding has bucket n_buckets.
-      by_bucket: whether a query sees its own bucket alone, or all of its window.
+      by_bucket: whether a query sees only its own bucket, or all of its window.
       once: whether a pair that meets in N rounds counts once instead of N times.
-      heads_together: heads taken at a time, at most; None for what `tiles.over_heads` chooses.
+      heads_together: heads computed at a time, at most; None for the default of `tiles.over_heads`.
     """
 
     n_buckets: int = 1
@@ -58,22 +58,22 @@ class Plan(chunkwise.Plan):
 
     @property
     def padded(self) -> int:
-        """The length of all tiles, L."""
+        """The length of all tiles together, L."""
         return self.n_tiles * self.tile_len
 
     @property
     def n_pairs(self) -> int:
-        """Pairs of a query and a key in a tile."""
+        """(query, key) pairs in a tile, G·C·W."""
         return self.tile_len * self.window_len
 
 
 class Round(NamedTuple):
-    """One round's order, with a margin for what the first and the last window look for.
+    """The sorted order of one round, padded for the first and the last window.
 
     Attributes:
-      position: (P,) the position that stands at each place of the sorted sequence.
-      bucket: (P,) the bucket at each place; that of the margin is padding.
-      number: of the round.
+      position: (P,) int32, the position at each place of the sorted sequence.
+      bucket: (P,) int32, the bucket at each place; n_buckets in the padding.
+      number: of the round, int32 ().
     """
 
     position: Any
@@ -82,12 +82,12 @@ class Round(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What stands in a tile's windows.
+    """The keys in a tile's windows.
 
     Attributes:
-      position: (G, W) of each key.
-      bucket: (G, W) of each key.
-      number: of the tile among those of all rounds.
+      position: (G, W) int32, of each key.
+      bucket: (G, W) int32, of each key.
+      number: of the tile among those of all rounds, int32 ().
     """
 
     position: Any
@@ -96,23 +96,32 @@ class Tile(NamedTuple):
 
 
 def sorted_by_bucket(buckets: jax.Array, n_buckets: int) -> tuple[jax.Array, jax.Array]:
-    """The positions (L,) in the order of (bucket, position), and their buckets.
+    """The positions in the order of (bucket, position), and their buckets.
 
     Args:
-      buckets: (L,) int32, from 0 to `n_buckets`, inclusive: that one is padding's.
-      n_buckets: how many there are.
+      buckets: (L,) int32, from 0 to `n_buckets`, which is the bucket of padding.
+      n_buckets: number of buckets.
+
+    Returns:
+      Positions (L,) and buckets (L,), int32.
     """
     length = len(buckets)
     position = jnp.arange(length, dtype=jnp.int32)
     if (n_buckets + 1) * length < 2**31:
-        packed = jnp.sort(buckets * length + position)  # one key: four times as fast as a pair
+        packed = jnp.sort(buckets * length + position)  # one sort key: 4 times as fast as two
         return packed % length, packed // length
     bucket, order = lax.sort_key_val(buckets, position, is_stable=True)
     return order, bucket
 
 
 def make_round(plan: Plan, buckets: jax.Array, number: Any) -> Round:
-    """A round from its buckets (L,)."""
+    """The sorted order of a round.
+
+    Args:
+      plan: the static description.
+      buckets: (L,) int32.
+      number: of the round, int32 ().
+    """
     order, bucket = sorted_by_bucket(buckets, plan.n_buckets)
     margin = (plan.look_back * plan.chunk_len, plan.look_ahead * plan.chunk_len)
     bucket = jnp.pad(bucket, margin, constant_values=plan.n_buckets)
@@ -120,7 +129,13 @@ def make_round(plan: Plan, buckets: jax.Array, number: Any) -> Round:
 
 
 def cut(plan: Plan, round_: Round, i: Any) -> Tile:
-    """Tile i of a round."""
+    """Tile i of a round, with its windows (G, W).
+
+    Args:
+      plan: the static description.
+      round_: the sorted order.
+      i: the tile's number in the round, int32 ().
+    """
     position, bucket = (
         chunkwise.windows(plan, chunkwise.slice_of_tile(plan, x, i)) for x in round_[:2]
     )
@@ -128,24 +143,32 @@ def cut(plan: Plan, round_: Round, i: Any) -> Tile:
 
 
 def queries(plan: Plan, x: jax.Array) -> jax.Array:
-    """What belongs to queries, (G, C, ...), of what belongs to keys, (G, W, ...)."""
+    """The places of a window that are queries: (G, W, …) → (G, C, …)."""
     first = plan.look_back * plan.chunk_len
     return x[:, first : first + plan.chunk_len]
 
 
 def pairs(plan: Plan, x: jax.Array) -> tuple[Any, Any]:
-    """Of x (G, W), that of queries (G, C, 1) and that of keys (G, 1, W)."""
+    """x (G, W) at the queries, (G, C, 1), and at the keys, (G, 1, W)."""
     return queries(plan, x)[:, :, None], x[:, None]
 
 
 def distance(plan: Plan) -> np.ndarray:
-    """Places from each key of a window to each query of its chunk, (C, W): 0 is the query."""
+    """Places from each key of a window to each query of its chunk, (C, W) int; 0 is the query."""
     c = plan.chunk_len
     return np.arange(c)[:, None] + plan.look_back * c - np.arange(plan.window_len)
 
 
 def visible(plan: Plan, tile: Tile) -> jax.Array:
-    """Which keys of its window each query of a tile sees, (G, C, W)."""
+    """Which keys of its window each query of a tile sees.
+
+    Args:
+      plan: the static description.
+      tile: its positions and buckets, (G, W).
+
+    Returns:
+      (G, C, W) bool.
+    """
     query, key = pairs(plan, tile.bucket)
     if plan.by_bucket:
         apart = distance(plan)
@@ -161,7 +184,17 @@ def visible(plan: Plan, tile: Tile) -> jax.Array:
 
 
 def meetings(plan: Plan, places: Any, buckets: Any, tile: Tile) -> jax.Array:
-    """In how many rounds each pair of a tile meets, (G, C, W), of `places` and `buckets` (R, L)."""
+    """In how many rounds each pair of a tile meets, at least 1.
+
+    Args:
+      plan: the static description.
+      places: (R, L) int32, the place of each position in the sorted sequence of each round.
+      buckets: (R, L) int32.
+      tile: its positions, (G, W).
+
+    Returns:
+      (G, C, W) float32.
+    """
     count: Any = 0
     for r in range(places.shape[0]):
         query, key = pairs(plan, rows(places[r], tile.position))
@@ -176,7 +209,18 @@ def meetings(plan: Plan, places: Any, buckets: Any, tile: Tile) -> jax.Array:
 
 
 def scores(plan: Plan, q: Any, k: Any, rounds: Any, tile: Tile) -> jax.Array:
-    """Scores (G, C, W) of queries (G, C, K) and keys (G, W, K); far below all where not seen."""
+    """Scores of queries and keys; −`tiles.FAR` where a key is not seen.
+
+    Args:
+      plan: the static description.
+      q: (G, C, K).
+      k: (G, W, K), of length 1.
+      rounds: as of `all_rounds`.
+      tile: its positions and buckets, (G, W).
+
+    Returns:
+      (G, C, W) float32.
+    """
     s: jax.Array = jnp.where(distance(plan) == 0, SELF, tiles.dot('gqk,gwk->gqw', q, k))
     if plan.once:
         places, buckets = rounds
@@ -185,14 +229,19 @@ def scores(plan: Plan, q: Any, k: Any, rounds: Any, tile: Tile) -> jax.Array:
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Keys from queries: x / ‖x‖, in the dtype of x."""
+    """Keys from queries: x / √(‖x‖² + ε), (…, K) → (…, K), in the dtype of x."""
     wide = x.astype(jnp.float32)
     norm = lax.rsqrt((wide * wide).sum(-1, keepdims=True) + UNIT_EPSILON)
     return (wide * norm).astype(x.dtype)
 
 
 def all_rounds(plan: Plan, buckets: Any) -> Any:
-    """What `meetings` needs: every round's places, (R, L), and buckets."""
+    """The arguments of `meetings`: places (R, L) and buckets (R, L); None if not needed.
+
+    Args:
+      plan: the static description; only `once` needs them.
+      buckets: (R, L) int32.
+    """
     if not plan.once:
         return None
 
@@ -205,7 +254,17 @@ def all_rounds(plan: Plan, buckets: Any) -> Any:
 
 
 def over_tiles(plan: Plan, buckets: Any, body: Callable[[Any, Tile], Any], carry: Any) -> Any:
-    """Carries through `body` the tiles of all rounds, from buckets (R, L)."""
+    """Carries a value through `body` for each tile of each round.
+
+    Args:
+      plan: the static description.
+      buckets: (R, L) int32.
+      body: ``body(carry, tile)`` → the next carry.
+      carry: the first carry.
+
+    Returns:
+      The last carry.
+    """
 
     def one_round(carry: Any, r: Any) -> tuple[Any, None]:
         round_ = make_round(plan, buckets[r], r)
@@ -219,7 +278,19 @@ def over_tiles(plan: Plan, buckets: Any, body: Callable[[Any, Tile], Any], carry
 
 
 def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
-    """One head's output (L, D) and logsumexp (L,), from q (L, K), v (L, D) and buckets (R, L)."""
+    """One head's output and logsumexp.
+
+    Args:
+      plan: the static description.
+      q: (L, K).
+      v: (L, D).
+      buckets: (R, L) int32.
+      rng: key of dropout, or None.
+
+    Returns:
+      The output (L, D) in the dtype of v, zero where a query sees no key; and z (L,) float32,
+      `tiles.FAR` where a query sees no key.
+    """
     rounds = all_rounds(plan, buckets)
 
     def add_tile(carry: Any, tile: Tile) -> Any:
@@ -227,7 +298,7 @@ def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
         x, v_i = rows(q, tile.position), rows(v, tile.position)  # (G, W, K), (G, W, D)
         s = scores(plan, queries(plan, x), unit(x), rounds, tile)
         at = queries(plan, tile.position)
-        # What the rounds before have made is one more value to weigh.
+        # The result of the earlier rounds enters as one more value, with score z.
         z_old = rows(z, at)[..., None]  # (G, C, 1)
         m = jnp.maximum(s.max(-1, keepdims=True), z_old)
         p, old = jnp.exp(s - m), jnp.exp(z_old - m)
@@ -243,13 +314,23 @@ def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
     out, z = over_tiles(plan, buckets, add_tile, start)
     blind = z < -tiles.FAR / 2
     out = jnp.where(blind[:, None], 0.0, out).astype(v.dtype)
-    return out, jnp.where(blind, tiles.FAR, z)  # what sees nothing has no probabilities
+    return out, jnp.where(blind, tiles.FAR, z)  # so that P is 0 where nothing is seen
 
 
 def backward_head(
     plan: Plan, q: Any, v: Any, buckets: Any, rng: Any, z: Any, d_out: Any, dot_out: Any
 ) -> Any:
-    """One head's gradients of q (L, K) and v (L, D)."""
+    """One head's gradients, from the cotangent of its output.
+
+    Args:
+      plan, q, v, buckets, rng: as of `forward_head`.
+      z: (L,) float32, the logsumexp.
+      d_out: (L, D), cotangent of the output.
+      dot_out: (L,) float32, Σ dO ∘ O.
+
+    Returns:
+      Gradients of q (L, K) and v (L, D), in their dtypes.
+    """
     rounds = all_rounds(plan, buckets)
     alone = distance(plan) == 0
 
@@ -264,7 +345,7 @@ def backward_head(
         p = jnp.exp(scores(plan, q_i, k_i, rounds, tile) - z_i)
         d_p = tiles.dot('gqd,gwd->gqw', d_out_i, v_i)
         d_p = tiles.drop(plan.dropout_rate, rng, tile.number, d_p)
-        d_s = jnp.where(alone, 0.0, p * (d_p - dot_out_i))  # one's own score is a constant
+        d_s = jnp.where(alone, 0.0, p * (d_p - dot_out_i))  # scores with oneself are constant
         p = tiles.drop(plan.dropout_rate, rng, tile.number, p)
         (d_x,) = pull(tiles.dot('gqw,gqk->gwk', d_s, q_i))
         d_q = add(d_q, tile.position, d_x)
@@ -277,14 +358,29 @@ def backward_head(
 
 
 def fill(plan: Plan, x: jax.Array, value: Any = 0, axis: int = 2) -> jax.Array:
-    """Fills up the length of x with `value` to whole tiles."""
+    """Pads the length of x to whole tiles.
+
+    Args:
+      plan: the static description.
+      x: (B, H, L, …), or another array.
+      value: of the padding.
+      axis: of the length.
+    """
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, plan.padded - x.shape[axis])
     return jnp.pad(x, widths, constant_values=value)
 
 
 def per_head(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> Any:
-    """The arguments of `forward_head`, each with leading axes (B, H)."""
+    """The arguments of `forward_head`, with leading axes (B, H).
+
+    Args:
+      plan, q, v, buckets, mask, rng: as of `attend`.
+
+    Returns:
+      q (B, H, L, K), v (B, H, L, D), buckets (B, H, R, L) int32, padding having bucket n_buckets,
+      and keys (B, H) or None.
+    """
     buckets = buckets.astype(jnp.int32)
     if mask is not None:
         buckets = jnp.where(mask[:, None, None], buckets, plan.n_buckets)
@@ -294,13 +390,13 @@ def per_head(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> jax.Array:
-    """LSH attention as `plan` says, in time and memory linear in the length (but for the sort).
+    """LSH attention as `plan` says, in time and memory linear in the length, apart from the sort.
 
     Args:
       plan: the static description.
-      q: (B, H, L, K), queries; keys are made of them.
+      q: (B, H, L, K), queries, which serve as keys too.
       v: (B, H, L, D).
-      buckets: (B, H, R, L), integers from 0 to n_buckets, exclusive.
+      buckets: (B, H, R, L), integers from 0 to n_buckets − 1.
       mask: (B, L) bool, True = a real position; or None.
       rng: the key of dropout; or None for no dropout.
 
@@ -312,7 +408,14 @@ def attend(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> jax
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend_forward(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> Any:
-    """The output, and what the backward pass needs."""
+    """The output (B, H, L, D), and the residuals of the backward pass.
+
+    Args:
+      plan, q, v, buckets, mask, rng: as of `attend`.
+
+    Returns:
+      The output, and (q, v, buckets, mask, rng, output, z), with z (B, H, L) float32.
+    """
     heads = per_head(plan, q, v, buckets, mask, rng)
     out, z = tiles.over_heads(
         functools.partial(forward_head, plan), heads, plan.n_pairs, plan.heads_together
@@ -323,7 +426,16 @@ def attend_forward(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
-    """The gradients of q and v; None for what has none."""
+    """The gradients of the arguments of `attend`.
+
+    Args:
+      plan: the static description.
+      kept: the residuals of `attend_forward`.
+      d_out: (B, H, L, D), cotangent of the output.
+
+    Returns:
+      Gradients of q and v, shaped and typed as these; None for buckets, mask and rng.
+    """
     q, v, buckets, mask, rng, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     heads = (*per_head(plan, q, v, buckets, mask, rng), z, fill(plan, d_out), fill(plan, dot_out))
