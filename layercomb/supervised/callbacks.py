@@ -37,9 +37,9 @@ class Callback:
     """Is called by a `Loop` while it runs; subclasses override what they need.
 
     A callback ends the run by ``loop.stop()``. What it raises ends the run at once and reaches the
-    caller of `Loop.run` as it is; what was being saved is finished first, and nothing else is
-    saved. `row` is a dict of numbers: 'step', 'train/loss', 'train/grad_norm', and
-    'train/learning_rate' where the optimizer keeps it.
+    caller of `Loop.run` as it is, but an OSError as the cause of a UsageError; what was being saved
+    is finished first, and nothing else is saved. `row` is a dict of numbers: 'step', 'train/loss',
+    'train/grad_norm', and 'train/learning_rate' where the optimizer keeps it.
 
     >>> class Patience(Callback):
     ...     '''Ends a run once the loss has not fallen for some evaluations.'''
@@ -64,7 +64,7 @@ class Callback:
 
         Args:
           loop: the Loop.
-          row: the step's numbers, and those of an evaluation that followed it.
+          row: the step's numbers. Those of an evaluation come with `after_evaluation`.
         """
 
     def after_evaluation(self, loop: Running, row: Row) -> None:
