@@ -260,10 +260,10 @@ class _Anchor(NamedTuple):
 
 
 def checked(batch: Any) -> Batch:
-    """A batch as a tuple, checked.
+    """A batch as a tuple, whose numpy arrays are copies.
 
-    Args:
-      batch: a tuple or list of arrays (inputs…, targets, loss_weights), each (B, …).
+    Steps that wait to be computed read their batches late, and JAX may read an array where it lies,
+    so data that fills one array again and again must not change what was given before.
 
     Raises:
       TypeError: if it is no tuple of arrays.
@@ -280,7 +280,7 @@ def checked(batch: Any) -> Batch:
             f'the inputs of a batch must have one number of rows, their first axis, got '
             f'({describe(inputs)}): check the data'
         )
-    return tuple(batch)
+    return tuple(x.copy() if type(x) is np.ndarray else x for x in batch)
 
 
 def n_rows(batch: Batch) -> int:

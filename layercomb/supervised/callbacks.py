@@ -37,9 +37,9 @@ class Callback:
     """The base class of callbacks of a `Loop`; subclasses override the methods they need.
 
     ``loop.stop()`` ends the run. An exception in a callback ends it at once and reaches the caller
-    of `Loop.run`; a checkpoint that is being written is finished first, and no other is begun.
-    `row` is a dict of numbers: 'step', 'train/loss', 'train/grad_norm', and 'train/learning_rate'
-    if the optimizer's state has one.
+    of `Loop.run`, an OSError as the cause of a UsageError. A checkpoint that is being written is
+    finished first, and no other is begun. `row` is a dict of numbers: 'step', 'train/loss',
+    'train/grad_norm', and 'train/learning_rate' if the optimizer's state has one.
 
     >>> class Patience(Callback):
     ...     '''Ends a run once the loss has not fallen for some evaluations.'''
@@ -64,7 +64,7 @@ class Callback:
 
         Args:
           loop: the Loop.
-          row: the step's numbers, and those of an evaluation that followed it.
+          row: the step's numbers. Those of an evaluation come with `after_evaluation`.
         """
 
     def after_evaluation(self, loop: Running, row: Row) -> None:

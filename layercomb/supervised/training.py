@@ -122,6 +122,7 @@ class Loop:
         self._every = (log_every, eval_every, checkpoint_every)
         self._keep_best, self._callbacks = keep_best, tuple(callbacks)
         self._in_flight, self._stopping = InFlight(), False
+        self._saved = 0  # the last step that needs no saving any more
         self._allowed = check_allowed(allow_changes)
         self._optimizer = clipped(train_task, self._net)
         self._compiled = steps.compiled(
@@ -158,8 +159,8 @@ class Loop:
         """Trains until `n_steps` steps have been taken in all, or until `stop` is called.
 
         Args:
-          n_steps: the total number of steps, earlier runs included. If that many have been taken
-            already, nothing is done.
+          n_steps: where to stop. If so many have been taken already, nothing is done, except that
+            the last is reported and saved if an interrupt prevented that.
 
         Returns:
           The metrics of the last step: 'step', 'train/loss', …, 'valid/loss', …
@@ -171,10 +172,10 @@ class Loop:
         """
         check_count('Loop.run', 'n_steps', n_steps)
         self._settle()
-        if self.step >= n_steps or self._stopping:
+        finished = self.step >= n_steps and self._saved == self.step
+        if finished or self._stopping:
             self._stopping = False
-            rows = [] if self._directory is None else read_metrics(self._directory)
-            return next((r for r in rows if r['step'] == self.step), {'step': self.step})
+            return self._last_row()
         with machine_errors('put that right, and run again to go on from the last checkpoint'):
             run = _Run(self, n_steps)
             try:
@@ -209,6 +210,11 @@ class Loop:
             self._batches.take()
             self.step += 1
 
+    def _last_row(self) -> Row:
+        """What was reported of the last step, if it was."""
+        rows = [] if self._directory is None else read_metrics(self._directory)
+        return next((r for r in rows if r['step'] == self.step), {'step': self.step})
+
     def _begin(self, model: Layer | Model) -> None:
         """Sets the carry: from the last checkpoint, from the Model given, or from the seed."""
         if self._checkpoints is not None:
@@ -226,6 +232,7 @@ class Loop:
         resumed = self._resume(weights, state, given)
         if resumed is not None:
             self.step, weights, state = resumed.step, resumed.weights, resumed.state
+            self._saved = self.step
             self._key = self._key if resumed.key is None else resumed.key
         elif isinstance(model, Model) and given is not None:
             weights, state = given, trained_state(model, signature, state)
@@ -258,9 +265,17 @@ class Loop:
         )  # fmt: skip
 
     def _save(self) -> None:
-        """Starts to write a checkpoint of this step."""
+        """Starts to write a checkpoint of this step, unless a weight is not finite."""
         if self._checkpoints is None:
+            self._saved = self.step
             return
+        for path, finite in trees.flatten(_finite(self._carry.trainable)).items():
+            if not finite:  # by an update that a finite loss and gradient led to
+                raise UsageError(
+                    f'step {self.step}: {path} is not finite after its update '
+                    f'({self._last_good()}): lower the learning rate, or give the optimizer a '
+                    'greater eps'
+                )
         saved = {'weights': self.weights, 'state': self.state, 'opt_state': self.opt_state}
         record = {
             'made_of': self._made_of,
@@ -269,6 +284,7 @@ class Loop:
             'key_impl': str(jax.random.key_impl(self._key)),
         }
         self._checkpoints.save(self.step, saved, record)
+        self._saved = self.step
 
     def _advance(self) -> None:
         """Dispatches a step; its metrics are read later, when they are computed."""
@@ -285,18 +301,25 @@ class Loop:
         self._in_flight.add(self.step, metrics, batch)
 
     def _not_finite(self, step: int, what: str, value: float, batch: Batch) -> UsageError:
-        """The error that ends training: which step, and the last good checkpoint."""
-        last = 'no checkpoint yet'
+        """What to say when training has come to an end."""
+        why = why_not_finite(self._net, batch)
+        return UsageError(f'step {step}: {what} is {value} ({self._last_good()}): {why}')
+
+    def _last_good(self) -> str:
+        """Where training can be gone on with."""
         if self._checkpoints is not None:
             self._checkpoints.wait()
             good = self._checkpoints.latest()
             if good is not None:
-                last = (
-                    f'last good checkpoint: step {good}, {self._checkpoints.directory / str(good)}'
-                )
-        return UsageError(
-            f'step {step}: {what} is {value} ({last}): {why_not_finite(self._net, batch)}'
-        )
+                where = self._checkpoints.directory / str(good)
+                return f'last good checkpoint: step {good}, {where}'
+        return 'no checkpoint yet'
+
+
+@jax.jit
+def _finite(weights: Tree) -> Tree:
+    """Which weights are finite numbers throughout."""
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), weights)
 
 
 class _Run:
@@ -309,13 +332,17 @@ class _Run:
         self._log = None if directory is None else MetricsLog(directory, loop.step)
         self._progress = Progress(loop.step, n_steps, loop._progress)
         self._throughput = Throughput()
-        self._reported = self._saved = loop.step
-        self.row: Row = {'step': loop.step}
+        self._reported = loop.step
+        self.row: Row = loop._last_row()
 
     def advance(self) -> None:
         """Dispatches a step, reads the metrics of finished steps, and does what is due."""
         loop = self._loop
-        loop._advance()
+        try:
+            loop._advance()
+        except UsageError:  # of a batch: what the steps before it came to is told first
+            self._look(wait=True, evaluating=False)
+            raise
         evaluating = bool(loop._eval_tasks) and self._due(loop.step, self._eval_every)
         saving = loop._checkpoints is not None and self._due(loop.step, self._checkpoint_every)
         self._look(evaluating or saving or self._throughput.paused, evaluating)
@@ -334,7 +361,7 @@ class _Run:
         self._look(wait=True, evaluating=False)
         if self._reported < loop.step:
             self._report()
-        if self._saved < loop.step:
+        if loop._saved < loop.step:
             self._save()
         for callback in loop._callbacks:
             callback.at_end(loop, self.row)
@@ -359,10 +386,10 @@ class _Run:
         finished = loop._in_flight.finished(wait)
         self._throughput.together(len(finished))
         for step, values, batch in finished:
-            loop._in_flight.drop()
             for name, what in (('loss', 'the loss'), ('grad_norm', "the gradient's norm")):
                 if not math.isfinite(values[name]):
                     raise loop._not_finite(step, what, values[name], batch)
+            loop._in_flight.drop()
             self._throughput.step(int(np.count_nonzero(batch[-1])))
             self._progress.step()
             self.row = {'step': step, **{f'train/{name}': x for name, x in values.items()}}
@@ -404,5 +431,4 @@ class _Run:
 
     def _save(self) -> None:
         self._loop._save()
-        self._saved = self._loop.step
         self._throughput.pause()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_run import PlainData, eval_task, loop
 
+from layercomb import UsageError
 from layercomb.supervised import Callback, inflight
 from layercomb.supervised.reports import read_metrics
 
@@ -121,6 +122,37 @@ def test_an_error_of_a_callback_is_raised_and_the_run_goes_on_from_there(tmp_pat
     assert loop(tmp_path / 'a', **arguments).step == 20
     steps = [row['step'] for row in read_metrics(tmp_path / 'a')]
     assert steps == sorted(set(steps)) and steps[-1] == 20
+
+
+def test_the_last_step_is_saved_by_the_next_run_if_an_interrupt_prevented_it(tmp_path):
+    class Interrupting(Callback):
+        rows = []
+
+        def after_step(self, loop, row):
+            if row['step'] == 5:
+                raise KeyboardInterrupt
+
+        def at_end(self, loop, row):
+            self.rows.append(row)
+
+    trained = loop(tmp_path, callbacks=(Interrupting(),))
+    with pytest.raises(KeyboardInterrupt):
+        trained.run(5)
+    assert not (tmp_path / 'checkpoints').exists()
+    row = trained.run(5)
+    assert os.listdir(tmp_path / 'checkpoints') == ['5']
+    assert row['step'] == 5 and 'train/loss' in row and Interrupting.rows == [row]
+    assert trained.run(5) == row and Interrupting.rows == [row]
+
+
+def test_an_error_of_the_system_in_a_callback_is_the_cause_of_a_usage_error():
+    class Unreachable(Callback):
+        def after_step(self, loop, row):
+            raise ConnectionError('no network')
+
+    with pytest.raises(UsageError, match='no network') as e:
+        loop(callbacks=(Unreachable(),)).run(1)
+    assert isinstance(e.value.__cause__, ConnectionError)
 
 
 def test_what_is_no_callback():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_run import PlainData, loop
 
-from layercomb import UsageError
+from layercomb import UsageError, tl
 from layercomb.supervised import inflight
 from layercomb.supervised.inflight import InFlight
 from layercomb.supervised.progress import Throughput
@@ -119,3 +119,47 @@ def test_steps_seen_together_share_the_time(monkeypatch):
         speeds.append(throughput.tokens_per_second())
     assert speeds == [10, 20, 10, 40]
     assert throughput.seconds_left(3) == 3
+
+
+class Slow:
+    """Batches so large that steps are still in flight when they end after 10.
+
+    Every batch lies in the same arrays; the `bad`th is infinite.
+    """
+
+    def __init__(self, bad=None, shared=True):
+        self.bad, self.shared = bad, shared
+
+    def __iter__(self):
+        arrays = np.zeros((64, 512), np.float32), np.zeros(64, np.int32), np.ones(64, np.float32)
+        for i in range(1, 11):
+            x, y, w = arrays if self.shared else map(np.copy, arrays)
+            x[:] = np.inf if i == self.bad else np.random.default_rng(i).normal(size=x.shape)
+            y[:] = i % 4
+            yield x, y, w
+
+
+WIDE = tl.Serial(tl.Dense(512), tl.Relu(), tl.Dense(512), tl.Relu(), tl.Dense(4))
+
+
+def test_steps_before_a_batch_that_cannot_be_made_are_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(jnp.zeros(())), 'is_ready', lambda self: False)
+    with pytest.raises(UsageError, match='the data ended after 10 batches'):
+        loop(tmp_path, net=WIDE, data=Slow()).run(50)
+    assert [row['step'] for row in read_metrics(tmp_path)] == list(range(1, 11))
+    with pytest.raises(UsageError, match='step 7: the loss is nan'):
+        loop(net=WIDE, data=Slow(bad=7)).run(50)
+
+
+def test_data_may_fill_the_same_arrays_again(monkeypatch):
+    monkeypatch.setattr(type(jnp.zeros(())), 'is_ready', lambda self: False)
+    rows = [loop(net=WIDE, data=Slow(shared=shared)).run(10) for shared in (False, True)]
+    assert rows[0]['train/loss'] == rows[1]['train/loss']
+
+
+def test_a_step_that_is_not_finite_stays_so(tmp_path):
+    trained = loop(tmp_path, net=WIDE, data=Slow(bad=10))
+    for _ in range(2):
+        with pytest.raises(UsageError, match='step 10: the loss is nan'):
+            trained.run(10)
+    assert not (tmp_path / 'checkpoints').exists()

@@ -249,6 +249,16 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
         loop(net=STILL, data=PlainData(), optimizer=optax.sgd(1e38)).run(9)
 
 
+def test_weights_that_an_update_makes_not_finite_are_not_saved(tmp_path):
+    """Tokens that are in no batch have the gradient 0, and 0 / (√0 + 0) is NaN."""
+    trained = loop(tmp_path, optimizer=optax.adam(1e-2, eps=0.0), checkpoint_every=1)
+    said = r'step 1: embedding/table is not finite after its update \(no checkpoint yet\)'
+    for _ in range(2):
+        with pytest.raises(UsageError, match=said):
+            trained.run(1)
+    assert not (tmp_path / 'checkpoints').exists()
+
+
 def test_a_value_at_a_padded_position_does_not_count():
     (x, y, w), *_ = PlainData(1)
     y = np.where(w == 0, 99, y)  # the loss of such a target is NaN
