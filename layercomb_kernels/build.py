@@ -72,7 +72,7 @@ def _cache() -> Path:
     for path in (os.environ.get('XDG_CACHE_HOME', ''), os.path.expanduser('~/.cache')):
         if os.path.isabs(path):
             return Path(path)
-    raise Unavailable('there is no home directory to keep them in: set XDG_CACHE_HOME')
+    raise Unavailable('there is no home directory for the compiled kernels: set XDG_CACHE_HOME')
 
 
 def _digest(content: bytes) -> str:
@@ -140,7 +140,7 @@ def _run(commands: Iterable[list[str]]) -> None:
     def run(command: list[str]) -> None:
         done = subprocess.run(command, capture_output=True, timeout=_SECONDS)
         if done.returncode:
-            lines = done.stderr.decode('utf-8', 'replace').strip().splitlines() or ['no word why']
+            lines = done.stderr.decode('utf-8', 'replace').strip().splitlines() or ['no message']
             said = next((x for x in lines if 'error' in x), lines[0])
             raise Unavailable(f'{command[0]} cannot compile the kernels: {said.strip()}')
 

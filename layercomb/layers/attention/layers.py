@@ -103,7 +103,9 @@ class DotProductAttention(Layer):
 
 
 class LocalAttention(Layer):
-    """Attention to a position's own chunk and its neighbours: (B, H, L, K) thrice → (B, H, L, V).
+    """Softmax attention of each position to its own chunk and the chunks around it.
+
+    q and k (B, H, L, K), v (B, H, L, V) → y (B, H, L, V).
 
     The sequence is cut into chunks of `chunk_len`. Position t sees positions from the start of
     chunk ⌊t / chunk_len⌋ − look_back, up to itself if causal, else to the end of chunk
@@ -139,7 +141,7 @@ class LocalAttention(Layer):
         if min(self.look_back, self.look_ahead) < 0 or (self.causal and self.look_ahead):
             raise ValueError(
                 f'LocalAttention: look_back={self.look_back} and look_ahead={self.look_ahead} must '
-                'not be negative, and causal attention looks ahead by 0'
+                'not be negative, and causal attention needs look_ahead=0'
             )
 
     def init(

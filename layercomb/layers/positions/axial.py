@@ -63,7 +63,7 @@ class AxialPositions(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
-        """The tables, float32; in ``PREDICT`` the state is a `Position`.
+        """The tables, float32; in ``PREDICT`` the state holds a `Position`.
 
         Args:
           signature: of x (B, L, D), floating.
@@ -89,7 +89,7 @@ class AxialPositions(Layer):
 
         Args:
           weights: the tables.
-          state: in ``PREDICT`` a `Position`.
+          state: in ``PREDICT`` it holds a `Position`, else ``{}``.
           inputs: x (B, L, D); in ``PREDICT`` the next positions.
           rng: not used.
           mode: see `Mode`.

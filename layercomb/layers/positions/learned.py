@@ -44,7 +44,7 @@ class LearnedPositions(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
-        """The table, float32; in ``PREDICT`` the state is a `Position`.
+        """The table, float32; in ``PREDICT`` the state holds a `Position`.
 
         Args:
           signature: of x (B, L, D), floating.
@@ -65,7 +65,7 @@ class LearnedPositions(Layer):
 
         Args:
           weights: the table.
-          state: in ``PREDICT`` a `Position`.
+          state: in ``PREDICT`` it holds a `Position`, else ``{}``.
           inputs: x (B, L, D); in ``PREDICT`` the next positions.
           rng: not used.
           mode: see `Mode`.

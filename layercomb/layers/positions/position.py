@@ -68,11 +68,14 @@ def angles(where: jax.Array, depth: int, period: float, max_len: int | None) -> 
 
 
 def init_position(signature: Signature, mode: Mode) -> Tree:
-    """The state of a layer that counts positions: a `Position` at 0 in ``PREDICT``, else ``{}``.
+    """The state of a layer that counts positions.
 
     Args:
       signature: of the inputs, the first one (B, …).
       mode: see `Mode`.
+
+    Returns:
+      ``{'position': …}``, a `Position` of B zeros, in ``PREDICT``; else ``{}``.
     """
     if mode is not Mode.PREDICT:
         return {}

@@ -49,7 +49,7 @@ class RotaryPositions(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
-        """No weights; in ``PREDICT`` the state is a `Position`.
+        """No weights; in ``PREDICT`` the state holds a `Position`.
 
         Args:
           signature: of q and k (B, H, L, K), K even.
@@ -71,7 +71,7 @@ class RotaryPositions(Layer):
 
         Args:
           weights: ``{}``.
-          state: in ``PREDICT`` a `Position`.
+          state: in ``PREDICT`` it holds a `Position`, else ``{}``.
           inputs: q and k (B, H, L, K); the numbers of heads may differ.
           rng: not used.
           mode: see `Mode`.

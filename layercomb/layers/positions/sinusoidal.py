@@ -63,7 +63,7 @@ class SinusoidalPositions(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
-        """No weights, or the ``table`` if trainable; in ``PREDICT`` the state is a `Position`.
+        """No weights, or the ``table`` if trainable; in ``PREDICT`` the state holds a `Position`.
 
         Args:
           signature: of x (B, L, D), floating, D even.
@@ -91,7 +91,7 @@ class SinusoidalPositions(Layer):
 
         Args:
           weights: ``{}``, or the ``table`` if trainable.
-          state: in ``PREDICT`` a `Position`.
+          state: in ``PREDICT`` it holds a `Position`, else ``{}``.
           inputs: x (B, L, D); in ``PREDICT`` the next positions.
           rng: not used.
           mode: see `Mode`.

@@ -203,8 +203,8 @@ def sparse_qkv(
     given: Any = attention
     if getattr(given, 'd_head', None) is not None:
         raise ValueError(
-            f'sparse_qkv: heads share the features of the model among them, d_head='
-            f'{given.d_head} cannot be kept: leave it out'
+            'sparse_qkv: heads divide the features of the model, so '
+            f'd_head={given.d_head} cannot be kept: leave it out'
         )
     return SparseQKVAttention(
         given.n_heads,

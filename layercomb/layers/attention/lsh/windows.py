@@ -115,13 +115,7 @@ def sorted_by_bucket(buckets: jax.Array, n_buckets: int) -> tuple[jax.Array, jax
 
 
 def make_round(plan: Plan, buckets: jax.Array, number: Any) -> Round:
-    """The sorted order of a round.
-
-    Args:
-      plan: the static description.
-      buckets: (L,) int32.
-      number: of the round, int32 ().
-    """
+    """The sorted order of round `number`, from its buckets (L,) int32."""
     order, bucket = sorted_by_bucket(buckets, plan.n_buckets)
     margin = (plan.look_back * plan.chunk_len, plan.look_ahead * plan.chunk_len)
     bucket = jnp.pad(bucket, margin, constant_values=plan.n_buckets)
@@ -129,13 +123,7 @@ def make_round(plan: Plan, buckets: jax.Array, number: Any) -> Round:
 
 
 def cut(plan: Plan, round_: Round, i: Any) -> Tile:
-    """Tile i of a round, with its windows (G, W).
-
-    Args:
-      plan: the static description.
-      round_: the sorted order.
-      i: the tile's number in the round, int32 ().
-    """
+    """Tile `i` of a round, int32 (), with its windows (G, W)."""
     position, bucket = (
         chunkwise.windows(plan, chunkwise.slice_of_tile(plan, x, i)) for x in round_[:2]
     )
@@ -160,15 +148,7 @@ def distance(plan: Plan) -> np.ndarray:
 
 
 def visible(plan: Plan, tile: Tile) -> jax.Array:
-    """Which keys of its window each query of a tile sees.
-
-    Args:
-      plan: the static description.
-      tile: its positions and buckets, (G, W).
-
-    Returns:
-      (G, C, W) bool.
-    """
+    """Which keys of its window each query of a tile sees, (G, C, W) bool."""
     query, key = pairs(plan, tile.bucket)
     if plan.by_bucket:
         apart = distance(plan)
@@ -184,16 +164,9 @@ def visible(plan: Plan, tile: Tile) -> jax.Array:
 
 
 def meetings(plan: Plan, places: Any, buckets: Any, tile: Tile) -> jax.Array:
-    """In how many rounds each pair of a tile meets, at least 1.
+    """In how many rounds each pair of a tile meets, at least 1: (G, C, W) float32.
 
-    Args:
-      plan: the static description.
-      places: (R, L) int32, the place of each position in the sorted sequence of each round.
-      buckets: (R, L) int32.
-      tile: its positions, (G, W).
-
-    Returns:
-      (G, C, W) float32.
+    `places` (R, L) int32 are the places of positions in each round's sorted sequence.
     """
     count: Any = 0
     for r in range(places.shape[0]):
@@ -209,17 +182,9 @@ def meetings(plan: Plan, places: Any, buckets: Any, tile: Tile) -> jax.Array:
 
 
 def scores(plan: Plan, q: Any, k: Any, rounds: Any, tile: Tile) -> jax.Array:
-    """Scores of queries and keys; −`tiles.FAR` where a key is not seen.
+    """Scores (G, C, W) float32 of q (G, C, K) and k (G, W, K); −`tiles.FAR` if not seen.
 
-    Args:
-      plan: the static description.
-      q: (G, C, K).
-      k: (G, W, K), of length 1.
-      rounds: as of `all_rounds`.
-      tile: its positions and buckets, (G, W).
-
-    Returns:
-      (G, C, W) float32.
+    `rounds` is the result of `all_rounds`; keys have length 1.
     """
     s: jax.Array = jnp.where(distance(plan) == 0, SELF, tiles.dot('gqk,gwk->gqw', q, k))
     if plan.once:
@@ -236,12 +201,7 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def all_rounds(plan: Plan, buckets: Any) -> Any:
-    """The arguments of `meetings`: places (R, L) and buckets (R, L); None if not needed.
-
-    Args:
-      plan: the static description; only `once` needs them.
-      buckets: (R, L) int32.
-    """
+    """Places and buckets for `meetings`, both (R, L) int32; None if the plan needs none."""
     if not plan.once:
         return None
 
@@ -254,17 +214,7 @@ def all_rounds(plan: Plan, buckets: Any) -> Any:
 
 
 def over_tiles(plan: Plan, buckets: Any, body: Callable[[Any, Tile], Any], carry: Any) -> Any:
-    """Carries a value through `body` for each tile of each round.
-
-    Args:
-      plan: the static description.
-      buckets: (R, L) int32.
-      body: ``body(carry, tile)`` → the next carry.
-      carry: the first carry.
-
-    Returns:
-      The last carry.
-    """
+    """Carries a value through ``body(carry, tile)`` for each tile of each round; buckets (R, L)."""
 
     def one_round(carry: Any, r: Any) -> tuple[Any, None]:
         round_ = make_round(plan, buckets[r], r)
@@ -358,14 +308,7 @@ def backward_head(
 
 
 def fill(plan: Plan, x: jax.Array, value: Any = 0, axis: int = 2) -> jax.Array:
-    """Pads the length of x to whole tiles.
-
-    Args:
-      plan: the static description.
-      x: (B, H, L, …), or another array.
-      value: of the padding.
-      axis: of the length.
-    """
+    """Pads axis `axis` of x, its length, with `value` to whole tiles."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, plan.padded - x.shape[axis])
     return jnp.pad(x, widths, constant_values=value)
@@ -410,11 +353,7 @@ def attend(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> jax
 def attend_forward(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> Any:
     """The output (B, H, L, D), and the residuals of the backward pass.
 
-    Args:
-      plan, q, v, buckets, mask, rng: as of `attend`.
-
-    Returns:
-      The output, and (q, v, buckets, mask, rng, output, z), with z (B, H, L) float32.
+    The residuals are (q, v, buckets, mask, rng, output, z), with z (B, H, L) float32.
     """
     heads = per_head(plan, q, v, buckets, mask, rng)
     out, z = tiles.over_heads(
@@ -426,16 +365,7 @@ def attend_forward(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
-    """The gradients of the arguments of `attend`.
-
-    Args:
-      plan: the static description.
-      kept: the residuals of `attend_forward`.
-      d_out: (B, H, L, D), cotangent of the output.
-
-    Returns:
-      Gradients of q and v, shaped and typed as these; None for buckets, mask and rng.
-    """
+    """The gradients of q and v, from the cotangent (B, H, L, D); None for the other arguments."""
     q, v, buckets, mask, rng, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     heads = (*per_head(plan, q, v, buckets, mask, rng), z, fill(plan, d_out), fill(plan, dot_out))
