@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any
 
 
@@ -33,8 +32,8 @@ def forget_if_overridden(cls: Any) -> None:
     value = vars(cls).get('position_wise')
     if not (value is None or isinstance(value, (bool, dataclasses.Field)) or _is_computed(value)):
         raise TypeError(f'{cls.__name__}: position_wise is True, False or None, got {value!r}')
-    if inspect.getattr_static(cls, 'position_wise') is None:
-        return  # or the None of a mixin would hide what another base class says
+    if cls.position_wise is None:  # nothing to forget; a mixin must not hide what others say
+        return
     said = _first(cls, 'position_wise')
     if any(_first(cls, name) < said for name in cls.computes_in):
         cls.position_wise = None

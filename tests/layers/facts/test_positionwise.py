@@ -366,3 +366,14 @@ def test_a_metric_that_says_nothing_is_not_measured_in_pieces():
 def test_fields_stay_what_they_are():
     assert [field.name for field in dataclasses.fields(tl.Dense(3))].count('position_wise') == 0
     assert [field.name for field in dataclasses.fields(Moved)].count('position_wise') == 0
+
+
+def test_a_mixin_that_says_nothing_does_not_hide_what_others_say():
+    class Options(Layer):
+        size: int = 1
+
+    class Own(Options, tl.Dense):
+        pass
+
+    assert Own(4).position_wise is True
+    assert tl.LSHSelfAttention(2).position_wise is False
