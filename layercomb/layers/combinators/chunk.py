@@ -1,4 +1,4 @@
-"""`Chunk`: a position-wise layer, a slice of the length at a time."""
+"""`Chunk`: runs a position-wise layer on one slice of the length at a time."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from layercomb.trees import Tree
 
 
 class Chunk(Wrapper):
-    """Runs a position-wise layer a slice at a time along the length (axis 1), in constant memory.
+    """Runs a position-wise layer on one slice at a time along the length (axis 1).
 
-    The forward pass holds what is inside the layer for one slice only, and so does the backward
-    pass, which computes each slice again. The last slice is shorter where `chunk_len` does not
-    divide the length. An auxiliary loss is the mean of the slices' losses, each weighted by its
-    share of the positions, or of those that count if the layer that has the loss is told which do.
+    y[:, s] = layer(x[:, s]) for each slice s; inputs and outputs are (B, L, …). Activations inside
+    the layer exist for one slice at a time; the backward pass computes each slice again. The last
+    slice is shorter if `chunk_len` does not divide L. An auxiliary loss is the mean of the slices'
+    losses, weighted by their shares of the positions, or of the positions that count, if the layer
+    with the loss is told which do.
 
     Attributes:
       layer: works on each position by itself, as feed-forwards, norms, dropout and losses do.
       chunk_len: the length of a slice.
 
     Raises:
-      TypeError: if the layer mixes positions (attention, convolution, batch norm; also joining,
-        cutting or sharing a dropout mask along axis 1 of (B, L, D), counted from either end), or if
-        one of yours inside does not say ``position_wise = True``.
+      TypeError: if the layer mixes positions: attention, convolution, batch norm; also
+        `Concatenate`, `Split` or a shared dropout mask along the axis of positions; or if a layer of your own
+        inside does not declare ``position_wise = True``.
 
     References:
       Kitaev et al., Reformer, 2020, section 3, https://arxiv.org/abs/2001.04451
@@ -61,7 +62,13 @@ class Chunk(Wrapper):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
-        """Applies the layer to each slice; slice `i` draws from `rng` folded with `i`."""
+        """Applies the layer to each slice: (B, L, …) → (B, L, …).
+
+        Slice `i` draws from `rng` folded with `i`; a sequence of one slice draws from `rng` itself.
+
+        Raises:
+          ValueError: if inputs have no axis 1, or are of different lengths.
+        """
         length = self.length_of(inputs)
         if length <= self.chunk_len:
             return self.layer.apply(weights, state, tuple(inputs), rng=rng, mode=mode)
@@ -114,7 +121,7 @@ class Chunk(Wrapper):
 
 
 def _cut(values: Any, n: int, chunk_len: int) -> tuple[Any, Any]:
-    """A tree's n slices of chunk_len on a leading axis, and what is left over."""
+    """A tree of (B, L, …) as n slices, (n, B, chunk_len, …), and the rest, or None."""
     whole = n * chunk_len
 
     def pieces(x: jax.Array) -> jax.Array:
@@ -132,7 +139,7 @@ def _join(pieces: jax.Array) -> jax.Array:
 
 
 def state_parts(state: Tree, inputs: Arrays) -> tuple[Tree, Tree, Tree]:
-    """Decisions of slices, the rest of a state, and which positions of the inputs count."""
+    """Splits a state: recorded decisions, the rest, and which positions of the inputs count."""
     decisions = own(state, Decisions)
     plain, counted = take_counted(without(state, Decisions))
     found = {} if decisions is None else decisions.values

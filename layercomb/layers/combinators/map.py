@@ -23,10 +23,19 @@ from layercomb.trees import Tree
 
 
 class Map(Wrapper):
-    """One layer, with one set of weights, on each of `n` groups of values.
+    """Applies one layer, with one set of weights, to each of `n` groups of values.
 
-    State (running statistics) is threaded from one to the next, and auxiliary losses are summed; in
-    ``PREDICT`` each has its own.
+    ``n · layer.n_in`` values → ``n · layer.n_out`` values; all groups have the same shapes
+    and dtypes.
+    State (running statistics) is passed from group to group, and auxiliary losses are summed. In
+    ``PREDICT`` each group has its own state.
+
+    Attributes:
+      layer: the layer.
+      n: how many groups.
+
+    Raises:
+      TypeError: in `init`, if groups differ in shape or dtype.
 
     >>> from layercomb import tl
     >>> tl.Map(tl.Dense(4), 3).n_in
@@ -42,13 +51,17 @@ class Map(Wrapper):
     n_out = property(lambda self: self.n * self.layer.n_out)
 
     def inner_signature(self, signature: Signature) -> Signature:
-        """Of the first group."""
+        """The signature of the first group."""
         return self._groups(signature)[0]
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
-        """The layer's weights, from the first group; every group must have the same signature."""
+        """The layer's weights and state, from the signature of the first group.
+
+        Raises:
+          TypeError: if groups have different signatures.
+        """
         groups = self._groups(signature)
         for group in groups[1:]:
             if describe(group) != describe(groups[0]):
@@ -96,11 +109,11 @@ class Map(Wrapper):
         return outputs, new_state
 
     def block_weights(self, weights: Tree, i: int) -> Tree:
-        """The weights for group `i`: one set for all."""
+        """The weights of group `i`: those of all groups."""
         return weights
 
     def block_state(self, state: Tree, i: int) -> Tree:
-        """The state for group `i` in training's: what was threaded through all."""
+        """The state of group `i`, of a state from training: that of all groups."""
         return state
 
     def _groups(self, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -14,9 +14,13 @@ from layercomb.trees import Tree
 
 
 class Remat(Wrapper):
-    """Computes its layer again in the backward pass instead of keeping what is inside.
+    """Computes its layer again in the backward pass instead of keeping the activations inside.
 
-    Under `Repeat` this makes the memory of training grow with depth by the block's inputs alone.
+    Under `Repeat`, training keeps only each block's inputs, so its memory grows with
+    depth by these alone.
+
+    Attributes:
+      layer: the layer.
     """
 
     carries_counted = True
@@ -25,7 +29,7 @@ class Remat(Wrapper):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
-        """Applies the layer under `jax.checkpoint`, unless there is no backward pass."""
+        """Applies the layer under `jax.checkpoint`; plainly in ``PREDICT``."""
         if mode is Mode.PREDICT:
             return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
 

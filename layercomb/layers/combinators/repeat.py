@@ -1,4 +1,4 @@
-"""`Repeat`: a block n times in series, as one scan."""
+"""`Repeat`: a block n times in series, compiled as one scan."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from layercomb.trees import Tree
 class Repeat(Wrapper):
     """A block n times in series, as one `lax.scan` over weights stacked on a leading axis.
 
-    Compile time and program size do not grow with `n`. In ``PREDICT`` it runs block by block, and
-    its state is one subtree a block (``'0'``, ``'1'`` …), because a scan would copy the caches;
-    `transforms.unstack` gives the same model with one weight subtree a block as well.
+    Compile time and program size do not grow with `n`. In ``PREDICT`` it runs block by block, with
+    one state subtree for each (``'0'``, ``'1'`` …), because a scan would copy the caches.
+    `transforms.unstack` makes the same model with one weight subtree for each block, too.
 
     Attributes:
-      layer: the block; it must put back as many values as it takes, of the same shapes and dtypes.
+      layer: the block; its outputs have the number, shapes and dtypes of its inputs.
       n: how many times.
-      shared: one set of weights for all (as in ALBERT, or the Universal Transformer).
+      shared: one set of weights for all blocks (as in ALBERT, or the Universal Transformer).
+
+    Raises:
+      TypeError: if the block's n_in and n_out differ; in `init`, if shapes or dtypes do.
 
     >>> from layercomb import tl, shape_dtype
     >>> import jax
@@ -57,12 +60,17 @@ class Repeat(Wrapper):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
-        """Weights stacked on a leading axis (not if shared); state stacked, or one a block."""
+        """Weights (n, …), or one set if shared; state (n, …), or in ``PREDICT`` a `Blocks` of n."""
         return self.init_with_outputs(signature, rng, mode)[1:]
 
     def init_with_outputs(
         self, signature: Signature, rng: jax.Array, mode: Mode
     ) -> tuple[Signature, Tree, Tree]:
+        """The signature, which blocks keep, and weights and state as `init` gives them.
+
+        Raises:
+          TypeError: if the block changes shapes or dtypes.
+        """
         made = []
 
         def one(key: jax.Array) -> tuple[Tree, Tree]:
@@ -126,9 +134,9 @@ class Repeat(Wrapper):
         return values, new_state
 
     def block_weights(self, weights: Tree, i: int) -> Tree:
-        """The weights of block `i`."""
+        """The weights of block `i`: slice `i` of the leading axis, or all if shared."""
         return weights if self.shared else jax.tree.map(lambda w: w[i], weights)
 
     def block_state(self, state: Tree, i: int) -> Tree:
-        """The state of block `i` in training's, which is stacked even where weights are shared."""
+        """The state of block `i`, of a state from training, stacked even if weights are shared."""
         return jax.tree.map(lambda x: x[i], state)

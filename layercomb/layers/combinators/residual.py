@@ -15,7 +15,11 @@ from layercomb.trees import Tree
 
 
 class Add(Layer):
-    """a + b in a's dtype, so that a float32 stream stays one whatever is added to it."""
+    """a + b in a's dtype, so that a float32 stream stays float32; both are of one shape.
+
+    Raises:
+      ValueError: when applied to values of two shapes.
+    """
 
     position_wise = True
     n_in = 2
@@ -24,7 +28,7 @@ class Add(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
-        """Adds the second value to the first."""
+        """(a, b), both (…) → a + b, (…)."""
         a, b = inputs
         if a.shape != b.shape:
             raise ValueError(
@@ -38,16 +42,16 @@ class Add(Layer):
 class Residual(Variadic, init=False):
     """x + f(x), where f is the layers in series.
 
-    The layers may take more values than one; the first is what they are added to. The sum is made
-    in the shortcut's dtype.
+    If the layers take several values, x is the first. The sum has the dtype of x, or of the
+    shortcut's output.
 
     Attributes:
       layers: f; its first output is added, further ones are put back beneath the sum.
-      shortcut: a layer in x's way, e.g. a projection; f's output is added to its one output. A list
-        is a `Serial` of its layers, and None or an empty list is the identity.
+      shortcut: a layer applied to x before the sum, e.g. a projection, with one output. A list is a
+        `Serial` of its layers, and None or an empty list is the identity.
 
     Raises:
-      ValueError: if the layers leave nothing to add, or the shortcut more values than one, or none.
+      ValueError: if the layers leave nothing to add, or the shortcut does not leave one value.
     """
 
     shortcut: Layer | None = None
@@ -78,6 +82,7 @@ class Residual(Variadic, init=False):
     n_out = property(lambda self: self._arity[1])
 
     def route(self, call: Call, stack: Stack) -> Stack:
+        """x, … → x + f(x, …), further outputs of f, and the values beneath."""
         n = len(self.layers)
         inner = stack[: serial_arity(self.layers)[0]]
         y, *more = serial_route(self.layers, call, inner)

@@ -1,4 +1,4 @@
-"""Leaves that move, join and split values and compute nothing else: `Select`, `Dup`, `Drop` …"""
+"""Layers without weights that move, join and split values: `Select`, `Dup`, `Drop` …"""
 
 from __future__ import annotations
 
@@ -19,12 +19,20 @@ class Rearrange(Layer):
     float32 = True
 
     def pick(self, values: Arrays) -> Arrays:
-        """The outputs, of the inputs."""
+        """The outputs.
+
+        Args:
+          values: a tuple of `n_in` inputs, of any shapes and dtypes.
+
+        Returns:
+          A tuple of `n_out` of these values.
+        """
         raise NotImplementedError
 
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """`pick` of the inputs; the state is unchanged."""
         return self.pick(tuple(inputs)), state
 
 
@@ -34,8 +42,11 @@ class Select(Rearrange):
     ``Select([1, 0])`` swaps, ``Select([0, 0])`` duplicates, ``Select([], n_in=1)`` drops.
 
     Attributes:
-      indices: positions from the top of the stack.
-      n_in: how many values to take; by default as many as `indices` reach.
+      indices: positions from the top of the stack, 0 … n_in − 1.
+      n_in: how many values to take; by default one more than the largest index.
+
+    Raises:
+      ValueError: if an index lies outside 0 … n_in − 1.
     """
 
     indices: tuple[int, ...]
@@ -55,6 +66,7 @@ class Select(Rearrange):
         set_field(self, 'n_in', n_in)
 
     def pick(self, values: Arrays) -> Arrays:
+        """The values at `indices`."""
         return tuple(values[i] for i in self.indices)
 
     def __repr__(self) -> str:
@@ -73,6 +85,7 @@ class Dup(Rearrange):
     n_out = property(lambda self: 2 * self.n)
 
     def pick(self, values: Arrays) -> Arrays:
+        """The values, twice."""
         return values + values
 
 
@@ -86,6 +99,7 @@ class Drop(Rearrange):
     n_out = 0
 
     def pick(self, values: Arrays) -> Arrays:
+        """An empty tuple."""
         return ()
 
 
@@ -97,14 +111,18 @@ class Swap(Rearrange):
     n_out = 2
 
     def pick(self, values: Arrays) -> Arrays:
+        """(a, b) → (b, a)."""
         return values[1], values[0]
 
 
 class Multiply(Layer):
     """a · b, elementwise, for gates.
 
-    Both have the same number of axes. One has the shape of the product; the other may have size 1
-    along an axis, such as a gate that is the same at all positions.
+    Both have the same number of axes. One has the shape of the product. The other may have size 1
+    along any axis, such as a gate (B, 1, D) that is the same at all positions.
+
+    Raises:
+      ValueError: when applied to other shapes.
     """
 
     position_wise = True
@@ -113,6 +131,7 @@ class Multiply(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """(a, b) → a · b, in the dtype to which both promote."""
         a, b = inputs
         sizes = tuple(zip(a.shape, b.shape, strict=False))
         gates = [all(m in (n, 1) for n, m in sizes), all(n in (m, 1) for n, m in sizes)]
@@ -126,6 +145,13 @@ class Multiply(Layer):
 
 class Concatenate(Layer):
     """Joins `n_items` values along `axis`; the first is the top of the stack.
+
+    Attributes:
+      n_items: how many values to join.
+      axis: the axis along which sizes are added; all others must agree.
+
+    Raises:
+      ValueError: when applied to values that differ along another axis, or lack this one.
 
     >>> from layercomb import tl, shape_dtype
     >>> tl.Concatenate().output_signature((shape_dtype((2, 3)), shape_dtype((2, 5))))
@@ -141,6 +167,7 @@ class Concatenate(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """`n_items` arrays (…, Dᵢ, …) → (…, Σ Dᵢ, …), joined along `axis`."""
         self._check(inputs)
         return (jnp.concatenate(inputs, self.axis),), state
 
@@ -161,6 +188,10 @@ class Concatenate(Layer):
 class Split(Layer):
     """Cuts a value into `n_items` equal parts along `axis`, the first on top of the stack.
 
+    Attributes:
+      n_items: how many parts.
+      axis: the axis to cut; parts are 1 / `n_items` as long.
+
     Raises:
       ValueError: when applied to an axis whose length `n_items` does not divide.
     """
@@ -174,6 +205,7 @@ class Split(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """(…, D, …) → `n_items` arrays (…, D / n_items, …), cut along `axis`."""
         (x,) = inputs
         check_axis('Split', x, self.axis)
         if x.shape[self.axis] % self.n_items:

@@ -11,7 +11,7 @@ from layercomb.layers.core.layer import Layer
 
 
 def serial_arity(layers: Iterable[Layer]) -> tuple[int, int]:
-    """How many values layers in series need, and how many they leave of these.
+    """(n_in, n_out) of layers in series: how many values they need and how many they leave.
 
     >>> from layercomb import tl
     >>> serial_arity([tl.Dup(), tl.Dense(4), tl.Add()])
@@ -28,7 +28,13 @@ def serial_arity(layers: Iterable[Layer]) -> tuple[int, int]:
 
 
 def serial_route(layers: Iterable[Layer], call: Call, stack: Stack) -> Stack:
-    """Sends a stack through layers in series; the i-th is ``call(i, …)``."""
+    """Sends a stack through layers in series.
+
+    Args:
+      layers: whose `n_in` says how many values each takes.
+      call: ``call(i, values)`` applies the i-th layer, as in `Combinator.route`.
+      stack: arrays or signatures, the top first.
+    """
     for i, layer in enumerate(layers):
         stack = call(i, stack[: layer.n_in]) + stack[layer.n_in :]
     return stack
@@ -42,8 +48,8 @@ class Serial(Variadic, init=False):
         for layer in layers:
             stack = layer(stack[:layer.n_in]) + stack[layer.n_in:]
 
-    so what a layer does not take lies there for a later one. `n_in` is the number of values that
-    the whole needs, `n_out` what it leaves of them. `Serial()` is the identity.
+    so values that a layer does not take remain for later ones. `n_in` is the number of values that
+    all layers together need, `n_out` the number that they leave. `Serial()` is the identity.
 
     >>> from layercomb import tl
     >>> net = tl.Serial(tl.Dense(4), tl.Add())   # Dense on the first of two, then their sum
@@ -59,4 +65,5 @@ class Serial(Variadic, init=False):
     n_out = property(lambda self: self._arity[1])
 
     def route(self, call: Call, stack: Stack) -> Stack:
+        """Sends the stack through the layers, the first to the last."""
         return serial_route(self.layers, call, stack)

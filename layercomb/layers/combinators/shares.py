@@ -1,4 +1,4 @@
-"""Auxiliary losses of a layer that works piece by piece: the pieces' mean, weighted by shares."""
+"""Auxiliary losses of a layer that works slice by slice: the slices' mean, weighted by shares."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from layercomb.trees import Tree
 
 
 def how_many(found: Tree) -> Tree:
-    """What `take_counted` found, with the number of positions that count, float32 (), as masks."""
+    """A tree from `take_counted`, each mask replaced by its number of True entries, float32 ()."""
     return jax.tree.map(lambda counted: counted.sum(dtype=jnp.float32), found)
 
 
 def shares(piece: Tree, of_all: Tree) -> Tree:
-    """What `take_counted` found, with a piece's part of the positions that count as each mask.
+    """A slice's share of the positions that count, float32 () in the place of each mask.
 
-    The part is 0 if no position counts.
+    The share is 0 if no position counts.
 
     Args:
-      piece: the piece of what `take_counted` found.
-      of_all: `how_many` count in all pieces.
+      piece: a tree from `take_counted`, of the slice.
+      of_all: `how_many` of the whole.
     """
     return jax.tree.map(lambda n, m: n / jnp.maximum(m, 1), how_many(piece), of_all)
 
 
 def add_aux(state: Tree, new: Tree, share: float, by_layer: Tree | None = None) -> Tree:
-    """`new`, with its auxiliary losses times `share` and added to those in `state`.
+    """`new`, with its auxiliary losses multiplied by `share` and added to those in `state`.
 
-    `by_layer`, of `shares`, has other shares for layers that know which positions count.
+    Args:
+      state: the sums so far; a loss that it lacks starts from 0.
+      new: the state of the next slice.
+      share: the slice's share of the positions, 0 … 1.
+      by_layer: from `shares`; replaces `share` in layers that know which positions count.
     """
     out, by_layer = {}, by_layer or {}
     for key, value in new.items():
@@ -47,7 +51,7 @@ def add_aux(state: Tree, new: Tree, share: float, by_layer: Tree | None = None) 
 
 
 def by_share(state_cts: Tree | None, share: float, by_layer: Tree) -> Tree | None:
-    """Cotangents of auxiliary losses for a piece, each times its share, as in `add_aux`."""
+    """Cotangents of a slice's auxiliary losses: the whole's times its share, as in `add_aux`."""
     if state_cts is None:
         return None
     return {
@@ -59,7 +63,7 @@ def by_share(state_cts: Tree | None, share: float, by_layer: Tree) -> Tree | Non
 
 
 def passes_on(state: Tree) -> bool:
-    """Whether a state holds more than auxiliary losses, which are only summed."""
+    """Whether a state holds anything but auxiliary losses: slices then depend on earlier ones."""
     return any(
         passes_on(value) if isinstance(value, dict) else not isinstance(value, AuxLoss)
         for value in state.values()

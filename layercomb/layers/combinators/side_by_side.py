@@ -34,6 +34,7 @@ class Parallel(_SideBySide, init=False):
     n_out = property(lambda self: sum(layer.n_out for layer in self.layers))
 
     def route(self, call: Call, stack: Stack) -> Stack:
+        """Gives each layer its own values; the outputs follow in the layers' order."""
         outputs: Stack = ()
         for i, layer in enumerate(self.layers):
             outputs += call(i, stack[: layer.n_in])
@@ -42,9 +43,9 @@ class Parallel(_SideBySide, init=False):
 
 
 class Branch(_SideBySide, init=False):
-    """Layers side by side on the same values: each gets the top of the stack, none moves it.
+    """Layers side by side on the same values: each is given the top of the stack.
 
-    None or an empty list is the identity, which gives the top of the stack; a list is a `Serial`.
+    None or an empty list is the identity, which returns the top of the stack; a list is a `Serial`.
 
     >>> from layercomb import tl
     >>> net = tl.Branch(tl.Dense(4), tl.Dense(8))
@@ -56,6 +57,7 @@ class Branch(_SideBySide, init=False):
     n_out = property(lambda self: sum(layer.n_out for layer in self.layers))
 
     def route(self, call: Call, stack: Stack) -> Stack:
+        """Gives each layer the top of the stack; the outputs follow in the layers' order."""
         outputs: Stack = ()
         for i, layer in enumerate(self.layers):
             outputs += call(i, stack[: layer.n_in])

@@ -32,7 +32,7 @@ class Variadic(Combinator, init=False):
 
     @property
     def runs_short_inside(self) -> bool:
-        """It does, unless it has no layers."""
+        """True, unless there are no layers."""
         return bool(self.layers)
 
     def _arranged(self, layers: Any) -> tuple[Layer, ...]:

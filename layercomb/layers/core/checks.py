@@ -1,4 +1,4 @@
-"""What goes in and out of layers is checked, and an error says in which of them it arose."""
+"""Checks of what goes in and out of layers; errors name the layer in which they arose."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ F = TypeVar('F', bound=Callable[..., Any])
 
 
 def checking_init(init: F) -> F:
-    """A class's `init`, which takes one signature alone too, counts them, and checks the mode.
+    """A class's `init` with checks: of the number of signatures, and of the mode.
 
-    Arguments are passed on as they came. An `init` that has no parameter `mode` is given none.
+    The result also takes one signature alone, which becomes a tuple of one. All other arguments are
+    passed on unchanged. An `init` without a parameter `mode` is called without it.
+
+    Args:
+      init: the function as the class writes it, ``init(self, signature, rng, mode)``.
     """
     method = Method(init, ('signature', 'rng', 'mode'))
 
@@ -43,9 +47,12 @@ def checking_init(init: F) -> F:
 
 
 def checking_apply(apply: F) -> F:
-    """A class's `apply`, which refuses inputs that are no tuple of `n_in`, and what is no mode.
+    """A class's `apply` with checks: of the number of inputs, and of the mode.
 
-    Arguments are passed on as they came.
+    Arguments are passed on unchanged, but that a list of inputs becomes a tuple.
+
+    Args:
+      apply: the function as the class writes it, ``apply(self, weights, state, inputs, …)``.
     """
     method = Method(apply, ('weights', 'state', 'inputs', 'rng', 'mode'))
 
@@ -69,7 +76,12 @@ def checking_apply(apply: F) -> F:
 
 
 def check_inputs(layer: Any, inputs: tuple[Any, ...]) -> None:
-    """Raises a TypeError that says what `layer` takes if `inputs` are too few or too many."""
+    """Raises a TypeError unless there are `layer.n_in` inputs.
+
+    Args:
+      layer: what takes them.
+      inputs: arrays or signatures; the message shows their shapes and dtypes.
+    """
     if len(inputs) != layer.n_in:
         there = f': {describe(inputs)}' if inputs else ''
         raise TypeError(
@@ -80,7 +92,11 @@ def check_inputs(layer: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def check_outputs(layer: Any, outputs: Any) -> tuple[Any, ...]:
-    """`outputs`, if they are a tuple of as many arrays as `layer.n_out` promises."""
+    """Returns `outputs` if they are a tuple of `layer.n_out` arrays.
+
+    Raises:
+      TypeError: if they are no tuple, or too few or too many.
+    """
     if not isinstance(outputs, tuple):
         raise TypeError(
             f'{type(layer).__name__}.apply must return a tuple of outputs and the state, its '
@@ -95,7 +111,7 @@ def check_outputs(layer: Any, outputs: Any) -> tuple[Any, ...]:
 
 
 def check_sublayers(layer: Any, sublayers: tuple[Any, ...]) -> None:
-    """Raises a ValueError unless `sublayers` are as many as `layer` holds."""
+    """Raises a ValueError unless there are as many `sublayers` as `layer` holds."""
     if len(sublayers) != len(layer.sublayers):
         raise ValueError(
             f'{type(layer).__name__} holds {len(layer.sublayers)} layers, {len(sublayers)} were '
@@ -104,7 +120,14 @@ def check_sublayers(layer: Any, sublayers: tuple[Any, ...]) -> None:
 
 
 class where:
-    """Adds to an error that leaves the block a note that says in which sublayer it arose."""
+    """A context that adds a note to an error: in which sublayer it arose.
+
+    Args:
+      parent: the combinator.
+      key: the sublayer's key in it.
+      layer: the sublayer.
+      values: its inputs, arrays or signatures; the note shows their shapes and dtypes.
+    """
 
     def __init__(self, parent: Any, key: str, layer: Any, values: tuple[Any, ...]):
         self._parent, self._key, self._layer, self._values = parent, key, layer, values

@@ -1,8 +1,8 @@
 """Combinators: layers made of layers, which only route values between them.
 
-A combinator writes its arity and one method, `Combinator.route`. The same `route` serves `init`,
-with signatures, and `apply`, with arrays, so that the two cannot drift apart. The base class owns
-naming, keys, the threading of state, and the notes on errors.
+A combinator writes its arity and one method, `Combinator.route`. `init` calls it with signatures
+and `apply` with arrays, so the two cannot differ. The base class names sublayers, gives them keys,
+threads their state, and adds notes to errors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Combinator(Layer):
 
     @property
     def runs_short_inside(self) -> bool:
-        """Whether the sublayer that finds too few inputs says so, and not the combinator."""
+        """Whether the sublayer that lacks inputs reports it, not this layer."""
         return False
 
     def route(self, call: Call, stack: Stack) -> Stack:
@@ -54,13 +54,17 @@ class Combinator(Layer):
         Args:
           call: ``call(i, values)`` applies the i-th sublayer to a tuple of values and returns a
             tuple.
-          stack: `n_in` values; more may lie beneath them, and belong into the result.
+          stack: `n_in` values, arrays or signatures. Further values may lie beneath them: they are
+            returned unchanged, after the outputs.
+
+        Returns:
+          A tuple: `n_out` values, then those from beneath.
         """
         raise NotImplementedError(f'{type(self).__name__} has no route')
 
     @functools.cached_property
     def children(self) -> tuple[tuple[str, Layer], ...]:
-        """All layers inside, each after its key, in the order in which the fields hold them."""
+        """All sublayers, each as (key, layer), in the order of the fields that hold them."""
         return tuple(self._name_children())
 
     @property
@@ -69,7 +73,14 @@ class Combinator(Layer):
         return tuple(key for key, _ in self.children)
 
     def with_sublayers(self, sublayers: tuple[Layer, ...]) -> Any:
-        """The same combinator around other sublayers, as many as there are."""
+        """The same combinator around other sublayers.
+
+        Args:
+          sublayers: as many as there are now, in the order of `children`.
+
+        Raises:
+          ValueError: if there are fewer or more.
+        """
         check_sublayers(self, sublayers)
         rest = iter(sublayers)
         changes: dict[str, Any] = {}
@@ -81,14 +92,22 @@ class Combinator(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
-        """Weights and state of all sublayers, each under its key."""
+        """Weights and state of all sublayers, each under its key.
+
+        Sublayers draw from `rng` folded with a hash of their keys; those without weights
+        or state have no entry.
+        """
         _, weights, state = self.init_with_outputs(tuple(signature), rng, mode)
         return weights, state
 
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
-        """Routes `inputs`; sublayer `i` draws from `rng` folded with `i`."""
+        """Routes `inputs` through the sublayers; sublayer `i` draws from `rng` folded with `i`.
+
+        Returns:
+          A tuple of `n_out` arrays, and the new state, each sublayer's under its key.
+        """
         check_inputs(self, inputs)
         new_state = copy.copy(state)  # of the same type
         call = self._caller(weights, state, new_state, rng, mode)
@@ -116,6 +135,17 @@ class Combinator(Layer):
     def init_with_outputs(
         self, signature: Signature, rng: jax.Array, mode: Mode
     ) -> tuple[Signature, Tree, Tree]:
+        """Outputs' signature, weights and state, by one `route` with signatures.
+
+        Args:
+          signature: of the inputs, a tuple.
+          rng: a typed key.
+          mode: see `Mode`.
+
+        Raises:
+          TypeError: if there are not `n_in` inputs or `n_out` outputs, or a sublayer
+            refuses its inputs.
+        """
         weights: Tree = {}
         state: Tree = {}
 

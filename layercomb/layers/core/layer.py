@@ -38,9 +38,9 @@ POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
 class Layer(Declares):
     """An immutable, hashable, array-free description of a function with weights and state.
 
-    A subclass is made a frozen dataclass by being one: annotate its fields, write `init` where it
-    has weights or state, and `apply`. Fields are checked against their annotations and lists
-    become tuples. Two equal descriptions are interchangeable; nothing is ever stored on one.
+    A subclass becomes a frozen dataclass without a decorator. Annotate its fields, and write
+    `apply`, and `init` if it has weights or state. Fields are checked against their annotations,
+    and lists become tuples. A layer stores nothing, so equal layers are interchangeable.
 
     >>> class Scale(Layer):
     ...     factor: float = 1.0
@@ -55,9 +55,9 @@ class Layer(Declares):
     Attributes:
       name: the key of its weights in the combinator around it; None takes the class's name.
       n_in: how many values it takes off the stack.
-      n_out: how many it puts back.
+      n_out: how many values it puts back.
 
-    What else a class may declare is in `Declares`: `position_wise`, `weight_axes`, `float32` …
+    `Declares` lists what else a class may declare: `position_wise`, `weight_axes`, `float32` …
     """
 
     name: str | None = dataclasses.field(default=None, kw_only=True)
@@ -103,12 +103,12 @@ class Layer(Declares):
             the signature.
 
         Returns:
-          Two nested dicts of arrays, empty where there is nothing. In the state, parts say by
-          their types what they are: an auxiliary loss is an `AuxLoss`, and in ``PREDICT`` where a
-          row stands is a `Position`.
+          Weights and state: nested dicts of arrays, ``{}`` if there are none. Parts of a state are
+          known by their types: an auxiliary loss is an `AuxLoss`; in ``PREDICT`` the position of
+          each row is a `Position`.
 
         Raises:
-          TypeError: if the signatures are not `n_in`, or `mode` is no `Mode`.
+          TypeError: if there are not `n_in` signatures, or `mode` is no `Mode`.
         """
         del signature, rng, mode
         return {}, {}
@@ -122,7 +122,7 @@ class Layer(Declares):
         rng: jax.Array | None = None,
         mode: Mode = Mode.EVAL,
     ) -> tuple[Arrays, Tree]:
-        """The function itself: pure, from weights, state and inputs to outputs and new state.
+        """The function itself, pure: weights, state and inputs to outputs and new state.
 
         Args:
           weights: as `init` gives them.
@@ -140,7 +140,14 @@ class Layer(Declares):
         raise NotImplementedError(f'{type(self).__name__} has no apply')
 
     def output_signature(self, signature: Any, mode: Mode = Mode.TRAIN) -> Signature:
-        """The signature of the outputs, for inputs of `signature`; nothing is computed.
+        """The signature of the outputs; nothing is computed.
+
+        Args:
+          signature: of the inputs, or example inputs: one, or a tuple of `n_in`.
+          mode: see `Mode`.
+
+        Returns:
+          A tuple of `n_out` `jax.ShapeDtypeStruct`.
 
         >>> from layercomb import tl, shape_dtype
         >>> tl.Dense(3).output_signature(shape_dtype((2, 5)))
@@ -161,22 +168,29 @@ class Layer(Declares):
 
     @property
     def children(self) -> tuple[tuple[str, Layer], ...]:
-        """The layers that this one holds, each after the key that it adds to paths of weights.
+        """The layers inside, each as (key, layer); keys make up the paths of weights.
 
-        The key is '' where none is added. `walk` and everything that looks into layers goes by it.
-        A class of one's own that holds layers, and is neither combinator nor wrapper, writes this
-        one, or `sublayers`, which then add no keys.
+        A key of '' adds no level to the path. `walk`, and all code that looks into layers, uses
+        this. A class of one's own that holds layers, and is no combinator or wrapper, overrides
+        `children`, or `sublayers`, whose keys are all ''.
         """
         own = type(self).sublayers is not Layer.sublayers
         return tuple(('', layer) for layer in self.sublayers) if own else ()
 
     @property
     def sublayers(self) -> tuple[Layer, ...]:
-        """The layers that this one holds."""
+        """The layers inside, without their keys."""
         return tuple(layer for _, layer in self.children)
 
     def with_sublayers(self: L, sublayers: tuple[Layer, ...]) -> L:
-        """The same layer around other sublayers, as many as there are."""
+        """The same layer around other sublayers.
+
+        Args:
+          sublayers: as many as there are now, in the order of `children`.
+
+        Raises:
+          ValueError: if there are fewer or more.
+        """
         check_sublayers(self, sublayers)
         return self
 
@@ -192,7 +206,16 @@ class Layer(Declares):
     def init_with_outputs(
         self, signature: Signature, rng: jax.Array, mode: Mode
     ) -> tuple[Signature, Tree, Tree]:
-        """Outputs' signature, weights and state in one pass, so that nesting costs nothing."""
+        """Outputs' signature, weights and state in one pass, so that nested layers are traced once.
+
+        Args:
+          signature: of the inputs, a tuple of `n_in`.
+          rng: a typed key.
+          mode: see `Mode`.
+
+        Raises:
+          TypeError: if there are not `n_in` inputs or `n_out` outputs.
+        """
         check_inputs(self, signature)
         weights, state = self.init(signature, rng, mode)
         if mode is Mode.REPLAY:  # shapes alone are asked for, and there is nothing to replay yet
@@ -226,18 +249,18 @@ def is_layers(value: Any) -> bool:
 
 
 def init_state(layer: Layer, signature: Any, mode: Mode = Mode.PREDICT) -> Tree:
-    """A fresh state alone: `init` under `jit`, its unused weights never computed.
+    """A fresh state alone: `init` under `jit`, which leaves the unused weights out.
 
     Args:
       layer: any layer.
-      signature: of its inputs, or example inputs. In ``PREDICT`` caches are as long as it.
+      signature: of its inputs, or example inputs. In ``PREDICT`` caches are as long as these.
       mode: what the state is for.
     """
     return _state(layer, signature_of(signature), mode)
 
 
 def fold(rng: jax.Array | None, i: Any) -> jax.Array | None:
-    """The key of the i-th sublayer; no key where there is none."""
+    """The key of the i-th sublayer, `rng` folded with `i`; None if `rng` is None."""
     return None if rng is None else jax.random.fold_in(rng, i)
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 
 class Mode(enum.Enum):
-    """What a layer is applied for. Static: a description trains, evaluates and decodes.
+    """What a layer is applied for; static under `jit`.
 
-    ``TRAIN``: dropout on, statistics updated, soft decisions sampled. ``EVAL``: deterministic.
-    ``PREDICT``: incremental, inputs are the next positions and state carries caches. ``RECORD``:
-    as ``TRAIN``, and the returned state also holds each discrete decision taken. ``REPLAY``: as
-    ``TRAIN``, taking the decisions found in the state.
+    ``TRAIN``: dropout is on, statistics are updated, soft decisions are sampled.
+    ``EVAL``: deterministic.
+    ``PREDICT``: incremental; inputs are the next positions, and the state carries caches.
+    ``RECORD``: as ``TRAIN``; the new state also holds each discrete decision taken.
+    ``REPLAY``: as ``TRAIN``, with the decisions that the state holds.
     """
 
     TRAIN = 'train'
@@ -28,7 +29,12 @@ class Mode(enum.Enum):
 
 
 def check_mode(owner: str, mode: Any) -> None:
-    """Raises a TypeError unless `mode` is a `Mode`: any other value would count as ``EVAL``."""
+    """Raises a TypeError unless `mode` is a `Mode`: layers would treat any other value as ``EVAL``.
+
+    Args:
+      owner: what the message begins with, such as ``'Dense.apply'``.
+      mode: what was given.
+    """
     if not isinstance(mode, Mode):
         known = isinstance(mode, str) and mode.upper() in Mode.__members__
         cure = f'Mode.{mode.upper()}' if known else 'one of ' + ', '.join(map(str, Mode))

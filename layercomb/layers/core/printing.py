@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 
 def set_field(layer: Any, field: str, value: Any) -> None:
-    """Sets a field of a layer that is being made, whose class is frozen."""
+    """Sets a field of a layer under construction; its class is frozen."""
     object.__setattr__(layer, field, value)
 
 
 def named(layer: Any) -> list[str]:
-    """The argument that gives a layer its name, if it has one."""
+    """The argument `name=…` as code, in a list; an empty list if the layer has no name."""
     return [] if layer.name is None else [f'name={layer.name!r}']
 
 
@@ -26,7 +26,11 @@ def _is_layer(value: Any) -> bool:
 
 
 def show(value: Any) -> str:
-    """The value of a field as code."""
+    """The value of a field as code; a function is shown by its name.
+
+    >>> show(('a', 1)), show(len)
+    ("('a', 1)", 'len')
+    """
     if isinstance(value, tuple) and any(map(_is_layer, value)):
         parts = [show(v) for v in value]
         return f'({parts[0]},)' if len(parts) == 1 else call_text('', parts)
@@ -38,7 +42,11 @@ def show(value: Any) -> str:
 
 
 def call_text(function: str, parts: list[str]) -> str:
-    """A call, on one line where it fits there."""
+    """A call as code: on one line if it fits into 80 characters, else one argument a line.
+
+    >>> call_text('Serial', ['Dense(4)', 'Relu()'])
+    'Serial(Dense(4), Relu())'
+    """
     one_line = f'{function}({", ".join(parts)})'
     if len(one_line) <= 80 and '\n' not in one_line:
         return one_line
@@ -47,7 +55,12 @@ def call_text(function: str, parts: list[str]) -> str:
 
 
 def code_of(layer: Any) -> str:
-    """The code that makes a layer: its class, and the fields that are not as by default."""
+    """The code that makes a layer: its class, and the fields that differ from their defaults.
+
+    >>> from layercomb import tl
+    >>> code_of(tl.Dense(4, use_bias=False))
+    'Dense(4, use_bias=False)'
+    """
     parts, positional = [], True
     for field in _shown_fields(layer):
         value = getattr(layer, field.name)

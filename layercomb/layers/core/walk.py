@@ -10,16 +10,15 @@ from layercomb.layers.core.layer import Layer
 def walk(
     net: Layer, path: str = '', *, enter: Callable[[Layer], bool] | None = None
 ) -> Iterator[tuple[str, Layer]]:
-    """A layer and all layers inside, each with its path, from the outside in and in their order.
+    """A layer and all layers inside, each with its path: outer before inner, in their order.
 
-    Paths are those of the weights, so a wrapper and what it is around have the same one, and a
-    block under `Repeat` has one for all its n times. Whatever looks for something in a model goes
-    through here; how a layer holds others is said by its `Layer.children`.
+    Paths are those of the weights. So a wrapper and the layer inside share one, and a block under
+    `Repeat` has one path for all n blocks. `Layer.children` says which layers a layer holds.
 
     Args:
       net: any layer.
       path: what paths begin with, '' for the whole model.
-      enter: says of a layer, which is yielded in any case, whether to look into it.
+      enter: whether to look into a layer; the layer itself is yielded in any case.
 
     >>> from layercomb import tl, walk
     >>> net = tl.Serial(tl.Dense(8), tl.Repeat(tl.Residual(tl.Dense(8)), 2))
@@ -33,7 +32,7 @@ def walk(
 
 
 def joined(path: str, key: str) -> str:
-    """The path of a child, of that of the layer that holds it; '' adds no level.
+    """The path of a child: its parent's path, then its key; '' adds no level.
 
     >>> joined('', 'head'), joined('head', 'kernel'), joined('head', '')
     ('head', 'head/kernel', 'head')

@@ -1,4 +1,4 @@
-"""`Wrapper`: a layer around one other, which adds no level to the paths of weights."""
+"""`Wrapper`: a layer around another, which adds no level to the paths of weights."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from layercomb.trees import Tree
 
 
 class Wrapper(Layer):
-    """A layer around one other, which adds no level to the paths of the weights.
+    """A layer around another, which adds no level to the paths of the weights.
 
-    Other fields may hold layers too, or tuples of them; they stand beside the one that is wrapped,
-    under the field's name, with ``_0``, ``_1`` … for those of a tuple.
-    What a subclass computes is its own, so it says whether it is `position_wise`: one that passes
-    positions on as they are writes ``position_wise = property(lambda self:
-    self.layer.position_wise)``.
+    Other fields may hold layers, or tuples of them. Their keys are the fields' names, with ``_0``,
+    ``_1`` … for those of a tuple.
+    A subclass declares `position_wise` itself. One that passes positions on unchanged writes
+    ``position_wise = property(lambda self: self.layer.position_wise)``.
+
+    Attributes:
+      layer: the layer inside.
     """
 
     layer: Layer
 
-    # How many axes it puts before those of each weight of the layer inside: 1 in `Repeat`.
+    # How many axes it adds in front of those of each weight of the layer inside: 1 in `Repeat`.
     stacked_axes = 0
 
     n_in = property(lambda self: self.layer.n_in)
@@ -36,7 +38,7 @@ class Wrapper(Layer):
 
     @property
     def children(self) -> tuple[tuple[str, Layer], ...]:
-        """The layer inside, which adds no level, and layers in other fields by their names."""
+        """(key, layer) of the layer inside, whose key is '', and of the layers in other fields."""
         found: list[tuple[str, Layer]] = [('', self.layer)]
         for field, value in self._layers_beside():
             if isinstance(value, tuple):
@@ -46,7 +48,14 @@ class Wrapper(Layer):
         return tuple(found)
 
     def with_sublayers(self: Any, sublayers: tuple[Layer, ...]) -> Any:
-        """The same wrapper around another layer, and with others beside it."""
+        """The same wrapper around other layers.
+
+        Args:
+          sublayers: the layer inside, then those of the other fields, as many as there are now.
+
+        Raises:
+          ValueError: if there are fewer or more.
+        """
         check_sublayers(self, sublayers)
         layer, *rest = sublayers
         changes: dict[str, Any] = {'layer': layer}
@@ -64,7 +73,11 @@ class Wrapper(Layer):
                 yield field.name, value
 
     def inner_signature(self, signature: Signature) -> Signature:
-        """The signature of what the inner layer is given, first if it is applied several times."""
+        """The signature of the inner layer's inputs, the first time if it is applied several times.
+
+        Args:
+          signature: of the wrapper's inputs, a tuple.
+        """
         return signature
 
     def init(
@@ -75,7 +88,7 @@ class Wrapper(Layer):
 
 
 def wrapped(layer: Layer) -> Iterator[Layer]:
-    """A layer, what it is around if it is a wrapper, and so on to one that is none."""
+    """A layer and, while it is a wrapper, the layer inside, down to one that is no wrapper."""
     yield layer
     while isinstance(layer, Wrapper):
         layer = layer.layer
@@ -83,7 +96,7 @@ def wrapped(layer: Layer) -> Iterator[Layer]:
 
 
 def unwrapped(layer: Layer) -> Layer:
-    """The layer that wrappers, such as those of `cast`, are around."""
+    """The layer inside all wrappers, such as those of `cast`."""
     *_, inside = wrapped(layer)
     return inside
 
@@ -100,10 +113,10 @@ def snake_case(name: str) -> str:
 
 
 def given_name(layer: Layer) -> str | None:
-    """The name a person gave to a layer, or to the layer that a wrapper is around."""
+    """The name given to a layer, or to a layer that it wraps; None if there is none."""
     return next((each.name for each in wrapped(layer) if each.name is not None), None)
 
 
 def default_name(layer: Layer) -> str:
-    """The key of a layer without a name: its class's, through wrappers, in snake_case."""
+    """The key of a layer without a name: its class's name, wrappers left out, in snake_case."""
     return snake_case(unwrapped(layer)._class_name)

@@ -1,1 +1,1 @@
-"""What layers declare about themselves, and what follows from it."""
+"""What layers declare about themselves, and what is derived from it."""

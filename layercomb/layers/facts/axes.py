@@ -1,15 +1,15 @@
 """The axes of a weight in letters, as its layer declares them: `Axes`.
 
-A layer declares each weight once, in `Layer.weight_axes`, and optimizers, weight decay,
-quantization and rules by letter read that. A declaration has one letter for each axis:
+A layer declares each weight once, in `Layer.weight_axes`. Optimizers, weight decay, quantization
+and rules by letter read it. A declaration has one letter for each axis:
 
 * ``'D->F'``: a matrix (D, F); a product sums over D and gives F. ``'D->HK'``, ``'HK->D'``: the same
-  with two axes on one side. ``'F<-D'``: what is given stands first.
+  with two axes on one side. ``'F<-D'``: the matrix (F, D), whose first axis is the result's.
 * ``'->F'``: a vector, such as a bias or a scale; ``'->'`` is one number.
-* ``'V:D'``: a table of V rows, which are looked up, or from which kernels are made.
+* ``'V:D'``: a table (V, D), whose rows are looked up, or from which kernels are made.
 * ``'E|D->F'``: one matrix for each E.
-* ``'F*->D'``, ``'F*<-D'``: rows of units of which a position chooses few, so that each row is
-  read, rounded and evened out by itself.
+* ``'F*->D'``, ``'F*<-D'``: rows of F units, of which each position chooses few. Each row is read,
+  rounded and scaled by itself.
 
 Letters of the library: D width of the model or input, F any other width, H heads, K depth of a
 head, V vocabulary, L positions, E experts or blocks, M units of one of them or features of a
@@ -37,9 +37,9 @@ class Axes:
     """What each axis of a weight is.
 
     Attributes:
-      spec: the declaration, as the module says. In that of a narrow matrix, ``'(HK)'`` is one axis
-        made of two; in that of a weight without declaration each axis is ``'?'``.
-      stacked: how many axes `Repeat` put before those of the layer.
+      spec: the declaration, as the module describes. For a narrow matrix, ``'(HK)'`` is one axis
+        made of two; for an undeclared weight, each axis is ``'?'``.
+      stacked: how many leading axes `Repeat` added.
 
     >>> kernel = Axes('D->HK', stacked=1)
     >>> kernel.letters, kernel.summed, kernel.given, kernel.ndim
@@ -64,7 +64,7 @@ class Axes:
 
     @property
     def separate(self) -> tuple[int, ...]:
-        """The axes that count tensors: stacked ones, and those before the bar."""
+        """The axes that count separate matrices: stacked ones, and those before the bar."""
         return tuple(range(self.stacked + len(self._parts[0])))
 
     @property
@@ -85,12 +85,12 @@ class Axes:
 
     @property
     def given(self) -> tuple[int, ...]:
-        """The axes of what a product gives, or of a vector; none in tables."""
+        """The axes of a product's result, or of a vector; none in tables."""
         return {'->': self.second, '<-': self.first}.get(self._parts[2], ())
 
     @property
     def is_known(self) -> bool:
-        """Whether there is enough of a declaration to tell vectors, matrices and tables apart."""
+        """Whether the kind is known: vector, matrix or table."""
         return self._parts[2] != UNKNOWN
 
     @property
@@ -110,12 +110,12 @@ class Axes:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether products sum over some of its axes and give others."""
+        """Whether it is a matrix: a product sums over some of its axes and keeps others."""
         return bool(self.summed and self.given)
 
     @property
     def has_chosen_rows(self) -> bool:
-        """Whether it is rows of units of which each position chooses few."""
+        """Whether its rows are units of which each position chooses few."""
         return '*' in self.spec
 
     @property
@@ -124,7 +124,11 @@ class Axes:
 
 
 def undeclared(ndim: int, stacked: int) -> Axes:
-    """The axes of a weight that no layer declares: a vector if it has one axis, or none.
+    """The axes of a weight that no layer declares: a vector if it has at most one axis.
+
+    Args:
+      ndim: how many axes the weight has, stacked ones included.
+      stacked: how many leading axes `Repeat` added.
 
     >>> undeclared(2, stacked=1).is_vector, undeclared(2, stacked=0).is_known
     (True, False)
@@ -137,8 +141,8 @@ def check_declared(owner: str, declared: Any) -> None:
     """Checks the `weight_axes` of a class, unless they are a property.
 
     Raises:
-      TypeError: if they are no dict of texts.
-      ValueError: for a declaration that cannot be read, naming class and weight.
+      TypeError: if they are no dict of strings.
+      ValueError: if a declaration cannot be read; the message names class and weight.
     """
     if isinstance(declared, (property, functools.cached_property)):
         return

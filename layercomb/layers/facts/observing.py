@@ -1,4 +1,4 @@
-"""Telling an observer which layers of a model are initialised, and with what."""
+"""Reports to an observer each layer that is initialised, with its weights and state."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ _observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Calls `observer` in the block after each layer's `init`, of sublayers before the whole's.
+    """In the block, calls `observer` after each layer's `init`, sublayers first.
 
-    It is given the layer, its inputs' signature, the mode, and the weights and state made. A layer
-    whose `init` calls that of its base class is told of twice.
+    A layer whose `init` calls that of its base class is reported twice.
+
+    Args:
+      observer: ``observer(layer, signature, mode, (weights, state))``, the signature that of the
+        layer's inputs.
     """
     token = _observer.set(observer)
     try:
@@ -30,7 +33,7 @@ def observing(observer: Observer) -> Iterator[None]:
 
 
 def tell(layer: Any, signature: Any, mode: Any, made: Any) -> None:
-    """Tells of one layer that has been initialised."""
+    """Reports one initialised layer to the observer of the block, if there is one."""
     observer = _observer.get()
     if observer is not None:
         observer(layer, signature, mode, made)

@@ -1,4 +1,4 @@
-"""Whether a layer works on each position by itself: who says so, and what to write if nobody does.
+"""Whether a layer works on each position by itself, and the error if a layer does not say.
 
 `Layer` uses this module, so layers are `Any` here.
 """
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def of_sublayers(layer: Any) -> bool | None:
-    """What the sublayers say of a layer that only passes values between them.
+    """`position_wise` of a layer that only passes values between its sublayers.
 
     Returns:
-      True if all say True, False if one says False, and None if one says nothing.
+      False if one sublayer says False, else None if one says None, else True.
 
     >>> from layercomb import tl
     >>> of_sublayers(tl.Serial(tl.Dense(4), tl.Relu())), of_sublayers(tl.Serial(tl.Mean()))
@@ -24,7 +24,9 @@ def of_sublayers(layer: Any) -> bool | None:
 
 
 def forget_if_overridden(cls: Any) -> None:
-    """Makes `position_wise` None in a class that computes anew and does not say it anew.
+    """Resets `position_wise` to None in a class that overrides `apply` and does not declare it.
+
+    The methods that count as `apply` are those in `cls.computes_in`.
 
     Raises:
       TypeError: if the class says something else than True, False or None.
@@ -51,7 +53,7 @@ def _first(cls: Any, name: str) -> int:
 
 
 def reason(layer: Any) -> Any:
-    """The innermost layer for which `layer` is not known to be position-wise."""
+    """The innermost layer because of which `layer` is not known to be position-wise."""
     wanted = (layer.position_wise, False)
     inside = [each for each in layer.sublayers if each.position_wise is not True]
     found = next((each for each in inside if each.position_wise in wanted), None)
@@ -59,7 +61,7 @@ def reason(layer: Any) -> Any:
 
 
 def unsaid(layer: Any) -> str:
-    """That a layer says nothing, with the line to add."""
+    """The error text for a layer whose `position_wise` is None, with the line to add."""
     name = type(layer).__name__
     if any(field.name == 'position_wise' for field in dataclasses.fields(layer)):
         who, line = ' '.join(repr(layer).split()), f'{name}(…, position_wise=True)'

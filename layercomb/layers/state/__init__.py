@@ -1,1 +1,1 @@
-"""What stands in a state: parts that say by their type what they are."""
+"""The parts of a state, whose types say what they are."""

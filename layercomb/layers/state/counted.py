@@ -1,13 +1,12 @@
-"""Which positions of a batch count in training: layers are told through their state.
+"""Which positions of a batch count in training; the state tells layers.
 
-What is averaged over positions inside a model (a mixture's balance, the statistics of `BatchNorm`)
-must leave out padding as the loss does, but only the loss is given its weights. So these go in
-through the state, as recorded decisions do: `losses.apply_counted` puts a `Counted` beside the
-state of every layer that says ``counts_positions``, and takes it out again, so that a state that is
-kept never holds one.
+Averages over positions inside a model (a mixture's balance, the statistics of `BatchNorm`) must
+leave out padding as the loss does, but only the loss is given loss weights. `losses.apply_counted`
+therefore puts a `Counted` beside the state of every layer that declares ``counts_positions``, for
+one call, and takes it out of the new state.
 
-Its array is (B, …), one for all blocks of a `Repeat`. A layer reads it by `counted_positions`. One
-that loops over its state or its positions takes it out before, and puts it into each piece.
+Its array is (B, …), the same for all blocks of a `Repeat`. A layer reads it by `counted_positions`.
+A layer that loops over its state or its positions takes it out first, and puts it into each slice.
 
 Shape letters: B batch, L length, D d_model.
 """
@@ -32,29 +31,32 @@ class Counted(Part):
 
 
 def count_only(state: Tree, mask: jax.Array) -> Tree:
-    """A layer's state that says which positions count, (B, …) bool, for `counted_positions`.
+    """One layer's state with a mask of the positions that count, for `counted_positions`.
 
-    For one layer; `losses.apply_counted` reaches all layers of a model.
+    `losses.apply_counted` does this for all layers of a model.
+
+    Args:
+      state: the layer's.
+      mask: (B, …) bool.
     """
     return beside(state, Counted(mask))
 
 
 def counted_positions(state: Tree, x: jax.Array) -> tuple[Tree, jax.Array | None]:
-    """A layer's state without what says which positions count, and that, for its input.
+    """Separates a layer's state from the mask of the positions that count, made to fit its input.
 
-    A layer of one's own that averages over positions sets ``counts_positions = True``, and begins
-    with this in training. It must be ready for none to count, where its mean would be 0 / 0.
+    A layer of one's own that averages over positions sets ``counts_positions = True``, and calls
+    this first in training. All entries of the mask may be False: avoid a mean of 0 / 0.
 
     Args:
       state: the layer's.
       x: (…, D), its input.
 
     Returns:
-      The state to go on with, and a boolean array of ``x.shape[:-1]``, true where a position's loss
-      weight is not 0. Positions are told apart by their number alone: where x has another number of
-      them than there are loss weights (pooled, strided, joined to others), all of a row count if
-      one of its weights is not 0. None, and all count, if nothing was given, or if rows of x are
-      not those of the batch.
+      The state without the mask, and the mask: a boolean array of ``x.shape[:-1]``, True where the
+      position's loss weight is not 0. If x has another length than the loss weights (pooled,
+      strided, joined to others), a whole row is True if any of its weights is not 0. The mask is
+      None, and all positions count, if the state has none, or if the batch sizes differ.
 
     >>> import jax.numpy as jnp
     >>> from layercomb import tl
@@ -68,21 +70,21 @@ def counted_positions(state: Tree, x: jax.Array) -> tuple[Tree, jax.Array | None
 
 
 def take_counted(state: Tree) -> tuple[Tree, Tree]:
-    """Separates a state from what says which positions count, both with their paths."""
+    """Splits a state into (the state without `Counted`, a tree of `Counted`), at their paths."""
     return take_out(state, Counted)
 
 
 def put_counted(state: Tree, found: Tree) -> Tree:
-    """The inverse of `take_counted`."""
+    """The inverse of `take_counted`: `state` with the tree of `Counted` put in."""
     return put_back(state, found)
 
 
 def along_length(found: Tree, shape: tuple[int, ...]) -> Tree:
-    """What `take_counted` found, with arrays (B, L, …) that may be cut along axis 1.
+    """What `take_counted` found, with arrays (B, L, …) that can be sliced along axis 1.
 
     Args:
       found: a tree of `Counted`.
-      shape: (B, L), of what is cut. An array of other rows is left out.
+      shape: (B, L) of the values to be sliced. An array of another batch size is left out.
     """
     made: Tree = {}
     for key, value in found.items():
@@ -97,12 +99,13 @@ def along_length(found: Tree, shape: tuple[int, ...]) -> Tree:
 
 
 def after_memory(found: Tree, real: jax.Array, shape: tuple[int, ...]) -> Tree:
-    """What `take_counted` found, for positions that stand behind those of a memory.
+    """What `take_counted` found, with a memory's positions put in front: (B, L) → (B, M + L).
 
     Args:
       found: a tree of `Counted`.
-      real: (B, M), which positions of the memory are real; of a row that counts, these count.
-      shape: (B, L), of the positions behind it. An array of another shape stays as it is.
+      real: (B, M) boolean, which positions of the memory are real. They count in every row in
+        which any other position counts.
+      shape: (B, L), of the positions after the memory. An array of another shape is unchanged.
     """
 
     def one(counted: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Decisions of layers, such as LSH's buckets: taken in training, recorded, and replayed.
+"""Discrete decisions of layers, such as LSH's buckets: made, recorded and replayed in training.
 
-A decision is what a tiny rounding error could flip. A reversible layer runs forwards in ``RECORD``
-and backwards in ``REPLAY``, so that both passes decide alike.
+A rounding error could flip such a decision. A reversible layer runs forwards in ``RECORD`` and
+backwards in ``REPLAY``, so that both passes decide alike.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from layercomb.trees import Tree
 
 
 class Decisions(Part):
-    """What a layer has decided, beside its state: ``RECORD`` puts it there, ``REPLAY`` takes it.
+    """A layer's decisions, beside its state: written in ``RECORD``, read in ``REPLAY``.
 
     Attributes:
       values: a tree of arrays by the decision's name.
@@ -25,20 +25,20 @@ class Decisions(Part):
 
 
 def decide(mode: Mode, state: Tree, name: str, make: Callable[[], Any]) -> tuple[Any, Tree]:
-    """A discrete decision of a layer: made, recorded or replayed, as the mode says.
+    """Makes, records or replays a discrete decision of a layer, as the mode says.
 
-    A layer whose output depends on a choice that a rounding error could flip (an argmax, a sort, a
-    threshold) makes it so, and may then stand in a reversible layer.
+    Use it for a choice that a rounding error could flip (an argmax, a sort, a threshold): the layer
+    then works inside a reversible layer.
 
     Args:
       mode: that of `apply`.
       state: the layer's.
-      name: of the decision, one of the layer's own.
-      make: makes it: () → an array, in the smallest integers that hold it, or a tree of such.
+      name: of the decision; unique in the layer.
+      make: () → the decision: an array of the smallest sufficient integer dtype, or a tree of such.
 
     Returns:
-      The decision, and the state to go on with: in ``RECORD`` it holds the decision. In ``REPLAY``
-      the decision is the one that the state holds, and `make` is not called.
+      The decision, and the state to continue with. In ``RECORD`` that state holds the decision. In
+      ``REPLAY`` the decision is read from `state`, and `make` is not called.
 
     Raises:
       ValueError: in ``REPLAY``, if the state holds no decision of this name.
@@ -67,10 +67,10 @@ def decide(mode: Mode, state: Tree, name: str, make: Callable[[], Any]) -> tuple
 
 
 def take_decisions(state: Tree) -> tuple[Tree, Tree]:
-    """Separates a state from the decisions recorded in it, both with their paths."""
+    """Splits a state into (the state without decisions, a tree of `Decisions`), at their paths."""
     return take_out(state, Decisions)
 
 
 def put_decisions(state: Tree, found: Tree) -> Tree:
-    """The inverse of `take_decisions`."""
+    """The inverse of `take_decisions`: `state` with the decisions put in."""
     return put_back(state, found)

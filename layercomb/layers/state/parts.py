@@ -1,10 +1,10 @@
-"""What stands in a state says by its type what it is: an auxiliary loss, decisions, and others.
+"""Parts of a state, whose types say what they are: auxiliary losses, decisions, and others.
 
-A layer's state is a nested dict of arrays and of such parts. What a part means does not depend on
-the key that it stands under, so that layers, weights and states may have any names.
+A layer's state is a nested dict of arrays and parts. A part's meaning depends on its type and not
+on its key, so layers, weights and states may have any names.
 
-Decisions and what says which positions count are not the layer's own: others put them beside its
-state for one call. They stand under a key that begins with "/", as no name of a layer does.
+`Decisions` and `Counted` are not the layer's own: other code puts them beside its state for one
+call. Their keys begin with "/", as no layer's name does.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ WHOLE = '//'  # the key of a state that is a part, beside which something is put
 
 @dataclass_transform(frozen_default=True)
 class Part(Typed):
-    """A value in a state that is known by its class: a frozen dataclass, and a node of JAX's trees.
+    """A value in a state that is known by its class: a frozen dataclass, and a pytree node.
 
-    A subclass annotates its fields: arrays, trees, other parts, or None. On disk a part of one
-    field is what the field holds, and one of several fields is a dict of them.
+    A subclass annotates its fields: arrays, trees, other parts, or None. A checkpoint holds a part
+    with one field as that field's value, and one with several fields as a dict.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -37,7 +37,7 @@ class Part(Typed):
         jax.tree_util.register_dataclass(made)
 
     def fields(self) -> dict[str, Any]:
-        """What the part holds, by the names of its fields; None is left out."""
+        """The part's values by the names of its fields; None is left out."""
         found: Any = self
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(found)}
         return {name: value for name, value in values.items() if value is not None}
@@ -48,12 +48,12 @@ class Part(Typed):
         return dataclasses.replace(made, **changes)
 
     def plain(self) -> Any:
-        """See the class."""
+        """The part without its type: the value of its one field, or a dict of several."""
         values = plain(self.fields())
         return values if self._has_many_fields else values[self._first]
 
     def filled(self, plain: Any) -> Any:
-        """The same part with what `plain` made of another one."""
+        """The same part with other values, in the form that `plain` returns."""
         found = plain if self._has_many_fields else {self._first: plain}
         return self.replace(**{n: typed(found[n], value) for n, value in self.fields().items()})
 
@@ -69,15 +69,15 @@ class Part(Typed):
 
 
 class AuxLoss(Part):
-    """A loss that a layer leaves in its state in training, to be added to that of the model.
+    """An auxiliary loss in a layer's new state in training, to be added to the model's loss.
 
-    A `Loop` adds up all that it finds. A layer that has one gives ``AuxLoss(jnp.zeros(()))`` in
-    `init`, so that the state keeps its structure, and the value in `apply` in training::
+    A `Loop` adds all of them. `init` of such a layer returns ``AuxLoss(jnp.zeros(()))``, so that
+    the state keeps its structure, and `apply` returns the value in training::
 
         return (y,), {**state, 'aux_loss': tl.AuxLoss(loss)}
 
-    Combinators that apply a layer several times add its auxiliary losses up (`Map`), or take their
-    mean (`Chunk`).
+    Combinators that apply a layer several times add its auxiliary losses (`Map`), or average them
+    (`Chunk`).
 
     Attributes:
       value: float32 (), or a tree of such.
@@ -87,18 +87,18 @@ class AuxLoss(Part):
 
 
 class Blocks(dict[str, Any], Typed):
-    """The states of a layer that stands several times, one each, as ``PREDICT`` has them: ``'0'`` …
+    """The states of a repeated layer in ``PREDICT``, one for each time: ``'0'``, ``'1'`` …
 
-    In training a `Repeat` has one state, in which those of its blocks are stacked. This is the dict
-    that a `Serial` of the blocks would have, so that one state serves both.
+    A `Serial` of the blocks would have the same dict. In training a `Repeat` has one state instead,
+    in which those of its blocks are stacked.
     """
 
     def plain(self) -> Tree:
-        """The dict."""
+        """The states as a dict, without types."""
         return plain(dict(self))
 
     def filled(self, plain: Any) -> Blocks:
-        """The same blocks with what `plain` made of others."""
+        """The same blocks with other states, in the form that `plain` returns."""
         return Blocks({key: typed(plain[key], value) for key, value in self.items()})
 
 
@@ -113,7 +113,7 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def refuse_blocks(owner: str, state: Any, mode: Any) -> None:
-    """Raises a ValueError if a state was made for ``PREDICT``, which has one for each block."""
+    """Raises a ValueError if `state` was made for ``PREDICT``: a `Blocks`."""
     if isinstance(state, Blocks):
         raise ValueError(
             f'{owner}: this state was made for decoding, a block at a time: init without '
@@ -121,29 +121,29 @@ def refuse_blocks(owner: str, state: Any, mode: Any) -> None:
         )
 
 
-# A layer's whole state may be a part, such as a cache; nothing stands beside that.
+# A layer's whole state may be a part, such as a cache; nothing can be put beside it.
 
 
 def own(state: Any, kind: type[P]) -> P | None:
-    """The part of one type that stands in a state itself, and in no state inside of it."""
+    """The part of type `kind` in a state itself, not in states inside it; None if there is none."""
     values = state.values() if isinstance(state, dict) else ()
     return next((value for value in values if isinstance(value, kind)), None)
 
 
 def beside(state: Tree, part: Part) -> Tree:
-    """A state with a part put beside it for one call, in the place of one of the same type."""
+    """A state with `part` put beside it for one call; one of the same type is replaced."""
     return {**without(state, type(part)), f'/{type(part).__name__.lower()}': part}
 
 
 def without(state: Any, kind: type[Part]) -> Any:
-    """A state without the part of one type that stands in it itself."""
+    """A state without the part of type `kind` in it; states inside it are unchanged."""
     if own(state, kind) is None:
         return state
     return {key: value for key, value in state.items() if not isinstance(value, kind)}
 
 
 def take_out(state: Any, kind: type[Part]) -> tuple[Any, Tree]:
-    """Separates a state from the parts of one type in it, both with their paths."""
+    """Splits a state into (the rest, a tree of all parts of type `kind`), at their paths."""
     if not isinstance(state, dict):
         return state, {}
     rest: Tree = type(state)()
@@ -161,7 +161,7 @@ def take_out(state: Any, kind: type[Part]) -> tuple[Any, Tree]:
 
 
 def put_back(state: Any, found: Tree) -> Any:
-    """The inverse of `take_out`."""
+    """The inverse of `take_out`: `state` with the parts put in."""
     out = copy.copy(state)
     for key, value in found.items():
         out[key] = put_back(out.get(key, {}), value) if isinstance(value, dict) else value
