@@ -35,8 +35,8 @@ class Chunk(Wrapper):
 
     Raises:
       TypeError: if the layer mixes positions: attention, convolution, batch norm; also
-        `Concatenate`, `Split` or a shared dropout mask along the axis of positions; or if a layer of
-        your own inside does not declare ``position_wise = True``.
+        `Concatenate`, `Split` or a shared dropout mask along the axis of positions; or if a layer
+        of your own inside does not declare ``position_wise = True``.
 
     References:
       Kitaev et al., Reformer, 2020, section 3, https://arxiv.org/abs/2001.04451
