@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from layercomb.errors import UsageWarning
 from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.combinators.serial import Serial
-from layercomb.layers.core.combinator import Combinator, fold
-from layercomb.layers.core.layer import Arrays, Key, Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer, fold
 from layercomb.layers.core.mode import Mode, check_mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
@@ -264,12 +263,10 @@ def _given(net: Layer, counted: jax.Array) -> Tree:
             UsageWarning,
             stacklevel=2,
         )
-    elif isinstance(net, Combinator):
+    else:
+        if isinstance(net, Wrapper) and net.reads_memory:
+            counted = counted.any(tuple(range(1, counted.ndim)))
         for key, layer in net.children:
             if inner := _given(layer, counted):
-                given[key] = inner
-    elif isinstance(net, Wrapper) and net.reads_memory:
-        given |= _given(net.layer, counted.any(tuple(range(1, counted.ndim))))
-    elif isinstance(net, Wrapper):
-        given |= _given(net.layer, counted)
+                given = put_counted(given, {key: inner} if key else inner)
     return given

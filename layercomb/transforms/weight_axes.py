@@ -61,11 +61,18 @@ def holder(net: Layer, path: str) -> tuple[Layer, str, int]:
             if key not in layer.keys or not inside:
                 break
             layer, rest = layer.sublayers[layer.keys.index(key)], inside
-        elif isinstance(layer, Wrapper) and not isinstance(layer, Quantized):
-            stacked += layer.stacked_axes
-            layer = layer.layer
-        else:
+        elif isinstance(layer, Quantized) or not layer.children:
             break
+        else:
+            key, _, inside = rest.partition('/')
+            children = dict(layer.children)
+            if inside and key in children:
+                layer, rest = children[key], inside
+            elif '' in children:
+                stacked += layer.stacked_axes if isinstance(layer, Wrapper) else 0
+                layer = children['']
+            else:
+                break
     return layer, rest, stacked
 
 

@@ -677,3 +677,18 @@ def test_unstacking_again_gives_what_is_given():
     net, weights = transforms.unstack(net, weights)
     again = transforms.unstack(net, weights)
     assert again[0] is net and again[1] is weights
+
+
+def test_axes_of_layers_beside_the_one_in_a_wrapper_are_found():
+    class WithGate(tl.Wrapper):
+        gate: Layer
+
+        def init(self, signature, rng, mode=Mode.TRAIN):
+            first, second = jax.random.split(rng)
+            weights, state = self.layer.init(signature, first, mode)
+            return {**weights, 'gate': self.gate.init(signature, second, mode)[0]}, state
+
+    net = WithGate(tl.Dense(3), tl.Dense(3))
+    weights, _ = net.init(shape_dtype((2, 4)), jax.random.key(0))
+    found = transforms.axes(net, weights)
+    assert found['gate/kernel'] == found['kernel'] == Axes('D->F')

@@ -77,9 +77,11 @@ def _share(by_layer: Tree, share: Any) -> Any:
 
 
 def _scaled(tree: Any, share: float | jax.Array) -> Any:
-    """A tree times a number, each array in its own dtype."""
+    """A tree times a number, each array in its own dtype; times 0.0, NaN is 0 too."""
 
     def one(x: jax.Array) -> jax.Array:
+        if isinstance(share, float) and not share:
+            return jnp.zeros_like(x)
         return x * (share.astype(x.dtype) if isinstance(share, jax.Array) else share)
 
     return jax.tree.map(one, tree)

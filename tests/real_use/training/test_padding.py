@@ -484,6 +484,55 @@ def test_a_layer_of_ones_own_that_hands_it_on_counts_as_repeat_does(key):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+class Handing(Holding):
+    """The same, which says under which key its layer lies and hands on its state as it is."""
+
+    carries_counted = True
+
+    @property
+    def children(self):
+        return (('a', self.inner),)
+
+
+class Beside(tl.Wrapper):
+    """A wrapper of somebody's own with a second layer beside the one inside."""
+
+    carries_counted = True
+    side: lc.Layer
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        made = self.layer.init(signature, rng, mode), self.side.init(signature, rng, mode)
+        return tuple({**inner, 'side': side} for inner, side in zip(*made, strict=True))
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        values, _ = self.layer.apply(weights, {}, inputs, rng=rng, mode=mode)
+        values, new = self.side.apply(weights['side'], state['side'], values, rng=rng, mode=mode)
+        return values, {**state, 'side': new}
+
+
+@pytest.mark.parametrize(
+    'layer', [Handing(tl.BatchNorm()), Beside(tl.Relu(), tl.BatchNorm())], ids=['holder', 'beside']
+)
+def test_layers_that_any_class_hands_it_on_to_count(layer, key):
+    x = jnp.abs(jax.random.normal(key, (4, 5, 2)))
+    padding = jnp.ones((4, 5)).at[:, 3:].set(0)
+    made = []
+    for net in (layer, tl.BatchNorm()):
+        weights, state = net.init(x, jax.random.key(1))
+        made.append(losses.apply_counted(net, weights, state, (x,), padding))
+    for a, b in zip(*map(jax.tree.leaves, made), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_an_auxiliary_loss_that_was_nan_once_is_forgotten_by_pieces(key):
+    x = jax.random.normal(key, (2, 6, 4))
+    for net in (tl.Chunk(tl.SwitchFF(8, 2), 3), tl.Map(tl.SwitchFF(8, 2), 1)):
+        weights, state = net.init(x, jax.random.key(1))
+        spoilt = jax.tree.map(lambda v: v + jnp.nan, state)
+        _, new = net.apply(weights, spoilt, (x,), rng=key, mode=Mode.TRAIN)
+        assert jnp.isfinite(aux_loss(new))
+
+
 @pytest.mark.parametrize('shape', [(), (3,), (3, 5)])
 def test_loss_weights_of_other_rows_are_refused(shape, key):
     x = jax.random.normal(key, (4, 5, 2))
