@@ -15,10 +15,12 @@ from layercomb.trees import Tree
 
 
 class Activation(Layer):
-    """An elementwise function without weights; subclasses say which, and ``position_wise = True``.
+    """An elementwise function without weights: (…) → (…).
+
+    A subclass sets `function`, and ``position_wise = True``.
 
     Attributes:
-      function: an array to an array.
+      function: an array to an array of the same shape and dtype.
     """
 
     computes_in = ('apply', 'function')
@@ -27,6 +29,7 @@ class Activation(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """`function` of the one input, (…) → (…)."""
         (x,) = inputs
         return (type(self).function(x),), state
 
@@ -67,7 +70,7 @@ class Silu(Activation):
 
 
 class Tanh(Activation):
-    """Hyperbolic tangent."""
+    """tanh(x)."""
 
     position_wise = True
     function = staticmethod(jnp.tanh)
@@ -98,7 +101,7 @@ class LeakyRelu(Activation):
     """x where positive, a x elsewhere.
 
     Attributes:
-      a: the slope below 0. An activation that is chosen by name, as in `SparseFF`, has 0.01.
+      a: the slope below 0; always 0.01 where an activation is chosen by name, as in `SparseFF`.
     """
 
     a: float = 0.01
@@ -109,6 +112,7 @@ class LeakyRelu(Activation):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """x where positive, a x elsewhere: (…) → (…)."""
         (x,) = inputs
         return (jax.nn.leaky_relu(x, self.a),), state
 
@@ -134,7 +138,11 @@ def _log_softmax(x: jax.Array) -> jax.Array:
 
 
 class Softmax(Activation):
-    """Softmax over the last axis, in float32."""
+    """exp(x) / Σ exp(x) over the last axis, computed in float32: (…, D) → (…, D) in x's dtype.
+
+    Raises:
+      TypeError: when applied to integers.
+    """
 
     position_wise = True
     float32 = True
@@ -142,7 +150,11 @@ class Softmax(Activation):
 
 
 class LogSoftmax(Activation):
-    """Logarithm of the softmax over the last axis, in float32."""
+    """x − log Σ exp(x) over the last axis, computed in float32: (…, D) → (…, D) in x's dtype.
+
+    Raises:
+      TypeError: when applied to integers.
+    """
 
     position_wise = True
     float32 = True
@@ -155,10 +167,14 @@ NAMES: dict[str, type[Activation]] = {
 
 
 def elementwise(owner: str, name: str) -> Any:
-    """The function of an activation that takes each entry by itself, by its name.
+    """The function of an elementwise activation, by its name.
+
+    Args:
+      owner: what messages begin with.
+      name: such as 'relu'.
 
     Raises:
-      ValueError: for an unknown name, or one of a function over an axis, such as softmax.
+      ValueError: for an unknown name, or for a function over an axis, such as softmax.
     """
     layer: Any = activation(name)
     if isinstance(layer, (Softmax, LogSoftmax)):

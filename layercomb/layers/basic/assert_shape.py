@@ -1,4 +1,4 @@
-"""`AssertShape`: the shapes that a model's author expects, written in the model and checked."""
+"""`AssertShape`: expected shapes, written in the model and checked."""
 
 from __future__ import annotations
 
@@ -19,25 +19,24 @@ from layercomb.trees import Tree
 
 
 class AssertShape(Wrapper, init=False):
-    """Checks the shapes of values, or of what goes in and out of a layer, and changes nothing.
+    """Checks the shapes of values, or of a layer's inputs and outputs, and changes nothing.
 
     ``AssertShape('bld,b')`` takes two values off the stack and puts them back.
-    ``AssertShape('bld,b->bd', layer)`` is the layer, whose two inputs and one output are checked.
+    ``AssertShape('bld,b->bd', layer)`` applies the layer, and checks its two inputs and its output.
     It adds no level to the paths of the weights, and costs nothing at run time: shapes are known
-    before. It can stand wherever its layer can, among reversible layers too.
+    when a function is compiled. It works wherever its layer does, in a reversible stack too.
 
-    One letter is one axis, and equal letters are equal sizes, wherever they stand; a digit is the
-    size 0 … 9 itself; ``...`` is any number of axes, equal everywhere; commas separate values, and
-    nothing at all is a scalar. Letters take their sizes anew at each call, for in ``PREDICT`` a
-    length may change.
+    A letter is an axis, and equal letters are equal sizes; a digit is an axis of that size; ``...``
+    is any number of axes, the same sizes everywhere; commas separate values; an empty value is a
+    scalar. Sizes of letters are not kept between calls, because lengths change in ``PREDICT``.
 
     Attributes:
       spec: the shapes.
-      layer: the layer that is checked; by default one that passes its values on.
+      layer: the layer to check; None checks values alone.
 
     Raises:
-      ValueError: for a spec that cannot be read, or that describes more or fewer values than the
-        layer has; when applied, for shapes that do not fit.
+      ValueError: for a spec that cannot be read, or describes another number of values than the
+        layer has; in `init` and `apply`, for shapes that do not fit.
 
     >>> from layercomb import tl
     >>> tl.AssertShape('bld->bd', tl.Mean())
@@ -95,7 +94,7 @@ class AssertShape(Wrapper, init=False):
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether it is around no layer, and checks values alone."""
+        """Whether it checks values alone, without a layer."""
         return isinstance(self.layer, _Unchanged)
 
     def replace(self, **changes: Any) -> Any:
@@ -109,6 +108,7 @@ class AssertShape(Wrapper, init=False):
         return self.init_with_outputs(tuple(signature), rng, mode)[1:]
 
     def init_with_outputs(self, signature: Signature, rng: Any, mode: Mode) -> Any:
+        """The inner layer's outputs' signature, weights and state, with all shapes checked."""
         check_inputs(self, signature)
         sizes = self.check_before(signature)
         outputs, weights, state = self.layer.init_with_outputs(signature, rng, mode)
@@ -118,7 +118,7 @@ class AssertShape(Wrapper, init=False):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
-        """Applies the layer between its checks."""
+        """Checks the inputs, applies the layer, and checks the outputs."""
         sizes = self.check_before(inputs)
         outputs, state = self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
         self.check_after(outputs, sizes)
@@ -127,7 +127,7 @@ class AssertShape(Wrapper, init=False):
     def reverse_and_grad(
         self, weights, state, outputs, cts, *, rng, mode=Mode.REPLAY, state_cts=None
     ):
-        """That of a reversible layer; the outputs themselves where nothing is changed."""
+        """The inner layer's; without a layer, the outputs and cotangents unchanged."""
         if self.changes_nothing:
             return tuple(outputs), tuple(cts), {}
         layer: Any = self.layer
@@ -141,7 +141,7 @@ class AssertShape(Wrapper, init=False):
         return call_text('AssertShape', [*parts, *named(self)])
 
     def check_before(self, values: Any) -> dict[str, Any]:
-        """The sizes of the letters, in arrays or signatures that are the inputs.
+        """Checks the inputs, arrays or signatures, and returns the sizes of letters.
 
         Raises:
           ValueError: if the inputs do not fit the shapes.
@@ -151,7 +151,7 @@ class AssertShape(Wrapper, init=False):
         return sizes
 
     def check_after(self, values: Any, sizes: dict[str, Any]) -> None:
-        """Checks the outputs, given the sizes of the letters in the inputs.
+        """Checks the outputs, arrays or signatures, given the sizes of letters in the inputs.
 
         Raises:
           ValueError: if the outputs do not fit the shapes.

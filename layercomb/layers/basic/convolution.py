@@ -1,4 +1,4 @@
-"""Convolutions over one and two axes, and pooling. Channels come last."""
+"""Convolutions over one and two axes. Channels come last."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from layercomb.trees import Tree
 class Conv1D(Layer):
     """A convolution along the length: (B, L, D) → (B, L', n_units).
 
-    y[t] = Σ_j x[stride·t + dilation·j − pad] W[j] + b. With padding 'causal' an output depends on
-    no later input, and in ``PREDICT`` the state keeps the inputs, so that single positions give
-    what the whole sequence gives.
+    y[t] = Σ_j x[stride·t + dilation·j − pad] W[j] + b. With padding 'causal', outputs depend on no
+    later input. In ``PREDICT`` the state keeps earlier inputs, so decoding position by position
+    gives the same outputs as the whole sequence.
 
     Weights: ``kernel`` (width, D / groups, n_units), ``bias`` (n_units,).
 
     Attributes:
       n_units: output channels.
-      width: of the kernel.
+      width: how many taps the kernel has.
       stride: every stride-th output is computed.
       padding: 'same', 'valid' or 'causal'.
       dilation: the distance between taps.
-      groups: channels are cut into so many groups, each with a kernel of its own.
-      use_bias: whether b is there.
+      groups: how many groups channels are split into, each with its own kernel.
+      use_bias: whether to add b.
+      kernel_init: of W.
+      bias_init: of b.
 
     Raises:
       ValueError: in ``PREDICT``, unless the padding is causal and the stride 1; for an input
@@ -64,6 +66,17 @@ class Conv1D(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Any]:
+        """Weights; in ``PREDICT`` a state for the inputs of L positions, else none.
+
+        Args:
+          signature: of the input, (B, L, D) floating-point.
+          rng: a typed key.
+          mode: see `Mode`.
+
+        Raises:
+          TypeError: for integers.
+          ValueError: for another rank, or if `groups` does not divide D and `n_units`.
+        """
         (x,) = signature
         check_rank('Conv1D', x, '(batch, length, channels)', 3)
         weights = _weights(self, (self.width,), x, rng)
@@ -79,6 +92,7 @@ class Conv1D(Layer):
     def apply(
         self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Any]:
+        """(B, L, D) → (B, L', n_units); in ``PREDICT`` the L inputs are the next positions."""
         (x,) = inputs
         check_width(x, self.groups * weights['kernel'].shape[-2])
         check_window('Conv1D', (self._reach + 1,), x, self.padding)
@@ -110,8 +124,13 @@ class Conv2D(Layer):
       kernel_size: (kh, kw).
       strides: along height and width.
       padding: 'same' or 'valid'.
-      groups: channels are cut into so many groups, each with a kernel of its own.
-      use_bias: whether a bias is there.
+      groups: how many groups channels are split into, each with its own kernel.
+      use_bias: whether to add a bias.
+      kernel_init: of the kernel.
+      bias_init: of the bias.
+
+    Raises:
+      ValueError: for another padding; for an input smaller than the kernel, if it is 'valid'.
     """
 
     n_units: Size
@@ -133,6 +152,12 @@ class Conv2D(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Any]:
+        """Weights, for an input (B, H, W, D); no state.
+
+        Raises:
+          TypeError: for integers.
+          ValueError: for another rank, or if `groups` does not divide D and `n_units`.
+        """
         (x,) = signature
         check_rank('Conv2D', x, '(batch, height, width, channels)', 4)
         return _weights(self, self.kernel_size, x, rng), {}
@@ -140,6 +165,7 @@ class Conv2D(Layer):
     def apply(
         self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Any]:
+        """(B, H, W, D) → (B, H', W', n_units)."""
         (x,) = inputs
         check_width(x, self.groups * weights['kernel'].shape[-2])
         check_window('Conv2D', self.kernel_size, x, self.padding)
@@ -159,18 +185,18 @@ def convolve(
 ) -> jax.Array:
     """The convolution of x (B, *lengths, D) with a kernel (*sizes, D / groups, F).
 
-    The CPU has a fast routine for convolutions whose channels come last, and XLA rearranges others
-    to suit it, but not inside of a loop. A gradient is a convolution in which batch and channels
-    change places, so under ``lax.scan`` it took plain loops, about twenty times slower. On the CPU
-    the gradient is therefore rearranged here, in reverse mode only; elsewhere it is XLA's own.
+    On the CPU, reverse-mode gradients are rearranged here; elsewhere they are XLA's own. The CPU's
+    fast routine needs channels last. A gradient is a convolution with batch and channels exchanged,
+    which XLA rearranges for that routine, but not inside ``lax.scan``: there its plain loops are
+    about twenty times slower.
 
     Args:
       x: the input.
-      kernel: of whatever dtype; the two are computed in that to which both promote.
+      kernel: the kernel; both are promoted to one dtype.
       strides: one for each length.
       padding: 'SAME' or 'VALID'.
       dilation: the distances between taps, one for each length.
-      groups: into how many the channels are cut.
+      groups: how many groups the channels are split into.
 
     Returns:
       (B, *lengths', F).

@@ -1,4 +1,4 @@
-"""`Dense`, and the products of matrices that other layers use."""
+"""`Dense`, and the matrix products that other layers use."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from layercomb.trees import Tree
 
 
 class Dense(Layer):
-    """y = x W + b over the last axis.
+    """y = x W + b over the last axis: (…, D_in) → (…, n_units), in x's dtype, summed in float32.
 
     Weights: ``kernel`` (D_in, n_units) and, unless `use_bias` is false, ``bias`` (n_units,).
 
     Attributes:
       n_units: the width of the output; None keeps the input's.
-      use_bias: whether b is there.
+      use_bias: whether to add b.
       kernel_init: of W.
       bias_init: of b.
+
+    Raises:
+      TypeError: for integers.
+      ValueError: when applied to an input of another width than D_in.
 
     >>> from layercomb import tl, shape_dtype
     >>> tl.Dense(3).output_signature(shape_dtype((2, 5)))
@@ -46,6 +50,11 @@ class Dense(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """Weights, float32, for an input (…, D_in); no state.
+
+        Raises:
+          TypeError: if the input is not floating-point, or has no axis.
+        """
         (x,) = signature
         check_float('Dense', x)
         d = x.shape[-1]
@@ -59,6 +68,7 @@ class Dense(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """(…, D_in) → (…, n_units), in the input's dtype."""
         (x,) = inputs
         return (dense(weights, x),), state
 
@@ -83,7 +93,12 @@ def dense(weights: Tree, x: jax.Array) -> jax.Array:
 
 
 def matmul(x: jax.Array, kernel: jax.Array | Narrow) -> jax.Array:
-    """x W in float32: (…, D), (D, F) → (…, F)."""
+    """x W, summed and returned in float32: (…, D), (D, F) → (…, F).
+
+    Args:
+      x: (…, D), of any floating dtype.
+      kernel: (D, F), an array or a quantized matrix.
+    """
     if isinstance(kernel, Narrow):
         return kernel.product(x, jnp.float32)
     if jax.default_backend() != 'cpu':
@@ -94,10 +109,10 @@ def matmul(x: jax.Array, kernel: jax.Array | Narrow) -> jax.Array:
 
 @jax.custom_jvp
 def _row_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(N, D), (D, F) → (N, F) float32, whose gradient the CPU computes as fast as itself.
+    """(N, D), (D, F) → (N, F) float32, with a kernel gradient that is as fast on the CPU.
 
-    The kernel's gradient is a sum over rows. XLA would read both factors across their rows, at half
-    the speed; so the narrower one is transposed, and kept from being merged into the product.
+    The kernel's gradient sums over rows. XLA would read both factors across their rows, at half the
+    speed. So the narrower factor is transposed, behind a barrier against merging it back.
     """
     return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
 
@@ -109,13 +124,13 @@ def _row_products_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array
     if not isinstance(d_x, SymbolicZero):
         d_y = _row_products(d_x, kernel)
     if not isinstance(d_kernel, SymbolicZero):
-        # A checkpoint, so that x is kept and not what is made of it.
+        # A checkpoint, so that x is kept and not its transpose.
         d_y = d_y + jax.checkpoint(_by_kernel_of_gradient, prevent_cse=False)(x, d_kernel)
     return _row_products(x, kernel), d_y
 
 
 def _by_kernel_of_gradient(x: jax.Array, d_kernel: jax.Array) -> jax.Array:
-    """x times a tangent of the kernel, written for what it is backwards: the kernel's gradient."""
+    """x times a tangent of the kernel, written so that its transpose, the gradient, is fast."""
     barrier = jax.lax.optimization_barrier
     if x.shape[1] <= d_kernel.shape[1]:
         return jnp.dot(barrier(x.T).T, d_kernel, preferred_element_type=jnp.float32)
@@ -125,9 +140,12 @@ def _by_kernel_of_gradient(x: jax.Array, d_kernel: jax.Array) -> jax.Array:
 
 
 def contract(spec: str, x: jax.Array, y: jax.Array | Narrow) -> jax.Array:
-    """`jnp.einsum` of two arrays in x's dtype, summed in float32.
+    """`jnp.einsum` of two arrays, summed in float32, in x's dtype.
 
-    A narrow y is summed over the axes that its groups run along, as `spec` must say.
+    Args:
+      spec: as of `jnp.einsum`. If y is quantized, it must sum over the axes of y's groups.
+      x: an array.
+      y: an array, or a quantized matrix.
     """
     if isinstance(y, Narrow):
         return y.product(x)

@@ -14,15 +14,18 @@ from layercomb.trees import Tree
 
 
 class Dropout(Layer):
-    """Zeroes entries with probability `rate` in training, and scales the others by 1 / (1 − rate).
+    """Zeroes entries with probability `rate` in training, and scales others by 1 / (1 − rate).
+
+    In other modes it changes nothing. Shape and dtype stay.
 
     Attributes:
       rate: the probability, 0 ≤ rate < 1.
-      shared_axes: axes along which all entries are dropped or kept together, e.g. (1,) for one
-        mask over all positions, which saves drawing it.
+      shared_axes: axes along which entries are dropped or kept together. (1,) draws one mask for all
+        positions, which is cheaper.
 
     Raises:
-      ValueError: in training, without a key.
+      ValueError: in training, without a key; in `init`, for a shared axis that the input
+        lacks.
 
     References:
       Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html
@@ -38,6 +41,7 @@ class Dropout(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """No weights and no state; raises a ValueError if the input lacks one of `shared_axes`."""
         (x,) = signature
         for axis in self.shared_axes:
             if not -len(x.shape) <= axis < len(x.shape):
@@ -50,6 +54,7 @@ class Dropout(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """(…) → (…); in training it draws from `rng`, else the input is returned."""
         (x,) = inputs
         if not mode.is_training or self.rate == 0:
             return (x,), state

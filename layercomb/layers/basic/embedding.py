@@ -1,4 +1,4 @@
-"""`Embedding`: rows of a table."""
+"""`Embedding`: looks up rows of a table."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from layercomb.trees import Tree
 
 
 class Embedding(Layer):
-    """Rows of a table: integers (…) → vectors (…, d_model).
+    """Looks up rows of a table: integers (…) → vectors (…, d_model), y = table[ids].
 
-    Weights: ``table`` (vocab_size, d_model). Out of the vocabulary there is nothing to look up: an
-    id outside raises where values are known, and gives NaN inside `jit`, where they are not.
+    Weights: ``table`` (vocab_size, d_model). An id outside the vocabulary raises if its value is
+    known, and gives NaN inside `jit`.
 
     Attributes:
       vocab_size: ids run from 0 to vocab_size − 1.
       d_model: the width of a row.
       table_init: of the table.
+
+    Raises:
+      TypeError: for inputs that are no integers.
+      ValueError: when applied, outside `jit`, to an id outside the vocabulary.
     """
 
     vocab_size: Size
@@ -40,6 +44,7 @@ class Embedding(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """The table, float32 (vocab_size, d_model), for integer inputs; no state."""
         (ids,) = signature
         self._check_integers(ids)
         return {'table': self.table_init(rng, (self.vocab_size, self.d_model))}, {}
@@ -47,6 +52,7 @@ class Embedding(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """Integers (…) → (…, d_model), in the table's dtype."""
         (ids,) = inputs
         self._check_integers(ids)
         self.check_ids(ids)
@@ -64,12 +70,12 @@ class Embedding(Layer):
             )
 
     def check_ids(self, ids: jax.Array) -> None:
-        """Raises a ValueError if a known id lies outside the vocabulary; a traced one passes."""
+        """Raises a ValueError if an id lies outside the vocabulary; traced ids pass unchecked."""
         check_ids(ids, self.vocab_size)
 
 
 def check_ids(ids: jax.Array, vocab_size: int) -> None:
-    """Raises a ValueError if a known id lies outside a vocabulary; a traced one passes."""
+    """Raises a ValueError if an id lies outside 0 … vocab_size − 1; traced ids pass unchecked."""
     if isinstance(ids, jax.core.Tracer) or ids.size == 0:
         return
     known = np.asarray(ids)  # not jnp: inside jit even constants would be traced

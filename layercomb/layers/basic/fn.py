@@ -24,22 +24,22 @@ Count = Annotated[int, Bound(0)]
 class Fn(Layer):
     """A function of arrays as a layer: ``Fn('Sum', lambda x, y: x + y, position_wise=True)``.
 
-    Equal functions make equal layers, and every ``lambda`` is a function of its own: name a
-    module-level function where the model is to equal itself when built again.
+    Layers are equal if their functions are. Two lambdas never are, so give a module-level function
+    if a model built again must equal the first.
 
     Attributes:
-      label: what `repr` and the paths call it.
-      f: a function of `n_in` arrays that gives an array, or a tuple of `n_out`.
-      n_in: by default the number of required positional parameters of `f`. It must be given if `f`
-        does not say what it takes, or requires none of its parameters, as
+      label: its name in `repr`, and in snake_case in paths.
+      f: a function of `n_in` arrays, to an array or a tuple of `n_out` arrays.
+      n_in: how many arrays `f` takes; by default its number of required positional parameters. Give
+        it if `f` has no signature, or requires no parameter, such as
         ``functools.partial(jnp.clip, min=0, max=1)``.
-      n_out: how many arrays `f` gives.
-      position_wise: whether `f` works on each position, of axis 1, by itself; nobody but you knows.
-        `Chunk` takes it only if True, decoding too.
+      n_out: how many arrays `f` returns.
+      position_wise: whether `f` works on each position of axis 1 by itself. `Chunk` and decoding
+        take the layer only if True.
 
     Raises:
-      TypeError: at construction, if it is not clear how many arrays `f` takes, or it cannot be
-        called with so many; when applied, if what it gives is not `n_out` arrays.
+      TypeError: at construction, if the number of arguments of `f` is unknown, or `f` cannot be
+        called with `n_in`; when applied, if `f` does not return `n_out` arrays.
 
     >>> import jax.numpy as jnp
     >>> Fn('Max', jnp.maximum).n_in
@@ -72,6 +72,7 @@ class Fn(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """`f` of the `n_in` inputs; a Python number that it returns becomes an array."""
         made = self.f(*inputs)
         outputs = tuple(made) if isinstance(made, (tuple, list)) else (made,)
         outputs = tuple(jnp.asarray(y) if isinstance(y, (int, float)) else y for y in outputs)

@@ -1,7 +1,7 @@
 """Initializers: frozen, comparable values that make a weight from a key and a shape.
 
-They stand in layers' fields, so two layers with equal initializers are equal layers. Fans are
-counted over the last two axes (and receptive fields before them), as in `jax.nn.initializers`.
+They are fields of layers, so layers with equal initializers can be equal. Fans are the sizes of the
+last two axes times those of all axes before them, as in `jax.nn.initializers`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,19 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """``initializer(key, shape, dtype) -> array``."""
+    """A function that makes a weight: ``initializer(key, shape, dtype) -> array``.
+
+    Subclasses are frozen dataclasses, and write `__call__`.
+    """
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
-        """A fresh weight."""
+        """A fresh weight.
+
+        Args:
+          key: a typed key.
+          shape: of the weight.
+          dtype: of the weight.
+        """
         raise NotImplementedError
 
 
@@ -37,7 +46,7 @@ class Constant(Initializer):
 
 @dataclasses.dataclass(frozen=True)
 class Normal(Initializer):
-    """N(0, stddev²)."""
+    """N(0, stddev²): a normal distribution."""
 
     stddev: float = 0.02
 
@@ -48,7 +57,7 @@ class Normal(Initializer):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Initializer):
-    """U(−limit, limit)."""
+    """U(−limit, limit): a uniform distribution."""
 
     limit: float = 0.05
 
@@ -59,12 +68,15 @@ class Uniform(Initializer):
 
 @dataclasses.dataclass(frozen=True)
 class VarianceScaling(Initializer):
-    """Variance scale / fan: Glorot, He and LeCun initialization are choices of its fields.
+    """Random entries of variance scale / fan, as Glorot, He and LeCun initialization have them.
 
     Attributes:
       scale: the numerator.
-      fan: 'in', 'out' or 'avg'.
+      fan: 'in', 'out', or 'avg' for the mean of both.
       distribution: 'normal', 'truncated_normal' or 'uniform'.
+
+    Raises:
+      ValueError: for another fan or distribution.
 
     References:
       Glorot & Bengio 2010; He et al. 2015, https://arxiv.org/abs/1502.01852
@@ -91,7 +103,7 @@ class VarianceScaling(Initializer):
 
 @dataclasses.dataclass(frozen=True)
 class Orthogonal(Initializer):
-    """A random orthogonal matrix times `scale` (rows or columns, whichever are fewer)."""
+    """A random matrix with orthonormal rows or columns, whichever are fewer, times `scale`."""
 
     scale: float = 1.0
 

@@ -1,4 +1,4 @@
-"""Masks made of token ids."""
+"""Masks from token ids."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from layercomb.trees import Tree
 
 
 class PaddingMask(Layer):
-    """ids (B, L) → (B, L) boolean, True where a position is real: where the id is not `pad`.
+    """ids ≠ pad: integers (B, L) → boolean (B, L), True where a position is real.
 
-    Layers with ``masked=True`` take it, here beside what a model's embedding gives:
+    Layers with ``masked=True`` take it as their second input:
 
     >>> from layercomb import tl
     >>> net = tl.Serial(
@@ -27,7 +27,7 @@ class PaddingMask(Layer):
       pad: the id of padding.
 
     Raises:
-      TypeError: when applied to what holds no integers.
+      TypeError: when applied to anything but integers.
       ValueError: when applied to another shape than (B, L).
     """
 
@@ -38,6 +38,7 @@ class PaddingMask(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """Integers (B, L) → boolean (B, L)."""
         (ids,) = inputs
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise TypeError(

@@ -22,7 +22,15 @@ from layercomb.trees import Tree
 class LayerNorm(Layer):
     """y = (x − mean(x)) / √(var(x) + epsilon) · scale + bias, over the last axis.
 
-    Weights: ``scale`` and ``bias`` (D,).
+    (…, D) → (…, D) in x's dtype. Weights: ``scale`` and ``bias`` (D,).
+
+    Attributes:
+      epsilon: added to the variance.
+      use_bias: whether to add the bias.
+
+    Raises:
+      TypeError: for integers.
+      ValueError: when applied to another width than D.
 
     References:
       Ba et al. 2016, https://arxiv.org/abs/1607.06450
@@ -38,6 +46,7 @@ class LayerNorm(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """``scale`` of ones and ``bias`` of zeros, float32 (D,), for an input (…, D); no state."""
         (x,) = signature
         check_float('LayerNorm', x)
         d = x.shape[-1]
@@ -47,6 +56,7 @@ class LayerNorm(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """(…, D) → (…, D), computed in float32, in the input's dtype."""
         (x,) = inputs
         check_width(x, len(weights['scale']))
         bias = weights['bias'] if self.use_bias else 0.0
@@ -58,7 +68,14 @@ class LayerNorm(Layer):
 class RMSNorm(Layer):
     """y = x / √(mean(x²) + epsilon) · scale, over the last axis.
 
-    Weights: ``scale`` (D,).
+    (…, D) → (…, D) in x's dtype. Weights: ``scale`` (D,).
+
+    Attributes:
+      epsilon: added to the mean square.
+
+    Raises:
+      TypeError: for integers.
+      ValueError: when applied to another width than D.
 
     References:
       Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
@@ -73,6 +90,7 @@ class RMSNorm(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """``scale`` of ones, float32 (D,), for an input (…, D); no state."""
         (x,) = signature
         check_float('RMSNorm', x)
         return {'scale': jnp.ones(x.shape[-1], jnp.float32)}, {}
@@ -80,6 +98,7 @@ class RMSNorm(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """(…, D) → (…, D), computed in float32, in the input's dtype."""
         (x,) = inputs
         check_width(x, len(weights['scale']))
         f = _fast_rms_norm if _is_little(x, mode, weights) else _rms_norm
@@ -92,11 +111,20 @@ class BatchNorm(Layer):
     y = (x − mean) / √(var + epsilon) · scale + bias, with the batch's statistics in training and
     their running means elsewhere: running ← momentum · running + (1 − momentum) · batch.
 
-    Positions of loss weight 0 are normalized as the others are, but do not count in the statistics:
-    a `Loop` sees to that, and `losses.apply_counted` in a loop of one's own; else all positions
-    count. If none counts, the running means are used, and stay as they are.
+    Positions of loss weight 0 are normalized, but do not count in the statistics. A `Loop` does
+    this; in a loop of your own, use `losses.apply_counted`, or all positions count. If no position
+    counts, the running means are used and do not change.
 
-    Weights: ``scale`` and ``bias`` (D,). State: ``mean`` and ``var`` (D,).
+    (…, D) → (…, D) in x's dtype. Weights: ``scale`` and ``bias`` (D,). State: ``mean`` and ``var``
+    (D,), all float32.
+
+    Attributes:
+      momentum: of the running means, 0 ≤ momentum < 1.
+      epsilon: added to the variance.
+
+    Raises:
+      TypeError: for integers.
+      ValueError: when applied to another width than D.
 
     References:
       Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167
@@ -114,6 +142,7 @@ class BatchNorm(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """Weights, and a state of mean 0 and variance 1, float32 (D,), for an input (…, D)."""
         (x,) = signature
         check_float('BatchNorm', x)
         d = x.shape[-1]
@@ -125,6 +154,7 @@ class BatchNorm(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """(…, D) → (…, D), in the input's dtype; in training, new running means too."""
         (x,) = inputs
         check_width(x, len(weights['scale']))
         h = x.astype(jnp.float32)
@@ -181,7 +211,7 @@ def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 def _is_little(x: jax.Array, mode: Mode, weights: Tree) -> bool:
-    """Whether x is so little that a kernel's one loop is quicker than XLA's six."""
+    """Whether x is so small that the kernel's one loop is faster than XLA's six."""
     return mode is Mode.PREDICT and has_kernels(math.prod(x.shape[:-1]), x, *weights.values())
 
 

@@ -20,7 +20,17 @@ from layercomb.trees import Tree
 
 
 class Pool(Layer):
-    """A reduction over windows of height and width: (B, H, W, D) → (B, H', W', D)."""
+    """A reduction over windows of height and width: (B, H, W, D) → (B, H', W', D), in x's dtype.
+
+    Attributes:
+      window: height and width.
+      strides: along height and width; None takes the window's size.
+      padding: 'same' or 'valid'.
+
+    Raises:
+      TypeError: for integers.
+      ValueError: for another padding or rank; for an input smaller than the window, if 'valid'.
+    """
 
     window: tuple[Size, Size] = (2, 2)
     strides: tuple[Size, Size] | None = None
@@ -35,7 +45,7 @@ class Pool(Layer):
         check_padding(type(self).__name__, self.padding)
 
     def reduce(self, x: jax.Array) -> jax.Array:
-        """Combines the entries of each window."""
+        """Combines the entries of each window: (B, H, W, D) → (B, H', W', D)."""
         check_window(type(self).__name__, self.window, x, self.padding)
         return jax.lax.reduce_window(
             x,
@@ -49,6 +59,7 @@ class Pool(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """No weights and no state; checks that the input is floating-point (B, H, W, D)."""
         (x,) = signature
         check_rank(type(self).__name__, x, '(batch, height, width, channels)', 4)
         check_float(type(self).__name__, x)
@@ -57,6 +68,7 @@ class Pool(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """(B, H, W, D) → (B, H', W', D)."""
         (x,) = inputs
         return (self.reduce(x),), state
 
@@ -69,7 +81,7 @@ class MaxPool(Pool):
 
 
 class AvgPool(Pool):
-    """The mean of each window; what lies in the padding does not count."""
+    """The mean of each window; padding does not count."""
 
     position_wise = False
     start = 0.0
@@ -78,5 +90,6 @@ class AvgPool(Pool):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """(B, H, W, D) → (B, H', W', D), the sum over each window by its number of entries."""
         (x,) = inputs
         return (self.reduce(x) / self.reduce(jnp.ones_like(x)),), state

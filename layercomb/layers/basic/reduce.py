@@ -1,4 +1,4 @@
-"""`Flatten` and `Mean`: fewer axes."""
+"""`Flatten` and `Mean`: reduce the number of axes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from layercomb.trees import Tree
 class Flatten(Layer):
     """Joins all axes from `first_axis` on into one: (B, H, W, C) → (B, H·W·C).
 
+    Attributes:
+      first_axis: the first axis to join, at least 1.
+
     Raises:
       ValueError: when applied to an input without that axis.
     """
@@ -27,6 +30,7 @@ class Flatten(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """(B, H, W, C) → (B, H·W·C), or as `first_axis` says."""
         (x,) = inputs
         if self.first_axis >= len(x.shape):
             n = len(x.shape)
@@ -41,10 +45,18 @@ class Flatten(Layer):
 
 
 class Mean(Layer):
-    """The mean over `axis`, weighted by a mask where `masked`.
+    """The mean over `axis`, by default of positions: (B, L, …) → (B, …).
 
-    With `masked`, a second input (B, L) boolean says which positions of axis 1 are real; a row
-    without any gives zeros.
+    With `masked`, a second input (B, L) boolean says which positions are real: y = Σ m x / Σ m. A
+    row without real positions gives zeros.
+
+    Attributes:
+      axis: the axis that is averaged and removed.
+      masked: whether to take a mask; the axis is then 1.
+
+    Raises:
+      ValueError: for a mask with another axis; when applied to an input without the axis, or a mask
+        that is not boolean (B, L).
     """
 
     axis: int = 1
@@ -62,6 +74,7 @@ class Mean(Layer):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """x (B, L, …), and a mask (B, L) if `masked` → (B, …)."""
         x = inputs[0]
         check_axis('Mean', x, self.axis)
         if not self.masked:

@@ -1,4 +1,4 @@
-"""The simple recurrent unit: gates see the input alone, and memory is linear in time."""
+"""The simple recurrent unit: gates depend on the input alone, and the recurrence is linear."""
 
 from __future__ import annotations
 
@@ -24,24 +24,23 @@ class SRU(Layer):
 
     z, f, r = x W_z + b_z, σ(x W_f + b_f), σ(x W_r + b_r)
     c[t] = f[t] c[t−1] + (1 − f[t]) z[t], from c[−1] = 0
-    y = r g(c) + (1 − r) x, where x W_x + b_x stands for x if n_units is not D.
+    y = r g(c) + (1 − r) x, with x W_x + b_x in place of this x if n_units is not D.
 
-    All products with weights are one product for all positions; what is left for time is
-    elementwise, and is done in float32 whatever the inputs are.
+    All positions are multiplied by the weights at once. Only elementwise work goes position by
+    position, in float32.
 
     Weights: ``kernel`` (D, 3·n_units) = [W_z | W_f | W_r], or (D, 4·n_units) = [… | W_x] if n_units
     is not D; ``bias`` (3·n_units,) or (4·n_units,), in the same order.
 
-    In ``PREDICT`` the state keeps c of every position and not of the last alone, because rows may
-    be sent back to where they were: ragged prompts are ingested padded at the end. That is
-    4·n_units·(L + 1) bytes a row, as much as the keys of attention as wide; the work of a step does
-    not grow with L.
+    In ``PREDICT`` the state keeps c of every position, because rows can be moved back to an earlier
+    one: prompts of several lengths are read padded at the end. That takes 4·n_units·(L + 1) bytes a
+    row, as much as attention's keys of this width. The work of a step does not grow with L.
 
     Attributes:
       n_units: the width of the output; None keeps the input's.
       activation: the name of g, 'tanh' as in the paper; None is the identity.
-      forget_bias: b_f at first. A unit then remembers for about 1 + e^forget_bias positions, 8 by
-        default; the other biases start at 0, where y is half memory and half input.
+      forget_bias: the initial b_f. A unit then remembers about 1 + e^forget_bias positions, 8 by
+        default. The other biases start at 0, so y is half memory and half input.
       kernel_init: of each of the three or four parts of the kernel.
 
     References:
@@ -68,6 +67,18 @@ class SRU(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Any]:
+        """Weights, float32; in ``PREDICT`` a state of c at every position, else none.
+
+        Args:
+          signature: of the input, (B, L, D) floating-point; in ``PREDICT``, L is the
+            longest sequence.
+          rng: a typed key.
+          mode: see `Mode`.
+
+        Raises:
+          TypeError: for integers.
+          ValueError: for another rank.
+        """
         (x,) = signature
         check_float('SRU', x)
         check_sequence('SRU', x)
@@ -85,6 +96,7 @@ class SRU(Layer):
     def apply(
         self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Any]:
+        """(B, L, D) → (B, L, n_units); in ``PREDICT`` the L inputs are the next positions."""
         (x,) = inputs
         check_sequence('SRU', x)
         parts = len(weights['bias']) // (self.n_units or x.shape[-1])
@@ -105,9 +117,9 @@ class SRU(Layer):
 def linear_recurrence(a: jax.Array, u: jax.Array, start: jax.Array) -> jax.Array:
     """c[t] = a[t] c[t−1] + u[t] along axis 1.
 
-    Position by position, since it is memory that limits it: an associative scan passes over the
-    arrays log L times. On a CPU the layer's forward and gradient at (4, 8192, 256) take 1.2 s, of
-    which this is a fifth, and 1.6 s by an associative scan.
+    It goes position by position, because memory traffic is the limit, and an associative scan reads
+    the arrays log L times. On a CPU the layer's forward pass and gradient at (4, 8192, 256) take
+    1.2 s, a fifth of it here; with an associative scan they take 1.6 s.
 
     Args:
       a: (B, L, n).
