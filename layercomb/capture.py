@@ -1,8 +1,8 @@
-"""`capture`: what the layers inside a model put out, by their paths.
+"""`capture`: the outputs of layers inside a model, by their paths.
 
-The layers that are asked for leave their outputs in the new state, under keys that no layer can
-have. So it works wherever a state does: under `jit` and `grad`, in scans, and in a reversible
-stack's own gradient.
+The chosen layers put their outputs into the new state, under keys that no layer can have. So it
+works wherever a state does: under `jit` and `grad`, in scans, and in the gradient of a reversible
+stack.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def capture(
     rng: jax.Array | None = None,
     mode: Mode = Mode.EVAL,
 ) -> tuple[Arrays, Activations]:
-    """Applies a model, and gives what the layers at some paths put out beside its own outputs.
+    """Applies a model, and returns the outputs of the layers at some paths, too.
 
     Paths are those of the weights, as `walk` gives them. Each names one layer: the outermost there,
-    and under `Repeat` and `Map` what they repeat. ``'block'`` is thus what every block puts out.
-    Compiled programs contain what is asked for alone.
+    and under `Repeat` and `Map` the repeated layer. So ``'block'`` gives the outputs of all blocks.
+    Compiled programs compute only the chosen outputs in addition.
 
     Args:
-      net: any layer. What is captured is not computed in pieces (`Chunk`), so that it takes memory
-        as long as the sequence, and dropout in there draws from other keys.
+      net: any layer. A captured layer inside `Chunk` runs on the whole sequence and not on slices,
+        so it takes more memory, and its dropout draws from other keys.
       weights, state, inputs, rng, mode: as of `Layer.apply`; the new state is left out. In
         ``PREDICT`` an encoder in `Once` is run again.
       path_pattern: a path or a pattern of `fnmatch`, whose ``*`` stands for any text, ``/`` too:

@@ -1,4 +1,4 @@
-"""How a loss is attached to a model, and how what the loss leaves out counts nowhere else."""
+"""Attaches losses to models, and leaves out of averages the positions that the loss leaves out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Scored(Wrapper):
 
     Attributes:
       layer: the head, from which the logits come.
-      losses: metrics, each of which gives values and weights.
+      losses: metrics, each of which returns values and weights, float32.
     """
 
     carries_counted = True
@@ -46,6 +46,7 @@ class Scored(Wrapper):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """The head's weights and state; checks the signatures of targets and weights."""
         head = signature[: self.layer.n_in]
         logits, weights, state = self.layer.init_with_outputs(head, rng, mode)
         for loss in self.losses:
@@ -55,6 +56,7 @@ class Scored(Wrapper):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
+        """(x, targets, weights) → values and weights of each loss, float32."""
         k = self.layer.n_in
         logits, state = self.layer.apply(weights, state, inputs[:k], rng=fold(rng, 0), mode=mode)
         outputs: tuple[jax.Array, ...] = ()
@@ -257,9 +259,9 @@ def _given(net: Layer, counted: jax.Array) -> Tree:
     averaging = [layer for layer in net.sublayers if _counts(layer)]
     if averaging and not net.carries_counted:
         warnings.warn(
-            f'{type(net).__name__} holds {type(averaging[0]).__name__}, and hands no word of which '
-            'positions count on to it, so padding counts there: set carries_counted = True on a '
-            'class that hands on its state as it is, or by tl.take_counted and tl.put_counted',
+            f'{type(net).__name__} holds {type(averaging[0]).__name__}, and does not tell it which '
+            'positions count, so padding counts there: set carries_counted = True on a class that '
+            'passes its state on unchanged, or by tl.take_counted and tl.put_counted',
             UsageWarning,
             stacklevel=2,
         )

@@ -48,7 +48,7 @@ def signature_of(values: Any) -> Signature:
 
 
 def describe(signature: Iterable[Any]) -> str:
-    """A signature as people write it; what is no array, by its type.
+    """A signature in short form; a value that is no array is shown by its type.
 
     >>> describe([shape_dtype((2, 5, 8)), shape_dtype((2, 5), bool)])
     'float32[2,5,8], bool[2,5]'
@@ -62,10 +62,10 @@ def is_float(x: Any) -> bool:
 
 
 def as_deep(x: Any, like: jax.Array) -> jax.Array:
-    """`x` with axes of 1 in front, as many axes as `like` has: broadcasting as NumPy does it.
+    """`x` with axes of size 1 in front, so that it has as many axes as `like`: (D,) → (1, 1, D).
 
-    It is said, since ``jax_numpy_rank_promotion='raise'`` forbids what is not. The program is the
-    same.
+    NumPy does so implicitly, but ``jax_numpy_rank_promotion='raise'`` forbids that. The compiled
+    program is the same.
 
     >>> as_deep(jnp.ones(3), jnp.ones((2, 5, 3))).shape
     (1, 1, 3)
@@ -77,9 +77,9 @@ def check_float(owner: str, x: Any, cure: str = 'embed integers first, with tl.E
     """Raises a TypeError unless `x` is floating-point and has a last axis.
 
     Args:
-      owner: who takes it.
+      owner: what the message begins with.
       x: an array or a signature.
-      cure: of integers.
+      cure: what the message advises for integers.
     """
     if x.shape and is_float(x):
         return
@@ -107,15 +107,15 @@ def check_axis(owner: str, x: Any, axis: int) -> None:
 
 
 def check_sequence(owner: str, x: Any) -> None:
-    """Raises a ValueError unless `x` is a batch of sequences of vectors."""
+    """Raises a ValueError unless `x` is a batch of sequences of vectors, (B, L, D)."""
     check_rank(owner, x, '(batch, length, features)', 3)
 
 
 def check_mask(mask: Any, shape: tuple[int, ...]) -> None:
     """Raises a ValueError unless a mask is boolean, and of the shape (batch, length).
 
-    Numbers are refused: of 0 and 1 nobody knows whether 1 means real or hidden, and a mask of 0 and
-    −∞, which others add, would mean the opposite.
+    Numbers are refused, because libraries differ in their meaning: 1 may mean real or hidden, and
+    an additive mask has 0 where a position is real.
     """
     if mask.dtype == jnp.bool_ and tuple(mask.shape) == shape:
         return
@@ -129,9 +129,9 @@ def check_mask(mask: Any, shape: tuple[int, ...]) -> None:
 
 
 def check_width(x: Any, width: int) -> None:
-    """Raises unless `x` is floating-point, and as wide as weights were made for.
+    """Raises unless `x` is floating-point (…, width), as the weights were made for.
 
-    Integers would go through, and the results be cut to integers.
+    Without this check, results for integers would be truncated to integers.
 
     Raises:
       TypeError: for integers.

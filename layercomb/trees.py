@@ -1,10 +1,10 @@
-"""Named trees: weights and state are nested dicts, and a path names a place in them.
+"""Named trees: nested dicts of weights and state, whose leaves have paths.
 
-A path such as ``'block/residual/dense/kernel'`` is the one address space of the library:
-checkpoints, decay masks, frozen weights, sharding rules and conversions all speak it.
+Checkpoints, decay masks, frozen weights, sharding rules and conversions all use paths such as
+``'block/residual/dense/kernel'``.
 
-A state may hold values that say by their type what they are (`Typed`), such as an auxiliary loss.
-Paths and files know nothing of types: `plain` turns them into arrays and dicts, `typed` back.
+A state may hold values that are known by their type (`Typed`), such as an auxiliary loss. Paths and
+files have no types: `plain` turns such values into arrays and dicts, and `typed` turns them back.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ Tree = dict[str, Any]
 
 
 class Typed:
-    """A value in a state that says by its type what it is: a pytree node, known by `isinstance`."""
+    """A value in a state that is known by its type: a pytree node."""
 
     def plain(self) -> Any:
-        """An array, or nested dicts of arrays, in its place: what stands on disk."""
+        """The value without its type: an array, or nested dicts of arrays, as on disk."""
         raise NotImplementedError
 
     def filled(self, plain: Any) -> Any:
-        """A value of the same type and structure that holds what `plain` gave of another one."""
+        """A value of the same type and structure with other arrays, in the form of `plain`."""
         raise NotImplementedError
 
 
 def plain(tree: Any) -> Any:
-    """A tree (any pytree) without types: arrays and dicts of the same paths in their place."""
+    """A pytree with each `Typed` value replaced by arrays and dicts, at the same paths."""
     return jax.tree.map(lambda x: x.plain() if is_typed(x) else x, tree, is_leaf=is_typed)
 
 
@@ -56,7 +56,7 @@ def is_typed(x: Any) -> bool:
 def flatten(tree: Mapping[str, Any] | Typed) -> dict[str, Any]:
     """A nested dict as one flat dict from paths to leaves, in sorted order of keys.
 
-    What is `Typed` stands as `plain` makes it.
+    `Typed` values are flattened as `plain` returns them.
 
     >>> flatten({'dense': {'kernel': 1, 'bias': 2}, 'scale': 3})
     {'dense/bias': 2, 'dense/kernel': 1, 'scale': 3}
@@ -85,7 +85,7 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
 
 
 def get(tree: Mapping[str, Any], path: str) -> Any:
-    """What stands at `path`, a leaf or a subtree.
+    """The leaf or subtree at `path`.
 
     Raises:
       KeyError: if there is nothing there; the message lists what there is at the deepest level
@@ -103,7 +103,7 @@ def get(tree: Mapping[str, Any], path: str) -> Any:
 
 
 def put(tree: Mapping[str, Any], path: str, value: Any) -> Tree:
-    """A copy of `tree` with `value` at `path`, where nothing may stand yet.
+    """A copy of `tree` with `value` at `path`, which must be free.
 
     Raises:
       ValueError: if two weights would stand under one path.
@@ -126,7 +126,10 @@ def put(tree: Mapping[str, Any], path: str, value: Any) -> Tree:
 
 
 def drop(tree: Mapping[str, Any], path: str) -> Tree:
-    """A copy of `tree` without what stands at `path`; a subtree left empty goes too.
+    """A copy of `tree` without the leaf or subtree at `path`; emptied subtrees are removed.
+
+    Raises:
+      KeyError: if there is nothing at `path`.
 
     >>> drop({'a': {'x': 1}, 'b': 2}, 'a/x')
     {'b': 2}
@@ -205,7 +208,7 @@ def partition(weights: Tree, trainable: Callable[[str], bool] | None = None) -> 
 
 
 def merge(first: Tree, second: Tree) -> Tree:
-    """The inverse of `partition`: at each place whichever of the two leaves is there."""
+    """The inverse of `partition`: each leaf from the tree in which it is not None."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None
     )

@@ -20,8 +20,8 @@ class Dropout(Layer):
 
     Attributes:
       rate: the probability, 0 ≤ rate < 1.
-      shared_axes: axes along which entries are dropped or kept together. (1,) draws one mask for all
-        positions, which is cheaper.
+      shared_axes: axes along which entries are dropped or kept together. (1,) draws one mask for
+        all positions, which is cheaper.
 
     Raises:
       ValueError: in training, without a key; in `init`, for a shared axis that the input

@@ -2,9 +2,9 @@
 
 Each gives two outputs of the targets' shape, a value and a weight, both float32. The metric is the
 weighted mean of the values (`weighted_mean`), passed through `Metric.finish`; padding has weight 0.
-In classification outputs are logits (…, V), targets (…) integers, weights (…); in regression all
-three have one shape. Shapes are compared wherever a metric is applied, and nothing is broadcast:
-labels (B, 1) beside outputs (B, V) would otherwise make B × B losses.
+In classification, outputs are logits (…, V), targets (…) integers, weights (…); in regression all
+three have one shape. Shapes are checked and never broadcast: labels (B, 1) with outputs (B, V)
+would otherwise make B × B losses.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ Shape = tuple[int, ...]
 class Metric(Layer):
     """(outputs, targets, weights) → (values, weights); subclasses write `values`.
 
-    Outputs are the model's. By default targets (…) are a class for each row of logits (…, V); a
-    metric whose targets are of another shape says so in `targets_shape`. Weights are of the
-    targets' shape, and `values` gives an array of that shape too. A metric that does not give one
-    value for each target overrides `scores`. A metric says ``position_wise = True`` if a value
-    depends on one position alone: then it can be measured a piece of the sequence at a time.
-    A metric without a gradient, such as an accuracy, says ``has_gradient = False``, and no task
-    trains on it. ``lower_is_better``, True or False, says which of two numbers is better; None is
-    for what cannot be said.
+    Outputs are the model's. By default targets (…) are a class for each row of logits (…, V);
+    override `targets_shape` for another shape. Weights, and the result of `values`, have the
+    targets' shape. Override `scores` if there is not one value for each target.
+    Declare ``position_wise = True`` if a value depends on one position alone: the metric can then
+    be computed on one slice of the sequence at a time.
+    Declare ``has_gradient = False`` for a metric
+    without a gradient, such as an accuracy: no task trains on it. ``lower_is_better`` says which of
+    two results is better; None if neither is.
 
-    A metric that is no mean overrides `sums`, which are added up over all batches, and `total`,
-    which makes the metric of them. No task trains on it either. See `counts`.
+    A metric that is no mean overrides `sums`, which are added over all batches, and `total`, which
+    computes the metric from them. No task trains on it either. See `counts`.
 
     >>> class Margin(Metric):
     ...     '''How far the largest logit is above the mean.'''
@@ -74,23 +74,41 @@ class Metric(Layer):
         return outputs_shape[:-1]
 
     def values(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        """A value for each target; outputs are float32."""
+        """A value for each target.
+
+        Args:
+          outputs: float32, (…, V) by default.
+          targets: (…), of the dtype that the batch has.
+
+        Returns:
+          Real numbers or booleans, of the targets' shape.
+        """
         raise NotImplementedError
 
     def scores(
         self, outputs: jax.Array, targets: jax.Array, weights: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Values, and weights of the same shape; outputs and weights are float32."""
+        """Values, and weights of the same shape.
+
+        Args:
+          outputs: float32, (…, V) by default.
+          targets: (…).
+          weights: float32 (…).
+        """
         values = self.values(outputs, targets)
         self._check_values(values, targets.shape, 'one number for each target')
         return values, weights
 
     def finish(self, mean: float) -> float:
-        """The metric, of the weighted mean of its values."""
+        """The metric, computed from the weighted mean of its values."""
         return mean
 
     def sums(self, values: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
-        """What is added up over batches, of the values and weights of one.
+        """The sums of one batch, which are added over all batches.
+
+        Args:
+          values: float32, from `scores`.
+          weights: float32, of the same shape.
 
         Returns:
           Float32 arrays, of the same shapes for all batches; by default Σ wv and Σ w. The entries
@@ -99,7 +117,10 @@ class Metric(Layer):
         return weighted_sum(values, weights)
 
     def total(self, sums: Sequence[Any]) -> Any:
-        """The metric, of its `sums` over all batches, finite float64 arrays.
+        """The metric, computed from its `sums` over all batches.
+
+        Args:
+          sums: finite float64 arrays, as many as `sums` returns.
 
         Returns:
           A number, or lists of lists of numbers for a table.
@@ -113,7 +134,12 @@ class Metric(Layer):
         return type(self).sums is Metric.sums
 
     def check(self, outputs: Any, targets: Any, weights: Any) -> None:
-        """Raises unless three arrays, or their signatures, are what the metric takes."""
+        """Checks three arrays, or their signatures.
+
+        Raises:
+          TypeError: if outputs or weights are complex.
+          ValueError: if the shapes are not those that the metric takes.
+        """
         for name, x in (('outputs', outputs), ('weights', weights)):
             if jnp.issubdtype(x.dtype, jnp.complexfloating):
                 raise TypeError(
@@ -139,13 +165,14 @@ class Metric(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
+        """No weights and no state; checks the signatures, as `check` does."""
         self.check(*signature)
         return {}, {}
 
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
-        """Checks the shapes, and scores."""
+        """(outputs, targets, weights) → (values, weights), float32, after `check`."""
         outputs, targets, loss_weights = inputs
         self.check(outputs, targets, loss_weights)
         scored: Any = self.scores(
@@ -251,7 +278,7 @@ class BitsPerByte(Metric):
 
 
 class Accuracy(Metric):
-    """How often the largest logit is the target's."""
+    """How often the largest logit is the target's: 1 or 0 for each target."""
 
     position_wise = True
     has_gradient = False

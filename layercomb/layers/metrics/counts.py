@@ -1,8 +1,8 @@
-"""Metrics that are no means: how often each class was taken for each, counted over all data.
+"""Metrics that are no means: functions of the confusion matrix over all data.
 
-A position's value is the cell of the confusion matrix that it falls into, ``n · target + found``,
-and `sums` counts cells by weight. So positions may come in pieces (`loss_chunk_len`), as those of a
-mean. Counts are exact up to 2²⁴ positions a batch, and added up over batches in double precision.
+A position's value is its cell of the confusion matrix, ``n · target + found``, and `sums` adds the
+weights of each cell. So positions may come in slices (`loss_chunk_len`), as those of a mean. Counts
+are exact up to 2²⁴ positions a batch, and are added over batches in float64.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Counts(Metric):
     n_classes: Classes
 
     def of_counts(self, counts: np.ndarray) -> Any:
-        """The metric, of float64 (n, n): summed weights by target (rows) and found class."""
+        """The metric, from summed weights by target (row) and found class, float64 (n, n)."""
         raise NotImplementedError
 
     def check(self, outputs: Any, targets: Any, weights: Any) -> None:
@@ -62,7 +62,7 @@ class Counts(Metric):
         return (count_cells(values, weights, self.n_classes),)
 
     def total(self, sums: Sequence[Any]) -> Any:
-        """`of_counts` of the counts."""
+        """`of_counts` of the summed counts, float64 (n, n)."""
         return self.of_counts(np.asarray(sums[0], np.float64))
 
 

@@ -92,6 +92,7 @@ class ReversibleHalfResidual(Variadic, Reversible, init=False):
             )
 
     def route(self, call: Call, stack: Stack) -> Stack:
+        """(acc, x, *context) → (acc + f(x, *context), x, *context)."""
         (y,) = serial_route(self.layers, call, stack[1 : self.n_in])
         return call(len(self.layers), (stack[0], y)) + stack[1:]
 

@@ -66,6 +66,7 @@ class ReversibleStack(Reversible, init=False):
     def init_with_outputs(
         self, signature: Signature, rng: jax.Array, mode: Mode
     ) -> tuple[Signature, Tree, Tree]:
+        """As of the layers in order, for streams in float32."""
         return super().init_with_outputs(_widened_signature(signature), rng, mode)
 
 
