@@ -8,8 +8,11 @@
 17760
 """
 
+import importlib
+from typing import Any
+
 from layercomb import layers as tl
-from layercomb import losses, models, testing, transforms, trees
+from layercomb import losses, models, transforms, trees
 from layercomb.capture import capture
 from layercomb.errors import UsageError
 from layercomb.layers.basic.fn import Fn
@@ -49,3 +52,10 @@ __all__ = [
     'unstack',
     'walk',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `testing` at its first use, which most programs never make."""
+    if name == 'testing':
+        return importlib.import_module('layercomb.testing')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
