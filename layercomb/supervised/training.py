@@ -270,7 +270,9 @@ class Loop:
             self._saved = self.step
             return
         for path, finite in trees.flatten(_finite(self._carry.trainable)).items():
-            if not finite:  # by an update that a finite loss and gradient led to
+            if (
+                finite is not None and not finite
+            ):  # by an update that a finite loss and gradient led to
                 raise UsageError(
                     f'step {self.step}: {path} is not finite after its update '
                     f'({self._last_good()}): lower the learning rate, or give the optimizer a '
@@ -318,7 +320,7 @@ class Loop:
 
 @jax.jit
 def _finite(weights: Tree) -> Tree:
-    """Which weights are finite numbers throughout."""
+    """Which weights are finite numbers throughout; None stays where a weight does not train."""
     return jax.tree.map(lambda x: jnp.isfinite(x).all(), weights)
 
 
