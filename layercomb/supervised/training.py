@@ -320,7 +320,7 @@ class Loop:
 
 @jax.jit
 def _finite(weights: Tree) -> Tree:
-    """Which weights are finite numbers throughout; None stays where a weight does not train."""
+    """Which weights are finite throughout; None where a weight does not train."""
     return jax.tree.map(lambda x: jnp.isfinite(x).all(), weights)
 
 
