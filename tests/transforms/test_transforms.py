@@ -692,3 +692,14 @@ def test_axes_of_layers_beside_the_one_in_a_wrapper_are_found():
     weights, _ = net.init(shape_dtype((2, 4)), jax.random.key(0))
     found = transforms.axes(net, weights)
     assert found['gate/kernel'] == found['kernel'] == Axes('D->F')
+
+
+def test_a_holder_whose_layers_cannot_be_replaced_refuses_a_rewrite():
+    class Holder(Layer):
+        inner: Layer
+        sublayers = property(lambda self: (self.inner,))
+
+    holder = Holder(tl.Dense(8))
+    assert transforms.rewrite(holder, lambda layer: layer) == holder
+    with pytest.raises(TypeError, match='Holder holds layers and cannot be given others: write wi'):
+        transforms.cast(holder)

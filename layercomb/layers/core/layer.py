@@ -183,15 +183,23 @@ class Layer(Declares):
         return tuple(layer for _, layer in self.children)
 
     def with_sublayers(self: L, sublayers: tuple[Layer, ...]) -> L:
-        """The same layer around other sublayers.
+        """The same layer around other sublayers, as many as there are.
+
+        A class that says `sublayers` says this too, or `transforms.rewrite` could not change them.
 
         Args:
-          sublayers: as many as there are now, in the order of `children`.
+          sublayers: the layers to hold, in the order of `sublayers`.
 
         Raises:
-          ValueError: if there are fewer or more.
+          ValueError: if there are more or fewer than `sublayers`.
+          TypeError: if they are others than `sublayers`, and the class has no `with_sublayers`.
         """
         check_sublayers(self, sublayers)
+        if tuple(sublayers) != self.sublayers:
+            raise TypeError(
+                f'{type(self).__name__} holds layers and cannot be given others: write '
+                'with_sublayers(self, sublayers), or make it a Combinator or a Wrapper'
+            )
         return self
 
     def replace(self: L, **changes: Any) -> L:
