@@ -68,6 +68,7 @@ class Chunk(Wrapper):
 
         Raises:
           ValueError: if inputs have no axis 1, or are of different lengths.
+          TypeError: if the layer does not leave positions on axis 1.
         """
         length = self.length_of(inputs)
         if length <= self.chunk_len:
@@ -82,6 +83,7 @@ class Chunk(Wrapper):
             (values, its_counted), i, decisions = xs
             its_state = put_counted(put_decisions(state, decisions), its_counted)
             outputs, new = self.layer.apply(weights, its_state, values, rng=fold(rng, i), mode=mode)
+            self.check_slice(outputs, values[0].shape[1])
             new, decisions = take_decisions(take_counted(new)[0])
             share = values[0].shape[1] / length
             state = add_aux(state, new, share, shares(its_counted, n_counted))
@@ -118,6 +120,20 @@ class Chunk(Wrapper):
                 f'({describe(inputs)})'
             )
         return lengths.pop()
+
+    def check_slice(self, outputs: Arrays, length: int) -> None:
+        """Checks that outputs of a slice of `length` positions have them on axis 1.
+
+        Raises:
+          TypeError: if another axis came there, along which slices would be joined.
+        """
+        for y in outputs:
+            if y.ndim < 2 or y.shape[1] != length:
+                raise TypeError(
+                    f'Chunk joins slices along axis 1, and {type(self.layer).__name__} turns a '
+                    f'slice of {length} positions into ({describe(outputs)}): chunk what keeps '
+                    'positions on axis 1'
+                )
 
 
 def _cut(values: Any, n: int, chunk_len: int) -> tuple[Any, Any]:

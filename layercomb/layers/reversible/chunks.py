@@ -100,6 +100,7 @@ class _Slices:
             mode=self.mode,
             state_cts=by_share(self.state_cts, size / self.length, by_layer),
         )
+        self.owner.check_slice(outputs, size)
         return jax.tree.map(jnp.add, total, d), (tuple(outputs), tuple(d_values))
 
     def _put(self, whole: Any, made: Any, at: Any) -> Any:

@@ -385,3 +385,15 @@ def test_a_state_for_decoding_is_refused_elsewhere():
     weights, state = layer.init((shape_dtype((1, 4, 8)),), jax.random.key(0), Mode.PREDICT)
     with pytest.raises(ValueError, match='made for decoding, a block at a time: init without mode'):
         layer.apply(weights, state, (x,), mode=Mode.EVAL)
+
+
+def test_chunk_refuses_what_moves_positions_to_another_axis():
+    net = tl.Chunk(tl.SplitHeads(2), 3)
+    x = jnp.zeros((2, 6, 8))
+    weights, state = jax.eval_shape(net.layer.init, (x,), jax.random.key(0))
+    with pytest.raises(
+        TypeError, match=r'SplitHeads turns a slice of 3 positions into .*keeps posi'
+    ):
+        jax.eval_shape(net.apply, weights, state, (x,))
+    with pytest.raises(TypeError, match='on axis 1'):
+        net.output_signature((x,))
