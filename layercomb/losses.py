@@ -17,7 +17,7 @@ from layercomb.layers.core.mode import Mode, check_mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.positionwise import of_sublayers, unsaid
-from layercomb.layers.metrics.classification import Metric
+from layercomb.layers.metrics.metric import Metric
 from layercomb.layers.state.counted import count_only, put_counted, take_counted
 from layercomb.layers.state.parts import AuxLoss
 from layercomb.shapes import Signature

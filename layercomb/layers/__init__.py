@@ -81,14 +81,12 @@ from layercomb.layers.metrics.classification import (
     BitsPerByte,
     CrossEntropyLoss,
     MaskedSequenceAccuracy,
-    Metric,
     Perplexity,
     SequenceAccuracy,
     cross_entropy,
-    weighted_mean,
-    weighted_sum,
 )
 from layercomb.layers.metrics.counts import F1, BinaryF1, ConfusionMatrix
+from layercomb.layers.metrics.metric import Metric, weighted_mean, weighted_sum
 from layercomb.layers.metrics.regression import (
     BinaryAccuracy,
     BinaryCrossEntropyLoss,

@@ -16,7 +16,7 @@ from layercomb import losses
 from layercomb.errors import UsageError, UsageWarning
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.metrics.classification import Metric
+from layercomb.layers.metrics.metric import Metric
 from layercomb.model import check_tokens
 from layercomb.supervised.batches import Batch, check_loss_weights, made, shaped_unlike
 from layercomb.supervised.fit import check_arity, no_batch

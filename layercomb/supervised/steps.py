@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from layercomb import losses, trees
 from layercomb.layers.core.layer import Layer
-from layercomb.layers.metrics.classification import Metric, weighted_sum
+from layercomb.layers.metrics.metric import Metric, weighted_sum
 from layercomb.supervised.updates import hyperparams, update
 from layercomb.trees import Tree
 

@@ -14,7 +14,7 @@ from layercomb import trees
 from layercomb.checks import Bound, Size, check_value
 from layercomb.errors import require
 from layercomb.layers.basic.dense import Dense
-from layercomb.layers.metrics.classification import Metric
+from layercomb.layers.metrics.metric import Metric
 from layercomb.optimizers.tensors import bound
 from layercomb.supervised import updates
 from layercomb.supervised.batches import Batch, check_data, checked, is_endless

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.checks import Bound
-from layercomb.layers.metrics.classification import Metric, check_targets
+from layercomb.layers.metrics.classification import check_targets
+from layercomb.layers.metrics.metric import Metric
 from layercomb.layers.metrics.regression import Elementwise, is_rate
 
 # A float32 holds the number of a cell, below n², exactly.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.metrics.classification import Metric, Shape
+from layercomb.layers.metrics.metric import Metric, Shape
 from layercomb.shapes import describe
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from layercomb import tl
-from layercomb.layers.metrics.classification import weighted_sum
+from layercomb.layers.metrics.metric import weighted_sum
 from layercomb.shapes import shape_dtype
 
 B, L, V = 2, 4, 5

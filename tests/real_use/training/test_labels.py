@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from layercomb import losses, supervised, tl
-from layercomb.layers.metrics.classification import weighted_sum
+from layercomb.layers.metrics.metric import weighted_sum
 from layercomb.layers.metrics.regression import Elementwise
 from layercomb.model import Model
 from layercomb.shapes import signature_of

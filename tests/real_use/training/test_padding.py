@@ -11,7 +11,7 @@ import layercomb as lc
 from layercomb import losses, models, tl, transforms
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.metrics.classification import weighted_sum
+from layercomb.layers.metrics.metric import weighted_sum
 from layercomb.layers.state.counted import Counted, count_only
 from layercomb.losses import total as aux_loss
 from layercomb.models.terraformer import AfterMemory
