@@ -39,21 +39,7 @@ from layercomb.trees import Tree
 
 
 class LSHOptions(Layer):
-    """The fields that `LSHAttention` and `LSHSelfAttention` share.
-
-    Attributes:
-      n_hashes: R; may be changed after training.
-      chunk_len: C.
-      n_buckets: 1, an even number, or a tuple of such factors; None makes buckets that average half
-        a chunk at `max_len` positions.
-      max_len: the longest sequence, from which automatic buckets are made. None takes the input's
-        length; a longer input then changes the buckets, and so the outputs, of earlier positions.
-      causal: whether position t sees positions up to t only.
-      masked: whether a last input (B, L) bool says which positions are real.
-      dropout: share of the probabilities set to zero in training, in [0, 1).
-      neighbourhood, duplicates, chunks_together, heads_together: as of `lsh_attention`.
-      seed: of the rotations in ``EVAL`` and ``PREDICT``; layers with one seed share rotations.
-    """
+    """The fields that `LSHAttention`, which describes them, and `LSHSelfAttention` share."""
 
     _: KW_ONLY
     n_hashes: Size = 4
