@@ -50,7 +50,7 @@ def judged_init(
       ((weights, state), refusal): what `net.init` returns, and the error text for the first layer
       that cannot decode, or None.
     """
-    suspects = {id(layer): layer for layer in _suspects(net)}
+    suspects = frozenset(_suspects(net))  # values, not objects: a class may make its layers anew
     seen, made = _observed(suspects, lambda: net.init(signature, rng, Mode.PREDICT))
     unfit = [each for each in seen.values() if not _holds_cache(each)]
     if unfit:
@@ -60,7 +60,7 @@ def judged_init(
             lambda: jax.eval_shape(lambda: net.init(other, jax.random.key(0), Mode.PREDICT)),
         )
         for each in unfit:
-            if again[id(each.layer)].signatures != each.signatures:
+            if again[each.layer].signatures != each.signatures:
                 return made, _refusal(each.layer)
     return made, None
 
@@ -80,17 +80,17 @@ def _suspects(layer: Layer, given_whole: bool = False) -> Iterator[Layer]:
 
 
 def _observed(
-    suspects: dict[int, Layer], init: Callable[[], tuple[Tree, Tree]]
-) -> tuple[dict[int, _Seen], tuple[Tree, Tree]]:
+    suspects: frozenset[Layer], init: Callable[[], tuple[Tree, Tree]]
+) -> tuple[dict[Layer, _Seen], tuple[Tree, Tree]]:
     """Runs `init`; returns what was observed of suspects in ``PREDICT``, and its result.
 
     Layers inside `Once` are initialised in ``EVAL``, so they are not observed.
     """
-    seen: dict[int, _Seen] = {}
+    seen: dict[Layer, _Seen] = {}
 
     def observe(layer: Layer, signature: Signature, mode: Mode, made: tuple[Tree, Tree]) -> None:
-        if mode is Mode.PREDICT and id(layer) in suspects:
-            each = seen.setdefault(id(layer), _Seen(layer))
+        if mode is Mode.PREDICT and layer in suspects:
+            each = seen.setdefault(layer, _Seen(layer))
             each.signatures.append(signature)
             each.paths = frozenset(trees.flatten(made[1]))
 

@@ -15,6 +15,7 @@ from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past
+from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.supervised import decoding
 from layercomb.supervised.decoding.fitness import judged_init
 
@@ -136,7 +137,7 @@ UNFIT = {
     "Fn('Doubled', doubled)": tl.Fn('Doubled', doubled),
     'Passing': Passing(tl.Dense(D)),
     'Passing of attention': Passing(tl.SelfAttention(2)),
-    'Shift deep inside': tl.Residual(tl.Repeat(tl.Remat(tl.Serial(tl.Dense(D), Shift())), 2)),
+    'Shift deep inside': tl.Residual(tl.Repeat(tl.Remat(tl.Serial(tl.Dense(), Shift())), 2)),
     'Shift behind who says so': SaidPassing(Shift()),
     'Rolling': Rolling(tl.Dense(D)),
     'Rolling of attention': Rolling(tl.SelfAttention(2)),
@@ -254,3 +255,20 @@ def test_attention_to_a_memory_passes_and_its_parts_are_looked_at():
     ):
         said = judged_pair(tl.Serial(first, tl.Swap(), attention, tl.Dense(V)))
         assert (said or '').startswith(f'decoding: {wanted} ') if wanted else said is None
+
+
+class Fresh(Layer):
+    """Makes the layer that it holds anew each time it is asked."""
+
+    sublayers = property(lambda self: (tl.Serial(tl.Dense(), Shift()),))
+    position_wise = property(of_sublayers)
+
+    def init(self, signature, rng, mode=Mode.TRAIN):
+        return self.sublayers[0].init(signature, rng, mode)
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        return self.sublayers[0].apply(weights, state, inputs, rng=rng, mode=mode)
+
+
+def test_a_layer_that_is_made_anew_is_found_too():
+    assert 'Shift does not say' in (judged(Fresh()) or '')
