@@ -21,6 +21,11 @@ class Variadic(Combinator, init=False):
 
     layers: tuple[Layer, ...] = ()
 
+    def __init_subclass__(cls, *, init: bool | None = None, **kwargs: Any) -> None:
+        """A subclass without fields of its own takes ``*layers`` too, without ``init=False``."""
+        has_fields = bool(vars(cls).get('__annotations__'))
+        super().__init_subclass__(init=has_fields if init is None else init, **kwargs)
+
     def __init__(self, *layers: Any, name: str | None = None):
         self._hold(layers=layers, name=name)
 

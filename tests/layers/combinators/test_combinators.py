@@ -444,3 +444,11 @@ def test_long_reprs_are_indented():
         "    name='two',\n"
         ')'
     )
+
+
+def test_a_subclass_without_fields_of_its_own_takes_layers_as_its_base_does():
+    class Mine(tl.Serial):
+        """In series, under another name."""
+
+    assert Mine(tl.Dense(4), tl.Relu()).layers == (tl.Dense(4), tl.Relu())
+    assert Mine(tl.Dense(4)).replace(name='x') == Mine(tl.Dense(4), name='x')
