@@ -50,6 +50,7 @@ def test_an_old_run_is_measured_and_writes_as_it_did(model, old, capsys):
 SLOW = {'terraformer': pytest.mark.slow}
 
 
+@pytest.mark.filterwarnings('ignore:the checkpoint was made by')  # of another version of JAX
 @pytest.mark.parametrize('model', [pytest.param(m, marks=SLOW.get(m, ())) for m in EXPECTED])
 def test_an_old_run_goes_on_as_it_would_have(model, old, capsys):
     run = old(model) / 'run'
