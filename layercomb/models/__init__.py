@@ -6,6 +6,7 @@ from layercomb.models.reformer_seq2seq import Reformer
 from layercomb.models.revnet import RevNet
 from layercomb.models.terraformer import Terraformer, TerraformerLM
 from layercomb.models.transformer import TransformerEncoder, TransformerLM
+from layercomb.models.transformer_seq2seq import Transformer
 
 __all__ = [
     'MLP',
@@ -14,6 +15,7 @@ __all__ = [
     'RevNet',
     'Terraformer',
     'TerraformerLM',
+    'Transformer',
     'TransformerEncoder',
     'TransformerLM',
 ]
