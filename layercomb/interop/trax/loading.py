@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layercomb import paths
-from layercomb.interop.trax import architectures, files, parameters, tensors
+from layercomb.interop.trax import architectures, files, flat_weights, parameters
 from layercomb.interop.trax.subwords import SubwordTokenizer, read_subwords
 from layercomb.model import Model
 
@@ -52,9 +52,9 @@ def load(
     what = _parameters(file, config, known if model is None else {**known, 'model': model})
     name = what.model(architectures.guess(given.shapes))
     plan = architectures.plan(name, given.shapes, what)
-    tensors.check(plan.entries, plan.shapes, given.what, name)
+    flat_weights.check(plan.entries, plan.shapes, given.what, name)
     tokenizer = None if vocab is None else read_subwords(paths.local(vocab, 'vocab'))
-    weights = tensors.fill(plan.net, plan.signature, plan.entries, given)
+    weights = flat_weights.fill(plan.net, plan.signature, plan.entries, given)
     return Model(plan.net, weights, {}), tokenizer
 
 

@@ -58,7 +58,7 @@ _WITHOUT_EFFECT = {
     *('predict_drop_len', 'attention_dropout', 'output_dropout'),
 }
 # Of what Trax lets a gin file change anywhere, the values that these models are computed with.
-_FIXED = {
+_FIXED: dict[str, dict[str, Any]] = {
     'LayerNorm': {'center': True, 'epsilon': 1e-6},
     'PositionalEncoding': {'d_feature': None},
 }

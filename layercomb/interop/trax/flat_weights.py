@@ -16,6 +16,7 @@ import numpy as np
 
 from layercomb import trees
 from layercomb.errors import UsageError
+from layercomb.interop.tensors import shapes_of
 from layercomb.interop.trax.files import Weights
 from layercomb.layers.core.layer import Layer
 from layercomb.shapes import Signature
@@ -119,8 +120,8 @@ def fill(net: Layer, signature: Signature, entries: Sequence[Entry], given: Weig
     Returns:
       A nested dict of JAX arrays.
     """
-    made = jax.eval_shape(lambda key: net.init(signature, key)[0], jax.random.key(0))
-    weights = {path: np.empty(x.shape, x.dtype) for path, x in trees.flatten(made).items()}
+    made = trees.flatten(shapes_of(net, signature))
+    weights = {path: np.empty(x.shape, x.dtype) for path, x in made.items()}
     for entry, x in zip(entries, given.values(), strict=True):
         into = weights[entry.ours]
         if entry.block is None:
