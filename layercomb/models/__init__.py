@@ -1,5 +1,7 @@
 """Models: functions that return layers."""
 
+from layercomb.models.bert import BERT
+from layercomb.models.fnet import FNet
 from layercomb.models.mlp import MLP
 from layercomb.models.reformer import ReformerLM
 from layercomb.models.reformer_seq2seq import Reformer
@@ -8,7 +10,9 @@ from layercomb.models.terraformer import Terraformer, TerraformerLM
 from layercomb.models.transformer import TransformerEncoder, TransformerLM
 
 __all__ = [
+    'BERT',
     'MLP',
+    'FNet',
     'Reformer',
     'ReformerLM',
     'RevNet',

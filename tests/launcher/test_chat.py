@@ -101,9 +101,7 @@ def test_a_turn_that_is_too_long_is_refused_and_nothing_is_forgotten(model, caps
     conversation = chat.Conversation(model, Talking(), 10)
     conversation.ask('hi')
     before = conversation.messages
-    with pytest.raises(
-        UsageError, match='tokens too long for a model that reaches 64'
-    ):
+    with pytest.raises(UsageError, match='tokens too long for a model that reaches 64'):
         conversation.ask('x' * 70)
     assert conversation.messages is before
     talk(model, 'x' * 70, '/nothing', '/help')
