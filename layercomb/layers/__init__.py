@@ -36,6 +36,7 @@ from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.dropout import Dropout
 from layercomb.layers.basic.embedding import Embedding
 from layercomb.layers.basic.fn import Fn
+from layercomb.layers.basic.gated import GatedDense
 from layercomb.layers.basic.initializers import (
     Constant,
     Initializer,
@@ -158,6 +159,7 @@ __all__ = [
     'Flatten',
     'Fn',
     'FoldHeads',
+    'GatedDense',
     'Gelu',
     'HardSigmoid',
     'Initializer',
