@@ -1,6 +1,8 @@
 """Models: functions that return layers."""
 
+from layercomb.models.llama import Llama
 from layercomb.models.mlp import MLP
+from layercomb.models.qwen import Qwen2, Qwen3
 from layercomb.models.reformer import ReformerLM
 from layercomb.models.reformer_seq2seq import Reformer
 from layercomb.models.revnet import RevNet
@@ -8,7 +10,10 @@ from layercomb.models.terraformer import Terraformer, TerraformerLM
 from layercomb.models.transformer import TransformerEncoder, TransformerLM
 
 __all__ = [
+    'Llama',
     'MLP',
+    'Qwen2',
+    'Qwen3',
     'Reformer',
     'ReformerLM',
     'RevNet',
