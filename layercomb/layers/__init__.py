@@ -98,6 +98,14 @@ from layercomb.layers.metrics.regression import (
 from layercomb.layers.positions.axial import AxialPositions
 from layercomb.layers.positions.learned import LearnedPositions
 from layercomb.layers.positions.rotary import RotaryPositions
+from layercomb.layers.positions.scaling import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RotaryScaling,
+    YarnScaling,
+)
 from layercomb.layers.positions.sinusoidal import SinusoidalPositions
 from layercomb.layers.reversible.layers import (
     Reversible,
@@ -154,6 +162,7 @@ __all__ = [
     'Drop',
     'Dropout',
     'Dup',
+    'DynamicScaling',
     'Elu',
     'Embedding',
     'ExactGelu',
@@ -171,10 +180,13 @@ __all__ = [
     'LayerNorm',
     'LeakyRelu',
     'LearnedPositions',
+    'LinearScaling',
+    'Llama3Scaling',
     'LocalAttention',
     'LocalConv',
     'LocalSelfAttention',
     'LogSoftmax',
+    'LongRopeScaling',
     'LowRankDense',
     'Map',
     'MaskedSequenceAccuracy',
@@ -207,6 +219,7 @@ __all__ = [
     'ReversibleSerial',
     'ReversibleSwap',
     'RotaryPositions',
+    'RotaryScaling',
     'Select',
     'SelfAttention',
     'SequenceAccuracy',
@@ -229,6 +242,7 @@ __all__ = [
     'Uniform',
     'VarianceScaling',
     'Wrapper',
+    'YarnScaling',
     'activation',
     'by_head',
     'counted_positions',
