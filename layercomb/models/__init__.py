@@ -2,6 +2,7 @@
 
 from layercomb.models.bert import BERT
 from layercomb.models.fnet import FNet
+from layercomb.models.marian import Marian
 from layercomb.models.mlp import MLP
 from layercomb.models.reformer import ReformerLM
 from layercomb.models.reformer_seq2seq import Reformer
@@ -13,6 +14,7 @@ __all__ = [
     'BERT',
     'MLP',
     'FNet',
+    'Marian',
     'Reformer',
     'ReformerLM',
     'RevNet',

@@ -1,7 +1,6 @@
 """BERT, RoBERTa, ALBERT and FNet give what transformers gives, and go out as they came in."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from layercomb.errors import UsageError
 from layercomb.interop.configs import Config
 from layercomb.interop.families import config_of, family_of
 from layercomb.interop.tensors import fill, shapes_of, spill
+from tests.interop.tiny import PRETRAINED, Array, expected, loaded
 
-PRETRAINED = Path(__file__).parents[1] / 'data' / 'pretrained'
 NAMES = sorted(
     path.name
     for path in PRETRAINED.iterdir()
@@ -20,50 +19,22 @@ NAMES = sorted(
 )
 
 
-class Array:
-    """A tensor in memory, as `fill` takes it."""
-
-    def __init__(self, values):
-        self.values, self.shape = values, values.shape
-
-    def read(self):
-        return self.values
-
-
-def loaded(name, **changes):
-    from safetensors.numpy import load_file
-
-    folder = PRETRAINED / name
-    config = {**json.loads((folder / 'config.json').read_text()), **changes}
-    tensors = load_file(folder / 'model.safetensors')
-    family, read = family_of(config), Config(config)
-    net = family.net(read)
-    read.check_read(family.name)
-    entries = family.entries(Config(config))
-    wrapped = {key: Array(x) for key, x in tensors.items()}
-    shapes = shapes_of(net, family.signature(net))
-    weights = fill(net, shapes, entries, wrapped, ignored=family.ignored)
-    return Model(net, weights), entries, tensors, config
-
-
 def inputs_of(name):
-    with np.load(PRETRAINED / name / 'expected.npz') as given:
-        made = [given['input_ids'].astype(np.int32)]
-        if 'token_type_ids' in given:
-            made.append(given['token_type_ids'].astype(np.int32))
-        if 'attention_mask' in given:
-            made.append(given['attention_mask'].astype(bool))
-        return tuple(made), given['outputs']
+    given = expected(name)
+    made = [given[k].astype(np.int32) for k in ('input_ids', 'token_type_ids') if k in given]
+    if 'attention_mask' in given:
+        made.append(given['attention_mask'].astype(bool))
+    return tuple(made), given['outputs']
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_outputs_are_those_of_transformers(name):
-    inputs, expected = inputs_of(name)
+    inputs, outputs_there = inputs_of(name)
     model, *_ = loaded(name)
     outputs = np.asarray(model(*inputs))
     if outputs.ndim == 3 and inputs[-1].dtype == bool:  # what padding gives is of no use
-        outputs, expected = outputs[inputs[-1]], expected[inputs[-1]]
-    np.testing.assert_allclose(outputs, expected, atol=2e-5)
+        outputs, outputs_there = outputs[inputs[-1]], outputs_there[inputs[-1]]
+    np.testing.assert_allclose(outputs, outputs_there, atol=2e-5)
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -19,6 +19,7 @@ MODULES: dict[str, str] = {
     'albert': 'bert',
     'bert': 'bert',
     'fnet': 'bert',
+    'marian': 'marian',
     'roberta': 'bert',
 }
 

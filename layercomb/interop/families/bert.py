@@ -8,26 +8,14 @@ from typing import Any
 from layercomb.errors import UsageError
 from layercomb.interop.configs import Config
 from layercomb.interop.families import Family
-from layercomb.interop.tensors import Entry, linear
+from layercomb.interop.families.names import ACTIVATIONS, WORDS, dense, norm
+from layercomb.interop.tensors import Entry
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.models.bert import BERT
 from layercomb.models.fnet import FNet
 from layercomb.shapes import Signature, shape_dtype
-
-# What an activation of a configuration is here, and back.
-_ACTIVATIONS = {
-    'gelu': 'exact_gelu',
-    'gelu_new': 'gelu',
-    'gelu_fast': 'gelu',
-    'gelu_pytorch_tanh': 'gelu',
-    'relu': 'relu',
-    'silu': 'silu',
-    'swish': 'silu',
-    'tanh': 'tanh',
-}
-_WORDS = {'exact_gelu': 'gelu', 'gelu': 'gelu_new', 'relu': 'relu', 'silu': 'silu', 'tanh': 'tanh'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +148,7 @@ def _common(names: Names, config: Config) -> dict[str, Any]:
         'n_classes': n_classes if head == 'classes' else None,
         'n_types': n_types,
         'typed': bool(config.get('_typed', n_types > 1 and head != 'mean')),
-        'activation': config.one_of('hidden_act', _ACTIVATIONS, 'gelu'),
+        'activation': config.one_of('hidden_act', ACTIVATIONS, 'gelu'),
         'epsilon': config.number('layer_norm_eps', 1e-12),
     }
 
@@ -199,38 +187,24 @@ def _entries(names: Names, config: Config) -> list[Entry]:
         Entry('embeddings/tables/tokens/table', f'{prefix}embeddings.word_embeddings.weight'),
         Entry('embeddings/tables/types/table', f'{prefix}embeddings.token_type_embeddings.weight'),
         Entry('embeddings/positions/table', f'{prefix}embeddings.position_embeddings.weight'),
-        *_norm('embeddings/norm', f'{prefix}embeddings.LayerNorm'),
+        *norm('embeddings/norm', f'{prefix}embeddings.LayerNorm'),
     ]
     if names.projection is not None:
-        made += _dense('embeddings/projection', prefix + names.projection)
+        made += dense('embeddings/projection', prefix + names.projection)
     block = prefix + names.layer
     for part, theirs in names.mixing.items():
-        made += _dense(f'{ours}/mixing/self_attention/{part}', block + theirs, layers)
-    made += _norm(f'{ours}/mixing_norm', block + names.mixing_norm, layers)
-    made += _dense(f'{ours}/feeding/feed_forward/dense', block + names.dense, layers)
-    made += _dense(f'{ours}/feeding/feed_forward/dense_1', block + names.dense_1, layers)
-    made += _norm(f'{ours}/feeding_norm', block + names.feeding_norm, layers)
+        made += dense(f'{ours}/mixing/self_attention/{part}', block + theirs, layers)
+    made += norm(f'{ours}/mixing_norm', block + names.mixing_norm, layers)
+    made += dense(f'{ours}/feeding/feed_forward/dense', block + names.dense, layers)
+    made += dense(f'{ours}/feeding/feed_forward/dense_1', block + names.dense_1, layers)
+    made += norm(f'{ours}/feeding_norm', block + names.feeding_norm, layers)
     if head == 'masked_lm':
-        dense, norm, bias = names.predictions
-        made += [*_dense('head/dense', dense), *_norm('head/norm', norm)]
+        transform, its_norm, bias = names.predictions
+        made += [*dense('head/dense', transform), *norm('head/norm', its_norm)]
         made.append(Entry('head/logits/bias', bias))
     if head == 'classes':
-        made += [*_dense('head/pooler', names.pooler), *_dense('head/classes', names.classes)]
+        made += [*dense('head/pooler', names.pooler), *dense('head/classes', names.classes)]
     return made
-
-
-def _dense(ours: str, theirs: str, layers: Any = None) -> list[Entry]:
-    return [
-        linear(f'{ours}/kernel', f'{theirs}.weight', layers),
-        Entry(f'{ours}/bias', f'{theirs}.bias', layers=layers),
-    ]
-
-
-def _norm(ours: str, theirs: str, layers: Any = None) -> list[Entry]:
-    return [
-        Entry(f'{ours}/scale', f'{theirs}.weight', layers=layers),
-        Entry(f'{ours}/bias', f'{theirs}.bias', layers=layers),
-    ]
 
 
 def _config(names: Names, net: Layer) -> dict[str, Any]:
@@ -239,7 +213,6 @@ def _config(names: Names, net: Layer) -> dict[str, Any]:
     block = 'blocks/block' if names is _FNET else 'block'
     tokens, types = at['embeddings/tables/tokens'], at['embeddings/tables/types']
     positions = at['embeddings/positions']
-    dense = at[f'{block}/feeding/feed_forward/dense']
     _, activation, _ = at[f'{block}/feeding/feed_forward'].keys
     # Each head is known by a layer that the others lack.
     heads = {'head/logits': 'ForMaskedLM', 'head/classes': 'ForSequenceClassification'}
@@ -249,11 +222,11 @@ def _config(names: Names, net: Layer) -> dict[str, Any]:
         'model_type': names.kind,
         'vocab_size': tokens.vocab_size,
         'hidden_size': at[f'{block}/feeding/feed_forward/dense_1'].n_units,
-        'intermediate_size': dense.n_units,
+        'intermediate_size': at[f'{block}/feeding/feed_forward/dense'].n_units,
         'num_hidden_layers': next(x.n for _, x in walk(net) if isinstance(x, Repeat)),
         'max_position_embeddings': positions.max_len + positions.first,
         'type_vocab_size': types.vocab_size,
-        'hidden_act': _WORDS[activation],
+        'hidden_act': WORDS[activation],
         'layer_norm_eps': at['embeddings/norm'].epsilon,
         'tie_word_embeddings': True,
         '_typed': net.n_in > 1 + bool(names.mixing),
