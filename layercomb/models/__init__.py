@@ -9,6 +9,7 @@ from layercomb.models.reformer_seq2seq import Reformer
 from layercomb.models.revnet import RevNet
 from layercomb.models.terraformer import Terraformer, TerraformerLM
 from layercomb.models.transformer import TransformerEncoder, TransformerLM
+from layercomb.models.transformer_seq2seq import Transformer
 
 __all__ = [
     'BERT',
@@ -20,6 +21,7 @@ __all__ = [
     'RevNet',
     'Terraformer',
     'TerraformerLM',
+    'Transformer',
     'TransformerEncoder',
     'TransformerLM',
 ]
