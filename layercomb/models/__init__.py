@@ -1,19 +1,27 @@
 """Models: functions that return layers."""
 
+from layercomb.models.bert import BERT
+from layercomb.models.fnet import FNet
+from layercomb.models.marian import Marian
 from layercomb.models.mlp import MLP
 from layercomb.models.reformer import ReformerLM
 from layercomb.models.reformer_seq2seq import Reformer
 from layercomb.models.revnet import RevNet
 from layercomb.models.terraformer import Terraformer, TerraformerLM
 from layercomb.models.transformer import TransformerEncoder, TransformerLM
+from layercomb.models.transformer_seq2seq import Transformer
 
 __all__ = [
+    'BERT',
     'MLP',
+    'FNet',
+    'Marian',
     'Reformer',
     'ReformerLM',
     'RevNet',
     'Terraformer',
     'TerraformerLM',
+    'Transformer',
     'TransformerEncoder',
     'TransformerLM',
 ]

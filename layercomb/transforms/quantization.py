@@ -14,6 +14,7 @@ from layercomb.checks import Size
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.embedding import Embedding
+from layercomb.layers.basic.gated import GatedDense
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
@@ -48,6 +49,12 @@ def narrow_paths(layer: Layer) -> tuple[str, ...]:
 def _of_kernel(layer: Layer) -> tuple[str, ...]:
     del layer
     return ('kernel',)
+
+
+@narrow_paths.register(GatedDense)
+def _of_gate(layer: Layer) -> tuple[str, ...]:
+    del layer
+    return 'gate', 'up'
 
 
 @narrow_paths.register(Embedding)
