@@ -2,6 +2,7 @@
 
 from layercomb.models.bert import BERT
 from layercomb.models.fnet import FNet
+from layercomb.models.gpt2 import GPT2
 from layercomb.models.llama import Llama
 from layercomb.models.marian import Marian
 from layercomb.models.mlp import MLP
@@ -15,6 +16,7 @@ from layercomb.models.transformer_seq2seq import Transformer
 
 __all__ = [
     'BERT',
+    'GPT2',
     'MLP',
     'FNet',
     'Llama',

@@ -19,6 +19,7 @@ MODULES: dict[str, str] = {
     'albert': 'bert',
     'bert': 'bert',
     'fnet': 'bert',
+    'gpt2': 'gpt2',
     'marian': 'marian',
     'roberta': 'bert',
 }
