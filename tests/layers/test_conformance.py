@@ -195,6 +195,9 @@ ROWS: dict[str, Row] = {
     'SRU': Row(lambda: tl.SRU(6)),
     'Select': Row(lambda: tl.Select([1, 0, 1], n_in=3), (*TWO, stream())),
     'SelfAttention': Row(lambda: tl.SelfAttention(2, rotary=tl.RotaryPositions())),
+    'SelfAttention window': Row(
+        lambda: tl.SelfAttention(2, window=2, masked=True), (stream(), mask()), (1, 1)
+    ),
     'SequenceAccuracy': Row(tl.SequenceAccuracy, SCORES, ()),
     'Serial': Row(
         lambda: tl.Serial(tl.Dup(), tl.Dense(), tl.Multiply(), tl.Dropout(0.1)), draws=True
