@@ -302,24 +302,6 @@ def cut_queries(plan: Plan, x: jax.Array) -> jax.Array:
     return tiles.split_group(cut(x, plan.q_block), plan.group)
 
 
-def over_heads(
-    plan: Plan, f: Any, heads: Any, shared: tuple[int, ...], summed: tuple[int, ...] = ()
-) -> Any:
-    """`f` of every head: `heads`, as of `per_head`, with the axes of groups that `plan` says.
-
-    Args:
-      plan: the static description.
-      f: a function of one head.
-      heads: its arguments.
-      shared: the places of the arguments that belong to keys.
-      summed: the places of the results that belong to keys.
-    """
-    n_pairs = plan.q_block * plan.k_block
-    if plan.group > 1:
-        f = tiles.by_group(f, shared, summed, n_pairs)
-    return tiles.over_heads(f, heads, n_pairs)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(
     plan: Plan,
@@ -360,7 +342,8 @@ def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, r
     """
     starts, heads = per_head(plan, q, k, v, mask, offset, rng)
     f = functools.partial(forward_head, plan, starts)
-    out, z = over_heads(plan, f, heads, OF_KEYS)
+    n_pairs = plan.q_block * plan.k_block
+    out, z = tiles.over_heads(f, heads, n_pairs, group=plan.group, shared=OF_KEYS)
     out = join(tiles.join_group(out, plan.group), plan.n_queries)
     return out, (q, k, v, mask, offset, rng, out, z)
 
@@ -382,7 +365,9 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     starts, heads = per_head(plan, q, k, v, mask, offset, rng)
     heads = (*heads, z, cut_queries(plan, d_out), cut_queries(plan, dot_out))
     f = functools.partial(backward_head, plan, starts)
-    d_q, d_k, d_v = over_heads(plan, f, heads, OF_KEYS, summed=(1, 2))
+    n_pairs = plan.q_block * plan.k_block
+    grouped: Any = {'group': plan.group, 'shared': OF_KEYS, 'summed': (1, 2)}
+    d_q, d_k, d_v = tiles.over_heads(f, heads, n_pairs, **grouped)
     d_k, d_v = d_k.astype(k.dtype).swapaxes(3, 4), d_v.astype(v.dtype).swapaxes(3, 4)
     d_q = join(tiles.join_group(d_q, plan.group), plan.n_queries)
     return d_q.astype(q.dtype), join(d_k, plan.n_keys), join(d_v, plan.n_keys), None, None, None

@@ -322,11 +322,7 @@ def check(
         raise ValueError(f'attention takes arrays (batch, heads, length, depth), got {shapes}')
     if not (len(q) == len(k) and k.shape[:2] == v.shape[:2]):
         raise ValueError(f'q, k and v must agree in batch, k and v in heads, got {shapes}')
-    if q.shape[1] % max(k.shape[1], 1):
-        raise ValueError(
-            f'{k.shape[1]} heads of keys and values do not divide {q.shape[1]} heads of queries: '
-            f'use {nearest_divisor(q.shape[1], k.shape[1])}, got {shapes}'
-        )
+    check_shared_heads(q.shape[1], k.shape[1], 'keys and values', shapes)
     if q.shape[3] != k.shape[3]:
         raise ValueError(f'q and k must have the same depth, got {shapes}')
     if not q.shape[2] or not k.shape[2]:
@@ -344,6 +340,22 @@ def check(
         raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
     if dropout_rate and rng is None:
         raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
+
+
+def check_shared_heads(n_heads: int, n_shared: int, which: str, shapes: str) -> None:
+    """Raises ValueError unless each shared head is for a whole number of heads of queries.
+
+    Args:
+      n_heads: H, of queries.
+      n_shared: G.
+      which: what is shared.
+      shapes: of the arguments, for the message.
+    """
+    if n_heads % max(n_shared, 1):
+        raise ValueError(
+            f'{n_shared} heads of {which} do not divide {n_heads} heads of queries: '
+            f'use {nearest_divisor(n_heads, n_shared)}, got {shapes}'
+        )
 
 
 def check_softcap(softcap: float | None) -> None:
