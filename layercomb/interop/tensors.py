@@ -48,6 +48,7 @@ class Entry:
       transposed: whether theirs is (out, in), as of ``torch.nn.Linear``, where ours is (in, out).
       layers: the numbers of the layers that `Repeat` stacks in ours; None if it is not stacked.
       part: the rows (first, end) of a fused tensor, along its axis of results; None takes all.
+      is_row: whether theirs, a vector, has a first axis of 1.
     """
 
     ours: str
@@ -55,6 +56,7 @@ class Entry:
     transposed: bool = False
     layers: Sequence[int] | None = None
     part: tuple[int, int] | None = None
+    is_row: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,7 +74,8 @@ class Entry:
         """
         stacked = 0 if self.layers is None else 1
         if declared.is_vector or len(ours) == stacked + 1:
-            return (math.prod(ours[stacked:]),)
+            n = math.prod(ours[stacked:])
+            return (1, n) if self.is_row else (n,)
         first, second = (
             math.prod(ours[a] for a in side) for side in (declared.first, declared.second)
         )

@@ -13,8 +13,16 @@ from layercomb.interop.tensors import Entry
 from layercomb.layers.core.layer import Layer
 from layercomb.shapes import Signature, shape_dtype
 
-# The module of each family, by the model_type of its config.json; imported when it is needed.
-MODULES: dict[str, str] = {}
+# The module of each family, by the model_type of its config.json; imported when it is needed. It
+# has the families by model_type, as FAMILIES.
+MODULES: dict[str, str] = {
+    'albert': 'bert',
+    'bert': 'bert',
+    'fnet': 'bert',
+    'gpt2': 'gpt2',
+    'marian': 'marian',
+    'roberta': 'bert',
+}
 
 
 def tokens(net: Layer) -> Signature:
@@ -92,5 +100,5 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
 
 
 def _imported(kind: str) -> Family:
-    family: Family = importlib.import_module(f'{__name__}.{MODULES[kind]}').FAMILY
-    return family
+    families: dict[str, Family] = importlib.import_module(f'{__name__}.{MODULES[kind]}').FAMILIES
+    return families[kind]
