@@ -1,5 +1,6 @@
 """Models: functions that return layers."""
 
+from layercomb.models.gemma import Gemma2, Gemma3
 from layercomb.models.llama import Llama
 from layercomb.models.mlp import MLP
 from layercomb.models.qwen import Qwen2, Qwen3
@@ -10,8 +11,10 @@ from layercomb.models.terraformer import Terraformer, TerraformerLM
 from layercomb.models.transformer import TransformerEncoder, TransformerLM
 
 __all__ = [
-    'Llama',
     'MLP',
+    'Gemma2',
+    'Gemma3',
+    'Llama',
     'Qwen2',
     'Qwen3',
     'Reformer',

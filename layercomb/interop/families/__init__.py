@@ -14,7 +14,16 @@ from layercomb.layers.core.layer import Layer
 from layercomb.shapes import Signature, shape_dtype
 
 # The module of each family, by the model_type of its config.json; imported when it is needed.
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    'gemma2': 'gemma',
+    'gemma3': 'gemma',
+    'gemma3_text': 'gemma',
+    'llama': 'llama',
+    'mistral': 'llama',
+    'phi3': 'phi',
+    'qwen2': 'qwen',
+    'qwen3': 'qwen',
+}
 
 
 def tokens(net: Layer) -> Signature:
