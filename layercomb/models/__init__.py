@@ -2,6 +2,7 @@
 
 from layercomb.models.bert import BERT
 from layercomb.models.fnet import FNet
+from layercomb.models.gemma import Gemma2, Gemma3
 from layercomb.models.gpt2 import GPT2
 from layercomb.models.llama import Llama
 from layercomb.models.marian import Marian
@@ -19,6 +20,8 @@ __all__ = [
     'GPT2',
     'MLP',
     'FNet',
+    'Gemma2',
+    'Gemma3',
     'Llama',
     'Marian',
     'Qwen2',
