@@ -22,6 +22,14 @@ MODULES: dict[str, str] = {
     'gpt2': 'gpt2',
     'marian': 'marian',
     'roberta': 'bert',
+    'gemma2': 'gemma',
+    'gemma3': 'gemma',
+    'gemma3_text': 'gemma',
+    'llama': 'llama',
+    'mistral': 'llama',
+    'phi3': 'phi',
+    'qwen2': 'qwen',
+    'qwen3': 'qwen',
 }
 
 
@@ -100,5 +108,6 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
 
 
 def _imported(kind: str) -> Family:
-    families: dict[str, Family] = importlib.import_module(f'{__name__}.{MODULES[kind]}').FAMILIES
-    return families[kind]
+    module = importlib.import_module(f'{__name__}.{MODULES[kind]}')
+    made: Family = module.FAMILIES[kind] if hasattr(module, 'FAMILIES') else module.FAMILY
+    return made
