@@ -283,7 +283,8 @@ def _classes() -> Any:
             return node
 
         def visit_Concat(self, node: Any) -> Any:
-            return self._call('concatenated', *self.generic_visit(node).nodes)
+            self.generic_visit(node)
+            return self._call('concatenated', *node.nodes)
 
         def visit_List(self, node: Any) -> Any:
             return self._call('paid', self.generic_visit(node))

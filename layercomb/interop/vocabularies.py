@@ -117,7 +117,7 @@ class Subwords:
         token = None if i in self._special else self.backend.id_to_token(i)
         if token is None:
             return b''
-        table = _byte_of_letter()
+        table = byte_letters()
         if all(letter in table for letter in token):
             return bytes(table[letter] for letter in token)
         return token.encode()  # an added token is written as it is
@@ -299,8 +299,8 @@ def _guarded(run: Callable[[], Any]) -> Any:
 
 
 @functools.cache
-def _byte_of_letter() -> dict[str, int]:
-    """The letter that stands for each byte in byte-level vocabularies.
+def byte_letters() -> dict[str, int]:
+    """The letters that stand for bytes in byte-level vocabularies: letter -> byte.
 
     Printable bytes of Latin-1 stand for themselves, the others are numbered from U+0100 on.
     References: Radford et al., GPT-2, 2019.
