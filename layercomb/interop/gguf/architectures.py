@@ -23,7 +23,7 @@ from layercomb.interop.gguf.weights import Tensor
 from layercomb.interop.tensors import Entry
 
 _BLOCK = re.compile(r'blk\.(\d+)\.')
-_ROPE_FACTORS = 'rope_freqs.weight'
+ROPE_FACTORS = 'rope_freqs.weight'
 # Llama 3.1 and 3.2 as published; the file holds only the factors that follow from these.
 _LLAMA3 = {
     'low_freq_factor': 1.0,
@@ -276,7 +276,7 @@ def _rope_scaling(keys: Keys, file: File, d_head: int) -> dict[str, Any]:
             f'{str(file.path)!r} scales its rotations by {", ".join(long)}, which is not '
             'understood: this file cannot be loaded'
         )
-    factors = file.tensors.get(_ROPE_FACTORS)
+    factors = file.tensors.get(ROPE_FACTORS)
     if factors is not None:
         if kind != 'none' or factor != 1.0:
             raise UsageError(f'{str(file.path)!r} scales its rotations twice: download it again')
@@ -315,7 +315,7 @@ def _llama3_scaling(keys: Keys, factors: Stored, d_head: int) -> dict[str, Any]:
     expected = llama3_factors(scaling, keys.number('rope.freq_base', 10000.0), d_head)
     if values.shape != expected.shape or not np.allclose(values, expected, rtol=1e-3):
         raise UsageError(
-            f'{_ROPE_FACTORS} does not hold the factors of Llama 3.1 or 3.2, the only ones that '
+            f'{ROPE_FACTORS} does not hold the factors of Llama 3.1 or 3.2, the only ones that '
             'are understood: this file cannot be loaded'
         )
     return scaling
