@@ -159,7 +159,8 @@ def test_norms(m, d):
 
 
 def softmax(scores, seen):
-    e = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    scores = np.where(seen, scores, -np.inf)
+    e = np.exp(scores - scores.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
 
@@ -168,14 +169,19 @@ def softmax(scores, seen):
     ('m', 'h', 'c', 'k', 'v'),
     [(1, 12, 200, 64, 64), (3, 2, 17, 5, 21), (2, 1, 1, 1, 1), (8, 3, 40, 24, 12)],
 )
-def test_query_attention(m, h, c, k, v):
-    query = 3 * rng().normal(size=(m * h, k)).astype(np.float32)
+@pytest.mark.parametrize('group', [1, 2, 3, 4, 7])
+@pytest.mark.parametrize('softcap', [None, 2.5])
+def test_query_attention(m, h, c, k, v, group, softcap):
+    query = 3 * rng().normal(size=(m * h * group, k)).astype(np.float32)
     keys, values = (rng().normal(size=(m * h, c, n)).astype(np.float32) for n in (k, v))
     seen = rng().random((m, c)) < 0.5
     seen[:, 0], seen[:, 2 * c // 3 + 1 :] = True, False
-    p = softmax(np.einsum('nk,nck->nc', query, keys), seen.repeat(h, 0))
-    y = jax.jit(kernels.query_attention)(query, keys, values, seen)
-    assert_same(y, np.einsum('nc,ncv->nv', p, values))
+    scores = np.einsum('nk,nck->nc', query, keys.repeat(group, 0))
+    scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+    p = softmax(scores, seen.repeat(h * group, 0))
+    attend = jax.jit(kernels.query_attention, static_argnums=4)
+    y = attend(query, keys, values, seen, softcap)
+    assert_same(y, np.einsum('nc,ncv->nv', p, values.repeat(group, 0)))
 
 
 @needs_kernels
@@ -202,6 +208,11 @@ def test_attention_far_from_what_is_usual():
     seen = np.array([[1, 1, 1], [0, 0, 0], [1, 1, 0], [1, 1, 1]], bool)
     y = np.asarray(kernels.query_attention(query, keys, values, seen))
     np.testing.assert_array_equal(y[:, 0], [1, 0, np.nan, 0])
+    y = np.asarray(kernels.query_attention(query, keys, values, seen, 100.0))
+    np.testing.assert_array_equal(y[:, 0], [1, 0, np.nan, 0])
+    keys[:, :, 0] = 1e-6 * np.arange(3)  # a cap changes nothing that is small
+    y = np.asarray(kernels.query_attention(query, keys, values, seen, 100.0))
+    np.testing.assert_allclose(y, kernels.query_attention(query, keys, values, seen), rtol=1e-6)
 
 
 @needs_kernels

@@ -2,8 +2,10 @@
 
 from layercomb.models.bert import BERT
 from layercomb.models.fnet import FNet
+from layercomb.models.llama import Llama
 from layercomb.models.marian import Marian
 from layercomb.models.mlp import MLP
+from layercomb.models.qwen import Qwen2, Qwen3
 from layercomb.models.reformer import ReformerLM
 from layercomb.models.reformer_seq2seq import Reformer
 from layercomb.models.revnet import RevNet
@@ -15,7 +17,10 @@ __all__ = [
     'BERT',
     'MLP',
     'FNet',
+    'Llama',
     'Marian',
+    'Qwen2',
+    'Qwen3',
     'Reformer',
     'ReformerLM',
     'RevNet',

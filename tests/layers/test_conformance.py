@@ -200,6 +200,7 @@ ROWS: dict[str, Row] = {
     'SinusoidalPositions': Row(tl.SinusoidalPositions),
     'SinusoidalPositions trainable': Row(lambda: tl.SinusoidalPositions(max_len=L, trainable=True)),
     'SmoothL1Loss': Row(tl.SmoothL1Loss, THREE),
+    'SoftCap': Row(lambda: tl.SoftCap(3.0)),
     'Softmax': Row(tl.Softmax),
     'Softplus': Row(tl.Softplus),
     'SparseFF': Row(lambda: tl.SparseFF(12, 4), draws=True),

@@ -1,7 +1,7 @@
 """Attention layers: cores with their decoding caches, and multi-head layers around them.
 
-Shape letters: B batch, L length, D d_model, H heads, K head depth, M memory length or room in a
-cache, T new positions.
+Shape letters: B batch, L length, D d_model, H heads, G heads of keys and values, K head depth, M
+memory length or room in a cache, T new positions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.checks import Rate, Size
+from layercomb.checks import Positive, Rate, Size
 from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.functions import dot_product_attention, local_attention
 from layercomb.layers.attention.multihead import MultiHead, attend, dropout_arguments, heads
@@ -31,7 +31,8 @@ from layercomb.trees import Tree
 class DotProductAttention(Layer):
     """y = softmax(q kᵀ / √K) v, block by block.
 
-    q (B, H, L, K), k (B, H, M, K), v (B, H, M, V) → y (B, H, L, V).
+    q (B, H, L, K), k (B, G, M, K), v (B, G, M, V) → y (B, H, L, V). G divides H; head h of the
+    queries reads head ⌊h·G/H⌋ of keys and values.
 
     In ``PREDICT`` a causal layer caches keys and values, with room for the length of the signature
     given to `init`, and takes the next position or positions. A call that overflows the cache
@@ -41,11 +42,16 @@ class DotProductAttention(Layer):
       causal: whether position t sees positions up to t only.
       dropout: share of the probabilities set to zero in training, in [0, 1).
       masked: whether a fourth input (B, M) bool says which keys are real.
+      scale: factor of the scores, 1/√K if None.
+      softcap: c, which makes scores, after the scale, c·tanh(scores / c); None for no cap.
     """
 
     causal: bool = True
     dropout: Rate = 0.0
     masked: bool = False
+    _: KW_ONLY
+    scale: float | None = None
+    softcap: Positive | None = None
 
     position_wise = False
     n_in = property(lambda self: 3 + self.masked)
@@ -56,7 +62,7 @@ class DotProductAttention(Layer):
         """No weights. The state is a `KVCache` in ``PREDICT`` if causal, else ``{}``.
 
         Args:
-          signature: of q (B, H, L, K), k (B, H, M, K), v (B, H, M, V) and, if masked, mask (B, M).
+          signature: of q (B, H, L, K), k (B, G, M, K), v (B, G, M, V) and, if masked, mask (B, M).
           rng: not used.
           mode: see `Mode`.
         """
@@ -72,7 +78,7 @@ class DotProductAttention(Layer):
         Args:
           weights: ``{}``.
           state: in ``PREDICT``, if causal, a `KVCache` with room for M positions.
-          inputs: q (B, H, L, K), k (B, H, M, K), v (B, H, M, V) and, if masked, mask (B, M) bool.
+          inputs: q (B, H, L, K), k (B, G, M, K), v (B, G, M, V) and, if masked, mask (B, M) bool.
             With a cache all of them hold the next T positions.
           rng: a typed key, needed in training with dropout.
           mode: see `Mode`.
@@ -89,6 +95,8 @@ class DotProductAttention(Layer):
             v,
             causal=self.causal,
             mask=mask[0] if mask else None,
+            scale=self.scale,
+            softcap=self.softcap,
             **dropout_arguments(self.dropout, rng, mode),
         )
         return (y,), state
@@ -98,14 +106,24 @@ class DotProductAttention(Layer):
         refuse_overflow(position, length, room)
         cache = cache.append(position, k=k, v=v, mask=mask)
         keys, values = cache.by_row(cache.k), cache.by_row(cache.v)
-        y = dot_product_attention(q, keys, values, causal=True, mask=cache.mask, offset=position)
+        y = dot_product_attention(
+            q,
+            keys,
+            values,
+            causal=True,
+            mask=cache.mask,
+            offset=position,
+            scale=self.scale,
+            softcap=self.softcap,
+        )
         return (poison_overflow(y, position, length, room),), cache
 
 
 class LocalAttention(Layer):
     """Softmax attention of each position to its own chunk and the chunks around it.
 
-    q and k (B, H, L, K), v (B, H, L, V) → y (B, H, L, V).
+    q (B, H, L, K), k (B, G, L, K), v (B, G, L, V) → y (B, H, L, V), heads as of
+    `DotProductAttention`.
 
     The sequence is cut into chunks of `chunk_len`. Position t sees positions from the start of
     chunk ⌊t / chunk_len⌋ − look_back, up to itself if causal, else to the end of chunk
@@ -121,6 +139,7 @@ class LocalAttention(Layer):
       causal: whether position t sees positions up to t only.
       dropout: share of the probabilities set to zero in training, in [0, 1).
       masked: whether a fourth input (B, L) bool says which keys are real.
+      scale, softcap: as of `DotProductAttention`.
 
     Raises:
       ValueError: for a negative look_back or look_ahead, or a causal layer that looks ahead.
@@ -132,6 +151,9 @@ class LocalAttention(Layer):
     causal: bool = True
     dropout: Rate = 0.0
     masked: bool = False
+    _: KW_ONLY
+    scale: float | None = None
+    softcap: Positive | None = None
 
     position_wise = False
     n_in = property(lambda self: 3 + self.masked)
@@ -150,7 +172,8 @@ class LocalAttention(Layer):
         """No weights. The state is a `KVCache` in ``PREDICT`` if causal, else ``{}``.
 
         Args:
-          signature: of q and k (B, H, L, K), v (B, H, L, V) and, if masked, mask (B, L).
+          signature: of q (B, H, L, K), k (B, G, L, K), v (B, G, L, V) and, if masked, mask
+            (B, L).
           rng: not used.
           mode: see `Mode`.
         """
@@ -168,8 +191,8 @@ class LocalAttention(Layer):
         Args:
           weights: ``{}``.
           state: in ``PREDICT``, if causal, a `KVCache`.
-          inputs: q and k (B, H, L, K), v (B, H, L, V) and, if masked, mask (B, L) bool. With a
-            cache all of them hold the next T positions.
+          inputs: q (B, H, L, K), k (B, G, L, K), v (B, G, L, V) and, if masked, mask (B, L) bool.
+            With a cache all of them hold the next T positions.
           rng: a typed key, needed in training with dropout.
           mode: see `Mode`.
 
@@ -194,6 +217,8 @@ class LocalAttention(Layer):
             look_ahead=self.look_ahead,
             causal=self.causal,
             mask=mask,
+            scale=self.scale,
+            softcap=self.softcap,
             **dropout,
         )
 
@@ -215,7 +240,14 @@ class LocalAttention(Layer):
         keys, values, seen = (jax.vmap(piece)(x, start) for x in whole)
         if length == 1:
             y = dot_product_attention(
-                q, keys, values, causal=True, mask=seen, offset=front + within
+                q,
+                keys,
+                values,
+                causal=True,
+                mask=seen,
+                offset=front + within,
+                scale=self.scale,
+                softcap=self.softcap,
             )
         else:
             y = self._attend_aligned(q, keys, values, seen, front + within)
@@ -254,6 +286,17 @@ class DenseHeads(MultiHead):
       masked: whether a last input, bool, says which keys are real.
       dropout: share of the probabilities set to zero in training, in [0, 1).
       query, key, value, core, output: the parts, to be replaced; None for the default ones.
+      n_kv_heads: G, heads of keys and values, which H/G heads of queries each share (grouped-query
+        attention); it divides H. None for H. Decoding caches hold G heads.
+      qkv_bias: whether the projections to queries, keys and values have a bias.
+      out_bias: whether the projection from heads has a bias.
+      query_norm, key_norm: layers applied to queries (B, H, L, K) and keys (B, G, M, K) before
+        rotary, e.g. `RMSNorm()`, whose weight (K,) all heads share; or None.
+      scale: factor of the scores, 1/√K if None.
+      softcap: c, which makes scores, after the scale, c·tanh(scores / c); None for no cap.
+
+    Raises:
+      ValueError: if G does not divide H.
     """
 
     n_heads: Size
@@ -266,6 +309,13 @@ class DenseHeads(MultiHead):
     value: Layer | None = None
     core: Layer | None = None
     output: Layer | None = None
+    n_kv_heads: Size | None = None
+    qkv_bias: bool = True
+    out_bias: bool = True
+    query_norm: Layer | None = None
+    key_norm: Layer | None = None
+    scale: float | None = None
+    softcap: Positive | None = None
 
 
 class OfItself(DenseHeads):
@@ -295,7 +345,8 @@ class OfItself(DenseHeads):
 class SelfAttention(OfItself):
     """Multi-head attention of a sequence to itself: (B, L, D) → (B, L, D).
 
-    y = concat_h(softmax(q_h k_hᵀ / √K) v_h) W_o, with q_h, k_h, v_h projections of x.
+    y = concat_h(softmax(q_h k_gᵀ / √K) v_g) W_o, with q_h, k_g, v_g projections of x, g = ⌊h·G/H⌋,
+    and as many heads of keys and values as of queries, G = H, by default.
 
     Attributes:
       n_heads: H.
@@ -305,16 +356,31 @@ class SelfAttention(OfItself):
       dropout: share of the probabilities set to zero in training, in [0, 1).
       rotary: positions applied to queries and keys, e.g. `RotaryPositions()`.
       query, key, value, core, output: the parts, to be replaced; None for the default ones.
+      n_kv_heads: G, heads of keys and values, which H/G heads of queries each share (grouped-query
+        attention); it divides H. None for H. Decoding caches hold G heads.
+      qkv_bias: whether the projections to queries, keys and values have a bias.
+      out_bias: whether the projection from heads has a bias.
+      query_norm, key_norm: layers applied to queries (B, H, L, K) and keys (B, G, L, K) before
+        rotary, e.g. `RMSNorm()`, whose weight (K,) all heads share; or None.
+      scale: factor of the scores, 1/√K if None.
+      softcap: c, which makes scores, after the scale, c·tanh(scores / c); None for no cap.
+
+    Raises:
+      ValueError: if G does not divide H.
 
     References:
       Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
+      GQA, Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
     """
 
     causal: bool = True
 
     def parts(self) -> dict[str, Layer]:
         """The default parts, around a `DotProductAttention`."""
-        return heads(self, DotProductAttention(self.causal, self.dropout, self.masked))
+        core = DotProductAttention(
+            self.causal, self.dropout, self.masked, scale=self.scale, softcap=self.softcap
+        )
+        return heads(self, core)
 
 
 class LocalSelfAttention(OfItself):
@@ -328,7 +394,8 @@ class LocalSelfAttention(OfItself):
       causal: whether position t sees positions up to t only.
       look_back: chunks seen before a position's own.
       look_ahead: chunks seen after it; 0 if causal.
-      d_head, masked, dropout, rotary: as of `SelfAttention`.
+      d_head, masked, dropout, rotary, n_kv_heads, qkv_bias, out_bias, query_norm, key_norm, scale,
+        softcap: as of `SelfAttention`.
       query, key, value, core, output: the parts, to be replaced; None for the default ones.
     """
 
@@ -343,7 +410,14 @@ class LocalSelfAttention(OfItself):
     def parts(self) -> dict[str, Layer]:
         """The default parts, around a `LocalAttention`."""
         core = LocalAttention(
-            self.chunk_len, self.look_back, self.look_ahead, self.causal, self.dropout, self.masked
+            self.chunk_len,
+            self.look_back,
+            self.look_ahead,
+            self.causal,
+            self.dropout,
+            self.masked,
+            scale=self.scale,
+            softcap=self.softcap,
         )
         return heads(self, core)
 
@@ -360,9 +434,10 @@ class CrossAttention(DenseHeads):
       masked: whether a third input (B, M) bool says which positions of the memory are real.
       dropout: share of the probabilities set to zero in training, in [0, 1).
       query, key, value, core, output: the parts, to be replaced; None for the default ones.
+      n_kv_heads, qkv_bias, out_bias, query_norm, key_norm, scale, softcap: as of `SelfAttention`.
 
     Raises:
-      ValueError: if queries and keys have different depths.
+      ValueError: if queries and keys have different depths, or G does not divide H.
     """
 
     cacheless = True  # the whole memory is given at every step
@@ -380,7 +455,10 @@ class CrossAttention(DenseHeads):
 
     def parts(self) -> dict[str, Layer]:
         """The default parts, around a bidirectional core; keys and values are made `Once`."""
-        made = heads(self, DotProductAttention(False, self.dropout, self.masked))
+        core = DotProductAttention(
+            False, self.dropout, self.masked, scale=self.scale, softcap=self.softcap
+        )
+        made = heads(self, core)
         return {**made, 'key': Once(made['key']), 'value': Once(made['value'])}
 
     def route(self, call: Call, stack: Stack) -> Stack:

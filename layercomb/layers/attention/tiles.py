@@ -96,6 +96,71 @@ def over_heads(
     return jax.tree.map(lambda x: x.reshape(n_rows, n_heads, *x.shape[1:]), out)
 
 
+def by_group(
+    f: Callable[..., Any], shared: tuple[int, ...], summed: tuple[int, ...], n_pairs: int
+) -> Callable[..., Any]:
+    """`f`, a function of one head of queries, for the R heads that share a head of keys.
+
+    Nothing shared is repeated. On the CPU heads are computed one after the other, unless they are
+    small.
+
+    Args:
+      f: takes arrays, or trees of them, and returns a tuple of arrays.
+      shared: the places of the arguments that the heads share; the others get a leading axis R.
+      summed: the places of the results that are summed over the heads, in float32; the others get a
+        leading axis R.
+      n_pairs: (query, key) pairs that `f` holds at a time.
+    """
+
+    def of_group(*args: Any) -> Any:
+        own = [None if i in shared else x for i, x in enumerate(args)]
+        group = jax.tree.leaves(own)[0].shape[0]
+
+        def one(own: Any) -> Any:
+            return f(*[x if i in shared else own[i] for i, x in enumerate(args)])
+
+        if jax.default_backend() != 'cpu' or group * n_pairs <= CPU_PAIRS:
+            out = jax.vmap(one)(own)
+            return tuple(
+                x.sum(0, dtype=jnp.float32) if i in summed else x for i, x in enumerate(out)
+            )
+
+        def step(totals: Any, own: Any) -> Any:
+            out = one(own)
+            totals = tuple(total + out[i] for total, i in zip(totals, summed, strict=True))
+            return totals, tuple(x for i, x in enumerate(out) if i not in summed)
+
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], own))
+        zeros = tuple(jnp.zeros(shapes[i].shape, jnp.float32) for i in summed)
+        totals, stacked = lax.scan(step, zeros, own)
+        sums, rest = dict(zip(summed, totals, strict=True)), iter(stacked)
+        return tuple(sums[i] if i in summed else next(rest) for i in range(len(shapes)))
+
+    return of_group
+
+
+def split_group(x: Any, group: int) -> Any:
+    """Arrays (B, H, …) as (B, H / R, R, …), for R = `group`; None and R = 1 change nothing."""
+    if group == 1:
+        return x
+    return jax.tree.map(lambda x: x.reshape(len(x), -1, group, *x.shape[2:]), x)
+
+
+def join_group(x: jax.Array, group: int) -> jax.Array:
+    """Undoes `split_group`: (B, H / R, R, …) → (B, H, …)."""
+    return x if group == 1 else x.reshape(len(x), -1, *x.shape[3:])
+
+
+def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+    """c·tanh(scores / c) for c = `softcap`; `scores` themselves without one."""
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def uncapped(d_scores: jax.Array, scores: jax.Array, softcap: float | None) -> jax.Array:
+    """The cotangent of the arguments of `capped`, from that of its results, `scores`."""
+    return d_scores if softcap is None else d_scores * (1 - jnp.square(scores / softcap))
+
+
 def keys_of_heads(rng: jax.Array, n_heads: int) -> jax.Array:
     """A random key for every head.
 
