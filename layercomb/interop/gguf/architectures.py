@@ -101,19 +101,18 @@ class Architecture:
         theirs = f'{self.names[stem]}.{kind}'
         return dataclasses.replace(entry, theirs=theirs, transposed=entry.transposed or turned)
 
-    def order(self, name: str, n_rows: int, n_heads: int, n_kv_heads: int) -> np.ndarray | None:
+    def order(self, name: str, n_rows: int, config: Mapping[str, Any]) -> np.ndarray | None:
         """Which row of the file each row of ours is; None if all are where they are.
 
         Args:
           name: of the tensor in the file.
           n_rows: how many rows it has.
-          n_heads: of queries.
-          n_kv_heads: of keys.
+          config: of the model.
         """
         which = re.fullmatch(r'blk\.\d+\.attn_([qk])\.(?:weight|bias)', name)
         if which is None or not self.permutes:
             return None
-        heads = n_heads if which[1] == 'q' else n_kv_heads
+        heads = config['num_attention_heads' if which[1] == 'q' else 'num_key_value_heads']
         if n_rows % (2 * heads):
             raise UsageError(
                 f'{name} has {n_rows} rows, which {heads} heads of pairs do not divide: download '
@@ -128,9 +127,7 @@ class Architecture:
           stored: as it lies in the file.
           config: of the model.
         """
-        heads = config.get('num_attention_heads', 1)
-        n_rows = stored.shape[0]
-        order = self.order(stored.name, n_rows, heads, config.get('num_key_value_heads', heads))
+        order = self.order(stored.name, stored.shape[0], config)
         is_norm = stored.name.endswith('norm.weight')
         return Tensor(stored, order, -self.norm_shift if is_norm else 0.0)
 
@@ -186,6 +183,68 @@ def config_of_file(file: File, architecture: Architecture) -> dict[str, Any]:
         'tie_word_embeddings': 'output.weight' not in file.tensors,
         **config,
     }
+
+
+def metadata_of(config: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]]:
+    """The inverse of `config_of_file`: an architecture and its metadata.
+
+    Args:
+      config: a config.json of the families Llama, Mistral, Qwen or Gemma 3, with all its sizes.
+
+    Raises:
+      UsageError: for a model of another family, or what has no place in the metadata.
+    """
+    architecture = ARCHITECTURES.get(_WRITTEN.get(config['model_type'], ''))
+    if architecture is None:
+        raise UsageError(
+            f'a model of type {config["model_type"]} cannot be written as .gguf, only those of '
+            f'type {", ".join(_WRITTEN)}: save it as a directory of Hugging Face'
+        )
+    width = config['head_dim']
+    made = {
+        'vocab_size': config['vocab_size'],
+        'context_length': config['max_position_embeddings'],
+        'embedding_length': config['hidden_size'],
+        'block_count': config['num_hidden_layers'],
+        'feed_forward_length': config['intermediate_size'],
+        'attention.head_count': config['num_attention_heads'],
+        'attention.head_count_kv': config['num_key_value_heads'],
+        'attention.key_length': width,
+        'attention.value_length': width,
+        'attention.layer_norm_rms_epsilon': float(config['rms_norm_eps']),
+        'rope.dimension_count': width,
+        'rope.freq_base': float(config['rope_theta']),
+        **_rope_metadata(config.get('rope_scaling')),
+    }
+    if config.get('sliding_window') is not None:
+        made['attention.sliding_window'] = config['sliding_window']
+    metadata = {f'{architecture.name}.{name}': value for name, value in made.items()}
+    _prove(architecture, metadata, config)
+    return architecture, metadata
+
+
+def _rope_metadata(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The metadata of a scaling; that of Llama 3 is a tensor."""
+    kind = scaling['rope_type'] if scaling else 'llama3'
+    if scaling is None or kind == 'llama3':
+        return {}
+    if kind not in ('linear', 'yarn'):
+        raise UsageError(
+            f'rotations scaled by {kind!r} have no place in a .gguf file: save the model as a '
+            'directory of Hugging Face'
+        )
+    made: dict[str, Any] = {'type': kind, 'factor': float(scaling['factor'])}
+    if kind == 'yarn':
+        made['original_context_length'] = scaling['original_max_position_embeddings']
+        names = {'beta_fast': 'yarn_beta_fast', 'beta_slow': 'yarn_beta_slow'}
+        made |= {names[k]: float(v) for k, v in scaling.items() if k in names}
+    return {f'rope.scaling.{name}': value for name, value in made.items()}
+
+
+def _prove(
+    architecture: Architecture, metadata: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """Raises a UsageError if the metadata, read again, make another model."""
 
 
 def _llama_like(keys: Keys, file: File, model_type: str) -> dict[str, Any]:
@@ -338,6 +397,14 @@ def llama3_factors(scaling: Mapping[str, Any], base: float, d_head: int) -> np.n
     return scaled.astype(np.float32)
 
 
+# Which architecture a model_type is written as.
+_WRITTEN = {
+    'llama': 'llama',
+    'mistral': 'llama',
+    'qwen2': 'qwen2',
+    'qwen3': 'qwen3',
+    'gemma3_text': 'gemma3',
+}
 ARCHITECTURES: dict[str, Architecture] = {
     each.name: each
     for each in (

@@ -77,15 +77,20 @@ def _tokenizer(file: File, n_tokens: int) -> PretrainedTokenizer | None:
     found = vocabulary(file.metadata, n_tokens)
     template = None
     if found.template is not None:
-        names = {'bos_token': found.bos_id, 'eos_token': found.eos_id}
-        template = ChatTemplate(
-            found.template, {k: found.tokens[i] for k, i in names.items() if i is not None}
-        )
+        template = ChatTemplate(found.template, found.special)
     advice = {ours: file.metadata[k] for k, ours in _SAMPLING.items() if k in file.metadata}
+    ends = [i for i in (found.eos_id, *found.stop_ids) if i is not None]
+    if not ends:
+        raise UsageError(
+            f'{str(file.path)!r} has no tokenizer.ggml.eos_token_id, so no answer would end: '
+            'convert the model again with a recent llama.cpp'
+        )
     return PretrainedTokenizer(
         found.tokenizer(),
+        eos_id=ends[0],
         bos_id=found.bos_id,
         stop_ids=found.stop_ids,
         chat=template,
         generation=advice,
+        tokens=found.special,
     )

@@ -103,9 +103,11 @@ class Vocabulary:
     adds_space: bool
     template: str | None
 
-    def text(self, token: int | None) -> str | None:
-        """The text of a token."""
-        return None if token is None else self.tokens[token]
+    @property
+    def special(self) -> dict[str, str]:
+        """The texts of special tokens by their roles, such as 'eos_token'."""
+        roles = {'bos_token': self.bos_id, 'eos_token': self.eos_id, 'unk_token': self.unknown_id}
+        return {role: self.tokens[i] for role, i in roles.items() if i is not None}
 
     def tokenizer(self) -> Any:
         """The same as a `tokenizers.Tokenizer`.
@@ -274,7 +276,7 @@ def cuts(library: Any, cut: Cut) -> Any:
 
 
 def _of_pieces(library: Any, v: Vocabulary, ids: dict[str, int]) -> Any:
-    unknown = v.text(v.unknown_id)
+    unknown = v.special.get('unk_token')
     made = library.Tokenizer(
         library.models.BPE(
             ids, _merges_of_scores(v, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True
