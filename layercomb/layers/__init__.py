@@ -99,6 +99,14 @@ from layercomb.layers.metrics.regression import (
 from layercomb.layers.positions.axial import AxialPositions
 from layercomb.layers.positions.learned import LearnedPositions
 from layercomb.layers.positions.rotary import RotaryPositions
+from layercomb.layers.positions.scaling import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RotaryScaling,
+    YarnScaling,
+)
 from layercomb.layers.positions.sinusoidal import SinusoidalPositions
 from layercomb.layers.reversible.layers import (
     Reversible,
@@ -155,6 +163,7 @@ __all__ = [
     'Drop',
     'Dropout',
     'Dup',
+    'DynamicScaling',
     'Elu',
     'Embedding',
     'ExactGelu',
@@ -173,10 +182,13 @@ __all__ = [
     'LayerNorm',
     'LeakyRelu',
     'LearnedPositions',
+    'LinearScaling',
+    'Llama3Scaling',
     'LocalAttention',
     'LocalConv',
     'LocalSelfAttention',
     'LogSoftmax',
+    'LongRopeScaling',
     'LowRankDense',
     'Map',
     'MaskedSequenceAccuracy',
@@ -209,6 +221,7 @@ __all__ = [
     'ReversibleSerial',
     'ReversibleSwap',
     'RotaryPositions',
+    'RotaryScaling',
     'Select',
     'SelfAttention',
     'SequenceAccuracy',
@@ -231,6 +244,7 @@ __all__ = [
     'Uniform',
     'VarianceScaling',
     'Wrapper',
+    'YarnScaling',
     'activation',
     'by_head',
     'counted_positions',

@@ -2,6 +2,7 @@
 
 from layercomb.models.bert import BERT
 from layercomb.models.fnet import FNet
+from layercomb.models.gemma import Gemma2, Gemma3
 from layercomb.models.llama import Llama
 from layercomb.models.marian import Marian
 from layercomb.models.mlp import MLP
@@ -17,6 +18,8 @@ __all__ = [
     'BERT',
     'MLP',
     'FNet',
+    'Gemma2',
+    'Gemma3',
     'Llama',
     'Marian',
     'Qwen2',

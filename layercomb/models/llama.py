@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from layercomb import layers as tl
-from layercomb.checks import NonNegative, Positive, Rate, Size, checked
+from layercomb.checks import Fraction, NonNegative, Positive, Rate, Size, checked
 from layercomb.transforms.tying import Tied
 
 
@@ -31,6 +31,7 @@ def Llama(
     d_head: Size | None = None,
     period: Positive = 10000.0,
     scaling: Any = None,
+    share: Fraction = 1.0,
     window: Size | Sequence[Size | None] | None = None,
     epsilon: NonNegative = 1e-6,
     qkv_bias: bool = False,
@@ -64,6 +65,7 @@ def Llama(
       d_head: K; None for D / H.
       period: of the rotary positions.
       scaling: of the rotary positions, e.g. `tl.Llama3Scaling`; None for none.
+      share: part of the features of a head that rotary positions turn.
       window: how many positions a query sees, itself included; None for all before it. A sequence
         alternates over depth, and `n_layers` need not be a multiple of its length.
       epsilon: of the norms.
@@ -90,35 +92,60 @@ def Llama(
     1
     """
     norm = tl.RMSNorm(epsilon, name='norm')
-    head_norm = tl.RMSNorm(epsilon) if qk_norm else None
 
-    def block(window: int | None) -> tl.Serial:
-        attention = (
-            tl.SelfAttention(  # (B, L, D) → q (B, H, L, K), k and v (B, G, L, K) → (B, L, D)
-                n_heads,
-                n_kv_heads=None if n_kv_heads == n_heads else n_kv_heads,
-                d_head=None if d_head is None or d_head * n_heads == d_model else d_head,
-                qkv_bias=qkv_bias,
-                out_bias=out_bias,
-                query_norm=head_norm,
-                key_norm=head_norm,
-                **({} if window is None else {'window': window}),
-                rotary=tl.RotaryPositions(
-                    period, max_len, **({} if scaling is None else {'scaling': scaling})
-                ),
-            )
+    def block(window: int | None) -> tl.Serial:  # (B, L, D) → (B, L, D)
+        attention = grouped_attention(
+            (d_model, n_heads, n_kv_heads, d_head),
+            window=window,
+            biases=(qkv_bias, out_bias),
+            norm=tl.RMSNorm(epsilon) if qk_norm else None,
+            rotary=tl.RotaryPositions(period, max_len, scaling=scaling, share=share),
         )
         feed_forward = gated_feed_forward(d_ff, d_model, activation, ff_bias)
         return decoder_block(attention, feed_forward, norm, dropout, ff_chunk_len)
 
     return decoder(
         tl.Embedding(vocab_size, d_model, tl.Normal(0.02)),  # (B, L) → (B, L, D)
-        [block(each) for each in over_depth(window, n_layers)],  # (B, L, D) → (B, L, D)
+        [block(each) for each in over_depth(window, n_layers)],
         norm,  # (B, L, D) → (B, L, D)
         tl.Dense(vocab_size, use_bias=False, name='head'),  # (B, L, D) → (B, L, V)
         dropout=dropout,
         tied=tied,
         remat=remat,
+    )
+
+
+def grouped_attention(
+    sizes: tuple[int, int, int | None, int | None],
+    *,
+    window: int | None,
+    biases: tuple[bool, bool],
+    norm: tl.Layer | None,
+    rotary: tl.Layer,
+    **options: Any,
+) -> tl.SelfAttention:
+    """Attention with q (B, H, L, K), k and v (B, G, L, K): (B, L, D) → (B, L, D).
+
+    Args:
+      sizes: D, H, G, K; None for G = H, and for K = D / H.
+      window: how many positions a query sees; None for all before it.
+      biases: of the projections to heads, and of the one back.
+      norm: of queries and keys; None for none.
+      rotary: their positions.
+      **options: other fields of `SelfAttention`.
+    """
+    d_model, n_heads, n_kv_heads, d_head = sizes
+    return tl.SelfAttention(
+        n_heads,
+        n_kv_heads=None if n_kv_heads == n_heads else n_kv_heads,
+        d_head=None if d_head is None or d_head * n_heads == d_model else d_head,
+        qkv_bias=biases[0],
+        out_bias=biases[1],
+        query_norm=norm,
+        key_norm=norm,
+        **({} if window is None else {'window': window}),
+        rotary=rotary,
+        **options,
     )
 
 

@@ -187,6 +187,17 @@ ROWS: dict[str, Row] = {
     ),
     'ReversibleSwap': Row(tl.ReversibleSwap, TWO),
     'RotaryPositions': Row(tl.RotaryPositions, (heads(), heads()), (2, 2), 2),
+    'RotaryPositions by length': Row(
+        lambda: tl.RotaryPositions(
+            max_len=L, scaling=tl.DynamicScaling(2.0, 2), share=0.5, layout='pairs'
+        ),
+        (heads(), heads()),
+        (2, 2),
+        2,
+    ),
+    'RotaryPositions scaled': Row(
+        lambda: tl.RotaryPositions(scaling=tl.YarnScaling(4.0, 2)), (heads(), heads()), (2, 2), 2
+    ),
     'SRU': Row(lambda: tl.SRU(6)),
     'Select': Row(lambda: tl.Select([1, 0, 1], n_in=3), (*TWO, stream())),
     'SelfAttention': Row(lambda: tl.SelfAttention(2, rotary=tl.RotaryPositions())),

@@ -19,7 +19,15 @@ MODULES: dict[str, str] = {
     'albert': 'bert',
     'bert': 'bert',
     'fnet': 'bert',
+    'gemma2': 'gemma',
+    'gemma3': 'gemma',
+    'gemma3_text': 'gemma',
+    'llama': 'llama',
     'marian': 'marian',
+    'mistral': 'llama',
+    'phi3': 'phi',
+    'qwen2': 'qwen',
+    'qwen3': 'qwen',
     'roberta': 'bert',
 }
 
@@ -99,5 +107,7 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
 
 
 def _imported(kind: str) -> Family:
-    families: dict[str, Family] = importlib.import_module(f'{__name__}.{MODULES[kind]}').FAMILIES
-    return families[kind]
+    module = importlib.import_module(f'{__name__}.{MODULES[kind]}')
+    families: dict[str, Family] = getattr(module, 'FAMILIES', {})
+    family: Family = families[kind] if families else module.FAMILY
+    return family

@@ -99,7 +99,8 @@ class Architecture:
             )
         turned = stem in self.turned and kind == 'weight'
         theirs = f'{self.names[stem]}.{kind}'
-        return dataclasses.replace(entry, theirs=theirs, transposed=entry.transposed or turned)
+        transposed = entry.transposed or turned
+        return dataclasses.replace(entry, theirs=theirs, transposed=transposed, also=())
 
     def order(self, name: str, n_rows: int, config: Mapping[str, Any]) -> np.ndarray | None:
         """Which row of the file each row of ours is; None if all are where they are.
@@ -219,7 +220,6 @@ def metadata_of(config: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]
     if config.get('sliding_window') is not None:
         made['attention.sliding_window'] = config['sliding_window']
     metadata = {f'{architecture.name}.{name}': value for name, value in made.items()}
-    _prove(architecture, metadata, config)
     return architecture, metadata
 
 
@@ -239,12 +239,6 @@ def _rope_metadata(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
         names = {'beta_fast': 'yarn_beta_fast', 'beta_slow': 'yarn_beta_slow'}
         made |= {names[k]: float(v) for k, v in scaling.items() if k in names}
     return {f'rope.scaling.{name}': value for name, value in made.items()}
-
-
-def _prove(
-    architecture: Architecture, metadata: Mapping[str, Any], config: Mapping[str, Any]
-) -> None:
-    """Raises a UsageError if the metadata, read again, make another model."""
 
 
 def _llama_like(keys: Keys, file: File, model_type: str) -> dict[str, Any]:

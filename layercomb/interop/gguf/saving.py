@@ -13,16 +13,19 @@ import numpy as np
 from layercomb import paths
 from layercomb.errors import UsageError, machine_errors, require
 from layercomb.interop.configs import Config
-from layercomb.interop.families import config_of
+from layercomb.interop.families import config_of, family_of
+from layercomb.interop.gguf import vocabulary_out
 from layercomb.interop.gguf.architectures import (
     ROPE_FACTORS,
     Architecture,
+    config_of_file,
     llama3_factors,
     metadata_of,
 )
 from layercomb.interop.gguf.blocks import Blocks, plain, rounded
-from layercomb.interop.gguf.vocabulary import vocabulary_of
+from layercomb.interop.gguf.file import File, Stored
 from layercomb.interop.gguf.weights import stored
+from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
 from layercomb.transforms.narrowing import hold_wide
 
@@ -70,13 +73,8 @@ def save(
     family, config = config_of(wide)
     architecture, metadata = metadata_of(config)
     if tokenizer is not None:
-        found = vocabulary_of(tokenizer)
-        if len(found.tokens) != config['vocab_size']:
-            raise UsageError(
-                f'the tokenizer has {len(found.tokens):,} tokens and the model '
-                f'{config["vocab_size"]:,}: take the tokenizer of this model'
-            )
-        metadata |= found.metadata()
+        found = vocabulary_out.vocabulary_of(tokenizer, config['vocab_size'])
+        metadata |= vocabulary_out.metadata_of(found)
     entries = [architecture.renamed(entry) for entry in family.entries(Config(config))]
     tensors = (
         _Out(name, *_in_their_order(architecture, config, name, shape, blocks, rows))
@@ -84,7 +82,25 @@ def save(
     )
     made = [_narrowed(each, dtype or 'float32') for each in tensors]
     made += _rope_factors(config)
+    _check_alike(wide, architecture, metadata, made)
     return _write(paths.local(path, 'path'), architecture.name, metadata, made, dtype)
+
+
+def _check_alike(
+    wide: Layer, architecture: Architecture, metadata: Mapping[str, Any], made: list[_Out]
+) -> None:
+    """Raises a UsageError if the file, read again, would make another model."""
+    tensors = {each.name: Stored(each.name, each.shape, each.blocks, each.rows) for each in made}
+    try:
+        config = config_of_file(File(Path('the file'), dict(metadata), tensors), architecture)
+        same = family_of(config).net(Config(config)) == wide
+    except UsageError:
+        same = False
+    if not same:
+        raise UsageError(
+            f'a .gguf file of architecture {architecture.name} cannot say all that this model is: '
+            'save it as a directory of Hugging Face'
+        )
 
 
 def _in_their_order(
@@ -171,4 +187,3 @@ def _add(writer: Any, gguf: Any, name: str, value: Any) -> None:
     else:
         of = {str: kinds.STRING, int: kinds.INT32, float: kinds.FLOAT32}[type(value[0])]
         writer.add_key_value(name, list(value), kinds.ARRAY, of)
-
