@@ -39,10 +39,12 @@ def vocabulary_of(tokenizer: Any, n_tokens: int) -> Vocabulary:
         raise UsageError(f'a tokenizer of type {model["type"]} has no place in a .gguf: {_CURE}')
     pieces = bool(model.get('byte_fallback'))
     tokens, types = _tokens(source, n_tokens, pieces)
-    merges = [tuple(m.split(' ')) if isinstance(m, str) else tuple(m) for m in model['merges']]
-    ids = model['vocab']
+    merges: list[tuple[str, str]] = [
+        (left, right)
+        for left, right in (m.split(' ') if isinstance(m, str) else m for m in model['merges'])
+    ]
     ends = tokenizer.vocabulary.encode('', whole=True)
-    unknown = model.get('unk_token')
+    unknown = model.get('unk_token') or tokenizer.tokens.get('unk_token')
     made = Vocabulary(
         kind='llama' if pieces else 'gpt2',
         cut=None if pieces else _cut(source),
@@ -52,7 +54,7 @@ def vocabulary_of(tokenizer: Any, n_tokens: int) -> Vocabulary:
         merges=() if pieces else tuple(merges),
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
-        unknown_id=None if unknown is None else ids.get(unknown),
+        unknown_id=None if unknown is None else tokenizer.vocabulary.id_of(unknown),
         stop_ids=tokenizer.stop_ids,
         adds_bos=bool(ends) and ends[0] == tokenizer.bos_id,
         adds_eos=bool(ends) and ends[-1] == tokenizer.eos_id,
@@ -131,7 +133,7 @@ def _patterns(step: dict[str, Any]) -> list[str]:
     return [str(kind)]
 
 
-def _scores(merges: list[tuple[str, ...]], tokens: tuple[str, ...]) -> tuple[float, ...]:
+def _scores(merges: list[tuple[str, str]], tokens: tuple[str, ...]) -> tuple[float, ...]:
     """A score for each piece, so that they order the merges as they are."""
     first: dict[str, float] = {}
     for left, right in merges:
@@ -140,7 +142,7 @@ def _scores(merges: list[tuple[str, ...]], tokens: tuple[str, ...]) -> tuple[flo
 
 
 def _check_alike(
-    v: Vocabulary, source: dict[str, Any], merges: list[tuple[str, ...]], n_ends: int
+    v: Vocabulary, source: dict[str, Any], merges: list[tuple[str, str]], n_ends: int
 ) -> None:
     """Raises a UsageError if the file would hold another tokenizer than this one."""
     library = require('tokenizers', 'pretrained')
