@@ -77,13 +77,17 @@ class Llama:
       path: of a .gguf file.
       n_ctx: positions of its cache.
       n_threads: of the computation.
+      vocab_only: whether there is only a tokenizer to read.
     """
 
-    def __init__(self, path, n_ctx=1024, n_threads=2):
+    def __init__(self, path, n_ctx=1024, n_threads=2, vocab_only=False):
         self.lib = library()
-        self.model = self.lib.llama_model_load_from_file(
-            str(path).encode(), self.lib.llama_model_default_params()
-        )
+        params = self.lib.llama_model_default_params()
+        if vocab_only:
+            flags = (ctypes.c_int8 * 8).from_buffer(params, 72)
+            assert list(flags[:3]) == [0, 0, 1], list(flags)  # vocab_only, check_tensors, …
+            flags[0] = 1
+        self.model = self.lib.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
             raise SystemExit(f'llama.cpp does not read {path}')
         self.vocab = self.lib.llama_model_get_vocab(self.model)

@@ -152,7 +152,7 @@ def _write(
         try:
             writer = gguf.GGUFWriter(partial, architecture)
             for name, value in metadata.items():
-                _add(writer, gguf, name, value)
+                add_entry(writer, gguf, name, value)
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             writer.add_file_type(_TYPES[dtype or 'float32'])
             for each in tensors:
@@ -173,7 +173,7 @@ def _write(
     return {file.name: file.stat().st_size}
 
 
-def _add(writer: Any, gguf: Any, name: str, value: Any) -> None:
+def add_entry(writer: Any, gguf: Any, name: str, value: Any) -> None:
     """Adds an entry of metadata: integers as uint32, numbers as float32."""
     kinds = gguf.GGUFValueType
     if isinstance(value, bool):

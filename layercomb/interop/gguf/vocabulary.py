@@ -140,7 +140,7 @@ class Vocabulary:
             added = [library.AddedToken(t, special=special, normalized=False) for t in texts]
             made.add_special_tokens(added) if special else made.add_tokens(added)
         ends = [(self.bos_id, self.adds_bos), (self.eos_id, self.adds_eos)]
-        before, after = ([self.tokens[i]] if i is not None and adds else [] for i, adds in ends)
+        before, after = ([self.tokens[i]] if adds and i is not None else [] for i, adds in ends)
         if before or after:
             parts = library.processors.TemplateProcessing(
                 single=[*before, '$A', *after],
@@ -189,8 +189,8 @@ def vocabulary(metadata: Mapping[str, Any], n_tokens: int) -> Vocabulary:
         ids['eos'],
         ids['unknown'],
         tuple(dict.fromkeys(i for i in stop if i is not None)),
-        of.flag('add_bos_token', begins),
-        of.flag('add_eos_token', False),
+        of.flag('add_bos_token', begins) and ids['bos'] is not None,
+        of.flag('add_eos_token', False) and ids['eos'] is not None,
         of.flag('add_space_prefix', kind == 'llama'),
         template if isinstance(template, str) and template else None,
     )

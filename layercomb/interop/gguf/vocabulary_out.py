@@ -73,16 +73,16 @@ def metadata_of(v: Vocabulary) -> dict[str, Any]:
     made: dict[str, Any] = {
         'model': v.kind,
         'pre': v.cut or 'default',
-        'tokens': v.tokens,
-        'token_type': v.types,
-        'scores': v.scores,
-        'merges': tuple(' '.join(pair) for pair in v.merges),
+        'tokens': list(v.tokens),
+        'token_type': list(v.types),
+        'scores': list(v.scores),
+        'merges': [' '.join(pair) for pair in v.merges],
         **{f'{role}_token_id': i for role, i in roles.items() if i is not None},
         'add_bos_token': v.adds_bos,
         'add_eos_token': v.adds_eos,
         'add_space_prefix': v.adds_space,
     }
-    named = {f'tokenizer.ggml.{name}': value for name, value in made.items() if value != ()}
+    named = {f'tokenizer.ggml.{name}': value for name, value in made.items() if value != []}
     return named if v.template is None else {**named, 'tokenizer.chat_template': v.template}
 
 
