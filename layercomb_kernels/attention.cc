@@ -177,7 +177,8 @@ void ForRows(const Pool& pool, const Some& sizes, const int32_t* at, const float
              const Work& work) {
   InPieces(pool, 4 * sizes.n_x * sizes.n_k * sizes.d, sizes.n_x, 1, [&](int64_t first, int64_t n) {
     for (int64_t i = first; i < first + n; ++i) {
-      work(i, Rows{sizes, at + i * sizes.n_k, rows + i * sizes.n_keys * sizes.d});
+      const float* its = rows + i / sizes.group * sizes.n_keys * sizes.d;
+      work(i, Rows{sizes, at + i * sizes.n_k, its});
     }
   });
 }
