@@ -3,6 +3,7 @@
 from layercomb.models.bert import BERT
 from layercomb.models.fnet import FNet
 from layercomb.models.gemma import Gemma2, Gemma3
+from layercomb.models.gpt2 import GPT2
 from layercomb.models.llama import Llama
 from layercomb.models.marian import Marian
 from layercomb.models.mlp import MLP
@@ -16,6 +17,7 @@ from layercomb.models.transformer_seq2seq import Transformer
 
 __all__ = [
     'BERT',
+    'GPT2',
     'MLP',
     'FNet',
     'Gemma2',

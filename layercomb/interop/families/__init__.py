@@ -22,6 +22,7 @@ MODULES: dict[str, str] = {
     'gemma2': 'gemma',
     'gemma3': 'gemma',
     'gemma3_text': 'gemma',
+    'gpt2': 'gpt2',
     'llama': 'llama',
     'marian': 'marian',
     'mistral': 'llama',

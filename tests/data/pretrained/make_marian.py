@@ -35,6 +35,6 @@ with torch.no_grad():
     logits = net(**tensors).logits.numpy()
     made = net.generate(
         tensors['input_ids'], attention_mask=tensors['attention_mask'], max_new_tokens=16,
-        num_beams=1, do_sample=False, forced_eos_token_id=None, bad_words_ids=None, eos_token_id=999,
+        num_beams=1, do_sample=False, forced_eos_token_id=None, eos_token_id=999,
     ).numpy()  # fmt: skip
 np.savez_compressed(HERE / 'expected.npz', logits=logits, made=made, **given)
