@@ -201,7 +201,7 @@ def metadata_of(config: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]
             f'a model of type {config["model_type"]} cannot be written as .gguf, only those of '
             f'type {", ".join(_WRITTEN)}: save it as a directory of Hugging Face'
         )
-    width = config['head_dim']
+    width, base = head_depth(config), config['rope_theta']
     made = {
         'vocab_size': config['vocab_size'],
         'context_length': config['max_position_embeddings'],
@@ -214,13 +214,19 @@ def metadata_of(config: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]
         'attention.value_length': width,
         'attention.layer_norm_rms_epsilon': float(config['rms_norm_eps']),
         'rope.dimension_count': width,
-        'rope.freq_base': float(config['rope_theta']),
+        **({} if base is None else {'rope.freq_base': float(base)}),
         **_rope_metadata(config.get('rope_scaling')),
     }
     if config.get('sliding_window') is not None:
         made['attention.sliding_window'] = config['sliding_window']
     metadata = {f'{architecture.name}.{name}': value for name, value in made.items()}
     return architecture, metadata
+
+
+def head_depth(config: Mapping[str, Any]) -> int:
+    """The depth of a head, which a config.json may leave out."""
+    depth: int = config.get('head_dim') or config['hidden_size'] // config['num_attention_heads']
+    return depth
 
 
 def _rope_metadata(scaling: Mapping[str, Any] | None) -> dict[str, Any]:

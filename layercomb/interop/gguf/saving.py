@@ -19,6 +19,7 @@ from layercomb.interop.gguf.architectures import (
     ROPE_FACTORS,
     Architecture,
     config_of_file,
+    head_depth,
     llama3_factors,
     metadata_of,
 )
@@ -139,7 +140,7 @@ def _rope_factors(config: Mapping[str, Any]) -> list[_Out]:
     scaling = config.get('rope_scaling')
     if not scaling or scaling['rope_type'] != 'llama3':
         return []
-    factors = llama3_factors(scaling, config['rope_theta'], config['head_dim'])
+    factors = llama3_factors(scaling, config['rope_theta'], head_depth(config))
     return [_Out(ROPE_FACTORS, factors.shape, *plain(factors[None]))]
 
 

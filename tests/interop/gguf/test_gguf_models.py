@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import operator
 
 import gguf
 import jax
@@ -17,6 +16,7 @@ from layercomb.interop import gguf as ours
 from layercomb.interop import memory
 from layercomb.interop.gguf import architectures, saving
 from layercomb.interop.gguf import file as gguf_file
+from layercomb.supervised import decoding
 
 IDS = jnp.array([[1, 5, 60, 33, 7, 2, 2, 90]], jnp.int32)
 SIZES = {'vocab_size': 96, 'd_model': 64, 'd_ff': 96, 'n_layers': 3, 'n_heads': 4, 'max_len': 64}
@@ -87,7 +87,7 @@ MODELS = {
     'Mistral': (models.Llama, {'window': 4}),
     'Qwen 2': (models.Qwen2, {'tied': True}),
     'Qwen 3': (models.Qwen3, {'d_head': 32}),
-    'Gemma 3': (models.Gemma3, {'d_head': 16, 'n_layers': 7, 'window': 4}),
+    'Gemma 3': (models.Gemma3, {'d_head': 16, 'n_layers': 7, 'window': (*[4] * 5, None)}),
 }
 
 
@@ -129,7 +129,8 @@ def test_names_and_order_are_those_of_llama_cpp(path):
         stored['blk.2.attn_v.weight'], np.asarray(w[f'{at}/value/kernel'][2]).reshape(64, 32).T
     )
     np.testing.assert_array_equal(
-        stored['blk.0.attn_output.weight'], np.asarray(w[f'{at}/output/kernel'][0]).reshape(64, 64).T
+        stored['blk.0.attn_output.weight'],
+        np.asarray(w[f'{at}/output/kernel'][0]).reshape(64, 64).T,
     )
     np.testing.assert_array_equal(stored['token_embd.weight'], np.asarray(w['embedding/table']))
     fields = {k: f.contents() for k, f in reader.fields.items()}
@@ -153,11 +154,11 @@ def test_narrow_weights_stay_as_they_are_in_the_file(dtype, tied, path):
     table = w['embedding/table']
     assert table.dtype == (jnp.int8 if dtype in kinds else jnp.bfloat16)
     if dtype == 'float16':  # bfloat16 has fewer digits
-        wide = lc.Model(wide.layer, jax.tree.map(
-            lambda x: x if x.ndim == 1 else x.astype(jnp.bfloat16).astype(jnp.float32),
+        wide = lc.Model(wide.layer, lc.trees.map_with_path(
+            lambda p, x: x if p.endswith('scale') else x.astype(jnp.bfloat16).astype(jnp.float32),
             wide.weights))  # fmt: skip
     # Kernels round activations to 16 bits.
-    np.testing.assert_allclose(narrow(IDS), wide(IDS), atol=2e-3 if dtype != 'float16' else 2e-2)
+    np.testing.assert_allclose(narrow(IDS), wide(IDS), atol=2e-3)
     made, _ = narrow.layer.init((lc.shape_dtype((1, 8), 'int32'),), jax.random.key(0))
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), narrow.weights)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == shapes
@@ -207,7 +208,7 @@ def test_several_types_in_one_leaf_become_bfloat16(path):
 def test_a_narrow_tied_model_decodes_and_trains_no_more(path):
     ours.save(path, llama(), dtype='q8_0')
     narrow, _ = ours.load(path)
-    made = lc.generate(narrow, IDS, 4, temperature=0.0)
+    made = decoding.generate(narrow, IDS, 4, temperature=0.0)
     slow = IDS
     for _ in range(4):
         slow = jnp.concatenate([slow, narrow(slow)[:, -1:].argmax(-1).astype(jnp.int32)], 1)
@@ -262,7 +263,7 @@ def test_free_memory(tmp_path, monkeypatch):
         ({'block_count': 4}, 'announces 4 layers and holds 3'),
         ({'block_count': 2**31}, 'block_count is 2147483648 and no positive integer'),
         ({'expert_count': 8}, 'llama.expert_count = 8, which is not understood'),
-        ({'attention__key_length': None, 'embedding_length': 63}, 'do not fit the configuration'),
+        ({'embedding_length': 48}, 'do not fit the configuration'),
         ({'attention__value_length': 8}, 'value_length is 8, and only 16 is understood'),
         ({'attention__head_count': None}, 'no llama.attention.head_count: convert the model again'),
         ({'attention__head_count': [4, 4, 2]}, 'differs from layer to layer'),
@@ -302,11 +303,11 @@ def test_what_cannot_be_saved(path):
     with pytest.raises(UsageError, match='cannot say all that this model is'):
         ours.save(path, random(models.Gemma3, d_head=16, n_layers=6, window=4, logit_softcap=9.0,
                                local_period=77.0))  # fmt: skip
-    with pytest.raises(UsageError, match='of type phi3 cannot be written as .gguf, only those'):
+    with pytest.raises(UsageError, match=r'of type phi3 cannot be written as \.gguf, only those'):
         architectures.metadata_of({'model_type': 'phi3'})
     with pytest.raises(UsageError, match="rotations scaled by 'dynamic' have no place"):
         ours.save(path, random(models.Llama, scaling=tl.DynamicScaling(2.0, 32)))
-    with pytest.raises(UsageError, match="dtype='int3': give one of float32, float16, bfloat16, q8"):
+    with pytest.raises(UsageError, match="dtype='int3': give one of float32, float16, bfloat16"):
         ours.save(path, llama(), dtype='int3')
     with pytest.raises(UsageError, match='no weights to save'):
         ours.save(path, lc.Model(llama().layer))
@@ -346,7 +347,7 @@ def test_smollm2_answers():
     whole = jnp.asarray([*ids, *ANSWER[:-1]], jnp.int32)[None]
     assert model(whole)[0, len(ids) - 1 :].argmax(-1).tolist() == ANSWER
     assert tokenizer.stop_ids == (2, 0) and tokenizer.decode(ANSWER).endswith('Paris.')
-    assert operator.itemgetter('embedding/table')(lc.trees.flatten(model.weights)).dtype == jnp.int8
+    assert lc.trees.flatten(model.weights)['embedding/table'].dtype == jnp.int8
 
 
 @pytest.mark.slow
