@@ -42,11 +42,14 @@ MODULES: dict[str, str] = {
     'gemma2': 'gemma',
     'gemma3': 'gemma',
     'gemma3_text': 'gemma',
+    'gpt2': 'gpt2',
     'llama': 'llama',
+    'marian': 'marian',
     'mistral': 'llama',
     'phi3': 'phi',
     'qwen2': 'qwen',
     'qwen3': 'qwen',
+    'roberta': 'bert',
 }
 
 
@@ -131,3 +134,7 @@ def _imported(kind: str) -> Family:
     module = importlib.import_module(f'{__name__}.{MODULES[kind]}')
     made: Family = module.FAMILIES[kind] if hasattr(module, 'FAMILIES') else module.FAMILY
     return made
+    module = importlib.import_module(f'{__name__}.{MODULES[kind]}')
+    families: dict[str, Family] = getattr(module, 'FAMILIES', {})
+    family: Family = families[kind] if families else module.FAMILY
+    return family
