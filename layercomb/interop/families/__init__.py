@@ -30,26 +30,6 @@ PLACES: dict[str, str] = {
     'qwen2': 'qwen.QWEN',
     'qwen3': 'qwen.QWEN',
     'roberta': 'bert.ROBERTA',
-# The module of each family, by the model_type of its config.json; imported when it is needed. It
-# has the families by model_type, as FAMILIES.
-MODULES: dict[str, str] = {
-    'albert': 'bert',
-    'bert': 'bert',
-    'fnet': 'bert',
-    'gpt2': 'gpt2',
-    'marian': 'marian',
-    'roberta': 'bert',
-    'gemma2': 'gemma',
-    'gemma3': 'gemma',
-    'gemma3_text': 'gemma',
-    'gpt2': 'gpt2',
-    'llama': 'llama',
-    'marian': 'marian',
-    'mistral': 'llama',
-    'phi3': 'phi',
-    'qwen2': 'qwen',
-    'qwen3': 'qwen',
-    'roberta': 'bert',
 }
 
 
@@ -130,11 +110,4 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
 def _imported(kind: str) -> Family:
     module, _, name = PLACES[kind].partition('.')
     family: Family = getattr(importlib.import_module(f'{__name__}.{module}'), name)
-    return family
-    module = importlib.import_module(f'{__name__}.{MODULES[kind]}')
-    made: Family = module.FAMILIES[kind] if hasattr(module, 'FAMILIES') else module.FAMILY
-    return made
-    module = importlib.import_module(f'{__name__}.{MODULES[kind]}')
-    families: dict[str, Family] = getattr(module, 'FAMILIES', {})
-    family: Family = families[kind] if families else module.FAMILY
     return family
