@@ -107,6 +107,8 @@ MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 0]], bool)
         tl.SelfAttention(2),
         tl.SelfAttention(2, d_head=6, rotary=tl.RotaryPositions(), masked=True),
         tl.SelfAttention(4, causal=False, masked=True),
+        tl.SelfAttention(2, window=3),
+        tl.SelfAttention(2, window=2, masked=True, rotary=tl.RotaryPositions()),
         tl.SelfAttention(4, n_kv_heads=2, rotary=tl.RotaryPositions(), scale=0.7, softcap=0.4),
         tl.SelfAttention(
             6,
@@ -125,7 +127,8 @@ def test_self_attention(layer):
     mask = (MASK,) if layer.masked else ()
 
     def sees(b, t, s):
-        return (not layer.causal or s <= t) and (not mask or MASK[b, s])
+        near = layer.window is None or s > t - layer.window
+        return near and (not layer.causal or s <= t) and (not mask or MASK[b, s])
 
     scores = {'scale': layer.scale, 'softcap': layer.softcap}
     wanted = slow(made(layer, x.shape), x, x, sees, layer.rotary is not None, **scores)
@@ -256,6 +259,7 @@ def test_parts_that_nobody_chose_follow_the_other_fields():
         'CrossAttention(2, d_head=3, masked=True, dropout=0.5)',
         "LSHSelfAttention(2, n_hashes=2, d_head=3, masked=True, seed=1, name='x')",
         'SparseQKVAttention(2, 8, kernel_size=(1, 1), rotary=RotaryPositions())',
+        'SelfAttention(2, window=4, d_head=3, masked=True, rotary=RotaryPositions())',
         'SelfAttention(6, n_kv_heads=2, qkv_bias=False, key_norm=RMSNorm(), softcap=5.0)',
     ],
 )
@@ -300,6 +304,7 @@ def decode(layer, x, prompt, state=None, weights=None, steps=None):
 DECODERS = [
     tl.SelfAttention(2, rotary=tl.RotaryPositions()),
     tl.LocalSelfAttention(2, 2, rotary=tl.RotaryPositions()),
+    tl.SelfAttention(2, window=3, rotary=tl.RotaryPositions()),
 ]
 GROUPED = [
     tl.SelfAttention(
@@ -325,7 +330,7 @@ def test_decoding_with_shared_heads(layer, kernels):
     assert state['core'].k.shape[0] == state['core'].v.shape[0] == B * layer.n_kv_heads
 
 
-@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
+@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local', 'window'])
 def test_decoding_equals_evaluation_from_any_prompt(layer):
     x = values(B, L, D)
     for prompt in (1, 4):
@@ -334,7 +339,7 @@ def test_decoding_equals_evaluation_from_any_prompt(layer):
         assert state['core'].position.rows.tolist() == [L, L]
 
 
-@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
+@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local', 'window'])
 def test_rows_stand_at_positions_of_their_own(layer):
     x, lengths = values(B, L, D), np.array([2, 4])
     weights = made(layer, x.shape)
@@ -351,7 +356,7 @@ def test_rows_stand_at_positions_of_their_own(layer):
     assert state['core'].position.rows.tolist() == [5, 7]
 
 
-@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
+@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local', 'window'])
 def test_running_past_the_cache_is_refused(layer):
     x, weights = jnp.asarray(values(B, 3, D)), made(layer, (B, 3, D))
     state = tl.seek(init_state(layer, signature_of(x)), jnp.array([1, 2]))
@@ -362,7 +367,7 @@ def test_running_past_the_cache_is_refused(layer):
     assert len(notes) == 1 and notes[0].startswith(f'in {type(layer).__name__}.core: ')
 
 
-@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
+@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local', 'window'])
 def test_running_past_the_cache_is_nan_in_the_rows_concerned(layer):
     x, weights = values(B, 3, D), made(layer, (B, 3, D))
     state = tl.seek(init_state(layer, signature_of(x)), jnp.array([1, 3]))
@@ -371,8 +376,44 @@ def test_running_past_the_cache_is_nan_in_the_rows_concerned(layer):
     assert np.isfinite(y[0]).all()
 
 
-def test_masked_decoding_equals_evaluation():
-    layer, x = tl.SelfAttention(2, masked=True), values(B, L, D)
+@pytest.mark.parametrize('window', [1, 2, 3, 6, 7, 9])
+def test_windows_of_any_length_decode_as_they_evaluate(window):
+    layer, x = tl.SelfAttention(2, window=window), values(B, L, D)
+    for prompt in (1, 3, L):
+        y, _ = decode(layer, x, prompt)
+        np.testing.assert_allclose(y, run(layer, x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_reads_only_the_window():
+    """What lies before the window, or after the position, may be anything, and no array is L²."""
+    layer, x = tl.SelfAttention(2, window=3), values(B, L, D)
+    weights = made(layer, x.shape)
+    _, state = decode(layer, x[:, :5], 5, init_state(layer, signature_of(x)), weights)
+    (wanted,), _ = apply(layer, weights, state, (x[:, 5:6],), Mode.PREDICT)
+    core = state['core']
+    rest = jnp.array([t not in (3, 4) for t in range(L)])[None, :, None]
+    spoilt = core.replace(k=jnp.where(rest, jnp.nan, core.k), v=jnp.where(rest, jnp.nan, core.v))
+    (got,), _ = apply(layer, weights, {**state, 'core': spoilt}, (x[:, 5:6],), Mode.PREDICT)
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_window_is_of_causal_attention():
+    with pytest.raises(ValueError, match=r'window=4 is of causal attention: leave causal=True'):
+        tl.SelfAttention(2, causal=False, window=4)
+    with pytest.raises(ValueError, match='Attention: window must be at least 1, got 0'):
+        tl.SelfAttention(2, window=0)
+    q = jnp.ones((1, 1, 3, 4))
+    with pytest.raises(ValueError, match='window=4 is of causal attention: pass causal=True'):
+        tl.dot_product_attention(q, q, q, window=4)
+    with pytest.raises(ValueError, match='window must be at least 1, got 0'):
+        tl.dot_product_attention(q, q, q, causal=True, window=0)
+
+
+@pytest.mark.parametrize(
+    'layer', [tl.SelfAttention(2, masked=True), tl.SelfAttention(2, masked=True, window=2)]
+)
+def test_masked_decoding_equals_evaluation(layer):
+    x = values(B, L, D)
     weights, wanted = made(layer, x.shape), run(layer, x, MASK)
     state, out = init_state(layer, signature_of((x, jnp.asarray(MASK)))), []
     for start, stop in ((0, 3), (3, 4), (4, 5)):

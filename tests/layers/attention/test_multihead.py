@@ -27,6 +27,7 @@ LAYERS = {
     'dense, rotary': lambda: tl.SelfAttention(
         2, masked=True, dropout=0.3, rotary=tl.RotaryPositions()
     ),
+    'window': lambda: tl.SelfAttention(2, masked=True, dropout=0.3, window=5),
     'local, no bias': lambda: tl.LocalSelfAttention(
         2,
         4,
