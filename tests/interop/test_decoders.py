@@ -10,13 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from layercomb import models, tl, trees
-from layercomb.errors import UsageError, UsageWarning
 from layercomb.interop.configs import Config
 from layercomb.interop.families import config_of, family_of
 from layercomb.interop.tensors import fill, shapes_of, spill
 from layercomb.layers.core.mode import Mode
-from layercomb.transforms.tying import Tied
 
 FOLDER = Path(__file__).parents[1] / 'data' / 'pretrained'
 spec = importlib.util.spec_from_file_location('make_decoders', FOLDER / 'make_decoders.py')
