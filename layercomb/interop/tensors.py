@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any, Protocol
 
 import jax
@@ -48,6 +49,7 @@ class Entry:
       transposed: whether theirs is (out, in), as of ``torch.nn.Linear``, where ours is (in, out).
       layers: the numbers of the layers that `Repeat` stacks in ours; None if it is not stacked.
       part: the rows (first, end) of a fused tensor, along its axis of results; None takes all.
+      is_row: whether theirs, a vector, has a first axis of 1.
       also: other names that the tensor may have. One of all these must be there, and if there are
         several, such as both ends of a tied table, they must be equal.
     """
@@ -57,6 +59,7 @@ class Entry:
     transposed: bool = False
     layers: Sequence[int] | None = None
     part: tuple[int, int] | None = None
+    is_row: bool = False
     also: tuple[str, ...] = ()
 
     @property
@@ -81,7 +84,8 @@ class Entry:
         """
         stacked = 0 if self.layers is None else 1
         if declared.is_vector or len(ours) == stacked + 1:
-            return (math.prod(ours[stacked:]),)
+            n = math.prod(ours[stacked:])
+            return (1, n) if self.is_row else (n,)
         first, second = (
             math.prod(ours[a] for a in side) for side in (declared.first, declared.second)
         )
@@ -122,7 +126,7 @@ def fill(
       entries: one or several for each weight.
       tensors: by name.
       ignored: patterns of names that hold nothing to load, such as a table of sines.
-      dtype: of the weights.
+      dtype: of the weights, or a function from a path to the dtype of that weight.
 
     Returns:
       The weights, a nested dict of JAX arrays.
@@ -136,7 +140,8 @@ def fill(
     for entry in entries:
         like = flat[entry.ours]
         shape = like.shape if entry.layers is None else like.shape[1:]
-        stack = np.empty((len(entry.names), *shape), jnp.dtype(dtype))
+        given = dtype(entry.ours) if isinstance(dtype, FunctionType) else dtype
+        stack = np.empty((len(entry.names), *shape), jnp.dtype(given))
         for i, names in enumerate(entry.all_names):
             tensor = entry.cut(_read(names, tensors))
             stack[i] = (tensor.T if entry.transposed else tensor).reshape(shape)

@@ -37,6 +37,7 @@ from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.dropout import Dropout
 from layercomb.layers.basic.embedding import Embedding
 from layercomb.layers.basic.fn import Fn
+from layercomb.layers.basic.fourier import FourierMixing
 from layercomb.layers.basic.gated import GatedDense
 from layercomb.layers.basic.initializers import (
     Constant,
@@ -169,6 +170,7 @@ __all__ = [
     'Flatten',
     'Fn',
     'FoldHeads',
+    'FourierMixing',
     'GatedDense',
     'Gelu',
     'HardSigmoid',

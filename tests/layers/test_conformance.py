@@ -147,7 +147,9 @@ ROWS: dict[str, Row] = {
     'LayerNorm': Row(lambda: tl.LayerNorm(epsilon=1e-5)),
     'LeakyRelu': Row(tl.LeakyRelu),
     'LeakyRelu steeper': Row(lambda: tl.LeakyRelu(0.2)),
+    'FourierMixing': Row(tl.FourierMixing, axes=()),
     'LearnedPositions': Row(lambda: tl.LearnedPositions(L)),
+    'LearnedPositions later rows': Row(lambda: tl.LearnedPositions(L, first=2)),
     'LocalAttention': Row(lambda: tl.LocalAttention(2), QKV, (2, 2, 2), 2),
     'LocalConv': Row(lambda: tl.LocalConv(2, (2, 3), n_outputs=2)),
     'LocalSelfAttention': Row(

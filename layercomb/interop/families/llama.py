@@ -249,4 +249,4 @@ def config(net: Layer) -> dict[str, Any]:
     return {'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', **made, **biases}
 
 
-FAMILY = Family('Llama', net, entries, config, ignored=TABLES)
+LLAMA = Family('Llama', net, entries, config, ignored=TABLES)
