@@ -242,16 +242,11 @@ def config(net: Layer) -> dict[str, Any]:
     _, blocks, _, _ = parts_of(net)
     attention, gated = (residual.layers[1] for residual in blocks[0].layers)
     made = described(net)
-    if width_of(attention) is not None:
-        window = {'sliding_window': width_of(attention)}
+    if attention.window is not None:
+        window = {'sliding_window': attention.window}
         return {'architectures': ['MistralForCausalLM'], 'model_type': 'mistral', **made, **window}
     biases = {'attention_bias': attention.qkv_bias, 'mlp_bias': gated.use_bias}
     return {'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', **made, **biases}
-
-
-def width_of(attention: Any) -> int | None:
-    """The window of an attention layer; None for none."""
-    return getattr(attention, 'window', None)
 
 
 LLAMA = Family('Llama', net, entries, config, ignored=TABLES)
