@@ -265,41 +265,41 @@ def query_attention(
 
 
 def gathered_cosines(x: jax.Array, at: jax.Array, keys: jax.Array, epsilon: float) -> jax.Array:
-    """y[n, k] = x[n] · w / √(w · w + epsilon), where w = keys[n, at[n, k]].
+    """y[n, k] = x[n] · w / √(w · w + epsilon), where w = keys[⌊n·M/N⌋, at[n, k]].
 
     No other keys are read.
 
     Args:
       x: (N, D) float32.
       at: (N, K) int32; an index out of bounds is clamped.
-      keys: (N, L, D) float32.
+      keys: (M, L, D) float32; M divides N.
       epsilon: added under the root.
 
     Returns:
       (N, K) float32.
     """
     _check_ranks(x=(x, 2), at=(at, 2), keys=(keys, 3))
-    n, length, d = keys.shape
-    _check(x.shape == (n, d) and len(at) == n and length > 0, x, at, keys)
+    (m, length, d), n = keys.shape, len(at)
+    _check(x.shape == (n, d) and n == m * (n // max(m, 1)) and length > 0, x, at, keys)
     _check_dtypes(keys, x, keys)
     at = at.astype(jnp.int32)
     return _call('gathered_cosines', at.shape, x, at, keys, jnp.asarray(epsilon, jnp.float32))
 
 
 def gathered_means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
-    """y[n] = Σ_k p[n, k] values[n, at[n, k]]; no other values are read.
+    """y[n] = Σ_k p[n, k] values[⌊n·M/N⌋, at[n, k]]; no other values are read.
 
     Args:
       p: (N, K) float32.
       at: (N, K) int32; an index out of bounds is clamped.
-      values: (N, L, D) float32.
+      values: (M, L, D) float32; M divides N.
 
     Returns:
       (N, D) float32.
     """
     _check_ranks(p=(p, 2), at=(at, 2), values=(values, 3))
-    n, length, d = values.shape
-    _check(p.shape == at.shape and len(at) == n and length > 0, p, at, values)
+    (m, length, d), n = values.shape, len(at)
+    _check(p.shape == at.shape and n == m * (n // max(m, 1)) and length > 0, p, at, values)
     _check_dtypes(values, p, values)
     return _call('gathered_means', (n, d), p, at.astype(jnp.int32), values)
 

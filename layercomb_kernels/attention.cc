@@ -23,6 +23,27 @@ float Dot(const float* a, const float* b, int64_t n) {
   return total;
 }
 
+// out[r] = a[r] · b for R rows a of n; b is read once.
+template <int R>
+void Dots(const float* a, const float* b, int64_t n, float* out) {
+  if constexpr (R == 1) {
+    *out = Dot(a, b, n);
+    return;
+  }
+  Floats sums[R] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats its = Load<Floats>(b + i);
+    LAYERCOMB_UNROLL
+    for (int r = 0; r < R; ++r) sums[r] += Load<Floats>(a + r * n + i) * its;
+  }
+  LAYERCOMB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    out[r] = Sum(sums[r]);
+    for (int64_t j = i; j < n; ++j) out[r] += a[r * n + j] * b[j];
+  }
+}
+
 // e^x for x ≤ 0 to 3 units in the last place: 2^k times a polynomial in what is left of x, at most
 // half a binary place; 0 where that is below the smallest normal number, NaN for NaN.
 Floats Exp(Floats x) {
@@ -80,7 +101,11 @@ void AddColumns(const float* p, int64_t n_p, const float* rows, int64_t n_rows, 
 // y[r] = Σ_c p[r][c] rows[c] for rows of n, and R of n_p values p.
 template <int R>
 void SumOfRows(const float* p, int64_t n_p, const float* rows, int64_t n_rows, int64_t n, float* y) {
-  constexpr int V = R > 2 ? 2 : 4;  // R · V sums stay in registers
+#if defined(LAYERCOMB_WIDE)
+  constexpr int V = 4;  // R · V sums stay in registers
+#else
+  constexpr int V = R > 2 ? 2 : 4;
+#endif
   int64_t j = 0;
   for (; j + V * kLanes <= n; j += V * kLanes) {
     AddColumns<R, V>(p, n_p, rows + j, n_rows, n, y + j, n);
@@ -135,12 +160,16 @@ struct Queries {
     float most[R];
     std::fill_n(most, R, std::numeric_limits<float>::lowest());
     for (int64_t c = 0; c < n; ++c) {
-      const float* key = keys + (first + c) * d_key;
+      float scores[R];
+      if (its[c]) {
+        Dots<R>(query + i * d_key, keys + (first + c) * d_key, d_key, scores);
+      } else {
+        std::fill_n(scores, R, kFar);
+      }
       LAYERCOMB_UNROLL
       for (int r = 0; r < R; ++r) {
-        const float s = its[c] ? Dot(query + (i + r) * d_key, key, d_key) : kFar;
-        most[r] = s > most[r] ? s : most[r];
-        p[r * room() + c] = s;
+        most[r] = scores[r] > most[r] ? scores[r] : most[r];
+        p[r * room() + c] = scores[r];
       }
     }
     float totals[R];
@@ -177,7 +206,8 @@ void ForRows(const Pool& pool, const Some& sizes, const int32_t* at, const float
              const Work& work) {
   InPieces(pool, 4 * sizes.n_x * sizes.n_k * sizes.d, sizes.n_x, 1, [&](int64_t first, int64_t n) {
     for (int64_t i = first; i < first + n; ++i) {
-      work(i, Rows{sizes, at + i * sizes.n_k, rows + i * sizes.n_keys * sizes.d});
+      const float* its = rows + i / sizes.group * sizes.n_keys * sizes.d;
+      work(i, Rows{sizes, at + i * sizes.n_k, its});
     }
   });
 }

@@ -129,9 +129,10 @@ ffi::Error QueryAttention(ffi::ThreadPool threads, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
-// At (N, K) and keys or values (N, L, D).
+// At (N, K) and keys or values (M, L, D).
 layercomb::Some SomeOf(const Call& call) {
-  return {call.size(1, 0), call.size(1, 1), call.size(2, 1), call.size(2, 2)};
+  const int64_t n_x = call.size(1, 0), n_keyed = call.size(2, 0);
+  return {n_x, n_keyed ? n_x / n_keyed : 1, call.size(1, 1), call.size(2, 1), call.size(2, 2)};
 }
 
 // x (N, D), at, keys and epsilon.

@@ -75,16 +75,16 @@ void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, co
                     const float* values, const bool* seen, float softcap, float* y);
 
 // The sizes of attention of one query for each of n_x rows to n_k of its d-vectors, of which there
-// are n_keys; what lies outside takes the nearest.
+// are n_keys, and which `group` neighbours share; what lies outside takes the nearest.
 struct Some {
-  int64_t n_x, n_k, n_keys, d;
+  int64_t n_x, group, n_k, n_keys, d;
 };
 
-// y[n, k] = x[n] · key / √(key · key + epsilon), with key = keys[n, at[n, k]].
+// y[n, k] = x[n] · key / √(key · key + epsilon), with key = keys[n / group, at[n, k]].
 void GatheredCosines(const Pool& pool, const Some& sizes, const float* x, const int32_t* at,
                      const float* keys, float epsilon, float* y);
 
-// y[n] = Σ_k p[n, k] values[n, at[n, k]].
+// y[n] = Σ_k p[n, k] values[n / group, at[n, k]].
 void GatheredMeans(const Pool& pool, const Some& sizes, const float* p, const int32_t* at,
                    const float* values, float* y);
 

@@ -186,12 +186,14 @@ def test_query_attention(m, h, c, k, v, group, softcap):
 
 @needs_kernels
 @pytest.mark.parametrize(('n', 'k', 'd'), [(1, 256, 64), (12, 90, 64), (3, 1, 21)])
-def test_attention_to_some(n, k, d):
+@pytest.mark.parametrize('group', [1, 3])
+def test_attention_to_some(n, k, d, group):
+    n *= group
     x, p = rng().normal(size=(n, d)).astype(np.float32), rng().random((n, k), np.float32)
-    words = rng().normal(size=(n, 50, d)).astype(np.float32)
+    words = rng().normal(size=(n // group, 50, d)).astype(np.float32)
     at = rng().integers(0, 50, (n, k)).astype(np.int32)
     at[0, 0] = -3  # outside: the nearest is taken
-    rows = np.take_along_axis(words, np.clip(at, 0, 49)[..., None], 1)  # (N, K, D)
+    rows = np.take_along_axis(words.repeat(group, 0), np.clip(at, 0, 49)[..., None], 1)  # (N, K, D)
     wanted = np.einsum('nd,nkd->nk', x, rows) / np.sqrt(np.square(rows).sum(-1) + 0.1)
     assert_same(jax.jit(kernels.gathered_cosines)(x, at, words, 0.1), wanted)
     y = jax.jit(kernels.gathered_means)(p, at, words)

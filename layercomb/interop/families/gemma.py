@@ -200,4 +200,4 @@ def _windows(config: Config) -> tuple[int | None, ...] | None:
     return windows(config, [SLIDING if (i + 1) % every else FULL for i in range(n)])
 
 
-FAMILY = Family('Gemma', net, entries, config, ignored=(*TABLES, *_PICTURES))
+GEMMA = Family('Gemma', net, entries, config, ignored=(*TABLES, *_PICTURES))

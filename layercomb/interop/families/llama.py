@@ -249,8 +249,9 @@ def config(net: Layer) -> dict[str, Any]:
     return {'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', **made, **biases}
 
 
-def width_of(attention):
+def width_of(attention: Any) -> int | None:
+    """The window of an attention layer; None for none."""
     return getattr(attention, 'window', None)
 
 
-FAMILY = Family('Llama', net, entries, config, ignored=TABLES)
+LLAMA = Family('Llama', net, entries, config, ignored=TABLES)

@@ -96,4 +96,4 @@ _DEFAULTS = {
     'partial_rotary_factor': 1.0,
 }
 
-FAMILY = Family('Phi', net, entries, config, ignored=TABLES)
+PHI = Family('Phi', net, entries, config, ignored=TABLES)

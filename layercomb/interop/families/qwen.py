@@ -87,4 +87,4 @@ def _windows(config: Config) -> tuple[int | None, ...] | None:
     return windows(config, kinds)
 
 
-FAMILY = Family('Qwen', net, entries, config, ignored=TABLES)
+QWEN = Family('Qwen', net, entries, config, ignored=TABLES)

@@ -51,8 +51,8 @@ def rotary(
     share = given.number('partial_rotary_factor', config.number('partial_rotary_factor', 1.0))
     if share != 1 and not long:
         raise UsageError(
-            f"config.json: 'partial_rotary_factor' is {share}, and only 1 is understood in models of "
-            'this type: this model cannot be loaded'
+            f"config.json: 'partial_rotary_factor' is {share}, and only 1 is understood in models "
+            'of this type: this model cannot be loaded'
         )
     made: dict[str, Any] = {'period': given.number('rope_theta', outside), 'scaling': scaling}
     given.check_read('rotary positions')

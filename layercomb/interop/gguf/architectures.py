@@ -23,7 +23,7 @@ from layercomb.interop.gguf.weights import Tensor
 from layercomb.interop.tensors import Entry
 
 _BLOCK = re.compile(r'blk\.(\d+)\.')
-_ROPE_FACTORS = 'rope_freqs.weight'
+ROPE_FACTORS = 'rope_freqs.weight'
 # Llama 3.1 and 3.2 as published; the file holds only the factors that follow from these.
 _LLAMA3 = {
     'low_freq_factor': 1.0,
@@ -99,21 +99,21 @@ class Architecture:
             )
         turned = stem in self.turned and kind == 'weight'
         theirs = f'{self.names[stem]}.{kind}'
-        return dataclasses.replace(entry, theirs=theirs, transposed=entry.transposed or turned)
+        transposed = entry.transposed or turned
+        return dataclasses.replace(entry, theirs=theirs, transposed=transposed, also=())
 
-    def order(self, name: str, n_rows: int, n_heads: int, n_kv_heads: int) -> np.ndarray | None:
+    def order(self, name: str, n_rows: int, config: Mapping[str, Any]) -> np.ndarray | None:
         """Which row of the file each row of ours is; None if all are where they are.
 
         Args:
           name: of the tensor in the file.
           n_rows: how many rows it has.
-          n_heads: of queries.
-          n_kv_heads: of keys.
+          config: of the model.
         """
         which = re.fullmatch(r'blk\.\d+\.attn_([qk])\.(?:weight|bias)', name)
         if which is None or not self.permutes:
             return None
-        heads = n_heads if which[1] == 'q' else n_kv_heads
+        heads = config['num_attention_heads' if which[1] == 'q' else 'num_key_value_heads']
         if n_rows % (2 * heads):
             raise UsageError(
                 f'{name} has {n_rows} rows, which {heads} heads of pairs do not divide: download '
@@ -128,9 +128,7 @@ class Architecture:
           stored: as it lies in the file.
           config: of the model.
         """
-        heads = config.get('num_attention_heads', 1)
-        n_rows = stored.shape[0]
-        order = self.order(stored.name, n_rows, heads, config.get('num_key_value_heads', heads))
+        order = self.order(stored.name, stored.shape[0], config)
         is_norm = stored.name.endswith('norm.weight')
         return Tensor(stored, order, -self.norm_shift if is_norm else 0.0)
 
@@ -186,6 +184,67 @@ def config_of_file(file: File, architecture: Architecture) -> dict[str, Any]:
         'tie_word_embeddings': 'output.weight' not in file.tensors,
         **config,
     }
+
+
+def metadata_of(config: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]]:
+    """The inverse of `config_of_file`: an architecture and its metadata.
+
+    Args:
+      config: a config.json of the families Llama, Mistral, Qwen or Gemma 3, with all its sizes.
+
+    Raises:
+      UsageError: for a model of another family, or what has no place in the metadata.
+    """
+    architecture = ARCHITECTURES.get(_WRITTEN.get(config['model_type'], ''))
+    if architecture is None:
+        raise UsageError(
+            f'a model of type {config["model_type"]} cannot be written as .gguf, only those of '
+            f'type {", ".join(_WRITTEN)}: save it as a directory of Hugging Face'
+        )
+    width, base = head_depth(config), config['rope_theta']
+    made = {
+        'vocab_size': config['vocab_size'],
+        'context_length': config['max_position_embeddings'],
+        'embedding_length': config['hidden_size'],
+        'block_count': config['num_hidden_layers'],
+        'feed_forward_length': config['intermediate_size'],
+        'attention.head_count': config['num_attention_heads'],
+        'attention.head_count_kv': config['num_key_value_heads'],
+        'attention.key_length': width,
+        'attention.value_length': width,
+        'attention.layer_norm_rms_epsilon': float(config['rms_norm_eps']),
+        'rope.dimension_count': width,
+        **({} if base is None else {'rope.freq_base': float(base)}),
+        **_rope_metadata(config.get('rope_scaling')),
+    }
+    if config.get('sliding_window') is not None:
+        made['attention.sliding_window'] = config['sliding_window']
+    metadata = {f'{architecture.name}.{name}': value for name, value in made.items()}
+    return architecture, metadata
+
+
+def head_depth(config: Mapping[str, Any]) -> int:
+    """The depth of a head, which a config.json may leave out."""
+    depth: int = config.get('head_dim') or config['hidden_size'] // config['num_attention_heads']
+    return depth
+
+
+def _rope_metadata(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The metadata of a scaling; that of Llama 3 is a tensor."""
+    kind = scaling['rope_type'] if scaling else 'llama3'
+    if scaling is None or kind == 'llama3':
+        return {}
+    if kind not in ('linear', 'yarn'):
+        raise UsageError(
+            f'rotations scaled by {kind!r} have no place in a .gguf file: save the model as a '
+            'directory of Hugging Face'
+        )
+    made: dict[str, Any] = {'type': kind, 'factor': float(scaling['factor'])}
+    if kind == 'yarn':
+        made['original_context_length'] = scaling['original_max_position_embeddings']
+        names = {'beta_fast': 'yarn_beta_fast', 'beta_slow': 'yarn_beta_slow'}
+        made |= {names[k]: float(v) for k, v in scaling.items() if k in names}
+    return {f'rope.scaling.{name}': value for name, value in made.items()}
 
 
 def _llama_like(keys: Keys, file: File, model_type: str) -> dict[str, Any]:
@@ -276,7 +335,7 @@ def _rope_scaling(keys: Keys, file: File, d_head: int) -> dict[str, Any]:
             f'{str(file.path)!r} scales its rotations by {", ".join(long)}, which is not '
             'understood: this file cannot be loaded'
         )
-    factors = file.tensors.get(_ROPE_FACTORS)
+    factors = file.tensors.get(ROPE_FACTORS)
     if factors is not None:
         if kind != 'none' or factor != 1.0:
             raise UsageError(f'{str(file.path)!r} scales its rotations twice: download it again')
@@ -315,7 +374,7 @@ def _llama3_scaling(keys: Keys, factors: Stored, d_head: int) -> dict[str, Any]:
     expected = llama3_factors(scaling, keys.number('rope.freq_base', 10000.0), d_head)
     if values.shape != expected.shape or not np.allclose(values, expected, rtol=1e-3):
         raise UsageError(
-            f'{_ROPE_FACTORS} does not hold the factors of Llama 3.1 or 3.2, the only ones that '
+            f'{ROPE_FACTORS} does not hold the factors of Llama 3.1 or 3.2, the only ones that '
             'are understood: this file cannot be loaded'
         )
     return scaling
@@ -338,6 +397,14 @@ def llama3_factors(scaling: Mapping[str, Any], base: float, d_head: int) -> np.n
     return scaled.astype(np.float32)
 
 
+# Which architecture a model_type is written as.
+_WRITTEN = {
+    'llama': 'llama',
+    'mistral': 'llama',
+    'qwen2': 'qwen2',
+    'qwen3': 'qwen3',
+    'gemma3_text': 'gemma3',
+}
 ARCHITECTURES: dict[str, Architecture] = {
     each.name: each
     for each in (

@@ -173,6 +173,33 @@ def plain(values: np.ndarray) -> tuple[Blocks, np.ndarray]:
     return _NAMED[name], np.ascontiguousarray(values).view(np.uint8)
 
 
+def rounded(values: np.ndarray, dtype: str) -> tuple[Blocks, np.ndarray]:
+    """Numbers as rows of fewer bits, as llama.cpp rounds them.
+
+    Args:
+      values: (M, N) float32.
+      dtype: 'float16', 'bfloat16', 'q8_0' or 'q4_0'. Of the last two, rows that blocks of 32 do
+        not divide become float16.
+
+    Returns:
+      The type, and (M, bytes) uint8.
+
+    Raises:
+      UsageError: if a value is too large for float16.
+    """
+    whole = values.shape[-1] % GROUP == 0
+    with np.errstate(over='ignore'):
+        if dtype in ('q8_0', 'q4_0') and whole:
+            gguf = require('gguf', 'pretrained')
+            found = _NAMED[dtype.upper()]
+            quantize = require('gguf.quants', 'pretrained').quantize
+            return found, quantize(values, gguf.GGMLQuantizationType(found.kind))
+        narrow = values.astype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else np.float16)
+    if not np.isfinite(narrow.astype(np.float32)).all():
+        raise UsageError(f'a weight is too large for {dtype}: save the model in bfloat16')
+    return plain(narrow)
+
+
 def name_of_type(kind: int) -> str:
     """The name of a type by its number, known here or not."""
     gguf = require('gguf', 'pretrained')

@@ -9,13 +9,14 @@ letters without a piece become their UTF-8 bytes.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layercomb.errors import UsageError, require
 
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
-_GPT2 = rf'{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+'
+GPT2_WORDS = rf'{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+'
 _LLAMA3 = (
     rf'(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}%s'
     r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
@@ -26,6 +27,17 @@ _DEFAULT = (
     r'\p{N}+',
     r'[0-9][0-9][0-9]',
 )
+
+
+class Type(enum.IntEnum):
+    """What a token is, as of ``tokenizer.ggml.token_type``."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    OWN = 4  # a whole of several letters that merges do not make
+    UNUSED = 5
+    BYTE = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +58,14 @@ class Cut:
 
 
 CUTS = {
-    'gpt-2': Cut((_GPT2,)),
-    'smollm': Cut((r'\p{N}', _GPT2)),
+    'gpt-2': Cut((GPT2_WORDS,)),
+    'smollm': Cut((r'\p{N}', GPT2_WORDS)),
     'llama-bpe': Cut((_LLAMA3 % '{1,3}',), whole_words=True, begins=True),
     'qwen2': Cut((_LLAMA3 % '',), composed=True),
     'default': Cut(_DEFAULT),  # of llama.cpp, for files that do not say more
 }
 _SAME = {'llama3': 'llama-bpe', 'llama-v3': 'llama-bpe'}
 
-_NORMAL, _UNKNOWN, _CONTROL, _OWN, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
 _PIECE_SPACE = '▁'
 # Tokens that end an answer, by their text, where a file names only one of several.
 _ENDS = ('<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<|endoftext|>', '<end_of_turn>', '<|end|>')
@@ -103,9 +114,11 @@ class Vocabulary:
     adds_space: bool
     template: str | None
 
-    def text(self, token: int | None) -> str | None:
-        """The text of a token."""
-        return None if token is None else self.tokens[token]
+    @property
+    def special(self) -> dict[str, str]:
+        """The texts of special tokens by their roles, such as 'eos_token'."""
+        roles = {'bos_token': self.bos_id, 'eos_token': self.eos_id, 'unk_token': self.unknown_id}
+        return {role: self.tokens[i] for role, i in roles.items() if i is not None}
 
     def tokenizer(self) -> Any:
         """The same as a `tokenizers.Tokenizer`.
@@ -122,12 +135,12 @@ class Vocabulary:
             raise UsageError(
                 f'tokens and merges in the file do not fit together ({e!s:.200}): download it again'
             ) from None
-        for special, kind in ((True, _CONTROL), (True, _UNKNOWN), (False, _OWN)):
+        for special, kind in ((True, Type.CONTROL), (True, Type.UNKNOWN), (False, Type.OWN)):
             texts = [t for t, of in zip(self.tokens, self.types, strict=True) if of == kind and t]
             added = [library.AddedToken(t, special=special, normalized=False) for t in texts]
             made.add_special_tokens(added) if special else made.add_tokens(added)
         ends = [(self.bos_id, self.adds_bos), (self.eos_id, self.adds_eos)]
-        before, after = ([self.tokens[i]] if i is not None and adds else [] for i, adds in ends)
+        before, after = ([self.tokens[i]] if adds and i is not None else [] for i, adds in ends)
         if before or after:
             parts = library.processors.TemplateProcessing(
                 single=[*before, '$A', *after],
@@ -161,7 +174,7 @@ def vocabulary(metadata: Mapping[str, Any], n_tokens: int) -> Vocabulary:
         of.one_of('pre', (*CUTS, *_SAME), 'the pre-tokenizers', 'default')
     of.check_read()
     ids = {name: of.token(name, n_tokens) for name in ('bos', 'eos', 'eot', 'eom', 'unknown')}
-    by_text = {t: i for i, t in enumerate(tokens) if types[i] in (_CONTROL, _OWN)}
+    by_text = {t: i for i, t in enumerate(tokens) if types[i] in (Type.CONTROL, Type.OWN)}
     stop = [ids['eos'], ids['eot'], ids['eom'], *(by_text.get(text) for text in _ENDS)]
     begins = CUTS[cut].begins if cut else True
     template = metadata.get('tokenizer.chat_template')
@@ -176,8 +189,8 @@ def vocabulary(metadata: Mapping[str, Any], n_tokens: int) -> Vocabulary:
         ids['eos'],
         ids['unknown'],
         tuple(dict.fromkeys(i for i in stop if i is not None)),
-        of.flag('add_bos_token', begins),
-        of.flag('add_eos_token', False),
+        of.flag('add_bos_token', begins) and ids['bos'] is not None,
+        of.flag('add_eos_token', False) and ids['eos'] is not None,
         of.flag('add_space_prefix', kind == 'llama'),
         template if isinstance(template, str) and template else None,
     )
@@ -274,10 +287,10 @@ def cuts(library: Any, cut: Cut) -> Any:
 
 
 def _of_pieces(library: Any, v: Vocabulary, ids: dict[str, int]) -> Any:
-    unknown = v.text(v.unknown_id)
+    unknown = v.special.get('unk_token')
     made = library.Tokenizer(
         library.models.BPE(
-            ids, _merges_of_scores(v, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True
+            ids, merges_of_scores(v, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True
         )
     )
     n, d = library.normalizers, library.decoders
@@ -288,11 +301,16 @@ def _of_pieces(library: Any, v: Vocabulary, ids: dict[str, int]) -> Any:
     return made
 
 
-def _merges_of_scores(v: Vocabulary, ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, those of the highest score first."""
+def merges_of_scores(v: Vocabulary, ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a piece, those of the highest score first.
+
+    Args:
+      v: of kind 'llama'.
+      ids: of its tokens.
+    """
     found: list[tuple[float, int, int, tuple[str, str]]] = []
     for piece, score, kind in zip(v.tokens, v.scores, v.types, strict=True):
-        if kind not in (_NORMAL, _OWN, _UNUSED):
+        if kind not in (Type.NORMAL, Type.OWN, Type.UNUSED):
             continue
         for at in range(1, len(piece)):
             left, right = piece[:at], piece[at:]

@@ -18,7 +18,6 @@ import ml_dtypes
 import numpy as np
 
 from layercomb import trees
-from layercomb.errors import UsageError
 from layercomb.interop.gguf.blocks import Blocks, group_size, integers, packed, plain
 from layercomb.interop.gguf.file import Stored
 from layercomb.interop.memory import check_fits
@@ -95,7 +94,7 @@ class _Matrix:
         """Bits, and how many weights share a scale."""
         (first, *others) = self.blocks
         if others or first.bits is None:
-            return 16, 32
+            return 16, 64
         return first.bits, group_size(first, self.shape[-1])
 
 
@@ -169,7 +168,7 @@ def load_wide(
 
 
 def stored(
-    net: Layer, weights: Tree, entries: Sequence[Entry], dtype: str
+    net: Layer, weights: Tree, entries: Sequence[Entry]
 ) -> Iterator[tuple[str, tuple[int, ...], Blocks, np.ndarray]]:
     """The tensors of a model: the inverse of `load_narrow` and `load_wide`.
 
@@ -177,7 +176,6 @@ def stored(
       net: the model, wide or narrow.
       weights: its weights.
       entries: one for each weight.
-      dtype: of the matrices that are float32 here, such as 'float16'.
 
     Yields:
       The name of each tensor, its shape, its type and its rows (M, bytes) uint8.
@@ -193,7 +191,6 @@ def stored(
         if values.dtype == np.float32 or rest not in narrow_axes(bare(leaf)):
             one = trees.unflatten({entry.ours: flat[entry.ours]})
             for name, tensor in spill(wide, one, [entry]):
-                tensor = tensor if tensor.ndim == 1 else tensor.astype(jnp.dtype(dtype))
                 blocks, rows = plain(np.atleast_2d(tensor))
                 yield name, tensor.shape, blocks, rows
             continue
@@ -227,7 +224,7 @@ def _one_kind_a_leaf(net: Layer, matrices: Mapping[str, _Matrix]) -> dict[str, t
     kinds: dict[str, tuple[int, int]] = {}
     for matrix in matrices.values():
         before = kinds.setdefault(matrix.leaf, matrix.kind)
-        kinds[matrix.leaf] = before if before == matrix.kind else (16, 32)
+        kinds[matrix.leaf] = before if before == matrix.kind else (16, 64)
     for _, layer in walk(net):
         if isinstance(layer, Tied):
             source, target = (path.rpartition('/')[0] for path in (layer.source, layer.target))
@@ -259,10 +256,3 @@ def _bfloat16(kinds: Sequence[Blocks], stack: Sequence[np.ndarray]) -> np.ndarra
         for at, numbers in blocks.pieces(rows):
             values[i, at] = numbers
     return values
-
-
-def check_one_tensor_a_name(entries: Sequence[Entry]) -> None:
-    """Raises a UsageError if tensors are fused, which no .gguf file of these families has."""
-    fused = [entry.theirs for entry in entries if entry.part is not None]
-    if fused:
-        raise UsageError(f'the tensors {fused[:4]} are fused, and cannot be written as .gguf yet')

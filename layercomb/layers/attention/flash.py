@@ -45,6 +45,7 @@ class Plan:
       dropout_rate: share of the probabilities set to zero.
       softcap: c, which makes scores c·tanh(scores / c); None for no cap.
       group: R.
+      window: how many keys a causal query sees at most, its own position included; None for all.
     """
 
     n_queries: int
@@ -56,6 +57,7 @@ class Plan:
     dropout_rate: float = 0.0
     softcap: float | None = None
     group: int = 1
+    window: int | None = None
 
     @property
     def n_q_blocks(self) -> int:
@@ -87,60 +89,67 @@ def visible(plan: Plan, i: Any, j: Any, mask: Any, start: Any) -> jax.Array:
     if plan.causal:
         query = start + i * plan.q_block + jnp.arange(plan.q_block, dtype=jnp.int32)[:, None]
         seen = seen & (key[None] <= query)
+        if plan.window is not None:
+            seen = seen & (key[None] > query - plan.window)
     return seen
 
 
-def key_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any) -> tuple[Any, Any]:
-    """Which blocks of keys the i-th block of queries reads: (middle, high).
+def key_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any) -> tuple[Any, Any, Any]:
+    """Which blocks of keys the i-th block of queries reads: (low, middle, high).
 
-    Every query sees every key of the blocks before `middle`. Blocks from `middle` up to `high`
-    (exclusive) need `visible`. No query sees the blocks from `high` on.
+    Every query sees every key of the blocks from `low` up to `middle` (exclusive). Blocks from
+    `middle` up to `high` (exclusive) need `visible`. No query sees any other block.
 
     Args:
       plan: the static description.
-      masked: whether there is a mask; `middle` is then 0.
+      masked: whether there is a mask; `middle` is then `low`, as it is with a window.
       starts: the least and the greatest position of a first query in the batch; the bounds hold for
         all rows.
       i: number of the block of queries.
 
     Returns:
-      Two block numbers, Python integers where they are known, else int32 ().
+      Three block numbers, Python integers where they are known, else int32 ().
     """
-    middle, high = 0 if masked else plan.n_keys // plan.k_block, plan.n_k_blocks
+    low, middle, high = 0, 0 if masked else plan.n_keys // plan.k_block, plan.n_k_blocks
     if plan.causal:
         first = starts[0] + i * plan.q_block
         last = starts[1] + (i + 1) * plan.q_block - 1
         middle = middle and tiles.least(middle, (first + 1) // plan.k_block)
         high = tiles.least(high, last // plan.k_block + 1)
-    return middle, high
+        if plan.window is not None:
+            low = middle = tiles.most(0, (first + 1 - plan.window) // plan.k_block)
+    return low, middle, high
 
 
-def query_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any) -> tuple[Any, Any]:
-    """Which blocks of queries see the j-th block of keys: (low, middle).
+def query_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any) -> tuple[Any, Any, Any]:
+    """Which blocks of queries see the j-th block of keys: (low, middle, high).
 
-    No query of the blocks before `low` sees a key. Blocks from `low` up to `middle` (exclusive)
-    need `visible`. Queries of the blocks from `middle` on see every key.
+    Blocks from `low` up to `middle` (exclusive) need `visible`. Queries of the blocks from `middle`
+    up to `high` (exclusive) see every key. No query of any other block sees a key.
 
     Args:
       plan, masked, starts: as of `key_blocks`.
       j: number of the block of keys.
 
     Returns:
-      Two block numbers, Python integers where they are known, else int32 ().
+      Three block numbers, Python integers where they are known, else int32 ().
     """
     low = middle = 0
     high = plan.n_q_blocks
+    first, after = j * plan.k_block, (j + 1) * plan.k_block
     if plan.causal:
-        first, after = j * plan.k_block, (j + 1) * plan.k_block
         low = tiles.least(tiles.most(0, (first - starts[1]) // plan.q_block), high)
         middle = -((starts[0] + 1 - after) // plan.q_block)
         middle = tiles.least(tiles.most(low, middle), high)
+        if plan.window is not None:
+            last = after - 2 + plan.window - starts[0]  # the last query that sees a key
+            high = middle = tiles.least(tiles.most(low, last // plan.q_block + 1), high)
     n_whole = 0 if masked else plan.n_keys // plan.k_block
     if n_whole == 0:
         middle = high
     elif n_whole < plan.n_k_blocks:
         middle = jnp.where(j < n_whole, middle, high)  # type: ignore[assignment]
-    return low, middle
+    return low, middle, high
 
 
 def forward_head(plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, start: Any, rng: Any):
@@ -178,10 +187,10 @@ def forward_head(plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, sta
 
     def queries(_, i):
         q_i = q[i]
-        middle, high = key_blocks(plan, mask is not None, starts, i)
+        low, middle, high = key_blocks(plan, mask is not None, starts, i)
         zeros = jnp.zeros((plan.q_block, 1), jnp.float32)
         carry = (zeros - tiles.FAR, zeros, jnp.zeros((plan.q_block, v.shape[-1]), jnp.float32))
-        carry = tiles.loop(0, middle, functools.partial(block, i, q_i, False), carry)
+        carry = tiles.loop(low, middle, functools.partial(block, i, q_i, False), carry)
         m, total, out = tiles.loop(middle, high, functools.partial(block, i, q_i, True), carry)
         some = total > 0
         total = jnp.where(some, total, 1.0)
@@ -237,13 +246,11 @@ def backward_head(
         return lax.dynamic_update_index_in_dim(d_q, d_q_i, i, 0), d_k, d_v
 
     def keys(d_q, j):
-        low, middle = query_blocks(plan, mask is not None, starts, j)
+        low, middle, high = query_blocks(plan, mask is not None, starts, j)
         d_k = jnp.zeros((k.shape[2], k.shape[1]), jnp.float32)
         d_v = jnp.zeros((v.shape[2], v.shape[1]), jnp.float32)
         carry = tiles.loop(low, middle, functools.partial(block, j, True), (d_q, d_k, d_v))
-        d_q, d_k, d_v = tiles.loop(
-            middle, plan.n_q_blocks, functools.partial(block, j, False), carry
-        )
+        d_q, d_k, d_v = tiles.loop(middle, high, functools.partial(block, j, False), carry)
         return d_q, (d_k.astype(dtypes[0]), d_v.astype(dtypes[1]))
 
     d_q, (d_k, d_v) = tiles.each(keys, jnp.zeros(q.shape, jnp.float32), plan.n_k_blocks)
@@ -302,24 +309,6 @@ def cut_queries(plan: Plan, x: jax.Array) -> jax.Array:
     return tiles.split_group(cut(x, plan.q_block), plan.group)
 
 
-def over_heads(
-    plan: Plan, f: Any, heads: Any, shared: tuple[int, ...], summed: tuple[int, ...] = ()
-) -> Any:
-    """`f` of every head: `heads`, as of `per_head`, with the axes of groups that `plan` says.
-
-    Args:
-      plan: the static description.
-      f: a function of one head.
-      heads: its arguments.
-      shared: the places of the arguments that belong to keys.
-      summed: the places of the results that belong to keys.
-    """
-    n_pairs = plan.q_block * plan.k_block
-    if plan.group > 1:
-        f = tiles.by_group(f, shared, summed, n_pairs)
-    return tiles.over_heads(f, heads, n_pairs)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(
     plan: Plan,
@@ -360,7 +349,8 @@ def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, r
     """
     starts, heads = per_head(plan, q, k, v, mask, offset, rng)
     f = functools.partial(forward_head, plan, starts)
-    out, z = over_heads(plan, f, heads, OF_KEYS)
+    n_pairs = plan.q_block * plan.k_block
+    out, z = tiles.over_heads(f, heads, n_pairs, group=plan.group, shared=OF_KEYS)
     out = join(tiles.join_group(out, plan.group), plan.n_queries)
     return out, (q, k, v, mask, offset, rng, out, z)
 
@@ -382,7 +372,9 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     starts, heads = per_head(plan, q, k, v, mask, offset, rng)
     heads = (*heads, z, cut_queries(plan, d_out), cut_queries(plan, dot_out))
     f = functools.partial(backward_head, plan, starts)
-    d_q, d_k, d_v = over_heads(plan, f, heads, OF_KEYS, summed=(1, 2))
+    n_pairs = plan.q_block * plan.k_block
+    grouped: Any = {'group': plan.group, 'shared': OF_KEYS, 'summed': (1, 2)}
+    d_q, d_k, d_v = tiles.over_heads(f, heads, n_pairs, **grouped)
     d_k, d_v = d_k.astype(k.dtype).swapaxes(3, 4), d_v.astype(v.dtype).swapaxes(3, 4)
     d_q = join(tiles.join_group(d_q, plan.group), plan.n_queries)
     return d_q.astype(q.dtype), join(d_k, plan.n_keys), join(d_v, plan.n_keys), None, None, None

@@ -31,6 +31,7 @@ def dot_product_attention(
     v: jax.Array,
     *,
     causal: bool = False,
+    window: int | None = None,
     mask: jax.Array | None = None,
     offset: jax.Array | None = None,
     scale: float | None = None,
@@ -46,7 +47,8 @@ def dot_product_attention(
         y[t] = Σ_c p[t, c] v[c]      p[t, ·] = softmax of scale · q[t]·k[c] over the visible c
 
     Head h of q reads head ⌊h·G/H⌋ of k and v.
-    A causal query at position t sees the keys 0 … t; blocks that no query sees are not computed.
+    A causal query at position t sees the keys 0 … t, or t − window + 1 … t with a window. Blocks
+    that no query sees are not computed, so with a window time is linear in the length.
     Scores and sums are float32 for any input dtype. On an NVIDIA GPU, cuDNN's kernel is used where
     dtypes and depths allow it. A single query is computed against all keys at once, unless there is
     dropout.
@@ -56,6 +58,8 @@ def dot_product_attention(
       k: (B, G, Lk, K); G divides H.
       v: (B, G, Lk, D); D need not be K.
       causal: whether a query sees only keys at its own position and before.
+      window: how many keys a query sees at most, its own position included; causal only. None for
+        all.
       mask: (B, Lk) bool, True = a real key. A query that sees no real key gives zeros.
       offset: (B,) int32: query t of row b is at position offset[b] + t, the keys are at 0, 1, …;
         zero by default. Decoding uses it: few queries against a cache of keys.
@@ -80,12 +84,16 @@ def dot_product_attention(
       FlashAttention (Dao et al., 2022), https://arxiv.org/abs/2205.14135
     """
     check(q, k, v, mask, offset, dropout_rate, rng)
+    check_window(window, causal)
     check_softcap(softcap)
     rng = rng if dropout_rate else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if window is not None and offset is None and window >= q.shape[2]:
+        window = None  # no query is so far from the first key
     if q.shape[2] == 1 and rng is None:
-        return one_query(q, k, v, causal, mask, offset, scale, softcap)
-    plain = mask is None and offset is None and rng is None and softcap is None
+        return one_query(q, k, v, causal, mask, offset, scale, softcap, window)
+    plain = mask is None and offset is None and rng is None
+    plain = plain and softcap is None and window is None
     if plain and cudnn_applies(q, k, v, causal):
         return cudnn_attention(q, k, v, causal, scale)
     plan = blockwise.Plan(
@@ -98,6 +106,7 @@ def dot_product_attention(
         dropout_rate=dropout_rate,
         softcap=softcap,
         group=q.shape[1] // max(k.shape[1], 1),
+        window=window,
     )
     return blockwise.attend(plan, q, k, v, mask, offset, rng)
 
@@ -191,6 +200,7 @@ def one_query(
     offset: jax.Array | None,
     scale: float,
     softcap: float | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Attention of one query per row to all keys at once, without dropout.
 
@@ -203,12 +213,13 @@ def one_query(
       offset: (B,) int32, the query's position; None for 0.
       scale: factor of the scores.
       softcap: as of `dot_product_attention`.
+      window: as of `dot_product_attention`.
 
     Returns:
       (B, H, 1, D), in the dtype of v; zero where the query sees no key.
     """
     n_keys = k.shape[2]
-    plan = blockwise.Plan(1, n_keys, 1, n_keys, scale, causal)
+    plan = blockwise.Plan(1, n_keys, 1, n_keys, scale, causal, window=window)
     start = jnp.zeros((1,), jnp.int32) if offset is None else offset
     seen = jax.vmap(lambda t: blockwise.visible(plan, 0, 0, None, t)[0])(start)  # (B or 1, Lk)
     seen = seen[:, None] if mask is None else (seen & mask)[:, None]  # (B or 1, 1, Lk)
@@ -322,11 +333,7 @@ def check(
         raise ValueError(f'attention takes arrays (batch, heads, length, depth), got {shapes}')
     if not (len(q) == len(k) and k.shape[:2] == v.shape[:2]):
         raise ValueError(f'q, k and v must agree in batch, k and v in heads, got {shapes}')
-    if q.shape[1] % max(k.shape[1], 1):
-        raise ValueError(
-            f'{k.shape[1]} heads of keys and values do not divide {q.shape[1]} heads of queries: '
-            f'use {nearest_divisor(q.shape[1], k.shape[1])}, got {shapes}'
-        )
+    check_shared_heads(q.shape[1], k.shape[1], 'keys and values', shapes)
     if q.shape[3] != k.shape[3]:
         raise ValueError(f'q and k must have the same depth, got {shapes}')
     if not q.shape[2] or not k.shape[2]:
@@ -344,6 +351,39 @@ def check(
         raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
     if dropout_rate and rng is None:
         raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
+
+
+def check_window(window: int | None, causal: bool) -> None:
+    """Checks the window of `dot_product_attention`.
+
+    Raises:
+      ValueError: if it is not positive, or the attention is not causal.
+    """
+    if window is None:
+        return
+    if operator.index(window) < 1:
+        raise ValueError(f'window must be at least 1, got {window}')
+    if not causal:
+        raise ValueError(
+            f'window={window} is of causal attention: pass causal=True, or use local attention, '
+            'whose chunks see both ways'
+        )
+
+
+def check_shared_heads(n_heads: int, n_shared: int, which: str, shapes: str) -> None:
+    """Raises ValueError unless each shared head is for a whole number of heads of queries.
+
+    Args:
+      n_heads: H, of queries.
+      n_shared: G.
+      which: what is shared.
+      shapes: of the arguments, for the message.
+    """
+    if n_heads % max(n_shared, 1):
+        raise ValueError(
+            f'{n_shared} heads of {which} do not divide {n_heads} heads of queries: '
+            f'use {nearest_divisor(n_heads, n_shared)}, got {shapes}'
+        )
 
 
 def check_softcap(softcap: float | None) -> None:

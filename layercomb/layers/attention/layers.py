@@ -38,12 +38,19 @@ class DotProductAttention(Layer):
     given to `init`, and takes the next position or positions. A call that overflows the cache
     raises a ValueError; inside `jit`, where positions are not known, the rows concerned become NaN.
 
+    With a `window` W, position t sees positions t − W + 1 … t only. Time is linear in the length,
+    and in ``PREDICT`` T new positions read T + W − 1 places of the cache.
+
     Attributes:
       causal: whether position t sees positions up to t only.
       dropout: share of the probabilities set to zero in training, in [0, 1).
       masked: whether a fourth input (B, M) bool says which keys are real.
       scale: factor of the scores, 1/√K if None.
       softcap: c, which makes scores, after the scale, c·tanh(scores / c); None for no cap.
+      window: how many positions one sees, itself included; causal only. None for all before it.
+
+    Raises:
+      ValueError: for a window without `causal`.
     """
 
     causal: bool = True
@@ -52,9 +59,18 @@ class DotProductAttention(Layer):
     _: KW_ONLY
     scale: float | None = None
     softcap: Positive | None = None
+    window: Size | None = None
 
     position_wise = False
     n_in = property(lambda self: 3 + self.masked)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and not self.causal:
+            raise ValueError(
+                f'window={self.window} is of causal attention: leave causal=True, or use '
+                'LocalSelfAttention(…, causal=False), whose chunks see both ways'
+            )
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
@@ -94,6 +110,7 @@ class DotProductAttention(Layer):
             k,
             v,
             causal=self.causal,
+            window=self.window,
             mask=mask[0] if mask else None,
             scale=self.scale,
             softcap=self.softcap,
@@ -105,18 +122,44 @@ class DotProductAttention(Layer):
         position, length, room = cache.position.rows, q.shape[2], cache.room
         refuse_overflow(position, length, room)
         cache = cache.append(position, k=k, v=v, mask=mask)
-        keys, values = cache.by_row(cache.k), cache.by_row(cache.v)
+        keys, values, real = cache.by_row(cache.k), cache.by_row(cache.v), cache.mask
+        offset = position
+        if self.window is not None and length + self.window - 1 < room:
+            size = length + self.window - 1  # the keys that the new positions see
+            start = jnp.clip(position - self.window + 1, 0, room - size)  # (B,)
+            keys, values = pieces(keys, start, size), pieces(values, start, size)
+            real = None if real is None else pieces(real, start, size)
+            offset = position - start
         y = dot_product_attention(
             q,
             keys,
             values,
             causal=True,
-            mask=cache.mask,
-            offset=position,
+            window=self.window,
+            mask=real,
+            offset=offset,
             scale=self.scale,
             softcap=self.softcap,
         )
         return (poison_overflow(y, position, length, room),), cache
+
+
+def pieces(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """A slice of positions of each row, each from its own start.
+
+    Args:
+      x: (B, H, L, K), or (B, L).
+      start: (B,) int32.
+      size: how many positions.
+
+    Returns:
+      (B, H, size, K), or (B, size).
+    """
+
+    def one(x: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size, max(x.ndim - 2, 0))
+
+    return jax.vmap(one)(x, start)
 
 
 class LocalAttention(Layer):
@@ -232,12 +275,8 @@ class LocalAttention(Layer):
         cache = cache.append(position + front, k=k, v=v, mask=real)
         start, within = position // c * c, position % c  # (B,)
         size = front + (length + c - 1 + c - 1) // c * c
-
-        def piece(x: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim - 2 if x.ndim > 1 else 0)
-
         whole: Any = cache.by_row(cache.k), cache.by_row(cache.v), cache.mask
-        keys, values, seen = (jax.vmap(piece)(x, start) for x in whole)
+        keys, values, seen = (pieces(x, start, size) for x in whole)
         if length == 1:
             y = dot_product_attention(
                 q,
@@ -355,6 +394,7 @@ class SelfAttention(OfItself):
       masked: whether a second input (B, L) bool says which positions are real.
       dropout: share of the probabilities set to zero in training, in [0, 1).
       rotary: positions applied to queries and keys, e.g. `RotaryPositions()`.
+      window: position t sees positions t − window + 1 … t only; causal only. None for all before.
       query, key, value, core, output: the parts, to be replaced; None for the default ones.
       n_kv_heads: G, heads of keys and values, which H/G heads of queries each share (grouped-query
         attention); it divides H. None for H. Decoding caches hold G heads.
@@ -366,19 +406,29 @@ class SelfAttention(OfItself):
       softcap: c, which makes scores, after the scale, c·tanh(scores / c); None for no cap.
 
     Raises:
-      ValueError: if G does not divide H.
+      ValueError: if G does not divide H, or for a window without `causal`.
 
     References:
       Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
       GQA, Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
+      Sliding windows, Beltagy et al. 2020, https://arxiv.org/abs/2004.05150
     """
 
     causal: bool = True
+    _: KW_ONLY
+    window: Size | None = None
+
+    shown_before = {**OfItself.shown_before, 'window': 'd_head'}
 
     def parts(self) -> dict[str, Layer]:
         """The default parts, around a `DotProductAttention`."""
         core = DotProductAttention(
-            self.causal, self.dropout, self.masked, scale=self.scale, softcap=self.softcap
+            self.causal,
+            self.dropout,
+            self.masked,
+            scale=self.scale,
+            softcap=self.softcap,
+            window=self.window,
         )
         return heads(self, core)
 

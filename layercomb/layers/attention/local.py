@@ -22,6 +22,9 @@ from jax import lax
 
 from layercomb.layers.attention import tiles
 
+# The places of k, v and real among the arguments of `forward_head`, after the plan.
+OF_KEYS = (1, 2, 3)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -286,19 +289,9 @@ def attend(
     return attend_forward(plan, q, k, v, mask, rng)[0]
 
 
-def over_heads(plan: Plan, f: Any, heads: Any, summed: tuple[int, ...] = ()) -> Any:
-    """`f` of every head.
-
-    Args:
-      plan: the static description.
-      f: a function of one head.
-      heads: its arguments, as of `per_head`, of which the second, third and fourth belong to keys.
-      summed: the places of the results that belong to keys.
-    """
-    n_pairs = plan.tile_len * plan.window_len  # of a tile, G·C·W
-    if plan.group > 1:
-        f = tiles.by_group(f, (1, 2, 3), summed, n_pairs)
-    return tiles.over_heads(f, heads, n_pairs)
+def n_pairs(plan: Plan) -> int:
+    """(query, key) pairs in a tile, G·C·W."""
+    return plan.tile_len * plan.window_len
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -312,7 +305,8 @@ def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> A
       The output, and (q, k, v, mask, rng, output, z), with z as q without K, float32.
     """
     f = functools.partial(forward_head, plan)
-    out, z = over_heads(plan, f, per_head(plan, q, k, v, mask, rng))
+    heads = per_head(plan, q, k, v, mask, rng)
+    out, z = tiles.over_heads(f, heads, n_pairs(plan), group=plan.group, shared=OF_KEYS)
     out = join(plan, out)
     return out, (q, k, v, mask, rng, out, z)
 
@@ -333,7 +327,8 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     heads = (*per_head(plan, q, k, v, mask, rng), z, cut(plan, d_out), cut(plan, dot_out))
     f = functools.partial(backward_head, plan)
-    d_q, d_k, d_v = over_heads(plan, f, heads, summed=(1, 2))
+    grouped: Any = {'group': plan.group, 'shared': OF_KEYS, 'summed': (1, 2)}
+    d_q, d_k, d_v = tiles.over_heads(f, heads, n_pairs(plan), **grouped)
     d_k, d_v = d_k.astype(k.dtype), d_v.astype(v.dtype)
     return join(plan, d_q), centre(plan, d_k), centre(plan, d_v), None, None
 

@@ -69,7 +69,14 @@ def even_share(n: int, at_most: int) -> int:
 
 
 def over_heads(
-    f: Callable[..., Any], heads: tuple[Any, ...], n_pairs: int, at_most: int | None = None
+    f: Callable[..., Any],
+    heads: tuple[Any, ...],
+    n_pairs: int,
+    at_most: int | None = None,
+    *,
+    group: int = 1,
+    shared: tuple[int, ...] = (),
+    summed: tuple[int, ...] = (),
 ) -> Any:
     """Maps `f` over the two leading axes (B, H) of every array in `heads`.
 
@@ -79,14 +86,22 @@ def over_heads(
       n_pairs: (query, key) pairs that `f` holds at a time.
       at_most: heads computed together, at most. None: on the CPU as many as fit the caches,
         elsewhere all.
+      group: R. If it is not 1, R heads share some arguments: these have leading axes (B, H / R),
+        and the others (B, H / R, R).
+      shared: the places of the arguments that a group shares.
+      summed: the places of the results that are summed over a group, in float32. They have leading
+        axes (B, H / R), and the others (B, H / R, R).
 
     Returns:
-      The results of `f`, with leading axes (B, H).
+      The results of `f`, with leading axes (B, H), or as `group` and `summed` say.
     """
     n_rows, n_heads = jax.tree.leaves(heads)[0].shape[:2]
     n = n_rows * n_heads
     if at_most is None:
-        at_most = max(1, CPU_PAIRS // n_pairs) if jax.default_backend() == 'cpu' else n
+        at_most = CPU_PAIRS // n_pairs if jax.default_backend() == 'cpu' else n * group
+    if group > 1:
+        f = by_group(f, shared, summed, together=at_most >= group)
+    at_most = max(1, at_most // group)
     together = next((g for g in range(min(n, at_most), 0, -1) if n % g == 0), n)
     if together == n:
         return jax.vmap(jax.vmap(f))(*heads)
@@ -97,29 +112,25 @@ def over_heads(
 
 
 def by_group(
-    f: Callable[..., Any], shared: tuple[int, ...], summed: tuple[int, ...], n_pairs: int
+    f: Callable[..., Any], shared: tuple[int, ...], summed: tuple[int, ...], together: bool
 ) -> Callable[..., Any]:
-    """`f`, a function of one head of queries, for the R heads that share a head of keys.
-
-    Nothing shared is repeated. On the CPU heads are computed one after the other, unless they are
-    small.
+    """`f`, a function of one head, for R heads that share some arguments, which are not repeated.
 
     Args:
       f: takes arrays, or trees of them, and returns a tuple of arrays.
       shared: the places of the arguments that the heads share; the others get a leading axis R.
       summed: the places of the results that are summed over the heads, in float32; the others get a
         leading axis R.
-      n_pairs: (query, key) pairs that `f` holds at a time.
+      together: whether the heads are computed all at once, or one after the other.
     """
 
     def of_group(*args: Any) -> Any:
         own = [None if i in shared else x for i, x in enumerate(args)]
-        group = jax.tree.leaves(own)[0].shape[0]
 
         def one(own: Any) -> Any:
             return f(*[x if i in shared else own[i] for i, x in enumerate(args)])
 
-        if jax.default_backend() != 'cpu' or group * n_pairs <= CPU_PAIRS:
+        if together:
             out = jax.vmap(one)(own)
             return tuple(
                 x.sum(0, dtype=jnp.float32) if i in summed else x for i, x in enumerate(out)

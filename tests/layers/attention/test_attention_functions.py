@@ -46,7 +46,17 @@ def arrays(case, dtype=jnp.float32):
     return *made, mask if case.masked else None
 
 
-def seen(case, mask, causal=False, offset=None, chunk_len=None, look_back=1, look_ahead=0, **_):
+def seen(
+    case,
+    mask,
+    causal=False,
+    offset=None,
+    window=None,
+    chunk_len=None,
+    look_back=1,
+    look_ahead=0,
+    **_,
+):
     """Which keys each query sees, (B, 1, Lq, Lk), by the definition."""
     start = np.zeros(case.B, int) if offset is None else np.asarray(offset)
     query = (start[:, None] + np.arange(case.Lq))[:, None, :, None]
@@ -56,6 +66,8 @@ def seen(case, mask, causal=False, offset=None, chunk_len=None, look_back=1, loo
         see = see & np.asarray(mask)[:, None, None]
     if causal:
         see = see & (key <= query)
+    if window:
+        see = see & (key > query - window)
     if chunk_len:
         chunk = query // chunk_len
         see = see & (key >= (chunk - look_back) * chunk_len)
@@ -118,6 +130,26 @@ DENSE = {
     'masked prompt in a cache': Case(
         Lq=20, Lk=70, masked=True, options={'causal': True, 'block_len': 16, 'offset': [5, 50]}
     ),
+    'window': Case(Lq=53, Lk=53, options={'causal': True, 'block_len': 16, 'window': 9}),
+    'window of many blocks, masked': Case(
+        Lq=85, Lk=85, masked=True, options={'causal': True, 'block_len': 16, 'window': 40}
+    ),
+    'window of one': Case(Lq=37, Lk=37, options={'causal': True, 'block_len': 16, 'window': 1}),
+    'window of whole blocks': Case(
+        Lq=64, Lk=64, options={'causal': True, 'block_len': 16, 'window': 16}
+    ),
+    'window longer than the keys': Case(
+        Lq=53, Lk=20, D=4, options={'causal': True, 'block_len': 16, 'window': 30}
+    ),
+    'window on a prompt in a cache': Case(
+        Lq=20,
+        Lk=90,
+        masked=True,
+        options={'causal': True, 'block_len': 16, 'window': 10, 'offset': [5, 62]},
+    ),
+    'window on a token in a cache': Case(
+        Lq=1, Lk=70, options={'causal': True, 'offset': [3, 37], 'window': 5}
+    ),
     'token in a cache': Case(Lq=1, Lk=70, options={'causal': True, 'offset': [0, 37]}),
     'grouped': Case(H=6, G=2, Lq=53, Lk=53, options={'causal': True, 'block_len': 16}),
     'grouped, masked': Case(
@@ -169,6 +201,34 @@ def test_dense_is_the_full_softmax(case):
 
 def score_options(options):
     return {name: options[name] for name in ('scale', 'softcap') if name in options}
+
+
+@pytest.mark.parametrize('window', [1, 7, 16, 17, 40])
+def test_a_window_visits_no_more_blocks_than_it_sees(window):
+    """Blocks of 16 by 16: the bounds of both loops, for rows that start at 3 and at 20."""
+    plan = blockwise.Plan(70, 96, 16, 16, 1.0, causal=True, window=window)
+    starts = 3, 20
+    query, key = np.arange(5 * 16)[:, None], np.arange(96)
+    see = np.zeros((5, 6), bool)
+    for start in starts:
+        at = (key <= query + start) & (key > query + start - window)
+        see |= at.reshape(5, 16, 6, 16).any((1, 3))
+    most = 0
+    for i in range(5):
+        low, middle, high = blockwise.key_blocks(plan, False, starts, i)
+        assert middle == low and set(np.flatnonzero(see[i])) <= set(range(low, high))
+        most = max(most, high - low)
+    for j in range(6):
+        low, middle, high = blockwise.query_blocks(plan, False, starts, j)
+        assert middle == high and set(np.flatnonzero(see[:, j])) <= set(range(low, high))
+        most = max(most, high - low)
+    assert most <= (16 + window + 17) // 16 + 2  # nothing that grows with the length
+
+
+def test_a_window_over_everything_is_no_window():
+    q, k, v, *_ = arrays(Case(Lq=37, Lk=37))
+    f = functools.partial(dot_product_attention, q, k, v, causal=True, block_len=16)
+    np.testing.assert_array_equal(f(window=37), f())
 
 
 @pytest.mark.parametrize('case', LOCAL.values(), ids=LOCAL)
@@ -333,9 +393,10 @@ def test_decoding_by_prompt_and_tokens_is_the_whole_sequence():
     [
         functools.partial(dot_product_attention, causal=True, block_len=128),
         functools.partial(dot_product_attention, block_len=128),
+        functools.partial(dot_product_attention, causal=True, window=100, block_len=128),
         functools.partial(local_attention, chunk_len=64),
     ],
-    ids=['causal', 'bidirectional', 'local'],
+    ids=['causal', 'bidirectional', 'window', 'local'],
 )
 def test_memory_is_linear_in_the_length(f):
     def temporaries(length):
@@ -363,6 +424,7 @@ def test_cudnn_is_asked_for_where_it_applies(monkeypatch):
     options = {'scale': 8**-0.5, 'is_causal': True, 'implementation': 'cudnn'}
     assert asked == [((2, 16, 3, 8), options)]
     dot_product_attention(q, k, v, mask=mask)
+    dot_product_attention(q, k, v, causal=True, window=3)
     dot_product_attention(q[..., :7], k[..., :7], v)
     dot_product_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
     dot_product_attention(q, k, v, dropout_rate=0.5, rng=jax.random.key(0))
