@@ -31,6 +31,21 @@ _LEAST_ROOM = 512  # positions that caches hold at least; otherwise a power of t
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenScore:
+    """How likely a token was for the model, before sampling changes anything.
+
+    Attributes:
+      id: of the token.
+      logprob: its log-probability; None for the first token of a prompt.
+      top: the likeliest tokens there and their log-probabilities, the likeliest first.
+    """
+
+    id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Piece:
     """What a token added to one choice.
 
@@ -38,11 +53,13 @@ class Piece:
       index: of the choice.
       text: what it added; empty while a character is unfinished or text is held back.
       finish_reason: 'stop' or 'length' in the last piece of a choice, otherwise None.
+      scores: of the tokens since the piece before, if the request wants them.
     """
 
     index: int
     text: str
     finish_reason: str | None
+    scores: tuple[TokenScore, ...] = ()
 
 
 class Running:
@@ -50,11 +67,13 @@ class Running:
 
     Attributes:
       n_made: how many tokens it has made.
+      n_cached: how many tokens of its prompts were known from earlier requests.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.n_made = 0
+        self.n_cached = 0
         self._posted: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._cancelled = threading.Event()
@@ -99,7 +118,7 @@ class Engine:
         net, weights = unstack(model.layer, model.weights or {})  # once, not for each request
         self._model = Model(net, weights, unstack_state(model.layer, model.state))
         self._tokenizer = adapted(tokenizer, 'serving.app', must_decode=True)
-        self._max_len = decoding.max_len(net)
+        self.max_len = decoding.max_len(net)
         self._limits = limits
         self._threads = ThreadPoolExecutor(limits.max_concurrent, 'completion')
         self._free = asyncio.Semaphore(limits.max_concurrent)
@@ -129,6 +148,8 @@ class Engine:
           Refusal: if prompt and answer do not fit the model, if too many requests wait, or if this
             one has waited too long.
         """
+        if request.logprobs is not None or request.sampling.logit_bias:
+            raise Refusal(400, 'this engine tells no logprobs and takes no biases', 'invalid_value')
         self._check_room(request)
         await self._take_place()
         running = Running(request)
@@ -149,11 +170,11 @@ class Engine:
 
     def _check_room(self, request: Request) -> None:
         longest, wanted = max(map(len, request.prompts)), request.max_tokens
-        if self._max_len is not None and longest + wanted > self._max_len:
+        if self.max_len is not None and longest + wanted > self.max_len:
             raise Refusal(
                 400,
                 f'the prompt of {longest} tokens and {wanted} new ones make {longest + wanted}, '
-                f'and the model reaches {self._max_len}: shorten the prompt, or ask for fewer',
+                f'and the model reaches {self.max_len}: shorten the prompt, or ask for fewer',
                 'context_length_exceeded',
                 'prompt',
             )
@@ -199,7 +220,9 @@ class Engine:
             raise Refusal(400, str(e), 'invalid_value') from None
         if request.echo:
             for index, text in enumerate(texts):
-                running.post(Piece(index, text.prompt, None))
+                running.post(Piece(index, text.prompt, text.finish_reason))
+        if not request.max_tokens:
+            return
         for tokens in made:
             for index, (text, token) in enumerate(zip(texts, tokens, strict=True)):
                 if text.finish_reason is None:
@@ -217,15 +240,15 @@ class Engine:
         """
         longest = max(map(len, request.prompts))
         room = max(_LEAST_ROOM, 1 << (longest + request.max_tokens - 1).bit_length())
-        room = room if self._max_len is None else min(room, self._max_len)
+        room = room if self.max_len is None else min(room, self.max_len)
         return decoding.stream(
             self._model,
             [np.asarray(row, np.int32) for row in request.rows],
             room - longest,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            repetition_penalty=request.repetition_penalty,
+            temperature=request.sampling.temperature,
+            top_k=request.sampling.top_k,
+            top_p=request.sampling.top_p,
+            repetition_penalty=request.sampling.repetition_penalty,
             rng=request.seed,
             eos_id=self._tokenizer.eos_id,
         )

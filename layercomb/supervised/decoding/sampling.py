@@ -52,6 +52,9 @@ class Sampler:
     top_k: Size | None = None
     top_p: Share | None = None
     repetition_penalty: Penalty = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         take_fields(self)
@@ -183,7 +186,7 @@ def _flatten(sampler: Sampler) -> tuple[tuple[Any, ...], None]:
 
 def _unflatten(_: None, numbers: Sequence[Any]) -> Sampler:
     sampler = object.__new__(Sampler)  # traced numbers cannot be validated, and have been
-    for field, value in zip(dataclasses.fields(Sampler), numbers, strict=True):
+    for field, value in zip(dataclasses.fields(Sampler), numbers, strict=False):
         object.__setattr__(sampler, field.name, value)
     return sampler
 
