@@ -109,7 +109,9 @@ class _Routes:
 
     async def page(self, request: Request) -> Response:
         kind = 'chat' if self._chat is not None else 'text'
-        return HTMLResponse(_PAGE.replace('data-kind="text"', f'data-kind="{kind}"'), 200, _HEADERS)
+        of_text = 'data-kind="text" data-most="256"'  # as the page is written
+        here = f'data-kind="{kind}" data-most="{min(256, self._limits.max_tokens)}"'
+        return HTMLResponse(_PAGE.replace(of_text, here), headers=_HEADERS)
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({'status': 'ok', 'running': self._engine.n_running})

@@ -1,4 +1,4 @@
-"""An engine that makes the tokens it is told, or scores texts slowly: what servers are tested on."""
+"""An engine that makes the tokens it is told, or the likeliest: servers are tested on it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What is said of an answer: scores, the best of several, usage, and streams that say the same."""
 
 import asyncio
+import itertools
 import json
 
 import pytest
@@ -33,6 +34,10 @@ def streamed(engine, request, names=NAMES):
     *events, last = asyncio.run(ask())
     assert last == 'data: [DONE]\n\n'
     return [json.loads(event.removeprefix('data: ')) for event in events]
+
+
+def joined(lists):
+    return list(itertools.chain.from_iterable(lists))
 
 
 def ids(text):
@@ -100,7 +105,7 @@ def test_tokens_of_a_stop_text_have_no_scores_and_the_last_token_has():
         (choice,) = whole(engine, request)['choices']
         assert choice['logprobs']['tokens'] == tokens and choice['finish_reason'] == 'stop'
         parts = [event['choices'][0] for event in streamed(engine, request)]
-        assert sum((part['logprobs']['tokens'] for part in parts), []) == tokens
+        assert joined(part['logprobs']['tokens'] for part in parts) == tokens
         assert all(p['text'] or p['finish_reason'] for p in parts)
 
 
@@ -125,7 +130,7 @@ def test_a_stream_says_what_the_whole_answer_says(prompt, answers, stop, echo, m
         assert ''.join(part['text'] for part in parts) == choice['text']
         assert [p['finish_reason'] for p in parts][-1:] == [choice['finish_reason']]
         for name, values in choice['logprobs'].items():
-            assert sum((part['logprobs'][name] for part in parts), []) == values, name
+            assert joined(part['logprobs'][name] for part in parts) == values, name
         offsets = choice['logprobs']['text_offset']
         assert offsets == sorted(offsets) and max(offsets, default=0) <= len(choice['text'])
         for token, at in zip(choice['logprobs']['tokens'], offsets, strict=True):
@@ -174,7 +179,7 @@ def test_a_message():
     assert choice['finish_reason'] == 'stop'
     content = choice['logprobs']['content']
     assert [token['bytes'] for token in content] == [[0xE2], [0x82], [0xAC]]
-    assert bytes(sum((token['bytes'] for token in content), [])).decode() == '€'
+    assert bytes(joined(token['bytes'] for token in content)).decode() == '€'
     assert content[0]['top_logprobs'] == [{'token': ':', 'logprob': -1.0, 'bytes': [58]}]
 
 

@@ -191,7 +191,7 @@ def test_advice_that_cannot_be_is_refused_at_once():
     class Wrong(Talking):
         generation = {'top_p': 3.0}
 
-    with pytest.raises(UsageError, match='generation settings cannot be used .*top_p'):
+    with pytest.raises(UsageError, match=r'generation settings cannot be used .*top_p'):
         build(Engine(), Wrong(), 'tiny', LIMITS, None)
 
 
@@ -241,7 +241,7 @@ def test_keys_are_what_a_header_can_hold():
 
 
 def test_the_tokenizer_is_served(address):
-    status, said, _ = ask(address, {'prompt': 'né', 'model': 'tiny'}, '/tokenize')
+    _, said, _ = ask(address, {'prompt': 'né', 'model': 'tiny'}, '/tokenize')
     assert json.loads(said) == {'tokens': [110, 195, 169], 'count': 3, 'max_model_len': 100}
     assert json.loads(ask(address, {'tokens': [110, 195, 169]}, '/detokenize')[1])['prompt'] == 'né'
     info = json.loads(ask(address, path='/tokenizer_info')[1])
