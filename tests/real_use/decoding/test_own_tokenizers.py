@@ -27,6 +27,7 @@ from layercomb.launcher.experiment import Experiment
 from layercomb.serving.protocol import Refusal, Request
 from layercomb.supervised import TrainTask, decoding
 from layercomb.supervised.decoding import prompts
+from layercomb.supervised.decoding.sampling import Sampler
 
 
 class Words:
