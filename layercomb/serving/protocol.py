@@ -16,6 +16,7 @@ from layercomb.checks import Bound, fault
 from layercomb.data.adapted import adapted
 from layercomb.errors import one_line
 from layercomb.serving.limits import Limits
+from layercomb.supervised.decoding.sampling import Sampler
 
 _STOPS, _STOP_LENGTH = 4, 256
 
@@ -56,28 +57,27 @@ class Request:
       prompts: the token ids of each prompt.
       max_tokens: the most tokens to make, for each choice.
       n: how many choices to make of each prompt.
-      temperature, top_p, top_k, repetition_penalty: as in `decoding.stream`.
+      sampling: how tokens are drawn.
       seed: of the sample.
       stop: texts that end a choice, and are not part of it.
       echo: whether each choice begins with its prompt.
       stream: whether to send text as it is made.
       include_usage: whether a stream ends with the usage.
+      logprobs: how many alternatives of each token are told; None tells nothing.
       of_text: whether each prompt was given as a text; empty if none was.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     max_tokens: int = 16
     n: int = 1
-    temperature: float = 1.0
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float = 1.0
+    sampling: Sampler = Sampler()
     seed: int = 0
     stop: tuple[str, ...] = ()
     echo: bool = False
     stream: bool = False
     include_usage: bool = False
     of_text: tuple[bool, ...] = ()
+    logprobs: int | None = None
 
     @property
     def rows_of_text(self) -> list[bool]:
@@ -126,6 +126,7 @@ def parse(body: bytes, tokenizer: Any, model: str, vocab_size: int, limits: Limi
             raise _wrong(name, neutral.format(n=values.get('n', 1)))
     usage = values.pop('stream_options', False)
     values.setdefault('seed', secrets.randbits(31))
+    values['sampling'] = Sampler(**{n: values.pop(n) for n in _SAMPLING if n in values})
     given = _prompts(fields.get('prompt'))
     prompts = tuple(_prompt(prompt, tokenizer, vocab_size) for prompt in given)
     of_text = tuple(isinstance(prompt, str) for prompt in given)
@@ -288,6 +289,7 @@ _NEUTRAL: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     'logit_bias': (_is_bias_of_nothing, _UNSUPPORTED + ' {{}}'),
     'suffix': (lambda value, _: value == '', f'{_UNSUPPORTED} ""'),
 }
+_SAMPLING = ('temperature', 'top_k', 'top_p', 'repetition_penalty')
 _NAMES = {'model', 'prompt', 'user'}  # the user is ignored
 
 
