@@ -11,8 +11,8 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from layercomb.serving import scores
-from layercomb.serving.engine import Piece, Running
 from layercomb.serving.protocol import Refusal, Request
+from layercomb.serving.running import Piece, Running
 
 Json = dict[str, Any]
 

@@ -11,8 +11,8 @@ from layercomb.data.pieces import PieceDecoder
 from layercomb.serving.texts import stop_ids
 
 if TYPE_CHECKING:
-    from layercomb.serving.engine import Piece, TokenScore
     from layercomb.serving.protocol import Request
+    from layercomb.serving.running import Piece, TokenScore
 
 _LEAST = -9999.0  # as OpenAI writes it: JSON has no infinity
 
