@@ -417,3 +417,13 @@ def test_the_best_of_several_and_what_is_favoured(server):
         temperature=0,
     )['choices']  # fmt: skip
     assert set('xy') <= set(varied['text'])
+
+
+def test_each_token_that_is_made_has_a_score_the_one_that_ends_it_too(server):
+    """lm_eval asks for one token more than it wants, and drops the last score."""
+    address, _ = server
+    asked = {'prompt': 'cat', 'max_tokens': 3, 'echo': True, 'logprobs': 1}
+    (choice,) = completed(address, **asked, logit_bias={'0': 100})['choices']
+    assert choice['text'] == 'cat' and choice['finish_reason'] == 'stop'
+    assert choice['logprobs']['tokens'] == ['c', 'a', 't', 'token_id:0']
+    assert choice['logprobs']['text_offset'] == [0, 1, 2, 3]
