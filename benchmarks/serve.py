@@ -24,10 +24,22 @@ VOCAB, D_MODEL, D_FF, LAYERS, HEADS, MAX_LEN = 49152, 576, 1536, 30, 9, 2048
 SHARED, OWN = 1000, 16
 
 
+class Numbers:
+    """A tokenizer whose text is the ids."""
+
+    vocab_size, eos_id = VOCAB, 0
+
+    def encode(self, text):
+        return [int(word) for word in text.split() if word.isdigit()]
+
+    def decode(self, ids):
+        return ''.join(f'{i} ' for i in ids)
+
+
 def model_of(source, bits):
     """A model and its tokenizer: of a source, or of random weights."""
     import layercomb as lc
-    from layercomb import data, models, transforms
+    from layercomb import models, transforms
 
     if source is not None:
         from layercomb.launcher.sources import open_source
@@ -37,7 +49,7 @@ def model_of(source, bits):
     else:
         net = models.TransformerLM(VOCAB, D_MODEL, D_FF, LAYERS, HEADS, MAX_LEN)
         model = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'))
-        tokenizer = data.ByteTokenizer()
+        tokenizer = Numbers()
     if bits < 32:
         narrow = transforms.quantize(model.layer, model.weights, bits=bits)
         model = lc.Model(*narrow, model.state)
@@ -128,9 +140,7 @@ def main():
     parser.add_argument('--clients', type=int, default=8)
     parser.add_argument('--tokens', type=int, default=64)
     parser.add_argument('--turns', type=int, default=3)
-    parser.add_argument(
-        '--source', help='a directory, a file or a name, as the launcher takes them'
-    )
+    parser.add_argument('--source', help='a directory, file or name, as the launcher takes them')
     parser.add_argument('--same_program', action='store_true', help='see serving.Limits')
     options = parser.parse_args()
     print(describe('jaxlib', 'numpy'))

@@ -37,6 +37,10 @@ class Engine:
         them, end a choice as its `eos_id` does.
       limits: how many completions are made at once, and how many wait.
 
+    Attributes:
+      model: ready to be decoded.
+      vocab_size: of the ids that both model and tokenizer know.
+
     Raises:
       TypeError, ValueError: if the tokenizer is refused, see `adapted`.
       UsageError: if the model cannot be decoded, see `axes.begun`.
@@ -44,11 +48,11 @@ class Engine:
 
     def __init__(self, model: Model, tokenizer: Any, limits: Limits = Limits()) -> None:
         self._tokenizer = adapted(tokenizer, 'serving.app', must_decode=True)
-        self._model = Decodable.of(model)
+        self.model = Decodable.of(model)
         self._limits = limits
-        self._scheduler = Scheduler(self._model, self._tokenizer, limits)
-        known = [embedding.vocab_size for _, embedding in embeddings(self._model.net)]
-        self.vocab_size = min([*known, self._tokenizer.vocab_size])  # ids that both know
+        self._scheduler = Scheduler(self.model, self._tokenizer, limits)
+        known = [embedding.vocab_size for _, embedding in embeddings(self.model.net)]
+        self.vocab_size = min([*known, self._tokenizer.vocab_size])
 
     @property
     def n_running(self) -> int:
@@ -63,16 +67,24 @@ class Engine:
     @property
     def max_len(self) -> int | None:
         """The most tokens of prompt and answer together; None for any number."""
-        return self._model.max_len
+        return self.model.max_len
 
     def warm_up(self) -> None:
         """Compiles the programs that most requests need, by making a few tokens.
 
         Any sampling uses the same programs; longer prompts and answers need further ones.
+
+        Raises:
+          UsageError: if the model makes no tokens, e.g. since its weights diverged.
         """
         for n in self._scheduler.slots.sizes:
-            for _ in self.run(Request(((self._tokenizer.eos_id,),) * n, 2)):
-                pass
+            running = Running(Request(((self._tokenizer.eos_id,),) * n, 2), silent=True)
+            self._scheduler.submit(running)
+            try:
+                for _ in running:
+                    pass
+            except Refusal as e:
+                raise UsageError(str(e)) from None
 
     def run(self, request: Request) -> Running:
         """Begins a completion outside of an event loop: iterate over what it returns.
@@ -133,7 +145,7 @@ class Engine:
             )
         try:
             for row in request.rows:
-                check_ids(self._model.net, 'prompt', np.asarray([row], np.int32))
-            check_bias(self._model.net, request.sampling)
+                check_ids(self.model.net, 'prompt', np.asarray([row], np.int32))
+            check_bias(self.model.net, request.sampling)
         except UsageError as e:
             raise Refusal(400, str(e), 'invalid_value') from None

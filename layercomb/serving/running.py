@@ -56,6 +56,7 @@ class Running:
     Args:
       request: what was asked for.
       loop: the event loop that takes the pieces; None for a thread.
+      silent: whether no texts are made, only tokens.
 
     Attributes:
       request: what was asked for.
@@ -63,8 +64,11 @@ class Running:
       n_cached: how many tokens of its prompts were known from earlier ones, and not read again.
     """
 
-    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(
+        self, request: Request, loop: asyncio.AbstractEventLoop | None = None, silent: bool = False
+    ) -> None:
         self.request = request
+        self.silent = silent
         self.n_made = 0
         self.n_cached = 0
         self._loop = loop

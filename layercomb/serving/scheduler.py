@@ -24,7 +24,7 @@ from layercomb.errors import UsageError
 from layercomb.serving.limits import Limits
 from layercomb.serving.prefixes import Block, Prefixes
 from layercomb.serving.programs import NO_TOKEN, Drawn
-from layercomb.serving.protocol import Refusal, Request
+from layercomb.serving.protocol import Refusal
 from layercomb.serving.running import Piece, Running, TokenScore
 from layercomb.serving.slots import Chosen, Decodable, Desk, Reading, Slots
 from layercomb.serving.texts import Text
@@ -32,6 +32,26 @@ from layercomb.supervised.decoding.sampling import diverged, stacked
 from layercomb.supervised.decoding.scoring import Alternatives
 
 _READINGS = 4  # prompts that are read in turns
+
+
+class Silent:
+    """What counts tokens where nobody reads a text.
+
+    Args:
+      max_tokens: how many there are.
+    """
+
+    prompt = ''
+    finish_reason: str | None = None
+
+    def __init__(self, max_tokens: int) -> None:
+        self._left = max_tokens
+
+    def add(self, token: int) -> str:
+        """Takes the next token."""
+        self._left -= 1
+        self.finish_reason = None if self._left else 'length'
+        return ''
 
 
 class Row:
@@ -48,7 +68,7 @@ class Row:
       n_asked: how many tokens the device was asked for.
     """
 
-    def __init__(self, running: Running, index: int, text: Text) -> None:
+    def __init__(self, running: Running, index: int, text: Text | Silent) -> None:
         self.running, self.index, self.text = running, index, text
         self.prompt: tuple[int, ...] = tuple(running.request.rows[index])
         self.made: list[int] = []
@@ -239,7 +259,7 @@ class Scheduler:
 
     def _begin(self, group: Group) -> None:
         request = group.running.request
-        group.rows = [Row(group.running, i, self._text(request, i)) for i in group.indices]
+        group.rows = [Row(group.running, i, self._text(group, i)) for i in group.indices]
         if request.max_tokens == 0 and not group.scored:
             for row in group.rows:
                 self._tell_prompt(row, ())
@@ -251,7 +271,10 @@ class Scheduler:
         group.running.n_cached += group.reading.n_cached
         self._readings.append(group)
 
-    def _text(self, request: Request, index: int) -> Text:
+    def _text(self, group: Group, index: int) -> Text | Silent:
+        request = group.running.request
+        if group.running.silent:
+            return Silent(request.max_tokens)
         row, whole = request.rows[index], request.rows_of_text[index]
         return Text(self._tokenizer, request.stop, request.max_tokens, row, whole)
 

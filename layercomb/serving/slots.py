@@ -34,6 +34,7 @@ from layercomb.transforms.unstacking import unstack, unstack_state
 
 _LEAST_ROOM = 512  # positions that caches hold at least, if the model reaches so far
 _LONG_PIECE = 2 * BLOCK  # tokens that are read at a time, between two steps of the others
+_SHORT_PIECE = BLOCK // 4  # tokens that a short rest is padded to
 _TAILS = (8, 1)  # further pieces, where padding would be seen or would not fit
 _CALM = 32  # steps after which a batch with free slots becomes smaller
 _SPARES = 2  # states of prompts that are kept for the next ones
@@ -191,8 +192,10 @@ class Reading:
             sizes: tuple[int, ...] = (BLOCK, *_TAILS)
         else:
             sizes = (_LONG_PIECE, BLOCK, *_TAILS)
-        if self._model.axes.can_seek and left <= BLOCK <= fits:
-            return BLOCK  # padded
+        if self._model.axes.can_seek:
+            padded = (size for size in (_SHORT_PIECE, BLOCK) if left <= size <= fits)
+            if (size := next(padded, None)) is not None:
+                return size
         return next(size for size in sizes if size <= min(left, fits))
 
     def _keep(self, before: int) -> None:

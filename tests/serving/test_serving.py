@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import importlib
 import json
 import logging
 import socket
@@ -30,8 +29,6 @@ NET = models.TransformerLM(256, d_model=8, d_ff=8, n_layers=1, n_heads=1, max_le
 LIMITS = serving.Limits(
     max_tokens=MAX_LEN, max_body=4000, max_concurrent=2, max_queue=8, patience=20
 )
-
-programs_of = importlib.import_module('layercomb.supervised.decoding.generate')
 
 
 @pytest.fixture(scope='module')
@@ -199,44 +196,29 @@ def test_a_body_without_a_length_is_counted_as_it_comes(server):
 
 
 @pytest.mark.parametrize('stream', [True, False])
-def test_who_hangs_up_frees_the_place(server, stream):
+def test_who_hangs_up_frees_the_place(server, stream, forced):
     address, engine = server
     asked = json.dumps({'prompt': 'x', 'max_tokens': 590, 'seed': 1, 'stream': stream}).encode()
     head = f'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(asked)}\r\n'
     head += 'Content-Type: application/json\r\n\r\n'
-    makes = engine._tokens
     n_made = []
-
-    def slow(request):
-        for token in makes(request):
-            n_made.append(1)
-            time.sleep(0.02)
-            yield token * 0 + ord('a')
-
-    engine._tokens = slow
-    try:
-        with socket.create_connection(address) as client:
-            client.sendall(head.encode() + asked)
-            while len(n_made) < 3:
-                time.sleep(0.01)
-            assert engine.n_running == 1
-        left = len(n_made)
-        assert idle(engine) and len(n_made) < left + 25
-    finally:
-        engine._tokens = makes
+    forced.slow(lambda: n_made.append(1))
+    with socket.create_connection(address) as client:
+        client.sendall(head.encode() + asked)
+        while len(n_made) < 3:
+            time.sleep(0.01)
+        assert engine.n_running == 1
+    left = len(n_made)
+    assert idle(engine) and len(n_made) < left + 25
 
 
-def test_who_hangs_up_in_the_queue_leaves_it(server):
+def test_who_hangs_up_in_the_queue_leaves_it(server, forced):
     address, engine = server
     asked = json.dumps({'prompt': 'x', 'max_tokens': 590, 'seed': 1}).encode()
     head = f'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(asked)}\r\n'
     head += 'Content-Type: application/json\r\n\r\n'
-    makes, go_on = engine._tokens, threading.Event()
-
-    def waits(request):
-        for token in makes(request):
-            go_on.wait(20)
-            yield token
+    go_on = threading.Event()
+    forced.slow(until=go_on.is_set)
 
     def until(said):
         end = time.monotonic() + 10
@@ -244,7 +226,6 @@ def test_who_hangs_up_in_the_queue_leaves_it(server):
             time.sleep(0.01)
         assert said()
 
-    engine._tokens = waits
     try:
         with contextlib.ExitStack() as clients:
             for _ in range(LIMITS.max_concurrent):
@@ -254,12 +235,11 @@ def test_who_hangs_up_in_the_queue_leaves_it(server):
             until(lambda: engine.n_running == LIMITS.max_concurrent)
             with socket.create_connection(address) as client:
                 client.sendall(head.encode() + asked)
-                until(lambda: engine._waiting == 1)
-            until(lambda: engine._waiting == 0)
+                until(lambda: engine.n_waiting == 1)
+            until(lambda: engine.n_waiting == 0)
             assert engine.n_running == LIMITS.max_concurrent
     finally:
         go_on.set()
-        engine._tokens = makes
     assert idle(engine)
 
 
@@ -283,11 +263,12 @@ def test_others_are_answered_while_a_prompt_is_made_tokens_of(model):
 
 
 def test_how_tokens_are_drawn_compiles_nothing(server):
-    address, _ = server
-    sizes = []
+    address, engine = server
+    sizes, programs = [], engine.model.programs
     for how in ({}, {'top_k': 3}, {'top_p': 0.5, 'temperature': 0.3}, {'repetition_penalty': 2}):
         completed(address, prompt='cat', max_tokens=2, **how)
-        sizes.append((programs_of._first._cache_size(), programs_of._next.cache_info().currsize))
+        made = programs.read, programs.first, programs.step
+        sizes.append(tuple(program._cache_size() for program in made))
     assert len(set(sizes)) == 1
 
 
@@ -315,20 +296,12 @@ def test_two_hundred_at_once_are_answered_or_sent_away(server):
     assert completed(address, prompt='still', max_tokens=2)
 
 
-def test_a_failure_of_the_model_is_not_told_in_detail(server, caplog):
+def test_a_failure_of_the_model_is_not_told_in_detail(server, caplog, forced):
     address, engine = server
-    makes = engine._tokens
-
-    def fails(request):
-        raise RuntimeError('a secret')
-
-    engine._tokens = fails
-    try:
-        with caplog.at_level(logging.CRITICAL, 'layercomb'):
-            status, said, _ = ask(address, {'prompt': 'a'})
-            _, streamed, _ = ask(address, {'prompt': 'a', 'stream': True})
-    finally:
-        engine._tokens = makes
+    forced.failing(RuntimeError('a secret'))
+    with caplog.at_level(logging.CRITICAL, 'layercomb'):
+        status, said, _ = ask(address, {'prompt': 'a'})
+        _, streamed, _ = ask(address, {'prompt': 'a', 'stream': True})
     assert status == 500 and json.loads(said)['error']['type'] == 'server_error'
     assert b'secret' not in said and b'secret' not in streamed
     assert 'error' in events(streamed.decode().splitlines())[0]
