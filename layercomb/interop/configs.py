@@ -46,11 +46,38 @@ class Config(Mapping[str, Any]):
             raise UsageError(f'config.json has no {name!r}: take the file that came with the model')
         return self._entries[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
     def __iter__(self) -> Any:
         return iter(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def or_else(self, defaults: Mapping[str, Any]) -> Config:
+        """The same configuration with entries for what is missing; reading one reads both.
+
+        Args:
+          defaults: entries by name.
+        """
+        made = Config({**defaults, **self._entries})
+        made._read = self._read
+        return made
+
+    def inside(self, name: str) -> Config:
+        """An entry that is a configuration itself.
+
+        Raises:
+          UsageError: if it is missing, or no object.
+        """
+        value = self[name]
+        if not isinstance(value, dict):
+            raise UsageError(
+                f'config.json: {name!r} is {value!r:.60} and not an object: take the file that '
+                'came with the model'
+            )
+        return Config(value)
 
     def get(self, name: str, default: Any = None) -> Any:
         """An entry; the default if it is missing or null."""
@@ -76,19 +103,41 @@ class Config(Mapping[str, Any]):
             )
         return value
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: Any = _MISSING) -> float:
         """An entry that is a number.
 
+        Args:
+          name: of the entry.
+          default: its value where it is missing; by default it must be there.
+
         Raises:
-          UsageError: if it is something else.
+          UsageError: if it is missing without default, or something else.
         """
-        value = self.get(name, default)
+        value = self[name] if default is _MISSING else self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UsageError(
                 f'config.json: {name!r} is {value!r} and no number: take the file that came with '
                 'the model'
             )
         return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """An entry that is true or false.
+
+        Args:
+          name: of the entry.
+          default: its value where it is missing.
+
+        Raises:
+          UsageError: if it is something else.
+        """
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise UsageError(
+                f'config.json: {name!r} is {value!r} and not true or false: take the file that '
+                'came with the model'
+            )
+        return value
 
     def one_of(self, name: str, known: Mapping[str, Any], default: str) -> Any:
         """What an entry, a word, stands for.

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any, Protocol
 
 import jax
@@ -49,6 +50,8 @@ class Entry:
       layers: the numbers of the layers that `Repeat` stacks in ours; None if it is not stacked.
       part: the rows (first, end) of a fused tensor, along its axis of results; None takes all.
       is_row: whether theirs, a vector, has a first axis of 1.
+      also: other names that the tensor may have. One of all these must be there, and if there are
+        several, such as both ends of a tied table, they must be equal.
     """
 
     ours: str
@@ -57,13 +60,20 @@ class Entry:
     layers: Sequence[int] | None = None
     part: tuple[int, int] | None = None
     is_row: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the tensors, one for each layer."""
+        return tuple(names[0] for names in self.all_names)
+
+    @property
+    def all_names(self) -> tuple[tuple[str, ...], ...]:
+        """For each layer all names that its tensor may have, the usual one first."""
+        known = (self.theirs, *self.also)
         if self.layers is None:
-            return (self.theirs,)
-        return tuple(self.theirs.format(i) for i in self.layers)
+            return (known,)
+        return tuple(tuple(name.format(i) for name in known) for i in self.layers)
 
     def shape(self, ours: Sequence[int], declared: Axes) -> tuple[int, ...]:
         """The shape of one tensor, or of the part of it.
@@ -116,7 +126,7 @@ def fill(
       entries: one or several for each weight.
       tensors: by name.
       ignored: patterns of names that hold nothing to load, such as a table of sines.
-      dtype: of the weights.
+      dtype: of the weights, or a function from a path to the dtype of that weight.
 
     Returns:
       The weights, a nested dict of JAX arrays.
@@ -130,9 +140,10 @@ def fill(
     for entry in entries:
         like = flat[entry.ours]
         shape = like.shape if entry.layers is None else like.shape[1:]
-        stack = np.empty((len(entry.names), *shape), jnp.dtype(dtype))
-        for i, name in enumerate(entry.names):
-            tensor = entry.cut(tensors[name].read())
+        given = dtype(entry.ours) if isinstance(dtype, FunctionType) else dtype
+        stack = np.empty((len(entry.names), *shape), jnp.dtype(given))
+        for i, names in enumerate(entry.all_names):
+            tensor = entry.cut(_read(names, tensors))
             stack[i] = (tensor.T if entry.transposed else tensor).reshape(shape)
         made[entry.ours] = jnp.asarray(stack[0] if entry.layers is None else stack)
     return trees.unflatten(made)
@@ -195,15 +206,16 @@ def check(
     if unknown:
         raise ValueError(f'the entries of this family do not list {_some(unknown)} once each')
     wanted = _wanted(flat, declared, entries)
-    missing = [name for name in wanted if name not in tensors]
+    missing = [names[0] for names in wanted if not any(name in tensors for name in names)]
+    known = {name: shape for names, shape in wanted.items() for name in names}
     left = [
         name
         for name in tensors
-        if name not in wanted and not any(re.fullmatch(pattern, name) for pattern in ignored)
+        if name not in known and not any(re.fullmatch(pattern, name) for pattern in ignored)
     ]
     misshapen = [
         f'{name} is {tuple(tensors[name].shape)} and not {shape}'
-        for name, shape in wanted.items()
+        for name, shape in known.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     wrong = [('missing', missing), ('left over', left), ('misshapen', misshapen)]
@@ -217,20 +229,37 @@ def check(
 
 def _wanted(
     flat: Mapping[str, Any], declared: Mapping[str, Axes], entries: Sequence[Entry]
-) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor by name; the parts of a fused one are added up."""
-    wanted: dict[str, tuple[int, ...]] = {}
+) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shape of each tensor by its names; the parts of a fused one are added up."""
+    wanted: dict[tuple[str, ...], tuple[int, ...]] = {}
     for entry in entries:
         shape = entry.shape(flat[entry.ours].shape, declared[entry.ours])
-        for name in entry.names:
-            if entry.part is not None and name in wanted:
+        for names in entry.all_names:
+            if entry.part is not None and names in wanted:
                 axis = 0 if entry.transposed or len(shape) == 1 else len(shape) - 1
-                before = wanted[name]
+                before = wanted[names]
                 whole = before[axis] + shape[axis]
-                wanted[name] = (*before[:axis], whole, *before[axis + 1 :])
+                wanted[names] = (*before[:axis], whole, *before[axis + 1 :])
             else:
-                wanted[name] = shape
+                wanted[names] = shape
     return wanted
+
+
+def _read(names: Sequence[str], tensors: Mapping[str, Tensor]) -> np.ndarray:
+    """The tensor under the first of its names that is there.
+
+    Raises:
+      UsageError: if there are several, and they differ.
+    """
+    first, *others = (name for name in names if name in tensors)
+    made = tensors[first].read()
+    for name in others:
+        if not np.array_equal(tensors[name].read(), made):
+            raise UsageError(
+                f'the tensors {first} and {name} differ, and the configuration says that they are '
+                'one: take both from the same model, or set "tie_word_embeddings": false'
+            )
+    return made
 
 
 def shapes_of(net: Layer, signature: Any) -> Tree:

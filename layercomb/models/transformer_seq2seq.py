@@ -107,31 +107,17 @@ def Transformer(
 
     add = functools.partial(residual, norm, dropout=dropout)
     feed = add(feed_forward(d_ff, d_model, activation, ff_chunk_len))
-    reading = [[tl.Select((0, 1, 1)) if masked else None, add(layer), feed] for layer in looks]
     beside = tl.Select((0, 1, 2, 1, 2) if masked else (0, 1, 1))  # x, memory[, mask] twice
+    reading = [[tl.Select((0, 1, 1)) if masked else None, add(layer), feed] for layer in looks]
     writing = [[add(layer), beside, add(across), feed] for layer in backs]
-
     n_target = vocab_size if target_vocab_size is None else target_vocab_size
-    start = functools.partial(_embedded, d_model, position_layer(positions, max_len), dropout)
+    embedded = functools.partial(_embedded, d_model, position_layer(positions, max_len), dropout)
+    stack = functools.partial(_stack, norm)
     return tl.Serial(
         tl.Select((0, 2, 1, 2)) if masked else None,  # source, mask, inputs, mask
-        tl.Once(
-            tl.Serial(
-                start(vocab_size),
-                tl.Repeat(tl.Serial(*reading, name='block'), n_encoder_layers // len(looks)),
-                norm.replace(name='norm'),
-                tl.Select((0,), n_in=2) if masked else None,
-                name='encoder',
-            )
-        ),
+        tl.Once(stack('encoder', embedded(vocab_size), reading, n_encoder_layers, masked)),
         tl.Swap(),  # inputs, memory[, mask]
-        tl.Serial(
-            start(n_target),
-            tl.Repeat(tl.Serial(*writing, name='block'), n_decoder_layers // len(backs)),
-            norm.replace(name='norm'),
-            tl.Select((0,), n_in=2 + masked),
-            name='decoder',
-        ),
+        stack('decoder', embedded(n_target), writing, n_decoder_layers, 1 + masked),
         tl.Dense(n_target, name='head'),
     )
 
@@ -142,3 +128,21 @@ def _embedded(
     """Embedding, positions and dropout: token ids (B, L) → (B, L, D)."""
     embedding = tl.Embedding(vocab_size, d_model, table_init=tl.Normal(0.02))
     return embedding, place, tl.Dropout(dropout) if dropout else None
+
+
+def _stack(
+    norm: tl.Layer,
+    name: str,
+    embedded: tuple[tl.Layer | None, ...],
+    blocks: Sequence[Sequence[tl.Layer | None]],
+    n_layers: int,
+    n_beside: int,
+) -> tl.Serial:
+    """An embedding, blocks that alternate over depth, and a norm; values beside x are dropped."""
+    return tl.Serial(
+        embedded,
+        tl.Repeat(tl.Serial(*blocks, name='block'), n_layers // len(blocks)),
+        norm.replace(name='norm'),
+        tl.Select((0,), n_in=1 + n_beside) if n_beside else None,
+        name=name,
+    )

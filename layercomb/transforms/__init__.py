@@ -6,6 +6,7 @@ combinators and wrappers too.
 """
 
 from layercomb.transforms.casting import Cast, cast
+from layercomb.transforms.narrowing import TiedRows, hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.tying import Tied
@@ -16,9 +17,12 @@ __all__ = [
     'Cast',
     'Quantized',
     'Tied',
+    'TiedRows',
     'axes',
     'bare',
     'cast',
+    'hold_narrow',
+    'hold_wide',
     'narrow_paths',
     'quantize',
     'rewrite',

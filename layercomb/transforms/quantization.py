@@ -138,7 +138,7 @@ class Quantized(Wrapper):
             values, scales = narrow(wide, axes, self.bits, self.group_size)
             weights = trees.put(trees.drop(weights, path), path, values)
             if scales is not None:
-                weights = trees.put(weights, path + _SCALES, scales)
+                weights = trees.put(weights, path + SCALES, scales)
         return weights
 
     def _seen(self, weights: Tree) -> Tree:
@@ -150,8 +150,8 @@ class Quantized(Wrapper):
             if is_float(values):
                 values = constant(values)
             else:
-                scales = constant(trees.get(weights, path + _SCALES))
-                weights = trees.drop(weights, path + _SCALES)
+                scales = constant(trees.get(weights, path + SCALES))
+                weights = trees.drop(weights, path + SCALES)
             matrix = Narrow(values, scales, axes, self.bits)
             weights = trees.put(trees.drop(weights, path), path, matrix)
         return weights
@@ -166,7 +166,7 @@ class Quantized(Wrapper):
         Returns:
           The axes, such as 'F<-D'; None for a weight that is not narrow.
         """
-        of_matrix = path.removesuffix(_SCALES)
+        of_matrix = path.removesuffix(SCALES)
         layer = bare(self.layer)
         if of_matrix not in narrow_axes(layer) or (path == of_matrix and leaf.dtype == jnp.float32):
             return None
@@ -179,7 +179,7 @@ class Quantized(Wrapper):
         return f'{first}<-{second if len(second) == 1 else f"({second})"}'
 
 
-_SCALES = '_scales'
+SCALES = '_scales'
 
 
 def narrow_axes(layer: Layer) -> dict[str, str]:

@@ -13,14 +13,23 @@ from layercomb.interop.tensors import Entry
 from layercomb.layers.core.layer import Layer
 from layercomb.shapes import Signature, shape_dtype
 
-# The module of each family, by the model_type of its config.json; imported when it is needed. It
-# has the families by model_type, as FAMILIES.
-MODULES: dict[str, str] = {
-    'albert': 'bert',
-    'bert': 'bert',
-    'fnet': 'bert',
-    'marian': 'marian',
-    'roberta': 'bert',
+# Where each family is, module and name, by the model_type of a config.json; it is imported when it
+# is needed.
+PLACES: dict[str, str] = {
+    'albert': 'bert.ALBERT',
+    'bert': 'bert.BERT',
+    'fnet': 'bert.FNET',
+    'gemma2': 'gemma.GEMMA',
+    'gemma3': 'gemma.GEMMA',
+    'gemma3_text': 'gemma.GEMMA',
+    'gpt2': 'gpt2.GPT2',
+    'llama': 'llama.LLAMA',
+    'marian': 'marian.MARIAN',
+    'mistral': 'llama.LLAMA',
+    'phi3': 'phi.PHI',
+    'qwen2': 'qwen.QWEN',
+    'qwen3': 'qwen.QWEN',
+    'roberta': 'bert.ROBERTA',
 }
 
 
@@ -61,10 +70,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
       UsageError: if it is unknown, listing those known.
     """
     kind = config.get('model_type')
-    if not isinstance(kind, str) or kind not in MODULES:
+    if not isinstance(kind, str) or kind not in PLACES:
         raise UsageError(
             f'config.json describes a model of type {kind!r}, and known are '
-            f'{", ".join(sorted(MODULES))}: convert one of those'
+            f'{", ".join(sorted(PLACES))}: convert one of those'
         )
     return _imported(kind)
 
@@ -81,7 +90,7 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
       UsageError: if no family makes this model.
     """
     tried: list[str] = []
-    for kind in MODULES:
+    for kind in PLACES:
         family = _imported(kind)
         if family.name in tried:
             continue
@@ -99,5 +108,6 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
 
 
 def _imported(kind: str) -> Family:
-    families: dict[str, Family] = importlib.import_module(f'{__name__}.{MODULES[kind]}').FAMILIES
-    return families[kind]
+    module, _, name = PLACES[kind].partition('.')
+    family: Family = getattr(importlib.import_module(f'{__name__}.{module}'), name)
+    return family

@@ -107,17 +107,15 @@ def _signature(net: Layer) -> Signature:
     return ids, ids, shape_dtype((1, 8), bool)
 
 
-FAMILIES = {
-    'marian': Family(
-        name='marian',
-        net=_net,
-        entries=_entries,
-        config=_config,
-        signature=_signature,
-        ignored=(
-            # The table again, and sines that are computed.
-            r'model\.(encoder|decoder)\.embed_(tokens|positions)\.weight',
-            r'lm_head\.weight',
-        ),
-    )
-}
+MARIAN = Family(
+    name='marian',
+    net=_net,
+    entries=_entries,
+    config=_config,
+    signature=_signature,
+    ignored=(
+        # The table again, and sines that are computed.
+        r'model\.(encoder|decoder)\.embed_(tokens|positions)\.weight',
+        r'lm_head\.weight',
+    ),
+)
