@@ -22,11 +22,12 @@ from layercomb.layers.core.walk import joined, walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.axes import UNKNOWN, Axes
 from layercomb.layers.facts.positionwise import of_sublayers
-from layercomb.layers.quantized.matrix import BITS, Narrow, can_narrow, constant, narrow
+from layercomb.layers.quantized.matrix import BITS, SCALES, Narrow, can_narrow, constant, narrow
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.shapes import Signature, is_float
 from layercomb.transforms.casting import Cast
+from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
@@ -180,9 +181,6 @@ class Quantized(Wrapper):
         return f'{first}<-{second if len(second) == 1 else f"({second})"}'
 
 
-SCALES = '_scales'
-
-
 def narrow_axes(layer: Layer) -> dict[str, str]:
     """The weights of a leaf that may be narrow, and their axes as `Narrow` writes them.
 
@@ -286,14 +284,14 @@ def _tied_again(net: Tied, inner: Layer, whole: Tree) -> tuple[Layer, Tree]:
     """
     source, target = (_layouts(inner, whole, path) for path in (net.source, net.target))
     turned = net.via is jnp.transpose and (source, target) in _TRANSPOSED
-    if not turned and (source != target or (net.via and {*source.values()} != {''})):
+    is_narrow = set(source.values()) != {''}
+    if not turned and (source != target or (net.via and is_narrow)):
         return inner, whole
-    made = Tied(inner, net.source, net.target, None if turned else net.via, name=net.name)
+    made = TiedRows if is_narrow and '' in source else Tied  # rows, or a layer of several weights
     whole = trees.drop(whole, net.target)
-    if '' not in source or net.source + _SCALES not in trees.flatten(whole):
-        return made, whole
-    scales = net.target + _SCALES
-    return Tied(made, net.source + _SCALES, scales), trees.drop(whole, scales)
+    if made is TiedRows and net.source + SCALES in trees.flatten(whole):
+        whole = trees.drop(whole, net.target + SCALES)
+    return made(inner, net.source, net.target, net.via, name=net.name), whole
 
 
 # A table of rows and the kernel that is its transpose: both are kept as rows.
