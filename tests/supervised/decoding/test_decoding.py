@@ -148,7 +148,7 @@ def test_the_penalty_falls_on_what_a_row_holds():
 def test_penalties_of_what_was_made():
     """As OpenAI has it: one for each token made, and one for having made it; prompts are free."""
     logits = jnp.array([[2.0, 1.5, 1.0, -1.0]])
-    sampler = decoding.Sampler(0, presence_penalty=0.4, frequency_penalty=0.3)
+    sampler = decoding.Sampler(0, presence_penalty=0.45, frequency_penalty=0.3)
     held = sampler.held(jnp.array([[0, 1]]), jnp.array([2]), 4)
     made = []
     for _ in range(7):
@@ -157,7 +157,7 @@ def test_penalties_of_what_was_made():
         made.append(int(token[0]))
     counts, wanted = np.zeros(4), []
     for _ in range(7):
-        wanted.append(int((np.asarray(logits[0]) - 0.3 * counts - 0.4 * (counts > 0)).argmax()))
+        wanted.append(int((np.asarray(logits[0]) - 0.3 * counts - 0.45 * (counts > 0)).argmax()))
         counts[wanted[-1]] += 1
     assert made == wanted and len(set(made)) == 3
     assert int(decoding.Sampler(0, presence_penalty=-9)(logits, one_key(), held)[0]) == 0
