@@ -21,9 +21,7 @@ _BESIDE = shutil.which('lm_eval', path=str(Path(sys.executable).parent))
 LM_EVAL = _BESIDE or shutil.which('lm_eval')
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        LM_EVAL is None, reason='no lm_eval: pip install lm-eval[api]'
-    ),
+    pytest.mark.skipif(LM_EVAL is None, reason='no lm_eval: pip install lm-eval[api]'),
 ]
 
 ROWS = [
