@@ -28,6 +28,7 @@ from layercomb.serving.protocol import Refusal
 from layercomb.serving.running import Piece, Running, TokenScore
 from layercomb.serving.slots import Chosen, Decodable, Desk, Reading, Slots
 from layercomb.serving.texts import Text
+from layercomb.supervised.decoding.keys import key
 from layercomb.supervised.decoding.sampling import diverged, stacked
 from layercomb.supervised.decoding.scoring import Alternatives
 
@@ -322,10 +323,10 @@ class Scheduler:
 
     def _chosen(self, row: Row) -> Chosen:
         request = row.running.request
-        key = jax.random.fold_in(jax.random.key(request.seed), row.index)
+        own = jax.random.fold_in(key('seed', request.seed), row.index)
         held = np.zeros((1, self._model.vocab_size), np.int32)
         held[0, list(row.prompt)] = 1
-        data = np.asarray(jax.random.key_data(key))[None]
+        data = np.asarray(jax.random.key_data(own))[None]
         return Chosen(stacked([request.sampling]), data, held)
 
     def _ask(self) -> list[_Asked]:
@@ -395,9 +396,9 @@ class Scheduler:
             return
         known = (*row.prompt, *row.made[:-1])  # the last token has not been read
         keys = self.prefixes.keys(known)
-        for i, key in enumerate(keys):
-            if self.prefixes.wants(key):
-                self.prefixes.keep(key, Block(self.slots.block(row, i), None))
+        for i, each in enumerate(keys):
+            if self.prefixes.wants(each):
+                self.prefixes.keep(each, Block(self.slots.block(row, i), None))
 
     def _end(self, row: Row) -> None:
         """Ends a row, and its completion with the last of them."""

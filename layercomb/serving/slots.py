@@ -188,10 +188,10 @@ class Reading:
     def _next_size(self) -> int:
         left = len(self._ids) - self.taken
         fits = self.room - self.taken
-        if self._scored:  # whose logits exist for all positions of a piece
-            sizes: tuple[int, ...] = (BLOCK, *_TAILS)
-        else:
-            sizes = (_LONG_PIECE, BLOCK, *_TAILS)
+        sizes: tuple[int, ...] = (BLOCK, *_TAILS)
+        if self._model.axes.can_seek and not self._scored:
+            # Elsewhere what is kept ends with each block, or logits exist for all of a piece.
+            sizes = (_LONG_PIECE, *sizes)
         if self._model.axes.can_seek:
             padded = (size for size in (_SHORT_PIECE, BLOCK) if left <= size <= fits)
             if (size := next(padded, None)) is not None:

@@ -187,7 +187,10 @@ def test_tokens_that_are_told_to_clients_have_names():
 def test_the_tokenizer_is_told_to_clients():
     told = info(PretrainedTokenizer(LLAMA.vocabulary, 2, 1, tokens={'eos_token': '</s>'}))
     assert told['eos_token'] == '</s>'
-    for special, wanted in [(True, LLAMA.encode('the').tolist()), (False, LLAMA.encode('the').tolist()[1:])]:
+    for special, wanted in [
+        (True, LLAMA.encode('the').tolist()),
+        (False, LLAMA.encode('the').tolist()[1:]),
+    ]:
         body = json.dumps({'prompt': 'the', 'add_special_tokens': special}).encode()
         assert tokenize(body, LLAMA, 'tiny')['tokens'] == wanted
 
