@@ -178,9 +178,7 @@ def test_a_tokenizer_that_makes_no_text_is_refused_where_text_is_made(model, fie
 
 def test_a_tokenizer_without_incremental_decoding_serves_and_generates(model, capsys):
     application = serving.app(model, Words(), 'own')
-    tokens = decoding.generate(model, [[1, 2]], 6, sampling=decoding.Sampler(0), eos_id=0)[
-        0
-    ].tolist()
+    tokens = decoding.generate(model, [[1, 2]], 6, temperature=0, eos_id=0)[0].tolist()
     tokens = tokens[: tokens.index(0)] if 0 in tokens else tokens
     answer = answered(application, Request(((1, 2),), 6, sampling=GREEDY))
     assert answer == ''.join(' ' + 'x' * i for i in tokens)
