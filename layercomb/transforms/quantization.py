@@ -22,12 +22,12 @@ from layercomb.layers.core.walk import joined, walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.axes import UNKNOWN, Axes
 from layercomb.layers.facts.positionwise import of_sublayers
-from layercomb.layers.quantized.matrix import BITS, Narrow, can_narrow, constant, narrow
+from layercomb.layers.quantized.matrix import BITS, SCALES, Narrow, can_narrow, constant, narrow
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.shapes import Signature, is_float
 from layercomb.transforms.casting import Cast
-from layercomb.transforms.tying import Tied
+from layercomb.transforms.tying import Tied, TiedRows
 from layercomb.trees import Tree
 
 
@@ -180,9 +180,6 @@ class Quantized(Wrapper):
         return f'{first}<-{second if len(second) == 1 else f"({second})"}'
 
 
-SCALES = '_scales'
-
-
 def narrow_axes(layer: Layer) -> dict[str, str]:
     """The weights of a leaf that may be narrow, and their axes as `Narrow` writes them.
 
@@ -285,19 +282,22 @@ def _tied_again(net: Tied, inner: Layer, whole: Tree) -> tuple[Layer, Tree]:
       whole: its weights.
     """
     source, target = (_layouts(inner, whole, path) for path in (net.source, net.target))
-    turned = net.via is jnp.transpose and (source, target) in _TRANSPOSED
-    if not turned and (source != target or (net.via and {*source.values()} != {''})):
+    if _are_alike(net.via, source.get(''), target.get('')):
+        made: Layer = TiedRows(inner, net.source, net.target, net.via, name=net.name)
+        scales = net.target + SCALES
+        whole = trees.drop(whole, scales) if scales in trees.flatten(whole) else whole
+    elif source == target and (net.via is None or source == {'': ''}):
+        made = net.replace(layer=inner)
+    else:
         return inner, whole
-    made = Tied(inner, net.source, net.target, None if turned else net.via, name=net.name)
-    whole = trees.drop(whole, net.target)
-    if '' not in source or net.source + _SCALES not in trees.flatten(whole):
-        return made, whole
-    scales = net.target + _SCALES
-    return Tied(made, net.source + _SCALES, scales), trees.drop(whole, scales)
+    return made, trees.drop(whole, net.target)
 
 
-# A table of rows and the kernel that is its transpose: both are kept as rows.
-_TRANSPOSED = (({'': 'oi'}, {'': 'io'}), ({'': 'io'}, {'': 'oi'}))
+def _are_alike(via: Any, source: str | None, target: str | None) -> bool:
+    """Whether two narrow weights are stored alike: of one kind, or a table and its transpose."""
+    if via is None:
+        return bool(source) and source == target
+    return via is jnp.transpose and {source, target} == {'oi', 'io'}
 
 
 def _layouts(net: Layer, weights: Tree, at: str) -> dict[str, str]:

@@ -31,6 +31,7 @@ from layercomb.layers.quantized.rows import IN_BOUNDS
 from layercomb.shapes import is_float
 
 BITS = (4, 8, 16)
+SCALES = '_scales'  # what the path of a narrow weight's scales ends with
 
 
 @functools.partial(
