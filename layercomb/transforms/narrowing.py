@@ -14,7 +14,8 @@ from layercomb.layers.core.walk import joined
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.transforms.quantization import Quantized, bare, narrow_axes
 from layercomb.transforms.rewriting import rewrite
-from layercomb.transforms.tying import Tied, TiedRows
+from layercomb.transforms.tied_rows import TiedRows
+from layercomb.transforms.tying import Tied
 
 
 def hold_narrow(net: Layer, stored: Mapping[str, tuple[int, int]]) -> Layer:
@@ -45,7 +46,7 @@ def _wrapped(net: Layer, path: str, stored: Mapping[str, tuple[int, int]]) -> La
     if isinstance(net, (Combinator, Wrapper)) and children:
         net = net.with_sublayers(tuple(children))
     if isinstance(net, Tied) and net.source.rpartition('/')[0] in stored:
-        return TiedRows(net.layer, net.source, net.target, net.via)
+        return TiedRows(net.layer, net.source, net.target, net.via, name=net.name)
     return net
 
 
@@ -64,7 +65,7 @@ def hold_wide(net: Layer) -> Layer:
         if isinstance(layer, Quantized):
             return layer.layer
         if isinstance(layer, TiedRows):
-            return Tied(layer.layer, layer.source, layer.target, layer.via)
+            return Tied(layer.layer, layer.source, layer.target, layer.via, name=layer.name)
         return layer
 
     return rewrite(net, one)

@@ -27,7 +27,8 @@ from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.shapes import Signature, is_float
 from layercomb.transforms.casting import Cast
-from layercomb.transforms.tying import Tied, TiedRows
+from layercomb.transforms.tied_rows import TiedRows
+from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
 
@@ -282,22 +283,19 @@ def _tied_again(net: Tied, inner: Layer, whole: Tree) -> tuple[Layer, Tree]:
       whole: its weights.
     """
     source, target = (_layouts(inner, whole, path) for path in (net.source, net.target))
-    if _are_alike(net.via, source.get(''), target.get('')):
-        made: Layer = TiedRows(inner, net.source, net.target, net.via, name=net.name)
-        scales = net.target + SCALES
-        whole = trees.drop(whole, scales) if scales in trees.flatten(whole) else whole
-    elif source == target and (net.via is None or source == {'': ''}):
-        made = net.replace(layer=inner)
-    else:
+    turned = net.via is jnp.transpose and (source, target) in _TRANSPOSED
+    is_narrow = set(source.values()) != {''}
+    if not turned and (source != target or (net.via and is_narrow)):
         return inner, whole
-    return made, trees.drop(whole, net.target)
+    made = TiedRows if is_narrow and '' in source else Tied  # rows, or a layer of several weights
+    whole = trees.drop(whole, net.target)
+    if made is TiedRows and net.source + SCALES in trees.flatten(whole):
+        whole = trees.drop(whole, net.target + SCALES)
+    return made(inner, net.source, net.target, net.via, name=net.name), whole
 
 
-def _are_alike(via: Any, source: str | None, target: str | None) -> bool:
-    """Whether two narrow weights are stored alike: of one kind, or a table and its transpose."""
-    if via is None:
-        return bool(source) and source == target
-    return via is jnp.transpose and {source, target} == {'oi', 'io'}
+# A table of rows and the kernel that is its transpose: both are kept as rows.
+_TRANSPOSED = (({'': 'oi'}, {'': 'io'}), ({'': 'io'}, {'': 'oi'}))
 
 
 def _layouts(net: Layer, weights: Tree, at: str) -> dict[str, str]:

@@ -152,6 +152,14 @@ DENSE = {
     ),
     'token in a cache': Case(Lq=1, Lk=70, options={'causal': True, 'offset': [0, 37]}),
     'grouped': Case(H=6, G=2, Lq=53, Lk=53, options={'causal': True, 'block_len': 16}),
+    'grouped window, capped': Case(
+        H=6,
+        G=2,
+        Lq=53,
+        Lk=53,
+        masked=True,
+        options={'causal': True, 'block_len': 16, 'window': 9, 'softcap': 0.5},
+    ),
     'grouped, masked': Case(
         H=4, G=2, Lq=37, Lk=53, D=4, masked=True, options={'block_len': 16, 'softcap': 0.5}
     ),

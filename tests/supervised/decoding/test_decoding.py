@@ -135,13 +135,13 @@ def one_key():
 def test_the_penalty_falls_on_what_a_row_holds():
     logits = jnp.array([[2.0, 1.5, -1.0, -1.2]])
     sampler = decoding.Sampler(temperature=0, repetition_penalty=2.0)
-    seen = sampler.seen(jnp.array([[0, 3, 1]]), jnp.array([2]), 4)  # the third is padding
-    np.testing.assert_array_equal(seen, [[True, False, False, True]])
-    assert int(sampler(logits, one_key(), seen)[0]) == 1  # 2 / 2 < 1.5
-    seen = sampler.add(seen, jnp.array([1]))
-    assert int(sampler(logits, one_key(), seen)[0]) == 0
+    held = sampler.held(jnp.array([[0, 3, 1]]), jnp.array([2]), 4)  # the third is padding
+    np.testing.assert_array_equal(held, [[1, 0, 0, 1]])
+    assert int(sampler(logits, one_key(), held)[0]) == 1  # 2 / 2 < 1.5
+    held = sampler.add(held, jnp.array([1]))
+    assert int(sampler(logits, one_key(), held)[0]) == 0
     negative = jnp.array([[-1.5, -9.0, -1.9, -1.0]])  # 0 becomes −3, and 3 becomes −2
-    assert int(sampler(negative, one_key(), seen)[0]) == 2
+    assert int(sampler(negative, one_key(), held)[0]) == 2
 
 
 def test_a_strong_penalty_repeats_nothing():
