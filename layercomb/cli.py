@@ -1,4 +1,4 @@
-"""The launcher: ``layercomb train | eval | inspect | generate | serve | export``.
+"""The launcher: ``layercomb train | eval | inspect | generate | chat | serve | export | convert``.
 
 This is the only file that imports gin. It hands trained models and tokenizers to the others.
 
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import difflib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,15 @@ from typing import Any
 from layercomb import paths, transforms
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, machine_errors, one_line, require, usage_errors
-from layercomb.launcher import arguments, compile_cache, includes, runs, stopping, terminal
+from layercomb.launcher import (
+    arguments,
+    compile_cache,
+    includes,
+    runs,
+    sources,
+    stopping,
+    terminal,
+)
 from layercomb.launcher.experiment import Experiment
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
@@ -100,11 +109,18 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> None:
-    """``layercomb eval RUN_DIR``: measures a trained model, perhaps under other bindings."""
+    """``layercomb eval SOURCE``: measures a model by its tasks, or on a text of your own."""
+    if options.text is not None:
+        _eval_text(options)
+        return
     from layercomb.supervised import evaluate
 
-    file = runs.config_file(options.run_dir)
-    with configured(runs.read_text(file), options.gin_param, options.run_dir, file) as config:
+    if sources.find(options.source).kind != sources.RUN:
+        raise UsageError(
+            f'{options.source!r} is no run, and has nothing to be measured on: give --text FILE'
+        )
+    file = runs.config_file(options.source)
+    with configured(runs.read_text(file), options.gin_param, options.source, file) as config:
         experiment = config.build()
         with usage_errors():
             experiment.check()
@@ -113,22 +129,36 @@ def run_eval(options: argparse.Namespace) -> None:
         with usage_errors():
             signature = experiment.batch_signature()[: experiment.model.n_in]
         chosen = options.checkpoint
-        model, step = runs.saved_model(options.run_dir, experiment.model, signature, chosen)
+        model, step = runs.saved_model(options.source, experiment.model, signature, chosen)
         print(f'step {step}')
         measured = evaluate(model.layer, model.weights or {}, model.state, experiment.eval_tasks)
         terminal.write_measured(measured)
 
 
+def _eval_text(options: argparse.Namespace) -> None:
+    """Measures a model on a text: its likelihood a token and a byte."""
+    from layercomb.supervised.decoding.likelihood import likelihood
+
+    text = runs.read_text(paths.local(options.text, '--text'))
+    model, tokenizer = trained(
+        options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
+    )
+    with usage_errors():
+        measured = likelihood(model, text, tokenizer, window=options.window)
+    terminal.write_measured(measured)
+
+
 def run_generate(options: argparse.Namespace) -> None:
-    """``layercomb generate RUN_DIR``: continues a prompt, or answers it, as it is made."""
+    """``layercomb generate SOURCE``: continues a prompt, or answers it, as it is made."""
     from layercomb.supervised import decoding
     from layercomb.supervised.decoding import prompts
 
-    sampling = arguments.sampling(options)
+    arguments.sampling(options)  # what cannot be is said before a model is read
     prompt = terminal.read_prompt(options.prompt, options.prompt_file, options.stdin)
     model, tokenizer = trained(
-        options.run_dir, options.gin_param, options.bits, checkpoint=options.checkpoint
+        options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
     )
+    sampling = arguments.sampling(options, getattr(tokenizer, 'generation', None))
     with usage_errors():
         given = prompts.given(model, prompt, tokenizer)
         given |= {'n_tokens': options.n_tokens, 'eos_id': tokenizer.eos_id}
@@ -141,16 +171,31 @@ def run_generate(options: argparse.Namespace) -> None:
     terminal.write_stream(shown, tokens, tokenizer)
 
 
+def run_chat(options: argparse.Namespace) -> None:
+    """``layercomb chat SOURCE``: talks with a model whose makers gave it a template for it."""
+    from layercomb.launcher import chat
+
+    model, tokenizer = trained(
+        options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
+    )
+    sampling = arguments.sampling(options, getattr(tokenizer, 'generation', None))
+    with usage_errors():
+        chat.talk(model, tokenizer, options.system, options.n_tokens, sampling)
+
+
 def run_inspect(options: argparse.Namespace) -> None:
-    """``layercomb inspect CONFIG | RUN_DIR``: the model as a table, and what training it takes."""
+    """``layercomb inspect SOURCE``: the model as a table, and what training it takes."""
     from layercomb.summary import summary
 
-    if runs.is_run(options.config):
-        source, name = runs.config_file(options.config), options.config
-    else:
-        source = find_config(options.config)
-        name = source.name
-    with configured(runs.read_text(source), options.gin_param, name, source) as config:
+    source = sources.find(options.source, configurations=True)
+    if source.kind not in (sources.RUN, sources.CONFIG):
+        model, _ = loaded(source)
+        with usage_errors():
+            print(summary(model.layer, _signature_of_text(model.layer)))
+        return
+    file = runs.config_file(source.path) if source.kind == sources.RUN else source.path
+    name = options.source if source.kind == sources.RUN else file.name
+    with configured(runs.read_text(file), options.gin_param, name, file) as config:
         experiment = config.build()
         with usage_errors():
             signature = experiment.batch_signature()
@@ -163,7 +208,7 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 
 def run_serve(options: argparse.Namespace) -> None:
-    """``layercomb serve RUN_DIR``: answers completions over HTTP, and shows a page to try them."""
+    """``layercomb serve SOURCE``: answers completions over HTTP, and shows a page to try them."""
     from layercomb import serving
     from layercomb.serving import hosts
 
@@ -175,71 +220,112 @@ def run_serve(options: argparse.Namespace) -> None:
             max_queue=options.max_queue,
         )
         names = hosts.allowed(options.allowed_hosts) if options.allowed_hosts else ()
-    name = paths.shown(paths.local(options.run_dir, 'run_dir').resolve().name)
+    key = arguments.api_key(options, os.environ)
+    name = sources.find(options.source).title
     with serving.bound(options.host, options.port) as socket:  # a taken port is known at once
         model, tokenizer = trained(
-            options.run_dir, options.gin_param, options.bits, checkpoint=options.checkpoint
+            options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
         )
-        serving.run(model, tokenizer, name, limits, socket, names)
+        serving.run(model, tokenizer, name, limits, socket, names, key)
 
 
 def run_export(options: argparse.Namespace) -> None:
-    """``layercomb export RUN_DIR OUT``: weights as safetensors, and decoding as a program."""
+    """``layercomb export SOURCE OUT``: weights as safetensors, and decoding as a program."""
     from layercomb import export
 
-    model, _ = trained(
-        options.run_dir, options.gin_param, text=False, checkpoint=options.checkpoint
-    )
+    source = sources.find(options.source)
+    model, _ = trained(options.source, options.gin_param, text=False, checkpoint=options.checkpoint)
+    is_run = source.kind == sources.RUN
+    config = runs.config_of(source.path) if is_run else f'# The model {source.title!r}, loaded.\n'
     with usage_errors():
         written = export.write(
-            model,
-            options.out,
-            runs.config_of(options.run_dir),
-            batch_size=options.batch_size,
-            max_len=options.max_len,
+            model, options.out, config, batch_size=options.batch_size, max_len=options.max_len
         )
     for name, size in written.items():
         print(f'{name:<20}{size:>16,}')
 
 
+def run_convert(options: argparse.Namespace) -> None:
+    """``layercomb convert SOURCE OUT``: a model for other programs: Hugging Face's, or GGUF."""
+    from layercomb import interop
+
+    model, tokenizer = trained(
+        options.source, options.gin_param, text=False, checkpoint=options.checkpoint
+    )
+    with usage_errors():
+        written = interop.save(options.out, model, tokenizer, dtype=options.dtype)
+    for name, size in written.items():
+        print(f'{name:<24}{size:>16,}')
+
+
+def loaded(source: sources.Source, bits: int | None = None) -> tuple[Model, Any]:
+    """A model of another library, and its tokenizer if it has one.
+
+    Args:
+      source: of a kind other than a run or a configuration.
+      bits: 16, 8 or 4 narrows the weights; None leaves them as they come.
+    """
+    from layercomb import interop
+
+    with usage_errors():
+        # Narrow weights cannot be narrowed again, so they are read as wide ones.
+        model, tokenizer = interop.load(
+            source.path, **({} if bits is None else {'dtype': 'float32'})
+        )
+        return _narrowed(model, bits), tokenizer
+
+
 def trained(
-    run_dir: str,
+    name: str,
     bindings: Sequence[str] = (),
     bits: int | None = None,
     text: bool = True,
     checkpoint: str = 'last',
 ) -> tuple[Model, Any]:
-    """A trained model of text and its tokenizer, from a checkpoint of a run.
+    """A trained model of text and its tokenizer.
 
     Args:
-      run_dir: the output directory of a run.
+      name: the output directory of a run, or another model that `sources.find` finds.
       bindings: bindings that override the run's own configuration.
       bits: 16, 8 or 4 narrows the weights, see `transforms.quantize`; None leaves them.
       text: whether there must be a tokenizer.
       checkpoint: 'last', 'best' or the number of a step.
 
     Returns:
-      (model, tokenizer); the tokenizer is None if the run has none.
+      (model, tokenizer); the tokenizer is None if there is none.
 
     Raises:
-      UsageError: if there is no such run or checkpoint, or no tokenizer although `text`.
+      UsageError: if there is no such model or checkpoint, or no tokenizer although `text`; if
+        bindings or a checkpoint are given for what is no run.
     """
-    file = runs.config_file(run_dir)
-    with configured(runs.read_text(file), bindings, run_dir, file) as config:
+    source = sources.find(name)
+    if source.kind != sources.RUN:
+        if bindings or checkpoint != 'last':
+            option = '--gin_param' if bindings else '--checkpoint'
+            raise UsageError(f'{name!r} is no run, so {option} means nothing: leave it out')
+        model, tokenizer = loaded(source, bits)
+        if text and tokenizer is None:
+            raise UsageError(f'{name!r} has no tokenizer, so it makes no text: put one beside it')
+        return model, tokenizer
+    file = runs.config_file(name)
+    with configured(runs.read_text(file), bindings, name, file) as config:
         net, tokenizer = config.value('model'), config.value('tokenizer')
         if not isinstance(net, Layer):
-            raise UsageError(f'{run_dir!r} has no model: bind train.model')
+            raise UsageError(f'{name!r} has no model: bind train.model')
         if text and tokenizer is None:
             raise UsageError('this run has no tokenizer, so it makes no text: bind train.tokenizer')
         if tokenizer is not None:
             with usage_errors():
                 tokenizer = adapted(tokenizer, 'train', must_decode=text)
-        model, _ = runs.saved_model(run_dir, net, _signature_of_text(net), checkpoint)
-    if bits is not None:
-        with usage_errors():
-            narrow = transforms.quantize(model.layer, model.weights or {}, bits=bits)
-            model = Model(*narrow, model.state)
-    return model, tokenizer
+        model, _ = runs.saved_model(name, net, _signature_of_text(net), checkpoint)
+    with usage_errors():
+        return _narrowed(model, bits), tokenizer
+
+
+def _narrowed(model: Model, bits: int | None) -> Model:
+    if bits is None:
+        return model
+    return Model(*transforms.quantize(model.layer, model.weights or {}, bits=bits), model.state)
 
 
 def _signature_of_text(net: Layer) -> Signature:
@@ -394,6 +480,8 @@ _COMMANDS = {
     'eval': run_eval,
     'inspect': run_inspect,
     'generate': run_generate,
+    'chat': run_chat,
     'serve': run_serve,
     'export': run_export,
+    'convert': run_convert,
 }

@@ -172,7 +172,7 @@ def n_bytes(tree: Any) -> int:
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-NOT_DECAYED = ('bias', 'scale')
+NOT_DECAYED = ('bias', 'scale', 'gate_bias', 'up_bias')
 
 
 def decay_mask(weights: Tree) -> Tree:

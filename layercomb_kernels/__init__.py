@@ -230,69 +230,76 @@ def _normalize(x: jax.Array, scale: jax.Array, epsilon: float, *bias: jax.Array)
 
 
 def query_attention(
-    query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    seen: jax.Array,
+    softcap: float | None = None,
 ) -> jax.Array:
-    """y[n] = Σ_c softmax(query[n] · keys[n, c]) values[n, c], over the seen c; 0 if none is seen.
+    """y[n] = Σ_c softmax(query[n] · keys[g, c]) values[g, c], over the seen c; 0 if none is seen.
 
-    Keys and values after the last seen key are not read. Values before it are read, and must be
-    finite. Rows and heads share one axis of N = M · H, as in a cache, which XLA would copy if it
-    were reshaped.
+    The N/G queries of neighbouring heads share keys and values: g = ⌊n·G/N⌋. Keys and values after
+    the last seen key are not read. Values before it are read, and must be finite. Rows and heads
+    share one axis, as in a cache, which XLA would copy if it were reshaped.
 
     Args:
-      query: (N, K) float32.
-      keys: (N, C, K) float32.
-      values: (N, C, V) float32.
+      query: (N, K) float32, for N = M rows · heads.
+      keys: (G, C, K) float32, for G = M rows · heads of keys; G divides N.
+      values: (G, C, V) float32.
       seen: (M, C) bool, the same for all heads of a row.
+      softcap: c, which makes scores c·tanh(scores / c); None for no cap.
 
     Returns:
       (N, V) float32.
     """
+    args = query, keys, values, seen
     _check_ranks(query=(query, 2), keys=(keys, 3), values=(values, 3), seen=(seen, 2))
-    (n, k), (m, c) = query.shape, seen.shape
-    fits = keys.shape == (n, c, k) and values.shape[:2] == (n, c) and n == m * (n // max(m, 1))
-    _check(fits, query, keys, values, seen)
+    (n, k), (m, c), g = query.shape, seen.shape, len(keys)
+    whole = n == g * (n // max(g, 1)) and g == m * (g // max(m, 1))
+    _check(whole and keys.shape[1:] == (c, k) and values.shape[:2] == (g, c), *args)
     _check_dtypes(keys, query, keys, values)
     if seen.dtype != jnp.bool_:
         raise TypeError(f'seen must be bool, got {seen.dtype}')
-    return _call('query_attention', (n, values.shape[2]), query, keys, values, seen)
+    cap = jnp.asarray(softcap or 0, jnp.float32)
+    return _call('query_attention', (n, values.shape[2]), *args, cap)
 
 
 def gathered_cosines(x: jax.Array, at: jax.Array, keys: jax.Array, epsilon: float) -> jax.Array:
-    """y[n, k] = x[n] · w / √(w · w + epsilon), where w = keys[n, at[n, k]].
+    """y[n, k] = x[n] · w / √(w · w + epsilon), where w = keys[⌊n·M/N⌋, at[n, k]].
 
     No other keys are read.
 
     Args:
       x: (N, D) float32.
       at: (N, K) int32; an index out of bounds is clamped.
-      keys: (N, L, D) float32.
+      keys: (M, L, D) float32; M divides N.
       epsilon: added under the root.
 
     Returns:
       (N, K) float32.
     """
     _check_ranks(x=(x, 2), at=(at, 2), keys=(keys, 3))
-    n, length, d = keys.shape
-    _check(x.shape == (n, d) and len(at) == n and length > 0, x, at, keys)
+    (m, length, d), n = keys.shape, len(at)
+    _check(x.shape == (n, d) and n == m * (n // max(m, 1)) and length > 0, x, at, keys)
     _check_dtypes(keys, x, keys)
     at = at.astype(jnp.int32)
     return _call('gathered_cosines', at.shape, x, at, keys, jnp.asarray(epsilon, jnp.float32))
 
 
 def gathered_means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
-    """y[n] = Σ_k p[n, k] values[n, at[n, k]]; no other values are read.
+    """y[n] = Σ_k p[n, k] values[⌊n·M/N⌋, at[n, k]]; no other values are read.
 
     Args:
       p: (N, K) float32.
       at: (N, K) int32; an index out of bounds is clamped.
-      values: (N, L, D) float32.
+      values: (M, L, D) float32; M divides N.
 
     Returns:
       (N, D) float32.
     """
     _check_ranks(p=(p, 2), at=(at, 2), values=(values, 3))
-    n, length, d = values.shape
-    _check(p.shape == at.shape and len(at) == n and length > 0, p, at, values)
+    (m, length, d), n = values.shape, len(at)
+    _check(p.shape == at.shape and n == m * (n // max(m, 1)) and length > 0, p, at, values)
     _check_dtypes(values, p, values)
     return _call('gathered_means', (n, d), p, at.astype(jnp.int32), values)
 

@@ -23,6 +23,27 @@ float Dot(const float* a, const float* b, int64_t n) {
   return total;
 }
 
+// out[r] = a[r] · b for R rows a of n; b is read once.
+template <int R>
+void Dots(const float* a, const float* b, int64_t n, float* out) {
+  if constexpr (R == 1) {
+    *out = Dot(a, b, n);
+    return;
+  }
+  Floats sums[R] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats its = Load<Floats>(b + i);
+    LAYERCOMB_UNROLL
+    for (int r = 0; r < R; ++r) sums[r] += Load<Floats>(a + r * n + i) * its;
+  }
+  LAYERCOMB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    out[r] = Sum(sums[r]);
+    for (int64_t j = i; j < n; ++j) out[r] += a[r * n + j] * b[j];
+  }
+}
+
 // e^x for x ≤ 0 to 3 units in the last place: 2^k times a polynomial in what is left of x, at most
 // half a binary place; 0 where that is below the smallest normal number, NaN for NaN.
 Floats Exp(Floats x) {
@@ -40,59 +61,127 @@ Floats Exp(Floats x) {
   return x < low ? Floats{} : y * reinterpret_cast<Floats>(power);
 }
 
-// Adds Σ_c p[c] rows[c · n + j] for V vectors of columns.
-template <int V>
-void AddColumns(const float* p, const float* rows, int64_t n_rows, int64_t n, float* y) {
-  Floats sums[2][V] = {};
+// cap · tanh(s / cap)
+Floats Capped(Floats s, float cap) {
+  const Floats e = Exp((s < 0 ? s : -s) * (2 / cap));
+  const Floats y = cap * (1 - e) / (1 + e);
+  return s < 0 ? -y : y;
+}
+
+// y[r] = Σ_c p[r][c] rows[c · n + j] for V vectors of columns; every row is read once for R sums.
+template <int R, int V>
+void AddColumns(const float* p, int64_t n_p, const float* rows, int64_t n_rows, int64_t n, float* y,
+                int64_t n_y) {
+  constexpr int kChains = R == 1 ? 2 : 1;  // an addition waits for the last
+  Floats sums[kChains][R][V] = {};
   auto add = [&](int which, int64_t c) {
     LAYERCOMB_UNROLL
-    for (int v = 0; v < V; ++v) sums[which][v] += p[c] * Load<Floats>(rows + c * n + v * kLanes);
+    for (int v = 0; v < V; ++v) {
+      const Floats row = Load<Floats>(rows + c * n + v * kLanes);
+      LAYERCOMB_UNROLL
+      for (int r = 0; r < R; ++r) sums[which][r][v] += p[r * n_p + c] * row;
+    }
   };
   int64_t c = 0;
   for (; c + 2 <= n_rows; c += 2) {
     add(0, c);
-    add(1, c + 1);
+    add(kChains - 1, c + 1);
   }
   if (c < n_rows) add(0, c);
   LAYERCOMB_UNROLL
-  for (int v = 0; v < V; ++v) {
-    const Floats sum = sums[0][v] + sums[1][v];
-    std::memcpy(y + v * kLanes, &sum, sizeof sum);
+  for (int r = 0; r < R; ++r) {
+    LAYERCOMB_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const Floats sum = R == 1 ? sums[0][r][v] + sums[kChains - 1][r][v] : sums[0][r][v];
+      std::memcpy(y + r * n_y + v * kLanes, &sum, sizeof sum);
+    }
   }
 }
 
-// y = Σ_c p[c] rows[c] for rows of n.
-void SumOfRows(const float* p, const float* rows, int64_t n_rows, int64_t n, float* y) {
+// y[r] = Σ_c p[r][c] rows[c] for rows of n, and R of n_p values p.
+template <int R>
+void SumOfRows(const float* p, int64_t n_p, const float* rows, int64_t n_rows, int64_t n, float* y) {
+#if defined(LAYERCOMB_WIDE)
+  constexpr int V = 4;  // R · V sums stay in registers
+#else
+  constexpr int V = R > 2 ? 2 : 4;
+#endif
   int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes) AddColumns<4>(p, rows + j, n_rows, n, y + j);
-  for (; j + kLanes <= n; j += kLanes) AddColumns<1>(p, rows + j, n_rows, n, y + j);
+  for (; j + V * kLanes <= n; j += V * kLanes) {
+    AddColumns<R, V>(p, n_p, rows + j, n_rows, n, y + j, n);
+  }
+  for (; j + kLanes <= n; j += kLanes) AddColumns<R, 1>(p, n_p, rows + j, n_rows, n, y + j, n);
   for (; j < n; ++j) {
-    y[j] = 0;
-    for (int64_t c = 0; c < n_rows; ++c) y[j] += p[c] * rows[c * n + j];
+    for (int r = 0; r < R; ++r) {
+      float sum = 0;
+      for (int64_t c = 0; c < n_rows; ++c) sum += p[r * n_p + c] * rows[c * n + j];
+      y[r * n + j] = sum;
+    }
   }
 }
 
-// What one query makes of the first n keys. `p` has room for them, in whole vectors.
-void Attend(const Heads& sizes, const float* query, const float* keys, const float* values,
-            const bool* seen, int64_t n, float* p, float* y) {
+// Scores to what is to be normalized, in place: e^(s − most) for the first n, in whole vectors.
+// Returns their sum.
+float Exponents(float* p, int64_t n, float most, float softcap) {
   constexpr float kFar = -std::numeric_limits<float>::infinity();
   const int64_t n_whole = CeilDiv(n, kLanes) * kLanes;
-  float most = std::numeric_limits<float>::lowest();
-  for (int64_t c = 0; c < n; ++c) {
-    p[c] = seen[c] ? Dot(query, keys + c * sizes.d_key, sizes.d_key) : kFar;
-    most = p[c] > most ? p[c] : most;
-  }
   std::fill(p + n, p + n_whole, kFar);
+  if (softcap) most = Capped(Floats{} + most, softcap)[0];
   Floats totals = {};
   for (int64_t c = 0; c < n_whole; c += kLanes) {
-    const Floats e = Exp(Load<Floats>(p + c) - most);
+    Floats s = Load<Floats>(p + c);
+    if (softcap) s = s == kFar ? s : Capped(s, softcap);
+    const Floats e = Exp(s - most);
     std::memcpy(p + c, &e, sizeof e);
     totals += e;
   }
-  SumOfRows(p, values, n, sizes.d_value, y);
-  const float total = Sum(totals);
-  for (int64_t j = 0; j < sizes.d_value; ++j) y[j] /= total == 0 ? 1 : total;
+  return Sum(totals);
 }
+
+// The work of one call: the arrays, and what R queries of neighbouring heads, from number i on,
+// which share keys, make of them.
+struct Queries {
+  const Heads& sizes;
+  const float *query, *keys, *values;
+  const bool* seen;
+  float softcap;
+  float* y;
+
+  // How many values `p` of one query there are: scores, in whole vectors.
+  int64_t room() const { return sizes.n_keys + kLanes; }
+
+  // Reads the first n keys. `p` has room for R queries.
+  template <int R>
+  void Attend(int64_t i, int64_t n, float* p) const {
+    constexpr float kFar = -std::numeric_limits<float>::infinity();
+    const int64_t d_key = sizes.d_key, d_value = sizes.d_value;
+    const int64_t first = i / sizes.group * sizes.n_keys;  // of its keys
+    const bool* its = seen + i / sizes.n_heads * sizes.n_keys;
+    float most[R];
+    std::fill_n(most, R, std::numeric_limits<float>::lowest());
+    for (int64_t c = 0; c < n; ++c) {
+      float scores[R];
+      if (its[c]) {
+        Dots<R>(query + i * d_key, keys + (first + c) * d_key, d_key, scores);
+      } else {
+        std::fill_n(scores, R, kFar);
+      }
+      LAYERCOMB_UNROLL
+      for (int r = 0; r < R; ++r) {
+        most[r] = scores[r] > most[r] ? scores[r] : most[r];
+        p[r * room() + c] = scores[r];
+      }
+    }
+    float totals[R];
+    for (int r = 0; r < R; ++r) totals[r] = Exponents(p + r * room(), n, most[r], softcap);
+    float* out = y + i * d_value;
+    SumOfRows<R>(p, room(), values + first * d_value, n, d_value, out);
+    for (int r = 0; r < R; ++r) {
+      const float total = totals[r] == 0 ? 1 : totals[r];
+      for (int64_t j = 0; j < d_value; ++j) out[r * d_value + j] /= total;
+    }
+  }
+};
 
 // The rows that one query asks for, which lie anywhere: no hardware looks ahead.
 struct Rows {
@@ -117,7 +206,8 @@ void ForRows(const Pool& pool, const Some& sizes, const int32_t* at, const float
              const Work& work) {
   InPieces(pool, 4 * sizes.n_x * sizes.n_k * sizes.d, sizes.n_x, 1, [&](int64_t first, int64_t n) {
     for (int64_t i = first; i < first + n; ++i) {
-      work(i, Rows{sizes, at + i * sizes.n_k, rows + i * sizes.n_keys * sizes.d});
+      const float* its = rows + i / sizes.group * sizes.n_keys * sizes.d;
+      work(i, Rows{sizes, at + i * sizes.n_k, its});
     }
   });
 }
@@ -125,21 +215,29 @@ void ForRows(const Pool& pool, const Some& sizes, const int32_t* at, const float
 }  // namespace
 
 void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, const float* keys,
-                    const float* values, const bool* seen, float* y) {
+                    const float* values, const bool* seen, float softcap, float* y) {
   std::vector<int64_t> n_seen(sizes.n_x, sizes.n_keys);  // and what lies behind them is not read
   int64_t n_read = 0;
   for (int64_t m = 0; m < sizes.n_x; ++m) {
     while (n_seen[m] && !seen[m * sizes.n_keys + n_seen[m] - 1]) --n_seen[m];
-    n_read += n_seen[m] * sizes.n_heads;
+    n_read += n_seen[m] * sizes.n_heads / sizes.group;
   }
+  const Queries queries{sizes, query, keys, values, seen, softcap, y};
   const int64_t bytes = 4 * n_read * (sizes.d_key + sizes.d_value);
-  InPieces(pool, bytes, sizes.n_x * sizes.n_heads, 1, [&](int64_t first, int64_t n) {
-    std::vector<float> p(sizes.n_keys + kLanes);
-    for (int64_t i = first; i < first + n; ++i) {
-      const int64_t m = i / sizes.n_heads;
-      Attend(sizes, query + i * sizes.d_key, keys + i * sizes.n_keys * sizes.d_key,
-             values + i * sizes.n_keys * sizes.d_value, seen + m * sizes.n_keys, n_seen[m],
-             p.data(), y + i * sizes.d_value);
+  const int64_t n = sizes.n_x * sizes.n_heads;
+  // A group is cut only if there are fewer groups than threads, since each part reads all keys.
+  const int64_t parts = CeilDiv(std::max<int64_t>(1, pool.n_threads) * sizes.group, std::max<int64_t>(n, 1));
+  const int64_t unit = CeilDiv(sizes.group, parts);
+  InPieces(pool, bytes, n, unit, [&](int64_t first, int64_t count) {
+    constexpr int64_t kTogether = 4;
+    std::vector<float> p(std::min(kTogether, sizes.group) * queries.room());
+    for (int64_t i = first, r; i < first + count; i += r) {
+      r = std::min({kTogether, sizes.group - i % sizes.group, first + count - i});
+      const int64_t its = n_seen[i / sizes.n_heads];
+      if (r == 1) queries.Attend<1>(i, its, p.data());
+      if (r == 2) queries.Attend<2>(i, its, p.data());
+      if (r == 3) queries.Attend<3>(i, its, p.data());
+      if (r == 4) queries.Attend<4>(i, its, p.data());
     }
   });
 }

@@ -116,17 +116,23 @@ ffi::Error Normalize(ffi::ThreadPool threads, ffi::RemainingArgs args,
 ffi::Error QueryAttention(ffi::ThreadPool threads, ffi::RemainingArgs args,
                           ffi::RemainingRets results) {
   Call call(threads, args, results);
-  const int64_t n_x = call.size(3, 0);
-  const layercomb::Heads sizes{n_x, n_x ? call.size(0, 0) / n_x : 0, call.size(1, 1), call.size(1, 2),
+  const int64_t n_x = call.size(3, 0), n_keyed = call.size(1, 0);
+  const layercomb::Heads sizes{n_x,
+                               n_x ? call.size(0, 0) / n_x : 0,
+                               n_keyed ? call.size(0, 0) / n_keyed : 1,
+                               call.size(1, 1),
+                               call.size(1, 2),
                                call.size(2, 2)};
   layercomb::QueryAttention(call.pool(), sizes, call.floats(0), call.floats(1), call.floats(2),
-                            static_cast<const bool*>(call.array(3).untyped_data()), call.y());
+                            static_cast<const bool*>(call.array(3).untyped_data()),
+                            *call.floats(4), call.y());
   return ffi::Error::Success();
 }
 
-// At (N, K) and keys or values (N, L, D).
+// At (N, K) and keys or values (M, L, D).
 layercomb::Some SomeOf(const Call& call) {
-  return {call.size(1, 0), call.size(1, 1), call.size(2, 1), call.size(2, 2)};
+  const int64_t n_x = call.size(1, 0), n_keyed = call.size(2, 0);
+  return {n_x, n_keyed ? n_x / n_keyed : 1, call.size(1, 1), call.size(2, 1), call.size(2, 2)};
 }
 
 // x (N, D), at, keys and epsilon.

@@ -62,27 +62,29 @@ void ChosenUnits(const Pool& pool, const float* x, const float* first, const flo
 void Normalize(const float* x, const float* scale, const float* bias, float epsilon, int64_t n_x,
                int64_t d, float* y);
 
-// The sizes of attention of one query for each of n_x rows and n_heads heads.
+// The sizes of attention of one query for each of n_x rows and n_heads heads, of which `group`
+// neighbours share a head of keys and values.
 struct Heads {
-  int64_t n_x, n_heads, n_keys, d_key, d_value;
+  int64_t n_x, n_heads, group, n_keys, d_key, d_value;
 };
 
-// y[m, h] = Σ_c p[c] values[m, h, c], with p the softmax of query[m, h] · keys[m, h, c] over the c
-// with seen[m, c]; zeros if there are none.
+// y[m, h] = Σ_c p[c] values[m, g, c], with g = h / group and p the softmax of
+// query[m, h] · keys[m, g, c] over the c with seen[m, c]; zeros if there are none. A softcap that is
+// not 0 makes a score s softcap · tanh(s / softcap).
 void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, const float* keys,
-                    const float* values, const bool* seen, float* y);
+                    const float* values, const bool* seen, float softcap, float* y);
 
 // The sizes of attention of one query for each of n_x rows to n_k of its d-vectors, of which there
-// are n_keys; what lies outside takes the nearest.
+// are n_keys, and which `group` neighbours share; what lies outside takes the nearest.
 struct Some {
-  int64_t n_x, n_k, n_keys, d;
+  int64_t n_x, group, n_k, n_keys, d;
 };
 
-// y[n, k] = x[n] · key / √(key · key + epsilon), with key = keys[n, at[n, k]].
+// y[n, k] = x[n] · key / √(key · key + epsilon), with key = keys[n / group, at[n, k]].
 void GatheredCosines(const Pool& pool, const Some& sizes, const float* x, const int32_t* at,
                      const float* keys, float epsilon, float* y);
 
-// y[n] = Σ_k p[n, k] values[n, at[n, k]].
+// y[n] = Σ_k p[n, k] values[n / group, at[n, k]].
 void GatheredMeans(const Pool& pool, const Some& sizes, const float* p, const int32_t* at,
                    const float* values, float* y);
 

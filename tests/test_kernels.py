@@ -159,7 +159,8 @@ def test_norms(m, d):
 
 
 def softmax(scores, seen):
-    e = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    scores = np.where(seen, scores, -np.inf)
+    e = np.exp(scores - scores.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
 
@@ -168,24 +169,31 @@ def softmax(scores, seen):
     ('m', 'h', 'c', 'k', 'v'),
     [(1, 12, 200, 64, 64), (3, 2, 17, 5, 21), (2, 1, 1, 1, 1), (8, 3, 40, 24, 12)],
 )
-def test_query_attention(m, h, c, k, v):
-    query = 3 * rng().normal(size=(m * h, k)).astype(np.float32)
+@pytest.mark.parametrize('group', [1, 2, 3, 4, 7])
+@pytest.mark.parametrize('softcap', [None, 2.5])
+def test_query_attention(m, h, c, k, v, group, softcap):
+    query = 3 * rng().normal(size=(m * h * group, k)).astype(np.float32)
     keys, values = (rng().normal(size=(m * h, c, n)).astype(np.float32) for n in (k, v))
     seen = rng().random((m, c)) < 0.5
     seen[:, 0], seen[:, 2 * c // 3 + 1 :] = True, False
-    p = softmax(np.einsum('nk,nck->nc', query, keys), seen.repeat(h, 0))
-    y = jax.jit(kernels.query_attention)(query, keys, values, seen)
-    assert_same(y, np.einsum('nc,ncv->nv', p, values))
+    scores = np.einsum('nk,nck->nc', query, keys.repeat(group, 0))
+    scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+    p = softmax(scores, seen.repeat(h * group, 0))
+    attend = jax.jit(kernels.query_attention, static_argnums=4)
+    y = attend(query, keys, values, seen, softcap)
+    assert_same(y, np.einsum('nc,ncv->nv', p, values.repeat(group, 0)))
 
 
 @needs_kernels
 @pytest.mark.parametrize(('n', 'k', 'd'), [(1, 256, 64), (12, 90, 64), (3, 1, 21)])
-def test_attention_to_some(n, k, d):
+@pytest.mark.parametrize('group', [1, 3])
+def test_attention_to_some(n, k, d, group):
+    n *= group
     x, p = rng().normal(size=(n, d)).astype(np.float32), rng().random((n, k), np.float32)
-    words = rng().normal(size=(n, 50, d)).astype(np.float32)
+    words = rng().normal(size=(n // group, 50, d)).astype(np.float32)
     at = rng().integers(0, 50, (n, k)).astype(np.int32)
     at[0, 0] = -3  # outside: the nearest is taken
-    rows = np.take_along_axis(words, np.clip(at, 0, 49)[..., None], 1)  # (N, K, D)
+    rows = np.take_along_axis(words.repeat(group, 0), np.clip(at, 0, 49)[..., None], 1)  # (N, K, D)
     wanted = np.einsum('nd,nkd->nk', x, rows) / np.sqrt(np.square(rows).sum(-1) + 0.1)
     assert_same(jax.jit(kernels.gathered_cosines)(x, at, words, 0.1), wanted)
     y = jax.jit(kernels.gathered_means)(p, at, words)
@@ -202,6 +210,11 @@ def test_attention_far_from_what_is_usual():
     seen = np.array([[1, 1, 1], [0, 0, 0], [1, 1, 0], [1, 1, 1]], bool)
     y = np.asarray(kernels.query_attention(query, keys, values, seen))
     np.testing.assert_array_equal(y[:, 0], [1, 0, np.nan, 0])
+    y = np.asarray(kernels.query_attention(query, keys, values, seen, 100.0))
+    np.testing.assert_array_equal(y[:, 0], [1, 0, np.nan, 0])
+    keys[:, :, 0] = 1e-6 * np.arange(3)  # a cap changes nothing that is small
+    y = np.asarray(kernels.query_attention(query, keys, values, seen, 100.0))
+    np.testing.assert_allclose(y, kernels.query_attention(query, keys, values, seen), rtol=1e-6)
 
 
 @needs_kernels

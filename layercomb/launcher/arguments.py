@@ -39,13 +39,13 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     def command(name: str, first: str, first_help: str) -> Any:
         return _command(subparsers, name, commands[name], first, first_help)
 
-    def of_run(name: str) -> Any:
-        add = command(name, 'run_dir', 'the output_dir of a run')
+    def of_model(name: str) -> Any:
+        add = command(name, 'source', _A_MODEL)
         add(
             '--checkpoint',
             default='last',
             metavar='last|best|STEP',
-            help='which of its checkpoints: best is that of train.keep_best (%(default)s)',
+            help="which of a run's checkpoints: best is that of train.keep_best (%(default)s)",
         )
         return add
 
@@ -59,15 +59,31 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
         help='what may differ from the run so far: model, loss, optimizer, trainable, '
         'data, batch_size, seed, or all',
     )
-    of_run('eval')
-    command('inspect', 'config', f'{a_config}, or the output_dir of a run')
-    _generate_options(of_run('generate'))
-    _serve_options(of_run('serve'))
-    add = of_run('export')
+    add = of_model('eval')
+    add('--text', metavar='FILE', help='a file in UTF-8 to measure the model on')
+    add('--window', type=int, help='tokens of the text that are read at once (at most 1024)')
+    _bits_option(add)
+    command('inspect', 'source', f'{a_config}, or {_A_MODEL}')
+    _generate_options(of_model('generate'))
+    add = of_model('chat')
+    add('--system', help='what the model is told before the first turn')
+    add('--n_tokens', type=int, default=512, help='of an answer, at most (%(default)s)')
+    _sampling_options(add, 'what its makers advise, else ')
+    _serve_options(of_model('serve'))
+    add = of_model('export')
     add('out', help='a directory, new or empty')
     add('--batch_size', type=int, default=1, help='rows that the decode step takes')
     add('--max_len', type=int, help="positions that its caches hold; by default the model's")
+    add = of_model('convert')
+    add('out', help='a .gguf file, or a directory for Hugging Face, new or empty')
+    add('--dtype', help='of the weights: float32, float16 or bfloat16; in a .gguf also q8_0, q4_0')
     return made
+
+
+_A_MODEL = (
+    'the output_dir of a run, a directory of Hugging Face, a .gguf file, or smollm2 or minilm, '
+    'which packages carry'
+)
 
 
 def _command(
@@ -118,11 +134,14 @@ _SAMPLING: dict[str, Any] = {
 }
 
 
-def sampling(options: argparse.Namespace) -> dict[str, Any]:
+def sampling(
+    options: argparse.Namespace, advised: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The sampling arguments of `decoding.stream`.
 
     Args:
-      options: of the command ``generate``.
+      options: of the command ``generate`` or ``chat``.
+      advised: defaults that a model's makers give, by the same names.
 
     Returns:
       'temperature', 'top_k', 'top_p', 'repetition_penalty' and 'rng', a seed.
@@ -132,10 +151,31 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """
     given = {name: getattr(options, name) for name in _SAMPLING}
     said = sorted(name for name, value in given.items() if value is not None)
-    if said and options.beams is not None:
+    if said and getattr(options, 'beams', None) is not None:
         raise UsageError(f'--beams searches and draws nothing: leave out --{" and --".join(said)}')
-    chosen = {name: _SAMPLING[name] if x is None else x for name, x in given.items()}
+    defaults = {**_SAMPLING, **(advised or {})}
+    chosen = {name: defaults[name] if x is None else x for name, x in given.items()}
     return {'rng' if name == 'seed' else name: x for name, x in chosen.items()}
+
+
+def api_key(options: argparse.Namespace, environment: Mapping[str, str]) -> str | None:
+    """The key that requests must send: that of the option, or else of the environment.
+
+    Args:
+      options: of the command ``serve``.
+      environment: variables; an empty one is a key that was forgotten, and is refused as such.
+
+    Raises:
+      UsageError: if it is no key.
+    """
+    from layercomb.serving import access
+
+    given = environment.get(access.VARIABLE) if options.api_key is None else options.api_key
+    try:
+        return access.checked_key(given)
+    except ValueError as e:
+        where = access.VARIABLE if options.api_key is None else '--api_key'
+        raise UsageError(f'{where}: {e}') from None
 
 
 def _generate_options(add: Any) -> None:
@@ -143,20 +183,29 @@ def _generate_options(add: Any) -> None:
     add('--prompt', help='what to continue; an encoder-decoder reads it, and answers')
     add('--prompt_file', help='a file in UTF-8 to continue, or to read and answer')
     add('--n_tokens', type=int, default=300, help='how many tokens to make (%(default)s)')
+    _sampling_options(add)
+    add('--beams', type=int, help='search for the likeliest text among so many, instead of drawing')
+
+
+def _sampling_options(add: Any, advised: str = '') -> None:
+    temperature, penalty = _SAMPLING['temperature'], _SAMPLING['repetition_penalty']
     add(
         '--temperature',
         type=float,
-        help=f'0 takes the likeliest token ({_SAMPLING["temperature"]})',
+        help=f'0 takes the likeliest token ({advised}{temperature})',
     )
     add('--top_k', type=int, help='draw among the k likeliest')
     add('--top_p', type=float, help='draw among the likeliest that reach p together')
     add(
         '--repetition_penalty',
         type=float,
-        help=f'above 1, less of what was there ({_SAMPLING["repetition_penalty"]})',
+        help=f'above 1, less of what was there ({advised}{penalty})',
     )
     add('--seed', type=int, help=f'of the sample ({_SAMPLING["seed"]})')
-    add('--beams', type=int, help='search for the likeliest text among so many, instead of drawing')
+    _bits_option(add)
+
+
+def _bits_option(add: Any) -> None:
     add('--bits', type=int, choices=(16, 8, 4), help='narrow weights, of so many bits')
 
 
@@ -172,6 +221,12 @@ def _serve_options(add: Any) -> None:
         metavar='NAME[,NAME…]',
         help='further names under which it answers, such as that of a proxy, '
         'as a browser sends them; * for any',
+    )
+    add(
+        '--api_key',
+        metavar='KEY',
+        help='what requests must send as Authorization: Bearer KEY; other users of this machine '
+        'see options, so better set it as LAYERCOMB_API_KEY in the environment',
     )
     add('--port', type=int, default=8000, help='0 takes a free one (%(default)s)')
     add('--max_tokens', type=int, default=1024, help='that a request may ask for (%(default)s)')

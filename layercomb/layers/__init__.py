@@ -25,6 +25,7 @@ from layercomb.layers.basic.activations import (
     Relu2,
     Sigmoid,
     Silu,
+    SoftCap,
     Softmax,
     Softplus,
     Tanh,
@@ -36,6 +37,8 @@ from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.dropout import Dropout
 from layercomb.layers.basic.embedding import Embedding
 from layercomb.layers.basic.fn import Fn
+from layercomb.layers.basic.fourier import FourierMixing
+from layercomb.layers.basic.gated import GatedDense
 from layercomb.layers.basic.initializers import (
     Constant,
     Initializer,
@@ -96,6 +99,14 @@ from layercomb.layers.metrics.regression import (
 from layercomb.layers.positions.axial import AxialPositions
 from layercomb.layers.positions.learned import LearnedPositions
 from layercomb.layers.positions.rotary import RotaryPositions
+from layercomb.layers.positions.scaling import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RotaryScaling,
+    YarnScaling,
+)
 from layercomb.layers.positions.sinusoidal import SinusoidalPositions
 from layercomb.layers.reversible.layers import (
     Reversible,
@@ -152,12 +163,15 @@ __all__ = [
     'Drop',
     'Dropout',
     'Dup',
+    'DynamicScaling',
     'Elu',
     'Embedding',
     'ExactGelu',
     'Flatten',
     'Fn',
     'FoldHeads',
+    'FourierMixing',
+    'GatedDense',
     'Gelu',
     'HardSigmoid',
     'Initializer',
@@ -168,10 +182,13 @@ __all__ = [
     'LayerNorm',
     'LeakyRelu',
     'LearnedPositions',
+    'LinearScaling',
+    'Llama3Scaling',
     'LocalAttention',
     'LocalConv',
     'LocalSelfAttention',
     'LogSoftmax',
+    'LongRopeScaling',
     'LowRankDense',
     'Map',
     'MaskedSequenceAccuracy',
@@ -204,6 +221,7 @@ __all__ = [
     'ReversibleSerial',
     'ReversibleSwap',
     'RotaryPositions',
+    'RotaryScaling',
     'Select',
     'SelfAttention',
     'SequenceAccuracy',
@@ -212,6 +230,7 @@ __all__ = [
     'Silu',
     'SinusoidalPositions',
     'SmoothL1Loss',
+    'SoftCap',
     'Softmax',
     'Softplus',
     'SparseFF',
@@ -225,6 +244,7 @@ __all__ = [
     'Uniform',
     'VarianceScaling',
     'Wrapper',
+    'YarnScaling',
     'activation',
     'by_head',
     'counted_positions',

@@ -28,6 +28,7 @@ def TransformerLM(
     norm: tl.Layer = tl.LayerNorm(),
     ff_chunk_len: int | None = None,
     remat: bool = False,
+    n_kv_heads: int | None = None,
 ) -> tl.Serial:
     """A decoder-only language model: token ids (B, L) → logits (B, L, vocab_size).
 
@@ -53,12 +54,15 @@ def TransformerLM(
       ff_chunk_len: how many positions a feed-forward takes at a time; None takes all.
       remat: whether the backward pass computes each block again, instead of keeping its
         activations.
+      n_kv_heads: heads of keys and values of the default attention, which several heads of queries
+        share; it must divide `n_heads`. None for as many.
 
     Returns:
       ``Serial(embedding, positions, Repeat(block), norm, head)``.
 
     Raises:
-      ValueError: if the attention pattern does not divide `n_layers`, or for unknown positions.
+      ValueError: if the attention pattern does not divide `n_layers`, for unknown positions, or for
+        `n_kv_heads` beside `attention`.
 
     References:
       Radford et al., GPT-2, 2019.
@@ -66,9 +70,15 @@ def TransformerLM(
     >>> TransformerLM(256, 64, 128, n_layers=2, n_heads=4, max_len=32).n_out
     1
     """
-    default = tl.SelfAttention(n_heads, rotary=rotary_positions(positions, max_len))
+    if n_kv_heads is not None and attention is not None:
+        raise ValueError(
+            f'TransformerLM: n_kv_heads={n_kv_heads} is of the default attention: say it in the '
+            'layer given as attention='
+        )
+    rotary = rotary_positions(positions, max_len)
+    default = tl.SelfAttention(n_heads, n_kv_heads=n_kv_heads, rotary=rotary)
     pattern = attention_pattern(default if attention is None else attention, n_layers)
-    pattern = with_positions(pattern, max_len, rotary_positions(positions, max_len))
+    pattern = with_positions(pattern, max_len, rotary)
     block = [
         [
             residual(norm, layer, dropout),

@@ -35,7 +35,7 @@ class Piece:
       text: what it added; empty while a character is unfinished or text is held back.
       finish_reason: 'stop' or 'length' in the last piece of a choice, otherwise None.
       scores: of the token, if the request wants them; of the whole prompt in the first piece of a
-        choice that echoes it. A token that ends the choice, and is no text, has none.
+        choice that echoes it. The token that ends a choice has one too, as clients count on it.
     """
 
     index: int

@@ -355,7 +355,7 @@ class Scheduler:
             self.slots.free(row, spoilt=True)
             raise diverged(f'at token {len(row.made)} of row {row.index}')
         stops = int(token) in self._stop_ids
-        told = () if stops or not row.wants_scores else (self._told(row, int(token), scores, i),)
+        told = (self._told(row, int(token), scores, i),) if row.wants_scores else ()
         row.add(self._tokenizer.eos_id if stops else int(token), told)
         if row.is_done:
             self._keep(row)

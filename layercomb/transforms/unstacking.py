@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
+import numpy as np
+
 from layercomb.layers.combinators.map import Map
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.serial import Serial
@@ -39,7 +44,7 @@ def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
     if isinstance(net, (Repeat, Map)):
         blocks, parts = [], {}
         for i in range(net.n):
-            block, part = unstack(net.layer, net.block_weights(weights, i))
+            block, part = unstack(net.layer, _block_weights(net, weights, i))
             blocks.append(block.replace(name=str(i)))
             if part:
                 parts[str(i)] = part
@@ -90,6 +95,17 @@ def unstack_state(net: Layer, state: Tree) -> Tree:
     return unstack_state(net.layer, state) if isinstance(net, Wrapper) else state
 
 
+def _block_weights(net: Repeat | Map, weights: Tree, i: int) -> Tree:
+    """The weights of block `i`; one program serves all blocks, since it is given the number."""
+    slices = bool(net.stacked_axes and weights)
+    return _sliced(net, weights, np.int32(i)) if slices else net.block_weights(weights, i)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sliced(net: Repeat | Map, weights: Tree, i: jax.Array) -> Tree:
+    return net.block_weights(weights, i)
+
+
 def _is_stacked(net: Layer) -> bool:
     return any(isinstance(layer, (Repeat, Map)) for _, layer in walk(net))
 
@@ -97,10 +113,11 @@ def _is_stacked(net: Layer) -> bool:
 def _moved(net: Tied, weights: Tree) -> bool:
     """Whether unstacking moves an end of a tie, so that its paths are no longer valid."""
     try:
-        whole = net.untied(weights)
+        # By shapes alone: `via` would make a copy of a table.
+        whole = jax.eval_shape(net.untied, weights)
     except KeyError:
         return False  # the description alone is wanted
-    _, parts = unstack(net.layer, whole)
+    parts = jax.eval_shape(lambda weights: unstack(net.layer, weights)[1], whole)
     try:
         return net.misfit(parts) is not None
     except KeyError:

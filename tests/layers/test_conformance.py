@@ -97,6 +97,11 @@ ROWS: dict[str, Row] = {
         (stream(), stream(B, L, 6), mask()),
         (1, None, None),
     ),
+    'CrossAttention of shared heads': Row(
+        lambda: tl.CrossAttention(4, n_kv_heads=2, softcap=2.0, qkv_bias=False, out_bias=False),
+        (stream(), stream()),
+        (1, None),
+    ),
     'CrossEntropyLoss': Row(lambda: tl.CrossEntropyLoss(label_smoothing=0.1), SCORES),
     'Dense': Row(lambda: tl.Dense(4)),
     'Dense as wide': Row(lambda: tl.Dense(use_bias=False, kernel_init=tl.Normal(0.1))),
@@ -112,11 +117,14 @@ ROWS: dict[str, Row] = {
     'Dup': Row(lambda: tl.Dup(2), TWO),
     'Elu': Row(tl.Elu),
     'Embedding': Row(lambda: tl.Embedding(7, D), (tokens(),)),
+    'Embedding scaled': Row(lambda: tl.Embedding(7, D, scale=2.5), (tokens(),)),
     'ExactGelu': Row(tl.ExactGelu),
     'F1': Row(lambda: tl.F1(7), SCORES),
     'Flatten': Row(lambda: tl.Flatten(2), IMAGE),
     'Fn': Row(lambda: tl.Fn('Scaled', scaled, position_wise=True), TWO),
     'FoldHeads': Row(lambda: tl.FoldHeads(2), out=2),
+    'GatedDense': Row(lambda: tl.GatedDense(6)),
+    'GatedDense biased': Row(lambda: tl.GatedDense(6, 'gelu', use_bias=True)),
     'Gelu': Row(tl.Gelu),
     'HardSigmoid': Row(tl.HardSigmoid),
     'L2Loss': Row(tl.L2Loss, THREE),
@@ -130,14 +138,25 @@ ROWS: dict[str, Row] = {
     'LSHSelfAttention': Row(
         lambda: tl.LSHSelfAttention(2, n_hashes=2, chunk_len=2, max_len=L, dropout=0.1), draws=True
     ),
+    'LSHSelfAttention of shared heads': Row(
+        lambda: tl.LSHSelfAttention(
+            4, n_kv_heads=2, n_hashes=2, chunk_len=2, max_len=L, query_norm=tl.RMSNorm()
+        ),
+        draws=True,
+    ),
     'LayerNorm': Row(lambda: tl.LayerNorm(epsilon=1e-5)),
     'LeakyRelu': Row(tl.LeakyRelu),
     'LeakyRelu steeper': Row(lambda: tl.LeakyRelu(0.2)),
+    'FourierMixing': Row(tl.FourierMixing, axes=()),
     'LearnedPositions': Row(lambda: tl.LearnedPositions(L)),
+    'LearnedPositions later rows': Row(lambda: tl.LearnedPositions(L, first=2)),
     'LocalAttention': Row(lambda: tl.LocalAttention(2), QKV, (2, 2, 2), 2),
     'LocalConv': Row(lambda: tl.LocalConv(2, (2, 3), n_outputs=2)),
     'LocalSelfAttention': Row(
         lambda: tl.LocalSelfAttention(2, 2, masked=True), (stream(), mask()), (1, 1)
+    ),
+    'LocalSelfAttention of shared heads': Row(
+        lambda: tl.LocalSelfAttention(4, 2, n_kv_heads=2, softcap=2.0, dropout=0.1), draws=True
     ),
     'LogSoftmax': Row(tl.LogSoftmax),
     'Map': Row(lambda: tl.Map(tl.Serial(tl.BatchNorm(), tl.Dense(4)), 2), TWO),
@@ -154,6 +173,7 @@ ROWS: dict[str, Row] = {
     'Parallel': Row(lambda: tl.Parallel(tl.Dense(4), None, [tl.Relu()]), (*TWO, stream())),
     'Perplexity': Row(tl.Perplexity, SCORES),
     'RMSNorm': Row(tl.RMSNorm),
+    'RMSNorm offset': Row(lambda: tl.RMSNorm(offset=1.0)),
     'Relu': Row(tl.Relu),
     'Relu2': Row(tl.Relu2),
     'Remat': Row(lambda: tl.Remat(feed_forward()), draws=True),
@@ -181,9 +201,34 @@ ROWS: dict[str, Row] = {
     ),
     'ReversibleSwap': Row(tl.ReversibleSwap, TWO),
     'RotaryPositions': Row(tl.RotaryPositions, (heads(), heads()), (2, 2), 2),
+    'RotaryPositions by length': Row(
+        lambda: tl.RotaryPositions(
+            max_len=L, scaling=tl.DynamicScaling(2.0, 2), share=0.5, layout='pairs'
+        ),
+        (heads(), heads()),
+        (2, 2),
+        2,
+    ),
+    'RotaryPositions scaled': Row(
+        lambda: tl.RotaryPositions(scaling=tl.YarnScaling(4.0, 2)), (heads(), heads()), (2, 2), 2
+    ),
     'SRU': Row(lambda: tl.SRU(6)),
     'Select': Row(lambda: tl.Select([1, 0, 1], n_in=3), (*TWO, stream())),
     'SelfAttention': Row(lambda: tl.SelfAttention(2, rotary=tl.RotaryPositions())),
+    'SelfAttention window': Row(
+        lambda: tl.SelfAttention(2, window=2, masked=True), (stream(), mask()), (1, 1)
+    ),
+    'SelfAttention of shared heads': Row(
+        lambda: tl.SelfAttention(
+            4,
+            n_kv_heads=2,
+            dropout=0.1,
+            rotary=tl.RotaryPositions(),
+            query_norm=tl.RMSNorm(),
+            key_norm=tl.RMSNorm(),
+        ),
+        draws=True,
+    ),
     'SequenceAccuracy': Row(tl.SequenceAccuracy, SCORES, ()),
     'Serial': Row(
         lambda: tl.Serial(tl.Dup(), tl.Dense(), tl.Multiply(), tl.Dropout(0.1)), draws=True
@@ -194,6 +239,7 @@ ROWS: dict[str, Row] = {
     'SinusoidalPositions': Row(tl.SinusoidalPositions),
     'SinusoidalPositions trainable': Row(lambda: tl.SinusoidalPositions(max_len=L, trainable=True)),
     'SmoothL1Loss': Row(tl.SmoothL1Loss, THREE),
+    'SoftCap': Row(lambda: tl.SoftCap(3.0)),
     'Softmax': Row(tl.Softmax),
     'Softplus': Row(tl.Softplus),
     'SparseFF': Row(lambda: tl.SparseFF(12, 4), draws=True),

@@ -9,13 +9,19 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import test_answers
 import uvicorn
+from scripted import Engine
 
 import layercomb as lc
 from layercomb import models, serving
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError
+from layercomb.serving.completions import parse
 from layercomb.supervised import decoding
 
 MAX_LEN = 600
@@ -330,3 +336,67 @@ def test_an_address_that_cannot_be_had():
     ]:
         with pytest.raises(UsageError, match=said), serving.bound(host, port):
             pass
+
+
+def by_hand(model):
+    """An engine that reads the whole text anew for each token."""
+
+    def logprobs(tokens):
+        logits, _ = model.layer.apply(
+            model.weights, model.state, (np.asarray([tokens], np.int32),), mode=lc.Mode.EVAL
+        )
+        return np.asarray(jax.nn.log_softmax(logits[0][0, -1].astype(jnp.float32)))
+
+    return Engine(None, logprobs)
+
+
+SCORED = [
+    {'prompt': 'cat', 'max_tokens': 4, 'logprobs': 3},
+    {'prompt': ['cat', [99, 97, 195, 169]], 'max_tokens': 0, 'logprobs': 2, 'echo': True},
+    {'prompt': 'ca', 'max_tokens': 3, 'logprobs': 1, 'echo': True},
+]
+
+
+@pytest.mark.parametrize('asked', SCORED, ids=str)
+def test_scores_are_those_of_the_model_by_hand(server, model, asked):
+    address, _ = server
+    said = completed(address, temperature=0, **asked)
+    request = parse(json.dumps(asked).encode(), ByteTokenizer(), 'tiny', 256, LIMITS)
+    wanted = test_answers.whole(by_hand(model), request)
+    for made, slow in zip(said['choices'], wanted['choices'], strict=True):
+        assert made['text'] == slow['text'] and made['finish_reason'] == slow['finish_reason']
+        made, slow = made['logprobs'], slow['logprobs']
+        assert made['tokens'] == slow['tokens'] and made['text_offset'] == slow['text_offset']
+        for name in ('token_logprobs', 'top_logprobs'):
+            assert (made[name][0] is None) == (slow[name][0] is None)
+        start = 1 if asked.get('echo') else 0
+        near = pytest.approx(slow['token_logprobs'][start:], abs=1e-4)
+        assert made['token_logprobs'][start:] == near
+        for ours, theirs in zip(made['top_logprobs'], slow['top_logprobs'], strict=True):
+            assert ours == (theirs and pytest.approx(theirs, abs=1e-4))
+
+
+def test_the_best_of_several_and_what_is_favoured(server):
+    address, _ = server
+    asked = {'prompt': 'cat', 'max_tokens': 4, 'seed': 5, 'logprobs': 0}
+    several = completed(address, **asked, n=4)['choices']
+    (best,) = completed(address, **asked, best_of=4)['choices']
+    means = [np.mean(choice['logprobs']['token_logprobs']) for choice in several]
+    assert best['text'] == several[int(np.argmax(means))]['text']
+    (biased,) = completed(address, **asked, logit_bias={'120': 100})['choices']
+    assert biased['text'] == 'xxxx'
+    (varied,) = completed(
+        address, **asked, logit_bias={'120': 3, '121': 3}, presence_penalty=2, frequency_penalty=2,
+        temperature=0,
+    )['choices']  # fmt: skip
+    assert set('xy') <= set(varied['text'])
+
+
+def test_each_token_that_is_made_has_a_score_the_one_that_ends_it_too(server):
+    """lm_eval asks for one token more than it wants, and drops the last score."""
+    address, _ = server
+    asked = {'prompt': 'cat', 'max_tokens': 3, 'echo': True, 'logprobs': 1}
+    (choice,) = completed(address, **asked, logit_bias={'0': 100})['choices']
+    assert choice['text'] == 'cat' and choice['finish_reason'] == 'stop'
+    assert choice['logprobs']['tokens'] == ['c', 'a', 't', 'token_id:0']
+    assert choice['logprobs']['text_offset'] == [0, 1, 2, 3]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
+import jax
+
 from layercomb.layers.basic.assert_shape import AssertShape
+from layercomb.layers.basic.normalization import LayerNorm, RMSNorm
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.decoding.once import Once
 from layercomb.layers.positions.rotary import RotaryPositions
@@ -21,7 +24,9 @@ def by_head(layer: Layer, weights: Tree) -> Tree | None:
     then never exist at once. The default rule returns None: all heads are computed at once.
 
     `SplitHeads` and `MergeHeads` return a tree of split weights. Layers without weights, such as
-    `DotProductAttention`, `LSHAttention` and `RotaryPositions`, return their ``{}``.
+    `DotProductAttention`, `LSHAttention` and `RotaryPositions`, return their ``{}``. A leading axis
+    of another length G, which divides H, is of weights that H/G heads in turn share: of a
+    projection to G heads of keys, or of `RMSNorm`, whose weights all heads share (G = 1).
 
     Register a rule for your own layer with `by_head.register`. The layer must meet these
     conditions:
@@ -38,7 +43,7 @@ def by_head(layer: Layer, weights: Tree) -> Tree | None:
       weights: its weights.
 
     Returns:
-      A tree with the same keys, each array (H, …); or None.
+      A tree with the same keys, each array (H, …), or (G, …) if H/G heads share it; or None.
 
     >>> import jax, jax.numpy as jnp
     >>> from layercomb import tl
@@ -75,6 +80,12 @@ def as_it_is(layer: Layer, weights: Tree) -> Tree:
 
 
 by_head.register(RotaryPositions)(as_it_is)
+
+
+@by_head.register(LayerNorm)
+@by_head.register(RMSNorm)
+def _shared(layer, weights):
+    return jax.tree.map(lambda x: x[None], weights)  # (1, K)
 
 
 @by_head.register(Once)

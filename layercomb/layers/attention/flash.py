@@ -7,8 +7,9 @@ recomputes the probabilities of each block::
     P = exp(s·Q Kᵀ − z)    dV = Pᵀ dO    dS = P ∘ (dO Vᵀ − Σ dO ∘ O)    dQ = s·dS K    dK = s·dSᵀ Q
 
 Functions named `…_head` compute one head, on arrays cut into blocks; they are mapped over heads.
-Shape letters: B batch, H heads, K depth of queries and keys, D depth of values; Nq blocks of q
-queries, Nk blocks of c keys.
+Shape letters: B batch, H heads of queries, G heads of keys and values, which R = H / G heads of
+queries each share, K depth of queries and keys, D depth of values; Nq blocks of q queries, Nk
+blocks of c keys.
 
 References:
     FlashAttention (Dao et al., 2022), https://arxiv.org/abs/2205.14135
@@ -26,6 +27,9 @@ from jax import lax
 
 from layercomb.layers.attention import tiles
 
+# The places of k, v, mask and start among the arguments of `forward_head` that `per_head` makes.
+OF_KEYS = (1, 2, 3, 4)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -39,6 +43,9 @@ class Plan:
       scale: factor s of the scores.
       causal: whether a query sees only keys at its own position and before.
       dropout_rate: share of the probabilities set to zero.
+      softcap: c, which makes scores c·tanh(scores / c); None for no cap.
+      group: R.
+      window: how many keys a causal query sees at most, its own position included; None for all.
     """
 
     n_queries: int
@@ -48,6 +55,9 @@ class Plan:
     scale: float
     causal: bool = False
     dropout_rate: float = 0.0
+    softcap: float | None = None
+    group: int = 1
+    window: int | None = None
 
     @property
     def n_q_blocks(self) -> int:
@@ -79,60 +89,67 @@ def visible(plan: Plan, i: Any, j: Any, mask: Any, start: Any) -> jax.Array:
     if plan.causal:
         query = start + i * plan.q_block + jnp.arange(plan.q_block, dtype=jnp.int32)[:, None]
         seen = seen & (key[None] <= query)
+        if plan.window is not None:
+            seen = seen & (key[None] > query - plan.window)
     return seen
 
 
-def key_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any) -> tuple[Any, Any]:
-    """Which blocks of keys the i-th block of queries reads: (middle, high).
+def key_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any) -> tuple[Any, Any, Any]:
+    """Which blocks of keys the i-th block of queries reads: (low, middle, high).
 
-    Every query sees every key of the blocks before `middle`. Blocks from `middle` up to `high`
-    (exclusive) need `visible`. No query sees the blocks from `high` on.
+    Every query sees every key of the blocks from `low` up to `middle` (exclusive). Blocks from
+    `middle` up to `high` (exclusive) need `visible`. No query sees any other block.
 
     Args:
       plan: the static description.
-      masked: whether there is a mask; `middle` is then 0.
+      masked: whether there is a mask; `middle` is then `low`, as it is with a window.
       starts: the least and the greatest position of a first query in the batch; the bounds hold for
         all rows.
       i: number of the block of queries.
 
     Returns:
-      Two block numbers, Python integers where they are known, else int32 ().
+      Three block numbers, Python integers where they are known, else int32 ().
     """
-    middle, high = 0 if masked else plan.n_keys // plan.k_block, plan.n_k_blocks
+    low, middle, high = 0, 0 if masked else plan.n_keys // plan.k_block, plan.n_k_blocks
     if plan.causal:
         first = starts[0] + i * plan.q_block
         last = starts[1] + (i + 1) * plan.q_block - 1
         middle = middle and tiles.least(middle, (first + 1) // plan.k_block)
         high = tiles.least(high, last // plan.k_block + 1)
-    return middle, high
+        if plan.window is not None:
+            low = middle = tiles.most(0, (first + 1 - plan.window) // plan.k_block)
+    return low, middle, high
 
 
-def query_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any) -> tuple[Any, Any]:
-    """Which blocks of queries see the j-th block of keys: (low, middle).
+def query_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any) -> tuple[Any, Any, Any]:
+    """Which blocks of queries see the j-th block of keys: (low, middle, high).
 
-    No query of the blocks before `low` sees a key. Blocks from `low` up to `middle` (exclusive)
-    need `visible`. Queries of the blocks from `middle` on see every key.
+    Blocks from `low` up to `middle` (exclusive) need `visible`. Queries of the blocks from `middle`
+    up to `high` (exclusive) see every key. No query of any other block sees a key.
 
     Args:
       plan, masked, starts: as of `key_blocks`.
       j: number of the block of keys.
 
     Returns:
-      Two block numbers, Python integers where they are known, else int32 ().
+      Three block numbers, Python integers where they are known, else int32 ().
     """
     low = middle = 0
     high = plan.n_q_blocks
+    first, after = j * plan.k_block, (j + 1) * plan.k_block
     if plan.causal:
-        first, after = j * plan.k_block, (j + 1) * plan.k_block
         low = tiles.least(tiles.most(0, (first - starts[1]) // plan.q_block), high)
         middle = -((starts[0] + 1 - after) // plan.q_block)
         middle = tiles.least(tiles.most(low, middle), high)
+        if plan.window is not None:
+            last = after - 2 + plan.window - starts[0]  # the last query that sees a key
+            high = middle = tiles.least(tiles.most(low, last // plan.q_block + 1), high)
     n_whole = 0 if masked else plan.n_keys // plan.k_block
     if n_whole == 0:
         middle = high
     elif n_whole < plan.n_k_blocks:
         middle = jnp.where(j < n_whole, middle, high)  # type: ignore[assignment]
-    return low, middle
+    return low, middle, high
 
 
 def forward_head(plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, start: Any, rng: Any):
@@ -155,7 +172,7 @@ def forward_head(plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, sta
 
     def block(i, q_i, edge, j, carry):
         m, total, out = carry
-        scores = tiles.dot('qk,ck->qc', q_i, k[j])
+        scores = tiles.capped(tiles.dot('qk,ck->qc', q_i, k[j]), plan.softcap)
         if edge:
             seen = visible(plan, i, j, mask, start)
             scores = jnp.where(seen, scores, -tiles.FAR)
@@ -170,10 +187,10 @@ def forward_head(plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, sta
 
     def queries(_, i):
         q_i = q[i]
-        middle, high = key_blocks(plan, mask is not None, starts, i)
+        low, middle, high = key_blocks(plan, mask is not None, starts, i)
         zeros = jnp.zeros((plan.q_block, 1), jnp.float32)
         carry = (zeros - tiles.FAR, zeros, jnp.zeros((plan.q_block, v.shape[-1]), jnp.float32))
-        carry = tiles.loop(0, middle, functools.partial(block, i, q_i, False), carry)
+        carry = tiles.loop(low, middle, functools.partial(block, i, q_i, False), carry)
         m, total, out = tiles.loop(middle, high, functools.partial(block, i, q_i, True), carry)
         some = total > 0
         total = jnp.where(some, total, 1.0)
@@ -205,19 +222,23 @@ def backward_head(
       dot_out: (Nq, q) float32, Σ dO ∘ O.
 
     Returns:
-      Gradients of q (Nq, q, K) in float32, of k (Nk, K, c) and of v (Nk, D, c), both transposed.
+      Gradients of q (Nq, q, K) in float32, of k (Nk, K, c) and of v (Nk, D, c), both transposed,
+      and in float32 if they are to be summed over a group.
     """
+    dtypes = (k.dtype, v.dtype) if plan.group == 1 else (jnp.float32, jnp.float32)
     # Transpose once: on the CPU, products that contract the rows of both factors are slow.
     q_t, d_out_t = q.swapaxes(1, 2), d_out.swapaxes(1, 2)  # (Nq, K, q), (Nq, D, q)
 
     def block(j, edge, i, carry):
         d_q, d_k, d_v = carry
         number = i * plan.n_k_blocks + j
-        p = jnp.exp(tiles.dot('qk,ck->qc', q[i], k[j]) - z[i][:, None])
+        scores = tiles.capped(tiles.dot('qk,ck->qc', q[i], k[j]), plan.softcap)
+        p = jnp.exp(scores - z[i][:, None])
         if edge:
             p = jnp.where(visible(plan, i, j, mask, start), p, 0.0)
         d_p = tiles.dot('qd,cd->qc', d_out[i], v[j])
         d_s = p * (tiles.drop(plan.dropout_rate, rng, number, d_p) - dot_out[i][:, None])
+        d_s = tiles.uncapped(d_s, scores, plan.softcap)
         p = tiles.drop(plan.dropout_rate, rng, number, p)
         d_v = d_v + tiles.dot('dq,qc->dc', d_out_t[i], p)
         d_k = d_k + tiles.dot('kq,qc->kc', q_t[i], d_s)
@@ -225,14 +246,12 @@ def backward_head(
         return lax.dynamic_update_index_in_dim(d_q, d_q_i, i, 0), d_k, d_v
 
     def keys(d_q, j):
-        low, middle = query_blocks(plan, mask is not None, starts, j)
+        low, middle, high = query_blocks(plan, mask is not None, starts, j)
         d_k = jnp.zeros((k.shape[2], k.shape[1]), jnp.float32)
         d_v = jnp.zeros((v.shape[2], v.shape[1]), jnp.float32)
         carry = tiles.loop(low, middle, functools.partial(block, j, True), (d_q, d_k, d_v))
-        d_q, d_k, d_v = tiles.loop(
-            middle, plan.n_q_blocks, functools.partial(block, j, False), carry
-        )
-        return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
+        d_q, d_k, d_v = tiles.loop(middle, high, functools.partial(block, j, False), carry)
+        return d_q, (d_k.astype(dtypes[0]), d_v.astype(dtypes[1]))
 
     d_q, (d_k, d_v) = tiles.each(keys, jnp.zeros(q.shape, jnp.float32), plan.n_k_blocks)
     return d_q * plan.scale, d_k, d_v
@@ -261,28 +280,33 @@ def join(x: jax.Array, length: int) -> jax.Array:
 
 
 def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any) -> Any:
-    """The arguments `starts` and the rest of `forward_head`, with leading axes (B, H).
+    """The arguments `starts` and the rest of `forward_head`, with leading axes (B, G).
 
     Args:
       plan, q, k, v, mask, offset, rng: as of `attend`.
 
     Returns:
-      `starts`; and a tuple of q times the scale (B, H, Nq, q, K), k (B, H, Nk, c, K), v
-      (B, H, Nk, c, D), mask (B, H, Nk, c) or None, start (B, H) int32, and keys (B, H) or None.
+      `starts`; and a tuple of q times the scale (B, G, Nq, q, K), k (B, G, Nk, c, K), v
+      (B, G, Nk, c, D), mask (B, G, Nk, c) or None, start (B, G) int32, and keys (B, G) or None. If
+      R is not 1, q and keys have a third axis R.
     """
-    n_rows, n_heads = q.shape[:2]
+    n_rows, n_heads = k.shape[:2]
     starts: tuple[Any, Any] = (0, 0)
     start = jnp.zeros((n_rows, n_heads), jnp.int32)
     if offset is not None:
         starts = offset.min(), offset.max()
-        start = jnp.broadcast_to(offset[:, None], (n_rows, n_heads))  # (B, H)
+        start = jnp.broadcast_to(offset[:, None], (n_rows, n_heads))  # (B, G)
     if mask is not None:
         mask = jnp.broadcast_to(mask[:, None], (n_rows, n_heads, plan.n_keys))
-        mask = cut(mask, plan.k_block)  # (B, H, Nk, c)
-    rng = tiles.key_per_head(rng, (n_rows, n_heads))
-    q = q.astype(jnp.float32) * plan.scale
-    q, k, v = cut(q, plan.q_block), cut(k, plan.k_block), cut(v, plan.k_block)
-    return starts, (q, k, v, mask, start, rng)
+        mask = cut(mask, plan.k_block)  # (B, G, Nk, c)
+    rng = tiles.split_group(tiles.key_per_head(rng, q.shape[:2]), plan.group)
+    q = cut_queries(plan, q.astype(jnp.float32) * plan.scale)
+    return starts, (q, cut(k, plan.k_block), cut(v, plan.k_block), mask, start, rng)
+
+
+def cut_queries(plan: Plan, x: jax.Array) -> jax.Array:
+    """Cuts what belongs to queries: (B, H, Lq, …) → (B, H, Nq, q, …), or (B, G, R, Nq, q, …)."""
+    return tiles.split_group(cut(x, plan.q_block), plan.group)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -300,8 +324,8 @@ def attend(
     Args:
       plan: the static description.
       q: (B, H, Lq, K).
-      k: (B, H, Lk, K).
-      v: (B, H, Lk, D).
+      k: (B, G, Lk, K).
+      v: (B, G, Lk, D).
       mask: (B, Lk) bool, True = a real key; or None.
       offset: (B,) int32, the position of each row's first query; or None for zero.
       rng: the key of dropout; or None for no dropout.
@@ -320,12 +344,14 @@ def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, r
       plan, q, k, v, mask, offset, rng: as of `attend`.
 
     Returns:
-      The output, and (q, k, v, mask, offset, rng, output, z), with z (B, H, Nq, q) float32.
+      The output, and (q, k, v, mask, offset, rng, output, z), with z (B, H, Nq, q), or
+      (B, G, R, Nq, q), float32.
     """
     starts, heads = per_head(plan, q, k, v, mask, offset, rng)
     f = functools.partial(forward_head, plan, starts)
-    out, z = tiles.over_heads(f, heads, plan.q_block * plan.k_block)
-    out = join(out, plan.n_queries)
+    n_pairs = plan.q_block * plan.k_block
+    out, z = tiles.over_heads(f, heads, n_pairs, group=plan.group, shared=OF_KEYS)
+    out = join(tiles.join_group(out, plan.group), plan.n_queries)
     return out, (q, k, v, mask, offset, rng, out, z)
 
 
@@ -344,12 +370,14 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     q, k, v, mask, offset, rng, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     starts, heads = per_head(plan, q, k, v, mask, offset, rng)
-    heads = (*heads, z, cut(d_out, plan.q_block), cut(dot_out, plan.q_block))
+    heads = (*heads, z, cut_queries(plan, d_out), cut_queries(plan, dot_out))
     f = functools.partial(backward_head, plan, starts)
-    d_q, d_k, d_v = tiles.over_heads(f, heads, plan.q_block * plan.k_block)
-    d_k, d_v = d_k.swapaxes(3, 4), d_v.swapaxes(3, 4)  # (B, H, Nk, c, K)
-    d_q, d_k, d_v = join(d_q, plan.n_queries), join(d_k, plan.n_keys), join(d_v, plan.n_keys)
-    return d_q.astype(q.dtype), d_k, d_v, None, None, None
+    n_pairs = plan.q_block * plan.k_block
+    grouped: Any = {'group': plan.group, 'shared': OF_KEYS, 'summed': (1, 2)}
+    d_q, d_k, d_v = tiles.over_heads(f, heads, n_pairs, **grouped)
+    d_k, d_v = d_k.astype(k.dtype).swapaxes(3, 4), d_v.astype(v.dtype).swapaxes(3, 4)
+    d_q = join(tiles.join_group(d_q, plan.group), plan.n_queries)
+    return d_q.astype(q.dtype), join(d_k, plan.n_keys), join(d_v, plan.n_keys), None, None, None
 
 
 attend.defvjp(attend_forward, attend_backward)

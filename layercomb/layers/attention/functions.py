@@ -1,13 +1,18 @@
 """Exact attention as array functions, in memory linear in the length.
 
-Arguments and results are arrays (B, H, L, K): batch, heads, length, depth of a head. The layers
-that use them are in `layers`; the computation is in `flash` and `local`.
+Arguments and results are arrays (B, H, L, K): batch, heads, length, depth of a head. Keys and
+values may have fewer heads, G, which H/G heads of queries each share (grouped-query attention). The
+layers that use the functions are in `layers`; the computation is in `flash` and `local`.
+
+References:
+  GQA (Ainslie et al., 2023), https://arxiv.org/abs/2305.13245
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +22,7 @@ from layercomb.layers.attention import flash as blockwise
 from layercomb.layers.attention import local as chunkwise
 from layercomb.layers.attention import tiles
 from layercomb.layers.quantized.native import has_kernels, with_kernel
-from layercomb.shapes import check_mask
+from layercomb.shapes import check_mask, nearest_divisor
 
 
 def dot_product_attention(
@@ -26,9 +31,11 @@ def dot_product_attention(
     v: jax.Array,
     *,
     causal: bool = False,
+    window: int | None = None,
     mask: jax.Array | None = None,
     offset: jax.Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
     block_len: int | None = None,
@@ -39,20 +46,25 @@ def dot_product_attention(
 
         y[t] = Σ_c p[t, c] v[c]      p[t, ·] = softmax of scale · q[t]·k[c] over the visible c
 
-    A causal query at position t sees the keys 0 … t; blocks that no query sees are not computed.
+    Head h of q reads head ⌊h·G/H⌋ of k and v.
+    A causal query at position t sees the keys 0 … t, or t − window + 1 … t with a window. Blocks
+    that no query sees are not computed, so with a window time is linear in the length.
     Scores and sums are float32 for any input dtype. On an NVIDIA GPU, cuDNN's kernel is used where
     dtypes and depths allow it. A single query is computed against all keys at once, unless there is
     dropout.
 
     Args:
       q: (B, H, Lq, K), floating.
-      k: (B, H, Lk, K).
-      v: (B, H, Lk, D); D need not be K.
+      k: (B, G, Lk, K); G divides H.
+      v: (B, G, Lk, D); D need not be K.
       causal: whether a query sees only keys at its own position and before.
+      window: how many keys a query sees at most, its own position included; causal only. None for
+        all.
       mask: (B, Lk) bool, True = a real key. A query that sees no real key gives zeros.
       offset: (B,) int32: query t of row b is at position offset[b] + t, the keys are at 0, 1, …;
         zero by default. Decoding uses it: few queries against a cache of keys.
       scale: factor of the scores, 1/√K by default.
+      softcap: c > 0, which makes scores s, after the scale, c·tanh(s / c); None for no cap.
       dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow by
         1 / (1 − dropout_rate).
       rng: a typed key for dropout, needed if the rate is not zero.
@@ -72,11 +84,17 @@ def dot_product_attention(
       FlashAttention (Dao et al., 2022), https://arxiv.org/abs/2205.14135
     """
     check(q, k, v, mask, offset, dropout_rate, rng)
+    check_window(window, causal)
+    check_softcap(softcap)
     rng = rng if dropout_rate else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if window is not None and offset is None and window >= q.shape[2]:
+        window = None  # no query is so far from the first key
     if q.shape[2] == 1 and rng is None:
-        return one_query(q, k, v, causal, mask, offset, scale)
-    if mask is None and offset is None and rng is None and cudnn_applies(q, k, v, causal):
+        return one_query(q, k, v, causal, mask, offset, scale, softcap, window)
+    plain = mask is None and offset is None and rng is None
+    plain = plain and softcap is None and window is None
+    if plain and cudnn_applies(q, k, v, causal):
         return cudnn_attention(q, k, v, causal, scale)
     plan = blockwise.Plan(
         n_queries=q.shape[2],
@@ -86,6 +104,9 @@ def dot_product_attention(
         scale=scale,
         causal=bool(causal),
         dropout_rate=dropout_rate,
+        softcap=softcap,
+        group=q.shape[1] // max(k.shape[1], 1),
+        window=window,
     )
     return blockwise.attend(plan, q, k, v, mask, offset, rng)
 
@@ -101,6 +122,7 @@ def local_attention(
     causal: bool = True,
     mask: jax.Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
 ) -> jax.Array:
@@ -113,14 +135,15 @@ def local_attention(
 
     Args:
       q: (B, H, L, K), floating.
-      k: (B, H, L, K).
-      v: (B, H, L, D).
+      k: (B, G, L, K); G divides H, as in `dot_product_attention`.
+      v: (B, G, L, D).
       chunk_len: positions in a chunk; the length need not be a multiple.
       look_back: chunks seen before a query's own.
       look_ahead: chunks seen after it; 0 where causal.
       causal: whether a query sees only keys at its own position and before.
       mask: (B, L) bool, True = a real key. A query that sees no real key gives zeros.
       scale: factor of the scores, 1/√K by default.
+      softcap: as of `dot_product_attention`.
       dropout_rate: as of `dot_product_attention`.
       rng: a typed key for dropout, needed if the rate is not zero.
 
@@ -131,6 +154,7 @@ def local_attention(
       ValueError: if shapes, dtypes or sizes do not fit together.
     """
     check(q, k, v, mask, None, dropout_rate, rng)
+    check_softcap(softcap)
     check_chunks(q, k, chunk_len, look_back, look_ahead, causal)
     rng = rng if dropout_rate else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -145,6 +169,8 @@ def local_attention(
         scale=scale,
         causal=causal,
         dropout_rate=dropout_rate,
+        softcap=softcap,
+        group=q.shape[1] // max(k.shape[1], 1),
     )
     return chunkwise.attend(chunks, q, k, v, mask, rng)
 
@@ -173,55 +199,71 @@ def one_query(
     mask: jax.Array | None,
     offset: jax.Array | None,
     scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Attention of one query per row to all keys at once, without dropout.
 
     Args:
       q: (B, H, 1, K), floating.
-      k: (B, H, Lk, K).
-      v: (B, H, Lk, D).
+      k: (B, G, Lk, K).
+      v: (B, G, Lk, D).
       causal: whether the query sees only keys at its own position and before.
       mask: (B, Lk) bool, True = a real key; or None.
       offset: (B,) int32, the query's position; None for 0.
       scale: factor of the scores.
+      softcap: as of `dot_product_attention`.
+      window: as of `dot_product_attention`.
 
     Returns:
       (B, H, 1, D), in the dtype of v; zero where the query sees no key.
     """
     n_keys = k.shape[2]
-    plan = blockwise.Plan(1, n_keys, 1, n_keys, scale, causal)
+    plan = blockwise.Plan(1, n_keys, 1, n_keys, scale, causal, window=window)
     start = jnp.zeros((1,), jnp.int32) if offset is None else offset
     seen = jax.vmap(lambda t: blockwise.visible(plan, 0, 0, None, t)[0])(start)  # (B or 1, Lk)
     seen = seen[:, None] if mask is None else (seen & mask)[:, None]  # (B or 1, 1, Lk)
     q_1 = q[:, :, 0].astype(jnp.float32) * scale  # (B, H, K)
     if has_kernels(1, q_1, k, v):  # a kernel reads no key after the last seen one
         seen = jnp.broadcast_to(seen[:, 0], (len(q), n_keys))
-        return _fast_attend(q_1, k, v, seen)[:, :, None]  # (B, H, 1, D)
-    p = _probabilities(q_1, k, seen)
-    return tiles.dot('bhc,bhcd->bhd', p, v)[:, :, None].astype(v.dtype)  # (B, H, 1, D)
+        return _fast_attend(softcap)(q_1, k, v, seen)[:, :, None]  # (B, H, 1, D)
+    p = _probabilities(q_1, k, seen, softcap)
+    return _dot_shared('bhc,bhcd->bhd', p, v)[:, :, None].astype(v.dtype)  # (B, H, 1, D)
 
 
-def _probabilities(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
-    """Probabilities (B, H, Lk): q (B, H, K), k (B, H, Lk, K), seen (B or 1, 1, Lk) bool."""
-    scores = jnp.where(seen, tiles.dot('bhk,bhck->bhc', q, k), -tiles.FAR)
+def _dot_shared(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`tiles.dot` of x (B, H, n) and y (B, G, …), of which H/G heads of x share each head."""
+    (b, h, n), g = x.shape, y.shape[1]
+    if h == g:
+        return tiles.dot(spec, x, y)
+    apart = x.reshape(b, g, h // g, n)
+    out = jax.vmap(functools.partial(tiles.dot, spec), (2, None), 2)(apart, y)
+    return out.reshape(b, h, out.shape[-1])  # (B, G, H/G, …) → (B, H, …)
+
+
+def _probabilities(q: jax.Array, k: jax.Array, seen: jax.Array, softcap: float | None) -> jax.Array:
+    """Probabilities (B, H, Lk): q (B, H, K), k (B, G, Lk, K), seen (B or 1, 1, Lk) bool."""
+    scores = tiles.capped(_dot_shared('bhk,bhck->bhc', q, k), softcap)
+    scores = jnp.where(seen, scores, -tiles.FAR)
     p = jnp.exp(scores - scores.max(-1, keepdims=True, initial=-tiles.FAR))
     p = jnp.where(seen, p, 0.0)
     total = p.sum(-1, keepdims=True)
     return p / jnp.where(total > 0, total, 1.0)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+@functools.cache
+def _fast_attend(softcap: float | None) -> Callable[..., jax.Array]:
     """Attention of queries (B, H, K) to the seen keys, (B, Lk) bool → (B, H, D)."""
-    return tiles.dot('bhc,bhcd->bhd', _probabilities(q, k, seen[:, None]), v)
 
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+        return _dot_shared('bhc,bhcd->bhd', _probabilities(q, k, seen[:, None], softcap), v)
 
-def _by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))  # (B, H, …) → (B·H, …)
-    y = layercomb_kernels.query_attention(q, k, v, seen)
-    return y.reshape(len(seen), -1, v.shape[-1])  # (B, H, D)
+    def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))  # (B, H, …) → (B·H, …)
+        y = layercomb_kernels.query_attention(q, k, v, seen, softcap)
+        return y.reshape(len(seen), -1, v.shape[-1])  # (B, H, D)
 
-
-_fast_attend = with_kernel(_attend, _by_kernel)
+    return with_kernel(plain, by_kernel)
 
 
 @functools.cache
@@ -241,8 +283,8 @@ def cudnn_applies(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> boo
 
     Args:
       q: (B, H, Lq, K).
-      k: (B, H, Lk, K).
-      v: (B, H, Lk, D).
+      k: (B, G, Lk, K).
+      v: (B, G, Lk, D).
       causal: whether a query sees only keys at its own position and before.
     """
     narrow = q.dtype in (jnp.float16, jnp.bfloat16) and q.dtype == k.dtype == v.dtype
@@ -258,8 +300,8 @@ def cudnn_attention(
 
     Args:
       q: (B, H, Lq, K).
-      k: (B, H, Lk, K).
-      v: (B, H, Lk, K).
+      k: (B, G, Lk, K).
+      v: (B, G, Lk, K).
       causal: whether a query sees only keys at its own position and before.
       scale: factor of the scores.
 
@@ -289,8 +331,9 @@ def check(
     shapes = f'q {q.shape}, k {k.shape}, v {v.shape}'
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f'attention takes arrays (batch, heads, length, depth), got {shapes}')
-    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
-        raise ValueError(f'q, k and v must agree in batch and heads, got {shapes}')
+    if not (len(q) == len(k) and k.shape[:2] == v.shape[:2]):
+        raise ValueError(f'q, k and v must agree in batch, k and v in heads, got {shapes}')
+    check_shared_heads(q.shape[1], k.shape[1], 'keys and values', shapes)
     if q.shape[3] != k.shape[3]:
         raise ValueError(f'q and k must have the same depth, got {shapes}')
     if not q.shape[2] or not k.shape[2]:
@@ -308,6 +351,45 @@ def check(
         raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
     if dropout_rate and rng is None:
         raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
+
+
+def check_window(window: int | None, causal: bool) -> None:
+    """Checks the window of `dot_product_attention`.
+
+    Raises:
+      ValueError: if it is not positive, or the attention is not causal.
+    """
+    if window is None:
+        return
+    if operator.index(window) < 1:
+        raise ValueError(f'window must be at least 1, got {window}')
+    if not causal:
+        raise ValueError(
+            f'window={window} is of causal attention: pass causal=True, or use local attention, '
+            'whose chunks see both ways'
+        )
+
+
+def check_shared_heads(n_heads: int, n_shared: int, which: str, shapes: str) -> None:
+    """Raises ValueError unless each shared head is for a whole number of heads of queries.
+
+    Args:
+      n_heads: H, of queries.
+      n_shared: G.
+      which: what is shared.
+      shapes: of the arguments, for the message.
+    """
+    if n_heads % max(n_shared, 1):
+        raise ValueError(
+            f'{n_shared} heads of {which} do not divide {n_heads} heads of queries: '
+            f'use {nearest_divisor(n_heads, n_shared)}, got {shapes}'
+        )
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raises ValueError unless softcap is None, or positive and finite."""
+    if softcap is not None and not 0 < softcap < float('inf'):
+        raise ValueError(f'softcap must be positive, got {softcap}: None is for no cap')
 
 
 def check_chunks(

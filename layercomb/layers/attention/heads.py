@@ -3,7 +3,7 @@
 Attention is a sum over heads. Each head adds its term to the output and to all gradients, so that
 queries, keys and values of all heads never exist at once. Projections are computed a slice of
 positions at a time. The only arrays as wide as the model are the output and the gradients of the
-inputs.
+inputs. Keys and values that several heads share are projected again for each of them.
 
 Shape letters: B batch, L length, D d_model, H heads, K head depth.
 """
@@ -64,14 +64,25 @@ def goes_by_head(layer: Any, weights: Tree, inputs: Any) -> bool:
 
 
 def _apart(layer: Any, weights: Tree) -> Tree | None:
-    """The weights with a leading axis H; None if a part needs all heads at once."""
+    """The weights with a leading axis H; None if a part needs all heads at once.
+
+    What several heads share is repeated for each, so that its gradient is the sum of theirs.
+    """
     made = {}
     for key, part in zip(layer.keys, layer.sublayers, strict=True):
         with where(layer, key, part, ()):
             made[key] = by_head(part, weights.get(key, {}))
         if made[key] is None:
             return None
-    return {key: made[key] for key in weights}
+    made = {key: made[key] for key in weights}
+    n_heads = max((len(x) for x in jax.tree.leaves(made)), default=1)
+    if any(n_heads % max(len(x), 1) for x in jax.tree.leaves(made)):
+        return None
+
+    def for_each(x: jax.Array) -> jax.Array:
+        return x if len(x) == n_heads else jnp.repeat(x, n_heads // len(x), 0)
+
+    return jax.tree.map(for_each, made)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

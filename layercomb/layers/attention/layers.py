@@ -1,7 +1,7 @@
 """Attention layers: cores with their decoding caches, and multi-head layers around them.
 
-Shape letters: B batch, L length, D d_model, H heads, K head depth, M memory length or room in a
-cache, T new positions.
+Shape letters: B batch, L length, D d_model, H heads, G heads of keys and values, K head depth, M
+memory length or room in a cache, T new positions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.checks import Rate, Size
+from layercomb.checks import Positive, Rate, Size
 from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.functions import dot_product_attention, local_attention
 from layercomb.layers.attention.multihead import MultiHead, attend, dropout_arguments, heads
@@ -31,24 +31,46 @@ from layercomb.trees import Tree
 class DotProductAttention(Layer):
     """y = softmax(q kᵀ / √K) v, block by block.
 
-    q (B, H, L, K), k (B, H, M, K), v (B, H, M, V) → y (B, H, L, V).
+    q (B, H, L, K), k (B, G, M, K), v (B, G, M, V) → y (B, H, L, V). G divides H; head h of the
+    queries reads head ⌊h·G/H⌋ of keys and values.
 
     In ``PREDICT`` a causal layer caches keys and values, with room for the length of the signature
     given to `init`, and takes the next position or positions. A call that overflows the cache
     raises a ValueError; inside `jit`, where positions are not known, the rows concerned become NaN.
 
+    With a `window` W, position t sees positions t − W + 1 … t only. Time is linear in the length,
+    and in ``PREDICT`` T new positions read T + W − 1 places of the cache.
+
     Attributes:
       causal: whether position t sees positions up to t only.
       dropout: share of the probabilities set to zero in training, in [0, 1).
       masked: whether a fourth input (B, M) bool says which keys are real.
+      scale: factor of the scores, 1/√K if None.
+      softcap: c, which makes scores, after the scale, c·tanh(scores / c); None for no cap.
+      window: how many positions one sees, itself included; causal only. None for all before it.
+
+    Raises:
+      ValueError: for a window without `causal`.
     """
 
     causal: bool = True
     dropout: Rate = 0.0
     masked: bool = False
+    _: KW_ONLY
+    scale: float | None = None
+    softcap: Positive | None = None
+    window: Size | None = None
 
     position_wise = False
     n_in = property(lambda self: 3 + self.masked)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and not self.causal:
+            raise ValueError(
+                f'window={self.window} is of causal attention: leave causal=True, or use '
+                'LocalSelfAttention(…, causal=False), whose chunks see both ways'
+            )
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
@@ -56,7 +78,7 @@ class DotProductAttention(Layer):
         """No weights. The state is a `KVCache` in ``PREDICT`` if causal, else ``{}``.
 
         Args:
-          signature: of q (B, H, L, K), k (B, H, M, K), v (B, H, M, V) and, if masked, mask (B, M).
+          signature: of q (B, H, L, K), k (B, G, M, K), v (B, G, M, V) and, if masked, mask (B, M).
           rng: not used.
           mode: see `Mode`.
         """
@@ -72,7 +94,7 @@ class DotProductAttention(Layer):
         Args:
           weights: ``{}``.
           state: in ``PREDICT``, if causal, a `KVCache` with room for M positions.
-          inputs: q (B, H, L, K), k (B, H, M, K), v (B, H, M, V) and, if masked, mask (B, M) bool.
+          inputs: q (B, H, L, K), k (B, G, M, K), v (B, G, M, V) and, if masked, mask (B, M) bool.
             With a cache all of them hold the next T positions.
           rng: a typed key, needed in training with dropout.
           mode: see `Mode`.
@@ -88,7 +110,10 @@ class DotProductAttention(Layer):
             k,
             v,
             causal=self.causal,
+            window=self.window,
             mask=mask[0] if mask else None,
+            scale=self.scale,
+            softcap=self.softcap,
             **dropout_arguments(self.dropout, rng, mode),
         )
         return (y,), state
@@ -97,15 +122,51 @@ class DotProductAttention(Layer):
         position, length, room = cache.position.rows, q.shape[2], cache.room
         refuse_overflow(position, length, room)
         cache = cache.append(position, k=k, v=v, mask=mask)
-        keys, values = cache.by_row(cache.k), cache.by_row(cache.v)
-        y = dot_product_attention(q, keys, values, causal=True, mask=cache.mask, offset=position)
+        keys, values, real = cache.by_row(cache.k), cache.by_row(cache.v), cache.mask
+        offset = position
+        if self.window is not None and length + self.window - 1 < room:
+            size = length + self.window - 1  # the keys that the new positions see
+            start = jnp.clip(position - self.window + 1, 0, room - size)  # (B,)
+            keys, values = pieces(keys, start, size), pieces(values, start, size)
+            real = None if real is None else pieces(real, start, size)
+            offset = position - start
+        y = dot_product_attention(
+            q,
+            keys,
+            values,
+            causal=True,
+            window=self.window,
+            mask=real,
+            offset=offset,
+            scale=self.scale,
+            softcap=self.softcap,
+        )
         return (poison_overflow(y, position, length, room),), cache
+
+
+def pieces(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """A slice of positions of each row, each from its own start.
+
+    Args:
+      x: (B, H, L, K), or (B, L).
+      start: (B,) int32.
+      size: how many positions.
+
+    Returns:
+      (B, H, size, K), or (B, size).
+    """
+
+    def one(x: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size, max(x.ndim - 2, 0))
+
+    return jax.vmap(one)(x, start)
 
 
 class LocalAttention(Layer):
     """Softmax attention of each position to its own chunk and the chunks around it.
 
-    q and k (B, H, L, K), v (B, H, L, V) → y (B, H, L, V).
+    q (B, H, L, K), k (B, G, L, K), v (B, G, L, V) → y (B, H, L, V), heads as of
+    `DotProductAttention`.
 
     The sequence is cut into chunks of `chunk_len`. Position t sees positions from the start of
     chunk ⌊t / chunk_len⌋ − look_back, up to itself if causal, else to the end of chunk
@@ -121,6 +182,7 @@ class LocalAttention(Layer):
       causal: whether position t sees positions up to t only.
       dropout: share of the probabilities set to zero in training, in [0, 1).
       masked: whether a fourth input (B, L) bool says which keys are real.
+      scale, softcap: as of `DotProductAttention`.
 
     Raises:
       ValueError: for a negative look_back or look_ahead, or a causal layer that looks ahead.
@@ -132,6 +194,9 @@ class LocalAttention(Layer):
     causal: bool = True
     dropout: Rate = 0.0
     masked: bool = False
+    _: KW_ONLY
+    scale: float | None = None
+    softcap: Positive | None = None
 
     position_wise = False
     n_in = property(lambda self: 3 + self.masked)
@@ -150,7 +215,8 @@ class LocalAttention(Layer):
         """No weights. The state is a `KVCache` in ``PREDICT`` if causal, else ``{}``.
 
         Args:
-          signature: of q and k (B, H, L, K), v (B, H, L, V) and, if masked, mask (B, L).
+          signature: of q (B, H, L, K), k (B, G, L, K), v (B, G, L, V) and, if masked, mask
+            (B, L).
           rng: not used.
           mode: see `Mode`.
         """
@@ -168,8 +234,8 @@ class LocalAttention(Layer):
         Args:
           weights: ``{}``.
           state: in ``PREDICT``, if causal, a `KVCache`.
-          inputs: q and k (B, H, L, K), v (B, H, L, V) and, if masked, mask (B, L) bool. With a
-            cache all of them hold the next T positions.
+          inputs: q (B, H, L, K), k (B, G, L, K), v (B, G, L, V) and, if masked, mask (B, L) bool.
+            With a cache all of them hold the next T positions.
           rng: a typed key, needed in training with dropout.
           mode: see `Mode`.
 
@@ -194,6 +260,8 @@ class LocalAttention(Layer):
             look_ahead=self.look_ahead,
             causal=self.causal,
             mask=mask,
+            scale=self.scale,
+            softcap=self.softcap,
             **dropout,
         )
 
@@ -207,15 +275,18 @@ class LocalAttention(Layer):
         cache = cache.append(position + front, k=k, v=v, mask=real)
         start, within = position // c * c, position % c  # (B,)
         size = front + (length + c - 1 + c - 1) // c * c
-
-        def piece(x: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim - 2 if x.ndim > 1 else 0)
-
         whole: Any = cache.by_row(cache.k), cache.by_row(cache.v), cache.mask
-        keys, values, seen = (jax.vmap(piece)(x, start) for x in whole)
+        keys, values, seen = (pieces(x, start, size) for x in whole)
         if length == 1:
             y = dot_product_attention(
-                q, keys, values, causal=True, mask=seen, offset=front + within
+                q,
+                keys,
+                values,
+                causal=True,
+                mask=seen,
+                offset=front + within,
+                scale=self.scale,
+                softcap=self.softcap,
             )
         else:
             y = self._attend_aligned(q, keys, values, seen, front + within)
@@ -254,6 +325,17 @@ class DenseHeads(MultiHead):
       masked: whether a last input, bool, says which keys are real.
       dropout: share of the probabilities set to zero in training, in [0, 1).
       query, key, value, core, output: the parts, to be replaced; None for the default ones.
+      n_kv_heads: G, heads of keys and values, which H/G heads of queries each share (grouped-query
+        attention); it divides H. None for H. Decoding caches hold G heads.
+      qkv_bias: whether the projections to queries, keys and values have a bias.
+      out_bias: whether the projection from heads has a bias.
+      query_norm, key_norm: layers applied to queries (B, H, L, K) and keys (B, G, M, K) before
+        rotary, e.g. `RMSNorm()`, whose weight (K,) all heads share; or None.
+      scale: factor of the scores, 1/√K if None.
+      softcap: c, which makes scores, after the scale, c·tanh(scores / c); None for no cap.
+
+    Raises:
+      ValueError: if G does not divide H.
     """
 
     n_heads: Size
@@ -266,6 +348,13 @@ class DenseHeads(MultiHead):
     value: Layer | None = None
     core: Layer | None = None
     output: Layer | None = None
+    n_kv_heads: Size | None = None
+    qkv_bias: bool = True
+    out_bias: bool = True
+    query_norm: Layer | None = None
+    key_norm: Layer | None = None
+    scale: float | None = None
+    softcap: Positive | None = None
 
 
 class OfItself(DenseHeads):
@@ -295,7 +384,8 @@ class OfItself(DenseHeads):
 class SelfAttention(OfItself):
     """Multi-head attention of a sequence to itself: (B, L, D) → (B, L, D).
 
-    y = concat_h(softmax(q_h k_hᵀ / √K) v_h) W_o, with q_h, k_h, v_h projections of x.
+    y = concat_h(softmax(q_h k_gᵀ / √K) v_g) W_o, with q_h, k_g, v_g projections of x, g = ⌊h·G/H⌋,
+    and as many heads of keys and values as of queries, G = H, by default.
 
     Attributes:
       n_heads: H.
@@ -304,17 +394,43 @@ class SelfAttention(OfItself):
       masked: whether a second input (B, L) bool says which positions are real.
       dropout: share of the probabilities set to zero in training, in [0, 1).
       rotary: positions applied to queries and keys, e.g. `RotaryPositions()`.
+      window: position t sees positions t − window + 1 … t only; causal only. None for all before.
       query, key, value, core, output: the parts, to be replaced; None for the default ones.
+      n_kv_heads: G, heads of keys and values, which H/G heads of queries each share (grouped-query
+        attention); it divides H. None for H. Decoding caches hold G heads.
+      qkv_bias: whether the projections to queries, keys and values have a bias.
+      out_bias: whether the projection from heads has a bias.
+      query_norm, key_norm: layers applied to queries (B, H, L, K) and keys (B, G, L, K) before
+        rotary, e.g. `RMSNorm()`, whose weight (K,) all heads share; or None.
+      scale: factor of the scores, 1/√K if None.
+      softcap: c, which makes scores, after the scale, c·tanh(scores / c); None for no cap.
+
+    Raises:
+      ValueError: if G does not divide H, or for a window without `causal`.
 
     References:
       Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
+      GQA, Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
+      Sliding windows, Beltagy et al. 2020, https://arxiv.org/abs/2004.05150
     """
 
     causal: bool = True
+    _: KW_ONLY
+    window: Size | None = None
+
+    shown_before = {**OfItself.shown_before, 'window': 'd_head'}
 
     def parts(self) -> dict[str, Layer]:
         """The default parts, around a `DotProductAttention`."""
-        return heads(self, DotProductAttention(self.causal, self.dropout, self.masked))
+        core = DotProductAttention(
+            self.causal,
+            self.dropout,
+            self.masked,
+            scale=self.scale,
+            softcap=self.softcap,
+            window=self.window,
+        )
+        return heads(self, core)
 
 
 class LocalSelfAttention(OfItself):
@@ -328,7 +444,8 @@ class LocalSelfAttention(OfItself):
       causal: whether position t sees positions up to t only.
       look_back: chunks seen before a position's own.
       look_ahead: chunks seen after it; 0 if causal.
-      d_head, masked, dropout, rotary: as of `SelfAttention`.
+      d_head, masked, dropout, rotary, n_kv_heads, qkv_bias, out_bias, query_norm, key_norm, scale,
+        softcap: as of `SelfAttention`.
       query, key, value, core, output: the parts, to be replaced; None for the default ones.
     """
 
@@ -343,7 +460,14 @@ class LocalSelfAttention(OfItself):
     def parts(self) -> dict[str, Layer]:
         """The default parts, around a `LocalAttention`."""
         core = LocalAttention(
-            self.chunk_len, self.look_back, self.look_ahead, self.causal, self.dropout, self.masked
+            self.chunk_len,
+            self.look_back,
+            self.look_ahead,
+            self.causal,
+            self.dropout,
+            self.masked,
+            scale=self.scale,
+            softcap=self.softcap,
         )
         return heads(self, core)
 
@@ -360,9 +484,10 @@ class CrossAttention(DenseHeads):
       masked: whether a third input (B, M) bool says which positions of the memory are real.
       dropout: share of the probabilities set to zero in training, in [0, 1).
       query, key, value, core, output: the parts, to be replaced; None for the default ones.
+      n_kv_heads, qkv_bias, out_bias, query_norm, key_norm, scale, softcap: as of `SelfAttention`.
 
     Raises:
-      ValueError: if queries and keys have different depths.
+      ValueError: if queries and keys have different depths, or G does not divide H.
     """
 
     cacheless = True  # the whole memory is given at every step
@@ -380,7 +505,10 @@ class CrossAttention(DenseHeads):
 
     def parts(self) -> dict[str, Layer]:
         """The default parts, around a bidirectional core; keys and values are made `Once`."""
-        made = heads(self, DotProductAttention(False, self.dropout, self.masked))
+        core = DotProductAttention(
+            False, self.dropout, self.masked, scale=self.scale, softcap=self.softcap
+        )
+        made = heads(self, core)
         return {**made, 'key': Once(made['key']), 'value': Once(made['value'])}
 
     def route(self, call: Call, stack: Stack) -> Stack:

@@ -4,9 +4,10 @@ Each query sees a window of W = (look_back + 1 + look_ahead)·C keys, so its sof
 once, and time is linear in the length. A tile holds G chunks; their windows are cut from one slice
 of keys. The backward pass recomputes the probabilities of each tile, as `flash` does.
 
-Shape letters: B batch, H heads, L length, K depth of queries and keys, D depth of values, C chunk;
-N tiles of G chunks; W window; P the padded length, with the chunks that the first and the last
-window need; q and w are places of a query in its chunk and of a key in its window.
+Shape letters: B batch, H heads, of which R share a head of keys and values, L length, K depth of
+queries and keys, D depth of values, C chunk; N tiles of G chunks; W window; P the padded length,
+with the chunks that the first and the last window need; q and w are places of a query in its chunk
+and of a key in its window.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from layercomb.layers.attention import tiles
+
+# The places of k, v and real among the arguments of `forward_head`, after the plan.
+OF_KEYS = (1, 2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Plan:
       scale: factor of the scores.
       causal: whether a query sees only keys at its own position and before.
       dropout_rate: share of the probabilities set to zero.
+      softcap: c, which makes scores c·tanh(scores / c); None for no cap.
+      group: R.
     """
 
     length: int
@@ -45,6 +51,8 @@ class Plan:
     scale: float
     causal: bool
     dropout_rate: float = 0.0
+    softcap: float | None = None
+    group: int = 1
 
     @property
     def n_chunks_seen(self) -> int:
@@ -154,7 +162,8 @@ def forward_head(plan: Plan, q: Any, k: Any, v: Any, real: Any, rng: Any) -> Any
         k_i = windows(plan, slice_of_tile(plan, k, i))
         v_i = windows(plan, slice_of_tile(plan, v, i))
         seen = visible(plan, real, i)
-        scores = jnp.where(seen, tiles.dot('gqk,gwk->gqw', q_i, k_i), -tiles.FAR)
+        scores = tiles.capped(tiles.dot('gqk,gwk->gqw', q_i, k_i), plan.softcap)
+        scores = jnp.where(seen, scores, -tiles.FAR)
         m = scores.max(-1, keepdims=True)
         p = jnp.where(seen, jnp.exp(scores - m), 0.0)
         total = p.sum(-1, keepdims=True)
@@ -179,18 +188,22 @@ def backward_head(
       dot_out: (N, G, C) float32, Σ dO ∘ O.
 
     Returns:
-      Gradients of q (N, G, C, K), of k (P, K) and of v (P, D), in their dtypes.
+      Gradients of q (N, G, C, K), of k (P, K) and of v (P, D), in their dtypes; those of k and v
+      in float32 if they are to be summed over a group.
     """
+    dtypes = (k.dtype, v.dtype) if plan.group == 1 else (jnp.float32, jnp.float32)
 
     def tile(carry, i):
         d_k, d_v = carry
         q_i = q[i].astype(jnp.float32) * plan.scale
         k_i = windows(plan, slice_of_tile(plan, k, i))
         v_i = windows(plan, slice_of_tile(plan, v, i))
-        p = jnp.exp(tiles.dot('gqk,gwk->gqw', q_i, k_i) - z[i][..., None])
+        scores = tiles.capped(tiles.dot('gqk,gwk->gqw', q_i, k_i), plan.softcap)
+        p = jnp.exp(scores - z[i][..., None])
         p = jnp.where(visible(plan, real, i), p, 0.0)
         d_p = tiles.dot('gqd,gwd->gqw', d_out[i], v_i)
         d_s = p * (tiles.drop(plan.dropout_rate, rng, i, d_p) - dot_out[i][..., None])
+        d_s = tiles.uncapped(d_s, scores, plan.softcap)
         p = tiles.drop(plan.dropout_rate, rng, i, p)
         d_v = add_windows(plan, d_v, i, tiles.dot('gqw,gqd->gwd', p, d_out[i]))
         d_k = add_windows(plan, d_k, i, tiles.dot('gqw,gqk->gwk', d_s, q[i]))
@@ -199,7 +212,7 @@ def backward_head(
 
     zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     (d_k, d_v), d_q = tiles.each(tile, zeros, plan.n_tiles)
-    return d_q, (d_k * plan.scale).astype(k.dtype), d_v.astype(v.dtype)
+    return d_q, (d_k * plan.scale).astype(dtypes[0]), d_v.astype(dtypes[1])
 
 
 def surround(plan: Plan, x: jax.Array) -> jax.Array:
@@ -216,33 +229,38 @@ def centre(plan: Plan, x: jax.Array) -> jax.Array:
 
 
 def cut(plan: Plan, x: jax.Array) -> jax.Array:
-    """Cuts x into tiles of chunks, padded with zeros: (B, H, L, …) → (B, H, N, G, C, …)."""
+    """Cuts queries into tiles of chunks, padded with zeros, and heads into groups.
+
+    (B, H, L, …) → (B, H, N, G, C, …), or (B, H/R, R, N, G, C, …) if R is not 1.
+    """
     missing = plan.n_tiles * plan.tile_len - plan.length
     x = jnp.pad(x, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 3))
     shape = (plan.n_tiles, plan.n_together, plan.chunk_len)
-    return x.reshape(*x.shape[:2], *shape, *x.shape[3:])  # (B, H, N, G, C, ...)
+    x = x.reshape(*x.shape[:2], *shape, *x.shape[3:])  # (B, H, N, G, C, ...)
+    return tiles.split_group(x, plan.group)
 
 
 def join(plan: Plan, x: jax.Array) -> jax.Array:
     """Undoes `cut`: (B, H, N, G, C, …) → (B, H, L, …)."""
+    x = tiles.join_group(x, plan.group)
     whole = plan.n_tiles * plan.tile_len
     return x.reshape(*x.shape[:2], whole, *x.shape[5:])[:, :, : plan.length]  # (B, H, L, ...)
 
 
 def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> Any:
-    """The arguments of `forward_head`, with leading axes (B, H).
+    """The arguments of `forward_head`, with leading axes (B, H/R).
 
     Args:
       plan, q, k, v, mask, rng: as of `attend`.
 
     Returns:
-      q (B, H, N, G, C, K), k (B, H, P, K), v (B, H, P, D), real (B, H, P) bool, and keys (B, H) or
-      None.
+      q (B, H/R, N, G, C, K), k (B, H/R, P, K), v (B, H/R, P, D), real (B, H/R, P) bool, and keys
+      (B, H/R) or None. If R is not 1, q and keys have a third axis R.
     """
-    rows = q.shape[:2]
+    rows = k.shape[:2]
     real = jnp.ones((1, 1, 1), bool) if mask is None else mask[:, None]
-    real = surround(plan, jnp.broadcast_to(real, (*rows, plan.length)))  # (B, H, P)
-    rng = tiles.key_per_head(rng, rows)
+    real = surround(plan, jnp.broadcast_to(real, (*rows, plan.length)))  # (B, H/R, P)
+    rng = tiles.split_group(tiles.key_per_head(rng, q.shape[:2]), plan.group)
     return cut(plan, q), surround(plan, k), surround(plan, v), real, rng
 
 
@@ -260,8 +278,8 @@ def attend(
     Args:
       plan: the static description.
       q: (B, H, L, K).
-      k: (B, H, L, K).
-      v: (B, H, L, D).
+      k: (B, H/R, L, K).
+      v: (B, H/R, L, D).
       mask: (B, L) bool, True = a real key; or None.
       rng: the key of dropout; or None for no dropout.
 
@@ -284,10 +302,11 @@ def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> A
       plan, q, k, v, mask, rng: as of `attend`.
 
     Returns:
-      The output, and (q, k, v, mask, rng, output, z), with z (B, H, N, G, C) float32.
+      The output, and (q, k, v, mask, rng, output, z), with z as q without K, float32.
     """
     f = functools.partial(forward_head, plan)
-    out, z = tiles.over_heads(f, per_head(plan, q, k, v, mask, rng), n_pairs(plan))
+    heads = per_head(plan, q, k, v, mask, rng)
+    out, z = tiles.over_heads(f, heads, n_pairs(plan), group=plan.group, shared=OF_KEYS)
     out = join(plan, out)
     return out, (q, k, v, mask, rng, out, z)
 
@@ -307,7 +326,10 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     q, k, v, mask, rng, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     heads = (*per_head(plan, q, k, v, mask, rng), z, cut(plan, d_out), cut(plan, dot_out))
-    d_q, d_k, d_v = tiles.over_heads(functools.partial(backward_head, plan), heads, n_pairs(plan))
+    f = functools.partial(backward_head, plan)
+    grouped: Any = {'group': plan.group, 'shared': OF_KEYS, 'summed': (1, 2)}
+    d_q, d_k, d_v = tiles.over_heads(f, heads, n_pairs(plan), **grouped)
+    d_k, d_v = d_k.astype(k.dtype), d_v.astype(v.dtype)
     return join(plan, d_q), centre(plan, d_k), centre(plan, d_v), None, None
 
 

@@ -1,8 +1,9 @@
 """`MultiHead`: projections around an attention core.
 
 A multi-head layer is a combinator of parts, each of which can be replaced: ``query``, ``key``,
-``value`` (B, L, D) → (B, H, L, K), a ``core`` that attends, and ``output`` back to (B, L, D). Shape
-letters: B batch, L length, D d_model, H heads, K head depth, M memory length.
+``value`` (B, L, D) → (B, H, L, K), a ``core`` that attends, and ``output`` back to (B, L, D). Keys
+and values may have fewer heads, G. Shape letters: B batch, L length, D d_model, H heads, G heads of
+keys and values, K head depth, M memory length.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import set_field
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.reversible.one_pass import one_pass
+from layercomb.shapes import nearest_divisor
 from layercomb.trees import Tree
 
 
@@ -81,21 +83,45 @@ def heads(layer: Any, core: Layer) -> dict[str, Layer]:
     """The default parts around a core: three projections to heads, and one from heads.
 
     Args:
-      layer: has n_heads and d_head.
-      core: (B, H, L, K), (B, H, M, K), (B, H, M, K) → (B, H, L, K).
+      layer: has n_heads, n_kv_heads, d_head, qkv_bias and out_bias.
+      core: (B, H, L, K), (B, G, M, K), (B, G, M, K) → (B, H, L, K).
 
     Returns:
       The layers by field: query, key, value, core and output.
+
+    Raises:
+      ValueError: if G does not divide H, naming the nearest number that does.
     """
-    split = SplitHeads(layer.n_heads, layer.d_head)
-    return {'query': split, 'key': split, 'value': split, 'core': core, 'output': MergeHeads()}
+    query = SplitHeads(layer.n_heads, layer.d_head, layer.qkv_bias)
+    shared = shared_heads(layer)
+    output = MergeHeads(layer.out_bias)
+    return {'query': query, 'key': shared, 'value': shared, 'core': core, 'output': output}
+
+
+def shared_heads(layer: Any) -> SplitHeads:
+    """The default projection to keys or to values, which H/G heads of queries share.
+
+    Args:
+      layer: has n_heads, n_kv_heads, d_head and qkv_bias.
+
+    Raises:
+      ValueError: if G does not divide H, naming the nearest number that does.
+    """
+    n_heads, n_shared = layer.n_heads, layer.n_kv_heads or layer.n_heads
+    if n_heads % n_shared:
+        raise ValueError(
+            f'{type(layer).__name__}: n_kv_heads={n_shared} does not divide n_heads={n_heads}: use '
+            f'{nearest_divisor(n_heads, n_shared)}'
+        )
+    return SplitHeads(n_shared, layer.d_head, layer.qkv_bias, group=n_heads // n_shared)
 
 
 def attend(layer: Any, call: Any, x: Any, memory: Any, *mask: Any) -> tuple[Any, ...]:
     """The route that multi-head layers share: attention from `x` to `memory`.
 
     Args:
-      layer: a `MultiHead` layer with query, key, value, core, output and rotary.
+      layer: a `MultiHead` layer with query, key, value, core, output, rotary, query_norm and
+        key_norm.
       call: as of `Combinator.route`.
       x: (B, L, D).
       memory: (B, M, E).
@@ -117,6 +143,10 @@ def attend(layer: Any, call: Any, x: Any, memory: Any, *mask: Any) -> tuple[Any,
             'head: say d_head='
         )
     (v,) = call(at('value'), (memory,))
+    if layer.query_norm is not None:
+        (q,) = call(at('query_norm'), (q,))
+    if layer.key_norm is not None:
+        (k,) = call(at('key_norm'), (k,))
     if layer.rotary is not None:
         q, k = call(at('rotary'), (q, k))
     (y,) = call(at('core'), (q, k, v, *mask))

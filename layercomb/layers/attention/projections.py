@@ -35,18 +35,22 @@ class SplitHeads(Layer):
 
     Attributes:
       n_heads: H.
-      d_head: K; None takes D / H, which must be an integer.
+      d_head: K; None takes D / (H · group), which must be an integer.
       use_bias: whether to add b.
       kernel_init: of W, as a matrix (D, H·K).
+      group: heads of queries that share each of these heads, if they are of keys or values. It only
+        sets the default of K.
 
     Raises:
-      ValueError: if d_head is None and H does not divide D, naming the nearest number that does.
+      ValueError: if d_head is None and H · group does not divide D, naming the nearest number that
+        does.
     """
 
     n_heads: Size
     d_head: Size | None = None
     use_bias: bool = True
     kernel_init: Initializer = glorot_uniform()
+    group: Size = 1
 
     weight_axes = {'kernel': 'D->HK', 'bias': 'H|->K'}
     position_wise = True
@@ -64,13 +68,13 @@ class SplitHeads(Layer):
         (x,) = signature
         check_float('SplitHeads', x)
         check_sequence('SplitHeads', x)
-        d = x.shape[-1]
-        if self.d_head is None and d % self.n_heads:
-            nearest = nearest_divisor(d, self.n_heads)
+        d, n_heads = x.shape[-1], self.n_heads * self.group
+        if self.d_head is None and d % n_heads:
+            nearest = nearest_divisor(d, n_heads)
             raise ValueError(
-                f'{self.n_heads} heads do not divide the width {d}: use {nearest}, or say d_head='
+                f'{n_heads} heads do not divide the width {d}: use {nearest}, or say d_head='
             )
-        k = self.d_head or d // self.n_heads
+        k = self.d_head or d // n_heads
         kernel = self.kernel_init(rng, (d, self.n_heads * k)).reshape(d, self.n_heads, k)
         bias = {'bias': jnp.zeros((self.n_heads, k), jnp.float32)} if self.use_bias else {}
         return {'kernel': kernel, **bias}, {}

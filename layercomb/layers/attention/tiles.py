@@ -69,7 +69,14 @@ def even_share(n: int, at_most: int) -> int:
 
 
 def over_heads(
-    f: Callable[..., Any], heads: tuple[Any, ...], n_pairs: int, at_most: int | None = None
+    f: Callable[..., Any],
+    heads: tuple[Any, ...],
+    n_pairs: int,
+    at_most: int | None = None,
+    *,
+    group: int = 1,
+    shared: tuple[int, ...] = (),
+    summed: tuple[int, ...] = (),
 ) -> Any:
     """Maps `f` over the two leading axes (B, H) of every array in `heads`.
 
@@ -79,14 +86,22 @@ def over_heads(
       n_pairs: (query, key) pairs that `f` holds at a time.
       at_most: heads computed together, at most. None: on the CPU as many as fit the caches,
         elsewhere all.
+      group: R. If it is not 1, R heads share some arguments: these have leading axes (B, H / R),
+        and the others (B, H / R, R).
+      shared: the places of the arguments that a group shares.
+      summed: the places of the results that are summed over a group, in float32. They have leading
+        axes (B, H / R), and the others (B, H / R, R).
 
     Returns:
-      The results of `f`, with leading axes (B, H).
+      The results of `f`, with leading axes (B, H), or as `group` and `summed` say.
     """
     n_rows, n_heads = jax.tree.leaves(heads)[0].shape[:2]
     n = n_rows * n_heads
     if at_most is None:
-        at_most = max(1, CPU_PAIRS // n_pairs) if jax.default_backend() == 'cpu' else n
+        at_most = CPU_PAIRS // n_pairs if jax.default_backend() == 'cpu' else n * group
+    if group > 1:
+        f = by_group(f, shared, summed, together=at_most >= group)
+    at_most = max(1, at_most // group)
     together = next((g for g in range(min(n, at_most), 0, -1) if n % g == 0), n)
     if together == n:
         return jax.vmap(jax.vmap(f))(*heads)
@@ -94,6 +109,67 @@ def over_heads(
     batch_size = together if together > 1 else None
     out = lax.map(lambda head: f(*head), flat, batch_size=batch_size)
     return jax.tree.map(lambda x: x.reshape(n_rows, n_heads, *x.shape[1:]), out)
+
+
+def by_group(
+    f: Callable[..., Any], shared: tuple[int, ...], summed: tuple[int, ...], together: bool
+) -> Callable[..., Any]:
+    """`f`, a function of one head, for R heads that share some arguments, which are not repeated.
+
+    Args:
+      f: takes arrays, or trees of them, and returns a tuple of arrays.
+      shared: the places of the arguments that the heads share; the others get a leading axis R.
+      summed: the places of the results that are summed over the heads, in float32; the others get a
+        leading axis R.
+      together: whether the heads are computed all at once, or one after the other.
+    """
+
+    def of_group(*args: Any) -> Any:
+        own = [None if i in shared else x for i, x in enumerate(args)]
+
+        def one(own: Any) -> Any:
+            return f(*[x if i in shared else own[i] for i, x in enumerate(args)])
+
+        if together:
+            out = jax.vmap(one)(own)
+            return tuple(
+                x.sum(0, dtype=jnp.float32) if i in summed else x for i, x in enumerate(out)
+            )
+
+        def step(totals: Any, own: Any) -> Any:
+            out = one(own)
+            totals = tuple(total + out[i] for total, i in zip(totals, summed, strict=True))
+            return totals, tuple(x for i, x in enumerate(out) if i not in summed)
+
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], own))
+        zeros = tuple(jnp.zeros(shapes[i].shape, jnp.float32) for i in summed)
+        totals, stacked = lax.scan(step, zeros, own)
+        sums, rest = dict(zip(summed, totals, strict=True)), iter(stacked)
+        return tuple(sums[i] if i in summed else next(rest) for i in range(len(shapes)))
+
+    return of_group
+
+
+def split_group(x: Any, group: int) -> Any:
+    """Arrays (B, H, …) as (B, H / R, R, …), for R = `group`; None and R = 1 change nothing."""
+    if group == 1:
+        return x
+    return jax.tree.map(lambda x: x.reshape(len(x), -1, group, *x.shape[2:]), x)
+
+
+def join_group(x: jax.Array, group: int) -> jax.Array:
+    """Undoes `split_group`: (B, H / R, R, …) → (B, H, …)."""
+    return x if group == 1 else x.reshape(len(x), -1, *x.shape[3:])
+
+
+def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+    """c·tanh(scores / c) for c = `softcap`; `scores` themselves without one."""
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def uncapped(d_scores: jax.Array, scores: jax.Array, softcap: float | None) -> jax.Array:
+    """The cotangent of the arguments of `capped`, from that of its results, `scores`."""
+    return d_scores if softcap is None else d_scores * (1 - jnp.square(scores / softcap))
 
 
 def keys_of_heads(rng: jax.Array, n_heads: int) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import Positive
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import snake_case
@@ -159,6 +160,34 @@ class LogSoftmax(Activation):
     position_wise = True
     float32 = True
     function = staticmethod(_log_softmax)
+
+
+class SoftCap(Layer):
+    """limit · tanh(x / limit), which lies between −limit and limit: (…) → (…) in x's dtype.
+
+    Attributes:
+      limit: above 0.
+
+    Raises:
+      TypeError: when applied to integers.
+
+    References:
+      Gemma Team 2024, https://arxiv.org/abs/2408.00118
+    """
+
+    limit: Positive
+
+    position_wise = True
+    float32 = True
+
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
+        """limit · tanh(x / limit), computed in float32: (…) → (…)."""
+        (x,) = inputs
+        check_float('SoftCap', x, _CURE)
+        h = x.astype(jnp.float32)
+        return ((self.limit * jnp.tanh(h / self.limit)).astype(x.dtype),), state
 
 
 NAMES: dict[str, type[Activation]] = {

@@ -18,7 +18,7 @@ from layercomb.trees import Tree
 
 
 class Embedding(Layer):
-    """Looks up rows of a table: integers (…) → vectors (…, d_model), y = table[ids].
+    """Looks up rows of a table: integers (…) → vectors (…, d_model), y = scale · table[ids].
 
     Weights: ``table`` (vocab_size, d_model). An id outside the vocabulary raises if its value is
     known, and gives NaN inside `jit`.
@@ -27,6 +27,7 @@ class Embedding(Layer):
       vocab_size: ids run from 0 to vocab_size − 1.
       d_model: the width of a row.
       table_init: of the table.
+      scale: what the vectors are multiplied by, such as √d_model; None for 1.
 
     Raises:
       TypeError: for inputs that are no integers.
@@ -36,6 +37,7 @@ class Embedding(Layer):
     vocab_size: Size
     d_model: Size
     table_init: Initializer = Normal(1.0)
+    scale: float | None = None
 
     position_wise = True
     float32 = True
@@ -59,8 +61,10 @@ class Embedding(Layer):
         ids = jnp.where(ids < 0, self.vocab_size, ids)  # or −1 would take the last row
         table = weights['table']
         if isinstance(table, Narrow):
-            return (table.take(ids),), state
-        return (jnp.take(table, ids, axis=0, mode='fill', fill_value=jnp.nan),), state
+            rows = table.take(ids)
+        else:
+            rows = jnp.take(table, ids, axis=0, mode='fill', fill_value=jnp.nan)
+        return (rows if self.scale is None else rows * self.scale,), state
 
     def _check_integers(self, ids: Any) -> None:
         if not jnp.issubdtype(ids.dtype, jnp.integer):

@@ -66,12 +66,14 @@ class LayerNorm(Layer):
 
 
 class RMSNorm(Layer):
-    """y = x / √(mean(x²) + epsilon) · scale, over the last axis.
+    """y = x / √(mean(x²) + epsilon) · (offset + scale), over the last axis.
 
     (…, D) → (…, D) in x's dtype. Weights: ``scale`` (D,).
 
     Attributes:
       epsilon: added to the mean square.
+      offset: added to the scale. It is 1 in Gemma, whose scales start at 0, so that weight decay
+        draws the factor to 1.
 
     Raises:
       TypeError: for integers.
@@ -82,6 +84,7 @@ class RMSNorm(Layer):
     """
 
     epsilon: Annotated[float, Bound(0)] = 1e-6
+    offset: float = 0.0
 
     position_wise = True
     float32 = True
@@ -90,10 +93,10 @@ class RMSNorm(Layer):
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Tree]:
-        """``scale`` of ones, float32 (D,), for an input (…, D); no state."""
+        """``scale`` of 1 − offset, float32 (D,), for an input (…, D); no state."""
         (x,) = signature
         check_float('RMSNorm', x)
-        return {'scale': jnp.ones(x.shape[-1], jnp.float32)}, {}
+        return {'scale': jnp.full(x.shape[-1], 1 - self.offset, jnp.float32)}, {}
 
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
@@ -102,7 +105,8 @@ class RMSNorm(Layer):
         (x,) = inputs
         check_width(x, len(weights['scale']))
         f = _fast_rms_norm if _is_little(x, mode, weights) else _rms_norm
-        return (f(x, weights['scale'], self.epsilon),), state
+        scale = weights['scale'] + self.offset if self.offset else weights['scale']
+        return (f(x, scale, self.epsilon),), state
 
 
 class BatchNorm(Layer):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY
+
 import jax
 
-from layercomb.checks import Size
+from layercomb.checks import Count, Size
 from layercomb.layers.basic.initializers import Initializer, Normal
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
@@ -22,13 +24,14 @@ from layercomb.trees import Tree
 
 
 class LearnedPositions(Layer):
-    """y[b, t] = x[b, t] + table[t], (B, L, D) → (B, L, D): one learned row per position.
+    """y[b, t] = x[b, t] + table[first + t], (B, L, D) → (B, L, D): one learned row per position.
 
-    Weights: ``table`` (max_len, D).
+    Weights: ``table`` (first + max_len, D).
 
     Attributes:
       max_len: the longest sequence.
       table_init: of the table.
+      first: the row of the first position; RoBERTa's and BART's tables begin with rows without use.
 
     Raises:
       ValueError: if a sequence is longer than `max_len`.
@@ -36,6 +39,8 @@ class LearnedPositions(Layer):
 
     max_len: Size
     table_init: Initializer = Normal(0.02)
+    _: KW_ONLY
+    first: Count = 0
 
     float32 = True
     weight_axes = {'table': 'L:D'}
@@ -55,7 +60,7 @@ class LearnedPositions(Layer):
         check_float('LearnedPositions', x)
         check_sequence('LearnedPositions', x)
         check_length('LearnedPositions', x.shape[1], self.max_len)
-        table = self.table_init(rng, (self.max_len, x.shape[-1]))
+        table = self.table_init(rng, (self.first + self.max_len, x.shape[-1]))
         return {'table': table}, init_position(signature, mode)
 
     def apply(
@@ -75,4 +80,4 @@ class LearnedPositions(Layer):
         """
         (x,) = inputs
         check_sequence('LearnedPositions', x)
-        return add_rows(self, weights['table'], state, x, mode)
+        return add_rows(self, weights['table'][self.first :], state, x, mode)

@@ -50,21 +50,20 @@ def frequencies(depth: int, period: float) -> jax.Array:
     return period ** (-jnp.arange(0, depth, 2, dtype=jnp.float32) / depth)
 
 
-def angles(where: jax.Array, depth: int, period: float, max_len: int | None) -> jax.Array:
+def angles(where: jax.Array, speed: jax.Array, max_len: int | None) -> jax.Array:
     """t·ω_i for the positions t in `where`; NaN from `max_len` on.
 
     Args:
       where: (…, L) int32.
-      depth: an even number.
-      period: of `frequencies`.
+      speed: the frequencies ω_i, (n,) float32.
       max_len: the number of positions; None for no limit.
 
     Returns:
-      (…, L, depth/2) float32, in radians.
+      (…, L, n) float32, in radians.
     """
     t = where[..., None].astype(jnp.float32)
     t = t if max_len is None else jnp.where(t < max_len, t, jnp.nan)
-    return t * as_deep(frequencies(depth, period), t)
+    return t * as_deep(speed, t)
 
 
 def init_position(signature: Signature, mode: Mode) -> Tree:

@@ -15,6 +15,7 @@ from layercomb.layers.positions.position import (
     angles,
     check_even,
     check_length,
+    frequencies,
     init_position,
     next_positions,
 )
@@ -109,5 +110,5 @@ class SinusoidalPositions(Layer):
 
     def _waves(self, where: jax.Array, depth: int) -> jax.Array:
         """P at the positions in `where` (…), (…, depth) float32."""
-        angle = angles(where, depth, self.period, self.max_len)  # (…, depth/2)
+        angle = angles(where, frequencies(depth, self.period), self.max_len)  # (…, depth/2)
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)

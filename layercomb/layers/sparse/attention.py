@@ -186,7 +186,8 @@ def sparse_qkv(
 
     Raises:
       TypeError: for any other layer.
-      ValueError: if `attention` has a `d_head`.
+      ValueError: if `attention` has a `d_head`, heads of keys that are shared (`n_kv_heads`), or a
+        norm of queries or keys.
 
     >>> from layercomb import tl
     >>> tl.sparse_qkv(tl.LocalSelfAttention(4, 64), 8).core
@@ -201,6 +202,12 @@ def sparse_qkv(
             'core and rotary'
         )
     given: Any = attention
+    for field in ('n_kv_heads', 'query_norm', 'key_norm'):
+        if getattr(given, field, None) is not None:
+            raise ValueError(
+                f'sparse_qkv: {field}={getattr(given, field)} cannot be kept beside sparse '
+                'projections: leave it out'
+            )
     if getattr(given, 'd_head', None) is not None:
         raise ValueError(
             'sparse_qkv: heads divide the features of the model, so '

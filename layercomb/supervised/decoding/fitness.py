@@ -17,6 +17,7 @@ from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.decoding.once import Once
 from layercomb.layers.facts.observing import observing
 from layercomb.layers.facts.positionwise import of_sublayers, unsaid
 from layercomb.shapes import Signature
@@ -75,6 +76,8 @@ def _suspects(layer: Layer, given_whole: bool = False) -> Iterator[Layer]:
     of_inside = bool(layer.sublayers) and said is of_sublayers(layer)
     if not (of_inside and (said is False or is_routed)) and not (given_whole and said is False):
         yield layer
+    if isinstance(layer, Once):  # layers inside run in EVAL; one elsewhere may be equal to them
+        return
     for each in layer.sublayers:
         yield from _suspects(each, given_whole)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import layercomb_kernels
 from layercomb import init_state, tl
 from layercomb.layers.core.mode import Mode
 from layercomb.shapes import shape_dtype, signature_of
@@ -30,7 +32,11 @@ def made(layer, *shapes):
     signature = signature_of(tuple(inputs))
     weights, _ = jax.jit(functools.partial(layer.init, signature))(jax.random.key(1))
     for i, part in enumerate(('query', 'key', 'value', 'output')):
-        weights[part]['bias'] += 0.1 * values(*weights[part]['bias'].shape, seed=i)
+        if 'bias' in weights[part]:
+            weights[part]['bias'] += 0.1 * values(*weights[part]['bias'].shape, seed=i)
+    for i, part in enumerate(('query_norm', 'key_norm')):
+        if part in weights:
+            weights[part]['scale'] += values(*weights[part]['scale'].shape, seed=i)
     return weights
 
 
@@ -55,13 +61,22 @@ def rotated(x, t):
     )
 
 
-def slow(weights, x, memory, sees, rotary=False):
+def rms_normed(x, weights):
+    return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6) * weights['scale']
+
+
+def slow(weights, x, memory, sees, rotary=False, scale=None, softcap=None):
     """A query, a head, a key at a time; sees(b, t, s) says whether query t sees key s."""
     weights = jax.tree.map(np.asarray, weights)
     q, k, v = (
-        np.einsum('bld,dhk->bhlk', z, weights[p]['kernel']) + weights[p]['bias'][:, None]
+        np.einsum('bld,dhk->bhlk', z, weights[p]['kernel'])
+        + weights[p].get('bias', np.zeros(1))[:, None]
         for p, z in (('query', x), ('key', memory), ('value', memory))
     )
+    if 'query_norm' in weights:
+        q, k = rms_normed(q, weights['query_norm']), rms_normed(k, weights['key_norm'])
+    k, v = (z.repeat(q.shape[1] // z.shape[1], 1) for z in (k, v))
+    scale = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
     y = np.zeros((*q.shape[:3], v.shape[-1]))
     for b, h, t in np.ndindex(q.shape[:3]):
         seen = [s for s in range(k.shape[2]) if sees(b, t, s)]
@@ -75,11 +90,12 @@ def slow(weights, x, memory, sees, rotary=False):
                 [k[b, h, s] for s in seen],
             )
         )
-        scores = np.array([at[0] @ one for one in at[1]]) / np.sqrt(q.shape[-1])
+        scores = np.array([at[0] @ one for one in at[1]]) * scale
+        scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
         p = np.exp(scores - scores.max())
         y[b, h, t] = (p / p.sum()) @ v[b, h, seen]
     out = weights['output']
-    return np.einsum('bhlk,hkd->bld', y, out['kernel']) + out['bias']
+    return np.einsum('bhlk,hkd->bld', y, out['kernel']) + out.get('bias', 0)
 
 
 MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 0]], bool)
@@ -91,6 +107,19 @@ MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 0]], bool)
         tl.SelfAttention(2),
         tl.SelfAttention(2, d_head=6, rotary=tl.RotaryPositions(), masked=True),
         tl.SelfAttention(4, causal=False, masked=True),
+        tl.SelfAttention(2, window=3),
+        tl.SelfAttention(2, window=2, masked=True, rotary=tl.RotaryPositions()),
+        tl.SelfAttention(4, n_kv_heads=2, rotary=tl.RotaryPositions(), scale=0.7, softcap=0.4),
+        tl.SelfAttention(
+            6,
+            n_kv_heads=1,
+            d_head=4,
+            qkv_bias=False,
+            out_bias=False,
+            query_norm=tl.RMSNorm(),
+            key_norm=tl.RMSNorm(),
+            rotary=tl.RotaryPositions(),
+        ),
     ],
 )
 def test_self_attention(layer):
@@ -98,9 +127,11 @@ def test_self_attention(layer):
     mask = (MASK,) if layer.masked else ()
 
     def sees(b, t, s):
-        return (not layer.causal or s <= t) and (not mask or MASK[b, s])
+        near = layer.window is None or s > t - layer.window
+        return near and (not layer.causal or s <= t) and (not mask or MASK[b, s])
 
-    wanted = slow(made(layer, x.shape), x, x, sees, layer.rotary is not None)
+    scores = {'scale': layer.scale, 'softcap': layer.softcap}
+    wanted = slow(made(layer, x.shape), x, x, sees, layer.rotary is not None, **scores)
     np.testing.assert_allclose(run(layer, x, *mask), wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -110,6 +141,7 @@ def test_self_attention(layer):
         tl.LocalSelfAttention(2, 3),
         tl.LocalSelfAttention(2, 2, look_back=2, masked=True),
         tl.LocalSelfAttention(2, 2, causal=False, look_ahead=1),
+        tl.LocalSelfAttention(4, 3, n_kv_heads=2, masked=True, scale=0.7, softcap=0.4),
     ],
 )
 def test_local_self_attention(layer):
@@ -121,14 +153,22 @@ def test_local_self_attention(layer):
         last = t if layer.causal else (t // c + 1 + layer.look_ahead) * c - 1
         return first <= s <= last and (not mask or MASK[b, s])
 
-    wanted = slow(made(layer, x.shape), x, x, sees)
+    scores = {'scale': layer.scale, 'softcap': layer.softcap}
+    wanted = slow(made(layer, x.shape), x, x, sees, **scores)
     np.testing.assert_allclose(run(layer, x, *mask), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_cross_attention():
-    layer = tl.CrossAttention(2, d_head=3, masked=True)
+@pytest.mark.parametrize(
+    'layer',
+    [
+        tl.CrossAttention(2, d_head=3, masked=True),
+        tl.CrossAttention(6, d_head=3, masked=True, n_kv_heads=2, softcap=0.4, scale=0.7),
+    ],
+)
+def test_cross_attention(layer):
     x, memory = values(B, 4, D), values(B, L, 6, seed=1)
-    wanted = slow(made(layer, x.shape, memory.shape), x, memory, lambda b, t, s: MASK[b, s])
+    weights, scores = made(layer, x.shape, memory.shape), (layer.scale, layer.softcap)
+    wanted = slow(weights, x, memory, lambda b, t, s: MASK[b, s], False, *scores)
     np.testing.assert_allclose(run(layer, x, memory, MASK), wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -219,6 +259,8 @@ def test_parts_that_nobody_chose_follow_the_other_fields():
         'CrossAttention(2, d_head=3, masked=True, dropout=0.5)',
         "LSHSelfAttention(2, n_hashes=2, d_head=3, masked=True, seed=1, name='x')",
         'SparseQKVAttention(2, 8, kernel_size=(1, 1), rotary=RotaryPositions())',
+        'SelfAttention(2, window=4, d_head=3, masked=True, rotary=RotaryPositions())',
+        'SelfAttention(6, n_kv_heads=2, qkv_bias=False, key_norm=RMSNorm(), softcap=5.0)',
     ],
 )
 def test_descriptions_are_what_they_were_in_old_runs(text):
@@ -262,10 +304,34 @@ def decode(layer, x, prompt, state=None, weights=None, steps=None):
 DECODERS = [
     tl.SelfAttention(2, rotary=tl.RotaryPositions()),
     tl.LocalSelfAttention(2, 2, rotary=tl.RotaryPositions()),
+    tl.SelfAttention(2, window=3, rotary=tl.RotaryPositions()),
+]
+GROUPED = [
+    tl.SelfAttention(
+        4,
+        n_kv_heads=2,
+        rotary=tl.RotaryPositions(),
+        query_norm=tl.RMSNorm(),
+        key_norm=tl.RMSNorm(),
+        softcap=0.5,
+    ),
+    tl.LocalSelfAttention(4, 2, n_kv_heads=1, rotary=tl.RotaryPositions(), scale=0.3, softcap=0.5),
+    tl.SelfAttention(4, n_kv_heads=2, window=3, rotary=tl.RotaryPositions(), softcap=0.5),
 ]
 
 
-@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
+@pytest.mark.parametrize('layer', GROUPED, ids=['full', 'local', 'window'])
+@pytest.mark.parametrize('kernels', [True, False])
+def test_decoding_with_shared_heads(layer, kernels):
+    jax.clear_caches()
+    with contextlib.nullcontext() if kernels else layercomb_kernels.off():
+        test_decoding_equals_evaluation_from_any_prompt(layer)
+        test_rows_stand_at_positions_of_their_own(layer)
+    state = init_state(layer, signature_of(values(B, L, D)))
+    assert state['core'].k.shape[0] == state['core'].v.shape[0] == B * layer.n_kv_heads
+
+
+@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local', 'window'])
 def test_decoding_equals_evaluation_from_any_prompt(layer):
     x = values(B, L, D)
     for prompt in (1, 4):
@@ -274,7 +340,7 @@ def test_decoding_equals_evaluation_from_any_prompt(layer):
         assert state['core'].position.rows.tolist() == [L, L]
 
 
-@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
+@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local', 'window'])
 def test_rows_stand_at_positions_of_their_own(layer):
     x, lengths = values(B, L, D), np.array([2, 4])
     weights = made(layer, x.shape)
@@ -291,7 +357,7 @@ def test_rows_stand_at_positions_of_their_own(layer):
     assert state['core'].position.rows.tolist() == [5, 7]
 
 
-@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
+@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local', 'window'])
 def test_running_past_the_cache_is_refused(layer):
     x, weights = jnp.asarray(values(B, 3, D)), made(layer, (B, 3, D))
     state = tl.seek(init_state(layer, signature_of(x)), jnp.array([1, 2]))
@@ -302,7 +368,7 @@ def test_running_past_the_cache_is_refused(layer):
     assert len(notes) == 1 and notes[0].startswith(f'in {type(layer).__name__}.core: ')
 
 
-@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local'])
+@pytest.mark.parametrize('layer', DECODERS, ids=['full', 'local', 'window'])
 def test_running_past_the_cache_is_nan_in_the_rows_concerned(layer):
     x, weights = values(B, 3, D), made(layer, (B, 3, D))
     state = tl.seek(init_state(layer, signature_of(x)), jnp.array([1, 3]))
@@ -311,8 +377,44 @@ def test_running_past_the_cache_is_nan_in_the_rows_concerned(layer):
     assert np.isfinite(y[0]).all()
 
 
-def test_masked_decoding_equals_evaluation():
-    layer, x = tl.SelfAttention(2, masked=True), values(B, L, D)
+@pytest.mark.parametrize('window', [1, 2, 3, 6, 7, 9])
+def test_windows_of_any_length_decode_as_they_evaluate(window):
+    layer, x = tl.SelfAttention(2, window=window), values(B, L, D)
+    for prompt in (1, 3, L):
+        y, _ = decode(layer, x, prompt)
+        np.testing.assert_allclose(y, run(layer, x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_reads_only_the_window():
+    """What lies before the window, or after the position, may be anything, and no array is L²."""
+    layer, x = tl.SelfAttention(2, window=3), values(B, L, D)
+    weights = made(layer, x.shape)
+    _, state = decode(layer, x[:, :5], 5, init_state(layer, signature_of(x)), weights)
+    (wanted,), _ = apply(layer, weights, state, (x[:, 5:6],), Mode.PREDICT)
+    core = state['core']
+    rest = jnp.array([t not in (3, 4) for t in range(L)])[None, :, None]
+    spoilt = core.replace(k=jnp.where(rest, jnp.nan, core.k), v=jnp.where(rest, jnp.nan, core.v))
+    (got,), _ = apply(layer, weights, {**state, 'core': spoilt}, (x[:, 5:6],), Mode.PREDICT)
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_window_is_of_causal_attention():
+    with pytest.raises(ValueError, match=r'window=4 is of causal attention: leave causal=True'):
+        tl.SelfAttention(2, causal=False, window=4)
+    with pytest.raises(ValueError, match='Attention: window must be at least 1, got 0'):
+        tl.SelfAttention(2, window=0)
+    q = jnp.ones((1, 1, 3, 4))
+    with pytest.raises(ValueError, match='window=4 is of causal attention: pass causal=True'):
+        tl.dot_product_attention(q, q, q, window=4)
+    with pytest.raises(ValueError, match='window must be at least 1, got 0'):
+        tl.dot_product_attention(q, q, q, causal=True, window=0)
+
+
+@pytest.mark.parametrize(
+    'layer', [tl.SelfAttention(2, masked=True), tl.SelfAttention(2, masked=True, window=2)]
+)
+def test_masked_decoding_equals_evaluation(layer):
+    x = values(B, L, D)
     weights, wanted = made(layer, x.shape), run(layer, x, MASK)
     state, out = init_state(layer, signature_of((x, jnp.asarray(MASK)))), []
     for start, stop in ((0, 3), (3, 4), (4, 5)):
@@ -347,6 +449,30 @@ def test_keys_and_values_of_a_memory_are_made_at_the_first_step():
     # What is handed over later is not looked at: it is the same memory by contract.
     (second,), _ = apply(layer, weights, state, (x[:, 1:2], memory * jnp.nan), Mode.PREDICT)
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole[:, :2], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'layer', [tl.SelfAttention, functools.partial(tl.LocalSelfAttention, chunk_len=2)]
+)
+def test_shared_heads_that_do_not_divide_the_heads(layer):
+    with pytest.raises(ValueError, match=r'n_kv_heads=4 does not divide n_heads=9: use 3$'):
+        layer(n_heads=9, n_kv_heads=4)
+    with pytest.raises(ValueError, match=r'LSHSelfAttention: n_kv_heads=4 does not divide n_he'):
+        tl.LSHSelfAttention(9, n_kv_heads=4)
+
+
+def test_shared_heads_have_the_depth_of_the_others():
+    layer = tl.SelfAttention(6, n_kv_heads=2)
+    weights, _ = layer.init((shape_dtype((1, 3, 24)),), jax.random.key(0))
+    assert weights['key']['kernel'].shape == weights['value']['kernel'].shape == (24, 2, 4)
+    with pytest.raises(ValueError, match='6 heads do not divide the width 20: use 5, or say'):
+        layer.key.init((shape_dtype((1, 3, 20)),), jax.random.key(0))
+    assert tl.SelfAttention(6, n_kv_heads=6).key == tl.SelfAttention(6).key
+
+
+def test_norms_do_not_change_the_keys_that_the_core_draws_from():
+    plain, normed = tl.SelfAttention(2), tl.SelfAttention(2, query_norm=tl.RMSNorm())
+    assert plain.keys == normed.keys[:5] and normed.keys[5:] == ('query_norm',)
 
 
 @pytest.mark.parametrize('field', ['key', 'value'])

@@ -15,7 +15,7 @@ from layercomb.layers.attention.functions import dot_product_attention, local_at
 
 
 class Case(NamedTuple):
-    """What is computed, of which sizes: q (B, H, Lq, K), k (B, H, Lk, K), v (B, H, Lk, D)."""
+    """What is computed, of which sizes: q (B, H, Lq, K), k (B, G, Lk, K), v (B, G, Lk, D)."""
 
     B: int = 2
     H: int = 3
@@ -25,21 +25,38 @@ class Case(NamedTuple):
     D: int = 8
     masked: bool = False
     options: dict = {}
+    G: int | None = None  # None for H
 
 
 def arrays(case, dtype=jnp.float32):
     """q, k, v, the gradient of the output, and the mask: row 0 of it has no real key."""
     keys = jax.random.split(jax.random.key(3), 5)
-    shapes = [(case.Lq, case.K), (case.Lk, case.K), (case.Lk, case.D), (case.Lq, case.D)]
+    h, g = case.H, case.G or case.H
+    shapes = [
+        (h, case.Lq, case.K),
+        (g, case.Lk, case.K),
+        (g, case.Lk, case.D),
+        (h, case.Lq, case.D),
+    ]
     made = [
-        jax.random.normal(key, (case.B, case.H, *shape), dtype)
+        jax.random.normal(key, (case.B, *shape), dtype)
         for key, shape in zip(keys[:4], shapes, strict=True)
     ]
     mask = jax.random.bernoulli(keys[4], 0.7, (case.B, case.Lk)).at[0].set(False)
     return *made, mask if case.masked else None
 
 
-def seen(case, mask, causal=False, offset=None, chunk_len=None, look_back=1, look_ahead=0, **_):
+def seen(
+    case,
+    mask,
+    causal=False,
+    offset=None,
+    window=None,
+    chunk_len=None,
+    look_back=1,
+    look_ahead=0,
+    **_,
+):
     """Which keys each query sees, (B, 1, Lq, Lk), by the definition."""
     start = np.zeros(case.B, int) if offset is None else np.asarray(offset)
     query = (start[:, None] + np.arange(case.Lq))[:, None, :, None]
@@ -49,6 +66,8 @@ def seen(case, mask, causal=False, offset=None, chunk_len=None, look_back=1, loo
         see = see & np.asarray(mask)[:, None, None]
     if causal:
         see = see & (key <= query)
+    if window:
+        see = see & (key > query - window)
     if chunk_len:
         chunk = query // chunk_len
         see = see & (key >= (chunk - look_back) * chunk_len)
@@ -56,17 +75,24 @@ def seen(case, mask, causal=False, offset=None, chunk_len=None, look_back=1, loo
     return see
 
 
-def reference(q, k, v, d_out, see, scale=None, keep=1.0):
+def reference(q, k, v, d_out, see, scale=None, softcap=None, keep=1.0):
     """The output and the three gradients; `keep` multiplies the probabilities."""
     q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
+    (b, h), g = q.shape[:2], k.shape[1]
+    k, v = k.repeat(h // g, 1), v.repeat(h // g, 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = np.where(see, scale * q @ k.swapaxes(2, 3), -1e300)
+    scores = scale * q @ k.swapaxes(2, 3)
+    slope = 1.0 if softcap is None else 1 / np.cosh(scores / softcap) ** 2
+    scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+    scores = np.where(see, scores, -1e300)
     p = np.exp(scores - scores.max(-1, keepdims=True)) * see
     p /= np.maximum(p.sum(-1, keepdims=True), 1e-300)
     d_p = d_out @ v.swapaxes(2, 3) * keep
-    d_s = p * (d_p - (p * d_p).sum(-1, keepdims=True))
+    d_s = slope * p * (d_p - (p * d_p).sum(-1, keepdims=True))
     out, d_v = (p * keep) @ v, (p * keep).swapaxes(2, 3) @ d_out
-    return out, scale * d_s @ k, scale * d_s.swapaxes(2, 3) @ q, d_v
+    d_k = scale * d_s.swapaxes(2, 3) @ q
+    d_k, d_v = (x.reshape(b, g, h // g, *x.shape[2:]).sum(2) for x in (d_k, d_v))
+    return out, scale * d_s @ k, d_k, d_v
 
 
 def with_gradients(f, q, k, v, d_out):
@@ -104,7 +130,50 @@ DENSE = {
     'masked prompt in a cache': Case(
         Lq=20, Lk=70, masked=True, options={'causal': True, 'block_len': 16, 'offset': [5, 50]}
     ),
+    'window': Case(Lq=53, Lk=53, options={'causal': True, 'block_len': 16, 'window': 9}),
+    'window of many blocks, masked': Case(
+        Lq=85, Lk=85, masked=True, options={'causal': True, 'block_len': 16, 'window': 40}
+    ),
+    'window of one': Case(Lq=37, Lk=37, options={'causal': True, 'block_len': 16, 'window': 1}),
+    'window of whole blocks': Case(
+        Lq=64, Lk=64, options={'causal': True, 'block_len': 16, 'window': 16}
+    ),
+    'window longer than the keys': Case(
+        Lq=53, Lk=20, D=4, options={'causal': True, 'block_len': 16, 'window': 30}
+    ),
+    'window on a prompt in a cache': Case(
+        Lq=20,
+        Lk=90,
+        masked=True,
+        options={'causal': True, 'block_len': 16, 'window': 10, 'offset': [5, 62]},
+    ),
+    'window on a token in a cache': Case(
+        Lq=1, Lk=70, options={'causal': True, 'offset': [3, 37], 'window': 5}
+    ),
     'token in a cache': Case(Lq=1, Lk=70, options={'causal': True, 'offset': [0, 37]}),
+    'grouped': Case(H=6, G=2, Lq=53, Lk=53, options={'causal': True, 'block_len': 16}),
+    'grouped window, capped': Case(
+        H=6,
+        G=2,
+        Lq=53,
+        Lk=53,
+        masked=True,
+        options={'causal': True, 'block_len': 16, 'window': 9, 'softcap': 0.5},
+    ),
+    'grouped, masked': Case(
+        H=4, G=2, Lq=37, Lk=53, D=4, masked=True, options={'block_len': 16, 'softcap': 0.5}
+    ),
+    'one head of keys': Case(H=5, G=1, Lq=24, Lk=24, options={'causal': True}),
+    'grouped prompt in a cache': Case(
+        H=6, G=3, Lq=20, Lk=70, options={'causal': True, 'block_len': 16, 'offset': [0, 37]}
+    ),
+    'grouped token in a cache': Case(
+        H=6, G=2, Lq=1, Lk=70, options={'causal': True, 'offset': [0, 37]}
+    ),
+    'grouped token, masked and capped': Case(
+        H=7, G=1, Lq=1, Lk=20, D=4, masked=True, options={'softcap': 0.7}
+    ),
+    'capped': Case(Lq=53, Lk=53, options={'causal': True, 'block_len': 16, 'softcap': 0.8}),
 }
 LOCAL = {
     'whole chunks': Case(Lq=32, Lk=32, options={'chunk_len': 8}),
@@ -113,6 +182,15 @@ LOCAL = {
         Lq=37, Lk=37, masked=True, options={'chunk_len': 4, 'look_ahead': 2, 'causal': False}
     ),
     'masked': Case(Lq=37, Lk=37, masked=True, options={'chunk_len': 8}),
+    'grouped': Case(H=6, G=2, Lq=37, Lk=37, D=4, options={'chunk_len': 8, 'softcap': 0.5}),
+    'grouped, masked': Case(
+        H=4,
+        G=1,
+        Lq=37,
+        Lk=37,
+        masked=True,
+        options={'chunk_len': 4, 'look_ahead': 1, 'causal': False},
+    ),
     'shorter than a chunk': Case(
         Lq=5, Lk=5, options={'chunk_len': 8, 'look_ahead': 1, 'causal': False}
     ),
@@ -126,7 +204,39 @@ def test_dense_is_the_full_softmax(case):
     if 'offset' in options:
         options['offset'] = jnp.array(options['offset'], jnp.int32)
     got = with_gradients(functools.partial(dot_product_attention, mask=mask, **options), *qkvg)
-    close(got, reference(*qkvg, seen(case, mask, **options), scale=options.get('scale')))
+    close(got, reference(*qkvg, seen(case, mask, **options), **score_options(options)))
+
+
+def score_options(options):
+    return {name: options[name] for name in ('scale', 'softcap') if name in options}
+
+
+@pytest.mark.parametrize('window', [1, 7, 16, 17, 40])
+def test_a_window_visits_no_more_blocks_than_it_sees(window):
+    """Blocks of 16 by 16: the bounds of both loops, for rows that start at 3 and at 20."""
+    plan = blockwise.Plan(70, 96, 16, 16, 1.0, causal=True, window=window)
+    starts = 3, 20
+    query, key = np.arange(5 * 16)[:, None], np.arange(96)
+    see = np.zeros((5, 6), bool)
+    for start in starts:
+        at = (key <= query + start) & (key > query + start - window)
+        see |= at.reshape(5, 16, 6, 16).any((1, 3))
+    most = 0
+    for i in range(5):
+        low, middle, high = blockwise.key_blocks(plan, False, starts, i)
+        assert middle == low and set(np.flatnonzero(see[i])) <= set(range(low, high))
+        most = max(most, high - low)
+    for j in range(6):
+        low, middle, high = blockwise.query_blocks(plan, False, starts, j)
+        assert middle == high and set(np.flatnonzero(see[:, j])) <= set(range(low, high))
+        most = max(most, high - low)
+    assert most <= (16 + window + 17) // 16 + 2  # nothing that grows with the length
+
+
+def test_a_window_over_everything_is_no_window():
+    q, k, v, *_ = arrays(Case(Lq=37, Lk=37))
+    f = functools.partial(dot_product_attention, q, k, v, causal=True, block_len=16)
+    np.testing.assert_array_equal(f(window=37), f())
 
 
 @pytest.mark.parametrize('case', LOCAL.values(), ids=LOCAL)
@@ -134,7 +244,39 @@ def test_local_is_the_full_softmax_of_its_windows(case, monkeypatch):
     monkeypatch.setattr(tiles, 'CPU_PAIRS_IN_TILE', 256)  # several tiles, one ragged
     *qkvg, mask = arrays(case)
     got = with_gradients(functools.partial(local_attention, mask=mask, **case.options), *qkvg)
-    close(got, reference(*qkvg, seen(case, mask, **{'causal': True, **case.options})))
+    see = seen(case, mask, **{'causal': True, **case.options})
+    close(got, reference(*qkvg, see, **score_options(case.options)))
+
+
+@pytest.mark.parametrize('length', [1, 37])
+def test_dropout_of_shared_keys_is_that_of_repeated_ones(length, key, monkeypatch):
+    """Head by head and whole must drop the same, or a reversible stack would be wrong."""
+    monkeypatch.setattr(tiles, 'CPU_PAIRS_IN_TILE', 256)
+    case = Case(H=6, G=2, Lq=length, Lk=37)
+    q, k, v, d_out, _ = arrays(case)
+    dense = functools.partial(dot_product_attention, block_len=16)
+    local = functools.partial(local_attention, chunk_len=4)
+    for f in (dense, local) if length > 1 else (dense,):
+
+        def dropped(q, k, v, f=f):
+            return f(q, k, v, dropout_rate=0.25, rng=key)
+
+        got = with_gradients(dropped, q, k, v, d_out)
+        repeated = with_gradients(
+            lambda q, k, v, f=dropped: f(q, jnp.repeat(k, 3, 1), jnp.repeat(v, 3, 1)),
+            *(q, k, v, d_out),
+        )
+        close(got, repeated)
+
+
+def test_keys_are_not_repeated():
+    def temporaries(g):
+        q = jax.ShapeDtypeStruct((1, 8, 1024, 16), jnp.float32)
+        k = jax.ShapeDtypeStruct((1, g, 1024, 16), jnp.float32)
+        step = jax.jit(jax.grad(lambda *x: dot_product_attention(*x).sum(), (0, 1, 2)))
+        return step.lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(1) < temporaries(8)
 
 
 @pytest.mark.parametrize('pairs', [1, 2 * 16 * 16])
@@ -259,9 +401,10 @@ def test_decoding_by_prompt_and_tokens_is_the_whole_sequence():
     [
         functools.partial(dot_product_attention, causal=True, block_len=128),
         functools.partial(dot_product_attention, block_len=128),
+        functools.partial(dot_product_attention, causal=True, window=100, block_len=128),
         functools.partial(local_attention, chunk_len=64),
     ],
-    ids=['causal', 'bidirectional', 'local'],
+    ids=['causal', 'bidirectional', 'window', 'local'],
 )
 def test_memory_is_linear_in_the_length(f):
     def temporaries(length):
@@ -289,9 +432,11 @@ def test_cudnn_is_asked_for_where_it_applies(monkeypatch):
     options = {'scale': 8**-0.5, 'is_causal': True, 'implementation': 'cudnn'}
     assert asked == [((2, 16, 3, 8), options)]
     dot_product_attention(q, k, v, mask=mask)
+    dot_product_attention(q, k, v, causal=True, window=3)
     dot_product_attention(q[..., :7], k[..., :7], v)
     dot_product_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
     dot_product_attention(q, k, v, dropout_rate=0.5, rng=jax.random.key(0))
+    dot_product_attention(q, k, v, softcap=30.0)
     assert len(asked) == 1
 
 
@@ -303,7 +448,13 @@ def test_the_cpu_has_no_cudnn():
     'change, message',
     [
         ({'q': jnp.ones((2, 6, 4))}, 'takes arrays .batch, heads, length, depth.'),
-        ({'q': jnp.ones((2, 5, 6, 4))}, 'must agree in batch and heads'),
+        ({'q': jnp.ones((1, 3, 6, 4))}, 'must agree in batch, k and v in heads'),
+        ({'v': jnp.ones((2, 1, 6, 4))}, 'must agree in batch, k and v in heads'),
+        (
+            {'q': jnp.ones((2, 10, 6, 4))},
+            '3 heads of keys and values do not divide 10 heads of queries: use 2',
+        ),
+        ({'softcap': 0.0}, 'softcap must be positive, got 0.0: None is for no cap'),
         ({'q': jnp.ones((2, 3, 6, 5))}, 'q and k must have the same depth'),
         ({'v': jnp.ones((2, 3, 7, 4))}, 'k and v must have the same length'),
         ({'v': jnp.ones((2, 3, 6, 4), jnp.int32)}, 'attention takes floats'),

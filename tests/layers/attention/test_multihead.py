@@ -27,6 +27,7 @@ LAYERS = {
     'dense, rotary': lambda: tl.SelfAttention(
         2, masked=True, dropout=0.3, rotary=tl.RotaryPositions()
     ),
+    'window': lambda: tl.SelfAttention(2, masked=True, dropout=0.3, window=5),
     'local, no bias': lambda: tl.LocalSelfAttention(
         2,
         4,
@@ -35,6 +36,32 @@ LAYERS = {
         output=tl.MergeHeads(use_bias=False),
     ),
     'cross': lambda: tl.CrossAttention(2, masked=True, dropout=0.3),
+    'shared heads, norms': lambda: tl.SelfAttention(
+        4,
+        n_kv_heads=2,
+        masked=True,
+        dropout=0.3,
+        query_norm=tl.RMSNorm(),
+        key_norm=tl.LayerNorm(),
+        rotary=tl.RotaryPositions(),
+        softcap=2.0,
+    ),
+    'local, shared heads': lambda: tl.LocalSelfAttention(
+        4, 4, n_kv_heads=1, masked=True, dropout=0.3, scale=0.4
+    ),
+    'cross, shared heads': lambda: tl.CrossAttention(4, masked=True, n_kv_heads=2, dropout=0.3),
+    'LSH, shared heads': lambda: tl.LSHSelfAttention(
+        4,
+        n_kv_heads=2,
+        chunk_len=4,
+        n_buckets=4,
+        n_hashes=2,
+        masked=True,
+        dropout=0.3,
+        query_norm=tl.RMSNorm(),
+        scale=0.5,
+        softcap=2.0,
+    ),
     'an output that reads the stream': lambda: tl.SelfAttention(2, masked=True, output=Gated()),
 }
 
@@ -93,6 +120,14 @@ def test_head_by_head_is_whole(make, monkeypatch):
     wanted = run(Combinator.apply, tl.one_pass.default)
     assert_close((y, again, *rest), wanted)
     assert_close(again, y)
+
+
+def test_heads_that_fit_no_others_go_whole():
+    net = tl.SelfAttention(6, d_head=2, query_norm=tl.RMSNorm())
+    (x,) = example(net)[:1]
+    assert goes(net, x)
+    net = tl.SelfAttention(4, query_norm=tl.Serial(tl.Dense(2)))
+    assert not goes(net, x)
 
 
 def test_one_position_has_dropout_in_a_reversible_stack():

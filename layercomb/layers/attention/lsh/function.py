@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.attention import tiles
+from layercomb.layers.attention.functions import check_shared_heads, check_softcap
 from layercomb.layers.attention.lsh import windows as bucketwise
 from layercomb.shapes import check_mask
 
@@ -31,6 +32,8 @@ def lsh_attention(
     mask: jax.Array | None = None,
     neighbourhood: Literal['bucket', 'chunk'] = 'bucket',
     duplicates: Literal['count', 'once'] = 'count',
+    scale: float | None = None,
+    softcap: float | None = None,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
     chunks_together: int | None = None,
@@ -38,8 +41,8 @@ def lsh_attention(
 ) -> jax.Array:
     """Softmax attention of each position to its neighbours in its buckets.
 
-    With k = q / ‖q‖ and s[t, c] = q[t]·k[c]; s[t, t] is −100, so that a position sees itself only
-    if it sees nothing else::
+    With k = q / ‖q‖ and s[t, c] = scale · q[t]·k[c]; s[t, t] is −100, so that a position sees
+    itself only if it sees nothing else::
 
         y[t] = Σ_r Σ_{c ∈ W_r(t)} exp(s[t, c] − z[t]) v[c]
         z[t] = log Σ_r Σ_{c ∈ W_r(t)} exp s[t, c]
@@ -50,7 +53,7 @@ def lsh_attention(
 
     Args:
       q: (B, H, L, K), floating: queries, which serve as keys too.
-      v: (B, H, L, D).
+      v: (B, G, L, D); G divides H, and head h of q reads head ⌊h·G/H⌋ of v.
       buckets: (B, H, R, L), integers from 0 to n_buckets − 1, as of `lsh_buckets`.
       n_buckets: number of buckets.
       chunk_len: C; L need not be a multiple.
@@ -63,6 +66,8 @@ def lsh_attention(
         causal: a later token moves the chunk boundaries, which changes what an earlier query sees.
       duplicates: ``'count'``: a pair that meets in N rounds counts N times. ``'once'``: it counts
         once (log N is subtracted from its score, at R more comparisons per pair).
+      scale: factor of the scores, 1 by default.
+      softcap: as of `dot_product_attention`; it does not touch s[t, t].
       dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow by
         1 / (1 − dropout_rate).
       rng: a typed key for dropout, needed if the rate is not zero.
@@ -84,6 +89,7 @@ def lsh_attention(
     (1, 2, 50, 8)
     """
     _check(q, v, buckets, mask, chunk_len, n_buckets, neighbourhood, duplicates)
+    check_softcap(softcap)
     if not 0 <= dropout_rate < 1:
         raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
     for n in (chunks_together, heads_together):
@@ -101,9 +107,11 @@ def lsh_attention(
         look_ahead=0 if causal else 1,
         n_together=tiles.even_share(n_chunks, chunks_together or tiles.pairs_in_tile() // n_pairs),
         heads_together=heads_together,
-        scale=1.0,
+        scale=1.0 if scale is None else float(scale),
         causal=causal,
         dropout_rate=dropout_rate,
+        softcap=softcap,
+        group=q.shape[1] // max(v.shape[1], 1),
         n_buckets=n_buckets,
         by_bucket=neighbourhood == 'bucket',
         once=duplicates == 'once' and buckets.shape[2] > 1,
@@ -123,8 +131,9 @@ def _check(
 ) -> None:
     """Raises ValueError if the arguments do not fit together."""
     shapes = f'q {q.shape}, v {v.shape}, buckets {buckets.shape}'
-    if not q.ndim == v.ndim == buckets.ndim == 4 or q.shape[:3] != v.shape[:3]:
+    if not q.ndim == v.ndim == buckets.ndim == 4 or q.shape[::2] != v.shape[::2]:
         raise ValueError(f'LSH attention takes q (B, H, L, K) and v (B, H, L, D), got {shapes}')
+    check_shared_heads(q.shape[1], v.shape[1], 'values', shapes)
     if (*buckets.shape[:2], buckets.shape[3]) != q.shape[:3] or not buckets.shape[2]:
         raise ValueError(f'buckets must be (B, H, R, L), got {shapes}')
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, v)):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from layercomb.checks import Rate, Size
+from layercomb.checks import Positive, Rate, Size
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.lsh import rings
@@ -25,7 +25,7 @@ from layercomb.layers.attention.lsh.hashing import (
     lsh_rotations,
     rotated_buckets,
 )
-from layercomb.layers.attention.multihead import MultiHead, dropout_arguments
+from layercomb.layers.attention.multihead import MultiHead, dropout_arguments, shared_heads
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
 from layercomb.layers.core.combinator import Call, Stack
 from layercomb.layers.core.layer import Arrays, Key, Layer
@@ -54,17 +54,19 @@ class LSHOptions(Layer):
     seed: int = 0
     chunks_together: Size | None = None
     heads_together: Size | None = None
+    scale: float | None = None
+    softcap: Positive | None = None
 
     sees_padding = property(lambda self: self.neighbourhood == 'chunk')
     needs_max_len = property(lambda self: self.n_buckets is None is self.max_len)
 
 
 class LSHAttention(LSHOptions):
-    """LSH attention with queries as keys: q (B, H, L, K), v (B, H, L, D) → (B, H, L, D).
+    """LSH attention with queries as keys: q (B, H, L, K), v (B, G, L, D) → (B, H, L, D).
 
-    It computes `lsh_attention`. Rotations are drawn from `rng` in training, and from `seed` in
-    ``EVAL`` and ``PREDICT``. The buckets are a decision: ``RECORD`` keeps them, ``REPLAY`` takes
-    them.
+    G divides H; head h of the queries reads head ⌊h·G/H⌋ of the values. It computes
+    `lsh_attention`. Rotations are drawn from `rng` in training, and from `seed` in ``EVAL`` and
+    ``PREDICT``. The buckets are a decision: ``RECORD`` keeps them, ``REPLAY`` takes them.
 
     In ``PREDICT`` a causal layer caches queries, values and buckets, with room for the length of
     the signature given to `init`. With ``neighbourhood='bucket'`` it also keeps `rings`: one new
@@ -82,7 +84,8 @@ class LSHAttention(LSHOptions):
       causal: whether position t sees positions up to t only.
       masked: whether a third input (B, L) bool says which positions are real.
       dropout: share of the probabilities set to zero in training, in [0, 1).
-      neighbourhood, duplicates, chunks_together, heads_together: as of `lsh_attention`.
+      neighbourhood, duplicates, chunks_together, heads_together, scale, softcap: as of
+        `lsh_attention`.
       seed: of the rotations in ``EVAL`` and ``PREDICT``; layers with one seed share rotations.
 
     Raises:
@@ -104,7 +107,7 @@ class LSHAttention(LSHOptions):
         """No weights. The state is an `LSHCache` in ``PREDICT`` if causal, else ``{}``.
 
         Args:
-          signature: of q (B, H, L, K), v (B, H, L, D) and, if masked, mask (B, L).
+          signature: of q (B, H, L, K), v (B, G, L, D) and, if masked, mask (B, L).
           rng: not used; rotations come from `seed`.
           mode: see `Mode`.
 
@@ -144,7 +147,7 @@ class LSHAttention(LSHOptions):
         Args:
           weights: ``{}``.
           state: in ``PREDICT``, if causal, an `LSHCache`; in ``REPLAY`` the recorded buckets.
-          inputs: q (B, H, L, K), v (B, H, L, D) and, if masked, mask (B, L) bool. With a cache all
+          inputs: q (B, H, L, K), v (B, G, L, D) and, if masked, mask (B, L) bool. With a cache all
             of them hold the next T positions.
           rng: a typed key, or one for every head (H,); needed in training.
           mode: see `Mode`.
@@ -198,6 +201,8 @@ class LSHAttention(LSHOptions):
             duplicates=self.duplicates,
             chunks_together=self.chunks_together,
             heads_together=self.heads_together,
+            scale=self.scale,
+            softcap=self.softcap,
             **dropout,
         )
 
@@ -230,6 +235,7 @@ class LSHAttention(LSHOptions):
         at = at.reshape(b * h, -1)  # (N, R·C)
         there = jnp.clip(at, 0, cache.room - 1)
         s = rings.cosines(q.reshape(b * h, depth), there, cache.k)
+        s = tiles.capped(s if self.scale is None else s * self.scale, self.softcap)
         s = jnp.where(at == position[:, None], bucketwise.SELF, s)
         if self.duplicates == 'once':
             s = s - jnp.log((at[:, None] == at[:, :, None]).sum(-1, dtype=jnp.float32))
@@ -254,11 +260,19 @@ class LSHSelfAttention(LSHOptions, MultiHead):
     Attributes:
       n_heads: H.
       n_hashes, chunk_len, n_buckets, max_len, causal, dropout, neighbourhood, duplicates, seed,
-        chunks_together, heads_together: as of `LSHAttention`.
+        chunks_together, heads_together, scale, softcap: as of `LSHAttention`.
       masked: whether a second input (B, L) bool says which positions are real.
       d_head: K, by default D / H.
       rotary: positions applied to queries, e.g. `RotaryPositions()`.
       query, value, core, output: the parts, to be replaced; None for the default ones.
+      n_kv_heads: G, heads of values, which H/G heads of queries each share; it divides H. None for
+        H. Keys have H heads, since they are the queries.
+      qkv_bias, out_bias: whether the projections to heads, and the one from heads, have a bias.
+      query_norm: a layer applied to queries (B, H, L, K) before rotary, e.g. `RMSNorm()`; or None.
+        Keys are its outputs at length 1.
+
+    Raises:
+      ValueError: if G does not divide H, or as of `LSHAttention`.
 
     References:
       Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
@@ -272,16 +286,21 @@ class LSHSelfAttention(LSHOptions, MultiHead):
     value: Layer | None = None
     core: Layer | None = None
     output: Layer | None = None
+    n_kv_heads: Size | None = None
+    qkv_bias: bool = True
+    out_bias: bool = True
+    query_norm: Layer | None = None
 
     shown_before = {'d_head': 'masked'}
     n_in = property(lambda self: 1 + self.masked)
 
     def parts(self) -> dict[str, Layer]:
         """The default parts, around an `LSHAttention`."""
-        split = SplitHeads(self.n_heads, self.d_head)
+        query = SplitHeads(self.n_heads, self.d_head, self.qkv_bias)
         options = (field.name for field in dataclasses.fields(LSHOptions) if field.name != 'name')
         core = LSHAttention(**{name: getattr(self, name) for name in options})
-        return {'query': split, 'value': split, 'core': core, 'output': MergeHeads()}
+        output = MergeHeads(self.out_bias)
+        return {'query': query, 'value': shared_heads(self), 'core': core, 'output': output}
 
     def route(self, call: Call, stack: Stack) -> Stack:
         """Attends from the input (B, L, D) to itself: (B, L, D) on the stack.
@@ -294,6 +313,8 @@ class LSHSelfAttention(LSHOptions, MultiHead):
         at = self.keys.index
         (q,) = call(at('query'), (x,))
         (v,) = call(at('value'), (x,))
+        if self.query_norm is not None:
+            (q,) = call(at('query_norm'), (q,))
         if self.rotary is not None:
             q, _ = call(at('rotary'), (q, q))
         (y,) = call(at('core'), (q, v, *mask))

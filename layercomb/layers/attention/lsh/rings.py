@@ -5,7 +5,8 @@ current one included. One token thus reads R·C keys, at any position. Memory: a
 a head 4·R·n·C. Automatic buckets average half a chunk, which makes 8·R bytes per position of
 `max_len`; keys and values take 8·K in float32.
 
-Shape letters: N rows · heads, L length, R hash rounds, C chunk, n buckets.
+Shape letters: N rows · heads, M rows · heads of values, L length, R hash rounds, C chunk, n
+buckets.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ def cosines(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
-    """Σ_j p[n, j] v[n, at[n, j]], the weighted sum of chosen values.
+    """Σ_j p[n, j] v[m, at[n, j]], the weighted sum of chosen values; N/M neighbours share m.
 
     Args:
       p: (N, J) float32.
       at: (N, J) int32, within bounds.
-      values: v (N, L, D).
+      values: v (M, L, D); M divides N.
 
     Returns:
       (N, D) float32.
@@ -87,9 +88,11 @@ def means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
-    """(N, L, D), (N, J) → (N, J, D)."""
-    n, length, d = x.shape
-    return rows(x.reshape(n * length, d), at + jnp.arange(n, dtype=jnp.int32)[:, None] * length)
+    """(M, L, D), (N, J) → (N, J, D)."""
+    (m, length, d), n = x.shape, len(at)
+    of_row = jnp.arange(n, dtype=jnp.int32)[:, None]
+    of_row = of_row if m == n else of_row // (n // m)
+    return rows(x.reshape(m * length, d), at + of_row * length)
 
 
 def _cosines(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:

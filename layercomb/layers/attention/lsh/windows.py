@@ -9,8 +9,9 @@ one softmax over the union of their windows; a pair that meets twice counts twic
 The backward pass keeps queries, values, buckets, the output and z, and nothing per round: it
 recomputes probabilities round by round and tile by tile, as `flash` does.
 
-Functions named `…_head` compute one head. Shape letters: L length, padded to whole tiles; K depth
-of queries and keys, D depth of values, R rounds, C chunk, N tiles of G chunks, W window, P the
+Functions named `…_head` compute one head. Shape letters: B batch, H heads of queries, G' heads of
+values, which H/G' heads of queries share; L length, padded to whole tiles; K depth of queries and
+keys, D depth of values, R rounds, C chunk, N tiles of G chunks, W window, P the
 length with the chunks that the first and the last window need.
 
 References:
@@ -38,6 +39,8 @@ from layercomb.shapes import as_deep
 # low: float32 has a resolution of 0.008 there, and z would have it too. e⁻¹⁰⁰ is negligible enough.
 SELF = -100.0
 UNIT_EPSILON = 1e-6  # ε, added to the square of a length
+# The place of v among the arguments of `forward_head`, after the plan, and of its gradient.
+OF_VALUES = (1,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,12 +184,18 @@ def meetings(plan: Plan, places: Any, buckets: Any, tile: Tile) -> jax.Array:
     return jnp.maximum(count, 1.0)
 
 
-def scores(plan: Plan, q: Any, k: Any, rounds: Any, tile: Tile) -> jax.Array:
-    """Scores (G, C, W) float32 of q (G, C, K) and k (G, W, K); −`tiles.FAR` if not seen.
+def similarities(plan: Plan, q: Any, k: Any) -> jax.Array:
+    """Scores before the rules of `scores`: (G, C, W) float32 of q (G, C, K) and k (G, W, K)."""
+    s = tiles.dot('gqk,gwk->gqw', q, k)
+    return tiles.capped(s if plan.scale == 1 else s * plan.scale, plan.softcap)
 
-    `rounds` is the result of `all_rounds`; keys have length 1.
+
+def scores(plan: Plan, similar: Any, rounds: Any, tile: Tile) -> jax.Array:
+    """Scores (G, C, W) float32 from `similarities`; −`tiles.FAR` if not seen.
+
+    `rounds` is the result of `all_rounds`.
     """
-    s: jax.Array = jnp.where(distance(plan) == 0, SELF, tiles.dot('gqk,gwk->gqw', q, k))
+    s: jax.Array = jnp.where(distance(plan) == 0, SELF, similar)
     if plan.once:
         places, buckets = rounds
         s = s - jnp.log(meetings(plan, places, buckets, tile))
@@ -246,7 +255,7 @@ def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
     def add_tile(carry: Any, tile: Tile) -> Any:
         out, z = carry
         x, v_i = rows(q, tile.position), rows(v, tile.position)  # (G, W, K), (G, W, D)
-        s = scores(plan, queries(plan, x), unit(x), rounds, tile)
+        s = scores(plan, similarities(plan, queries(plan, x), unit(x)), rounds, tile)
         at = queries(plan, tile.position)
         # The result of the earlier rounds enters as one more value, with score z.
         z_old = rows(z, at)[..., None]  # (G, C, 1)
@@ -279,8 +288,10 @@ def backward_head(
       dot_out: (L,) float32, Σ dO ∘ O.
 
     Returns:
-      Gradients of q (L, K) and v (L, D), in their dtypes.
+      Gradients of q (L, K) and v (L, D), in their dtypes; that of v in float32 if it is to be
+      summed over a group.
     """
+    dtype = v.dtype if plan.group == 1 else jnp.float32
     rounds = all_rounds(plan, buckets)
     alone = distance(plan) == 0
 
@@ -292,10 +303,13 @@ def backward_head(
         at = queries(plan, tile.position)
         d_out_i = rows(d_out, at)
         z_i, dot_out_i = rows(z, at)[..., None], rows(dot_out, at)[..., None]  # (G, C, 1)
-        p = jnp.exp(scores(plan, q_i, k_i, rounds, tile) - z_i)
+        similar = similarities(plan, q_i, k_i)
+        p = jnp.exp(scores(plan, similar, rounds, tile) - z_i)
         d_p = tiles.dot('gqd,gwd->gqw', d_out_i, v_i)
         d_p = tiles.drop(plan.dropout_rate, rng, tile.number, d_p)
         d_s = jnp.where(alone, 0.0, p * (d_p - dot_out_i))  # scores with oneself are constant
+        d_s = tiles.uncapped(d_s, similar, plan.softcap)
+        d_s = d_s if plan.scale == 1 else d_s * plan.scale
         p = tiles.drop(plan.dropout_rate, rng, tile.number, p)
         (d_x,) = pull(tiles.dot('gqw,gqk->gwk', d_s, q_i))
         d_q = add(d_q, tile.position, d_x)
@@ -304,7 +318,7 @@ def backward_head(
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     d_q, d_v = over_tiles(plan, buckets, add_tile, start)
-    return d_q.astype(q.dtype), d_v.astype(v.dtype)
+    return d_q.astype(q.dtype), d_v.astype(dtype)
 
 
 def fill(plan: Plan, x: jax.Array, value: Any = 0, axis: int = 2) -> jax.Array:
@@ -315,20 +329,22 @@ def fill(plan: Plan, x: jax.Array, value: Any = 0, axis: int = 2) -> jax.Array:
 
 
 def per_head(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> Any:
-    """The arguments of `forward_head`, with leading axes (B, H).
+    """The arguments of `forward_head`, with leading axes (B, H), or (B, G', H/G') if H is not G'.
 
     Args:
       plan, q, v, buckets, mask, rng: as of `attend`.
 
     Returns:
-      q (B, H, L, K), v (B, H, L, D), buckets (B, H, R, L) int32, padding having bucket n_buckets,
+      q (B, H, L, K), v (B, G', L, D), buckets (B, H, R, L) int32, padding having bucket n_buckets,
       and keys (B, H) or None.
     """
     buckets = buckets.astype(jnp.int32)
     if mask is not None:
         buckets = jnp.where(mask[:, None, None], buckets, plan.n_buckets)
     rng = tiles.key_per_head(rng, q.shape[:2])
-    return fill(plan, q), fill(plan, v), fill(plan, buckets, plan.n_buckets, axis=3), rng
+    own = fill(plan, q), fill(plan, buckets, plan.n_buckets, axis=3), rng
+    q, buckets, rng = tiles.split_group(own, plan.group)
+    return q, fill(plan, v), buckets, rng
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -338,7 +354,7 @@ def attend(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> jax
     Args:
       plan: the static description.
       q: (B, H, L, K), queries, which serve as keys too.
-      v: (B, H, L, D).
+      v: (B, G', L, D).
       buckets: (B, H, R, L), integers from 0 to n_buckets − 1.
       mask: (B, L) bool, True = a real position; or None.
       rng: the key of dropout; or None for no dropout.
@@ -353,13 +369,19 @@ def attend(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> jax
 def attend_forward(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> Any:
     """The output (B, H, L, D), and the residuals of the backward pass.
 
-    The residuals are (q, v, buckets, mask, rng, output, z), with z (B, H, L) float32.
+    The residuals are (q, v, buckets, mask, rng, output, z), with z (B, H, L), or (B, G', H/G', L),
+    float32.
     """
     heads = per_head(plan, q, v, buckets, mask, rng)
     out, z = tiles.over_heads(
-        functools.partial(forward_head, plan), heads, plan.n_pairs, plan.heads_together
+        functools.partial(forward_head, plan),
+        heads,
+        plan.n_pairs,
+        plan.heads_together,
+        group=plan.group,
+        shared=OF_VALUES,
     )
-    out = out[:, :, : plan.length]
+    out = tiles.join_group(out, plan.group)[:, :, : plan.length]
     return out, (q, v, buckets, mask, rng, out, z)
 
 
@@ -368,10 +390,18 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     """The gradients of q and v, from the cotangent (B, H, L, D); None for the other arguments."""
     q, v, buckets, mask, rng, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    heads = (*per_head(plan, q, v, buckets, mask, rng), z, fill(plan, d_out), fill(plan, dot_out))
+    cts = tiles.split_group((fill(plan, d_out), fill(plan, dot_out)), plan.group)
+    heads = (*per_head(plan, q, v, buckets, mask, rng), z, *cts)
     d_q, d_v = tiles.over_heads(
-        functools.partial(backward_head, plan), heads, plan.n_pairs, plan.heads_together
+        functools.partial(backward_head, plan),
+        heads,
+        plan.n_pairs,
+        plan.heads_together,
+        group=plan.group,
+        shared=OF_VALUES,
+        summed=OF_VALUES,
     )
+    d_q, d_v = tiles.join_group(d_q, plan.group), d_v.astype(v.dtype)
     return d_q[:, :, : plan.length], d_v[:, :, : plan.length], None, None, None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import layercomb as lc
+import layercomb_kernels
 from layercomb import tl
 from layercomb.layers.attention.lsh.function import lsh_attention
 from layercomb.layers.attention.lsh.hashing import automatic_buckets, lsh_buckets
@@ -41,20 +43,22 @@ def windows(buckets, chunk_len, causal, mask, neighbourhood):
     return seen
 
 
-def reference(q, v, count):
+def reference(q, v, count, scale=None, softcap=None):
     """One head: a softmax over a multiset, in which pair (t, c) is there count[t, c] times."""
     k = q / jnp.linalg.norm(q, axis=-1, keepdims=True)
-    s = jnp.where(np.eye(len(q), dtype=bool), SELF, q @ k.T)
+    s = q @ k.T * (1 if scale is None else scale)
+    s = s if softcap is None else softcap * jnp.tanh(s / softcap)
+    s = jnp.where(np.eye(len(q), dtype=bool), SELF, s)
     s = jnp.where(count > 0, s, -1e30)
     p = count * jnp.exp(s - s.max(-1, keepdims=True))
     total = p.sum(-1, keepdims=True)
     return p / jnp.where(total > 0, total, 1) @ v
 
 
-def case(length, n_hashes, n_buckets, seed=0, heads=2, depth=4):
+def case(length, n_hashes, n_buckets, seed=0, heads=2, depth=4, shared=None):
     keys = jax.random.split(jax.random.key(seed), 3)
     q = 3 * jax.random.normal(keys[0], (1, heads, length, depth))
-    v = jax.random.normal(keys[1], (1, heads, length, depth + 1))
+    v = jax.random.normal(keys[1], (1, shared or heads, length, depth + 1))
     return q, v, lsh_buckets(q, keys[2], n_buckets=n_buckets, n_hashes=n_hashes)
 
 
@@ -116,6 +120,67 @@ def test_output_and_gradient_are_the_equations(
     ct = jax.random.normal(jax.random.key(5), y.shape)
     for ours, theirs in zip(pull(ct), pull_slow(ct), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize('together', [None, 1, 4])
+@pytest.mark.parametrize('options', [{}, {'scale': 0.3, 'softcap': 0.5, 'duplicates': 'once'}])
+def test_values_may_be_shared_and_scores_capped(together, options):
+    q, v, buckets = case(37, 2, 4, heads=4, shared=2)
+    real = np.ones(37, bool)
+    counts = [windows(b, 8, True, real, 'bucket').sum(0) for b in np.asarray(buckets[0])]
+    if options:
+        counts = [np.minimum(count, 1) for count in counts]
+    scores = {name: options[name] for name in options if name != 'duplicates'}
+
+    def fast(q, v):
+        given = {'n_buckets': 4, 'chunk_len': 8, 'heads_together': together, **options}
+        return lsh_attention(q, v, buckets, **given)
+
+    def slow(q, v):
+        heads = [
+            reference(q[0, h], v[0, h // 2], counts[h].astype(np.float32), **scores)
+            for h in range(4)
+        ]
+        return jnp.stack(heads)[None]
+
+    y, pull = jax.vjp(fast, q, v)
+    expected, pull_slow = jax.vjp(slow, q, v)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-5)
+    ct = jax.random.normal(jax.random.key(5), y.shape)
+    for ours, theirs in zip(pull(ct), pull_slow(ct), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize('kernels', [True, False])
+@pytest.mark.parametrize('duplicates', ['count', 'once'])
+def test_decoding_with_shared_values_and_capped_scores(kernels, duplicates):
+    net = tl.LSHSelfAttention(
+        4,
+        n_kv_heads=2,
+        n_hashes=2,
+        chunk_len=4,
+        n_buckets=4,
+        duplicates=duplicates,
+        scale=0.3,
+        softcap=0.5,
+        query_norm=tl.RMSNorm(),
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 20, 8))
+    signature = (jax.ShapeDtypeStruct(x.shape, x.dtype),)
+    weights, state = net.init(signature, jax.random.key(1), Mode.PREDICT)
+    (wanted,), _ = net.apply(weights, {}, (x,), mode=Mode.EVAL)
+    assert state['core'].v.shape[0] == 4 and state['core'].k.shape[0] == 8
+
+    @jax.jit
+    def step(state, x):
+        return net.apply(weights, state, (x,), mode=Mode.PREDICT)
+
+    with contextlib.nullcontext() if kernels else layercomb_kernels.off():
+        made = []
+        for start, stop in ((0, 9), *((t, t + 1) for t in range(9, 20))):
+            (y,), state = step(state, x[:, start:stop])
+            made.append(y)
+    np.testing.assert_allclose(jnp.concatenate(made, 1), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_one_bucket_and_one_chunk_is_dense_attention_with_shared_queries_and_keys():

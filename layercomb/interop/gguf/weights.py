@@ -1,0 +1,258 @@
+"""Weights from the tensors of a .gguf file, narrow where the file is, and tensors from weights.
+
+A matrix is Q8_0 or Q4_0 in the file and int8 or int4 here, with the same integers and scales. Of
+other types, it becomes bfloat16, some rows at a time. The matrices of one leaf, in all the layers
+that `Repeat` stacks, are of one kind: where the file has several, they are bfloat16. Norms, biases
+and what else is no large matrix become float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from layercomb import trees
+from layercomb.interop.gguf.blocks import Blocks, group_size, integers, packed, plain
+from layercomb.interop.gguf.file import Stored
+from layercomb.interop.memory import check_fits
+from layercomb.interop.tensors import Entry, check, spill
+from layercomb.interop.tensors import fill as fill_wide
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.walk import walk
+from layercomb.transforms.narrowing import hold_narrow, hold_wide
+from layercomb.transforms.quantization import SCALES, bare, narrow_axes
+from layercomb.transforms.tying import Tied
+from layercomb.transforms.weight_axes import axes, holder
+from layercomb.trees import Tree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor of a file, as a model wants it.
+
+    Attributes:
+      stored: as it lies in the file.
+      order: row i is the row ``order[i]`` of the file; None for the file's order.
+      shift: a number to add to all values.
+    """
+
+    stored: Stored
+    order: np.ndarray | None = None
+    shift: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, outermost axis first."""
+        return self.stored.shape
+
+    def rows(self, part: tuple[int, int] | None = None) -> np.ndarray:
+        """Rows as they are stored, (M, bytes) uint8, in the model's order.
+
+        Args:
+          part: the first row and the end; None takes all.
+        """
+        data = self.stored.data
+        if len(self.shape) == 1:  # a vector is one row, whose numbers are put in order by `read`
+            return data
+        data = data if self.order is None else data[self.order]
+        return data if part is None else data[slice(*part)]
+
+    def read(self) -> np.ndarray:
+        """All values in float32, of shape `shape`."""
+        rows = self.rows()
+        values = np.empty((len(rows), self.shape[-1]), np.float32)
+        for at, numbers in self.stored.blocks.pieces(rows):
+            values[at] = numbers
+        values = values.reshape(self.shape)
+        if len(self.shape) == 1 and self.order is not None:
+            values = values[self.order]
+        return values + np.float32(self.shift) if self.shift else values
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """A weight that will be narrow.
+
+    Attributes:
+      leaf: the path of the layer that holds it.
+      shape: (*o, i) of one layer's matrix in storage order.
+      blocks: the types of its tensors in the file.
+    """
+
+    leaf: str
+    shape: tuple[int, ...]
+    blocks: frozenset[Blocks]
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Bits, and how many weights share a scale."""
+        (first, *others) = self.blocks
+        if others or first.bits is None:
+            return 16, 64
+        return first.bits, group_size(first, self.shape[-1])
+
+
+def load_narrow(
+    net: Layer,
+    shapes: Tree,
+    entries: Sequence[Entry],
+    tensors: Mapping[str, Tensor],
+    ignored: Sequence[str],
+    what: str,
+) -> tuple[Layer, Tree]:
+    """Makes weights of tensors, narrow where that changes nothing and bfloat16 otherwise.
+
+    Args:
+      net: the model, wide.
+      shapes: its weights as `jax.ShapeDtypeStruct`.
+      entries: one for each weight.
+      tensors: by name.
+      ignored: patterns of names of tensors that are not needed.
+      what: the name of the model, for messages.
+
+    Returns:
+      The model with layers that hold narrow weights, and the weights.
+
+    Raises:
+      UsageError: if tensors are missing, left over or misshapen, or do not fit into the memory.
+    """
+    flat, declared = trees.flatten(shapes), axes(net, shapes)
+    check(flat, declared, entries, tensors, ignored)
+    matrices = {
+        entry.ours: matrix
+        for entry in entries
+        if (matrix := _matrix(net, entry, flat[entry.ours].shape, tensors)) is not None
+    }
+    kinds = _one_kind_a_leaf(net, matrices)
+    check_fits(sum(_n_bytes(flat[e.ours], matrices.get(e.ours), kinds) for e in entries), what)
+    made: dict[str, Any] = {}
+    for entry in entries:
+        matrix, shape = matrices.get(entry.ours), flat[entry.ours].shape
+        if matrix is None:
+            made[entry.ours] = jnp.asarray(_vectors(entry, tensors).reshape(shape))
+            continue
+        bits, _ = kinds[matrix.leaf]
+        stack = [tensors[name].rows(entry.part) for name in entry.names]
+        lead = () if entry.layers is None else (len(stack),)
+        if bits == 16:
+            values = _bfloat16([tensors[name].stored.blocks for name in entry.names], stack)
+            made[entry.ours] = jnp.asarray(values.reshape(*lead, *matrix.shape))
+            continue
+        (blocks,) = matrix.blocks
+        parts = [integers(blocks, rows) for rows in stack]
+        for which, path in enumerate((entry.ours, entry.ours + SCALES)):
+            joined = np.stack([each[which] for each in parts])
+            made[path] = jnp.asarray(joined.reshape(*lead, *matrix.shape[:-1], -1))
+    return hold_narrow(net, kinds), trees.unflatten(made)
+
+
+def load_wide(
+    net: Layer,
+    shapes: Tree,
+    entries: Sequence[Entry],
+    tensors: Mapping[str, Tensor],
+    ignored: Sequence[str],
+    what: str,
+) -> tuple[Layer, Tree]:
+    """Makes float32 weights of tensors of any type; arguments and errors as of `load_narrow`."""
+    flat = trees.flatten(shapes)
+    check(flat, axes(net, shapes), entries, tensors, ignored)
+    check_fits(sum(4 * math.prod(x.shape) for x in flat.values()), what)
+    return net, fill_wide(net, shapes, entries, tensors, ignored=ignored)
+
+
+def stored(
+    net: Layer, weights: Tree, entries: Sequence[Entry]
+) -> Iterator[tuple[str, tuple[int, ...], Blocks, np.ndarray]]:
+    """The tensors of a model: the inverse of `load_narrow` and `load_wide`.
+
+    Args:
+      net: the model, wide or narrow.
+      weights: its weights.
+      entries: one for each weight.
+
+    Yields:
+      The name of each tensor, its shape, its type and its rows (M, bytes) uint8.
+
+    Raises:
+      UsageError: for narrow weights that GGUF cannot hold.
+    """
+    flat = dict(trees.flatten(weights))
+    wide = hold_wide(net)
+    for entry in entries:
+        leaf, rest, _ = holder(wide, entry.ours)
+        values = np.asarray(flat[entry.ours])
+        if values.dtype == np.float32 or rest not in narrow_axes(bare(leaf)):
+            one = trees.unflatten({entry.ours: flat[entry.ours]})
+            for name, tensor in spill(wide, one, [entry]):
+                blocks, rows = plain(np.atleast_2d(tensor))
+                yield name, tensor.shape, blocks, rows
+            continue
+        scales = flat.get(entry.ours + SCALES)
+        lead = 1 if entry.layers is None else len(entry.names)
+        values = values.reshape(lead, -1, values.shape[-1])
+        every = None if scales is None else np.asarray(scales).reshape(*values.shape[:2], -1)
+        for i, name in enumerate(entry.names):
+            made = plain(values[i]) if every is None else packed(values[i], every[i])
+            length = made[1].shape[-1] // made[0].n_bytes * made[0].size
+            yield name, (len(values[i]), length), *made
+
+
+def _matrix(
+    net: Layer, entry: Entry, shape: tuple[int, ...], tensors: Mapping[str, Tensor]
+) -> _Matrix | None:
+    """What is to be known of a weight that may be narrow; None for others."""
+    layer, rest, stacked = holder(net, entry.ours)
+    letters = narrow_axes(bare(layer)).get(rest)
+    if letters is None or entry.transposed == (letters == 'oi'):
+        return None
+    own = shape[stacked:]
+    o, i = ([n for n, axis in zip(own, letters, strict=True) if axis == side] for side in 'oi')
+    blocks = frozenset(tensors[name].stored.blocks for name in entry.names)
+    leaf = entry.ours.removesuffix(rest).rstrip('/')
+    return _Matrix(leaf, (*o, math.prod(i)), blocks)
+
+
+def _one_kind_a_leaf(net: Layer, matrices: Mapping[str, _Matrix]) -> dict[str, tuple[int, int]]:
+    """Bits and group size by the path of the leaf; both ends of a tie are alike."""
+    kinds: dict[str, tuple[int, int]] = {}
+    for matrix in matrices.values():
+        before = kinds.setdefault(matrix.leaf, matrix.kind)
+        kinds[matrix.leaf] = before if before == matrix.kind else (16, 64)
+    for _, layer in walk(net):
+        if isinstance(layer, Tied):
+            source, target = (path.rpartition('/')[0] for path in (layer.source, layer.target))
+            if source in kinds:
+                kinds[target] = kinds[source]
+    return kinds
+
+
+def _n_bytes(like: Any, matrix: _Matrix | None, kinds: Mapping[str, tuple[int, int]]) -> int:
+    """How many bytes a weight will take, with its scales."""
+    n = math.prod(like.shape)
+    if matrix is None:
+        return 4 * n
+    bits, group = kinds[matrix.leaf]
+    return n * bits // 8 + (0 if bits == 16 else 4 * n // group)
+
+
+def _vectors(entry: Entry, tensors: Mapping[str, Tensor]) -> np.ndarray:
+    """The float32 values of a weight that stays wide, one layer after the other."""
+    found = [entry.cut(tensors[name].read()) for name in entry.names]
+    return np.stack([x.T if entry.transposed else x for x in found])
+
+
+def _bfloat16(kinds: Sequence[Blocks], stack: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of any type in bfloat16, (layers, M, N)."""
+    length = stack[0].shape[1] // kinds[0].n_bytes * kinds[0].size
+    values = np.empty((len(stack), len(stack[0]), length), ml_dtypes.bfloat16)
+    for i, (blocks, rows) in enumerate(zip(kinds, stack, strict=True)):
+        for at, numbers in blocks.pieces(rows):
+            values[i, at] = numbers
+    return values
