@@ -18,11 +18,11 @@ import numpy as np
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError
 from layercomb.model import Model, embeddings
+from layercomb.serving.batching.scheduler import Scheduler, busy
+from layercomb.serving.batching.slots import Decodable
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal, Request
 from layercomb.serving.running import Piece, Running, TokenScore
-from layercomb.serving.scheduler import Scheduler, busy
-from layercomb.serving.slots import Decodable
 from layercomb.supervised.decoding.prompts import check_bias, check_ids
 
 __all__ = ['Engine', 'Piece', 'Running', 'TokenScore']

@@ -16,10 +16,10 @@ import pytest
 import layercomb as lc
 from layercomb import models, tl, transforms
 from layercomb.errors import UsageError
+from layercomb.serving.batching.slots import Reading
 from layercomb.serving.engine import Engine
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal, Request
-from layercomb.serving.slots import Reading
 from layercomb.supervised import decoding
 from layercomb.supervised.decoding import Sampler
 

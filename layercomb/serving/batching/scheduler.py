@@ -21,12 +21,12 @@ import numpy as np
 
 from layercomb.data.adapted import Adapted
 from layercomb.errors import UsageError
+from layercomb.serving.batching.prefixes import Block, Prefixes
+from layercomb.serving.batching.programs import NO_TOKEN, Drawn
+from layercomb.serving.batching.slots import Chosen, Decodable, Desk, Reading, Slots
 from layercomb.serving.limits import Limits
-from layercomb.serving.prefixes import Block, Prefixes
-from layercomb.serving.programs import NO_TOKEN, Drawn
 from layercomb.serving.protocol import Refusal
 from layercomb.serving.running import Piece, Running, TokenScore
-from layercomb.serving.slots import Chosen, Decodable, Desk, Reading, Slots
 from layercomb.serving.texts import Text
 from layercomb.supervised.decoding.keys import key
 from layercomb.supervised.decoding.sampling import diverged, stacked

@@ -18,8 +18,8 @@ import numpy as np
 
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
-from layercomb.serving.prefixes import Block, Prefixes
-from layercomb.serving.programs import Drawn, Programs, Rows, programs
+from layercomb.serving.batching.prefixes import Block, Prefixes
+from layercomb.serving.batching.programs import Drawn, Programs, Rows, programs
 from layercomb.supervised.decoding.axes import BLOCK, Axes, Leaves, begun
 from layercomb.supervised.decoding.prompts import (
     Start,
