@@ -29,8 +29,8 @@ from layercomb.errors import UsageError
 from layercomb.interop.chat_template import ChatTemplate
 from layercomb.interop.tokenizer import PretrainedTokenizer, sampling_advice
 from layercomb.interop.vocabularies import SentencePieces, Subwords
-from layercomb.serving.scores import Names
-from layercomb.serving.tokens import info, tokenize
+from layercomb.serving.openai.scores import Names
+from layercomb.serving.openai.tokens import info, tokenize
 
 TEXT = 'the cat sat on the mat, naïve 你好 🎉  two  spaces\n\nand lines. ' * 4
 TEXTS = st.text(max_size=40) | st.text('the cat\n 你好🎉▁', max_size=40)
