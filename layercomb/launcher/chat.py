@@ -83,8 +83,9 @@ class Conversation:
             n = next((i for i in range(first + 1, len(kept)) if kept[i]['role'] == 'user'), None)
             if n is None:
                 raise UsageError(
-                    f'this is {excess} tokens too long: the model reaches {self._engine.max_len}, with '
-                    f'{self._n_tokens} for the answer; say less, or give a smaller --n_tokens'
+                    f'this is {excess} tokens too long: the model reaches '
+                    f'{self._engine.max_len}, with {self._n_tokens} for the answer; say less, or '
+                    'give a smaller --n_tokens'
                 )
             n_forgotten += n - first
             kept = [*kept[:first], *kept[n:]]
