@@ -107,9 +107,7 @@ def test_pre_tokenizers_of_hugging_face_are_known_by_what_they_do():
         assert vocabulary_out.vocabulary_of(tokenizer, len(words.tokens)).cut == name
     for unknown in (pre.Whitespace(), pre.ByteLevel(add_prefix_space=True), None):
         backend.pre_tokenizer = unknown
-        with pytest.raises(
-            UsageError, match='files name, gpt-2, smollm,'
-        ):
+        with pytest.raises(UsageError, match='files name, gpt-2, smollm,'):
             vocabulary_out.vocabulary_of(PretrainedTokenizer(backend, 2), len(words.tokens))
 
 
