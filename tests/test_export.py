@@ -29,6 +29,7 @@ NETS = {
         tl.Repeat(tl.Residual(tl.Dense(8)), 2, shared=True),
         tl.Dense(V),
     ),
+    'tied': models.Llama(V, 8, 16, 2, 2, 1, max_len=24, tied=True),
     'statistics': tl.Serial(tl.Embedding(V, 8), tl.BatchNorm(), tl.Dense(V)),
 }
 

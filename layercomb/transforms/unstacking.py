@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from layercomb import trees
 from layercomb.layers.combinators.map import Map
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.serial import Serial
@@ -97,8 +98,13 @@ def unstack_state(net: Layer, state: Tree) -> Tree:
 
 
 def _block_weights(net: Repeat | Map, weights: Tree, i: int) -> Tree:
-    """The weights of block `i`; one program serves all blocks, since it is given the number."""
-    slices = bool(net.stacked_axes and weights)
+    """The weights of block `i`; one program serves all blocks, since it is given the number.
+
+    What is no array, such as a description of one, is sliced by its own ``[i]``.
+    """
+    leaves = jax.tree.leaves(weights)
+    arrays = bool(leaves) and all(isinstance(x, jax.Array | np.ndarray) for x in leaves)
+    slices = arrays and bool(net.stacked_axes)
     return _sliced(net, weights, np.int32(i)) if slices else net.block_weights(weights, i)
 
 
@@ -114,12 +120,9 @@ def _is_stacked(net: Layer) -> bool:
 def _moved(net: Tied, weights: Tree) -> bool:
     """Whether unstacking moves an end of a tie, so that its paths are no longer valid."""
     try:
-        # By shapes alone: `via` would make a copy of a table.
-        whole = jax.eval_shape(net.untied, weights)
+        trees.get(weights, net.source)
     except KeyError:
         return False  # the description alone is wanted
-    parts = jax.eval_shape(lambda weights: unstack(net.layer, weights)[1], whole)
-    try:
-        return net.misfit(parts) is not None
-    except KeyError:
-        return True
+    stacks = [path for path, layer in walk(net.layer) if isinstance(layer, (Repeat, Map))]
+    ends = (net.source, net.target)
+    return any(not path or f'{end}/'.startswith(f'{path}/') for path in stacks for end in ends)
