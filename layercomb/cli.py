@@ -113,6 +113,9 @@ def run_eval(options: argparse.Namespace) -> None:
     if options.text is not None:
         _eval_text(options)
         return
+    for name in ('window', 'bits'):
+        if getattr(options, name) is not None:
+            raise UsageError(f'--{name} is about a text: give --text FILE too, or leave it out')
     from layercomb.supervised import evaluate
 
     if sources.find(options.source).kind != sources.RUN:
@@ -167,7 +170,8 @@ def run_generate(options: argparse.Namespace) -> None:
             found = decoding.beam_search(model, n_beams=options.beams, **given)
             terminal.write_text(shown, found.tokens[0, 0], tokenizer)
             return
-        tokens = decoding.stream(model, **given, **sampling)
+        ends = frozenset(getattr(tokenizer, 'stop_ids', ()))
+        tokens = terminal.until(decoding.stream(model, **given, **sampling), ends)
     terminal.write_stream(shown, tokens, tokenizer)
 
 
@@ -189,9 +193,10 @@ def run_inspect(options: argparse.Namespace) -> None:
 
     source = sources.find(options.source, configurations=True)
     if source.kind not in (sources.RUN, sources.CONFIG):
+        _check_no_run(source, options.gin_param)
         model, _ = loaded(source)
         with usage_errors():
-            print(summary(model.layer, _signature_of_text(model.layer)))
+            print(summary(model.layer, _signature_of(model)))
         return
     file = runs.config_file(source.path) if source.kind == sources.RUN else source.path
     name = options.source if source.kind == sources.RUN else file.name
@@ -300,9 +305,7 @@ def trained(
     """
     source = sources.find(name)
     if source.kind != sources.RUN:
-        if bindings or checkpoint != 'last':
-            option = '--gin_param' if bindings else '--checkpoint'
-            raise UsageError(f'{name!r} is no run, so {option} means nothing: leave it out')
+        _check_no_run(source, bindings, checkpoint)
         model, tokenizer = loaded(source, bits)
         if text and tokenizer is None:
             raise UsageError(f'{name!r} has no tokenizer, so it makes no text: put one beside it')
@@ -320,6 +323,25 @@ def trained(
         model, _ = runs.saved_model(name, net, _signature_of_text(net), checkpoint)
     with usage_errors():
         return _narrowed(model, bits), tokenizer
+
+
+def _check_no_run(
+    source: sources.Source, bindings: Sequence[str], checkpoint: str = 'last'
+) -> None:
+    """Refuses options that are about runs, for a model that is none."""
+    if bindings or checkpoint != 'last':
+        option = '--gin_param' if bindings else '--checkpoint'
+        raise UsageError(f'{source.name!r} is no run, so {option} means nothing: leave it out')
+
+
+def _signature_of(model: Model) -> Signature:
+    """The signature of a model of another library, also of one that is of no family."""
+    from layercomb import interop
+
+    try:
+        return interop.signature(model)
+    except UsageError:
+        return _signature_of_text(model.layer)
 
 
 def _narrowed(model: Model, bits: int | None) -> Model:

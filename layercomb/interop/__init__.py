@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from layercomb import paths
 from layercomb.errors import UsageError
 from layercomb.model import Model
+from layercomb.shapes import Signature
+
+TRAX = 'model.pkl.gz'  # what the directory of a run of Trax holds
 
 
 def load(path: str | Path, **options: Any) -> tuple[Model, Any]:
     """Reads a model of another library: it is told by the form of its path.
 
     Args:
-      path: a directory of Hugging Face, a ``.gguf`` file, or Trax's ``model.pkl.gz``.
+      path: a directory of Hugging Face, a ``.gguf`` file, or Trax's ``model.pkl.gz`` or the
+        directory that holds it.
       **options: of the reader: `huggingface.load`, `gguf.load` or `trax.load`.
 
     Returns:
@@ -22,15 +27,16 @@ def load(path: str | Path, **options: Any) -> tuple[Model, Any]:
     Raises:
       UsageError: if it cannot be read, see the readers.
     """
-    name = str(path)
-    if name.endswith('.gguf'):
+    file = paths.local(path, 'path')
+    is_directory = file.is_dir()
+    if file.name.endswith('.gguf') and not is_directory:
         from layercomb.interop import gguf
 
-        return gguf.load(path, **options)
-    if name.endswith('.pkl.gz'):
+        return gguf.load(file, **options)
+    if (file / TRAX).is_file() if is_directory else file.name.endswith('.pkl.gz'):
         from layercomb.interop import trax
 
-        return trax.load(path, **options)
+        return trax.load(file, **options)
     from layercomb.interop import huggingface
 
     return huggingface.load(path, **options)
@@ -64,3 +70,19 @@ def save(
     from layercomb.interop import huggingface
 
     return huggingface.save(path, model, tokenizer, dtype=dtype)
+
+
+def signature(model: Model) -> Signature:
+    """The signature of a model's inputs, as its family has them, e.g. token ids and a mask.
+
+    Args:
+      model: as `load` gives it.
+
+    Raises:
+      UsageError: if the model is of no family.
+    """
+    from layercomb.interop.families import config_of
+    from layercomb.transforms.narrowing import hold_wide
+
+    net = hold_wide(model.layer)
+    return config_of(net)[0].signature(net)

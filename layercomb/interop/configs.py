@@ -9,6 +9,7 @@ from typing import Any
 from layercomb.errors import UsageError
 
 _MISSING = object()
+_LARGEST = 1e300  # of any number; integers in JSON may be larger than a float holds
 # Entries that say nothing about what a model computes for given token ids.
 _ABOUT = frozenset((
     'architectures', 'model_type', 'torch_dtype', 'dtype', 'transformers_version', 'use_cache',
@@ -23,6 +24,12 @@ _ABOUT = frozenset((
     'output_attentions', 'output_hidden_states', 'return_dict', 'keys_to_ignore_at_inference',
     'max_length', 'min_length', 'num_beams', 'early_stopping', 'no_repeat_ngram_size',
     'length_penalty', 'bad_words_ids', 'prefix', 'is_llama_config', 'transformers.js_config',
+    # How texts are made, in configurations of the time before generation_config.json.
+    'do_sample', 'temperature', 'top_k', 'top_p', 'typical_p', 'repetition_penalty',
+    'num_return_sequences', 'num_beam_groups', 'diversity_penalty', 'suppress_tokens',
+    'cache_implementation',
+    # How the makers saved it, and by what.
+    'output_past', 'xla_device', 'save_step', 'unsloth_fixed', 'unsloth_version',
 ))  # fmt: skip
 
 
@@ -98,13 +105,13 @@ class Config(Mapping[str, Any]):
         value = self[name] if default is _MISSING else self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(
-                f'config.json: {name!r} is {value!r} and not a positive integer: take the file '
+                f'config.json: {name!r} is {value!r:.60} and not a positive integer: take the file '
                 'that came with the model'
             )
         return value
 
     def number(self, name: str, default: Any = _MISSING) -> float:
-        """An entry that is a number.
+        """An entry that is a finite number.
 
         Args:
           name: of the entry.
@@ -114,10 +121,11 @@ class Config(Mapping[str, Any]):
           UsageError: if it is missing without default, or something else.
         """
         value = self[name] if default is _MISSING else self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not abs(value) < _LARGEST:  # NaN is less than nothing
             raise UsageError(
-                f'config.json: {name!r} is {value!r} and no number: take the file that came with '
-                'the model'
+                f'config.json: {name!r} is {value!r:.60} and no finite number: take the file that '
+                'came with the model'
             )
         return float(value)
 
@@ -186,7 +194,7 @@ class Config(Mapping[str, Any]):
         """
         for name, value in self._entries.items():
             known = name in self._read or name in _ABOUT or name.startswith('_')
-            if known or value in (None, False, 0, 1) or value in ([], {}, ''):
+            if known or value is None or (value is not True and value in (0, 1, [], {}, '')):
                 continue
             near = difflib.get_close_matches(name, self._read, 1)
             guess = f' (did it mean {near[0]!r}?)' if near else ''

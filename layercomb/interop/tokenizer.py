@@ -30,6 +30,7 @@ class PretrainedTokenizer:
       generation: what the makers advise for sampling: some of 'temperature', 'top_p', 'top_k',
         'repetition_penalty'.
       tokens: names and texts of special tokens, such as ``{'eos_token': '</s>'}``.
+      start_id: the token that the decoder of an encoder-decoder starts from; None for `eos_id`.
 
     Raises:
       UsageError: if an id is not in the vocabulary.
@@ -49,14 +50,15 @@ class PretrainedTokenizer:
     chat: ChatTemplate | None = None
     generation: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     tokens: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    start_id: int | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.vocabulary, 'incremental_decoder'):
             object.__setattr__(self, 'vocabulary', Subwords.of(self.vocabulary))
         stop = dict.fromkeys((int(self.eos_id), *(int(i) for i in self.stop_ids)))
         object.__setattr__(self, 'stop_ids', tuple(stop))
-        for i in (*self.stop_ids, *(() if self.bos_id is None else (self.bos_id,))):
-            if not 0 <= i < self.vocab_size:
+        for i in (*self.stop_ids, self.bos_id, self.start_id):
+            if i is not None and not 0 <= i < self.vocab_size:
                 raise UsageError(
                     f'the special token {i} is outside the vocabulary of {self.vocab_size} tokens: '
                     'take the tokenizer that came with the model'
@@ -126,13 +128,17 @@ class PretrainedTokenizer:
         return np.array(self._vocabulary.encode(text, whole=whole), np.int32)
 
 
-def sampling_advice(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a generation_config.json advises for sampling.
+def sampling_advice(
+    config: Mapping[str, Any], where: str = 'generation_config.json'
+) -> dict[str, Any]:
+    """What a generation_config.json, or the like, advises for sampling.
 
-    Temperature and the like count only where it says ``do_sample``, as in transformers.
+    Temperature and the like count only where it says ``do_sample``, as in transformers. A number
+    that changes nothing there, such as a `top_k` of 0, is left out.
 
     Args:
       config: its content.
+      where: what messages call it.
 
     Returns:
       Some of 'temperature', 'top_p', 'top_k', 'repetition_penalty'.
@@ -147,10 +153,20 @@ def sampling_advice(config: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value < 1e6:
+        if number and name == 'top_k' and value == 0:  # no limit
+            continue
+        low, high = _RANGES[name]
+        if not number or not low <= value <= high or (name == 'top_k' and value != int(value)):
             raise UsageError(
-                f'generation_config.json: {name!r} is {value!r:.40} and no number that can be '
-                'used: remove it'
+                f'{where}: {name!r} is {value!r:.40} and no number that can be used: remove it'
             )
-        made[name] = value
+        made[name] = int(value) if name == 'top_k' else value
     return made
+
+
+_RANGES = {  # what a sampler takes
+    'temperature': (0, 1e6),
+    'top_k': (1, 2**31 - 1),
+    'top_p': (1e-6, 1),
+    'repetition_penalty': (1e-6, 1e6),
+}

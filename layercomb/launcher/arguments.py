@@ -183,7 +183,7 @@ def _generate_options(add: Any) -> None:
     add('--prompt', help='what to continue; an encoder-decoder reads it, and answers')
     add('--prompt_file', help='a file in UTF-8 to continue, or to read and answer')
     add('--n_tokens', type=int, default=300, help='how many tokens to make (%(default)s)')
-    _sampling_options(add)
+    _sampling_options(add, 'what its makers advise, else ')
     add('--beams', type=int, help='search for the likeliest text among so many, instead of drawing')
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
-from layercomb import paths
+from layercomb import interop, paths
 from layercomb.errors import UsageError, machine_errors
 from layercomb.launcher import includes, runs
 
@@ -63,7 +63,9 @@ class Source:
         """The name by which a server knows the model."""
         if self.name in PACKAGES:
             return self.name
-        return paths.shown(self.path.stem if self.kind in (GGUF, TRAX) else self.path.name)
+        if self.kind == TRAX and self.path.name == interop.TRAX:
+            return paths.shown(self.path.parent.name)
+        return paths.shown(self.path.stem if self.kind == GGUF else self.path.name)
 
 
 def find(name: str, configurations: bool = False) -> Source:
@@ -109,6 +111,8 @@ def _or_configuration(configurations: bool) -> str:
 
 def _kind(path: Path, configurations: bool) -> str:
     if path.is_dir():
+        if (path / interop.TRAX).is_file():  # beside a config.gin, as in a run
+            return TRAX
         if runs.is_run(path):
             return RUN
         if (path / 'config.json').is_file():

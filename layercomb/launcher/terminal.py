@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,16 @@ def _decoded(given: bytes, declared: str) -> str:
         except UnicodeDecodeError:
             cause = f'standard input: {runs.not_utf8(e)}'
             raise UsageError(f'{cause}: convert it to UTF-8') from None
+
+
+def until(tokens: Iterator[np.ndarray], ends: Collection[int]) -> Iterator[np.ndarray]:
+    """Yields tokens (1,) up to the first that ends an answer, which is left out.
+
+    Args:
+      tokens: (1,) token ids.
+      ends: those that end an answer.
+    """
+    return itertools.takewhile(lambda token: int(token[0]) not in ends, tokens)
 
 
 def write_stream(prompt: Sequence[int], tokens: Iterator[np.ndarray], tokenizer: Any) -> None:

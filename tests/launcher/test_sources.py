@@ -26,15 +26,19 @@ def test_each_kind_is_told_by_its_form(here):
     made(here / 'llama', 'config.json')
     (here / 'small.gguf').write_text('')
     (here / 'model.pkl.gz').write_text('')
+    made(here / 'of_trax', 'config.gin', 'model.pkl.gz')
+    made(here / 'odd.gguf', 'config.json')
     found = {
         name: (sources.find(name).kind, sources.find(name).title)
-        for name in ('run', 'llama', 'small.gguf', 'model.pkl.gz')
+        for name in ('run', 'llama', 'small.gguf', 'model.pkl.gz', 'of_trax', 'odd.gguf')
     }
     assert found == {
         'run': ('run', 'run'),
         'llama': ('huggingface', 'llama'),
         'small.gguf': ('gguf', 'small'),
-        'model.pkl.gz': ('trax', 'model.pkl'),
+        'model.pkl.gz': ('trax', here.name),
+        'of_trax': ('trax', 'of_trax'),
+        'odd.gguf': ('huggingface', 'odd.gguf'),
     }
 
 

@@ -27,6 +27,7 @@ PLACES: dict[str, str] = {
     'llama': 'llama.LLAMA',
     'marian': 'marian.MARIAN',
     'mistral': 'llama.LLAMA',
+    'mt5': 't5.T5',
     'phi3': 'phi.PHI',
     'qwen2': 'qwen.QWEN',
     'qwen3': 'qwen.QWEN',

@@ -31,6 +31,7 @@ class Names:
       classes: of its second.
       predictions: the dense layer, the norm and the bias of the masked-LM head.
       projection: of the embeddings; None if there is none.
+      activation: of the feed-forwards, where the file says none.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Names:
     classes: str
     predictions: tuple[str, str, str]
     projection: str | None = None
+    activation: str = 'gelu'
 
     def head(self, config: Config) -> str:
         """The head that the architectures ask for.
@@ -114,6 +116,7 @@ _ALBERT = Names(
     classes='classifier',
     predictions=('predictions.dense', 'predictions.LayerNorm', 'predictions.bias'),
     projection='encoder.embedding_hidden_mapping_in',
+    activation='gelu_new',
 )
 _FNET = dataclasses.replace(
     _BERT,
@@ -123,6 +126,7 @@ _FNET = dataclasses.replace(
     mixing_norm='fourier.output.LayerNorm',
     pooler='fnet.pooler.dense',
     projection='embeddings.projection',
+    activation='gelu_new',
 )
 
 
@@ -133,6 +137,9 @@ def _common(names: Names, config: Config) -> dict[str, Any]:
     config.must_be('position_embedding_type', 'absolute')
     config.must_be('chunk_size_feed_forward', 0)
     config.must_be('tie_word_embeddings', True)
+    for name in ('fc_size', 'num_attention_heads', 'num_fc_layers', 'size_per_head', 'type'):
+        config.get(f'pooler_{name}')  # of the first release; nothing reads them
+    config.get('directionality')
     head = names.head(config)
     labels = config.get('id2label') or {}
     n_classes = len(labels) or config.count('num_labels', 2)
@@ -147,7 +154,7 @@ def _common(names: Names, config: Config) -> dict[str, Any]:
         'n_classes': n_classes if head == 'classes' else None,
         'n_types': n_types,
         'typed': bool(config.get('_typed', n_types > 1 and head != 'mean')),
-        'activation': config.one_of('hidden_act', ACTIVATIONS, 'gelu'),
+        'activation': config.one_of('hidden_act', ACTIVATIONS, names.activation),
         'epsilon': config.number('layer_norm_eps', 1e-12),
     }
 

@@ -161,6 +161,7 @@ def _text(config: Config) -> Config:
 def _net(config: Config) -> Layer:
     older = _is_gemma2(config)
     config.must_be('use_bidirectional_attention', False)
+    config.get('hidden_act')  # an older word of hidden_activation, which alone counts
     full = rotary(config) if older else rotary(config, kind=FULL)
     local = full if older else rotary(config, 10000.0, SLIDING, 'rope_local_base_freq')
     given = sizes(config, full)

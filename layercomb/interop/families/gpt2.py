@@ -24,7 +24,7 @@ def _net(config: Config) -> Layer:
     config.must_be('add_cross_attention', False)
     # How it was computed in half precision, an older name of n_positions, and a head of another
     # model.
-    for name in ('reorder_and_upcast_attn', 'n_ctx', 'gradient_checkpointing'):
+    for name in ('reorder_and_upcast_attn', 'n_ctx', 'n_special', 'predict_special_tokens'):
         config.get(name)
     for name in ('type', 'use_proj', 'activation', 'proj_to_labels', 'first_dropout'):
         config.get(f'summary_{name}')

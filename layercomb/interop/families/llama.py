@@ -33,6 +33,8 @@ _ACTIVATIONS = {
 def net(config: Config) -> Layer:
     """The model that a configuration describes: Llama, or Mistral, which may have a window."""
     config.must_be('rope_interleaved', False)
+    if config.get('model_type') == 'llama':  # others ignore a window here, or do not
+        config.must_be('sliding_window', 0)
     return models.Llama(
         **sizes(config),
         window=config.count('sliding_window') if config.get('sliding_window') else None,

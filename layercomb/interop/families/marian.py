@@ -25,6 +25,8 @@ def _net(config: Config) -> Layer:
     config.must_be('static_position_embeddings', True)
     config.must_be('add_bias_logits', False)
     config.get('num_hidden_layers')  # of the encoder, said again
+    config.get('extra_pos_embeddings')  # of another model
+    config.get('force_bos_token_to_be_generated')  # by an older name of forced_bos_token_id
     vocab_size = config.count('vocab_size')
     config.must_be('decoder_vocab_size', vocab_size)
     net: Layer = Marian(

@@ -27,6 +27,7 @@ def net(config: Config) -> Layer:
     """The model that a configuration describes."""
     config = config.or_else(_DEFAULTS)
     config.get('original_max_position_embeddings')  # it matters to 'longrope' alone
+    config.get('auto_map')  # the makers' code, which is a Phi-3 as it is known here
     return models.Llama(
         **sizes(config, rotary(config, long=True)),
         window=config.count('sliding_window') if config.get('sliding_window') else None,

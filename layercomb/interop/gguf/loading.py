@@ -14,7 +14,7 @@ from layercomb.interop.gguf.file import File, read
 from layercomb.interop.gguf.vocabulary import vocabulary
 from layercomb.interop.gguf.weights import load_narrow, load_wide
 from layercomb.interop.tensors import shapes_of
-from layercomb.interop.tokenizer import PretrainedTokenizer
+from layercomb.interop.tokenizer import PretrainedTokenizer, sampling_advice
 from layercomb.model import Model
 
 # What `generation` calls the makers' advice.
@@ -79,6 +79,7 @@ def _tokenizer(file: File, n_tokens: int) -> PretrainedTokenizer | None:
     if found.template is not None:
         template = ChatTemplate(found.template, found.special)
     advice = {ours: file.metadata[k] for k, ours in _SAMPLING.items() if k in file.metadata}
+    advice = sampling_advice({**advice, 'do_sample': True}, 'general.sampling')
     ends = [i for i in (found.eos_id, *found.stop_ids) if i is not None]
     if not ends:
         raise UsageError(

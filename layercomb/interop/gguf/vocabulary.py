@@ -67,6 +67,7 @@ CUTS = {
 _SAME = {'llama3': 'llama-bpe', 'llama-v3': 'llama-bpe'}
 
 _PIECE_SPACE = '▁'
+_LONGEST = 1024  # letters of a token; the longest known are rows of some hundred spaces
 # Tokens that end an answer, by their text, where a file names only one of several.
 _ENDS = ('<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<|endoftext|>', '<end_of_turn>', '<|end|>')
 _READ = (
@@ -166,6 +167,9 @@ def vocabulary(metadata: Mapping[str, Any], n_tokens: int) -> Vocabulary:
     tokens = of.listed('tokens', str, n_tokens)
     if len(set(tokens)) != n_tokens:
         raise UsageError('the file lists a token twice: download it again')
+    longest = max(map(len, tokens))
+    if longest > _LONGEST:  # all its parts are looked up
+        raise UsageError(f'the file has a token of {longest:,} letters: download it again')
     types = of.listed('token_type', int, n_tokens) if 'token_type' in of else (1,) * n_tokens
     cut = None
     if kind == 'gpt2':

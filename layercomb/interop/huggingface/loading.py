@@ -114,9 +114,13 @@ def check_vocabulary(net: Layer, tokenizer: PretrainedTokenizer | None) -> None:
 def _check_sizes(config: Mapping[str, Any]) -> None:
     """Refuses sizes that no model has, before anything is made of them."""
     for name, value in config.items():
+        if isinstance(value, dict):
+            _check_sizes(value)
         is_depth = 'layer' in name and not name.startswith('_')
         if isinstance(value, int) and abs(value) > (_DEEPEST if is_depth else _MOST):
-            raise UsageError(f'{CONFIG}: {name!r:.60} is {value:.3g}, which no model has')
+            raise UsageError(
+                f'{CONFIG}: {name!r:.60} is {value!r:.40}, which no model has: download it again'
+            )
 
 
 def _pooling(path: Path) -> dict[str, Any]:

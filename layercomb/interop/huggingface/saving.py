@@ -94,6 +94,8 @@ def save(
             config['dtype'] = kinds.pop() if len(kinds) == 1 else 'float32'
             if given is not None:
                 config |= {'bos_token_id': given.bos_id, 'eos_token_id': given.eos_id}
+                if given.start_id is not None:
+                    config['decoder_start_token_id'] = given.start_id
                 _write_tokenizer(made, given)
             _write_json(made / CONFIG, config)
             sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
@@ -223,6 +225,8 @@ def _write_tokenizer(out: Path, tokenizer: PretrainedTokenizer) -> None:
     advice['eos_token_id'] = ends if len(ends) > 1 else ends[0]
     if tokenizer.bos_id is not None:
         advice['bos_token_id'] = tokenizer.bos_id
+    if tokenizer.start_id is not None:
+        advice['decoder_start_token_id'] = tokenizer.start_id
     _write_json(out / GENERATION, advice)
 
 

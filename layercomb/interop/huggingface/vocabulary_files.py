@@ -56,8 +56,19 @@ def tokenizer_in(directory: Path, config: Mapping[str, Any]) -> PretrainedTokeni
     bos_id = vocabulary.id_of(tokens['bos_token']) if 'bos_token' in tokens else None
     return PretrainedTokenizer(
         vocabulary, eos_id, bos_id, tuple(ends), _chat(directory, settings, tokens),
-        sampling_advice(generation), tokens,
+        sampling_advice(generation), tokens, _start_id(generation, config),
     )  # fmt: skip
+
+
+def _start_id(generation: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
+    """The token that a decoder starts from; None for models without an encoder."""
+    if not config.get('is_encoder_decoder'):
+        return None
+    name = 'decoder_start_token_id'
+    found = generation.get(name, config.get(name))
+    if found is not None and not is_size(found):
+        raise UsageError(f'{name} is {found!r:.60}, and must be one id: take the original file')
+    return found
 
 
 def _if_there(path: Path) -> dict[str, Any]:

@@ -44,8 +44,10 @@ def likelihood(
     limit = max_len(model.layer)
     most = _WINDOW if limit is None else min(_WINDOW, limit)
     window = most if window is None else check_value('likelihood', 'window', window, Size)
-    if len(ids) < 2:
+    if len(ids) < 2 or not text:  # a tokenizer may put tokens around nothing
         raise UsageError(f'the text has {len(ids)} tokens: give one of at least two')
+    if limit is not None and window > limit:
+        raise UsageError(f"the window of {window} exceeds the model's {limit}: give a smaller one")
     starts = range(0, len(ids) - 1, window)
     pieces = [ids[i : i + window + 1] for i in starts]
     whole = [piece for piece in pieces if len(piece) == window + 1]

@@ -119,6 +119,7 @@ def given(model: Model, prompt: str, tokenizer: Any) -> dict[str, Any]:
     """The arguments `prompts` and `inputs` of `decoding.generate`, from one prompt as text.
 
     A language model continues the prompt. An encoder-decoder reads it, and its decoder starts from
+    the tokenizer's ``start_id`` if it has one, as those of pretrained models do, or else from
     `eos_id`, as answers of `data.pairs` do.
 
     Args:
@@ -136,7 +137,8 @@ def given(model: Model, prompt: str, tokenizer: Any) -> dict[str, Any]:
         raise UsageError(f'{whose} makes no token of the prompt {prompt!r:.60}: give another one')
     if model.layer.n_in == 1:
         return {'prompts': [ids]}
-    return {'inputs': [ids], 'prompts': [[tokenizer.eos_id]]}
+    start = getattr(tokenizer.tokenizer, 'start_id', None)
+    return {'inputs': [ids], 'prompts': [[tokenizer.eos_id if start is None else start]]}
 
 
 def as_id(eos_id: int | None) -> np.int32:
