@@ -7,6 +7,7 @@ of it exists.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -155,7 +156,8 @@ def nearest_divisor(n: int, to: int) -> int:
     >>> nearest_divisor(96, 30)
     32
     """
-    return min((i for i in range(1, n + 1) if n % i == 0), key=lambda i: abs(i - to))
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return min([*small, *(n // i for i in reversed(small))], key=lambda i: abs(i - to))
 
 
 def nearest_multiple(n: int, of: int) -> int:

@@ -167,25 +167,26 @@ def spill(net: Layer, weights: Tree, entries: Sequence[Entry]) -> Iterator[tuple
     lost = sorted(flat.keys() - {entry.ours for entry in entries})
     if lost:
         raise UsageError(f'the other format has no place for {_some(lost)}: nothing is written')
-    fused: dict[str, list[tuple[Entry, np.ndarray]]] = {}
+    # The parts of a fused tensor come together, so no more than one of each is held.
+    fused: dict[tuple[str, tuple[int, ...]], list[Entry]] = {}
     for entry in entries:
-        ours = np.asarray(flat[entry.ours])
-        stack = ours[None] if entry.layers is None else ours
-        # Their shape is that of our axes, merged; a transposed one is merged before it is turned.
-        plain = dataclasses.replace(entry, transposed=False)
-        shape = plain.shape(ours.shape, declared[entry.ours])
-        for name, one in zip(entry.names, stack, strict=True):
-            tensor = one.reshape(shape)
-            tensor = np.ascontiguousarray(tensor.T) if entry.transposed else tensor
-            if entry.part is None:
-                yield name, tensor
-            else:
-                fused.setdefault(name, []).append((entry, tensor))
-    for name, parts in fused.items():
-        parts.sort(key=lambda each: each[0].part or (0, 0))
-        entry, first = parts[0]
-        axis = 0 if entry.transposed or first.ndim == 1 else first.ndim - 1
-        yield name, np.concatenate([tensor for _, tensor in parts], axis)
+        fused.setdefault((entry.theirs, tuple(entry.layers or ())), []).append(entry)
+    for parts in fused.values():
+        parts.sort(key=lambda each: each.part or (0, 0))
+        first = parts[0]
+        stacks = [_their_stack(x, np.asarray(flat[x.ours]), declared[x.ours]) for x in parts]
+        for name, *tensors in zip(first.names, *stacks, strict=True):
+            axis = 0 if first.transposed or tensors[0].ndim == 1 else tensors[0].ndim - 1
+            yield name, np.concatenate(tensors, axis) if len(tensors) > 1 else tensors[0]
+
+
+def _their_stack(entry: Entry, ours: np.ndarray, declared: Axes) -> Iterator[np.ndarray]:
+    """The tensors of an entry, or its parts of them, one for each layer."""
+    # Their shape is that of our axes, merged; a transposed one is merged before it is turned.
+    shape = dataclasses.replace(entry, transposed=False).shape(ours.shape, declared)
+    for one in ours[None] if entry.layers is None else ours:
+        tensor = one.reshape(shape)
+        yield np.ascontiguousarray(tensor.T) if entry.transposed else tensor
 
 
 def check(

@@ -81,8 +81,8 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
 
 
 _A_MODEL = (
-    'the output_dir of a run, a directory of Hugging Face, a .gguf file, or smollm2 or minilm, '
-    'which packages carry'
+    'the output_dir of a run, a directory of Hugging Face, a .gguf file, a model.pkl.gz of Trax, '
+    'or smollm2 or minilm, which packages carry'
 )
 
 

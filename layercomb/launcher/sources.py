@@ -119,7 +119,8 @@ def _kind(path: Path, configurations: bool) -> str:
             return HUGGING_FACE
         raise UsageError(
             f'{str(path)!r} holds no run ({runs.CONFIG} is missing), nor a model of Hugging Face '
-            '(config.json is missing): give the directory of one'
+            f'(config.json is missing) or Trax ({interop.TRAX} is missing): give the directory of '
+            'one'
         )
     if path.name.endswith('.gguf'):
         return GGUF

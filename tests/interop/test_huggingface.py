@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -17,7 +18,12 @@ from hypothesis import strategies as st
 from layercomb import Model, data, interop, models, tl, transforms
 from layercomb.errors import UsageError
 from layercomb.interop import huggingface
+from layercomb.interop.configs import Config
+from layercomb.interop.families import config_of
+from layercomb.interop.huggingface import saving
+from layercomb.interop.tensors import spill
 from layercomb.supervised import decoding
+from layercomb.transforms.narrowing import hold_wide
 
 GPT2 = Path(__file__).parents[1] / 'data' / 'pretrained' / 'gpt2'  # see make_gpt2.py
 LARGE = ('pytorch_model.bin', 'expected.npz', 'messages.json')
@@ -162,7 +168,6 @@ def test_models_that_cannot_be_saved(loaded, tmp_path):
 
 
 def test_nothing_is_left_of_what_failed(loaded, tmp_path, monkeypatch):
-    from layercomb.interop.huggingface import saving
 
     def fail(*_):
         raise OSError(28, 'No space left on device')
@@ -382,3 +387,22 @@ def test_transformers_reads_what_is_saved(loaded, expected, tmp_path, dtype):
         np.testing.assert_array_equal(made['chat'], expected['chat'])
         np.testing.assert_array_equal(made['ids'], expected['ids'][0])
         assert made['ends'].tolist() == [2, 0]
+
+
+def test_no_more_than_one_weight_is_wide_at_a_time(loaded, monkeypatch):
+    net, weights = transforms.quantize(loaded[0].layer, loaded[0].weights, 8, 16, smallest=1)
+    wide = hold_wide(net)
+    family, config = config_of(wide)
+    made = saving.widened(net, wide, weights, family.signature(wide))
+    alive = []
+
+    def counted(*args):
+        turned = np.ones(args[0].shape, np.float32)
+        alive.append(weakref.ref(turned))
+        assert sum(each() is not None for each in alive) <= 3  # of queries, keys and values
+        return turned
+
+    monkeypatch.setattr(saving.Widened, '__array__', counted)
+    for _ in spill(wide, made, family.entries(Config(config))):
+        pass
+    assert len(alive) > 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -30,8 +31,14 @@ from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
 from layercomb.transforms.narrowing import hold_wide
 
-# Types of matrices by the name that `dtype` gives them, and general.file_type.
-_TYPES = {'float32': 0, 'float16': 1, 'bfloat16': 32, 'q8_0': 7, 'q4_0': 2}
+# Types of matrices by the name that `dtype` gives them, and the number of general.file_type.
+_TYPES = {
+    'float32': ('F32', 0),
+    'float16': ('F16', 1),
+    'bfloat16': ('BF16', 32),
+    'q8_0': ('Q8_0', 7),
+    'q4_0': ('Q4_0', 2),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,9 +63,9 @@ def save(
         weights; scales are rounded to the float16 of the format.
       tokenizer: a `PretrainedTokenizer` with byte-level or sentencepiece-like merges; None writes
         none.
-      dtype: of the matrices that are float32: 'float32', 'float16', 'bfloat16', 'q8_0' or 'q4_0'.
-        None is float32. With 'q4_0' the embedding and the head are Q8_0. Norms and biases are
-        always float32.
+      dtype: of the matrices: 'float32', 'float16', 'bfloat16', 'q8_0' or 'q4_0'. None keeps them as
+        they are. With 'q4_0' the embedding and the head are Q8_0. Norms and biases are always
+        float32.
 
     Returns:
       The size of the file in bytes, by its name.
@@ -81,10 +88,10 @@ def save(
         _Out(name, *_in_their_order(architecture, config, name, shape, blocks, rows))
         for name, shape, blocks, rows in stored(model.layer, model.weights, entries)
     )
-    made = [_narrowed(each, dtype or 'float32') for each in tensors]
+    made = [each if dtype is None else _in_dtype(each, dtype) for each in tensors]
     made += _rope_factors(config)
     _check_alike(wide, architecture, metadata, made)
-    return _write(paths.local(path, 'path'), architecture.name, metadata, made, dtype)
+    return _write(paths.local(path, 'path'), architecture.name, metadata, made)
 
 
 def _check_alike(
@@ -125,14 +132,22 @@ def _in_their_order(
     return shape, blocks, rows
 
 
-def _narrowed(tensor: _Out, dtype: str) -> _Out:
-    """A tensor with its matrix in `dtype`, if it is float32."""
-    if len(tensor.shape) == 1 or tensor.blocks.name != 'F32' or dtype == 'float32':
-        return tensor
+def _in_dtype(tensor: _Out, dtype: str) -> _Out:
+    """A tensor with its matrix in `dtype`."""
     if dtype == 'q4_0' and tensor.name in ('token_embd.weight', 'output.weight'):
         dtype = 'q8_0'
-    blocks, rows = rounded(tensor.blocks.numbers(tensor.rows), dtype)
+    if len(tensor.shape) == 1 or tensor.blocks.name == _TYPES[dtype][0]:
+        return tensor
+    values = tensor.blocks.numbers(tensor.rows)
+    blocks, rows = plain(values) if dtype == 'float32' else rounded(values, dtype)
     return dataclasses.replace(tensor, blocks=blocks, rows=rows)
+
+
+def _file_type(tensors: list[_Out]) -> int:
+    """What general.file_type says: the type of most matrices."""
+    kinds = collections.Counter(each.blocks.name for each in tensors if len(each.shape) > 1)
+    ((most, _),) = kinds.most_common(1)
+    return dict(_TYPES.values())[most]
 
 
 def _rope_factors(config: Mapping[str, Any]) -> list[_Out]:
@@ -145,17 +160,20 @@ def _rope_factors(config: Mapping[str, Any]) -> list[_Out]:
 
 
 def _write(
-    file: Path, architecture: str, metadata: dict[str, Any], tensors: list[_Out], dtype: str | None
+    file: Path, architecture: str, metadata: dict[str, Any], tensors: list[_Out]
 ) -> dict[str, int]:
     gguf = require('gguf', 'pretrained')
+    if file.is_dir():
+        raise UsageError(f'{str(file)!r} is a directory: choose another name for the file')
     partial = file.with_name(f'.{file.name}.{os.getpid()}')
     with machine_errors('free some space, or write elsewhere'):
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
             writer = gguf.GGUFWriter(partial, architecture)
             for name, value in metadata.items():
                 add_entry(writer, gguf, name, value)
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            writer.add_file_type(_TYPES[dtype or 'float32'])
+            writer.add_file_type(_file_type(tensors))
             for each in tensors:
                 kind = gguf.GGMLQuantizationType(each.blocks.kind)
                 as_bytes = (*each.shape[:-1], each.rows.shape[-1])

@@ -167,8 +167,8 @@ def vocabulary(metadata: Mapping[str, Any], n_tokens: int) -> Vocabulary:
     tokens = of.listed('tokens', str, n_tokens)
     if len(set(tokens)) != n_tokens:
         raise UsageError('the file lists a token twice: download it again')
-    longest = max(map(len, tokens))
-    if longest > _LONGEST:  # all its parts are looked up
+    longest = max(map(len, tokens), default=0)
+    if kind == 'llama' and longest > _LONGEST:  # all its parts are looked up
         raise UsageError(f'the file has a token of {longest:,} letters: download it again')
     types = of.listed('token_type', int, n_tokens) if 'token_type' in of else (1,) * n_tokens
     cut = None

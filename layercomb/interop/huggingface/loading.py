@@ -90,7 +90,11 @@ def load(
         ignored=family.ignored,
         dtype=lambda name: 'bfloat16' if name in half else 'float32',
     )
-    return Model(*(_narrowed(net, weights, half) if half else (net, weights))), tokenizer
+    if not half:
+        return Model(net, weights), tokenizer
+    flat = trees.flatten(weights)
+    del weights  # each matrix goes as soon as it has been turned
+    return Model(*_narrowed(net, flat, half)), tokenizer
 
 
 def check_vocabulary(net: Layer, tokenizer: PretrainedTokenizer | None) -> None:
@@ -148,9 +152,16 @@ def _halved(net: Layer, shapes: Tree) -> dict[str, tuple[str, str]]:
     return made
 
 
-def _narrowed(net: Layer, weights: Tree, half: Mapping[str, tuple[str, str]]) -> tuple[Layer, Tree]:
-    """The model with layers that hold bfloat16, and its weights, whose matrices are bfloat16."""
-    flat = trees.flatten(weights)
+def _narrowed(
+    net: Layer, flat: dict[str, Any], half: Mapping[str, tuple[str, str]]
+) -> tuple[Layer, Tree]:
+    """The model with layers that hold bfloat16, and its weights.
+
+    Args:
+      net: the model.
+      flat: its weights by path, matrices in bfloat16; each is replaced by its rows.
+      half: as of `_halved`.
+    """
     for path, (_, letters) in half.items():
         flat[path], _ = narrow(flat[path], letters, 16, 1)
     leaves = {leaf for leaf, _ in half.values()}

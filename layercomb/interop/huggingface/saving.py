@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -103,7 +104,9 @@ def save(
 
 
 def widened(net: Layer, wide: Layer, weights: Tree, signature: Any) -> Tree:
-    """The weights of a model with narrow layers as those of the wide model, piece by piece.
+    """The weights of a model with narrow layers as those of the wide model.
+
+    Each becomes wide when NumPy asks for it, and is not kept: few are wide at a time.
 
     Args:
       net: the model, whose `Quantized` layers hold the narrow weights.
@@ -112,7 +115,8 @@ def widened(net: Layer, wide: Layer, weights: Tree, signature: Any) -> Tree:
       signature: of the inputs.
 
     Returns:
-      Weights of `wide`; bfloat16 stays bfloat16, and integers become float32.
+      Weights of `wide`, those that were narrow as `Widened`; bfloat16 stays bfloat16, and integers
+      become float32.
     """
     flat = dict(trees.flatten(weights))
     shapes = trees.flatten(shapes_of(wide, signature))
@@ -124,19 +128,47 @@ def widened(net: Layer, wide: Layer, weights: Tree, signature: Any) -> Tree:
             if path not in flat or flat[path].dtype == jnp.float32:
                 continue
             values, scales = flat[path], flat.pop(path + SCALES, None)
-            turn = _wide_of(letters, layer.bits)
-            for _ in range(values.ndim - 1 - letters.count('o')):  # axes that `Repeat` stacked
-                turn = jax.vmap(turn)
-            flat[path] = turn(values, scales).reshape(shapes[path].shape)
+            flat[path] = Widened(shapes[path].shape, values, scales, letters, layer.bits)
     return trees.unflatten(flat)
 
 
-def _wide_of(letters: str, bits: int) -> Any:
-    def turn(values: jax.Array, scales: jax.Array | None) -> jax.Array:
-        wide = Narrow(values, scales, letters, bits).wide()
-        return wide.astype(jnp.bfloat16) if bits == 16 else wide
+@dataclasses.dataclass(frozen=True, eq=False)
+class Widened:
+    """A narrow weight that looks like a wide one: ``np.asarray`` makes it.
 
-    return turn
+    Attributes:
+      shape: of the wide weight.
+      values, scales: as of `Narrow`, possibly stacked on leading axes.
+      letters: its axes.
+      bits: 8, 4, or 16 for bfloat16.
+    """
+
+    shape: tuple[int, ...]
+    values: jax.Array
+    scales: jax.Array | None
+    letters: str
+    bits: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """bfloat16 for 16 bits, else float32."""
+        return jnp.dtype('bfloat16' if self.bits == 16 else 'float32')
+
+    @property
+    def ndim(self) -> int:
+        """How many axes it has."""
+        return len(self.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy  # it is made anew
+        turn: Any = self._wide
+        for _ in range(self.values.ndim - 1 - self.letters.count('o')):  # axes that are stacked
+            turn = jax.vmap(turn)
+        made = np.asarray(turn(self.values, self.scales)).reshape(self.shape)
+        return made if dtype is None else made.astype(dtype)
+
+    def _wide(self, values: jax.Array, scales: jax.Array | None) -> jax.Array:
+        return Narrow(values, scales, self.letters, self.bits).wide().astype(self.dtype)
 
 
 def _as(x: np.ndarray, dtype: str | None) -> np.ndarray:

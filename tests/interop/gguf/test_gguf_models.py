@@ -227,6 +227,27 @@ def test_narrow_weights_stay_as_they_are_in_the_file(dtype, tied, path):
             np.testing.assert_array_equal(tensor.data, second[name].data)
 
 
+@pytest.mark.parametrize('dtype', ['q4_0', 'float16', 'float32', None])
+def test_a_narrow_model_goes_out_in_the_dtype_that_is_asked_for(dtype, path):
+    ours.save(path, llama(), dtype='q8_0')
+    narrow, _ = ours.load(path)
+    again = path.with_name('new') / 'again.gguf'
+    ours.save(again, narrow, dtype=dtype)
+    wanted = {'q4_0': 'Q4_0', 'float16': 'F16', 'float32': 'F32', None: 'Q8_0'}[dtype]
+    file = gguf_file.read(again)
+    assert file.tensors['blk.0.ffn_up.weight'].blocks.name == wanted
+    number = gguf.LlamaFileType[f'MOSTLY_{wanted}' if wanted != 'F32' else 'ALL_F32'].value
+    assert file.metadata['general.file_type'] == number
+    if dtype == 'float32':
+        wide, back = (ours.load(p, dtype='float32')[0] for p in (path, again))
+        assert same(wide.weights, back.weights)
+
+
+def test_a_directory_is_no_file(tmp_path):
+    with pytest.raises(UsageError, match='is a directory: choose another name'):
+        ours.save(tmp_path, llama())
+
+
 def test_quantized_weights_go_out_with_scales_in_float16(path):
     model = llama(tied=False)
     quantized = lc.Model(*transforms.quantize(model.layer, model.weights, 8, 32, smallest=1))

@@ -149,6 +149,13 @@ def test_metadata_that_are_wrong(changes, message):
     assert '\n' not in str(raised.value)
 
 
+def test_a_token_that_would_take_too_long_is_refused():
+    given = metadata('pieces')
+    tokens = [*given['tokenizer.ggml.tokens'][:-1], 'a' * 2000]
+    with pytest.raises(UsageError, match='a token of 2,000 letters: download it again'):
+        vocabulary({**given, 'tokenizer.ggml.tokens': tokens}, len(tokens))
+
+
 def test_every_cut_is_recorded():
     assert {*CUTS, 'pieces', 'pieces with a space'} == {*RECORDED['ids']}
     assert np.all([len(ids) == len(RECORDED['texts']) for ids in RECORDED['ids'].values()])

@@ -1,0 +1,56 @@
+"""Commands on models of other libraries, in the place of a run."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from layercomb import cli, interop
+from layercomb.launcher import terminal
+
+DATA = Path(__file__).parents[1] / 'data'
+PRETRAINED = DATA / 'pretrained'
+
+
+def told(capsys, *words):
+    """The exit code, and what was printed."""
+    code = cli.main([str(word) for word in words])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+@pytest.mark.parametrize('name', ['bert_hidden', 'fnet_classes', 'marian', 'gpt2'])
+def test_inspect_knows_the_inputs_of_each_family(name, capsys):
+    code, printed = told(capsys, 'inspect', PRETRAINED / name)
+    assert code == 0 and 'Embedding' in printed
+
+
+def test_the_directory_of_a_run_of_trax(capsys):
+    code, printed = told(capsys, 'inspect', DATA / 'trax' / 'lm')
+    assert code == 0 and 'Embedding' in printed
+
+
+def test_a_directory_may_be_named_like_a_file(tmp_path):
+    shutil.copytree(PRETRAINED / 'gpt2', tmp_path / 'model.gguf')
+    assert interop.load(tmp_path / 'model.gguf')[1] is not None
+
+
+@pytest.mark.parametrize(
+    ('words', 'said'),
+    [
+        (('inspect', PRETRAINED / 'gpt2', '--gin_param', 'x=1'), 'is no run, so --gin_param means'),
+        (('eval', PRETRAINED / 'gpt2', '--window', '3'), '--window is about a text: give --text'),
+        (('eval', PRETRAINED / 'gpt2', '--bits', '8'), '--bits is about a text: give --text FILE'),
+        (('eval', PRETRAINED / 'gpt2'), 'is no run, and has nothing to be measured on'),
+        (('chat', PRETRAINED / 'bert_hidden'), 'has no tokenizer'),
+    ],
+)
+def test_what_would_mean_nothing_is_refused(words, said, capsys):
+    code, printed = told(capsys, *words)
+    assert code == 2 and said in printed and printed.count('\n') == 1
+
+
+def test_a_text_goes_up_to_the_first_token_that_ends_it():
+    made = (np.array([i]) for i in (5, 6, 2, 7))
+    assert [int(token[0]) for token in terminal.until(made, {2, 3})] == [5, 6]
