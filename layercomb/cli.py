@@ -273,10 +273,11 @@ def loaded(source: sources.Source, bits: int | None = None) -> tuple[Model, Any]
     from layercomb import interop
 
     with usage_errors():
-        # Narrow weights cannot be narrowed again, so they are read as wide ones.
-        model, tokenizer = interop.load(
-            source.path, **({} if bits is None else {'dtype': 'float32'})
-        )
+        if bits == 16 and source.kind == sources.HUGGING_FACE:  # without a wide copy
+            return interop.load(source.path, dtype='bfloat16')
+        # Narrow weights cannot be narrowed again, so they are read as wide ones; Trax's are wide.
+        wide = bits is not None and source.kind != sources.TRAX
+        model, tokenizer = interop.load(source.path, **({'dtype': 'float32'} if wide else {}))
         return _narrowed(model, bits), tokenizer
 
 

@@ -142,7 +142,7 @@ class Config(Mapping[str, Any]):
         value = self.get(name, default)
         if not isinstance(value, bool):
             raise UsageError(
-                f'config.json: {name!r} is {value!r} and not true or false: take the file that '
+                f'config.json: {name!r} is {value!r:.60} and not true or false: take the file that '
                 'came with the model'
             )
         return value
@@ -161,7 +161,7 @@ class Config(Mapping[str, Any]):
         value = self.get(name, default)
         if not isinstance(value, str) or value not in known:
             raise UsageError(
-                f'config.json: {name!r} is {value!r}, and known are {", ".join(known)}: this model '
+                f'config.json: {name!r} is {value!r:.60}, and known are {", ".join(known)}: this model '
                 'cannot be loaded'
             )
         return known[value]
@@ -179,7 +179,7 @@ class Config(Mapping[str, Any]):
         value = self.get(name)
         if value is not None and value not in allowed:
             raise UsageError(
-                f'config.json: {name!r} is {value!r}, and only {allowed[0]!r} is understood: this '
+                f'config.json: {name!r} is {value!r:.60}, and only {allowed[0]!r} is understood: this '
                 'model cannot be loaded'
             )
 

@@ -26,6 +26,17 @@ def test_inspect_knows_the_inputs_of_each_family(name, capsys):
     assert code == 0 and 'Embedding' in printed
 
 
+def test_sixteen_bits_come_without_a_wide_copy(monkeypatch):
+    asked = []
+    load = interop.load
+    monkeypatch.setattr(interop, 'load', lambda path, **o: asked.append(o) or load(path, **o))
+    model, _ = cli.trained(str(PRETRAINED / 'gpt2'), bits=16)
+    assert model.weights['embedding']['table'].dtype == 'bfloat16'
+    model, _ = cli.trained(str(DATA / 'trax' / 'lm'), bits=8, text=False)
+    assert model.weights
+    assert asked == [{'dtype': 'bfloat16'}, {}]
+
+
 def test_the_directory_of_a_run_of_trax(capsys):
     code, printed = told(capsys, 'inspect', DATA / 'trax' / 'lm')
     assert code == 0 and 'Embedding' in printed

@@ -194,7 +194,8 @@ class Machine:
             raise ValueError('a dict has a key without a value')
         into = self.top(dict)
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if not isinstance(key, str | int):
+            is_number = isinstance(key, int) and abs(key) < 2**63  # a longer one is slow to look up
+            if not is_number and not isinstance(key, str):
                 _refuse('has as a key of a dict', key)
             into[key] = value
 

@@ -144,6 +144,7 @@ def test_persistent_ids_are_refused(saved, protocol):
         (b']]\x93.', 'takes for a name a list'),
         (b'}](K\x01K\x02u.', 'adds to a list'),
         (b'}]K\x01s.', 'has as a key of a dict a list'),
+        (b'}\x8a\x0a' + b'\x01' * 10 + b'K\x01s.', 'has as a key of a dict a int'),
         (b'))R.', 'calls a tuple'),
         (b'cnumpy\nndarray\n)R.', 'calls a ndarray'),
         (b'cbuiltins\nlist\n)R.', 'calls a list'),
