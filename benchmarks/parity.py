@@ -182,7 +182,7 @@ def peer_makes(folder, names):
             prompt = torch.tensor(inputs['input_ids'])
             writes = {'min_new_tokens': N_TOKENS, 'pad_token_id': 0, 'eos_token_id': None}
             if row.inputs == TRANSLATE:  # what pads may be written, as here
-                writes = {'pad_token_id': None, 'eos_token_id': 10**6, 'bad_words_ids': None}
+                writes = {'eos_token_id': 10**6, 'bad_words_ids': None, 'forced_eos_token_id': None}
             tokens = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
