@@ -36,20 +36,26 @@ class Numbers:
         return ''.join(f'{i} ' for i in ids)
 
 
+def widened(x):
+    return x.astype('float32') if x.dtype == 'bfloat16' else x
+
+
 def model_of(source, bits):
     """A model and its tokenizer: of a source, or of random weights."""
+    import jax
+
     import layercomb as lc
     from layercomb import models, transforms
 
     if source is not None:
-        from layercomb.launcher.sources import open_source
+        from layercomb.cli import trained
 
-        opened = open_source(source)
-        model, tokenizer = opened.model, opened.tokenizer
-    else:
-        net = models.TransformerLM(VOCAB, D_MODEL, D_FF, LAYERS, HEADS, MAX_LEN)
-        model = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'))
-        tokenizer = Numbers()
+        model, tokenizer = trained(source, bits=None if bits == 32 else bits)
+        if bits == 32:
+            model = lc.Model(model.layer, jax.tree.map(widened, model.weights), model.state)
+        return model, tokenizer
+    net = models.TransformerLM(VOCAB, D_MODEL, D_FF, LAYERS, HEADS, MAX_LEN)
+    model, tokenizer = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32')), Numbers()
     if bits < 32:
         narrow = transforms.quantize(model.layer, model.weights, bits=bits)
         model = lc.Model(*narrow, model.state)
