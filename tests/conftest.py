@@ -43,7 +43,7 @@ class Forced:
     """Engines of which a test says what they make: all that exist while the test runs."""
 
     def __init__(self, monkeypatch):
-        from layercomb.serving.scheduler import Row
+        from layercomb.serving.batching.scheduler import Row
 
         self._add = Row.add
         self._set = lambda add: monkeypatch.setattr(Row, 'add', add)

@@ -231,7 +231,7 @@ def _serve_options(add: Any) -> None:
     add('--port', type=int, default=8000, help='0 takes a free one (%(default)s)')
     add('--max_tokens', type=int, default=1024, help='that a request may ask for (%(default)s)')
     add('--max_prompt', type=int, default=8192, help='tokens of a prompt, at most (%(default)s)')
-    add('--max_concurrent', type=int, default=4, help='requests answered at once (%(default)s)')
+    add('--max_concurrent', type=int, default=8, help='choices decoded at once (%(default)s)')
     add(
         '--max_queue',
         type=int,

@@ -18,11 +18,11 @@ import numpy as np
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError
 from layercomb.model import Model, embeddings
+from layercomb.serving.batching.scheduler import Scheduler, busy
+from layercomb.serving.batching.slots import Decodable
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal, Request
 from layercomb.serving.running import Piece, Running, TokenScore
-from layercomb.serving.scheduler import Scheduler, busy
-from layercomb.serving.slots import Decodable
 from layercomb.supervised.decoding.prompts import check_bias, check_ids
 
 __all__ = ['Engine', 'Piece', 'Running', 'TokenScore']
@@ -50,19 +50,19 @@ class Engine:
         self._tokenizer = adapted(tokenizer, 'serving.app', must_decode=True)
         self.model = Decodable.of(model)
         self._limits = limits
-        self._scheduler = Scheduler(self.model, self._tokenizer, limits)
+        self.scheduler = Scheduler(self.model, self._tokenizer, limits)
         known = [embedding.vocab_size for _, embedding in embeddings(self.model.net)]
         self.vocab_size = min([*known, self._tokenizer.vocab_size])
 
     @property
     def n_running(self) -> int:
         """How many completions are being made."""
-        return self._scheduler.n_running
+        return self.scheduler.n_running
 
     @property
     def n_waiting(self) -> int:
         """How many completions wait for a place."""
-        return self._scheduler.n_waiting
+        return self.scheduler.n_waiting
 
     @property
     def max_len(self) -> int | None:
@@ -77,9 +77,9 @@ class Engine:
         Raises:
           UsageError: if the model makes no tokens, e.g. since its weights diverged.
         """
-        for n in self._scheduler.slots.sizes:
+        for n in self.scheduler.slots.sizes:
             running = Running(Request(((self._tokenizer.eos_id,),) * n, 2), silent=True)
-            self._scheduler.submit(running)
+            self.scheduler.submit(running)
             try:
                 for _ in running:
                     pass
@@ -94,7 +94,7 @@ class Engine:
         """
         self._check(request)
         running = Running(request)
-        self._scheduler.submit(running)
+        self.scheduler.submit(running)
         return running
 
     async def start(self, request: Request) -> Running:
@@ -106,32 +106,32 @@ class Engine:
         """
         self._check(request)
         running = Running(request, asyncio.get_running_loop())
-        self._scheduler.submit(running)
+        self.scheduler.submit(running)
         try:
             async with asyncio.timeout(self._limits.patience):
                 await running.begun()
         except TimeoutError:
-            if self._scheduler.withdraw(running):
+            if self.scheduler.withdraw(running):
                 raise busy() from None
         except asyncio.CancelledError:
             running.cancel()
-            self._scheduler.withdraw(running)
+            self.scheduler.withdraw(running)
             raise
         return running
 
     async def close(self) -> None:
         """Stops all completions, and waits until they have ended."""
         self.cancel()
-        await asyncio.to_thread(self._scheduler.shutdown)
+        await asyncio.to_thread(self.scheduler.shutdown)
 
     def stop(self) -> None:
         """Does what `close` does, outside of an event loop."""
         self.cancel()
-        self._scheduler.shutdown()
+        self.scheduler.shutdown()
 
     def cancel(self) -> None:
         """Ends all completions after their current tokens."""
-        self._scheduler.cancel()
+        self.scheduler.cancel()
 
     def _check(self, request: Request) -> None:
         longest, wanted = max(map(len, request.rows)), request.max_tokens

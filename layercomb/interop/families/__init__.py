@@ -31,6 +31,7 @@ PLACES: dict[str, str] = {
     'qwen2': 'qwen.QWEN',
     'qwen3': 'qwen.QWEN',
     'roberta': 'bert.ROBERTA',
+    't5': 't5.T5',
 }
 
 

@@ -194,7 +194,7 @@ def begun(net: Layer, trained: Tree) -> tuple[Axes, Leaves]:
     _check_counts(net, one, others[0])
     shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (one, *others)]
     found = zip(*shapes, _owners(one), strict=True)
-    leaves = tuple(_leaf(*of, (room, other), owner) for *of, owner in found)
+    leaves = tuple(_leaf(a, b, c, (room, other), owner) for a, b, c, owner in found)
     fresh = jax.tree.leaves(jax.jit(state(1, room))())
     can_seek = not any(map(_is_rest, leaves))
     return Axes(jax.tree.structure(one), leaves, can_seek), fresh

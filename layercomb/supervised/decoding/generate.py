@@ -102,9 +102,9 @@ def generate(
         logit_bias,
     )
     start = begin(model, prompts, n_tokens, inputs, eos_id)
-    made = _generate(
-        start, sampler, np.int32(n_tokens), as_id(eos_id), row_keys(rng, len(start.tokens))
-    )
+    check_bias(start.net, sampler)
+    keys = row_keys(rng, len(start.tokens))
+    made = _generate(start, sampler, np.int32(n_tokens), as_id(eos_id), keys)
     tokens = np.asarray(made)[:, : int(n_tokens)]
     check_drawn(tokens, 0)
     return tokens

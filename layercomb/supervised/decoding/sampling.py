@@ -142,7 +142,7 @@ class _Numbers(NamedTuple):
         made = [jnp.broadcast_to(jnp.asarray(x, jnp.float32), (n_rows,))[:, None] for x in scalars]
         ids = jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (n_rows, N_BIASES))
         biases = jnp.broadcast_to(jnp.asarray(biases, jnp.float32), (n_rows, N_BIASES))
-        return cls(*made, ids, biases)
+        return cls._make((*made, ids, biases))
 
     @property
     def penalized(self) -> jax.Array:

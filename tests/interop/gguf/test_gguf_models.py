@@ -107,6 +107,59 @@ def test_a_model_goes_out_and_comes_back(name, path):
     assert not [p for p in path.parent.iterdir() if p != path]
 
 
+@pytest.mark.parametrize('kind', ['F32', 'Q8_0'])
+def test_gpt2_comes_in(kind, path):
+    """Written by hand, as llama.cpp writes it: linear layers (out, in), queries to values fused."""
+    net = models.GPT2(96, 64, n_layers=2, n_heads=4, max_len=64)
+    weights, _ = net.init((lc.shape_dtype((1, 8), 'int32'),), jax.random.key(3))
+    w = {k: np.asarray(x) + 0.1 for k, x in lc.trees.flatten(weights).items()}
+    out = gguf.GGUFWriter(path, 'gpt2')
+    sizes = {'block_count': 2, 'context_length': 64, 'embedding_length': 64, 'feed_forward_length':
+             256, 'attention.head_count': 4}  # fmt: skip
+    for name, value in sizes.items():
+        out.add_uint32(f'gpt2.{name}', value)
+    out.add_float32('gpt2.attention.layer_norm_epsilon', 1e-5)
+
+    def add(name, x):
+        number = gguf.GGMLQuantizationType[kind if x.ndim == 2 and 'pos' not in name else 'F32']
+        x = np.ascontiguousarray(x, np.float32)
+        out.add_tensor(name, gguf.quants.quantize(x, number), raw_dtype=number)
+
+    at = 'block/attention/self_attention'
+    add('token_embd.weight', w['embedding/table'])
+    add('position_embd.weight', w['positions/table'])
+    for i in range(2):
+        qkv = [np.reshape(w[f'{at}/{n}/kernel'][i], (64, 64)).T for n in ('query', 'key', 'value')]
+        add(f'blk.{i}.attn_qkv.weight', np.concatenate(qkv))
+        qkv = [np.reshape(w[f'{at}/{n}/bias'][i], 64) for n in ('query', 'key', 'value')]
+        add(f'blk.{i}.attn_qkv.bias', np.concatenate(qkv))
+        for name, path_of in (
+            ('attn_output', f'{at}/output'),
+            ('ffn_up', 'block/feed_forward/dense'),
+            ('ffn_down', 'block/feed_forward/dense_1'),
+        ):
+            kernel = w[f'{path_of}/kernel'][i]
+            add(f'blk.{i}.{name}.weight', kernel.reshape(-1, kernel.shape[-1]).T)
+            add(f'blk.{i}.{name}.bias', w[f'{path_of}/bias'][i])
+        for name, path_of in (('attn_norm', 'attention'), ('ffn_norm', 'feed_forward')):
+            add(f'blk.{i}.{name}.weight', w[f'block/{path_of}/norm/scale'][i])
+            add(f'blk.{i}.{name}.bias', w[f'block/{path_of}/norm/bias'][i])
+    add('output_norm.weight', w['norm/scale'])
+    add('output_norm.bias', w['norm/bias'])
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    wide, _ = ours.load(path, dtype='float32')
+    narrow, _ = ours.load(path)
+    assert wide.layer == net
+    if kind == 'F32':
+        assert same(wide.weights, lc.trees.unflatten(w))
+    else:
+        assert lc.trees.flatten(narrow.weights)[f'{at}/query/kernel'].dtype == jnp.int8
+        np.testing.assert_allclose(narrow(IDS), wide(IDS), atol=2e-3)
+
+
 def test_names_and_order_are_those_of_llama_cpp(path):
     model = llama()
     ours.save(path, model)

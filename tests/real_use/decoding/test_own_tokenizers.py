@@ -54,6 +54,9 @@ class Pieces(Words):
         return ''.join(self.pieces[i] for i in ids).removeprefix(' ')
 
 
+GREEDY = decoding.Sampler(0)
+
+
 def other(**fields):
     return type('Other', (Words,), fields)()
 
@@ -175,17 +178,13 @@ def test_a_tokenizer_that_makes_no_text_is_refused_where_text_is_made(model, fie
 
 def test_a_tokenizer_without_incremental_decoding_serves_and_generates(model, capsys):
     application = serving.app(model, Words(), 'own')
-    tokens = decoding.generate(model, [[1, 2]], 6, sampling=decoding.Sampler(0), eos_id=0)[
-        0
-    ].tolist()
+    tokens = decoding.generate(model, [[1, 2]], 6, temperature=0, eos_id=0)[0].tolist()
     tokens = tokens[: tokens.index(0)] if 0 in tokens else tokens
-    answer = answered(application, Request(((1, 2),), 6, sampling=decoding.Sampler(0)))
+    answer = answered(application, Request(((1, 2),), 6, sampling=GREEDY))
     assert answer == ''.join(' ' + 'x' * i for i in tokens)
-    echoed = answered(application, Request(((1, 2),), 6, sampling=decoding.Sampler(0), echo=True))
+    echoed = answered(application, Request(((1, 2),), 6, sampling=GREEDY, echo=True))
     assert echoed == 'x xx' + answer
-    stopped = answered(
-        application, Request(((1, 2),), 6, sampling=decoding.Sampler(0), stop=(answer[2:4],))
-    )
+    stopped = answered(application, Request(((1, 2),), 6, sampling=GREEDY, stop=(answer[2:4],)))
     assert stopped == answer[: answer.find(answer[2:4])]
     given = prompts.given(model, 'a bb', Words())
     terminal.write_stream(

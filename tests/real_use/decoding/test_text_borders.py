@@ -22,7 +22,7 @@ from layercomb import cli, models, serving
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError
 from layercomb.launcher import terminal
-from layercomb.serving.completions import parse
+from layercomb.serving.openai.completions import parse
 from layercomb.serving.protocol import Refusal, Request
 from layercomb.serving.texts import Text
 
@@ -291,8 +291,8 @@ def test_ids_that_the_model_does_not_know_are_the_clients_fault(engine):
 
 def test_a_client_is_told_of_a_failure_and_of_the_end(model, forced):
     application = serving.app(model, ByteTokenizer(), 'tiny')
-    engine = application.state.engine
     error = UsageError('the logits are NaN at token 2 of row 0')
+    forced.failing(error, after=2)
     server = uvicorn.Server(
         uvicorn.Config(application, log_level='critical', ws='none', timeout_graceful_shutdown=1)
     )

@@ -27,7 +27,7 @@ from layercomb.serving.engine import Engine
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Request
 from layercomb.supervised import EvalTask, Loop, TrainTask, decoding
-from layercomb.supervised.decoding.sampling import Sampler
+from layercomb.supervised.decoding import Sampler
 
 V, L, B, D = 12, 8, 2, 8
 

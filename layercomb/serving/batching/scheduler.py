@@ -21,13 +21,14 @@ import numpy as np
 
 from layercomb.data.adapted import Adapted
 from layercomb.errors import UsageError
+from layercomb.serving.batching.prefixes import Block, Prefixes
+from layercomb.serving.batching.programs import NO_TOKEN, Drawn
+from layercomb.serving.batching.slots import Chosen, Decodable, Desk, Reading, Slots
 from layercomb.serving.limits import Limits
-from layercomb.serving.prefixes import Block, Prefixes
-from layercomb.serving.programs import NO_TOKEN, Drawn
 from layercomb.serving.protocol import Refusal
 from layercomb.serving.running import Piece, Running, TokenScore
-from layercomb.serving.slots import Chosen, Decodable, Desk, Reading, Slots
 from layercomb.serving.texts import Text
+from layercomb.supervised.decoding.keys import key
 from layercomb.supervised.decoding.sampling import diverged, stacked
 from layercomb.supervised.decoding.scoring import Alternatives
 
@@ -255,7 +256,7 @@ class Scheduler:
             if len(self._readings) + len(self._read) >= max(1, self.slots.n_free):
                 return
             group = self._groups.popleft()
-            self._guarded(group.running, lambda group=group: self._begin(group))
+            self._guarded(group.running, self._begin, group)
 
     def _begin(self, group: Group) -> None:
         request = group.running.request
@@ -295,9 +296,7 @@ class Scheduler:
         """Puts rows whose prompts are read into free slots."""
         while self._read:
             group = self._read[0]
-            if group.n_placed == 0 and not self._guarded(
-                group.running, lambda group=group: self._tell_prompts(group)
-            ):
+            if group.n_placed == 0 and not self._guarded(group.running, self._tell_prompts, group):
                 self._read.popleft()
                 continue
             while group.n_placed < len(group.rows) and self.slots.n_free:
@@ -322,11 +321,10 @@ class Scheduler:
 
     def _chosen(self, row: Row) -> Chosen:
         request = row.running.request
-        key = jax.random.fold_in(jax.random.key(request.seed), row.index)
+        own = jax.random.fold_in(key('seed', request.seed), row.index)
         held = np.zeros((1, self._model.vocab_size), np.int32)
         held[0, list(row.prompt)] = 1
-        data = np.asarray(jax.random.key_data(key))[None]
-        return Chosen(stacked([request.sampling]), data, held)
+        return Chosen(stacked([request.sampling]), jax.random.key_data(own)[None], held)
 
     def _ask(self) -> list[_Asked]:
         """Asks for the next token of each row; returns what was asked for before."""
@@ -347,7 +345,7 @@ class Scheduler:
             scores = jax.device_get(scores)
         for i, row in enumerate(asked.rows):
             if row is not None and not row.is_done and row.running in self._alive:
-                self._guarded(row.running, lambda i=i, row=row: self._add(row, token[i], scores, i))
+                self._guarded(row.running, self._add, row, token[i], scores, i)
         group = asked.group
         if group is not None and group.reading is not None and token[0] != NO_TOKEN:
             self._desk.end(group.reading)
@@ -395,9 +393,9 @@ class Scheduler:
             return
         known = (*row.prompt, *row.made[:-1])  # the last token has not been read
         keys = self.prefixes.keys(known)
-        for i, key in enumerate(keys):
-            if self.prefixes.wants(key):
-                self.prefixes.keep(key, Block(self.slots.block(row, i), None))
+        for i, each in enumerate(keys):
+            if self.prefixes.wants(each):
+                self.prefixes.keep(each, Block(self.slots.block(row, i), None))
 
     def _end(self, row: Row) -> None:
         """Ends a row, and its completion with the last of them."""
@@ -422,10 +420,10 @@ class Scheduler:
             running.post(error)
         running.post(None)
 
-    def _guarded(self, running: Running, act: Callable[[], Any]) -> bool:
+    def _guarded(self, running: Running, act: Callable[..., Any], *args: Any) -> bool:
         """Does something for one completion; an error ends this one alone. Whether it went well."""
         try:
-            act()
+            act(*args)
         except Exception as e:
             self._finish(running, _refusal(e))
             return False

@@ -18,8 +18,8 @@ import numpy as np
 
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
-from layercomb.serving.prefixes import Block, Prefixes
-from layercomb.serving.programs import Drawn, Programs, Rows, programs
+from layercomb.serving.batching.prefixes import Block, Prefixes
+from layercomb.serving.batching.programs import Drawn, Programs, Rows, programs
 from layercomb.supervised.decoding.axes import BLOCK, Axes, Leaves, begun
 from layercomb.supervised.decoding.prompts import (
     Start,
@@ -188,10 +188,10 @@ class Reading:
     def _next_size(self) -> int:
         left = len(self._ids) - self.taken
         fits = self.room - self.taken
-        if self._scored:  # whose logits exist for all positions of a piece
-            sizes: tuple[int, ...] = (BLOCK, *_TAILS)
-        else:
-            sizes = (_LONG_PIECE, BLOCK, *_TAILS)
+        sizes: tuple[int, ...] = (BLOCK, *_TAILS)
+        if self._model.axes.can_seek and not self._scored:
+            # Elsewhere what is kept ends with each block, or logits exist for all of a piece.
+            sizes = (_LONG_PIECE, *sizes)
         if self._model.axes.can_seek:
             padded = (size for size in (_SHORT_PIECE, BLOCK) if left <= size <= fits)
             if (size := next(padded, None)) is not None:
@@ -214,7 +214,8 @@ class Reading:
         model, ids = self._model, np.asarray([self._ids], np.int32)
         lengths = np.array([ids.shape[1]], np.int32)
         weights = jax.tree.unflatten(model.structure, model.weights)
-        start = Start(model.net, self.room, weights, model.trained, (), ids, lengths)
+        arrays = jnp.asarray(ids), jnp.asarray(lengths)
+        start = Start(model.net, self.room, weights, model.trained, (), *arrays)
         self.logits, state = _whole(start)
         self.leaves, self.taken = jax.tree.leaves(state), len(self._ids)
         if self._scored:
@@ -373,7 +374,7 @@ class Chosen(NamedTuple):
 
     sampler: Sampler
     keys: jax.Array
-    held: jax.Array
+    held: np.ndarray
 
 
 class Desk:
@@ -401,7 +402,7 @@ class Desk:
         drawn, held = self._model.programs.first(
             reading.logits, chosen.held, chosen.keys, chosen.sampler, np.bool_(wants_scores)
         )
-        step = np.ones(1, np.int32)
+        step = jnp.ones(1, jnp.int32)
         row = Rows(reading.leaves, drawn.token, held, chosen.keys, step, chosen.sampler)
         return drawn, row
 
