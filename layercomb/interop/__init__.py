@@ -22,13 +22,17 @@ def load(path: str | Path, **options: Any) -> tuple[Model, Any]:
     Raises:
       UsageError: if it cannot be read, see the readers.
     """
-    from layercomb.interop import gguf, huggingface, trax
-
     name = str(path)
     if name.endswith('.gguf'):
+        from layercomb.interop import gguf
+
         return gguf.load(path, **options)
     if name.endswith('.pkl.gz'):
+        from layercomb.interop import trax
+
         return trax.load(path, **options)
+    from layercomb.interop import huggingface
+
     return huggingface.load(path, **options)
 
 
@@ -49,12 +53,14 @@ def save(
     Raises:
       UsageError: if the model is of no family, or the files cannot be written.
     """
-    from layercomb.interop import gguf, huggingface
-
     if str(path).endswith('.gguf'):
+        from layercomb.interop import gguf
+
         return gguf.save(path, model, tokenizer, dtype=dtype)
     if Path(path).suffix in ('.bin', '.safetensors', '.pkl', '.gz'):
         raise UsageError(
             f'{str(path)!r} is no form that is written: give a .gguf file, or a directory'
         )
+    from layercomb.interop import huggingface
+
     return huggingface.save(path, model, tokenizer, dtype=dtype)

@@ -38,18 +38,32 @@ def save_weights(path: str | Path, weights: Mapping[str, Any]) -> None:
     Raises:
       UsageError: if safetensors is not installed, or the file cannot be written.
     """
-    numpy = require('safetensors.numpy', 'export')
-    from safetensors import SafetensorError
-
     file = paths.local(path, 'path')
     arrays = {  # the format has no strides, so a view would be written in the wrong order
         name: np.array(jax.device_get(x), order='C') for name, x in trees.flatten(weights).items()
     }
+    write_tensors(file, arrays, {'format': 'layercomb'})
+
+
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], about: dict[str, str]) -> None:
+    """Writes arrays as one file.
+
+    Args:
+      path: absolute; an existing file is replaced.
+      arrays: by name, in C order.
+      about: the metadata of the file.
+
+    Raises:
+      UsageError: if safetensors is not installed, or the file cannot be written.
+    """
+    numpy = require('safetensors.numpy', 'export')
+    from safetensors import SafetensorError
+
     with machine_errors('free some space, or write elsewhere'):
         try:
-            numpy.save_file(arrays, file, {'format': 'layercomb'})
+            numpy.save_file(dict(arrays), path, about)
         except SafetensorError as e:
-            raise _of_the_system(e, file) from None
+            raise _of_the_system(e, path) from None
 
 
 def load_weights(path: str | Path) -> dict[str, Any]:
@@ -124,7 +138,7 @@ def read_tensors(path: Path) -> dict[str, Stored]:
 
 def _offset(item: tuple[str, Any]) -> tuple[int, int]:
     """What tensors are sorted by; entries of another form come first, and are refused then."""
-    offsets = item[1].get('data_offsets') if isinstance(item[1], dict) else None
+    offsets: Any = item[1].get('data_offsets') if isinstance(item[1], dict) else None
     if not are_sizes(offsets) or len(offsets) != 2:
         return -1, -1
     return offsets[0], offsets[1]

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any, Protocol
 
 import jax
@@ -125,7 +126,7 @@ def fill(
       entries: one or several for each weight.
       tensors: by name.
       ignored: patterns of names that hold nothing to load, such as a table of sines.
-      dtype: of the weights.
+      dtype: of the weights, or a function from a path to the dtype of that weight.
 
     Returns:
       The weights, a nested dict of JAX arrays.
@@ -139,7 +140,8 @@ def fill(
     for entry in entries:
         like = flat[entry.ours]
         shape = like.shape if entry.layers is None else like.shape[1:]
-        stack = np.empty((len(entry.names), *shape), jnp.dtype(dtype))
+        given = dtype(entry.ours) if isinstance(dtype, FunctionType) else dtype
+        stack = np.empty((len(entry.names), *shape), jnp.dtype(given))
         for i, names in enumerate(entry.all_names):
             tensor = entry.cut(_read(names, tensors))
             stack[i] = (tensor.T if entry.transposed else tensor).reshape(shape)

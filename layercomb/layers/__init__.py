@@ -13,6 +13,7 @@ from layercomb.layers.attention.lsh.function import lsh_attention
 from layercomb.layers.attention.lsh.hashing import lsh_buckets
 from layercomb.layers.attention.lsh.layer import LSHAttention, LSHSelfAttention
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
+from layercomb.layers.attention.relative import RelativeBias
 from layercomb.layers.basic.activations import (
     Activation,
     Elu,
@@ -208,6 +209,7 @@ __all__ = [
     'Perplexity',
     'Position',
     'RMSNorm',
+    'RelativeBias',
     'Relu',
     'Relu2',
     'Remat',

@@ -143,7 +143,7 @@ def grouped_attention(
         out_bias=biases[1],
         query_norm=norm,
         key_norm=norm,
-        **({} if window is None else {'window': window}),
+        window=window,
         rotary=rotary,
         **options,
     )

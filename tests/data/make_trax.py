@@ -13,6 +13,7 @@ are any, greedy continuations.
 
 import importlib.abc
 import importlib.machinery
+import json
 import os
 import pathlib
 import sys
@@ -283,9 +284,33 @@ def lsh_layer():
     )
 
 
+def subwords():
+    """A vocabulary, texts, and their ids."""
+    from trax.data import text_encoder
+
+    alphabet = '\\\\_u;0123456789abcdefghijklmnopqrstuvwxyzTHé .,-\'"'
+    words = ['<pad>_', '<EOS>_', 'the_', 'he', 'th', 'ing_', ', _', ' - _', 'und', '._']
+    (OUT / 'tiny.subword').write_text(
+        '\n'.join(f"'{word}'" for word in [*words, *alphabet]) + '\n', encoding='utf-8'
+    )
+    encoder = text_encoder.SubwordTextEncoder(str(OUT / 'tiny.subword'))
+    texts = [
+        'The thing, he said - understanding.',
+        ' two  blanks, é and ß and 字;\ta_b\\c\n"end" ',
+        '',
+        ' ',
+        'a b',
+        "12'34 & 56 _",
+    ]
+    made = [(text, [int(i) for i in encoder.encode(text)]) for text in texts]
+    assert all(encoder.decode(ids) == text for text, ids in made)
+    (OUT / 'tiny.subword.json').write_text(json.dumps(made, ensure_ascii=True, indent=1))
+
+
 if __name__ == '__main__':
     print('jax', jax.__version__)
     for name, text in RUNS.items():
         run(name, text)
     whole_pickle()
     lsh_layer()
+    subwords()

@@ -9,27 +9,29 @@ from typing import Any
 
 from layercomb.errors import UsageError
 from layercomb.interop.configs import Config
+from layercomb.interop.evaluated import evaluated
 from layercomb.interop.tensors import Entry
 from layercomb.layers.core.layer import Layer
 from layercomb.shapes import Signature, shape_dtype
 
-# The module of each family, by the model_type of its config.json; imported when it is needed. It
-# has the families by model_type, as FAMILIES.
-MODULES: dict[str, str] = {
-    'albert': 'bert',
-    'bert': 'bert',
-    'fnet': 'bert',
-    'gemma2': 'gemma',
-    'gemma3': 'gemma',
-    'gemma3_text': 'gemma',
-    'gpt2': 'gpt2',
-    'llama': 'llama',
-    'marian': 'marian',
-    'mistral': 'llama',
-    'phi3': 'phi',
-    'qwen2': 'qwen',
-    'qwen3': 'qwen',
-    'roberta': 'bert',
+# Where each family is, module and name, by the model_type of a config.json; it is imported when it
+# is needed.
+PLACES: dict[str, str] = {
+    'albert': 'bert.ALBERT',
+    'bert': 'bert.BERT',
+    'fnet': 'bert.FNET',
+    'gemma2': 'gemma.GEMMA',
+    'gemma3': 'gemma.GEMMA',
+    'gemma3_text': 'gemma.GEMMA',
+    'gpt2': 'gpt2.GPT2',
+    'llama': 'llama.LLAMA',
+    'marian': 'marian.MARIAN',
+    'mistral': 'llama.LLAMA',
+    'phi3': 'phi.PHI',
+    'qwen2': 'qwen.QWEN',
+    'qwen3': 'qwen.QWEN',
+    'roberta': 'bert.ROBERTA',
+    't5': 't5.T5',
 }
 
 
@@ -70,10 +72,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
       UsageError: if it is unknown, listing those known.
     """
     kind = config.get('model_type')
-    if not isinstance(kind, str) or kind not in MODULES:
+    if not isinstance(kind, str) or kind not in PLACES:
         raise UsageError(
             f'config.json describes a model of type {kind!r}, and known are '
-            f'{", ".join(sorted(MODULES))}: convert one of those'
+            f'{", ".join(sorted(PLACES))}: convert one of those'
         )
     return _imported(kind)
 
@@ -84,13 +86,15 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
     A configuration is right if it makes an equal model, so each family is tried and proved.
 
     Args:
-      net: a model as the family makes it, or an equal one.
+      net: a model as the family makes it, or an equal one. What matters in training alone, such as
+        dropout, may differ.
 
     Raises:
       UsageError: if no family makes this model.
     """
+    net = evaluated(net)
     tried: list[str] = []
-    for kind in MODULES:
+    for kind in PLACES:
         family = _imported(kind)
         if family.name in tried:
             continue
@@ -108,7 +112,6 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
 
 
 def _imported(kind: str) -> Family:
-    module = importlib.import_module(f'{__name__}.{MODULES[kind]}')
-    families: dict[str, Family] = getattr(module, 'FAMILIES', {})
-    family: Family = families[kind] if families else module.FAMILY
+    module, _, name = PLACES[kind].partition('.')
+    family: Family = getattr(importlib.import_module(f'{__name__}.{module}'), name)
     return family

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from layercomb import models
 from layercomb.errors import UsageError
 from layercomb.interop.configs import Config
 from layercomb.interop.families import Family
@@ -13,8 +14,6 @@ from layercomb.interop.tensors import Entry
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
-from layercomb.models.bert import BERT
-from layercomb.models.fnet import FNet
 from layercomb.shapes import Signature, shape_dtype
 
 
@@ -165,14 +164,14 @@ def _bert(names: Names, config: Config) -> Layer:
         for name in ('net_structure_type', 'gap_size', 'num_memory_blocks', 'down_scale_factor'):
             config.get(name)  # of the first release; nothing reads them
         given |= {'d_embedding': config.count('embedding_size', 128), 'shared': True}
-    net: Layer = BERT(**given)
+    net: Layer = models.BERT(**given)
     return net
 
 
 def _fnet(names: Names, config: Config) -> Layer:
     for name in ('use_tpu_fourier_optimizations', 'tpu_short_seq_length'):
         config.get(name)  # how it is computed, not what
-    net: Layer = FNet(**_common(names, config))
+    net: Layer = models.FNet(**_common(names, config))
     return net
 
 
@@ -274,4 +273,7 @@ def _family(names: Names) -> Family:
     )
 
 
-FAMILIES = {names.kind: _family(names) for names in (_BERT, _ROBERTA, _ALBERT, _FNET)}
+BERT = _family(_BERT)
+ROBERTA = _family(_ROBERTA)
+ALBERT = _family(_ALBERT)
+FNET = _family(_FNET)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from layercomb import models
 from layercomb.interop.configs import Config
 from layercomb.interop.families import Family
 from layercomb.interop.families.names import ACTIVATIONS, WORDS
@@ -12,7 +13,6 @@ from layercomb.interop.tensors import Entry
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
-from layercomb.models.gpt2 import GPT2
 from layercomb.transforms.tying import Tied
 
 _ATTENTION, _FEEDING = 'block/attention', 'block/feed_forward'
@@ -28,7 +28,7 @@ def _net(config: Config) -> Layer:
         config.get(name)
     for name in ('type', 'use_proj', 'activation', 'proj_to_labels', 'first_dropout'):
         config.get(f'summary_{name}')
-    net: Layer = GPT2(
+    net: Layer = models.GPT2(
         vocab_size=config.count('vocab_size', 50257),
         d_model=config.count('n_embd', 768),
         d_ff=None if config.get('n_inner') is None else config.count('n_inner'),
@@ -104,7 +104,5 @@ def _config(net: Layer) -> dict[str, Any]:
     }
 
 
-# Masks, which old files hold.
-FAMILIES = {
-    'gpt2': Family('gpt2', _net, _entries, _config, ignored=(r'.*\.attn\.(masked_)?bias',)),
-}
+# Ignored are masks, which old files hold.
+GPT2 = Family('gpt2', _net, _entries, _config, ignored=(r'.*\.attn\.(masked_)?bias',))

@@ -8,6 +8,7 @@ from layercomb.interop.configs import Config
 from layercomb.interop.families import Family
 from layercomb.interop.families.names import ACTIVATIONS, WORDS, dense, norm
 from layercomb.interop.tensors import Entry
+from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.models.marian import Marian
@@ -95,9 +96,7 @@ def _config(net: Layer) -> dict[str, Any]:
 
 def _depth(net: Layer, side: str) -> int:
     """How many blocks one side has."""
-    return next(
-        x.n for path, x in walk(net) if path == f'{side}/block' and hasattr(x, 'stacked_axes')
-    )
+    return next(x.n for path, x in walk(net) if path == f'{side}/block' and isinstance(x, Repeat))
 
 
 def _signature(net: Layer) -> Signature:
@@ -107,17 +106,15 @@ def _signature(net: Layer) -> Signature:
     return ids, ids, shape_dtype((1, 8), bool)
 
 
-FAMILIES = {
-    'marian': Family(
-        name='marian',
-        net=_net,
-        entries=_entries,
-        config=_config,
-        signature=_signature,
-        ignored=(
-            # The table again, and sines that are computed.
-            r'model\.(encoder|decoder)\.embed_(tokens|positions)\.weight',
-            r'lm_head\.weight',
-        ),
-    )
-}
+MARIAN = Family(
+    name='marian',
+    net=_net,
+    entries=_entries,
+    config=_config,
+    signature=_signature,
+    ignored=(
+        # The table again, and sines that are computed.
+        r'model\.(encoder|decoder)\.embed_(tokens|positions)\.weight',
+        r'lm_head\.weight',
+    ),
+)

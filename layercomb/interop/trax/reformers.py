@@ -148,10 +148,22 @@ def _kinds(shapes: list[Shape], known: Parameters, d: int) -> list[Kind]:
                 f'{", ".join(ATTENTION)}'
             )
     found += [found[0]] * (n - len(found))
-    return [
-        dataclasses.replace(kind, name=names[i % len(names)] or kind.name)
-        for i, kind in enumerate(found[:n])
-    ]
+    return [_said(kind, names[i % len(names)], known) for i, kind in enumerate(found[:n])]
+
+
+def _said(kind: Kind, name: str | None, known: Parameters) -> Kind:
+    """The attention of a block, as the parameters say where they say something."""
+    name = name or kind.name
+    if name == 'CausalAttention':
+        return Kind(name)
+    h, k, v = kind.n_heads or 1, kind.d_qk or 1, kind.d_v or 1
+    return Kind(
+        name,
+        known.size('ReformerLM', 'n_heads', h),
+        known.size('ReformerLM', 'd_attention_key', k),
+        known.size('ReformerLM', 'd_attention_value', v),
+        name == 'SelfAttention' and bool(known.get(name, 'bias', kind.has_bias)),
+    )
 
 
 def _kind(shapes: list[Shape], d: int) -> tuple[Kind | None, int]:

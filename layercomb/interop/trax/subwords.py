@@ -8,7 +8,7 @@ import io
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +19,7 @@ from layercomb.data.tokenizers import as_document
 from layercomb.errors import UsageError, machine_errors
 
 LENGTH = 2**26  # of a file; those of Trax have some hundred thousand bytes
+_ESCAPES = '\\_u;0123456789'  # what escapes are written with
 _ESCAPED = re.compile(r'\\u|\\\\|\\([0-9]+);')
 
 
@@ -56,7 +57,7 @@ class SubwordTokenizer:
         text = as_document(text)
         if isinstance(text, bytes):
             text = text.decode('utf-8', 'ignore')
-        ids = [i for word in _words(text) for i in self._of_word(self._escaped(word))]
+        ids = [i for word in _words(text) for i in self._of_word(word)]
         return np.asarray(ids, np.int32)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
@@ -77,29 +78,35 @@ class SubwordTokenizer:
 
     @functools.cached_property
     def _letters(self) -> frozenset[str]:
-        return frozenset(''.join(self.subwords)) | frozenset('\\_u;0123456789')
+        return frozenset(''.join(self.subwords)) | frozenset(_ESCAPES)
 
     @functools.cached_property
     def _longest(self) -> int:
         return max(map(len, self.subwords))
 
-    def _escaped(self, word: str) -> str:
-        word = word.replace('\\', '\\\\').replace('_', '\\u')
-        letters = (c if c in self._letters and c != '\n' else f'\\{ord(c)};' for c in word)
-        return ''.join(letters) + '_'
+    def _of_word(self, word: str) -> list[int]:
+        """The ids of a word. Letters that occur in longer subwords alone are escaped if need be."""
+        alone = self._letters & self._ids.keys()
+        for letters in (self._letters, alone):
+            ids = self._longest_first(_escaped(word, letters))
+            if ids is not None:
+                return ids
+        missing = ''.join(sorted(set(_ESCAPES) - alone))
+        raise ValueError(
+            f'the vocabulary has no subwords for {missing!r}, which those of Trax have: check it'
+        )
 
-    def _of_word(self, word: str) -> Iterator[int]:
-        start = 0
+    def _longest_first(self, word: str) -> list[int] | None:
+        """The ids of an escaped word; None if it has a letter that no subword is."""
+        ids, start = [], 0
         while start < len(word):
             ends = range(min(len(word), start + self._longest), start, -1)
             end = next((end for end in ends if word[start:end] in self._ids), None)
             if end is None:
-                raise ValueError(
-                    f'the vocabulary has no subword for {word[start]!r}, as those of Trax have: '
-                    'check the file'
-                )
-            yield self._ids[word[start:end]]
+                return None
+            ids.append(self._ids[word[start:end]])
             start = end
+        return ids
 
 
 class WordDecoder:
@@ -173,6 +180,12 @@ def _words(text: str) -> Iterator[str]:
     for i, run in enumerate(runs):
         if run != ' ' or i in (0, len(runs) - 1):
             yield run
+
+
+def _escaped(word: str, letters: Set[str]) -> str:
+    """A word in the given letters, and in numbers of others, ended by ``_``."""
+    word = word.replace('\\', '\\\\').replace('_', '\\u')
+    return ''.join(c if c in letters and c != '\n' else f'\\{ord(c)};' for c in word) + '_'
 
 
 def _unescaped(word: str) -> str:

@@ -48,6 +48,8 @@ class DotProductAttention(Layer):
       scale: factor of the scores, 1/√K if None.
       softcap: c, which makes scores, after the scale, c·tanh(scores / c); None for no cap.
       window: how many positions one sees, itself included; causal only. None for all before it.
+      relative: whether the fourth input is a bias (N, H) of the scores for each distance, which
+        `RelativeBias` makes; a mask then comes after it.
 
     Raises:
       ValueError: for a window without `causal`.
@@ -60,9 +62,10 @@ class DotProductAttention(Layer):
     scale: float | None = None
     softcap: Positive | None = None
     window: Size | None = None
+    relative: bool = False
 
     position_wise = False
-    n_in = property(lambda self: 3 + self.masked)
+    n_in = property(lambda self: 3 + self.relative + self.masked)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +81,8 @@ class DotProductAttention(Layer):
         """No weights. The state is a `KVCache` in ``PREDICT`` if causal, else ``{}``.
 
         Args:
-          signature: of q (B, H, L, K), k (B, G, M, K), v (B, G, M, V) and, if masked, mask (B, M).
+          signature: of q (B, H, L, K), k (B, G, M, K), v (B, G, M, V), bias (N, H) if relative, and
+            mask (B, M) if masked.
           rng: not used.
           mode: see `Mode`.
         """
@@ -94,31 +98,27 @@ class DotProductAttention(Layer):
         Args:
           weights: ``{}``.
           state: in ``PREDICT``, if causal, a `KVCache` with room for M positions.
-          inputs: q (B, H, L, K), k (B, G, M, K), v (B, G, M, V) and, if masked, mask (B, M) bool.
-            With a cache all of them hold the next T positions.
+          inputs: q (B, H, L, K), k (B, G, M, K), v (B, G, M, V), bias (N, H) if relative, and mask
+            (B, M) bool if masked. With a cache all but the bias hold the next T positions.
           rng: a typed key, needed in training with dropout.
           mode: see `Mode`.
 
         Raises:
           ValueError: if shapes do not fit, the cache overflows, or dropout has no key.
         """
-        q, k, v, *mask = inputs
+        q, k, v, *more = inputs
+        bias = more.pop(0) if self.relative else None
+        mask = more.pop() if self.masked else None
         if mode is Mode.PREDICT and self.causal:
-            return self._extend(held(state, KVCache), q, k, v, *mask)
-        y = dot_product_attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            window=self.window,
-            mask=mask[0] if mask else None,
-            scale=self.scale,
-            softcap=self.softcap,
-            **dropout_arguments(self.dropout, rng, mode),
-        )
-        return (y,), state
+            return self._extend(held(state, KVCache), q, k, v, mask, bias)
+        dropout = dropout_arguments(self.dropout, rng, mode)
+        return (self._attend(q, k, v, causal=self.causal, mask=mask, bias=bias, **dropout),), state
 
-    def _extend(self, cache: KVCache, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+    def _attend(self, q: Any, k: Any, v: Any, **given: Any) -> jax.Array:
+        options: Any = {'window': self.window, 'scale': self.scale, 'softcap': self.softcap}
+        return dot_product_attention(q, k, v, **options, **given)
+
+    def _extend(self, cache: KVCache, q: Any, k: Any, v: Any, mask: Any, bias: Any) -> Any:
         position, length, room = cache.position.rows, q.shape[2], cache.room
         refuse_overflow(position, length, room)
         cache = cache.append(position, k=k, v=v, mask=mask)
@@ -130,17 +130,7 @@ class DotProductAttention(Layer):
             keys, values = pieces(keys, start, size), pieces(values, start, size)
             real = None if real is None else pieces(real, start, size)
             offset = position - start
-        y = dot_product_attention(
-            q,
-            keys,
-            values,
-            causal=True,
-            window=self.window,
-            mask=real,
-            offset=offset,
-            scale=self.scale,
-            softcap=self.softcap,
-        )
+        y = self._attend(q, keys, values, causal=True, mask=real, offset=offset, bias=bias)
         return (poison_overflow(y, position, length, room),), cache
 
 
@@ -312,7 +302,11 @@ class LocalAttention(Layer):
         return jax.vmap(take)(y, at)
 
 
-by_head.register(DotProductAttention)(as_it_is)
+@by_head.register(DotProductAttention)
+def _unless_relative(layer, weights):
+    return None if layer.relative else weights  # a bias is of all heads
+
+
 by_head.register(LocalAttention)(as_it_is)
 
 
@@ -375,10 +369,11 @@ class OfItself(DenseHeads):
 
         Args:
           call: as of `Combinator.route`.
-          stack: x (B, L, D) and, if masked, mask (B, L) bool; then any others, which stay.
+          stack: x (B, L, D), the other inputs of the core, e.g. a mask (B, L) bool; then any
+            others, which stay.
         """
-        x, *mask = stack[: self.n_in]
-        return attend(self, call, x, x, *mask) + stack[self.n_in :]
+        x, *more = stack[: self.n_in]
+        return attend(self, call, x, x, *more) + stack[self.n_in :]
 
 
 class SelfAttention(OfItself):
@@ -395,6 +390,8 @@ class SelfAttention(OfItself):
       dropout: share of the probabilities set to zero in training, in [0, 1).
       rotary: positions applied to queries and keys, e.g. `RotaryPositions()`.
       window: position t sees positions t − window + 1 … t only; causal only. None for all before.
+      relative: whether the second input is a bias (N, H) of the scores for each distance, as of
+        `RelativeBias`, which tells how a T5 stack is made of it; a mask then comes after it.
       query, key, value, core, output: the parts, to be replaced; None for the default ones.
       n_kv_heads: G, heads of keys and values, which H/G heads of queries each share (grouped-query
         attention); it divides H. None for H. Decoding caches hold G heads.
@@ -417,8 +414,10 @@ class SelfAttention(OfItself):
     causal: bool = True
     _: KW_ONLY
     window: Size | None = None
+    relative: bool = False
 
-    shown_before = {**OfItself.shown_before, 'window': 'd_head'}
+    shown_before = {**OfItself.shown_before, 'window': 'd_head', 'relative': 'd_head'}
+    n_in = property(lambda self: 1 + self.relative + self.masked)
 
     def parts(self) -> dict[str, Layer]:
         """The default parts, around a `DotProductAttention`."""
@@ -429,6 +428,7 @@ class SelfAttention(OfItself):
             scale=self.scale,
             softcap=self.softcap,
             window=self.window,
+            relative=self.relative,
         )
         return heads(self, core)
 

@@ -24,7 +24,7 @@ TEXTS = [
     'naïve café, Grüße aus Köln; Übergrößenträger; «Привет, мир» 你好，世界 こんにちは 안녕',
     '  leading, trailing  and   several    spaces \t tabs\n \n  \r\n mixed \n\n',
     '👩‍💻 🇪🇺 emoji ✓ ½ ² ³ ① Ⅷ ٣٤ १२ math: ∑ α≤β',
-    'e\u0301 composed é; don\u2019t; I\'M; they\'Re; $100,000.00 a_b-c/d\\e@f.g <|end|> </s> <turn>',
+    "e\u0301 composed é; don\u2019t; I'M; they'Re; $100,000.00 a_b-c/d\\e@f.g <|end|> </s> <turn>",
     '1 22 333 4444 55555 1,234,567 0x1F 3e-5 v1.2.3 2026-11-28T08:24:12',
     '\u00a0nbsp\u2003em\u200bzero\ufeff\x00\x01control\x7f',
     '',
@@ -56,8 +56,22 @@ def of_pieces():
     """Tokens, types and scores."""
     special = ['<unk>', '<s>', '</s>']
     in_bytes = [f'<0x{i:02X}>' for i in range(256)]
-    words = '▁the ▁and ▁world ▁Hello Hello ▁return ▁comment lea ▁leading spaces ▁spaces'.split()
-    letters = sorted({c for text in (*TEXTS[:2], *words) for c in text if c not in ' \n\t'} | {'▁', 'é', 'ü'})
+    words = [
+        '▁the',
+        '▁and',
+        '▁world',
+        '▁Hello',
+        'Hello',
+        '▁return',
+        '▁comment',
+        'lea',
+        '▁leading',
+        'spaces',
+        '▁spaces',
+    ]
+    letters = sorted(
+        {c for text in (*TEXTS[:2], *words) for c in text if c not in ' \n\t'} | {'▁', 'é', 'ü'}
+    )
     merged = {w[:i] for w in words for i in range(2, len(w) + 1)}
     merged |= {w[i:] for w in words for i in range(len(w) - 1) if len(w) - i < 4}
     merged = sorted(merged | {'▁▁', '▁▁▁▁', '▁t', 'th', 'he', 'er', 'in', '▁a'}, key=len)

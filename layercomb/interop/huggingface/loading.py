@@ -1,0 +1,156 @@
+"""`load`: a model and its tokenizer from a directory of Hugging Face."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from layercomb import paths, trees
+from layercomb.errors import UsageError, usage_errors
+from layercomb.interop.configs import Config
+from layercomb.interop.families import family_of
+from layercomb.interop.huggingface.shards import tensors_in
+from layercomb.interop.huggingface.vocabulary_files import tokenizer_in
+from layercomb.interop.memory import check_fits
+from layercomb.interop.stored import read_json
+from layercomb.interop.tensors import fill, shapes_of
+from layercomb.interop.tokenizer import PretrainedTokenizer
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.walk import walk
+from layercomb.layers.quantized.matrix import narrow
+from layercomb.model import Model, embeddings
+from layercomb.transforms.narrowing import hold_narrow
+from layercomb.transforms.quantization import bare, narrow_axes
+from layercomb.transforms.tying import Tied
+from layercomb.transforms.weight_axes import holder
+from layercomb.trees import Tree
+
+CONFIG = 'config.json'
+DTYPES = ('float32', 'bfloat16')
+_MOST = 2**31 - 1  # of any size in a config.json
+_DEEPEST = 10_000
+
+
+def load(
+    directory: str | Path, *, dtype: str = 'float32'
+) -> tuple[Model, PretrainedTokenizer | None]:
+    """Reads a model and its tokenizer from a directory that transformers can read.
+
+    That is ``config.json``, weights as ``model.safetensors`` or ``pytorch_model.bin``, in one file
+    or several with an index, and a tokenizer: ``tokenizer.json``, or a sentencepiece model.
+    ``generation_config.json`` and a chat template are read if they are there. Nothing in them is
+    run, and files are mapped.
+
+    Args:
+      directory: the path.
+      dtype: of the weights. 'float32' is for training and everything else. 'bfloat16' halves the
+        large matrices, which are read without a float32 copy: `transforms.Quantized` layers hold
+        them, for decoding and evaluation, and compute in float32.
+
+    Returns:
+      (model, tokenizer); the tokenizer is None if the directory has none.
+
+    Raises:
+      UsageError: if a file is missing or damaged; for an unknown family, listing those known; for
+        an entry of config.json that is not understood; if tensors are missing, left over or
+        misshapen, naming them together; if the tokenizer has more ids than the model; if the
+        weights do not fit into the free memory.
+
+    References:
+      Wolf et al., Transformers, 2020, https://arxiv.org/abs/1910.03771
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f'dtype={dtype!r}: give {" or ".join(DTYPES)}')
+    path = paths.local(directory, 'directory')
+    if not path.is_dir():
+        raise UsageError(f'{str(path)!r} is no directory: give that of a model, with {CONFIG}')
+    config = read_json(path / CONFIG)
+    family = family_of(config)
+    _check_sizes(config)
+    tensors = tensors_in(path)
+    asked = Config({**config, **_pooling(path)})
+    with usage_errors():
+        net = family.net(asked)
+        asked.check_read(family.name)
+        entries = family.entries(asked)
+        shapes = shapes_of(net, family.signature(net))
+    tokenizer = tokenizer_in(path, config)
+    check_vocabulary(net, tokenizer)
+    check_fits(_peak(shapes, dtype), repr(paths.shown(path)))
+    half = _halved(net, shapes) if dtype == 'bfloat16' else {}
+    weights = fill(
+        net,
+        shapes,
+        entries,
+        tensors,
+        ignored=family.ignored,
+        dtype=lambda name: 'bfloat16' if name in half else 'float32',
+    )
+    return Model(*(_narrowed(net, weights, half) if half else (net, weights))), tokenizer
+
+
+def check_vocabulary(net: Layer, tokenizer: PretrainedTokenizer | None) -> None:
+    """Checks that a model knows all ids of a tokenizer; it may have more, as padding.
+
+    Args:
+      net: the model.
+      tokenizer: its tokenizer; None for none.
+
+    Raises:
+      UsageError: if the tokenizer has more ids.
+    """
+    sizes = [embedding.vocab_size for _, embedding in embeddings(net)][:1]
+    if tokenizer is not None and sizes and tokenizer.vocab_size > sizes[0]:
+        raise UsageError(
+            f'the tokenizer has {tokenizer.vocab_size:,} tokens and the model {sizes[0]:,}: take '
+            'both from the same model'
+        )
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Refuses sizes that no model has, before anything is made of them."""
+    for name, value in config.items():
+        is_depth = 'layer' in name and not name.startswith('_')
+        if isinstance(value, int) and abs(value) > (_DEEPEST if is_depth else _MOST):
+            raise UsageError(f'{CONFIG}: {name!r:.60} is {value:.3g}, which no model has')
+
+
+def _pooling(path: Path) -> dict[str, Any]:
+    """What sentence-transformers' modules say: that a sentence is the mean of its tokens."""
+    file = path / '1_Pooling' / CONFIG
+    if not file.is_file() or not read_json(file).get('pooling_mode_mean_tokens'):
+        return {}
+    return {'_mean_pooling': True}
+
+
+def _peak(shapes: Tree, dtype: str) -> int:
+    """How many bytes loading takes at most: all weights, and the largest once more."""
+    sizes = [math.prod(x.shape) for x in trees.flatten(shapes).values()]
+    return (sum(sizes) + max(sizes, default=0)) * jnp.dtype(dtype).itemsize
+
+
+def _halved(net: Layer, shapes: Tree) -> dict[str, tuple[str, str]]:
+    """The matrices that become bfloat16: path -> that of the leaf, and axes as of `narrow`."""
+    made = {}
+    for path in trees.flatten(shapes):
+        layer, rest, _ = holder(net, path)
+        letters = narrow_axes(bare(layer)).get(rest)
+        if letters is not None:
+            made[path] = (path.removesuffix(rest).rstrip('/'), letters)
+    return made
+
+
+def _narrowed(net: Layer, weights: Tree, half: Mapping[str, tuple[str, str]]) -> tuple[Layer, Tree]:
+    """The model with layers that hold bfloat16, and its weights, whose matrices are bfloat16."""
+    flat = trees.flatten(weights)
+    for path, (_, letters) in half.items():
+        flat[path], _ = narrow(flat[path], letters, 16, 1)
+    leaves = {leaf for leaf, _ in half.values()}
+    for _, layer in walk(net):
+        if isinstance(layer, Tied) and layer.source.rpartition('/')[0] in leaves:
+            leaves.add(layer.target.rpartition('/')[0])
+    return hold_narrow(net, dict.fromkeys(leaves, (16, 1))), trees.unflatten(flat)
