@@ -29,6 +29,7 @@ PLACES: dict[str, str] = {
     'phi3': 'phi.PHI',
     'qwen2': 'qwen.QWEN',
     'qwen3': 'qwen.QWEN',
+    'reformer': 'reformer.REFORMER',
     'roberta': 'bert.ROBERTA',
 }
 
