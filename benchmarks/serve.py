@@ -42,14 +42,13 @@ def model_of(source, bits):
     from layercomb import models, transforms
 
     if source is not None:
-        from layercomb.launcher.sources import open_source
+        from layercomb import interop
+        from layercomb.launcher import sources
 
-        opened = open_source(source)
-        model, tokenizer = opened.model, opened.tokenizer
+        model, tokenizer = interop.load(sources.find(source).path, dtype='float32')
     else:
         net = models.TransformerLM(VOCAB, D_MODEL, D_FF, LAYERS, HEADS, MAX_LEN)
-        model = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'))
-        tokenizer = Numbers()
+        model, tokenizer = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32')), Numbers()
     if bits < 32:
         narrow = transforms.quantize(model.layer, model.weights, bits=bits)
         model = lc.Model(*narrow, model.state)

@@ -1,11 +1,10 @@
 """All layers by name: ``from layercomb import tl``, then ``tl.Dense(512)``."""
 
 from layercomb.layers.attention.by_head import by_head
+from layercomb.layers.attention.cores import DotProductAttention, LocalAttention
 from layercomb.layers.attention.functions import dot_product_attention, local_attention
 from layercomb.layers.attention.layers import (
     CrossAttention,
-    DotProductAttention,
-    LocalAttention,
     LocalSelfAttention,
     SelfAttention,
 )

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tiny import expected, loaded
 
 from layercomb import models
 from layercomb.errors import UsageError
@@ -9,7 +10,6 @@ from layercomb.interop.configs import Config
 from layercomb.interop.families import config_of, family_of
 from layercomb.interop.tensors import spill
 from layercomb.supervised import decoding
-from tests.interop.tiny import expected, loaded
 
 NAMES = ('t5', 't5_gated')
 

@@ -135,6 +135,30 @@ ROWS: dict[str, Row] = {
         2,
         draws=True,
     ),
+    'LSHAttention in a circle': Row(
+        lambda: tl.LSHAttention(
+            n_hashes=2, chunk_len=2, n_buckets=(2, 2), neighbourhood='circle', rotations='torch'
+        ),
+        (heads(), heads()),
+        (),
+        2,
+        draws=True,
+    ),
+    'LSHSelfAttention of transformers': Row(
+        lambda: tl.LSHSelfAttention(
+            2,
+            n_hashes=2,
+            chunk_len=L,
+            n_buckets=2,
+            qkv_bias=False,
+            out_bias=False,
+            neighbourhood='circle',
+            epsilon=1e-5,
+            alone='rounded',
+            rotations='torch',
+        ),
+        draws=True,
+    ),
     'LSHSelfAttention': Row(
         lambda: tl.LSHSelfAttention(2, n_hashes=2, chunk_len=2, max_len=L, dropout=0.1), draws=True
     ),

@@ -31,6 +31,7 @@ PLACES: dict[str, str] = {
     'phi3': 'phi.PHI',
     'qwen2': 'qwen.QWEN',
     'qwen3': 'qwen.QWEN',
+    'reformer': 'reformer.REFORMER',
     'roberta': 'bert.ROBERTA',
     't5': 't5.T5',
 }

@@ -88,6 +88,10 @@ def _config(net: Layer) -> dict[str, Any]:
         'scale_embedding': tokens.scale is not None,
         'share_encoder_decoder_embeddings': True,
         'tie_word_embeddings': True,
+        # The last token of Marian's vocabularies pads, and begins what the decoder writes.
+        'pad_token_id': tokens.vocab_size - 1,
+        'decoder_start_token_id': tokens.vocab_size - 1,
+        'eos_token_id': 0,
     }
     for side in ('encoder', 'decoder'):
         made[f'{side}_layers'] = _depth(net, side)

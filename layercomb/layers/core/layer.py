@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -226,13 +227,8 @@ class Layer(Declares):
         """
         check_inputs(self, signature)
         weights, state = self.init(signature, rng, mode)
-        if mode is Mode.REPLAY:  # shapes alone are asked for, and there is nothing to replay yet
-            mode = Mode.TRAIN
-
-        def outputs(weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array) -> Arrays:
-            made = self.apply(weights, state, inputs, rng=rng, mode=mode)[0]
-            return check_outputs(self, made)
-
+        # Shapes alone are asked for, and there is nothing to replay yet.
+        outputs = _outputs(self, Mode.TRAIN if mode is Mode.REPLAY else mode)
         return jax.eval_shape(outputs, weights, state, signature, rng), weights, state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -248,6 +244,16 @@ class Layer(Declares):
 
     def __repr__(self) -> str:
         return code_of(self)
+
+
+@functools.lru_cache(maxsize=1024)
+def _outputs(layer: Layer, mode: Mode) -> Callable[..., Arrays]:
+    """`apply` without the state; equal layers share one function, which JAX traces once."""
+
+    def outputs(weights: Tree, state: Tree, inputs: Arrays, rng: Key) -> Arrays:
+        return check_outputs(layer, layer.apply(weights, state, inputs, rng=rng, mode=mode)[0])
+
+    return outputs
 
 
 def is_layers(value: Any) -> bool:

@@ -373,9 +373,11 @@ def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
     (_, fresh), refusal = judged_init(net, signature, jax.random.key(0))
     if refusal is not None and _is_of_each_position(net.output_signature(signature, Mode.PREDICT)):
         raise UsageError(refusal)  # `logits_of` refuses a model that is no language model
+    statistics, _ = take_out(trained, AuxLoss)  # decoding needs no auxiliary losses
+    if not jax.tree.leaves(statistics):
+        return fresh
     made = jax.eval_shape(lambda: net.init(signature, jax.random.key(0), Mode.TRAIN)[1])
     of_training = trees.flatten(made)
-    statistics, _ = take_out(trained, AuxLoss)  # decoding needs no auxiliary losses
     kept = {path: x for path, x in trees.flatten(statistics).items() if path in of_training}
     homeless = sorted(kept.keys() - trees.flatten(fresh).keys())
     if homeless:
