@@ -161,8 +161,8 @@ class Config(Mapping[str, Any]):
         value = self.get(name, default)
         if not isinstance(value, str) or value not in known:
             raise UsageError(
-                f'config.json: {name!r} is {value!r:.60}, and known are {", ".join(known)}: this model '
-                'cannot be loaded'
+                f'config.json: {name!r} is {value!r:.60}, and known are {", ".join(known)}: this '
+                'model cannot be loaded'
             )
         return known[value]
 
@@ -179,8 +179,8 @@ class Config(Mapping[str, Any]):
         value = self.get(name)
         if value is not None and value not in allowed:
             raise UsageError(
-                f'config.json: {name!r} is {value!r:.60}, and only {allowed[0]!r} is understood: this '
-                'model cannot be loaded'
+                f'config.json: {name!r} is {value!r:.60}, and only {allowed[0]!r} is understood: '
+                'this model cannot be loaded'
             )
 
     def check_read(self, family: str) -> None:
