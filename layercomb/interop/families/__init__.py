@@ -105,8 +105,8 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
             config = family.config(net)
             if family.net(Config(config)) == net:
                 return family, config
-        except (UsageError, TypeError, ValueError, LookupError, AttributeError):
-            continue
+        except (UsageError, TypeError, ValueError, LookupError, AttributeError, StopIteration):
+            continue  # it has other layers
     raise UsageError(
         f'this model belongs to none of the families {", ".join(sorted(tried))}, so other programs '
         'cannot read it: save it by layercomb export, or build it by models.Llama or the like'
