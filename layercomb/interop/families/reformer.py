@@ -106,7 +106,8 @@ def _max_len(config: Config) -> int:
 
 def _attention(config: Config, max_len: int) -> dict[str, Layer]:
     """The layers by kind, those that are there."""
-    kinds, made = _kinds(config), {}
+    kinds = _kinds(config)
+    made: dict[str, Layer] = {}
     n_heads, depth = config.count('num_attention_heads'), config.count('attention_head_size')
     common: dict[str, Any] = {'d_head': depth, 'qkv_bias': False, 'out_bias': False}
     if 'local' in kinds:
@@ -183,8 +184,8 @@ def _nth(i: int) -> str:
 def _config(net: Layer) -> dict[str, Any]:
     at: dict[str, Any] = dict(walk(net))
     block = 'block/reversible_half_residual'
-    n = next(x.n for path, x in walk(net) if path == 'block' and hasattr(x, 'stacked_axes'))
-    pattern = []
+    n = next(x.n for _, x in walk(net) if isinstance(x, tl.ReversibleRepeat))
+    pattern: list[str] = []
     while f'{block}{_nth(2 * len(pattern))}' in at:
         half = f'{block}{_nth(2 * len(pattern))}'
         pattern.append(next(kind for kind, key in PLACES.items() if f'{half}/{key}' in at))

@@ -172,11 +172,11 @@ class LSHAttention(LSHOptions):
             return self._extend(held(state, LSHCache), q, v, *mask)
         check_length('LSHAttention', q.shape[2], self.max_len)
         key = None
-        if mode.is_training and rng is None:
-            raise ValueError(
-                'LSHAttention draws rotations in training: pass rng=jax.random.key(…) to apply'
-            )
         if mode.is_training:
+            if rng is None:
+                raise ValueError(
+                    'LSHAttention draws rotations in training: pass rng=jax.random.key(…) to apply'
+                )
             keys = jax.vmap(jax.random.split)(tiles.keys_of_heads(rng, q.shape[1]))
             key, rng = keys[:, 0], keys[:, 1]
         buckets, state = decide(mode, state, 'buckets', lambda: self._hash(q, key, q.shape[2]))

@@ -135,7 +135,8 @@ def make_round(plan: Plan, buckets: jax.Array, number: Any, ends: Ends | None) -
     parts = [ends.last[(number - 1) % n_rounds], jnp.stack([order, bucket])]
     if plan.look_ahead:
         parts.append(ends.first[(number + 1) % n_rounds])
-    return Round(*jnp.concatenate(parts, 1), number)
+    whole = jnp.concatenate(parts, 1)  # (2, P)
+    return Round(whole[0], whole[1], number)
 
 
 def n_chunks(plan: Plan, buckets: jax.Array) -> jax.Array:
