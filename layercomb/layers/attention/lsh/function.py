@@ -35,6 +35,7 @@ def lsh_attention(
     duplicates: Literal['count', 'once'] = 'count',
     epsilon: float = UNIT_EPSILON,
     alone: Literal['exact', 'rounded'] = 'exact',
+    round_len: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     dropout_rate: float = 0.0,
@@ -78,6 +79,9 @@ def lsh_attention(
       alone: ``'exact'``: a position that sees itself alone, such as the first, gets its value.
         ``'rounded'``, of a causal circle that counts duplicates, is for weights trained with Trax
         or transformers: it gets its value within 0.4 %, as their float32 rounds it there.
+      round_len: a circle's rounds are filled with padding to a multiple of this length, itself a
+        multiple of C; None for C. More than C makes chunks of nothing but padding, which the first
+        chunk of a round then sees, as in transformers.
       scale: factor of the scores, 1 by default.
       softcap: as of `dot_product_attention`; it does not touch s[t, t].
       dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow by
@@ -102,29 +106,23 @@ def lsh_attention(
     """
     _check(q, v, buckets, mask, chunk_len, n_buckets, neighbourhood, duplicates)
     check_softcap(softcap)
-    if not 0 <= dropout_rate < 1:
-        raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
-    for n in (chunks_together, heads_together):
-        if n is not None and n < 1:
-            raise ValueError(f'chunks_together and heads_together must be at least 1, got {n}')
-    if dropout_rate and rng is None:
-        raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
-    if not epsilon > 0:
-        raise ValueError(f'epsilon must be positive, got {epsilon}')
-    length = q.shape[2]
-    n_chunks = -(-length // chunk_len)
-    n_pairs = chunk_len**2 * (2 if causal else 3)
-    at_most = chunks_together or tiles.pairs_in_tile() // n_pairs
-    circle = neighbourhood == 'circle'
     check_alone(alone, neighbourhood, causal, duplicates)
+    check_round_len(round_len, neighbourhood, chunk_len)
+    _check_numbers(epsilon, dropout_rate, rng, chunks_together, heads_together)
+    length, step = q.shape[2], (round_len or chunk_len) // chunk_len
+    if step > 1:
+        q, v, buckets, mask = _filled(q, v, buckets, mask, step * chunk_len, n_buckets)
+    look_ahead = 0 if causal else 1
+    at_most = chunks_together or tiles.pairs_in_tile() // (chunk_len**2 * (2 + look_ahead))
+    n_chunks, circle = -(-q.shape[2] // chunk_len), neighbourhood == 'circle'
     n_together = tiles.even_share(n_chunks, at_most)
     if circle and not causal:  # the last chunk looks into the next round: no tile may stand over
         n_together = next(n for n in range(n_together, 0, -1) if n_chunks % n == 0)
     plan = Plan(
-        length=length,
+        length=q.shape[2],
         chunk_len=chunk_len,
         look_back=1,
-        look_ahead=0 if causal else 1,
+        look_ahead=look_ahead,
         n_together=n_together,
         heads_together=heads_together,
         scale=1.0 if scale is None else float(scale),
@@ -136,10 +134,36 @@ def lsh_attention(
         by_bucket=neighbourhood == 'bucket',
         circle=circle,
         once=duplicates == 'once' and (circle or buckets.shape[2] > 1),
+        step=step,
         epsilon=float(epsilon),
         rounded=alone == 'rounded',
     )
-    return bucketwise.attend(plan, q, v, buckets, mask, rng if dropout_rate else None)
+    y = bucketwise.attend(plan, q, v, buckets, mask, rng if dropout_rate else None)
+    return y if step == 1 else y[:, :, :length]
+
+
+def _filled(q: Any, v: Any, buckets: Any, mask: Any, to: int, n_buckets: int) -> Any:
+    """The arrays of `lsh_attention`, with absent positions behind them, to a multiple of `to`."""
+    width = [(0, 0), (0, 0), (0, 0), (0, -q.shape[2] % to)]
+    buckets = jnp.pad(buckets.astype(jnp.int32), width, constant_values=n_buckets + 1)
+    mask = mask if mask is None else jnp.pad(mask, width[2:])
+    width = [*width[:2], width[3], width[2]]
+    return jnp.pad(q, width), jnp.pad(v, width), buckets, mask
+
+
+def _check_numbers(
+    epsilon: float, dropout_rate: float, rng: Any, chunks: int | None, heads: int | None
+) -> None:
+    """Raises ValueError if a number of `lsh_attention` is out of its bounds."""
+    if not epsilon > 0:
+        raise ValueError(f'epsilon must be positive, got {epsilon}')
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
+    for n in (chunks, heads):
+        if n is not None and n < 1:
+            raise ValueError(f'chunks_together and heads_together must be at least 1, got {n}')
+    if dropout_rate and rng is None:
+        raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
 
 
 def check_alone(alone: str, neighbourhood: str, causal: bool, duplicates: str) -> None:
@@ -153,6 +177,19 @@ def check_alone(alone: str, neighbourhood: str, causal: bool, duplicates: str) -
         raise ValueError(
             f"alone={alone!r}: it is 'exact', or 'rounded' for causal attention with "
             "neighbourhood='circle' and duplicates='count'"
+        )
+
+
+def check_round_len(round_len: int | None, neighbourhood: str, chunk_len: int) -> None:
+    """Checks an option of `lsh_attention` that other options must go with.
+
+    Raises:
+      ValueError: if they do not.
+    """
+    if round_len is not None and (neighbourhood != 'circle' or round_len % chunk_len):
+        raise ValueError(
+            f"round_len={round_len} is of neighbourhood='circle', and a multiple of "
+            f'chunk_len={chunk_len}: leave it out otherwise'
         )
 
 
