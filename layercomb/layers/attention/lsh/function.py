@@ -112,18 +112,13 @@ def lsh_attention(
     length, step = q.shape[2], (round_len or chunk_len) // chunk_len
     if step > 1:
         q, v, buckets, mask = _filled(q, v, buckets, mask, step * chunk_len, n_buckets)
-    look_ahead = 0 if causal else 1
-    at_most = chunks_together or tiles.pairs_in_tile() // (chunk_len**2 * (2 + look_ahead))
-    n_chunks, circle = -(-q.shape[2] // chunk_len), neighbourhood == 'circle'
-    n_together = tiles.even_share(n_chunks, at_most)
-    if circle and not causal:  # the last chunk looks into the next round: no tile may stand over
-        n_together = next(n for n in range(n_together, 0, -1) if n_chunks % n == 0)
+    circle = neighbourhood == 'circle'
     plan = Plan(
         length=q.shape[2],
         chunk_len=chunk_len,
         look_back=1,
-        look_ahead=look_ahead,
-        n_together=n_together,
+        look_ahead=0 if causal else 1,
+        n_together=_together(q.shape[2], chunk_len, causal, circle, chunks_together),
         heads_together=heads_together,
         scale=1.0 if scale is None else float(scale),
         causal=causal,
@@ -140,6 +135,16 @@ def lsh_attention(
     )
     y = bucketwise.attend(plan, q, v, buckets, mask, rng if dropout_rate else None)
     return y if step == 1 else y[:, :, :length]
+
+
+def _together(length: int, chunk_len: int, causal: bool, circle: bool, most: int | None) -> int:
+    """How many chunks are a tile."""
+    n_chunks, n_pairs = -(-length // chunk_len), chunk_len**2 * (2 if causal else 3)
+    n = tiles.even_share(n_chunks, most or tiles.pairs_in_tile() // n_pairs)
+    if causal or not circle:
+        return n
+    # The last chunk looks into the next round: the last tile must end with it.
+    return next(g for g in range(n, 0, -1) if n_chunks % g == 0)
 
 
 def _filled(q: Any, v: Any, buckets: Any, mask: Any, to: int, n_buckets: int) -> Any:
