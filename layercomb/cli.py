@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import difflib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -219,12 +220,13 @@ def run_serve(options: argparse.Namespace) -> None:
             max_queue=options.max_queue,
         )
         names = hosts.allowed(options.allowed_hosts) if options.allowed_hosts else ()
+    key = arguments.api_key(options, os.environ)
     name = sources.find(options.source).title
     with serving.bound(options.host, options.port) as socket:  # a taken port is known at once
         model, tokenizer = trained(
             options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
         )
-        serving.run(model, tokenizer, name, limits, socket, names)
+        serving.run(model, tokenizer, name, limits, socket, names, key)
 
 
 def run_export(options: argparse.Namespace) -> None:

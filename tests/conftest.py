@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # What the launcher keeps in a person's cache folder, tests would find again: each asks for it.
@@ -36,3 +37,48 @@ def optimized():
     jax.config.update('jax_disable_most_optimizations', False)
     yield
     jax.config.update('jax_disable_most_optimizations', before)
+
+
+class Forced:
+    """Engines of which a test says what they make: all that exist while the test runs."""
+
+    def __init__(self, monkeypatch):
+        from layercomb.serving.batching.scheduler import Row
+
+        self._add = Row.add
+        self._set = lambda add: monkeypatch.setattr(Row, 'add', add)
+
+    def making(self, *rows):
+        """They make just these tokens, a list for each choice."""
+
+        def add(row, token, scores):
+            given = rows[row.index % len(rows)]
+            self._add(row, int(given[len(row.made) % len(given)]), scores)
+
+        self._set(add)
+
+    def failing(self, error, after=0):
+        """They raise an error after some tokens."""
+
+        def add(row, token, scores):
+            if len(row.made) == after:
+                raise error
+            self._add(row, 97, scores)
+
+        self._set(add)
+
+    def slow(self, heard=lambda: None, until=lambda: False):
+        """They take 20 ms for a token, and find no end; `heard` is called at each one."""
+
+        def add(row, token, scores):
+            heard()
+            time.sleep(0 if until() else 0.02)
+            self._add(row, 97, scores)
+
+        self._set(add)
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """What makes engines make what a test says, see `Forced`."""
+    return Forced(monkeypatch)

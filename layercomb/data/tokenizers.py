@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
     an id adds depends on a few ids before it only. Offer ``incremental_decoder`` if `decode`
     changes text that it gave before, as clean-up rules do that remove spaces.
 
+    ``token_bytes(id)``, if there is one, gives the bytes that a token adds to a text, or None. A
+    server names tokens by them where it tells how likely they are: half a character has no text.
+    ``stop_ids``, if there are any, are tokens that end an answer as `eos_id` does.
+
     Attributes:
       vocab_size: the number of token ids, which are less than this; an integer, Python's or
         NumPy's. Every entrance needs it, to prove that ids fit the model.
@@ -96,6 +100,19 @@ class ByteTokenizer:
           ValueError: if an id is not in 0 … 255.
         """
         return _as_bytes(ids).decode('utf-8', errors='replace')
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes of a token; none of the one that ends a document.
+
+        Args:
+          i: a token id.
+
+        Raises:
+          ValueError: if it is not in 0 … 255.
+        """
+        if type(self).decode is not ByteTokenizer.decode:  # a subclass with a decode of its own
+            return self.decode([i]).encode()
+        return b'' if i == self.eos_id else _as_bytes(i)
 
     def incremental_decoder(self) -> IncrementalDecoder | PieceDecoder:
         """Returns a decoder for tokens that come one by one."""

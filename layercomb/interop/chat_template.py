@@ -12,11 +12,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from layercomb.errors import UsageError, one_line
-from layercomb.interop import sandbox
+from layercomb.errors import UsageError, one_line, require
+from layercomb.interop.budget import Refused
 
 _LONGEST = 1 << 20  # characters of a template
-_CURE = 'take the template from the makers of the model'
+_CURE = 'take the template from the makers of the model, or remove it'
 
 Message = Mapping[str, Any]
 
@@ -69,7 +69,7 @@ class ChatTemplate:
         names |= variables
         names['messages'] = checked_messages(messages)
         names['add_generation_prompt'] = add_generation_prompt
-        return _guarded('', functools.partial(sandbox.render, _compiled(self.source), names))
+        return _guarded('', functools.partial(_sandbox().render, _compiled(self.source), names))
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
@@ -124,22 +124,29 @@ def template_in(given: Any) -> str | None:
     return found
 
 
-def _strftime_now(pattern: str) -> str:
+def _now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled(source: str) -> Any:
-    return _guarded(
-        'cannot be read: ', lambda: sandbox.compiled(source, strftime_now=_strftime_now)
-    )
+    sandbox = _sandbox()
+    return _guarded('cannot be read: ', lambda: sandbox.compiled(source, strftime_now=_now))
+
+
+def _sandbox() -> Any:
+    """The module, which needs jinja2."""
+    require('jinja2', 'pretrained')
+    from layercomb.interop import sandbox
+
+    return sandbox
 
 
 def _guarded(what: str, run: Any) -> Any:
     """What `run` gives; whatever a template raises becomes a UsageError of one line."""
     try:
         return run()
-    except sandbox.Refused as e:
+    except Refused as e:
         raise UsageError(f'the chat template refuses these messages: {one_line(e)}') from None
     except UsageError:
         raise

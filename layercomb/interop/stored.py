@@ -119,9 +119,10 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'{twice!r:.60} is there twice')
+    """An object of JSON, whose names are checked to be different."""
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f'{name!r:.60} is there twice')
+        made[name] = value
     return made

@@ -158,6 +158,26 @@ def sampling(
     return {'rng' if name == 'seed' else name: x for name, x in chosen.items()}
 
 
+def api_key(options: argparse.Namespace, environment: Mapping[str, str]) -> str | None:
+    """The key that requests must send: that of the option, or else of the environment.
+
+    Args:
+      options: of the command ``serve``.
+      environment: variables; an empty one is a key that was forgotten, and is refused as such.
+
+    Raises:
+      UsageError: if it is no key.
+    """
+    from layercomb.serving import access
+
+    given = environment.get(access.VARIABLE) if options.api_key is None else options.api_key
+    try:
+        return access.checked_key(given)
+    except ValueError as e:
+        where = access.VARIABLE if options.api_key is None else '--api_key'
+        raise UsageError(f'{where}: {e}') from None
+
+
 def _generate_options(add: Any) -> None:
     add('-', dest='stdin', action='store_true', help='continue what standard input says')
     add('--prompt', help='what to continue; an encoder-decoder reads it, and answers')
@@ -202,10 +222,16 @@ def _serve_options(add: Any) -> None:
         help='further names under which it answers, such as that of a proxy, '
         'as a browser sends them; * for any',
     )
+    add(
+        '--api_key',
+        metavar='KEY',
+        help='what requests must send as Authorization: Bearer KEY; other users of this machine '
+        'see options, so better set it as LAYERCOMB_API_KEY in the environment',
+    )
     add('--port', type=int, default=8000, help='0 takes a free one (%(default)s)')
     add('--max_tokens', type=int, default=1024, help='that a request may ask for (%(default)s)')
     add('--max_prompt', type=int, default=8192, help='tokens of a prompt, at most (%(default)s)')
-    add('--max_concurrent', type=int, default=4, help='requests answered at once (%(default)s)')
+    add('--max_concurrent', type=int, default=8, help='choices decoded at once (%(default)s)')
     add(
         '--max_queue',
         type=int,

@@ -1,4 +1,4 @@
-"""A server for one language model: OpenAI's completions API, and a page.
+"""A server for one language model: OpenAI's completions and chat API, and a page.
 
 from layercomb import serving
 application = serving.app(model, tokenizer, 'my-model')      # ASGI
@@ -19,6 +19,7 @@ import numpy as np
 
 from layercomb.errors import UsageError, require
 from layercomb.model import Model
+from layercomb.serving.access import checked_key
 from layercomb.serving.hosts import allowed
 from layercomb.serving.limits import Limits
 
@@ -36,15 +37,23 @@ def app(
     name: str,
     limits: Limits = Limits(),
     hosts: str | Sequence[str] | None = None,
+    api_key: str | None = None,
 ) -> Starlette:
     """Makes the ASGI application, and compiles the programs that most requests need.
 
-    ``POST /v1/completions`` takes `prompt` (a text, texts, or token ids), `max_tokens` (at least
-    1), `temperature`, `top_p`, `n`, `stop`, `stream`, `stream_options`, `seed`, `echo`, and, beyond
-    OpenAI's fields, `top_k` and `repetition_penalty`. OpenAI's other fields are accepted if their
-    values ask for nothing. Prompt and answer are one text: the answer is what its tokens add to
-    the text of the prompt. Stop texts are searched in the answer only; the one that is complete
-    first ends it. ``GET`` serves ``/v1/models``, ``/healthz`` and a page at ``/``. Errors are JSON.
+    ``POST /v1/completions`` takes `prompt` (a text, texts, or token ids), `max_tokens` (0 with
+    `echo` for the prompt alone), `n`, `best_of`, `temperature`, `top_p`, `presence_penalty`,
+    `frequency_penalty`, `logit_bias`, `logprobs`, `stop`, `stream`, `stream_options`, `seed`,
+    `echo`, and, beyond OpenAI's fields, `top_k` and `repetition_penalty`. OpenAI's other fields are
+    accepted if their values ask for nothing. ``POST /v1/chat/completions`` takes `messages` of
+    texts, and the same, with `max_completion_tokens` and `top_logprobs`, without `echo` and
+    `best_of`; only where the tokenizer has a chat template. Where a request is silent about
+    sampling, the tokenizer's ``generation`` holds.
+
+    Prompt and answer are one text: the answer is what its tokens add to the text of the prompt.
+    Stop texts are searched in the answer only; the one that is complete first ends it. ``GET``
+    serves ``/v1/models``, ``/healthz`` and a page at ``/``. ``/tokenize``, ``/detokenize`` and
+    ``/tokenizer_info`` are for programs that count tokens. Errors are JSON.
 
     Args:
       model: a language model with weights, (B, L) → (B, L, V).
@@ -53,13 +62,15 @@ def app(
       limits: what requests may ask for.
       hosts: the host names under which it answers, without ports; ``'*'`` or None for any. A
         request without a Host header is answered; browsers always send one.
+      api_key: what requests must send as ``Authorization: Bearer KEY``, except for the page and
+        ``/healthz``; None if anybody may ask.
 
     Returns:
       An ASGI application; its `state.engine` makes the completions.
 
     Raises:
-      TypeError, ValueError: if the tokenizer does not offer what `data.Tokenizer` names, or a host
-        is no host name.
+      TypeError, ValueError: if the tokenizer does not offer what `data.Tokenizer` names, a host
+        is no host name, or the key is none that a header can hold.
       UsageError: if starlette is not installed, or the model is no language model or cannot be
         decoded.
     """
@@ -72,9 +83,10 @@ def app(
     from layercomb.serving.engine import Engine
     from layercomb.serving.routes import build
 
+    checked_key(api_key)  # before anything is compiled
     engine = Engine(model, tokenizer, limits)
     engine.warm_up()
-    return build(engine, tokenizer, name, limits, hosts)
+    return build(engine, tokenizer, name, limits, hosts, api_key)
 
 
 @contextlib.contextmanager
@@ -117,6 +129,7 @@ def run(
     limits: Limits,
     listener: socket.socket,
     allowed_hosts: str | Sequence[str] = (),
+    api_key: str | None = None,
 ) -> None:
     """Serves until it is interrupted, and prints a line when it is ready.
 
@@ -128,6 +141,7 @@ def run(
         machine that passes the Host header on; ``'*'`` for any. If other machines can reach the
         listener, it answers under any name by default; with `allowed_hosts`, only under these and
         those of the loopback.
+      api_key: as for `app`.
 
     Raises:
       TypeError, ValueError, UsageError: as `app`.
@@ -140,7 +154,7 @@ def run(
     hosts = (*_LOOPBACK, own, *further) if here or further else None
     print(f'{name}: compiling', flush=True)
     started = time.perf_counter()
-    application = app(model, tokenizer, name, limits, hosts)
+    application = app(model, tokenizer, name, limits, hosts, api_key)
     logging.basicConfig(level=logging.WARNING)
     config = uvicorn.Config(
         application,
@@ -154,6 +168,7 @@ def run(
     shown = f'[{address}]' if ':' in address else address
     print(f'ready after {seconds:.1f} s: http://{shown}:{port}/ (Ctrl-C stops)', flush=True)
     if not here:
-        print('other machines may reach it, and nothing asks who they are', flush=True)
+        asked = 'nothing asks who they are' if api_key is None else 'they need the API key'
+        print(f'other machines may reach it, and {asked}', flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])

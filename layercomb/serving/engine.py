@@ -1,19 +1,16 @@
-"""The engine: completions, a few at a time, each decoded in a thread of its own.
+"""The engine: completions that are made together, for a server or without one.
 
-The event loop owns the places; a thread only decodes, and posts what it has made. A completion
-takes a place before anything is computed, and gives it back when its thread has ended, never
-earlier. A client that disconnects stops the thread within a token, so there is never more computed
-at once than there are places.
+    engine = Engine(model, tokenizer)
+    for piece in engine.run(Request((ids,), max_tokens=100)):
+        print(piece.text, end='')
+
+A completion takes a place before anything is computed, and is cancelled within a token. The work is
+done by a `Scheduler`, in a thread of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import logging
-import threading
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,66 +18,14 @@ import numpy as np
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError
 from layercomb.model import Model, embeddings
+from layercomb.serving.batching.scheduler import Scheduler, busy
+from layercomb.serving.batching.slots import Decodable
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal, Request
-from layercomb.serving.texts import Text
-from layercomb.supervised import decoding
-from layercomb.transforms.unstacking import unstack, unstack_state
+from layercomb.serving.running import Piece, Running, TokenScore
+from layercomb.supervised.decoding.prompts import check_bias, check_ids
 
-_LEAST_ROOM = 512  # positions that caches hold at least; otherwise a power of two
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """What a token added to one choice.
-
-    Attributes:
-      index: of the choice.
-      text: what it added; empty while a character is unfinished or text is held back.
-      finish_reason: 'stop' or 'length' in the last piece of a choice, otherwise None.
-    """
-
-    index: int
-    text: str
-    finish_reason: str | None
-
-
-class Running:
-    """A completion that is being made: its pieces, and how to stop it.
-
-    Attributes:
-      n_made: how many tokens it has made.
-    """
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.n_made = 0
-        self._posted: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._cancelled = threading.Event()
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """The pieces, as they are made.
-
-        Raises:
-          Refusal: if the model cannot make them.
-        """
-        while (posted := await self._posted.get()) is not None:
-            if isinstance(posted, Exception):
-                raise posted
-            yield posted
-
-    def cancel(self) -> None:
-        """Ends the thread after the current token."""
-        self._cancelled.set()
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
-    def post(self, item: Piece | Exception | None) -> None:
-        """Hands an item over, called in the thread; None ends the completion."""
-        self._loop.call_soon_threadsafe(self._posted.put_nowait, item)
+__all__ = ['Engine', 'Piece', 'Running', 'TokenScore']
 
 
 class Engine:
@@ -88,150 +33,119 @@ class Engine:
 
     Args:
       model: a language model with weights.
-      tokenizer: see `data.Tokenizer`; it must decode.
+      tokenizer: see `data.Tokenizer`; it must decode. Tokens named by its `stop_ids`, if it has
+        them, end a choice as its `eos_id` does.
       limits: how many completions are made at once, and how many wait.
+
+    Attributes:
+      model: ready to be decoded.
+      vocab_size: of the ids that both model and tokenizer know.
 
     Raises:
       TypeError, ValueError: if the tokenizer is refused, see `adapted`.
+      UsageError: if the model cannot be decoded, see `axes.begun`.
     """
 
-    def __init__(self, model: Model, tokenizer: Any, limits: Limits) -> None:
-        net, weights = unstack(model.layer, model.weights or {})  # once, not for each request
-        self._model = Model(net, weights, unstack_state(model.layer, model.state))
+    def __init__(self, model: Model, tokenizer: Any, limits: Limits = Limits()) -> None:
         self._tokenizer = adapted(tokenizer, 'serving.app', must_decode=True)
-        self._max_len = decoding.max_len(net)
+        self.model = Decodable.of(model)
         self._limits = limits
-        self._threads = ThreadPoolExecutor(limits.max_concurrent, 'completion')
-        self._free = asyncio.Semaphore(limits.max_concurrent)
-        self._waiting = 0
-        self._running: set[Running] = set()
-        known = [embedding.vocab_size for _, embedding in embeddings(net)]
-        self.vocab_size = min([*known, self._tokenizer.vocab_size])  # ids that both know
+        self.scheduler = Scheduler(self.model, self._tokenizer, limits)
+        known = [embedding.vocab_size for _, embedding in embeddings(self.model.net)]
+        self.vocab_size = min([*known, self._tokenizer.vocab_size])
 
     @property
     def n_running(self) -> int:
         """How many completions are being made."""
-        return len(self._running)
+        return self.scheduler.n_running
+
+    @property
+    def n_waiting(self) -> int:
+        """How many completions wait for a place."""
+        return self.scheduler.n_waiting
+
+    @property
+    def max_len(self) -> int | None:
+        """The most tokens of prompt and answer together; None for any number."""
+        return self.model.max_len
 
     def warm_up(self) -> None:
         """Compiles the programs that most requests need, by making a few tokens.
 
-        Any sampling uses the same programs; more rows, longer prompts and longer answers do not.
-        """
-        request = Request(((self._tokenizer.eos_id,),), 2)
-        for _ in zip(range(2), self._tokens(request), strict=False):
-            pass
-
-    async def start(self, request: Request) -> Running:
-        """Begins a completion as soon as there is a place for it.
+        Any sampling uses the same programs; longer prompts and answers need further ones.
 
         Raises:
-          Refusal: if prompt and answer do not fit the model, if too many requests wait, or if this
-            one has waited too long.
+          UsageError: if the model makes no tokens, e.g. since its weights diverged.
         """
-        self._check_room(request)
-        await self._take_place()
+        for n in self.scheduler.slots.sizes:
+            running = Running(Request(((self._tokenizer.eos_id,),) * n, 2), silent=True)
+            self.scheduler.submit(running)
+            try:
+                for _ in running:
+                    pass
+            except Refusal as e:
+                raise UsageError(str(e)) from None
+
+    def run(self, request: Request) -> Running:
+        """Begins a completion outside of an event loop: iterate over what it returns.
+
+        Raises:
+          Refusal: if the request does not fit the model, or if too many requests wait.
+        """
+        self._check(request)
         running = Running(request)
-        self._running.add(running)
-        thread = asyncio.get_running_loop().run_in_executor(self._threads, self._make, running)
-        thread.add_done_callback(lambda _: self._give_place_back(running))
+        self.scheduler.submit(running)
+        return running
+
+    async def start(self, request: Request) -> Running:
+        """Begins a completion, and returns as soon as there is a place for it.
+
+        Raises:
+          Refusal: if the request does not fit the model, if too many requests wait, or if this one
+            has waited too long.
+        """
+        self._check(request)
+        running = Running(request, asyncio.get_running_loop())
+        self.scheduler.submit(running)
+        try:
+            async with asyncio.timeout(self._limits.patience):
+                await running.begun()
+        except TimeoutError:
+            if self.scheduler.withdraw(running):
+                raise busy() from None
+        except asyncio.CancelledError:
+            running.cancel()
+            self.scheduler.withdraw(running)
+            raise
         return running
 
     async def close(self) -> None:
-        """Stops all completions, and waits until their threads have ended."""
+        """Stops all completions, and waits until they have ended."""
         self.cancel()
-        await asyncio.to_thread(self._threads.shutdown)
+        await asyncio.to_thread(self.scheduler.shutdown)
+
+    def stop(self) -> None:
+        """Does what `close` does, outside of an event loop."""
+        self.cancel()
+        self.scheduler.shutdown()
 
     def cancel(self) -> None:
         """Ends all completions after their current tokens."""
-        for running in list(self._running):
-            running.cancel()
+        self.scheduler.cancel()
 
-    def _check_room(self, request: Request) -> None:
-        longest, wanted = max(map(len, request.prompts)), request.max_tokens
-        if self._max_len is not None and longest + wanted > self._max_len:
+    def _check(self, request: Request) -> None:
+        longest, wanted = max(map(len, request.rows)), request.max_tokens
+        if self.max_len is not None and longest + wanted > self.max_len:
             raise Refusal(
                 400,
                 f'the prompt of {longest} tokens and {wanted} new ones make {longest + wanted}, '
-                f'and the model reaches {self._max_len}: shorten the prompt, or ask for fewer',
+                f'and the model reaches {self.max_len}: shorten the prompt, or ask for fewer',
                 'context_length_exceeded',
                 'prompt',
             )
-
-    async def _take_place(self) -> None:
-        if self._free.locked() and self._waiting >= self._limits.max_queue:
-            raise _busy()
-        self._waiting += 1
         try:
-            async with asyncio.timeout(self._limits.patience):
-                await self._free.acquire()
-        except TimeoutError:
-            raise _busy() from None
-        finally:
-            self._waiting -= 1
-
-    def _give_place_back(self, running: Running) -> None:
-        self._running.discard(running)
-        self._free.release()
-
-    def _make(self, running: Running) -> None:
-        """Decodes one request; runs in a thread."""
-        try:
-            self._post_pieces(running)
-        except Refusal as e:
-            running.post(e)
-        except UsageError as e:  # not the request's fault, e.g. weights that diverged
-            running.post(Refusal(500, str(e), 'internal_error'))
-        except Exception:
-            logging.getLogger(__name__).exception('a completion failed')
-            running.post(Refusal(500, 'the model failed: its log says why', 'internal_error'))
-        running.post(None)
-
-    def _post_pieces(self, running: Running) -> None:
-        request = running.request
-        texts = [
-            Text(self._tokenizer, request.stop, request.max_tokens, row, whole)
-            for row, whole in zip(request.rows, request.rows_of_text, strict=True)
-        ]
-        try:
-            made = self._tokens(request)
-        except UsageError as e:  # e.g. prompts that the model cannot read in one batch
+            for row in request.rows:
+                check_ids(self.model.net, 'prompt', np.asarray([row], np.int32))
+            check_bias(self.model.net, request.sampling)
+        except UsageError as e:
             raise Refusal(400, str(e), 'invalid_value') from None
-        if request.echo:
-            for index, text in enumerate(texts):
-                running.post(Piece(index, text.prompt, None))
-        for tokens in made:
-            for index, (text, token) in enumerate(zip(texts, tokens, strict=True)):
-                if text.finish_reason is None:
-                    shown = text.add(int(token))
-                    running.n_made += 1
-                    if shown or text.finish_reason:
-                        running.post(Piece(index, shown, text.finish_reason))
-            if running.cancelled or all(text.finish_reason for text in texts):
-                return
-
-    def _tokens(self, request: Request) -> Any:
-        """Yields the tokens (B,) of each step, without end.
-
-        Caches get room for more than is asked for, in a few sizes: each size is a program.
-        """
-        longest = max(map(len, request.prompts))
-        room = max(_LEAST_ROOM, 1 << (longest + request.max_tokens - 1).bit_length())
-        room = room if self._max_len is None else min(room, self._max_len)
-        return decoding.stream(
-            self._model,
-            [np.asarray(row, np.int32) for row in request.rows],
-            room - longest,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            repetition_penalty=request.repetition_penalty,
-            rng=request.seed,
-            eos_id=self._tokenizer.eos_id,
-        )
-
-
-def _busy() -> Refusal:
-    return Refusal(
-        429, 'too many requests at once: try again later', 'busy', headers={'Retry-After': '1'}
-    )

@@ -9,6 +9,13 @@ from layercomb.data.adapted import adapted
 from layercomb.data.pieces import PieceDecoder
 
 
+def stop_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's ``stop_ids``, and in any case its `eos_id`."""
+    tokenizer = adapted(tokenizer, 'Text', must_decode=True)
+    more = getattr(tokenizer.tokenizer, 'stop_ids', ())
+    return frozenset((tokenizer.eos_id, *(int(i) for i in more)))
+
+
 class Text:
     """Turns tokens into text that may be shown, and tells when the text is done.
 
@@ -21,7 +28,7 @@ class Text:
     Args:
       tokenizer: what decodes the tokens.
       stop: texts that end the answer and are not part of it.
-      max_tokens: the most tokens of the answer.
+      max_tokens: the most tokens of the answer; with 0 it is done before it begins.
       prompt: the tokens before the answer.
       whole: whether the prompt was given as a text. Then it ends with a whole character, and U+FFFD
         at its end is a character, not one that the answer completes.
@@ -49,14 +56,14 @@ class Text:
     ) -> None:
         tokenizer = adapted(tokenizer, 'Text', must_decode=True)
         self._decoder = tokenizer.incremental_decoder()
-        self._eos_id = tokenizer.eos_id
+        self._stop_ids = stop_ids(tokenizer)
         self._stop = tuple(stop)
         self._max_tokens = max_tokens
         self._held = ''
         # A tokenizer's own decoder is not finished here: `final` would end it.
-        final = whole and isinstance(self._decoder, PieceDecoder)
+        final = max_tokens == 0 or (whole and isinstance(self._decoder, PieceDecoder))
         self.prompt: str = self._decoder.decode(list(prompt), final=final) if prompt else ''
-        self.finish_reason: str | None = None
+        self.finish_reason: str | None = None if max_tokens else 'length'
         self.n_tokens = 0
 
     def add(self, token: int) -> str:
@@ -64,7 +71,7 @@ class Text:
         if self.finish_reason is not None:
             return ''
         self.n_tokens += 1
-        ended = token == self._eos_id
+        ended = token in self._stop_ids
         last = ended or self.n_tokens == self._max_tokens
         self._held += self._decoder.decode([] if ended else [token], final=last)
         found = [(at + len(text), at) for text in self._stop if (at := self._held.find(text)) >= 0]

@@ -6,9 +6,10 @@ combinators and wrappers too.
 """
 
 from layercomb.transforms.casting import Cast, cast
-from layercomb.transforms.narrowing import TiedRows, hold_narrow, hold_wide
+from layercomb.transforms.narrowing import hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
 from layercomb.transforms.rewriting import rewrite
+from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.unstacking import unstack, unstack_state
 from layercomb.transforms.weight_axes import axes

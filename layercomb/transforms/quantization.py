@@ -18,14 +18,16 @@ from layercomb.layers.basic.gated import GatedDense
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.walk import joined, walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.axes import UNKNOWN, Axes
 from layercomb.layers.facts.positionwise import of_sublayers
-from layercomb.layers.quantized.matrix import BITS, Narrow, can_narrow, constant, narrow
+from layercomb.layers.quantized.matrix import BITS, SCALES, Narrow, can_narrow, constant, narrow
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.shapes import Signature, is_float
 from layercomb.transforms.casting import Cast
+from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
@@ -179,9 +181,6 @@ class Quantized(Wrapper):
         return f'{first}<-{second if len(second) == 1 else f"({second})"}'
 
 
-SCALES = '_scales'
-
-
 def narrow_axes(layer: Layer) -> dict[str, str]:
     """The weights of a leaf that may be narrow, and their axes as `Narrow` writes them.
 
@@ -228,8 +227,9 @@ def quantize(
     features of multiplicative layers become int8, int4 or bfloat16. Biases, norms, positions,
     controllers and small weights stay as they are. A narrow matrix is stored with the summed axis
     last, so a kernel (D, F) becomes (F, D). Integers have a float32 scale for each group of a row,
-    at ``…_scales``. All names are kept. Both ends of a `Tied` model are quantized separately, and
-    the result is no longer tied.
+    at ``…_scales``. All names are kept. The ends of a `Tied` model stay tied if both are stored
+    alike, as the table of an embedding and a head that is its transpose. If not, they are quantized
+    separately, and are no longer tied.
 
     Args:
       net: any layer, stacked or `unstack`ed.
@@ -252,7 +252,8 @@ def quantize(
     (Quantized(Dense(64)), dtype('int8'), (64, 1))
     """
     if isinstance(net, Tied):
-        return quantize(net.layer, net.untied(weights), bits, group_size, smallest=smallest)
+        inner, whole = quantize(net.layer, net.untied(weights), bits, group_size, smallest=smallest)
+        return _tied_again(net, inner, whole)
     if isinstance(net, Quantized):
         raise ValueError('the model is quantized already: quantize the one that it was made from')
     if narrow_axes(bare(net)):
@@ -271,3 +272,43 @@ def quantize(
         inner, weights = quantize(net.layer, weights, bits, group_size, smallest=smallest)
         return net.with_sublayers((inner, *net.sublayers[1:])), weights
     return net, weights
+
+
+def _tied_again(net: Tied, inner: Layer, whole: Tree) -> tuple[Layer, Tree]:
+    """A quantized model with one array for both ends of a tie, if they are stored alike.
+
+    Args:
+      net: the tied model before.
+      inner: the quantized model without the tie.
+      whole: its weights.
+    """
+    source, target = (_layouts(inner, whole, path) for path in (net.source, net.target))
+    turned = net.via is jnp.transpose and (source, target) in _TRANSPOSED
+    is_narrow = set(source.values()) != {''}
+    if not turned and (source != target or (net.via and is_narrow)):
+        return inner, whole
+    made = TiedRows if is_narrow and '' in source else Tied  # rows, or a layer of several weights
+    whole = trees.drop(whole, net.target)
+    if made is TiedRows and net.source + SCALES in trees.flatten(whole):
+        whole = trees.drop(whole, net.target + SCALES)
+    return made(inner, net.source, net.target, net.via, name=net.name), whole
+
+
+# A table of rows and the kernel that is its transpose: both are kept as rows.
+_TRANSPOSED = (({'': 'oi'}, {'': 'io'}), ({'': 'io'}, {'': 'oi'}))
+
+
+def _layouts(net: Layer, weights: Tree, at: str) -> dict[str, str]:
+    """The axes of each narrow weight at or below a path, as of `Narrow`; '' for a wide one."""
+    found = {
+        path.removeprefix(at): ''
+        for path in trees.flatten(weights)
+        if path == at or path.startswith(f'{at}/')
+    }
+    for where, layer in walk(net):
+        if isinstance(layer, Quantized):
+            for rest, axes in narrow_axes(bare(layer)).items():
+                below = joined(where, rest).removeprefix(at)
+                if below in found and trees.get(weights, at + below).dtype != jnp.float32:
+                    found[below] = axes
+    return found

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tiny import PRETRAINED, Array, expected, loaded
 
 from layercomb import Model, interop, models, shape_dtype, tl
 from layercomb.errors import UsageError
@@ -10,7 +11,6 @@ from layercomb.interop.families import config_of, family_of
 from layercomb.interop.tensors import fill, shapes_of, spill
 from layercomb.layers.core.walk import walk
 from layercomb.supervised import decoding
-from tests.interop.tiny import PRETRAINED, Array, expected, loaded
 
 # LSH chunks of 8: shorter, one, whole ones, and lengths that are no multiple.
 LENGTHS = (3, 8, 9, 16, 21, 29, 32)

@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 
-from layercomb import Model, cli, models, shape_dtype, trees
+from layercomb import Model, cli, models, serving, shape_dtype, trees
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError, usage_errors
 from layercomb.interop.safetensors import load_weights
@@ -394,6 +394,21 @@ def test_mistakes_of_serving(files, capsys):
     with socket.create_server(('127.0.0.1', 0)) as taken:
         port = taken.getsockname()[1]
         assert 'choose another --port' in refused(capsys, 'serve', run, '--port', port)
+
+
+def test_the_key_of_a_server_comes_from_an_option_or_the_environment(files, capsys, monkeypatch):
+    run, keys = files[2], []
+    monkeypatch.setattr(serving, 'run', lambda *given: keys.append(given[-1]))
+    for options, variable in [((), None), ((), 'b'), (('--api_key', 'a'), 'b')]:
+        monkeypatch.delenv('LAYERCOMB_API_KEY', raising=False)
+        if variable is not None:
+            monkeypatch.setenv('LAYERCOMB_API_KEY', variable)
+        assert cli.main(['serve', str(run), '--port', '0', *options]) == 0
+    assert keys == [None, 'b', 'a']
+    monkeypatch.setenv('LAYERCOMB_API_KEY', '')  # of a variable that was not set
+    said = refused(capsys, 'serve', run)
+    assert 'LAYERCOMB_API_KEY: the API key must be 1 to 512 letters' in said
+    assert '--api_key: the API key must be' in refused(capsys, 'serve', run, '--api_key', 'a b')
 
 
 def test_a_closed_pipe_ends_quietly(files):

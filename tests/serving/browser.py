@@ -106,10 +106,12 @@ class Page:
     def press(self, key: str, modifiers: int = 0) -> None:
         """Presses a key; modifiers: 2 is Ctrl."""
         code = {'Enter': 13, 'Escape': 27, 'Tab': 9}[key]
-        for kind in ('rawKeyDown', 'keyUp'):
+        said = {'text': '\r'} if key == 'Enter' else {}  # with a text, it submits a form
+        for kind in ('keyDown', 'keyUp'):
             self._call(
                 'Input.dispatchKeyEvent',
                 type=kind,
+                **said,
                 key=key,
                 code=key,
                 windowsVirtualKeyCode=code,

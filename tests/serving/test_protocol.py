@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from layercomb.data import ByteTokenizer
 from layercomb.serving import Limits
-from layercomb.serving.protocol import Refusal, parse
+from layercomb.serving.openai.completions import parse
+from layercomb.serving.protocol import Refusal
 from layercomb.serving.texts import Text
+from layercomb.supervised.decoding.sampling import Sampler
 
 LIMITS = Limits(max_tokens=50, max_prompt=20, max_choices=4)
 
@@ -47,6 +49,39 @@ def test_a_seed_is_drawn_where_none_is_given():
     assert len({read({'prompt': 'a'}).seed for _ in range(8)}) > 1
 
 
+def test_how_tokens_are_drawn():
+    request = read(
+        {
+            'prompt': 'a', 'temperature': 0.5, 'presence_penalty': 1, 'frequency_penalty': -2,
+            'logit_bias': {'7': -100, '5': 1.5, '6': 0},
+        }
+    )  # fmt: skip
+    wanted = {'presence_penalty': 1.0, 'frequency_penalty': -2.0}
+    assert request.sampling == Sampler(0.5, **wanted, logit_bias=((5, 1.5), (7, -100.0)))
+
+
+def test_what_the_makers_advise_holds_where_the_request_is_silent():
+    body = json.dumps({'prompt': 'a', 'top_p': 0.5}).encode()
+    advised = {'temperature': 0.25, 'top_p': 0.75}
+    request = parse(body, ByteTokenizer(), 'tiny', 256, LIMITS, advised)
+    assert request.sampling == Sampler(0.25, top_p=0.5)
+
+
+def test_the_best_of_several_are_made_with_scores_that_are_not_shown():
+    request = read({'prompt': ['a', 'b'], 'best_of': 2})
+    assert request.rows == [(97,), (97,), (98,), (98,)] and request.rows_of_text == [True] * 4
+    assert (request.n, request.logprobs, request.shows_logprobs) == (1, 0, False)
+    request = read({'prompt': 'a', 'best_of': 2, 'logprobs': 3})
+    assert request.logprobs == 3 and request.shows_logprobs
+
+
+def test_a_prompt_alone():
+    request = read({'prompt': 'ab', 'echo': True, 'max_tokens': 0, 'logprobs': 1})
+    assert request.max_tokens == 0
+    text = Text(ByteTokenizer(), (), 0, 'aé'.encode()[:-1])
+    assert (text.prompt, text.finish_reason) == ('a\ufffd', 'length')
+
+
 MISTAKES = [
     (b'{"prompt": ', 'the body is no JSON'),
     (b'\xff', 'the body is no JSON'),
@@ -64,7 +99,7 @@ MISTAKES = [
     ({'prompt': [-1]}, 'a token -1 outside'),
     ({'prompt': '\ud800'}, "'prompt' is no text"),
     ({'prompt': 'a' * 21}, 'has 21 tokens, and 20 are allowed here'),
-    ({'prompt': 'a', 'max_tokens': 0}, "'max_tokens' must be at least 1 and at most"),
+    ({'prompt': 'a', 'max_tokens': 0}, "'max_tokens' must be at least 1, or 0 with 'echo'"),
     ({'prompt': 'a', 'max_tokens': 51}, "'max_tokens' must be at most 50"),
     ({'prompt': 'a', 'max_tokens': 2.5}, "'max_tokens' must be an int"),
     ({'prompt': 'a', 'n': 5}, 'must be at most 4'),
@@ -76,13 +111,20 @@ MISTAKES = [
     ({'prompt': 'a', 'top_k': 0}, "'top_k'"),
     ({'prompt': 'a', 'repetition_penalty': 0}, "'repetition_penalty'"),
     ({'prompt': 'a', 'seed': 'x'}, "'seed' must be an int"),
-    ({'prompt': 'a', 'stop': ['a'] * 5}, "'stop' must be a text, or up to 4"),
+    ({'prompt': 'a', 'stop': ['a'] * 17}, "'stop' must be a text, or up to 16"),
     ({'prompt': 'a', 'stop': ''}, "'stop'"),
     ({'prompt': 'a', 'stream': 1}, "'stream' must be true or false"),
     ({'prompt': 'a', 'stream_options': []}, "'stream_options'"),
-    ({'prompt': 'a', 'presence_penalty': 0.5}, "'presence_penalty' is not supported: .* at 0"),
-    ({'prompt': 'a', 'logprobs': 0}, "'logprobs' is not supported"),
-    ({'prompt': 'a', 'best_of': 3}, "'best_of' may be at most n, here 1"),
+    ({'prompt': 'a', 'presence_penalty': 2.5}, "'presence_penalty' must be at least -2 and at"),
+    ({'prompt': 'a', 'frequency_penalty': -3}, "'frequency_penalty' must be at least -2 and at"),
+    ({'prompt': 'a', 'logprobs': 21}, "'logprobs' must be at least 0 and at most 20"),
+    ({'prompt': 'a', 'best_of': 3, 'stream': True}, "'best_of' must be at most n in a stream"),
+    ({'prompt': 'a', 'best_of': 5}, "'best_of' times the number of prompts must be at most 4"),
+    ({'prompt': 'a', 'best_of': 0}, "'best_of' must be at least 1"),
+    ({'prompt': 'a', 'logit_bias': {'256': 1}}, 'a token 256 outside the vocabulary of 256'),
+    ({'prompt': 'a', 'logit_bias': {'a': 1}}, "'logit_bias' must be an object .*: 'a' is no id"),
+    ({'prompt': 'a', 'logit_bias': {'5': 101}}, "'logit_bias' must be at least -100 and at most"),
+    ({'prompt': 'a', 'logit_bias': {str(i): 1 for i in range(301)}}, 'an object of up to 300'),
     ({'prompt': 'a', 'max_token': 3}, "'max_token' is not a field"),
     ({'prompt': 'a', '\ud800': 3}, 'is not a field'),
     ({'prompt': 'a', 'model': 'gpt'}, "there is only the model 'tiny'"),
@@ -128,6 +170,16 @@ def test_characters_are_whole():
 def test_the_end_of_a_document_ends_it():
     pieces, text = said(b'ab\0c', stop=['bc'])
     assert pieces == ['a', '', 'b', ''] and text.finish_reason == 'stop' and text.n_tokens == 3
+
+
+def test_any_token_that_ends_an_answer_does():
+    class Ended(ByteTokenizer):
+        stop_ids = (1, 2)
+
+    for end in (b'\0', b'\1', b'\2'):
+        text = Text(Ended(), (), 9)
+        assert [text.add(i) for i in b'a' + end + b'b'] == ['a', '', '']
+        assert (text.finish_reason, text.n_tokens) == ('stop', 2)
 
 
 @given(st.text('ab€', max_size=12), st.lists(st.text('ab€', min_size=1, max_size=3), max_size=4))

@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import importlib
 import json
 import logging
 import socket
@@ -10,13 +9,19 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import test_answers
 import uvicorn
+from scripted import Engine
 
 import layercomb as lc
 from layercomb import models, serving
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError
+from layercomb.serving.openai.completions import parse
 from layercomb.supervised import decoding
 
 MAX_LEN = 600
@@ -24,8 +29,6 @@ NET = models.TransformerLM(256, d_model=8, d_ff=8, n_layers=1, n_heads=1, max_le
 LIMITS = serving.Limits(
     max_tokens=MAX_LEN, max_body=4000, max_concurrent=2, max_queue=8, patience=20
 )
-
-programs_of = importlib.import_module('layercomb.supervised.decoding.generate')
 
 
 @pytest.fixture(scope='module')
@@ -193,44 +196,29 @@ def test_a_body_without_a_length_is_counted_as_it_comes(server):
 
 
 @pytest.mark.parametrize('stream', [True, False])
-def test_who_hangs_up_frees_the_place(server, stream):
+def test_who_hangs_up_frees_the_place(server, stream, forced):
     address, engine = server
     asked = json.dumps({'prompt': 'x', 'max_tokens': 590, 'seed': 1, 'stream': stream}).encode()
     head = f'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(asked)}\r\n'
     head += 'Content-Type: application/json\r\n\r\n'
-    makes = engine._tokens
     n_made = []
-
-    def slow(request):
-        for token in makes(request):
-            n_made.append(1)
-            time.sleep(0.02)
-            yield token * 0 + ord('a')
-
-    engine._tokens = slow
-    try:
-        with socket.create_connection(address) as client:
-            client.sendall(head.encode() + asked)
-            while len(n_made) < 3:
-                time.sleep(0.01)
-            assert engine.n_running == 1
-        left = len(n_made)
-        assert idle(engine) and len(n_made) < left + 25
-    finally:
-        engine._tokens = makes
+    forced.slow(lambda: n_made.append(1))
+    with socket.create_connection(address) as client:
+        client.sendall(head.encode() + asked)
+        while len(n_made) < 3:
+            time.sleep(0.01)
+        assert engine.n_running == 1
+    left = len(n_made)
+    assert idle(engine) and len(n_made) < left + 25
 
 
-def test_who_hangs_up_in_the_queue_leaves_it(server):
+def test_who_hangs_up_in_the_queue_leaves_it(server, forced):
     address, engine = server
     asked = json.dumps({'prompt': 'x', 'max_tokens': 590, 'seed': 1}).encode()
     head = f'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(asked)}\r\n'
     head += 'Content-Type: application/json\r\n\r\n'
-    makes, go_on = engine._tokens, threading.Event()
-
-    def waits(request):
-        for token in makes(request):
-            go_on.wait(20)
-            yield token
+    go_on = threading.Event()
+    forced.slow(until=go_on.is_set)
 
     def until(said):
         end = time.monotonic() + 10
@@ -238,7 +226,6 @@ def test_who_hangs_up_in_the_queue_leaves_it(server):
             time.sleep(0.01)
         assert said()
 
-    engine._tokens = waits
     try:
         with contextlib.ExitStack() as clients:
             for _ in range(LIMITS.max_concurrent):
@@ -248,12 +235,11 @@ def test_who_hangs_up_in_the_queue_leaves_it(server):
             until(lambda: engine.n_running == LIMITS.max_concurrent)
             with socket.create_connection(address) as client:
                 client.sendall(head.encode() + asked)
-                until(lambda: engine._waiting == 1)
-            until(lambda: engine._waiting == 0)
+                until(lambda: engine.n_waiting == 1)
+            until(lambda: engine.n_waiting == 0)
             assert engine.n_running == LIMITS.max_concurrent
     finally:
         go_on.set()
-        engine._tokens = makes
     assert idle(engine)
 
 
@@ -277,11 +263,12 @@ def test_others_are_answered_while_a_prompt_is_made_tokens_of(model):
 
 
 def test_how_tokens_are_drawn_compiles_nothing(server):
-    address, _ = server
-    sizes = []
+    address, engine = server
+    sizes, programs = [], engine.model.programs
     for how in ({}, {'top_k': 3}, {'top_p': 0.5, 'temperature': 0.3}, {'repetition_penalty': 2}):
         completed(address, prompt='cat', max_tokens=2, **how)
-        sizes.append((programs_of._first._cache_size(), programs_of._next.cache_info().currsize))
+        made = programs.read, programs.first, programs.step
+        sizes.append(tuple(program._cache_size() for program in made))
     assert len(set(sizes)) == 1
 
 
@@ -309,20 +296,12 @@ def test_two_hundred_at_once_are_answered_or_sent_away(server):
     assert completed(address, prompt='still', max_tokens=2)
 
 
-def test_a_failure_of_the_model_is_not_told_in_detail(server, caplog):
+def test_a_failure_of_the_model_is_not_told_in_detail(server, caplog, forced):
     address, engine = server
-    makes = engine._tokens
-
-    def fails(request):
-        raise RuntimeError('a secret')
-
-    engine._tokens = fails
-    try:
-        with caplog.at_level(logging.CRITICAL, 'layercomb'):
-            status, said, _ = ask(address, {'prompt': 'a'})
-            _, streamed, _ = ask(address, {'prompt': 'a', 'stream': True})
-    finally:
-        engine._tokens = makes
+    forced.failing(RuntimeError('a secret'))
+    with caplog.at_level(logging.CRITICAL, 'layercomb'):
+        status, said, _ = ask(address, {'prompt': 'a'})
+        _, streamed, _ = ask(address, {'prompt': 'a', 'stream': True})
     assert status == 500 and json.loads(said)['error']['type'] == 'server_error'
     assert b'secret' not in said and b'secret' not in streamed
     assert 'error' in events(streamed.decode().splitlines())[0]
@@ -357,3 +336,67 @@ def test_an_address_that_cannot_be_had():
     ]:
         with pytest.raises(UsageError, match=said), serving.bound(host, port):
             pass
+
+
+def by_hand(model):
+    """An engine that reads the whole text anew for each token."""
+
+    def logprobs(tokens):
+        logits, _ = model.layer.apply(
+            model.weights, model.state, (np.asarray([tokens], np.int32),), mode=lc.Mode.EVAL
+        )
+        return np.asarray(jax.nn.log_softmax(logits[0][0, -1].astype(jnp.float32)))
+
+    return Engine(None, logprobs)
+
+
+SCORED = [
+    {'prompt': 'cat', 'max_tokens': 4, 'logprobs': 3},
+    {'prompt': ['cat', [99, 97, 195, 169]], 'max_tokens': 0, 'logprobs': 2, 'echo': True},
+    {'prompt': 'ca', 'max_tokens': 3, 'logprobs': 1, 'echo': True},
+]
+
+
+@pytest.mark.parametrize('asked', SCORED, ids=str)
+def test_scores_are_those_of_the_model_by_hand(server, model, asked):
+    address, _ = server
+    said = completed(address, temperature=0, **asked)
+    request = parse(json.dumps(asked).encode(), ByteTokenizer(), 'tiny', 256, LIMITS)
+    wanted = test_answers.whole(by_hand(model), request)
+    for made, slow in zip(said['choices'], wanted['choices'], strict=True):
+        assert made['text'] == slow['text'] and made['finish_reason'] == slow['finish_reason']
+        made, slow = made['logprobs'], slow['logprobs']
+        assert made['tokens'] == slow['tokens'] and made['text_offset'] == slow['text_offset']
+        for name in ('token_logprobs', 'top_logprobs'):
+            assert (made[name][0] is None) == (slow[name][0] is None)
+        start = 1 if asked.get('echo') else 0
+        near = pytest.approx(slow['token_logprobs'][start:], abs=1e-4)
+        assert made['token_logprobs'][start:] == near
+        for ours, theirs in zip(made['top_logprobs'], slow['top_logprobs'], strict=True):
+            assert ours == (theirs and pytest.approx(theirs, abs=1e-4))
+
+
+def test_the_best_of_several_and_what_is_favoured(server):
+    address, _ = server
+    asked = {'prompt': 'cat', 'max_tokens': 4, 'seed': 5, 'logprobs': 0}
+    several = completed(address, **asked, n=4)['choices']
+    (best,) = completed(address, **asked, best_of=4)['choices']
+    means = [np.mean(choice['logprobs']['token_logprobs']) for choice in several]
+    assert best['text'] == several[int(np.argmax(means))]['text']
+    (biased,) = completed(address, **asked, logit_bias={'120': 100})['choices']
+    assert biased['text'] == 'xxxx'
+    (varied,) = completed(
+        address, **asked, logit_bias={'120': 3, '121': 3}, presence_penalty=2, frequency_penalty=2,
+        temperature=0,
+    )['choices']  # fmt: skip
+    assert set('xy') <= set(varied['text'])
+
+
+def test_each_token_that_is_made_has_a_score_the_one_that_ends_it_too(server):
+    """lm_eval asks for one token more than it wants, and drops the last score."""
+    address, _ = server
+    asked = {'prompt': 'cat', 'max_tokens': 3, 'echo': True, 'logprobs': 1}
+    (choice,) = completed(address, **asked, logit_bias={'0': 100})['choices']
+    assert choice['text'] == 'cat' and choice['finish_reason'] == 'stop'
+    assert choice['logprobs']['tokens'] == ['c', 'a', 't', 'token_id:0']
+    assert choice['logprobs']['text_offset'] == [0, 1, 2, 3]

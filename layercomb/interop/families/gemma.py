@@ -21,7 +21,6 @@ from layercomb.interop.families.llama import (
     of_layers,
     parts_of,
     sizes,
-    width_of,
     windows,
 )
 from layercomb.interop.families.rope import parameters, rotary
@@ -104,8 +103,10 @@ def config(net: Layer) -> dict[str, Any]:
     _, blocks, head, _ = parts_of(net)
     layers = [block.layers[0].layers[1] for block in blocks]
     first, older = layers[0], layers[0].query_norm is None
-    widths = [width_of(layer) for layer in layers]
+    widths = [layer.window for layer in layers]
     made = described(net)
+    last: Any = head
+    cap = last.layers[1].limit if isinstance(head, tl.Serial) else None
     scalar = made['head_dim'] if first.scale is None else first.scale**-2
     return {
         'architectures': ['Gemma2ForCausalLM' if older else 'Gemma3ForCausalLM'],
@@ -117,7 +118,7 @@ def config(net: Layer) -> dict[str, Any]:
         'sliding_window': next((w for w in widths if w is not None), None),
         'layer_types': [FULL if w is None else SLIDING for w in widths],
         'attn_logit_softcapping': first.softcap,
-        'final_logit_softcapping': head.layers[1].limit if isinstance(head, tl.Serial) else None,
+        'final_logit_softcapping': cap,
         **({} if older else _positions(layers)),
     }
 
@@ -125,7 +126,7 @@ def config(net: Layer) -> dict[str, Any]:
 def _positions(layers: Sequence[Any]) -> dict[str, Any]:
     """The rotary positions of the two kinds of layers."""
     full, local = (
-        next((layer.rotary for layer in layers if (width_of(layer) is None) is sees_all), None)
+        next((layer.rotary for layer in layers if (layer.window is None) is sees_all), None)
         for sees_all in (True, False)
     )
     known: dict[str, Any] = {}

@@ -157,7 +157,7 @@ def of_layers(
     """
     block = [*_attention(qkv_bias, out_bias, qk_norm), *_feed_forward(ff_bias)]
     block.append(('attention/norm/scale', 'input_layernorm.weight', False))
-    of_norms = ('feed_forward/norm/scale',)
+    of_norms: tuple[str, ...] = ('feed_forward/norm/scale',)
     if len(norms) > 1:
         of_norms = ('attention/norm_after/scale', *of_norms, 'feed_forward/norm_after/scale')
     block += [(ours, f'{n}.weight', False) for ours, n in zip(of_norms, norms, strict=True)]
@@ -242,16 +242,11 @@ def config(net: Layer) -> dict[str, Any]:
     _, blocks, _, _ = parts_of(net)
     attention, gated = (residual.layers[1] for residual in blocks[0].layers)
     made = described(net)
-    if width_of(attention) is not None:
-        window = {'sliding_window': width_of(attention)}
+    if attention.window is not None:
+        window = {'sliding_window': attention.window}
         return {'architectures': ['MistralForCausalLM'], 'model_type': 'mistral', **made, **window}
     biases = {'attention_bias': attention.qkv_bias, 'mlp_bias': gated.use_bias}
     return {'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', **made, **biases}
-
-
-def width_of(attention: Any) -> int | None:
-    """The window of an attention layer; None for none."""
-    return getattr(attention, 'window', None)
 
 
 LLAMA = Family('Llama', net, entries, config, ignored=TABLES)

@@ -17,7 +17,6 @@ from layercomb.interop.families.llama import (
     of_layers,
     parts_of,
     sizes,
-    width_of,
 )
 from layercomb.interop.families.rope import rotary
 from layercomb.interop.tensors import Entry, linear
@@ -27,6 +26,7 @@ from layercomb.layers.core.layer import Layer
 def net(config: Config) -> Layer:
     """The model that a configuration describes."""
     config = config.or_else(_DEFAULTS)
+    config.get('original_max_position_embeddings')  # it matters to 'longrope' alone
     return models.Llama(
         **sizes(config, rotary(config, long=True)),
         window=config.count('sliding_window') if config.get('sliding_window') else None,
@@ -63,7 +63,7 @@ def config(net: Layer) -> dict[str, Any]:
         'model_type': 'phi3',
         **{name: value for name, value in made.items() if name != 'head_dim'},
         'partial_rotary_factor': attention.rotary.share,
-        'sliding_window': width_of(attention),
+        'sliding_window': attention.window,
     }
 
 

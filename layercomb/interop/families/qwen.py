@@ -17,7 +17,6 @@ from layercomb.interop.families.llama import (
     of_layers,
     parts_of,
     sizes,
-    width_of,
     windows,
 )
 from layercomb.interop.tensors import Entry
@@ -54,7 +53,7 @@ def config(net: Layer) -> dict[str, Any]:
     _, blocks, _, _ = parts_of(net)
     layers = [block.layers[0].layers[1] for block in blocks]
     newer = layers[0].query_norm is not None
-    widths = [width_of(layer) for layer in layers]
+    widths = [layer.window for layer in layers]
     width = next((w for w in widths if w is not None), None)
     made = {
         'architectures': ['Qwen3ForCausalLM' if newer else 'Qwen2ForCausalLM'],

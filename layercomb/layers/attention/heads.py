@@ -78,7 +78,11 @@ def _apart(layer: Any, weights: Tree) -> Tree | None:
     n_heads = max((len(x) for x in jax.tree.leaves(made)), default=1)
     if any(n_heads % max(len(x), 1) for x in jax.tree.leaves(made)):
         return None
-    return jax.tree.map(lambda x: jnp.repeat(x, n_heads // len(x), 0), made)
+
+    def for_each(x: jax.Array) -> jax.Array:
+        return x if len(x) == n_heads else jnp.repeat(x, n_heads // len(x), 0)
+
+    return jax.tree.map(for_each, made)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

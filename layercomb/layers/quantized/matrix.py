@@ -31,6 +31,7 @@ from layercomb.layers.quantized.rows import IN_BOUNDS
 from layercomb.shapes import is_float
 
 BITS = (4, 8, 16)
+SCALES = '_scales'  # a narrow matrix stands at its path, and its scales at path + SCALES
 
 
 @functools.partial(

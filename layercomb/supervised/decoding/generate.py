@@ -23,13 +23,14 @@ import numpy as np
 
 from layercomb.model import Model
 from layercomb.supervised.decoding.beams import Beams, beam_search
-from layercomb.supervised.decoding.keys import key
+from layercomb.supervised.decoding.keys import fold_each, row_keys
 from layercomb.supervised.decoding.prompts import (
     Sequences,
     Start,
     advance,
     as_id,
     begin,
+    check_bias,
     ingest,
     max_len,
 )
@@ -59,6 +60,9 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: tuple[tuple[int, float], ...] = (),
     rng: jax.Array | int = 0,
     eos_id: int | None = None,
 ) -> np.ndarray:
@@ -72,7 +76,8 @@ def generate(
       n_tokens: how many tokens to make for each row.
       inputs: what an encoder reads, (B, S) or a list of B sequences; lengths may differ if the
         model takes a mask.
-      temperature, top_k, top_p, repetition_penalty: see `Sampler`; temperature 0 is greedy.
+      temperature, top_k, top_p, repetition_penalty, presence_penalty, frequency_penalty,
+        logit_bias: see `Sampler`; temperature 0 is greedy.
       rng: a typed key, or a seed.
       eos_id: the token that ends a row; the rest of the row is filled with it. It must be in the
         vocabulary. None ends no row.
@@ -87,9 +92,19 @@ def generate(
         together exceed the model's `max_len`; if the model sees later positions; if `inputs` do not
         fit the model and the prompts; or if logits are NaN, naming the token.
     """
-    sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
+    sampler = Sampler(
+        temperature,
+        top_k,
+        top_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+    )
     start = begin(model, prompts, n_tokens, inputs, eos_id)
-    made = _generate(start, sampler, np.int32(n_tokens), as_id(eos_id), _row_keys(rng, start))
+    check_bias(start.net, sampler)
+    keys = row_keys(rng, len(start.tokens))
+    made = _generate(start, sampler, np.int32(n_tokens), as_id(eos_id), keys)
     tokens = np.asarray(made)[:, : int(n_tokens)]
     check_drawn(tokens, 0)
     return tokens
@@ -105,6 +120,9 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: tuple[tuple[int, float], ...] = (),
     rng: jax.Array | int = 0,
     eos_id: int | None = None,
 ) -> Iterator[np.ndarray]:
@@ -114,25 +132,25 @@ def stream(
     Arguments are checked at the call; NaN raises when it arises. To stream many prompts of one
     model, unstack it once: ``lc.Model(*lc.unstack(net, weights), state)``.
     """
-    sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
+    sampler = Sampler(
+        temperature,
+        top_k,
+        top_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+    )
     start = begin(model, prompts, n_tokens, inputs, eos_id)
-    return _stream(start, sampler, int(n_tokens), as_id(eos_id), _row_keys(rng, start))
-
-
-def _row_keys(rng: jax.Array | int, start: Start) -> jax.Array:
-    rng, rows = key('rng', rng), jnp.arange(len(start.tokens), dtype=jnp.int32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
-
-
-def _fold_each(keys: jax.Array, i: Any) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+    check_bias(start.net, sampler)
+    return _stream(start, sampler, int(n_tokens), as_id(eos_id), row_keys(rng, len(start.tokens)))
 
 
 class _Kept(NamedTuple):
     """What the next token is made from, besides the last token."""
 
     state: Tree
-    seen: jax.Array  # (B, V) bool
+    held: jax.Array  # (B, V) int32, see `Sampler`
     i: jax.Array  # how many tokens there are
 
 
@@ -140,17 +158,17 @@ class _Kept(NamedTuple):
 def _first(start: Start, sampler: Sampler, keys: jax.Array) -> tuple[jax.Array, _Kept]:
     """The first token of each row, (B,), and what the next one is made from."""
     logits, state = ingest(start)
-    seen = sampler.seen(start.tokens, start.lengths, logits.shape[-1])
-    token = sampler(logits, _fold_each(keys, 0), seen)
-    return token, _Kept(state, sampler.add(seen, token), jnp.int32(1))
+    held = sampler.held(start.tokens, start.lengths, logits.shape[-1])
+    token = sampler(logits, fold_each(keys, 0), held)
+    return token, _Kept(state, sampler.add(held, token), jnp.int32(1))
 
 
 def _step(
     start: Start, sampler: Sampler, kept: _Kept, token: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, _Kept]:
     logits, state = advance(start, kept.state, token)
-    token = sampler(logits, _fold_each(keys, kept.i), kept.seen)
-    return token, _Kept(state, sampler.add(kept.seen, token), kept.i + 1)
+    token = sampler(logits, fold_each(keys, kept.i), kept.held)
+    return token, _Kept(state, sampler.add(kept.held, token), kept.i + 1)
 
 
 @functools.lru_cache(maxsize=16)

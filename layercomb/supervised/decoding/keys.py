@@ -1,4 +1,4 @@
-"""The random key of a sample, from a key or a seed."""
+"""The random keys of samples: from a key or a seed, one for each row and step."""
 
 from __future__ import annotations
 
@@ -32,3 +32,19 @@ def key(name: str, value: Any) -> jax.Array:
                 f'of shape {value.shape}'
             )
     return seeded(name, plain(value))
+
+
+def row_keys(rng: jax.Array | int, n_rows: int) -> jax.Array:
+    """The keys (B,) of rows: `rng`, a key or a seed, folded with the number of each row."""
+    rows = jnp.arange(n_rows, dtype=jnp.int32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key('rng', rng), rows)
+
+
+def fold_each(keys: jax.Array, step: Any) -> jax.Array:
+    """The keys (B,) of a step.
+
+    Args:
+      keys: (B,), of rows.
+      step: the number of the step, () or one for each row, (B,).
+    """
+    return jax.vmap(jax.random.fold_in, (0, 0 if jnp.ndim(step) else None))(keys, step)

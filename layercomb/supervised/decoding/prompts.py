@@ -30,6 +30,7 @@ from layercomb.layers.state.parts import AuxLoss, take_out
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import Signature, is_float, shape_dtype
 from layercomb.supervised.decoding.fitness import judged_init
+from layercomb.supervised.decoding.sampling import Sampler
 from layercomb.transforms.quantization import bare
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.unstacking import unstack, unstack_state
@@ -154,7 +155,7 @@ def padded_length(net: Layer, what: str, lengths: np.ndarray) -> int:
     Raises:
       UsageError: if a layer sees padding, and lengths differ.
     """
-    seeing = next((layer for layer in _of_what_is_written(net) if layer.sees_padding), None)
+    seeing = _seeing_padding(net)
     if seeing is None:
         return round_up(int(lengths.max()))
     if len(set(lengths.tolist())) > 1:
@@ -166,6 +167,15 @@ def padded_length(net: Layer, what: str, lengths: np.ndarray) -> int:
             "neighbourhood='bucket'"
         )
     return int(lengths.max())
+
+
+def reads_whole_prompts(net: Layer) -> bool:
+    """Whether a layer would see what a prompt is padded with, so that it is read as it is."""
+    return _seeing_padding(net) is not None
+
+
+def _seeing_padding(net: Layer) -> Layer | None:
+    return next((layer for layer in _of_what_is_written(net) if layer.sees_padding), None)
 
 
 def _of_what_is_written(net: Layer) -> Iterator[Layer]:
@@ -297,6 +307,12 @@ def check_ids(net: Layer, what: str, tokens: np.ndarray) -> None:
         check_tokens(net, (None, tokens) if after_source else (tokens,))
     except ValueError as e:
         raise UsageError(f'the {what} does not fit the model: {e}') from None
+
+
+def check_bias(net: Layer, sampler: Sampler) -> None:
+    """Raises a UsageError if `logit_bias` names a token outside the vocabulary."""
+    if sampler.logit_bias:
+        check_ids(net, 'logit_bias', np.array([[token for token, _ in sampler.logit_bias]]))
 
 
 def max_len(net: Layer) -> int | None:

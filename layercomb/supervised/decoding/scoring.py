@@ -1,4 +1,4 @@
-"""`score`: the log-likelihood of given texts under a model."""
+"""`score`: the log-likelihood of given texts under a model; and that of single tokens."""
 
 from __future__ import annotations
 
@@ -40,6 +40,36 @@ class Scores(NamedTuple):
 
     tokens: np.ndarray
     totals: np.ndarray
+
+
+N_ALTERNATIVES = 20  # the most that OpenAI's API tells
+
+
+class Alternatives(NamedTuple):
+    """How likely tokens are, and the likeliest ones at their places.
+
+    Attributes:
+      logprob: (B,) float32, log p of each token.
+      ids: (B, N) int32, the likeliest tokens, best first.
+      logprobs: (B, N) float32, log p of these.
+    """
+
+    logprob: jax.Array
+    ids: jax.Array
+    logprobs: jax.Array
+
+
+def alternatives(logits: jax.Array, tokens: jax.Array) -> Alternatives:
+    """The log-probabilities of tokens, and of the `N_ALTERNATIVES` likeliest ones.
+
+    Args:
+      logits: (B, V).
+      tokens: (B,) integers.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    chosen = jnp.take_along_axis(log_p, tokens[:, None], 1, mode='clip')[:, 0]
+    best, ids = jax.lax.top_k(log_p, min(N_ALTERNATIVES, logits.shape[1]))
+    return Alternatives(chosen, ids.astype(jnp.int32), best)
 
 
 def score(

@@ -316,10 +316,11 @@ GROUPED = [
         softcap=0.5,
     ),
     tl.LocalSelfAttention(4, 2, n_kv_heads=1, rotary=tl.RotaryPositions(), scale=0.3, softcap=0.5),
+    tl.SelfAttention(4, n_kv_heads=2, window=3, rotary=tl.RotaryPositions(), softcap=0.5),
 ]
 
 
-@pytest.mark.parametrize('layer', GROUPED, ids=['full', 'local'])
+@pytest.mark.parametrize('layer', GROUPED, ids=['full', 'local', 'window'])
 @pytest.mark.parametrize('kernels', [True, False])
 def test_decoding_with_shared_heads(layer, kernels):
     jax.clear_caches()

@@ -152,6 +152,14 @@ DENSE = {
     ),
     'token in a cache': Case(Lq=1, Lk=70, options={'causal': True, 'offset': [0, 37]}),
     'grouped': Case(H=6, G=2, Lq=53, Lk=53, options={'causal': True, 'block_len': 16}),
+    'grouped window, capped': Case(
+        H=6,
+        G=2,
+        Lq=53,
+        Lk=53,
+        masked=True,
+        options={'causal': True, 'block_len': 16, 'window': 9, 'softcap': 0.5},
+    ),
     'grouped, masked': Case(
         H=4, G=2, Lq=37, Lk=53, D=4, masked=True, options={'block_len': 16, 'softcap': 0.5}
     ),
@@ -278,7 +286,7 @@ def test_heads_taken_together_or_one_by_one_give_the_same(pairs, monkeypatch):
     *qkvg, mask = arrays(case)
     plan = blockwise.Plan(37, 37, 16, 16, 0.25, causal=True)
     jax.clear_caches()  # else the program compiled for another number is run again
-    got = with_gradients(lambda *x: blockwise.attend(plan, *x, mask, None, None), *qkvg)
+    got = with_gradients(lambda *x: blockwise.attend(plan, *x, mask, None, None, None), *qkvg)
     close(got, reference(*qkvg, seen(case, mask, causal=True), scale=0.25))
 
 

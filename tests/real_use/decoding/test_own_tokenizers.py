@@ -54,6 +54,9 @@ class Pieces(Words):
         return ''.join(self.pieces[i] for i in ids).removeprefix(' ')
 
 
+GREEDY = decoding.Sampler(0)
+
+
 def other(**fields):
     return type('Other', (Words,), fields)()
 
@@ -177,11 +180,11 @@ def test_a_tokenizer_without_incremental_decoding_serves_and_generates(model, ca
     application = serving.app(model, Words(), 'own')
     tokens = decoding.generate(model, [[1, 2]], 6, temperature=0, eos_id=0)[0].tolist()
     tokens = tokens[: tokens.index(0)] if 0 in tokens else tokens
-    answer = answered(application, Request(((1, 2),), 6, temperature=0))
+    answer = answered(application, Request(((1, 2),), 6, sampling=GREEDY))
     assert answer == ''.join(' ' + 'x' * i for i in tokens)
-    echoed = answered(application, Request(((1, 2),), 6, temperature=0, echo=True))
+    echoed = answered(application, Request(((1, 2),), 6, sampling=GREEDY, echo=True))
     assert echoed == 'x xx' + answer
-    stopped = answered(application, Request(((1, 2),), 6, temperature=0, stop=(answer[2:4],)))
+    stopped = answered(application, Request(((1, 2),), 6, sampling=GREEDY, stop=(answer[2:4],)))
     assert stopped == answer[: answer.find(answer[2:4])]
     given = prompts.given(model, 'a bb', Words())
     terminal.write_stream(
@@ -214,14 +217,14 @@ def test_an_experiment_refuses_a_tokenizer_when_it_is_described(model):
         experiment(model, other(eos_id=16))
 
 
-def test_ids_that_the_tokenizer_does_not_decode_end_an_answer(model, monkeypatch, caplog):
+def test_ids_that_the_tokenizer_does_not_decode_end_an_answer(model, forced, caplog):
     class Few(Words):
         def decode(self, ids):
             return ' '.join(['', 'x', 'xx'][i] for i in ids)
 
     application = serving.app(model, Few(), 'own')
     tokens = [np.array([1]), np.array([7])]
-    monkeypatch.setattr(application.state.engine, '_tokens', lambda request: iter(tokens))
+    forced.making([1, 7])
     with caplog.at_level(logging.CRITICAL, 'layercomb'), pytest.raises(Refusal) as caught:
         answered(application, Request(((1,),), 6))
     assert caught.value.status == 500

@@ -22,7 +22,8 @@ from layercomb import cli, models, serving
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError
 from layercomb.serving import Limits, hosts
-from layercomb.serving.protocol import Refusal, parse
+from layercomb.serving.openai.completions import parse
+from layercomb.serving.protocol import Refusal
 
 LIMITS = Limits(max_tokens=50, max_prompt=20, max_choices=4)
 
@@ -78,24 +79,25 @@ def test_what_asks_for_nothing_changes_nothing(fields):
 def test_as_many_of_the_best_as_there_are_choices():
     for n, best_of in [(2, 2), (3, 1), (3, 3.0), (4, 2)]:
         assert read(n=n, best_of=best_of, seed=1) == read(n=n, seed=1)
-    for n, best_of in [(1, 2), (2, 3), (2, 0), (2, True), (2, '2'), (2, 2.5), (2, -1)]:
-        error = refused(n=n, best_of=best_of)
-        assert error['param'] == 'best_of'
-        assert error['message'].startswith(f"'best_of' may be at most n, here {n}")
-    assert refused(best_of=2)['param'] == 'best_of'
+    for n, best_of in [(1, 2), (2, 3), (3, 4.0)]:
+        assert read(n=n, best_of=best_of).n_rows == best_of
+    for n, best_of in [(2, 0), (2, True), (2, '2'), (2, 2.5), (2, -1)]:
+        assert refused(n=n, best_of=best_of)['param'] == 'best_of'
     assert refused(n='2', best_of=2)['param'] == 'n'
 
 
 ASKS_FOR_MORE = [
-    ('logprobs', 0),  # which wants that of the token itself
-    ('logprobs', 1),
+    ('logprobs', -1),
+    ('logprobs', 21),
     ('logprobs', True),
-    ('logit_bias', {'5': 1}),
+    ('logit_bias', {'-5': 1}),
+    ('logit_bias', {'5': 101}),
+    ('logit_bias', {'٥': 1}),
     ('logit_bias', {'5': False}),
     ('logit_bias', []),
     ('suffix', ' '),
     ('suffix', 0),
-    ('presence_penalty', 0.1),
+    ('presence_penalty', 2.1),
     ('presence_penalty', False),
     ('frequency_penalty', '0'),
     ('stop', ''),
@@ -122,8 +124,10 @@ def test_what_asks_for_more_is_refused_by_name(name, value):
     assert refused(**{name: value})['param'] == name
 
 
-def test_an_echo_of_nothing_new_is_refused_as_without():
-    assert refused(echo=True, max_tokens=0) == refused(max_tokens=0)
+def test_nothing_new_may_be_asked_for_with_an_echo_alone():
+    assert read(echo=True, max_tokens=0).max_tokens == 0
+    for echo in (False, None):
+        assert refused(echo=echo, max_tokens=0)['param'] == 'max_tokens'
 
 
 def test_a_field_that_comes_twice_is_refused():

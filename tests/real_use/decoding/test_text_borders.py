@@ -22,7 +22,8 @@ from layercomb import cli, models, serving
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError
 from layercomb.launcher import terminal
-from layercomb.serving.protocol import Refusal, Request, parse
+from layercomb.serving.openai.completions import parse
+from layercomb.serving.protocol import Refusal, Request
 from layercomb.serving.texts import Text
 
 
@@ -67,11 +68,6 @@ def answered(engine, request):
     return texts, reasons, n_made
 
 
-def making(engine, monkeypatch, *rows):
-    """An engine whose model makes just these tokens."""
-    monkeypatch.setattr(engine, '_tokens', lambda request: iter(np.transpose(rows)))
-
-
 def first_stop(text, stop):
     """Where a text ends before the stop text that is complete first, if there is one."""
     ends = [n for n in range(len(text) + 1) if any(text[:n].endswith(s) for s in stop)]
@@ -83,10 +79,10 @@ def first_stop(text, stop):
 # Prompt and answer are one stream
 
 
-def test_an_answer_that_begins_in_the_middle_of_a_character(engine, monkeypatch):
+def test_an_answer_that_begins_in_the_middle_of_a_character(engine, forced):
     prompt, answer = list('né'.encode()[:-1]), ['é'.encode()[-1], *b'e!']
     for echo, wanted in [(True, 'née!'), (False, 'ée!')]:
-        making(engine, monkeypatch, answer)
+        forced.making(answer)
         ((text,), reasons, n_made) = answered(engine, Request((tuple(prompt),), 3, echo=echo))
         assert ''.join(text) == wanted and '\ufffd' not in wanted
         assert reasons == ['length'] and n_made == 3
@@ -122,14 +118,13 @@ def test_pieces_of_words_join_to_the_whole_text(prompt, answer, stop):
     assert ''.join(pieces) == rest[: first_stop(rest, stop)]
 
 
-def test_the_space_between_prompt_and_answer_is_shown():
+def test_the_space_between_prompt_and_answer_is_shown(forced):
     net = models.TransformerLM(8, 8, 8, 1, 1, max_len=32)
     model = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'))
     engine = serving.app(model, Pieces(), 'words').state.engine
     for echo, wanted in [(True, 'the cat sats'), (False, ' cat sats')]:
-        with pytest.MonkeyPatch.context() as patch:
-            making(engine, patch, [2, 5, 3])
-            ((text,), *_) = answered(engine, Request(((1,),), 3, echo=echo))
+        forced.making([2, 5, 3])
+        ((text,), *_) = answered(engine, Request(((1,),), 3, echo=echo))
         assert ''.join(text) == wanted
 
 
@@ -189,15 +184,14 @@ def test_a_mark_that_a_prompt_has_itself_stays_in_it():
     assert Text(Replaced(), ['\ufffd'], 1, [1, 3], True).add(4) == 'c'
 
 
-def test_an_answer_to_a_text_that_ends_with_a_mark():
+def test_an_answer_to_a_text_that_ends_with_a_mark(forced):
     net = models.TransformerLM(8, 8, 8, 1, 1, max_len=32)
     model = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'))
     engine = serving.app(model, Replaced(), 'own').state.engine
     for echo in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
-            making(engine, patch, [4, 3])
-            request = Request(((1, 3),), 2, echo=echo, of_text=(True,))
-            ((text,), *_) = answered(engine, request)
+        forced.making([4, 3])
+        request = Request(((1, 3),), 2, echo=echo, of_text=(True,))
+        ((text,), *_) = answered(engine, request)
         assert ''.join(text) == 'a\ufffd' * echo + 'c\ufffd'
 
 
@@ -237,17 +231,17 @@ def test_a_stop_text_ends_the_answer_however_it_is_cut(answer, stop, wanted, siz
     assert ''.join(pieces) == wanted and text.finish_reason == 'stop'
 
 
-def test_a_stop_text_is_not_looked_for_in_the_prompt(engine, monkeypatch):
+def test_a_stop_text_is_not_looked_for_in_the_prompt(engine, forced):
     """Neither within it nor from its last characters on."""
     for echo in (True, False):
-        making(engine, monkeypatch, list(b'D. END'))
+        forced.making(list(b'D. END'))
         request = Request((tuple(b'END EN'),), 6, stop=('END',), echo=echo)
         ((text,), reasons, _) = answered(engine, request)
         assert ''.join(text) == 'END EN' * echo + 'D. ' and reasons == ['stop']
 
 
-def test_a_character_that_the_prompt_began_may_end_the_answer(engine, monkeypatch):
-    making(engine, monkeypatch, [0xA9, 97])
+def test_a_character_that_the_prompt_began_may_end_the_answer(engine, forced):
+    forced.making([0xA9, 97])
     ((text,), reasons, _) = answered(engine, Request(((0xC3,),), 2, stop=('é',)))
     assert ''.join(text) == '' and reasons == ['stop']
 
@@ -255,33 +249,24 @@ def test_a_character_that_the_prompt_began_may_end_the_answer(engine, monkeypatc
 # Ends
 
 
-def test_a_limit_in_the_middle_of_a_character(engine, monkeypatch):
+def test_a_limit_in_the_middle_of_a_character(engine, forced):
     """Streamed and whole: what is unfinished is marked, once."""
-    making(engine, monkeypatch, list('a€'.encode()[:-1]))
+    forced.making(list('a€'.encode()[:-1]))
     ((text,), reasons, n_made) = answered(engine, Request(((97,),), 3))
     assert text == ['a', '\ufffd'] and reasons == ['length'] and n_made == 3
 
 
-def test_the_end_of_a_document_in_the_middle_of_a_character(engine, monkeypatch):
-    making(engine, monkeypatch, [0xE2, 0x82, 0, 97])
+def test_the_end_of_a_document_in_the_middle_of_a_character(engine, forced):
+    forced.making([0xE2, 0x82, 0, 97])
     ((text,), reasons, n_made) = answered(engine, Request(((97,),), 9))
     assert text == ['\ufffd'] and reasons == ['stop'] and n_made == 3
 
 
-def test_tokens_are_counted_until_each_choice_ends(engine, monkeypatch):
-    making(engine, monkeypatch, [97, 98, 99, 100], [97, 0, 98, 99])
+def test_tokens_are_counted_until_each_choice_ends(engine, forced):
+    forced.making([97, 98, 99, 100], [97, 0, 98, 99])
     (texts, reasons, n_made) = answered(engine, Request(((1,), (2, 3)), 4, stop=('d',)))
     assert [''.join(t) for t in texts] == ['abc', 'a']
     assert reasons == ['stop', 'stop'] and n_made == 4 + 2
-
-
-def broken(error, after=2):
-    def tokens(request):
-        for _ in range(after):
-            yield np.array([97])
-        raise error
-
-    return tokens
 
 
 @pytest.mark.parametrize(
@@ -291,30 +276,23 @@ def broken(error, after=2):
         (RuntimeError('a secret'), 500, 'its log says why'),
     ],
 )
-def test_a_model_that_fails_in_the_middle_of_a_text(
-    engine, monkeypatch, caplog, error, status, said
-):
-    monkeypatch.setattr(engine, '_tokens', broken(error))
+def test_a_model_that_fails_in_the_middle_of_a_text(engine, forced, caplog, error, status, said):
+    forced.failing(error, after=2)
     with caplog.at_level(logging.CRITICAL, 'layercomb'), pytest.raises(Refusal) as caught:
         answered(engine, Request(((97,),), 9))
     assert caught.value.status == status and said in str(caught.value)
 
 
-def test_prompts_that_cannot_be_read_together_are_the_clients_fault(engine, monkeypatch):
-    def refuses(request):
-        raise UsageError('give prompts of one length')
-
-    monkeypatch.setattr(engine, '_tokens', refuses)
-    with pytest.raises(Refusal, match='of one length') as caught:
-        answered(engine, Request(((97,), (97, 98)), 9, echo=True))
+def test_ids_that_the_model_does_not_know_are_the_clients_fault(engine):
+    with pytest.raises(Refusal, match='token id 256 is outside the vocabulary') as caught:
+        answered(engine, Request(((97,), (97, 256)), 9, echo=True))
     assert caught.value.status == 400
 
 
-def test_a_client_is_told_of_a_failure_and_of_the_end(model, monkeypatch):
+def test_a_client_is_told_of_a_failure_and_of_the_end(model, forced):
     application = serving.app(model, ByteTokenizer(), 'tiny')
-    engine = application.state.engine
     error = UsageError('the logits are NaN at token 2 of row 0')
-    monkeypatch.setattr(engine, '_tokens', broken(error))
+    forced.failing(error, after=2)
     server = uvicorn.Server(
         uvicorn.Config(application, log_level='critical', ws='none', timeout_graceful_shutdown=1)
     )

@@ -27,6 +27,7 @@ from layercomb.serving.engine import Engine
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Request
 from layercomb.supervised import EvalTask, Loop, TrainTask, decoding
+from layercomb.supervised.decoding import Sampler
 
 V, L, B, D = 12, 8, 2, 8
 
@@ -361,7 +362,7 @@ def test_an_exported_decoder_and_a_server_do_as_the_library_does(tmp_path, monke
         wanted = decoding.generate(model, [[5, 6, 7]], 4, temperature=0)[0].tolist()
         assert wanted == [int(t) for (t,) in decoding.stream(model, [[5, 6, 7]], 4, temperature=0)]
         export.write(model, tmp_path / 'out', 'a = 1\n')
-        served = asyncio.run(completion(model, Request(((5, 6, 7),), 4, temperature=0.0)))
+        served = asyncio.run(completion(model, Request(((5, 6, 7),), 4, sampling=Sampler(0.0))))
     monkeypatch.chdir(tmp_path / 'out')
     (code,) = re.findall(r'```python\n(.*?)```', Path('README.md').read_text(), re.DOTALL)
     session: dict = {}

@@ -10,6 +10,7 @@ import layercomb as lc
 from layercomb import Mode, UsageError, models, tl
 from layercomb.supervised import decoding
 from layercomb.supervised.decoding import prompts
+from layercomb.supervised.decoding.sampling import stacked
 
 V = 17
 
@@ -135,13 +136,72 @@ def one_key():
 def test_the_penalty_falls_on_what_a_row_holds():
     logits = jnp.array([[2.0, 1.5, -1.0, -1.2]])
     sampler = decoding.Sampler(temperature=0, repetition_penalty=2.0)
-    seen = sampler.seen(jnp.array([[0, 3, 1]]), jnp.array([2]), 4)  # the third is padding
-    np.testing.assert_array_equal(seen, [[True, False, False, True]])
-    assert int(sampler(logits, one_key(), seen)[0]) == 1  # 2 / 2 < 1.5
-    seen = sampler.add(seen, jnp.array([1]))
-    assert int(sampler(logits, one_key(), seen)[0]) == 0
+    held = sampler.held(jnp.array([[0, 3, 1]]), jnp.array([2]), 4)  # the third is padding
+    np.testing.assert_array_equal(held, [[1, 0, 0, 1]])
+    assert int(sampler(logits, one_key(), held)[0]) == 1  # 2 / 2 < 1.5
+    held = sampler.add(held, jnp.array([1]))
+    assert int(sampler(logits, one_key(), held)[0]) == 0
     negative = jnp.array([[-1.5, -9.0, -1.9, -1.0]])  # 0 becomes −3, and 3 becomes −2
-    assert int(sampler(negative, one_key(), seen)[0]) == 2
+    assert int(sampler(negative, one_key(), held)[0]) == 2
+
+
+def test_penalties_of_what_was_made():
+    """As OpenAI has it: one for each token made, and one for having made it; prompts are free."""
+    logits = jnp.array([[2.0, 1.5, 1.0, -1.0]])
+    sampler = decoding.Sampler(0, presence_penalty=0.45, frequency_penalty=0.3)
+    held = sampler.held(jnp.array([[0, 1]]), jnp.array([2]), 4)
+    made = []
+    for _ in range(7):
+        token = sampler(logits, one_key(), held)
+        held = sampler.add(held, token)
+        made.append(int(token[0]))
+    counts, wanted = np.zeros(4), []
+    for _ in range(7):
+        wanted.append(int((np.asarray(logits[0]) - 0.3 * counts - 0.45 * (counts > 0)).argmax()))
+        counts[wanted[-1]] += 1
+    assert made == wanted and len(set(made)) == 3
+    assert int(decoding.Sampler(0, presence_penalty=-9)(logits, one_key(), held)[0]) == 0
+
+
+def test_biases_are_added_to_logits():
+    logits = jnp.array([[2.0, 1.5, 1.0, -1.0]])
+    for bias, wanted in [([(3, 3.5)], 3), ({0: -1}.items(), 1), ([(0, -100), (1, -100)], 2)]:
+        assert int(decoding.Sampler(0, logit_bias=bias)(logits, one_key())[0]) == wanted
+    made = decoding.generate(make(), [[1, 2]], 4, logit_bias=[(5, 1000)])
+    assert (made == 5).all()
+    for wrong, kind, said in [
+        ([(1, 2), (1, 3)], ValueError, 'names a token twice'),
+        ([(-1, 2)], ValueError, r'must be ids and biases to ±1e6, got -1, 2\.0'),
+        ([(1, float('nan'))], ValueError, 'must be ids and biases'),
+        ([(i, 1) for i in range(301)], ValueError, 'may have 300 pairs, got 301'),
+        (5, TypeError, 'must be pairs of a token id and a number'),
+        ([(1.5, 2)], TypeError, 'must be pairs of a token id and a number'),
+    ]:
+        with pytest.raises(kind, match=said):
+            decoding.Sampler(logit_bias=wrong)
+    with pytest.raises(UsageError, match='logit_bias does not fit the model: token id 17 is out'):
+        decoding.generate(make(), [[1]], 2, logit_bias=[(17, 1)])
+
+
+def test_rows_with_numbers_of_their_own_are_drawn_as_alone():
+    kinds = [
+        {},
+        {'temperature': 0},
+        {'temperature': 0.5, 'top_k': 3},
+        {'top_p': 0.4, 'repetition_penalty': 3.0},
+        {'presence_penalty': 2, 'frequency_penalty': -1, 'logit_bias': ((3, 5.0),)},
+    ]
+    samplers = [decoding.Sampler(**how) for how in kinds]
+    logits = 3 * jax.random.normal(jax.random.key(1), (5, 50))
+    held = jax.random.randint(jax.random.key(2), (5, 50), 0, 6)
+    draw = jax.jit(lambda sampler, *args: sampler(*args))
+    folded = jax.jit(lambda i: jax.random.split(jax.random.fold_in(jax.random.key(3), i), 5))
+    for i in range(10):
+        keys = folded(i)
+        together = draw(stacked(samplers), logits, keys, held)
+        for row, sampler in enumerate(samplers):
+            at = slice(row, row + 1)
+            assert together[row] == draw(sampler, logits[at], folded(i)[at], held[at])[0]
 
 
 def test_a_strong_penalty_repeats_nothing():

@@ -91,7 +91,8 @@ def means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
 def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
     """(M, L, D), (N, J) → (N, J, D)."""
     (m, length, d), n = x.shape, len(at)
-    of_row = jnp.arange(n, dtype=jnp.int32)[:, None] // (n // max(m, 1) or 1)
+    of_row = jnp.arange(n, dtype=jnp.int32)[:, None]
+    of_row = of_row if m == n else of_row // (n // m)
     return rows(x.reshape(m * length, d), at + of_row * length)
 
 
