@@ -105,14 +105,12 @@ def lsh_attention(
     (1, 2, 50, 8)
     """
     _check(q, v, buckets, mask, chunk_len, n_buckets, neighbourhood, duplicates)
-    check_softcap(softcap)
-    check_alone(alone, neighbourhood, causal, duplicates)
-    check_round_len(round_len, neighbourhood, chunk_len)
-    _check_numbers(epsilon, dropout_rate, rng, chunks_together, heads_together)
-    length, step = q.shape[2], (round_len or chunk_len) // chunk_len
+    check_circle(alone, round_len, neighbourhood, chunk_len, causal, duplicates)
+    _check_numbers(softcap, epsilon, dropout_rate, rng, (chunks_together, heads_together))
+    length, circle = q.shape[2], neighbourhood == 'circle'
+    step = (round_len or chunk_len) // chunk_len
     if step > 1:
         q, v, buckets, mask = _filled(q, v, buckets, mask, step * chunk_len, n_buckets)
-    circle = neighbourhood == 'circle'
     plan = Plan(
         length=q.shape[2],
         chunk_len=chunk_len,
@@ -134,7 +132,7 @@ def lsh_attention(
         rounded=alone == 'rounded',
     )
     y = bucketwise.attend(plan, q, v, buckets, mask, rng if dropout_rate else None)
-    return y if step == 1 else y[:, :, :length]
+    return y[:, :, :length]
 
 
 def _together(length: int, chunk_len: int, causal: bool, circle: bool, most: int | None) -> int:
@@ -157,41 +155,50 @@ def _filled(q: Any, v: Any, buckets: Any, mask: Any, to: int, n_buckets: int) ->
 
 
 def _check_numbers(
-    epsilon: float, dropout_rate: float, rng: Any, chunks: int | None, heads: int | None
+    softcap: float | None,
+    epsilon: float,
+    dropout_rate: float,
+    rng: Any,
+    together: tuple[int | None, int | None],
 ) -> None:
     """Raises ValueError if a number of `lsh_attention` is out of its bounds."""
+    check_softcap(softcap)
     if not epsilon > 0:
         raise ValueError(f'epsilon must be positive, got {epsilon}')
     if not 0 <= dropout_rate < 1:
         raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
-    for n in (chunks, heads):
+    for n in together:
         if n is not None and n < 1:
             raise ValueError(f'chunks_together and heads_together must be at least 1, got {n}')
     if dropout_rate and rng is None:
         raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
 
 
-def check_alone(alone: str, neighbourhood: str, causal: bool, duplicates: str) -> None:
-    """Checks an option of `lsh_attention` that other options must go with.
+def check_circle(
+    alone: str,
+    round_len: int | None,
+    neighbourhood: str,
+    chunk_len: int,
+    causal: bool,
+    duplicates: str,
+) -> None:
+    """Checks the options of `lsh_attention` that others must go with.
+
+    Args:
+      alone, round_len: the options of a circle.
+      neighbourhood, chunk_len, causal, duplicates: what they must go with.
 
     Raises:
       ValueError: if they do not.
     """
-    fits = neighbourhood == 'circle' and causal and duplicates == 'count'
+    circle = neighbourhood == 'circle'
+    fits = circle and causal and duplicates == 'count'
     if alone not in ('exact', 'rounded') or (alone == 'rounded' and not fits):
         raise ValueError(
             f"alone={alone!r}: it is 'exact', or 'rounded' for causal attention with "
             "neighbourhood='circle' and duplicates='count'"
         )
-
-
-def check_round_len(round_len: int | None, neighbourhood: str, chunk_len: int) -> None:
-    """Checks an option of `lsh_attention` that other options must go with.
-
-    Raises:
-      ValueError: if they do not.
-    """
-    if round_len is not None and (neighbourhood != 'circle' or round_len % chunk_len):
+    if round_len is not None and (not circle or round_len < 1 or round_len % chunk_len):
         raise ValueError(
             f"round_len={round_len} is of neighbourhood='circle', and a multiple of "
             f'chunk_len={chunk_len}: leave it out otherwise'

@@ -16,11 +16,7 @@ from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.lsh import rings
 from layercomb.layers.attention.lsh import windows as bucketwise
 from layercomb.layers.attention.lsh.cache import LSHCache
-from layercomb.layers.attention.lsh.function import (
-    check_alone,
-    check_round_len,
-    lsh_attention,
-)
+from layercomb.layers.attention.lsh.function import check_circle, lsh_attention
 from layercomb.layers.attention.lsh.hashing import (
     automatic_buckets,
     check_buckets,
@@ -112,8 +108,14 @@ class LSHAttention(LSHOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_alone(self.alone, self.neighbourhood, self.causal, self.duplicates)
-        check_round_len(self.round_len, self.neighbourhood, self.chunk_len)
+        check_circle(
+            self.alone,
+            self.round_len,
+            self.neighbourhood,
+            self.chunk_len,
+            self.causal,
+            self.duplicates,
+        )
         if self.n_buckets is not None:
             check_buckets(self.n_buckets)
         if self.rotations == 'torch' and 1 in factors_of(self.n_buckets or 2):
