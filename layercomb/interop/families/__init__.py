@@ -102,7 +102,7 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
         tried.append(family.name)
         try:
             config = family.config(net)
-            if family.net(Config(config)) == net:
+            if evaluated(family.net(Config(config))) == net:
                 return family, config
         except (UsageError, TypeError, ValueError, LookupError, AttributeError):
             continue
