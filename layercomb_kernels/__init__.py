@@ -264,7 +264,9 @@ def query_attention(
     return _call('query_attention', (n, values.shape[2]), *args, cap)
 
 
-def gathered_cosines(x: jax.Array, at: jax.Array, keys: jax.Array, epsilon: float) -> jax.Array:
+def gathered_cosines(
+    x: jax.Array, at: jax.Array, keys: jax.Array, epsilon: float | jax.Array
+) -> jax.Array:
     """y[n, k] = x[n] · w / √(w · w + epsilon), where w = keys[⌊n·M/N⌋, at[n, k]].
 
     No other keys are read.

@@ -28,7 +28,7 @@ def _one(layer: Any) -> Layer:
     if isinstance(layer, tl.Remat | tl.Chunk | Cast):
         inner: Layer = layer.layer
         return inner if layer.name is None else inner.replace(name=given_name(layer))
-    if isinstance(layer, tl.Serial | tl.Residual):
+    if isinstance(layer, tl.Serial | tl.Residual | tl.ReversibleHalfResidual):
         kept = [each for each in layer.layers if not isinstance(each, tl.Dropout)]
         return layer if len(kept) == len(layer.layers) else layer.replace(layers=tuple(kept))
     if any(field.name == 'dropout' for field in dataclasses.fields(layer)):

@@ -120,6 +120,17 @@ def test_other_forms_are_refused(changes, message):
         loaded('reformer', **changes)
 
 
+def test_what_is_of_training_alone_does_not_go_out(reformer):
+    model, *_, config = reformer
+    attention = [x for _, x in walk(model.layer) if type(x).__name__.endswith('SelfAttention')]
+    net = models.ReformerLM(
+        40, 16, 24, 4, max_len=32, dropout=0.1, attention=attention, activation='relu',
+        axial_shape=(4, 8), axial_depths=(6, 10), norm=tl.LayerNorm(1e-12), ff_chunk_len=None,
+    )  # fmt: skip
+    _, found = config_of(net)
+    assert {k: config[k] for k in found} == found
+
+
 def test_a_model_of_our_own_is_no_reformer_of_theirs():
     with pytest.raises(UsageError, match='belongs to none of the families'):
         config_of(models.ReformerLM(20, 8, 8, 2, 2, max_len=64))

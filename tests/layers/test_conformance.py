@@ -155,6 +155,7 @@ ROWS: dict[str, Row] = {
             neighbourhood='circle',
             epsilon=1e-5,
             alone='rounded',
+            round_len=2 * L,
             rotations='torch',
         ),
         draws=True,

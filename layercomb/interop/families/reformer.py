@@ -1,10 +1,7 @@
 """The Reformer in Hugging Face's format: a decoder of local and LSH attention.
 
-Logits are those of transformers for a sequence of any length, if the chunks of its LSH attention
-are a multiple of those of its local attention, or it has one kind of attention alone. Else
-transformers may append whole chunks of padding, which the first chunk of a round then sees in the
-place of the last real one. Lengths up to a chunk of LSH attention, and those that it pads by less
-than one, are equal there too.
+Logits are those of transformers for a sequence of any length: shorter than a chunk, of whole
+chunks, or any other, which it pads to a common multiple of the chunks of local and LSH attention.
 
 With ``"hash_seed": null`` transformers draws other rotations at each call, and ours come from
 ``seed=0``: sequences up to a chunk are equal, which need no rotations.
@@ -106,7 +103,8 @@ def _max_len(config: Config) -> int:
 
 def _attention(config: Config, max_len: int) -> dict[str, Layer]:
     """The layers by kind, those that are there."""
-    kinds, made = _kinds(config), {}
+    kinds = _kinds(config)
+    made: dict[str, Layer] = {}
     n_heads, depth = config.count('num_attention_heads'), config.count('attention_head_size')
     common: dict[str, Any] = {'d_head': depth, 'qkv_bias': False, 'out_bias': False}
     if 'local' in kinds:
@@ -129,11 +127,21 @@ def _attention(config: Config, max_len: int) -> dict[str, Layer]:
             neighbourhood='circle',
             epsilon=depth * EPSILON,
             alone='rounded',
+            round_len=_round_len(config),
             seed=0 if seed is None else seed,
             rotations='jax' if seed is None else 'torch',
             **common,
         )
     return made
+
+
+def _round_len(config: Config) -> int | None:
+    """What transformers pads to a multiple of; None for the chunks of LSH attention."""
+    chunk_len = config.count('lsh_attn_chunk_length')
+    if 'local' not in _kinds(config):
+        return None
+    whole = math.lcm(chunk_len, config.count('local_attn_chunk_length'))
+    return whole if whole > chunk_len else None
 
 
 def _entries(config: Config) -> list[Entry]:
@@ -183,8 +191,8 @@ def _nth(i: int) -> str:
 def _config(net: Layer) -> dict[str, Any]:
     at: dict[str, Any] = dict(walk(net))
     block = 'block/reversible_half_residual'
-    n = next(x.n for path, x in walk(net) if path == 'block' and hasattr(x, 'stacked_axes'))
-    pattern = []
+    n = next(x.n for _, x in walk(net) if isinstance(x, tl.ReversibleRepeat))
+    pattern: list[str] = []
     while f'{block}{_nth(2 * len(pattern))}' in at:
         half = f'{block}{_nth(2 * len(pattern))}'
         pattern.append(next(kind for kind, key in PLACES.items() if f'{half}/{key}' in at))

@@ -8,7 +8,7 @@ likelihood of given texts.
 
 All numbers are arguments of the programs. A new program is compiled for another model, another
 number of rows, and each length that `round_up` gives. LSH attention with neighbourhood='chunk'
-would see padding, so there a program is compiled for every prompt length.
+or 'circle' would see padding, so there a program is compiled for every prompt length.
 """
 
 from __future__ import annotations

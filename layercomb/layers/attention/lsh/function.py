@@ -35,6 +35,7 @@ def lsh_attention(
     duplicates: Literal['count', 'once'] = 'count',
     epsilon: float = UNIT_EPSILON,
     alone: Literal['exact', 'rounded'] = 'exact',
+    round_len: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     dropout_rate: float = 0.0,
@@ -78,6 +79,9 @@ def lsh_attention(
       alone: ``'exact'``: a position that sees itself alone, such as the first, gets its value.
         ``'rounded'``, of a causal circle that counts duplicates, is for weights trained with Trax
         or transformers: it gets its value within 0.4 %, as their float32 rounds it there.
+      round_len: a circle's rounds are filled with padding to a multiple of this length, itself a
+        multiple of C; None for C. More than C makes chunks of nothing but padding, which the first
+        chunk of a round then sees, as in transformers.
       scale: factor of the scores, 1 by default.
       softcap: as of `dot_product_attention`; it does not touch s[t, t].
       dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow by
@@ -101,31 +105,18 @@ def lsh_attention(
     (1, 2, 50, 8)
     """
     _check(q, v, buckets, mask, chunk_len, n_buckets, neighbourhood, duplicates)
-    check_softcap(softcap)
-    if not 0 <= dropout_rate < 1:
-        raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
-    for n in (chunks_together, heads_together):
-        if n is not None and n < 1:
-            raise ValueError(f'chunks_together and heads_together must be at least 1, got {n}')
-    if dropout_rate and rng is None:
-        raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
-    if not epsilon > 0:
-        raise ValueError(f'epsilon must be positive, got {epsilon}')
-    length = q.shape[2]
-    n_chunks = -(-length // chunk_len)
-    n_pairs = chunk_len**2 * (2 if causal else 3)
-    at_most = chunks_together or tiles.pairs_in_tile() // n_pairs
-    circle = neighbourhood == 'circle'
-    check_alone(alone, neighbourhood, causal, duplicates)
-    n_together = tiles.even_share(n_chunks, at_most)
-    if circle and not causal:  # the last chunk looks into the next round: no tile may stand over
-        n_together = next(n for n in range(n_together, 0, -1) if n_chunks % n == 0)
+    check_circle(alone, round_len, neighbourhood, chunk_len, causal, duplicates)
+    _check_numbers(softcap, epsilon, dropout_rate, rng, (chunks_together, heads_together))
+    length, circle = q.shape[2], neighbourhood == 'circle'
+    step = (round_len or chunk_len) // chunk_len
+    if step > 1:
+        q, v, buckets, mask = _filled(q, v, buckets, mask, step * chunk_len, n_buckets)
     plan = Plan(
-        length=length,
+        length=q.shape[2],
         chunk_len=chunk_len,
         look_back=1,
         look_ahead=0 if causal else 1,
-        n_together=n_together,
+        n_together=_together(q.shape[2], chunk_len, causal, circle, chunks_together),
         heads_together=heads_together,
         scale=1.0 if scale is None else float(scale),
         causal=causal,
@@ -136,23 +127,81 @@ def lsh_attention(
         by_bucket=neighbourhood == 'bucket',
         circle=circle,
         once=duplicates == 'once' and (circle or buckets.shape[2] > 1),
+        step=step,
         epsilon=float(epsilon),
         rounded=alone == 'rounded',
     )
-    return bucketwise.attend(plan, q, v, buckets, mask, rng if dropout_rate else None)
+    y = bucketwise.attend(plan, q, v, buckets, mask, rng if dropout_rate else None)
+    return y[:, :, :length]
 
 
-def check_alone(alone: str, neighbourhood: str, causal: bool, duplicates: str) -> None:
-    """Checks an option of `lsh_attention` that other options must go with.
+def _together(length: int, chunk_len: int, causal: bool, circle: bool, most: int | None) -> int:
+    """How many chunks are a tile."""
+    n_chunks, n_pairs = -(-length // chunk_len), chunk_len**2 * (2 if causal else 3)
+    n = tiles.even_share(n_chunks, most or tiles.pairs_in_tile() // n_pairs)
+    if causal or not circle:
+        return n
+    # The last chunk looks into the next round: the last tile must end with it.
+    return next(g for g in range(n, 0, -1) if n_chunks % g == 0)
+
+
+def _filled(q: Any, v: Any, buckets: Any, mask: Any, to: int, n_buckets: int) -> Any:
+    """The arrays of `lsh_attention`, with absent positions behind them, to a multiple of `to`."""
+    width = [(0, 0), (0, 0), (0, 0), (0, -q.shape[2] % to)]
+    buckets = jnp.pad(buckets.astype(jnp.int32), width, constant_values=n_buckets + 1)
+    mask = mask if mask is None else jnp.pad(mask, width[2:])
+    width = [*width[:2], width[3], width[2]]
+    return jnp.pad(q, width), jnp.pad(v, width), buckets, mask
+
+
+def _check_numbers(
+    softcap: float | None,
+    epsilon: float,
+    dropout_rate: float,
+    rng: Any,
+    together: tuple[int | None, int | None],
+) -> None:
+    """Raises ValueError if a number of `lsh_attention` is out of its bounds."""
+    check_softcap(softcap)
+    if not epsilon > 0:
+        raise ValueError(f'epsilon must be positive, got {epsilon}')
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
+    for n in together:
+        if n is not None and n < 1:
+            raise ValueError(f'chunks_together and heads_together must be at least 1, got {n}')
+    if dropout_rate and rng is None:
+        raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
+
+
+def check_circle(
+    alone: str,
+    round_len: int | None,
+    neighbourhood: str,
+    chunk_len: int,
+    causal: bool,
+    duplicates: str,
+) -> None:
+    """Checks the options of `lsh_attention` that others must go with.
+
+    Args:
+      alone, round_len: the options of a circle.
+      neighbourhood, chunk_len, causal, duplicates: what they must go with.
 
     Raises:
       ValueError: if they do not.
     """
-    fits = neighbourhood == 'circle' and causal and duplicates == 'count'
+    circle = neighbourhood == 'circle'
+    fits = circle and causal and duplicates == 'count'
     if alone not in ('exact', 'rounded') or (alone == 'rounded' and not fits):
         raise ValueError(
             f"alone={alone!r}: it is 'exact', or 'rounded' for causal attention with "
             "neighbourhood='circle' and duplicates='count'"
+        )
+    if round_len is not None and (not circle or round_len < 1 or round_len % chunk_len):
+        raise ValueError(
+            f"round_len={round_len} is of neighbourhood='circle', and a multiple of "
+            f'chunk_len={chunk_len}: leave it out otherwise'
         )
 
 

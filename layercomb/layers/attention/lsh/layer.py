@@ -16,7 +16,7 @@ from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.lsh import rings
 from layercomb.layers.attention.lsh import windows as bucketwise
 from layercomb.layers.attention.lsh.cache import LSHCache
-from layercomb.layers.attention.lsh.function import check_alone, lsh_attention
+from layercomb.layers.attention.lsh.function import check_circle, lsh_attention
 from layercomb.layers.attention.lsh.hashing import (
     automatic_buckets,
     check_buckets,
@@ -59,6 +59,7 @@ class LSHOptions(Layer):
     softcap: Positive | None = None
     epsilon: Positive = UNIT_EPSILON
     alone: Literal['exact', 'rounded'] = 'exact'
+    round_len: Size | None = None
     rotations: Literal['jax', 'torch'] = 'jax'
 
     sees_padding = property(lambda self: self.neighbourhood != 'bucket')
@@ -89,14 +90,14 @@ class LSHAttention(LSHOptions):
       causal: whether position t sees positions up to t only.
       masked: whether a third input (B, L) bool says which positions are real.
       dropout: share of the probabilities set to zero in training, in [0, 1).
-      neighbourhood, duplicates, chunks_together, heads_together, scale, softcap, epsilon, alone: as
-        of `lsh_attention`.
+      neighbourhood, duplicates, chunks_together, heads_together, scale, softcap, epsilon, alone,
+        round_len: as of `lsh_attention`.
       seed: of the rotations in ``EVAL`` and ``PREDICT``; layers with one seed share rotations.
       rotations: which generator draws them from `seed`: JAX's, or torch's as in transformers
         (`torch_rotations`); in training it is always JAX's.
 
     Raises:
-      ValueError: for ``alone='rounded'`` without a causal circle that counts duplicates; for a
+      ValueError: for `alone` or `round_len` without what they go with; for a
         number of buckets that is odd and not 1, or is 1 with torch's rotations; a
         sequence longer than `max_len`,
         or ``PREDICT`` without `n_buckets` and `max_len`.
@@ -107,7 +108,14 @@ class LSHAttention(LSHOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_alone(self.alone, self.neighbourhood, self.causal, self.duplicates)
+        check_circle(
+            self.alone,
+            self.round_len,
+            self.neighbourhood,
+            self.chunk_len,
+            self.causal,
+            self.duplicates,
+        )
         if self.n_buckets is not None:
             check_buckets(self.n_buckets)
         if self.rotations == 'torch' and 1 in factors_of(self.n_buckets or 2):
@@ -172,11 +180,11 @@ class LSHAttention(LSHOptions):
             return self._extend(held(state, LSHCache), q, v, *mask)
         check_length('LSHAttention', q.shape[2], self.max_len)
         key = None
-        if mode.is_training and rng is None:
-            raise ValueError(
-                'LSHAttention draws rotations in training: pass rng=jax.random.key(…) to apply'
-            )
         if mode.is_training:
+            if rng is None:
+                raise ValueError(
+                    'LSHAttention draws rotations in training: pass rng=jax.random.key(…) to apply'
+                )
             keys = jax.vmap(jax.random.split)(tiles.keys_of_heads(rng, q.shape[1]))
             key, rng = keys[:, 0], keys[:, 1]
         buckets, state = decide(mode, state, 'buckets', lambda: self._hash(q, key, q.shape[2]))
@@ -224,6 +232,7 @@ class LSHAttention(LSHOptions):
             softcap=self.softcap,
             epsilon=self.epsilon,
             alone=self.alone,
+            round_len=self.round_len,
             **dropout,
         )
 
@@ -284,8 +293,8 @@ class LSHSelfAttention(LSHOptions, MultiHead):
     Attributes:
       n_heads: H.
       n_hashes, chunk_len, n_buckets, max_len, causal, dropout, neighbourhood, duplicates, seed,
-        chunks_together, heads_together, scale, softcap, epsilon, alone, rotations: as of
-        `LSHAttention`.
+        chunks_together, heads_together, scale, softcap, epsilon, alone, round_len, rotations: as
+        of `LSHAttention`.
       masked: whether a second input (B, L) bool says which positions are real.
       d_head: K, by default D / H.
       rotary: positions applied to queries, e.g. `RotaryPositions()`.

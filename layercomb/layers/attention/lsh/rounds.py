@@ -30,6 +30,7 @@ class Plan(chunkwise.Plan):
       circle: whether the chunks of all rounds follow each other in a circle, so that the first and
         the last chunk of a round see into its neighbours.
       once: whether a pair that meets in N rounds counts once instead of N times.
+      step: a round in a circle has a multiple of this many chunks.
       epsilon: ε.
       rounded: whether a position that sees itself alone gets its `rounded_shares`.
       heads_together: heads computed at a time, at most; None for the default of `tiles.over_heads`.
@@ -39,6 +40,7 @@ class Plan(chunkwise.Plan):
     by_bucket: bool = True
     circle: bool = False
     once: bool = False
+    step: int = 1
     epsilon: float = UNIT_EPSILON
     rounded: bool = False
     heads_together: int | None = None
@@ -135,18 +137,24 @@ def make_round(plan: Plan, buckets: jax.Array, number: Any, ends: Ends | None) -
     parts = [ends.last[(number - 1) % n_rounds], jnp.stack([order, bucket])]
     if plan.look_ahead:
         parts.append(ends.first[(number + 1) % n_rounds])
-    return Round(*jnp.concatenate(parts, 1), number)
+    whole = jnp.concatenate(parts, 1)  # (2, P)
+    return Round(whole[0], whole[1], number)
 
 
 def n_chunks(plan: Plan, buckets: jax.Array) -> jax.Array:
-    """How many chunks of a round hold positions, padding included, int32 ().
+    """How many chunks a round of a circle has, int32 ().
 
     Args:
       plan: the static description.
       buckets: (R, L) int32.
     """
-    n = (buckets[0] <= plan.n_buckets).sum(dtype=jnp.int32)
-    return jnp.maximum((n + plan.chunk_len - 1) // plan.chunk_len, 1)
+    n = n_positions(plan, buckets) + plan.step * plan.chunk_len - 1
+    return jnp.maximum(n // (plan.step * plan.chunk_len), 1) * plan.step
+
+
+def n_positions(plan: Plan, buckets: jax.Array) -> jax.Array:
+    """How many positions there are, int32 (); the arguments are as of `n_chunks`."""
+    return (buckets[0] <= plan.n_buckets).sum(dtype=jnp.int32)
 
 
 def ends_of_rounds(plan: Plan, buckets: jax.Array) -> Ends | None:

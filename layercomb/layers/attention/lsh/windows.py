@@ -40,6 +40,7 @@ from layercomb.layers.attention.lsh.rounds import (
     ends_of_rounds,
     make_round,
     n_chunks,
+    n_positions,
     pairs,
     queries,
     sorted_by_bucket,
@@ -208,7 +209,11 @@ def round_alone(plan: Plan, buckets: Any, out: Any, z: Any) -> tuple[Any, Any]:
     n_rounds = len(buckets)
     times = jnp.exp(jnp.minimum(z - SELF, 10.0)).round().astype(jnp.int32)
     shares = rows(rounded_shares(n_rounds), jnp.clip(times - n_rounds, 0, n_rounds))
-    lone = (times <= 2 * n_rounds) & (times >= n_rounds) & (n_chunks(plan, buckets) > 1)
+    lone = (
+        (times <= 2 * n_rounds)
+        & (times >= n_rounds)
+        & (n_positions(plan, buckets) > plan.chunk_len)
+    )
     shares = jnp.where(lone, shares, 1.0)
     return out * shares[:, None], z - jnp.log(shares)
 

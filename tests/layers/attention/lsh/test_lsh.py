@@ -442,6 +442,25 @@ def test_what_is_alone_is_rounded_as_elsewhere(n_hashes):
     np.testing.assert_allclose((pull(ct)[0] * other).sum(), along.sum(), rtol=1e-3)
 
 
+@pytest.mark.parametrize('length', [9, 17, 24])
+@pytest.mark.parametrize('causal', [True, False])
+def test_rounds_of_a_circle_may_be_filled_further(length, causal):
+    """That is the same as padding which a mask hides."""
+    q, v, buckets = case(length, 2, 4)
+    more = -length % 12
+    wide = [(0, 0), (0, 0), (0, more), (0, 0)]
+    given = {'n_buckets': 4, 'chunk_len': 4, 'neighbourhood': 'circle', 'causal': causal}
+    y = lsh_attention(q, v, buckets, round_len=12, **given)
+    wanted = lsh_attention(
+        jnp.pad(q, wide),
+        jnp.pad(v, wide),
+        jnp.pad(buckets, [*wide[:2], (0, 0), (0, more)]),
+        mask=(jnp.arange(length + more) < length)[None],
+        **given,
+    )
+    np.testing.assert_allclose(y, wanted[:, :, :length], atol=1e-6)
+
+
 def test_rotations_of_torch_come_from_the_seed():
     layer = tl.LSHAttention(chunk_len=4, n_buckets=(4, 2), n_hashes=3, rotations='torch', seed=7)
     q, v, _ = case(16, 1, 4)
@@ -474,6 +493,11 @@ def test_rotations_of_torch_come_from_the_seed():
             lambda: tl.LSHSelfAttention(4, n_buckets=2, alone='rounded'),
             ValueError,
             "alone='rounded': it is 'exact', or 'rounded' for causal",
+        ),
+        (
+            lambda: tl.LSHSelfAttention(4, chunk_len=8, neighbourhood='circle', round_len=12),
+            ValueError,
+            "round_len=12 is of neighbourhood='circle', and a multiple of chunk_len=8",
         ),
         (lambda: tl.LSHSelfAttention(4, n_buckets=(8, 3)), ValueError, 'n_buckets=.8, 3.'),
         (lambda: tl.LSHSelfAttention(4, chunk_len=0), ValueError, 'chunk_len'),
