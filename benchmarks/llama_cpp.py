@@ -18,9 +18,7 @@ import time
 
 import numpy as np
 
-WIDE = (
-    4096  # more bytes than any struct that is passed by value, and it is the only one on the stack
-)
+WIDE = 4096  # bytes: more than any struct that is passed by value
 
 
 class Params(ctypes.Structure):

@@ -27,8 +27,8 @@ class Tokenizer(Protocol):
     an id adds depends on a few ids before it only. Offer ``incremental_decoder`` if `decode`
     changes text that it gave before, as clean-up rules do that remove spaces.
 
-    ``token_bytes(id)``, if there is one, gives the bytes that a token adds to a text. A server
-    names tokens by them where it tells how likely they are: half a character has no text.
+    ``token_bytes(id)``, if there is one, gives the bytes that a token adds to a text, or None. A
+    server names tokens by them where it tells how likely they are: half a character has no text.
     ``stop_ids``, if there are any, are tokens that end an answer as `eos_id` does.
 
     Attributes:

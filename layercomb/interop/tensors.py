@@ -52,6 +52,8 @@ class Entry:
       is_row: whether theirs, a vector, has a first axis of 1.
       also: other names that the tensor may have. One of all these must be there, and if there are
         several, such as both ends of a tied table, they must be equal.
+      alike: whether several must be equal; if not, the first of them is read.
+      one_at: the place of an axis of 1 that theirs, a matrix, has besides; None for none.
     """
 
     ours: str
@@ -61,6 +63,8 @@ class Entry:
     part: tuple[int, int] | None = None
     is_row: bool = False
     also: tuple[str, ...] = ()
+    alike: bool = True
+    one_at: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,7 +93,10 @@ class Entry:
         first, second = (
             math.prod(ours[a] for a in side) for side in (declared.first, declared.second)
         )
-        return (second, first) if self.transposed else (first, second)
+        made = [second, first] if self.transposed else [first, second]
+        if self.one_at is not None:
+            made.insert(self.one_at, 1)
+        return tuple(made)
 
     def cut(self, tensor: np.ndarray) -> np.ndarray:
         """The part of a fused tensor; the whole tensor if there is no part."""
@@ -143,7 +150,7 @@ def fill(
         given = dtype(entry.ours) if isinstance(dtype, FunctionType) else dtype
         stack = np.empty((len(entry.names), *shape), jnp.dtype(given))
         for i, names in enumerate(entry.all_names):
-            tensor = entry.cut(_read(names, tensors))
+            tensor = entry.cut(_read(names, tensors, entry.alike))
             stack[i] = (tensor.T if entry.transposed else tensor).reshape(shape)
         made[entry.ours] = jnp.asarray(stack[0] if entry.layers is None else stack)
     return trees.unflatten(made)
@@ -245,15 +252,15 @@ def _wanted(
     return wanted
 
 
-def _read(names: Sequence[str], tensors: Mapping[str, Tensor]) -> np.ndarray:
+def _read(names: Sequence[str], tensors: Mapping[str, Tensor], alike: bool) -> np.ndarray:
     """The tensor under the first of its names that is there.
 
     Raises:
-      UsageError: if there are several, and they differ.
+      UsageError: if there are several that must be alike, and they differ.
     """
     first, *others = (name for name in names if name in tensors)
     made = tensors[first].read()
-    for name in others:
+    for name in others if alike else ():
         if not np.array_equal(tensors[name].read(), made):
             raise UsageError(
                 f'the tensors {first} and {name} differ, and the configuration says that they are '

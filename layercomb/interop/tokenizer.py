@@ -111,6 +111,10 @@ class PretrainedTokenizer:
         """
         return self._vocabulary.decode([int(i) for i in ids])
 
+    def token_bytes(self, i: int) -> bytes | None:
+        """The bytes that a token adds to a text; None if only `decode` knows."""
+        return self._vocabulary.token_bytes(i)
+
     def incremental_decoder(self) -> Any:
         """A decoder for ids that come one by one: see `data.Tokenizer`."""
         return self._vocabulary.incremental_decoder()

@@ -37,6 +37,9 @@ class Vocabulary(Protocol):
     def id_of(self, token: str) -> int | None:
         """The id of a token; None if there is none."""
 
+    def token_bytes(self, i: int) -> bytes | None:
+        """The bytes that a token adds to a text; None if only `decode` knows."""
+
     def incremental_decoder(self) -> Any:
         """A decoder for ids that come one by one."""
 
@@ -95,6 +98,11 @@ class Subwords:
     def id_of(self, token: str) -> int | None:
         found: int | None = self.backend.token_to_id(token)
         return found
+
+    def token_bytes(self, i: int) -> bytes | None:
+        if type(self.backend.decoder).__name__ == 'ByteLevel':
+            return self._bytes_of(i)
+        return _byte_of_piece(self.backend.id_to_token(i) or '')
 
     def incremental_decoder(self) -> Any:
         if type(self.backend.decoder).__name__ == 'ByteLevel':
@@ -242,6 +250,10 @@ class SentencePieces:
         i = int(self._source.piece_to_id(token))
         return i if self._source.id_to_piece(i) == token else None
 
+    def token_bytes(self, i: int) -> bytes | None:
+        known = self._ids is None and i < self._target.get_piece_size()
+        return _byte_of_piece(self._target.id_to_piece(i)) if known else None
+
     def incremental_decoder(self) -> Any:
         return PieceDecoder(self.decode)
 
@@ -265,6 +277,12 @@ def _processor(model: bytes) -> Any:
     if not made.get_piece_size():
         raise UsageError(f'the sentencepiece model is empty: {_CURE}')
     return made
+
+
+def _byte_of_piece(piece: str) -> bytes | None:
+    """The byte of a piece such as ``<0xE2>``: characters that are no pieces are made of them."""
+    found = re.fullmatch('<0x([0-9A-F]{2})>', piece)
+    return None if found is None else bytes.fromhex(found[1])
 
 
 def _ready(backend: Any) -> Any:

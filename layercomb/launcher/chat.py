@@ -6,16 +6,17 @@ A line that begins with ``/`` is a command. Ctrl-C stops an answer, and the end 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from layercomb.errors import UsageError
 from layercomb.model import Model
-from layercomb.serving.texts import Text
-from layercomb.supervised import decoding
+from layercomb.serving.engine import Engine
+from layercomb.serving.limits import Limits
+from layercomb.serving.protocol import Refusal, Request
+from layercomb.supervised.decoding.sampling import Sampler
 
 _HELP = """\
 /reset          forgets what was said
@@ -27,7 +28,7 @@ Message = dict[str, str]
 
 
 class Conversation:
-    """What has been said, and the tokens that the model is to continue.
+    """What has been said, and the model's answers. What was read before is not read again.
 
     Args:
       model: a language model with weights.
@@ -49,8 +50,8 @@ class Conversation:
             )
         if n_tokens < 1:
             raise UsageError(f'--n_tokens {n_tokens} leaves no room for an answer: give at least 1')
-        self._model, self._tokenizer, self._n_tokens = model, tokenizer, n_tokens
-        self._max_len = decoding.max_len(model.layer)
+        self._tokenizer, self._n_tokens = tokenizer, n_tokens
+        self._engine = Engine(model, tokenizer, Limits(max_tokens=n_tokens, max_concurrent=1))
         self.messages: list[Message] = []
 
     def reset(self, system: str | None = None) -> None:
@@ -62,7 +63,7 @@ class Conversation:
         """
         self.messages = [] if system is None else [{'role': 'system', 'content': system}]
 
-    def ask(self, text: str) -> tuple[np.ndarray, int]:
+    def ask(self, text: str) -> tuple[list[int], int]:
         """Adds a turn of the user, and forgets the oldest turns if there is no room.
 
         Args:
@@ -82,13 +83,14 @@ class Conversation:
             n = next((i for i in range(first + 1, len(kept)) if kept[i]['role'] == 'user'), None)
             if n is None:
                 raise UsageError(
-                    f'this is {excess} tokens too long for a model that reaches {self._max_len}, '
-                    f'with {self._n_tokens} for the answer: say less, or give a smaller --n_tokens'
+                    f'this is {excess} tokens too long: the model reaches '
+                    f'{self._engine.max_len}, with {self._n_tokens} for the answer; say less, or '
+                    'give a smaller --n_tokens'
                 )
             n_forgotten += n - first
             kept = [*kept[:first], *kept[n:]]
         self.messages = kept
-        return np.asarray(self._tokenizer.encode_chat(kept), np.int32), n_forgotten
+        return self._encoded(kept), n_forgotten
 
     def answered(self, text: str) -> None:
         """Adds the model's answer, whole or as far as it went."""
@@ -96,23 +98,37 @@ class Conversation:
 
     def _excess(self, messages: list[Message]) -> int:
         """How many tokens more there are than the model can read before it answers."""
-        n = len(self._tokenizer.encode_chat(messages))
-        return 0 if self._max_len is None else n + self._n_tokens - self._max_len
+        n = len(self._encoded(messages))
+        return 0 if self._engine.max_len is None else n + self._n_tokens - self._engine.max_len
 
-    def answer(self, ids: np.ndarray, sampling: Mapping[str, Any]) -> Iterator[str]:
+    def _encoded(self, messages: list[Message]) -> list[int]:
+        return [int(i) for i in self._tokenizer.encode_chat(messages)]
+
+    def answer(self, ids: list[int], sampling: Mapping[str, Any]) -> Iterator[str]:
         """Yields the pieces of an answer as they are made.
 
         Args:
           ids: the tokens to continue.
-          sampling: arguments of `decoding.stream`.
+          sampling: arguments of `Sampler`, and ``rng``, the seed.
+
+        Raises:
+          UsageError: if the model cannot answer, e.g. since its weights diverged.
         """
-        text = Text(self._tokenizer, (), self._n_tokens, ids.tolist(), whole=True)
-        made = decoding.stream(self._model, [ids], self._n_tokens, **sampling)
-        for token in made:
-            if piece := text.add(int(token[0])):
-                yield piece
-            if text.finish_reason is not None:
-                return
+        options = dict(sampling)
+        seed = options.pop('rng', 0)
+        request = Request(
+            (tuple(ids),), self._n_tokens, sampling=Sampler(**options), seed=seed, of_text=(True,)
+        )
+        try:
+            for piece in self._engine.run(request):
+                if piece.text:
+                    yield piece.text
+        except Refusal as e:
+            raise UsageError(str(e)) from None
+
+    def close(self) -> None:
+        """Ends what is being made."""
+        self._engine.stop()
 
 
 def talk(
@@ -130,7 +146,7 @@ def talk(
       tokenizer: one with a chat template.
       system: what the model is told first; None for nothing.
       n_tokens: the most tokens of an answer.
-      sampling: arguments of `decoding.stream`.
+      sampling: see `Conversation.answer`.
       read: reads a line after showing a prompt; it raises EOFError at the end.
 
     Raises:
@@ -138,6 +154,16 @@ def talk(
     """
     conversation = Conversation(model, tokenizer, n_tokens)
     conversation.reset(system)
+    with contextlib.closing(conversation):
+        _converse(conversation, system, sampling, read)
+
+
+def _converse(
+    conversation: Conversation,
+    system: str | None,
+    sampling: Mapping[str, Any],
+    read: Callable[[str], str],
+) -> None:
     shown = '> ' if sys.stdin is not None and sys.stdin.isatty() else ''
     if shown:
         print('/help says what there is; Ctrl-D ends.', file=sys.stderr)

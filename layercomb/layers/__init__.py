@@ -1,11 +1,10 @@
 """All layers by name: ``from layercomb import tl``, then ``tl.Dense(512)``."""
 
 from layercomb.layers.attention.by_head import by_head
+from layercomb.layers.attention.cores import DotProductAttention, LocalAttention
 from layercomb.layers.attention.functions import dot_product_attention, local_attention
 from layercomb.layers.attention.layers import (
     CrossAttention,
-    DotProductAttention,
-    LocalAttention,
     LocalSelfAttention,
     SelfAttention,
 )
@@ -13,6 +12,7 @@ from layercomb.layers.attention.lsh.function import lsh_attention
 from layercomb.layers.attention.lsh.hashing import lsh_buckets
 from layercomb.layers.attention.lsh.layer import LSHAttention, LSHSelfAttention
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
+from layercomb.layers.attention.relative import RelativeBias
 from layercomb.layers.basic.activations import (
     Activation,
     Elu,
@@ -208,6 +208,7 @@ __all__ = [
     'Perplexity',
     'Position',
     'RMSNorm',
+    'RelativeBias',
     'Relu',
     'Relu2',
     'Remat',

@@ -11,6 +11,7 @@ from layercomb.models.qwen import Qwen2, Qwen3
 from layercomb.models.reformer import ReformerLM
 from layercomb.models.reformer_seq2seq import Reformer
 from layercomb.models.revnet import RevNet
+from layercomb.models.t5 import T5
 from layercomb.models.terraformer import Terraformer, TerraformerLM
 from layercomb.models.transformer import TransformerEncoder, TransformerLM
 from layercomb.models.transformer_seq2seq import Transformer
@@ -19,6 +20,7 @@ __all__ = [
     'BERT',
     'GPT2',
     'MLP',
+    'T5',
     'FNet',
     'Gemma2',
     'Gemma3',

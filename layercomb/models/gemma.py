@@ -108,9 +108,8 @@ def Gemma3(
             scale=scale,
             softcap=softcap,
         )
-        feed_forward = gated_feed_forward(d_ff, d_model, activation)
-        after = norm.replace(name='norm_after')
-        return decoder_block(attention, feed_forward, norm, dropout, ff_chunk_len, after=after)
+        feed, after = gated_feed_forward(d_ff, d_model, activation), norm.replace(name='norm_after')
+        return decoder_block(attention, feed, norm, dropout, ff_chunk_len, after=after)
 
     return decoder(
         tl.Embedding(vocab_size, d_model, tl.Normal(0.02), math.sqrt(d_model)),  # → (B, L, D)

@@ -20,15 +20,16 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from layercomb.errors import UsageError
-from layercomb.serving import chat, completions, protocol, tokens
+from layercomb.serving import protocol
 from layercomb.serving.access import check_access, checked_key
-from layercomb.serving.answers import Answer
 from layercomb.serving.engine import Engine, Running
-from layercomb.serving.fields import cut
 from layercomb.serving.hosts import ANY, allowed, checked, name_of
 from layercomb.serving.limits import Limits
+from layercomb.serving.openai import chat, completions, tokens
+from layercomb.serving.openai.answers import Answer
+from layercomb.serving.openai.fields import cut
+from layercomb.serving.openai.scores import Names
 from layercomb.serving.protocol import Refusal
-from layercomb.serving.scores import Names
 from layercomb.supervised.decoding.sampling import Sampler
 
 _PAGE = importlib.resources.files('layercomb.serving').joinpath('page.html').read_text('utf-8')

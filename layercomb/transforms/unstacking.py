@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,7 +103,7 @@ def _block_weights(net: Repeat | Map, weights: Tree, i: int) -> Tree:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sliced(net: Repeat | Map, weights: Tree, i: jax.Array) -> Tree:
+def _sliced(net: Any, weights: Tree, i: jax.Array) -> Any:
     return net.block_weights(weights, i)
 
 

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from tiny import PRETRAINED, Array, expected, loaded
 
 from layercomb import Model, models, transforms
 from layercomb.errors import UsageError
 from layercomb.interop.configs import Config
 from layercomb.interop.families import config_of, family_of
 from layercomb.interop.tensors import fill, shapes_of, spill
-from tests.interop.tiny import PRETRAINED, Array, expected, loaded
 
 NAMES = sorted(
     path.name

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from tiny import expected, loaded
 
 from layercomb import Mode
 from layercomb.errors import UsageError
 from layercomb.interop.families import config_of
 from layercomb.interop.tensors import spill
 from layercomb.supervised import decoding
-from tests.interop.tiny import expected, loaded
 
 
 @pytest.fixture(scope='module')

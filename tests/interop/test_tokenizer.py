@@ -29,6 +29,8 @@ from layercomb.errors import UsageError
 from layercomb.interop.chat_template import ChatTemplate
 from layercomb.interop.tokenizer import PretrainedTokenizer, sampling_advice
 from layercomb.interop.vocabularies import SentencePieces, Subwords
+from layercomb.serving.openai.scores import Names
+from layercomb.serving.openai.tokens import info, tokenize
 
 TEXT = 'the cat sat on the mat, naïve 你好 🎉  two  spaces\n\nand lines. ' * 4
 TEXTS = st.text(max_size=40) | st.text('the cat\n 你好🎉▁', max_size=40)
@@ -162,6 +164,37 @@ def test_a_bos_starts_plain_texts_and_not_conversations():
     assert plain == told and plain.count(1) == 1
     assert tokenizer.stop_ids == (2, 5)
     assert tokenizer != LLAMA
+
+
+def test_the_bytes_of_tokens(t5_like):
+    for i in BYTE_LEVEL.encode('the né 你\n\n\n<|user|>'):
+        assert BYTE_LEVEL.token_bytes(int(i)) is not None
+    ids = BYTE_LEVEL.encode('né 你')
+    assert b''.join(map(BYTE_LEVEL.token_bytes, ids.tolist())).decode() == 'né 你'
+    assert BYTE_LEVEL.token_bytes(0) == BYTE_LEVEL.token_bytes(10_000) == b''
+    assert LLAMA.token_bytes(3 + 0xE4) == b'\xe4'
+    assert [LLAMA.token_bytes(i) for i in (2, 262, 10_000)] == [None] * 3
+    assert [t5_like.token_bytes(i) for i in (1, 5, 999)] == [None] * 3
+
+
+def test_tokens_that_are_told_to_clients_have_names():
+    names = Names(LLAMA)
+    assert [names.of(int(i)) for i in LLAMA.encode('the 你')] == [
+        'token_id:1', ' the', ' ', 'bytes:\\xe4', 'bytes:\\xbd', 'bytes:\\xa0',
+    ]  # fmt: skip
+    names = Names(BYTE_LEVEL)
+    assert names.of(1) == 'token_id:1' and names.of(int(BYTE_LEVEL.encode('\n\n\n')[0])) == '\n\n\n'
+
+
+def test_the_tokenizer_is_told_to_clients():
+    told = info(PretrainedTokenizer(LLAMA.vocabulary, 2, 1, tokens={'eos_token': '</s>'}))
+    assert told['eos_token'] == '</s>'
+    for special, wanted in [
+        (True, LLAMA.encode('the').tolist()),
+        (False, LLAMA.encode('the').tolist()[1:]),
+    ]:
+        body = json.dumps({'prompt': 'the', 'add_special_tokens': special}).encode()
+        assert tokenize(body, LLAMA, 'tiny')['tokens'] == wanted
 
 
 def test_without_a_template_there_is_no_conversation():

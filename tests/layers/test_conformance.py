@@ -135,6 +135,30 @@ ROWS: dict[str, Row] = {
         2,
         draws=True,
     ),
+    'LSHAttention in a circle': Row(
+        lambda: tl.LSHAttention(
+            n_hashes=2, chunk_len=2, n_buckets=(2, 2), neighbourhood='circle', rotations='torch'
+        ),
+        (heads(), heads()),
+        (),
+        2,
+        draws=True,
+    ),
+    'LSHSelfAttention of transformers': Row(
+        lambda: tl.LSHSelfAttention(
+            2,
+            n_hashes=2,
+            chunk_len=L,
+            n_buckets=2,
+            qkv_bias=False,
+            out_bias=False,
+            neighbourhood='circle',
+            epsilon=1e-5,
+            alone='rounded',
+            rotations='torch',
+        ),
+        draws=True,
+    ),
     'LSHSelfAttention': Row(
         lambda: tl.LSHSelfAttention(2, n_hashes=2, chunk_len=2, max_len=L, dropout=0.1), draws=True
     ),
@@ -174,6 +198,7 @@ ROWS: dict[str, Row] = {
     'Perplexity': Row(tl.Perplexity, SCORES),
     'RMSNorm': Row(tl.RMSNorm),
     'RMSNorm offset': Row(lambda: tl.RMSNorm(offset=1.0)),
+    'RelativeBias': Row(lambda: tl.RelativeBias(2, 8, 4), (tokens(),), ()),  # a bias is no sequence
     'Relu': Row(tl.Relu),
     'Relu2': Row(tl.Relu2),
     'Remat': Row(lambda: tl.Remat(feed_forward()), draws=True),
@@ -217,6 +242,12 @@ ROWS: dict[str, Row] = {
     'SelfAttention': Row(lambda: tl.SelfAttention(2, rotary=tl.RotaryPositions())),
     'SelfAttention window': Row(
         lambda: tl.SelfAttention(2, window=2, masked=True), (stream(), mask()), (1, 1)
+    ),
+    'SelfAttention relative': Row(
+        lambda: tl.SelfAttention(2, relative=True, masked=True, window=3, dropout=0.1),
+        (stream(), shape_dtype((5, 2)), mask()),
+        (1, None, 1),
+        draws=True,
     ),
     'SelfAttention of shared heads': Row(
         lambda: tl.SelfAttention(

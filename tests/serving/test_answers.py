@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scripted import Engine, flat
 
 from layercomb.data import ByteTokenizer
-from layercomb.serving.answers import Answer
 from layercomb.serving.engine import TokenScore
+from layercomb.serving.openai.answers import Answer
+from layercomb.serving.openai.scores import Names, best
 from layercomb.serving.protocol import Request
-from layercomb.serving.scores import Names, best
 from layercomb.supervised.decoding.sampling import Sampler
 
 NAMES = Names(ByteTokenizer())

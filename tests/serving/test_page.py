@@ -6,8 +6,8 @@ import time
 import pytest
 from browser import CHROMIUM, Page
 from scripted import Engine
-from test_chat import Talking
-from test_chat import served as scripted
+from test_conversations import Talking
+from test_conversations import served as scripted
 from test_serving import LIMITS, model, served  # noqa: F401
 
 from layercomb import serving

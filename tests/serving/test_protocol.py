@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from layercomb.data import ByteTokenizer
 from layercomb.serving import Limits
-from layercomb.serving.completions import parse
+from layercomb.serving.openai.completions import parse
 from layercomb.serving.protocol import Refusal
 from layercomb.serving.texts import Text
 from layercomb.supervised.decoding.sampling import Sampler

@@ -21,7 +21,7 @@ import layercomb as lc
 from layercomb import models, serving
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError
-from layercomb.serving.completions import parse
+from layercomb.serving.openai.completions import parse
 from layercomb.supervised import decoding
 
 MAX_LEN = 600

@@ -9,6 +9,7 @@ from typing import Any
 
 from layercomb.errors import UsageError
 from layercomb.interop.configs import Config
+from layercomb.interop.evaluated import evaluated
 from layercomb.interop.tensors import Entry
 from layercomb.layers.core.layer import Layer
 from layercomb.shapes import Signature, shape_dtype
@@ -29,7 +30,9 @@ PLACES: dict[str, str] = {
     'phi3': 'phi.PHI',
     'qwen2': 'qwen.QWEN',
     'qwen3': 'qwen.QWEN',
+    'reformer': 'reformer.REFORMER',
     'roberta': 'bert.ROBERTA',
+    't5': 't5.T5',
 }
 
 
@@ -84,11 +87,13 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
     A configuration is right if it makes an equal model, so each family is tried and proved.
 
     Args:
-      net: a model as the family makes it, or an equal one.
+      net: a model as the family makes it, or an equal one. What matters in training alone, such as
+        dropout, may differ.
 
     Raises:
       UsageError: if no family makes this model.
     """
+    net = evaluated(net)
     tried: list[str] = []
     for kind in PLACES:
         family = _imported(kind)

@@ -105,6 +105,8 @@ def config(net: Layer) -> dict[str, Any]:
     first, older = layers[0], layers[0].query_norm is None
     widths = [layer.window for layer in layers]
     made = described(net)
+    last: Any = head
+    cap = last.layers[1].limit if isinstance(head, tl.Serial) else None
     scalar = made['head_dim'] if first.scale is None else first.scale**-2
     return {
         'architectures': ['Gemma2ForCausalLM' if older else 'Gemma3ForCausalLM'],
@@ -116,7 +118,7 @@ def config(net: Layer) -> dict[str, Any]:
         'sliding_window': next((w for w in widths if w is not None), None),
         'layer_types': [FULL if w is None else SLIDING for w in widths],
         'attn_logit_softcapping': first.softcap,
-        'final_logit_softcapping': head.layers[1].limit if isinstance(head, tl.Serial) else None,
+        'final_logit_softcapping': cap,
         **({} if older else _positions(layers)),
     }
 

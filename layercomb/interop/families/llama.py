@@ -157,7 +157,7 @@ def of_layers(
     """
     block = [*_attention(qkv_bias, out_bias, qk_norm), *_feed_forward(ff_bias)]
     block.append(('attention/norm/scale', 'input_layernorm.weight', False))
-    of_norms = ('feed_forward/norm/scale',)
+    of_norms: tuple[str, ...] = ('feed_forward/norm/scale',)
     if len(norms) > 1:
         of_norms = ('attention/norm_after/scale', *of_norms, 'feed_forward/norm_after/scale')
     block += [(ours, f'{n}.weight', False) for ours, n in zip(of_norms, norms, strict=True)]

@@ -8,6 +8,7 @@ from layercomb.interop.configs import Config
 from layercomb.interop.families import Family
 from layercomb.interop.families.names import ACTIVATIONS, WORDS, dense, norm
 from layercomb.interop.tensors import Entry
+from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.models.marian import Marian
@@ -85,6 +86,10 @@ def _config(net: Layer) -> dict[str, Any]:
         'scale_embedding': tokens.scale is not None,
         'share_encoder_decoder_embeddings': True,
         'tie_word_embeddings': True,
+        # The last token of Marian's vocabularies pads, and begins what the decoder writes.
+        'pad_token_id': tokens.vocab_size - 1,
+        'decoder_start_token_id': tokens.vocab_size - 1,
+        'eos_token_id': 0,
     }
     for side in ('encoder', 'decoder'):
         made[f'{side}_layers'] = _depth(net, side)
@@ -95,9 +100,7 @@ def _config(net: Layer) -> dict[str, Any]:
 
 def _depth(net: Layer, side: str) -> int:
     """How many blocks one side has."""
-    return next(
-        x.n for path, x in walk(net) if path == f'{side}/block' and hasattr(x, 'stacked_axes')
-    )
+    return next(x.n for path, x in walk(net) if path == f'{side}/block' and isinstance(x, Repeat))
 
 
 def _signature(net: Layer) -> Signature:

@@ -133,8 +133,12 @@ def _dynamic(given: Config, config: Config) -> Any:
 
 
 def _llama3(given: Config, config: Config) -> Any:
-    numbers = (given.number(name) for name in ('factor', 'low_freq_factor', 'high_freq_factor'))
-    return tl.Llama3Scaling(*numbers, _original(given, config))
+    return tl.Llama3Scaling(
+        given.number('factor'),
+        given.number('low_freq_factor'),
+        given.number('high_freq_factor'),
+        _original(given, config),
+    )
 
 
 def _yarn(given: Config, config: Config) -> Any:

@@ -9,8 +9,9 @@ from layercomb.errors import UsageError, usage_errors
 from layercomb.interop.chat_template import ChatTemplate
 from layercomb.interop.configs import Config
 from layercomb.interop.families import family_of
-from layercomb.interop.gguf.architectures import ROPE_FACTORS, architecture_of, config_of_file
+from layercomb.interop.gguf.architectures import architecture_of, config_of_file
 from layercomb.interop.gguf.file import File, read
+from layercomb.interop.gguf.rope import FACTORS
 from layercomb.interop.gguf.vocabulary import vocabulary
 from layercomb.interop.gguf.weights import load_narrow, load_wide
 from layercomb.interop.tensors import shapes_of
@@ -64,7 +65,7 @@ def load(path: str | Path, *, dtype: str | None = None) -> tuple[Model, Any]:
         entries = [architecture.renamed(entry) for entry in family.entries(asked)]
         shapes = shapes_of(net, family.signature(net))
     tensors = {name: architecture.tensor(each, config) for name, each in file.tensors.items()}
-    ignored = (ROPE_FACTORS.replace('.', r'\.'),)
+    ignored = (FACTORS.replace('.', r'\.'),)
     fill = load_narrow if dtype is None else load_wide
     net, weights = fill(net, shapes, entries, tensors, ignored, repr(str(file.path)))
     return Model(net, weights), tokenizer

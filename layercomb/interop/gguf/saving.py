@@ -16,15 +16,14 @@ from layercomb.interop.configs import Config
 from layercomb.interop.families import config_of, family_of
 from layercomb.interop.gguf import vocabulary_out
 from layercomb.interop.gguf.architectures import (
-    ROPE_FACTORS,
     Architecture,
     config_of_file,
     head_depth,
-    llama3_factors,
     metadata_of,
 )
 from layercomb.interop.gguf.blocks import Blocks, plain, rounded
 from layercomb.interop.gguf.file import File, Stored
+from layercomb.interop.gguf.rope import FACTORS, llama3_factors
 from layercomb.interop.gguf.weights import stored
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
@@ -141,7 +140,7 @@ def _rope_factors(config: Mapping[str, Any]) -> list[_Out]:
     if not scaling or scaling['rope_type'] != 'llama3':
         return []
     factors = llama3_factors(scaling, config['rope_theta'], head_depth(config))
-    return [_Out(ROPE_FACTORS, factors.shape, *plain(factors[None]))]
+    return [_Out(FACTORS, factors.shape, *plain(factors[None]))]
 
 
 def _write(

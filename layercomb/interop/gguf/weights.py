@@ -25,8 +25,9 @@ from layercomb.interop.tensors import Entry, check, spill
 from layercomb.interop.tensors import fill as fill_wide
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
+from layercomb.layers.quantized.matrix import SCALES
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
-from layercomb.transforms.quantization import SCALES, bare, narrow_axes
+from layercomb.transforms.quantization import bare, narrow_axes
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.weight_axes import axes, holder
 from layercomb.trees import Tree

@@ -31,10 +31,10 @@ from layercomb.interop.tokenizer import PretrainedTokenizer
 from layercomb.interop.vocabularies import Subwords, byte_letters
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import joined, walk
-from layercomb.layers.quantized.matrix import Narrow
+from layercomb.layers.quantized.matrix import SCALES, Narrow
 from layercomb.model import Model
 from layercomb.transforms.narrowing import hold_wide
-from layercomb.transforms.quantization import SCALES, Quantized, bare, narrow_axes
+from layercomb.transforms.quantization import Quantized, bare, narrow_axes
 from layercomb.trees import Tree
 
 DTYPES = (None, 'float32', 'bfloat16', 'float16')

@@ -24,6 +24,8 @@ from layercomb.interop.trax.plans import (
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.wrapper import snake_case
 
+EPSILON = 1e-6  # added to the mean square of a key
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -211,7 +213,9 @@ def _lsh(kind: Kind, known: Parameters, parts: dict[str, Any], max_len: int) -> 
         chunk_len=known.ask(name, 'chunk_len', 128),
         n_buckets=tuple(n_buckets) if isinstance(n_buckets, list) else n_buckets,
         max_len=max_len,
-        neighbourhood='chunk',
+        neighbourhood='circle',
+        epsilon=kind.d_qk * EPSILON,
+        alone='rounded',
         **parts,
     )
 

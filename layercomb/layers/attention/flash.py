@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layercomb.layers.attention import tiles
+from layercomb.layers.attention import distances, tiles
 
 # The places of k, v, mask and start among the arguments of `forward_head` that `per_head` makes.
 OF_KEYS = (1, 2, 3, 4)
@@ -152,7 +152,22 @@ def query_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any) -> t
     return low, middle, high
 
 
-def forward_head(plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, start: Any, rng: Any):
+def first_distance(plan: Plan, i: Any, j: Any, start: Any) -> Any:
+    """The distance from the first query of block i to the first key of block j, int32 ()."""
+    return j * plan.k_block - (start + i * plan.q_block)
+
+
+def biased(plan: Plan, scores: jax.Array, bias: Any, i: Any, j: Any, start: Any) -> jax.Array:
+    """The scores (q, c) of blocks i and j, with the bias of their distances if there is one."""
+    if bias is None:
+        return scores
+    first = first_distance(plan, i, j, start)
+    return scores + distances.of_block(bias, first, plan.q_block, plan.k_block)
+
+
+def forward_head(
+    plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, start: Any, rng: Any, bias: Any
+):
     """One head's output and logsumexp.
 
     Args:
@@ -164,6 +179,7 @@ def forward_head(plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, sta
       mask: (Nk, c) bool, or None.
       start: position of this row's first query, int32 ().
       rng: key of dropout, or None.
+      bias: of the scores, for each distance, as of `distances.padded`; or None.
 
     Returns:
       The output (Nq, q, D) in the dtype of v, zero where a query sees no key; and z (Nq, q)
@@ -173,6 +189,7 @@ def forward_head(plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, sta
     def block(i, q_i, edge, j, carry):
         m, total, out = carry
         scores = tiles.capped(tiles.dot('qk,ck->qc', q_i, k[j]), plan.softcap)
+        scores = biased(plan, scores, bias, i, j, start)
         if edge:
             seen = visible(plan, i, j, mask, start)
             scores = jnp.where(seen, scores, -tiles.FAR)
@@ -209,6 +226,7 @@ def backward_head(
     mask: Any,
     start: Any,
     rng: Any,
+    bias: Any,
     z: Any,
     d_out: Any,
     dot_out: Any,
@@ -216,45 +234,48 @@ def backward_head(
     """One head's gradients, from the cotangent of its output.
 
     Args:
-      plan, starts, q, k, v, mask, start, rng: as of `forward_head`.
+      plan, starts, q, k, v, mask, start, rng, bias: as of `forward_head`.
       z: (Nq, q) float32, the logsumexp.
       d_out: (Nq, q, D), cotangent of the output.
       dot_out: (Nq, q) float32, Σ dO ∘ O.
 
     Returns:
       Gradients of q (Nq, q, K) in float32, of k (Nk, K, c) and of v (Nk, D, c), both transposed,
-      and in float32 if they are to be summed over a group.
+      and in float32 if they are to be summed over a group; and of the bias, or None.
     """
     dtypes = (k.dtype, v.dtype) if plan.group == 1 else (jnp.float32, jnp.float32)
     # Transpose once: on the CPU, products that contract the rows of both factors are slow.
     q_t, d_out_t = q.swapaxes(1, 2), d_out.swapaxes(1, 2)  # (Nq, K, q), (Nq, D, q)
 
     def block(j, edge, i, carry):
-        d_q, d_k, d_v = carry
+        (d_q, d_bias), d_k, d_v = carry
         number = i * plan.n_k_blocks + j
         scores = tiles.capped(tiles.dot('qk,ck->qc', q[i], k[j]), plan.softcap)
-        p = jnp.exp(scores - z[i][:, None])
+        p = jnp.exp(biased(plan, scores, bias, i, j, start) - z[i][:, None])
         if edge:
             p = jnp.where(visible(plan, i, j, mask, start), p, 0.0)
         d_p = tiles.dot('qd,cd->qc', d_out[i], v[j])
         d_s = p * (tiles.drop(plan.dropout_rate, rng, number, d_p) - dot_out[i][:, None])
+        if bias is not None:
+            d_bias = distances.add_of_block(d_bias, d_s, first_distance(plan, i, j, start))
         d_s = tiles.uncapped(d_s, scores, plan.softcap)
         p = tiles.drop(plan.dropout_rate, rng, number, p)
         d_v = d_v + tiles.dot('dq,qc->dc', d_out_t[i], p)
         d_k = d_k + tiles.dot('kq,qc->kc', q_t[i], d_s)
         d_q_i = d_q[i] + tiles.dot('qc,ck->qk', d_s, k[j])
-        return lax.dynamic_update_index_in_dim(d_q, d_q_i, i, 0), d_k, d_v
+        return (lax.dynamic_update_index_in_dim(d_q, d_q_i, i, 0), d_bias), d_k, d_v
 
-    def keys(d_q, j):
+    def keys(sums, j):
         low, middle, high = query_blocks(plan, mask is not None, starts, j)
         d_k = jnp.zeros((k.shape[2], k.shape[1]), jnp.float32)
         d_v = jnp.zeros((v.shape[2], v.shape[1]), jnp.float32)
-        carry = tiles.loop(low, middle, functools.partial(block, j, True), (d_q, d_k, d_v))
-        d_q, d_k, d_v = tiles.loop(middle, high, functools.partial(block, j, False), carry)
-        return d_q, (d_k.astype(dtypes[0]), d_v.astype(dtypes[1]))
+        carry = tiles.loop(low, middle, functools.partial(block, j, True), (sums, d_k, d_v))
+        sums, d_k, d_v = tiles.loop(middle, high, functools.partial(block, j, False), carry)
+        return sums, (d_k.astype(dtypes[0]), d_v.astype(dtypes[1]))
 
-    d_q, (d_k, d_v) = tiles.each(keys, jnp.zeros(q.shape, jnp.float32), plan.n_k_blocks)
-    return d_q * plan.scale, d_k, d_v
+    zeros = jnp.zeros(q.shape, jnp.float32), None if bias is None else jnp.zeros_like(bias)
+    (d_q, d_bias), (d_k, d_v) = tiles.each(keys, zeros, plan.n_k_blocks)
+    return d_q * plan.scale, d_k, d_v, d_bias
 
 
 def cut(x: jax.Array, block: int) -> jax.Array:
@@ -279,16 +300,18 @@ def join(x: jax.Array, length: int) -> jax.Array:
     return x.reshape(*x.shape[:2], whole, *x.shape[4:])[:, :, :length]  # (B, H, L, K)
 
 
-def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any) -> Any:
+def per_head(
+    plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any, bias: Any
+) -> Any:
     """The arguments `starts` and the rest of `forward_head`, with leading axes (B, G).
 
     Args:
-      plan, q, k, v, mask, offset, rng: as of `attend`.
+      plan, q, k, v, mask, offset, rng, bias: as of `attend`.
 
     Returns:
       `starts`; and a tuple of q times the scale (B, G, Nq, q, K), k (B, G, Nk, c, K), v
-      (B, G, Nk, c, D), mask (B, G, Nk, c) or None, start (B, G) int32, and keys (B, G) or None. If
-      R is not 1, q and keys have a third axis R.
+      (B, G, Nk, c, D), mask (B, G, Nk, c) or None, start (B, G) int32, keys (B, G) or None, and
+      bias (B, G, N + 2n) or None. If R is not 1, q, keys and bias have a third axis R.
     """
     n_rows, n_heads = k.shape[:2]
     starts: tuple[Any, Any] = (0, 0)
@@ -301,7 +324,11 @@ def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: An
         mask = cut(mask, plan.k_block)  # (B, G, Nk, c)
     rng = tiles.split_group(tiles.key_per_head(rng, q.shape[:2]), plan.group)
     q = cut_queries(plan, q.astype(jnp.float32) * plan.scale)
-    return starts, (q, cut(k, plan.k_block), cut(v, plan.k_block), mask, start, rng)
+    if bias is not None:
+        bias = distances.padded(bias.astype(jnp.float32).T, plan.q_block + plan.k_block)
+        bias = jnp.broadcast_to(bias[None], (n_rows, *bias.shape))  # (B, H, N + 2n)
+        bias = tiles.split_group(bias, plan.group)
+    return starts, (q, cut(k, plan.k_block), cut(v, plan.k_block), mask, start, rng, bias)
 
 
 def cut_queries(plan: Plan, x: jax.Array) -> jax.Array:
@@ -318,6 +345,7 @@ def attend(
     mask: jax.Array | None,
     offset: jax.Array | None,
     rng: jax.Array | None,
+    bias: jax.Array | None,
 ) -> jax.Array:
     """Softmax attention as `plan` says, in memory linear in both lengths.
 
@@ -329,30 +357,33 @@ def attend(
       mask: (B, Lk) bool, True = a real key; or None.
       offset: (B,) int32, the position of each row's first query; or None for zero.
       rng: the key of dropout; or None for no dropout.
+      bias: of the scores, for each distance, (N, H), as the module `distances` says; or None.
 
     Returns:
       (B, H, Lq, D), in the dtype of v; zero where a query sees no key.
     """
-    return attend_forward(plan, q, k, v, mask, offset, rng)[0]
+    return attend_forward(plan, q, k, v, mask, offset, rng, bias)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any) -> Any:
+def attend_forward(
+    plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any, bias: Any
+) -> Any:
     """The output (B, H, Lq, D), and the residuals of the backward pass.
 
     Args:
-      plan, q, k, v, mask, offset, rng: as of `attend`.
+      plan, q, k, v, mask, offset, rng, bias: as of `attend`.
 
     Returns:
-      The output, and (q, k, v, mask, offset, rng, output, z), with z (B, H, Nq, q), or
+      The output, and (q, k, v, mask, offset, rng, bias, output, z), with z (B, H, Nq, q), or
       (B, G, R, Nq, q), float32.
     """
-    starts, heads = per_head(plan, q, k, v, mask, offset, rng)
+    starts, heads = per_head(plan, q, k, v, mask, offset, rng, bias)
     f = functools.partial(forward_head, plan, starts)
     n_pairs = plan.q_block * plan.k_block
     out, z = tiles.over_heads(f, heads, n_pairs, group=plan.group, shared=OF_KEYS)
     out = join(tiles.join_group(out, plan.group), plan.n_queries)
-    return out, (q, k, v, mask, offset, rng, out, z)
+    return out, (q, k, v, mask, offset, rng, bias, out, z)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -365,19 +396,23 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
       d_out: (B, H, Lq, D), cotangent of the output.
 
     Returns:
-      Gradients of q, k and v, shaped and typed as these; None for mask, offset and rng.
+      Gradients of q, k, v and bias, shaped and typed as these; None for mask, offset and rng.
     """
-    q, k, v, mask, offset, rng, out, z = kept
+    q, k, v, mask, offset, rng, bias, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    starts, heads = per_head(plan, q, k, v, mask, offset, rng)
+    starts, heads = per_head(plan, q, k, v, mask, offset, rng, bias)
     heads = (*heads, z, cut_queries(plan, d_out), cut_queries(plan, dot_out))
     f = functools.partial(backward_head, plan, starts)
     n_pairs = plan.q_block * plan.k_block
     grouped: Any = {'group': plan.group, 'shared': OF_KEYS, 'summed': (1, 2)}
-    d_q, d_k, d_v = tiles.over_heads(f, heads, n_pairs, **grouped)
+    d_q, d_k, d_v, d_bias = tiles.over_heads(f, heads, n_pairs, **grouped)
     d_k, d_v = d_k.astype(k.dtype).swapaxes(3, 4), d_v.astype(v.dtype).swapaxes(3, 4)
     d_q = join(tiles.join_group(d_q, plan.group), plan.n_queries)
-    return d_q.astype(q.dtype), join(d_k, plan.n_keys), join(d_v, plan.n_keys), None, None, None
+    d_q, d_k, d_v = d_q.astype(q.dtype), join(d_k, plan.n_keys), join(d_v, plan.n_keys)
+    if bias is not None:
+        total = tiles.join_group(d_bias, plan.group).sum(0)  # (H, N + 2n)
+        d_bias = distances.unpadded(total, plan.q_block + plan.k_block).T.astype(bias.dtype)
+    return d_q, d_k, d_v, None, None, None, d_bias
 
 
 attend.defvjp(attend_forward, attend_backward)

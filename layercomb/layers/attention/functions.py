@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -18,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 import layercomb_kernels
+from layercomb.layers.attention import distances, tiles
 from layercomb.layers.attention import flash as blockwise
 from layercomb.layers.attention import local as chunkwise
-from layercomb.layers.attention import tiles
 from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.shapes import check_mask, nearest_divisor
 
@@ -36,6 +37,7 @@ def dot_product_attention(
     offset: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    bias: jax.Array | None = None,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
     block_len: int | None = None,
@@ -65,6 +67,8 @@ def dot_product_attention(
         zero by default. Decoding uses it: few queries against a cache of keys.
       scale: factor of the scores, 1/√K by default.
       softcap: c > 0, which makes scores s, after the scale, c·tanh(s / c); None for no cap.
+      bias: (2R + 1, H), added to the scores by distance: a key d positions after the query gets
+        bias[d + R], −R and R standing for all farther ones; `RelativeBias` makes it.
       dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow by
         1 / (1 − dropout_rate).
       rng: a typed key for dropout, needed if the rate is not zero.
@@ -86,29 +90,29 @@ def dot_product_attention(
     check(q, k, v, mask, offset, dropout_rate, rng)
     check_window(window, causal)
     check_softcap(softcap)
-    rng = rng if dropout_rate else None
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if bias is not None:
+        distances.check_bias(bias, q.shape[1])
     if window is not None and offset is None and window >= q.shape[2]:
         window = None  # no query is so far from the first key
-    if q.shape[2] == 1 and rng is None:
-        return one_query(q, k, v, causal, mask, offset, scale, softcap, window)
-    plain = mask is None and offset is None and rng is None
-    plain = plain and softcap is None and window is None
-    if plain and cudnn_applies(q, k, v, causal):
-        return cudnn_attention(q, k, v, causal, scale)
+    rng = rng if dropout_rate else None
     plan = blockwise.Plan(
         n_queries=q.shape[2],
         n_keys=k.shape[2],
         q_block=even_block(q.shape[2], block_len or tiles.block_len()),
         k_block=even_block(k.shape[2], block_len or tiles.block_len()),
-        scale=scale,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         causal=bool(causal),
         dropout_rate=dropout_rate,
         softcap=softcap,
         group=q.shape[1] // max(k.shape[1], 1),
         window=window,
     )
-    return blockwise.attend(plan, q, k, v, mask, offset, rng)
+    if q.shape[2] == 1 and rng is None:
+        return one_query(plan, q, k, v, mask, offset, bias)
+    added = softcap, window, mask, offset, rng, bias
+    if all(x is None for x in added) and cudnn_applies(q, k, v, causal):
+        return cudnn_attention(q, k, v, causal, plan.scale)
+    return blockwise.attend(plan, q, k, v, mask, offset, rng, bias)
 
 
 def local_attention(
@@ -192,42 +196,39 @@ def even_block(length: int, block_len: int) -> int:
 
 
 def one_query(
+    plan: blockwise.Plan,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    causal: bool,
     mask: jax.Array | None,
     offset: jax.Array | None,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
+    bias: jax.Array | None,
 ) -> jax.Array:
     """Attention of one query per row to all keys at once, without dropout.
 
     Args:
+      plan: the static description; the sizes of its blocks do not matter.
       q: (B, H, 1, K), floating.
       k: (B, G, Lk, K).
       v: (B, G, Lk, D).
-      causal: whether the query sees only keys at its own position and before.
       mask: (B, Lk) bool, True = a real key; or None.
       offset: (B,) int32, the query's position; None for 0.
-      scale: factor of the scores.
-      softcap: as of `dot_product_attention`.
-      window: as of `dot_product_attention`.
+      bias: as of `dot_product_attention`.
 
     Returns:
       (B, H, 1, D), in the dtype of v; zero where the query sees no key.
     """
-    n_keys = k.shape[2]
-    plan = blockwise.Plan(1, n_keys, 1, n_keys, scale, causal, window=window)
+    n_keys, softcap = k.shape[2], plan.softcap
+    whole = dataclasses.replace(plan, q_block=1, k_block=n_keys)
     start = jnp.zeros((1,), jnp.int32) if offset is None else offset
-    seen = jax.vmap(lambda t: blockwise.visible(plan, 0, 0, None, t)[0])(start)  # (B or 1, Lk)
+    seen = jax.vmap(lambda t: blockwise.visible(whole, 0, 0, None, t)[0])(start)  # (B or 1, Lk)
     seen = seen[:, None] if mask is None else (seen & mask)[:, None]  # (B or 1, 1, Lk)
-    q_1 = q[:, :, 0].astype(jnp.float32) * scale  # (B, H, K)
-    if has_kernels(1, q_1, k, v):  # a kernel reads no key after the last seen one
+    q_1 = q[:, :, 0].astype(jnp.float32) * plan.scale  # (B, H, K)
+    if bias is None and has_kernels(1, q_1, k, v):  # a kernel reads no key after the last seen one
         seen = jnp.broadcast_to(seen[:, 0], (len(q), n_keys))
         return _fast_attend(softcap)(q_1, k, v, seen)[:, :, None]  # (B, H, 1, D)
-    p = _probabilities(q_1, k, seen, softcap)
+    added = None if bias is None else distances.of_one_query(bias, start, n_keys)
+    p = _probabilities(q_1, k, seen, softcap, added)
     return _dot_shared('bhc,bhcd->bhd', p, v)[:, :, None].astype(v.dtype)  # (B, H, 1, D)
 
 
@@ -241,9 +242,19 @@ def _dot_shared(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return out.reshape(b, h, out.shape[-1])  # (B, G, H/G, …) → (B, H, …)
 
 
-def _probabilities(q: jax.Array, k: jax.Array, seen: jax.Array, softcap: float | None) -> jax.Array:
-    """Probabilities (B, H, Lk): q (B, H, K), k (B, G, Lk, K), seen (B or 1, 1, Lk) bool."""
+def _probabilities(
+    q: jax.Array,
+    k: jax.Array,
+    seen: jax.Array,
+    softcap: float | None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """Probabilities (B, H, Lk): q (B, H, K), k (B, G, Lk, K), seen (B or 1, 1, Lk) bool.
+
+    A bias is (B or 1, H, Lk), added to the scores.
+    """
     scores = tiles.capped(_dot_shared('bhk,bhck->bhc', q, k), softcap)
+    scores = scores if bias is None else scores + bias
     scores = jnp.where(seen, scores, -tiles.FAR)
     p = jnp.exp(scores - scores.max(-1, keepdims=True, initial=-tiles.FAR))
     p = jnp.where(seen, p, 0.0)

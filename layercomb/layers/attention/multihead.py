@@ -116,7 +116,7 @@ def shared_heads(layer: Any) -> SplitHeads:
     return SplitHeads(n_shared, layer.d_head, layer.qkv_bias, group=n_heads // n_shared)
 
 
-def attend(layer: Any, call: Any, x: Any, memory: Any, *mask: Any) -> tuple[Any, ...]:
+def attend(layer: Any, call: Any, x: Any, memory: Any, *more: Any) -> tuple[Any, ...]:
     """The route that multi-head layers share: attention from `x` to `memory`.
 
     Args:
@@ -125,7 +125,7 @@ def attend(layer: Any, call: Any, x: Any, memory: Any, *mask: Any) -> tuple[Any,
       call: as of `Combinator.route`.
       x: (B, L, D).
       memory: (B, M, E).
-      *mask: (B, M) bool, True = a real key; or nothing.
+      *more: the other inputs of the core, e.g. a mask (B, M) bool, True = a real key.
 
     Returns:
       A tuple of the output, (B, L, D).
@@ -149,7 +149,7 @@ def attend(layer: Any, call: Any, x: Any, memory: Any, *mask: Any) -> tuple[Any,
         (k,) = call(at('key_norm'), (k,))
     if layer.rotary is not None:
         q, k = call(at('rotary'), (q, k))
-    (y,) = call(at('core'), (q, k, v, *mask))
+    (y,) = call(at('core'), (q, k, v, *more))
     return call(at('output'), (y, x))
 
 

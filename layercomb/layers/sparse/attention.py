@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from layercomb.checks import Size
-from layercomb.layers.attention.layers import DotProductAttention
+from layercomb.layers.attention.cores import DotProductAttention
 from layercomb.layers.attention.multihead import MultiHead
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.combinators.side_by_side import Parallel

@@ -2,20 +2,26 @@
 
 import functools
 import importlib.util
+import json
+from pathlib import Path
 
 import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import layercomb as lc
 from layercomb import models, tl, transforms
 from layercomb.errors import UsageError
 from layercomb.interop import gguf as ours
 from layercomb.interop import memory
-from layercomb.interop.gguf import architectures, saving
+from layercomb.interop.gguf import architectures, rope, saving
 from layercomb.interop.gguf import file as gguf_file
+from layercomb.interop.gguf.vocabulary import vocabulary
+from layercomb.interop.tokenizer import PretrainedTokenizer
 from layercomb.supervised import decoding
 
 IDS = jnp.array([[1, 5, 60, 33, 7, 2, 2, 90]], jnp.int32)
@@ -105,6 +111,59 @@ def test_a_model_goes_out_and_comes_back(name, path):
     else:
         assert same(back.weights, model.weights)
     assert not [p for p in path.parent.iterdir() if p != path]
+
+
+@pytest.mark.parametrize('kind', ['F32', 'Q8_0'])
+def test_gpt2_comes_in(kind, path):
+    """Written by hand, as llama.cpp writes it: linear layers (out, in), queries to values fused."""
+    net = models.GPT2(96, 64, n_layers=2, n_heads=4, max_len=64)
+    weights, _ = net.init((lc.shape_dtype((1, 8), 'int32'),), jax.random.key(3))
+    w = {k: np.asarray(x) + 0.1 for k, x in lc.trees.flatten(weights).items()}
+    out = gguf.GGUFWriter(path, 'gpt2')
+    sizes = {'block_count': 2, 'context_length': 64, 'embedding_length': 64, 'feed_forward_length':
+             256, 'attention.head_count': 4}  # fmt: skip
+    for name, value in sizes.items():
+        out.add_uint32(f'gpt2.{name}', value)
+    out.add_float32('gpt2.attention.layer_norm_epsilon', 1e-5)
+
+    def add(name, x):
+        number = gguf.GGMLQuantizationType[kind if x.ndim == 2 and 'pos' not in name else 'F32']
+        x = np.ascontiguousarray(x, np.float32)
+        out.add_tensor(name, gguf.quants.quantize(x, number), raw_dtype=number)
+
+    at = 'block/attention/self_attention'
+    add('token_embd.weight', w['embedding/table'])
+    add('position_embd.weight', w['positions/table'])
+    for i in range(2):
+        qkv = [np.reshape(w[f'{at}/{n}/kernel'][i], (64, 64)).T for n in ('query', 'key', 'value')]
+        add(f'blk.{i}.attn_qkv.weight', np.concatenate(qkv))
+        qkv = [np.reshape(w[f'{at}/{n}/bias'][i], 64) for n in ('query', 'key', 'value')]
+        add(f'blk.{i}.attn_qkv.bias', np.concatenate(qkv))
+        for name, path_of in (
+            ('attn_output', f'{at}/output'),
+            ('ffn_up', 'block/feed_forward/dense'),
+            ('ffn_down', 'block/feed_forward/dense_1'),
+        ):
+            kernel = w[f'{path_of}/kernel'][i]
+            add(f'blk.{i}.{name}.weight', kernel.reshape(-1, kernel.shape[-1]).T)
+            add(f'blk.{i}.{name}.bias', w[f'{path_of}/bias'][i])
+        for name, path_of in (('attn_norm', 'attention'), ('ffn_norm', 'feed_forward')):
+            add(f'blk.{i}.{name}.weight', w[f'block/{path_of}/norm/scale'][i])
+            add(f'blk.{i}.{name}.bias', w[f'block/{path_of}/norm/bias'][i])
+    add('output_norm.weight', w['norm/scale'])
+    add('output_norm.bias', w['norm/bias'])
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    wide, _ = ours.load(path, dtype='float32')
+    narrow, _ = ours.load(path)
+    assert wide.layer == net
+    if kind == 'F32':
+        assert same(wide.weights, lc.trees.unflatten(w))
+    else:
+        assert lc.trees.flatten(narrow.weights)[f'{at}/query/kernel'].dtype == jnp.int8
+        np.testing.assert_allclose(narrow(IDS), wide(IDS), atol=2e-3)
 
 
 def test_names_and_order_are_those_of_llama_cpp(path):
@@ -293,6 +352,42 @@ def test_what_is_not_understood_is_refused(changes, message, path):
     assert '\n' not in str(raised.value)
 
 
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """A file with a tokenizer, for damage."""
+    recorded = Path(__file__).parents[2] / 'data' / 'gguf' / 'vocabularies.json'
+    words = json.loads(recorded.read_text())['words']
+    entries = {'tokens': words['tokens'], 'token_type': words['types'], 'merges': words['merges']}
+    entries |= {'model': 'gpt2', 'pre': 'smollm', 'eos_token_id': 2}
+    found = vocabulary({f'tokenizer.ggml.{k}': v for k, v in entries.items()}, 402)
+    path = tmp_path_factory.mktemp('gguf') / 'small.gguf'
+    model = llama(vocab_size=402, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1)
+    ours.save(path, model, PretrainedTokenizer(found.tokenizer(), 2), dtype='q8_0')
+    return path
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_damaged_model_is_refused_or_loads(small, tmp_path, data):
+    content = bytearray(small.read_bytes())
+    tokens, tensors = content.index(b'ggml.tokens'), content.index(b'token_embd.weight')
+    for _ in range(data.draw(st.integers(1, 2))):
+        first, end = data.draw(st.sampled_from([(0, tokens), (tensors - 40, tensors + 1400)]))
+        content[data.draw(st.integers(first, end - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / 'damaged.gguf'
+    path.write_bytes(content)
+    try:
+        ours.load(path)
+    except UsageError as e:
+        assert '\n' not in str(e)
+
+
+def test_a_model_comes_with_its_tokenizer(small):
+    model, tokenizer = ours.load(small)
+    assert tokenizer.vocab_size == 402 and tokenizer.stop_ids == (2, 400)
+    assert model(jnp.asarray(tokenizer.encode('Hello'))[None]).shape[-1] == 402
+
+
 def test_a_list_of_equal_numbers_is_one_number(path):
     ours.save(path, llama())
     changed = rewritten(path, attention__head_count_kv=[2, 2, 2], expert_count=0)
@@ -321,7 +416,7 @@ def test_what_cannot_be_saved(path):
 def test_factors_of_llama_3_follow_from_its_description():
     scaling = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0}
     scaling['original_max_position_embeddings'] = 8192
-    factors = architectures.llama3_factors(scaling, 500000.0, 128)
+    factors = rope.llama3_factors(scaling, 500000.0, 128)
     assert factors[0] == 1.0 and factors[-1] == 8.0 and np.all(np.diff(factors) >= 0)
     assert 1.0 < factors[32] < 8.0
 

@@ -286,7 +286,7 @@ def test_heads_taken_together_or_one_by_one_give_the_same(pairs, monkeypatch):
     *qkvg, mask = arrays(case)
     plan = blockwise.Plan(37, 37, 16, 16, 0.25, causal=True)
     jax.clear_caches()  # else the program compiled for another number is run again
-    got = with_gradients(lambda *x: blockwise.attend(plan, *x, mask, None, None), *qkvg)
+    got = with_gradients(lambda *x: blockwise.attend(plan, *x, mask, None, None, None), *qkvg)
     close(got, reference(*qkvg, seen(case, mask, causal=True), scale=0.25))
 
 

@@ -22,7 +22,7 @@ from layercomb import cli, models, serving
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError
 from layercomb.serving import Limits, hosts
-from layercomb.serving.completions import parse
+from layercomb.serving.openai.completions import parse
 from layercomb.serving.protocol import Refusal
 
 LIMITS = Limits(max_tokens=50, max_prompt=20, max_choices=4)

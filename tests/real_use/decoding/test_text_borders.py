@@ -22,7 +22,7 @@ from layercomb import cli, models, serving
 from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError
 from layercomb.launcher import terminal
-from layercomb.serving.completions import parse
+from layercomb.serving.openai.completions import parse
 from layercomb.serving.protocol import Refusal, Request
 from layercomb.serving.texts import Text
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.functions import check_shared_heads, check_softcap
 from layercomb.layers.attention.lsh import windows as bucketwise
+from layercomb.layers.attention.lsh.rounds import UNIT_EPSILON, Plan
 from layercomb.shapes import check_mask
 
 
@@ -30,8 +31,10 @@ def lsh_attention(
     chunk_len: int,
     causal: bool = True,
     mask: jax.Array | None = None,
-    neighbourhood: Literal['bucket', 'chunk'] = 'bucket',
+    neighbourhood: Literal['bucket', 'chunk', 'circle'] = 'bucket',
     duplicates: Literal['count', 'once'] = 'count',
+    epsilon: float = UNIT_EPSILON,
+    alone: Literal['exact', 'rounded'] = 'exact',
     scale: float | None = None,
     softcap: float | None = None,
     dropout_rate: float = 0.0,
@@ -41,8 +44,8 @@ def lsh_attention(
 ) -> jax.Array:
     """Softmax attention of each position to its neighbours in its buckets.
 
-    With k = q / ‖q‖ and s[t, c] = scale · q[t]·k[c]; s[t, t] is −100, so that a position sees
-    itself only if it sees nothing else::
+    With k = q / √(‖q‖² + ε) and s[t, c] = scale · q[t]·k[c]; s[t, t] is −100, so that a position
+    sees itself only if it sees nothing else::
 
         y[t] = Σ_r Σ_{c ∈ W_r(t)} exp(s[t, c] − z[t]) v[c]
         z[t] = log Σ_r Σ_{c ∈ W_r(t)} exp s[t, c]
@@ -54,7 +57,8 @@ def lsh_attention(
     Args:
       q: (B, H, L, K), floating: queries, which serve as keys too.
       v: (B, G, L, D); G divides H, and head h of q reads head ⌊h·G/H⌋ of v.
-      buckets: (B, H, R, L), integers from 0 to n_buckets − 1, as of `lsh_buckets`.
+      buckets: (B, H, R, L), integers from 0 to n_buckets − 1, as of `lsh_buckets`. In a circle,
+        n_buckets + 1 says that a row ends before this position.
       n_buckets: number of buckets.
       chunk_len: C; L need not be a multiple.
       causal: whether t sees only itself and positions before.
@@ -64,8 +68,16 @@ def lsh_attention(
         implementations: W_r(t) then holds all positions of any bucket in t's chunk of the sorted
         sequence and the chunk before it (and the one after, if not causal). This is not exactly
         causal: a later token moves the chunk boundaries, which changes what an earlier query sees.
+        ``'circle'`` is ``'chunk'`` as Trax and transformers have it: the chunks of all rounds
+        follow each other in a circle. The first chunk of a round sees the last one of the round
+        before it, that of the first round the last one of the last; positions that a query meets
+        twice there count twice.
       duplicates: ``'count'``: a pair that meets in N rounds counts N times. ``'once'``: it counts
         once (log N is subtracted from its score, at R more comparisons per pair).
+      epsilon: ε.
+      alone: ``'exact'``: a position that sees itself alone, such as the first, gets its value.
+        ``'rounded'``, of a causal circle that counts duplicates, is for weights trained with Trax
+        or transformers: it gets its value within 0.4 %, as their float32 rounds it there.
       scale: factor of the scores, 1 by default.
       softcap: as of `dot_product_attention`; it does not touch s[t, t].
       dropout_rate: share of the probabilities set to zero, in [0, 1); the others grow by
@@ -97,15 +109,23 @@ def lsh_attention(
             raise ValueError(f'chunks_together and heads_together must be at least 1, got {n}')
     if dropout_rate and rng is None:
         raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
+    if not epsilon > 0:
+        raise ValueError(f'epsilon must be positive, got {epsilon}')
     length = q.shape[2]
     n_chunks = -(-length // chunk_len)
     n_pairs = chunk_len**2 * (2 if causal else 3)
-    plan = bucketwise.Plan(
+    at_most = chunks_together or tiles.pairs_in_tile() // n_pairs
+    circle = neighbourhood == 'circle'
+    check_alone(alone, neighbourhood, causal, duplicates)
+    n_together = tiles.even_share(n_chunks, at_most)
+    if circle and not causal:  # the last chunk looks into the next round: no tile may stand over
+        n_together = next(n for n in range(n_together, 0, -1) if n_chunks % n == 0)
+    plan = Plan(
         length=length,
         chunk_len=chunk_len,
         look_back=1,
         look_ahead=0 if causal else 1,
-        n_together=tiles.even_share(n_chunks, chunks_together or tiles.pairs_in_tile() // n_pairs),
+        n_together=n_together,
         heads_together=heads_together,
         scale=1.0 if scale is None else float(scale),
         causal=causal,
@@ -114,9 +134,26 @@ def lsh_attention(
         group=q.shape[1] // max(v.shape[1], 1),
         n_buckets=n_buckets,
         by_bucket=neighbourhood == 'bucket',
-        once=duplicates == 'once' and buckets.shape[2] > 1,
+        circle=circle,
+        once=duplicates == 'once' and (circle or buckets.shape[2] > 1),
+        epsilon=float(epsilon),
+        rounded=alone == 'rounded',
     )
     return bucketwise.attend(plan, q, v, buckets, mask, rng if dropout_rate else None)
+
+
+def check_alone(alone: str, neighbourhood: str, causal: bool, duplicates: str) -> None:
+    """Checks an option of `lsh_attention` that other options must go with.
+
+    Raises:
+      ValueError: if they do not.
+    """
+    fits = neighbourhood == 'circle' and causal and duplicates == 'count'
+    if alone not in ('exact', 'rounded') or (alone == 'rounded' and not fits):
+        raise ValueError(
+            f"alone={alone!r}: it is 'exact', or 'rounded' for causal attention with "
+            "neighbourhood='circle' and duplicates='count'"
+        )
 
 
 def _check(
@@ -144,8 +181,8 @@ def _check(
         check_mask(mask, (q.shape[0], q.shape[2]))
     if chunk_len < 1 or n_buckets < 1:
         raise ValueError(f'chunk_len and n_buckets must be positive, got {chunk_len}, {n_buckets}')
-    if neighbourhood not in ('bucket', 'chunk') or duplicates not in ('count', 'once'):
+    if neighbourhood not in ('bucket', 'chunk', 'circle') or duplicates not in ('count', 'once'):
         raise ValueError(
-            "neighbourhood is 'bucket' or 'chunk', duplicates is 'count' or 'once', "
+            "neighbourhood is 'bucket', 'chunk' or 'circle', duplicates is 'count' or 'once', "
             f'got {neighbourhood!r} and {duplicates!r}'
         )

@@ -1,8 +1,7 @@
 """Locality-sensitive hashing by random rotations: near vectors mostly get the same bucket.
 
 Shape letters: B batch, H heads, L length, K depth of a head, R rounds; T positions at a time; F
-  half
-the sum of the factors of the number of buckets.
+half the sum of the factors of the number of buckets.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from layercomb.layers.attention import tiles
+from layercomb.layers.attention.lsh.torch_normal import torch_normal
 
 # Positions and heads hashed at a time: a full (H, L, R·buckets) array would be too large.
 CPU_TOGETHER, TOGETHER = (1024, 1), (8192, 8)
@@ -118,6 +119,33 @@ def lsh_rotations(
 
     keys, rounds = tiles.keys_of_heads(rng, n_heads), jnp.arange(n_hashes, dtype=jnp.int32)
     return jax.vmap(lambda key: jax.vmap(lambda r: rotation(key, r))(rounds))(keys)
+
+
+def torch_rotations(
+    seed: int, n_heads: int, depth: int, *, n_buckets: int | tuple[int, ...], n_hashes: int
+) -> jax.Array:
+    """The rotations that transformers' Reformer draws from its ``hash_seed``.
+
+    Its buckets are numbered with the first factor counting fastest, ours with the last one: its
+    factors (f₁, f₂) are (f₂, f₁) here.
+
+    Args:
+      seed: the ``hash_seed``.
+      n_heads, depth, n_buckets, n_hashes: as of `lsh_rotations`.
+
+    Returns:
+      (H, R, F, K) float32.
+
+    Raises:
+      ValueError: for a number of buckets that is odd, which it cannot have.
+    """
+    factors = factors_of(n_buckets)
+    if any(f < 1 or f % 2 for f in factors):
+        raise ValueError(f"n_buckets={n_buckets!r}: torch's rotations make even numbers of buckets")
+    halves = [f // 2 for f in reversed(factors)]
+    made = torch_normal(seed, (n_heads, depth, n_hashes, sum(halves)))
+    parts = np.split(made, np.cumsum(halves)[:-1], axis=-1)
+    return jnp.asarray(np.concatenate(parts[::-1], -1).transpose(0, 2, 3, 1))
 
 
 def rotated_buckets(

@@ -16,15 +16,16 @@ from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.lsh import rings
 from layercomb.layers.attention.lsh import windows as bucketwise
 from layercomb.layers.attention.lsh.cache import LSHCache
-from layercomb.layers.attention.lsh.function import lsh_attention
+from layercomb.layers.attention.lsh.function import check_alone, lsh_attention
 from layercomb.layers.attention.lsh.hashing import (
     automatic_buckets,
     check_buckets,
     factors_of,
-    lsh_buckets,
     lsh_rotations,
     rotated_buckets,
+    torch_rotations,
 )
+from layercomb.layers.attention.lsh.rounds import UNIT_EPSILON
 from layercomb.layers.attention.multihead import MultiHead, dropout_arguments, shared_heads
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
 from layercomb.layers.core.combinator import Call, Stack
@@ -49,15 +50,18 @@ class LSHOptions(Layer):
     causal: bool = True
     masked: bool = False
     dropout: Rate = 0.0
-    neighbourhood: Literal['bucket', 'chunk'] = 'bucket'
+    neighbourhood: Literal['bucket', 'chunk', 'circle'] = 'bucket'
     duplicates: Literal['count', 'once'] = 'count'
     seed: int = 0
     chunks_together: Size | None = None
     heads_together: Size | None = None
     scale: float | None = None
     softcap: Positive | None = None
+    epsilon: Positive = UNIT_EPSILON
+    alone: Literal['exact', 'rounded'] = 'exact'
+    rotations: Literal['jax', 'torch'] = 'jax'
 
-    sees_padding = property(lambda self: self.neighbourhood == 'chunk')
+    sees_padding = property(lambda self: self.neighbourhood != 'bucket')
     needs_max_len = property(lambda self: self.n_buckets is None is self.max_len)
 
 
@@ -70,9 +74,10 @@ class LSHAttention(LSHOptions):
 
     In ``PREDICT`` a causal layer caches queries, values and buckets, with room for the length of
     the signature given to `init`. With ``neighbourhood='bucket'`` it also keeps `rings`: one new
-    position then reads R·C keys, the same as in ``EVAL``, at any position. With ``'chunk'`` it
-    reads all keys. Decoding needs `n_buckets` or `max_len`: the length of a cache would give
-    another number of buckets than training.
+    position then reads R·C keys, the same as in ``EVAL``, at any position. With ``'chunk'`` and
+    ``'circle'`` it reads all keys, and sees what the last position of ``EVAL`` sees. Decoding needs
+    `n_buckets` or `max_len`: the length of a cache would give another number of buckets than
+    training.
 
     Attributes:
       n_hashes: R; may be changed after training.
@@ -84,12 +89,16 @@ class LSHAttention(LSHOptions):
       causal: whether position t sees positions up to t only.
       masked: whether a third input (B, L) bool says which positions are real.
       dropout: share of the probabilities set to zero in training, in [0, 1).
-      neighbourhood, duplicates, chunks_together, heads_together, scale, softcap: as of
-        `lsh_attention`.
+      neighbourhood, duplicates, chunks_together, heads_together, scale, softcap, epsilon, alone: as
+        of `lsh_attention`.
       seed: of the rotations in ``EVAL`` and ``PREDICT``; layers with one seed share rotations.
+      rotations: which generator draws them from `seed`: JAX's, or torch's as in transformers
+        (`torch_rotations`); in training it is always JAX's.
 
     Raises:
-      ValueError: for a number of buckets that is odd and not 1, a sequence longer than `max_len`,
+      ValueError: for ``alone='rounded'`` without a causal circle that counts duplicates; for a
+        number of buckets that is odd and not 1, or is 1 with torch's rotations; a
+        sequence longer than `max_len`,
         or ``PREDICT`` without `n_buckets` and `max_len`.
     """
 
@@ -98,8 +107,13 @@ class LSHAttention(LSHOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_alone(self.alone, self.neighbourhood, self.causal, self.duplicates)
         if self.n_buckets is not None:
             check_buckets(self.n_buckets)
+        if self.rotations == 'torch' and 1 in factors_of(self.n_buckets or 2):
+            raise ValueError(
+                f"n_buckets={self.n_buckets!r}: torch's rotations make even numbers of buckets"
+            )
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
@@ -124,18 +138,16 @@ class LSHAttention(LSHOptions):
                 'LSHAttention: decoding needs the number of buckets of training: give max_len= '
                 '(or n_buckets=) when making the layer'
             )
-        n_buckets, key = self._factors(length), jax.random.key(self.seed)
         made = None
         if self.neighbourhood == 'bucket':
-            made = rings.empty(b * h, self.n_hashes, math.prod(n_buckets), self.chunk_len)
+            n_buckets = math.prod(self._factors(length))
+            made = rings.empty(b * h, self.n_hashes, n_buckets, self.chunk_len)
         return {}, LSHCache.empty(
             q,
             v,
             masked=True,
             buckets=jnp.zeros((b * h, length, self.n_hashes), self._dtype(length)),
-            rotations=lsh_rotations(
-                key, h, q.shape[3], n_buckets=n_buckets, n_hashes=self.n_hashes
-            ),
+            rotations=self._rotations(None, h, q.shape[3], length),
             rings=made,
         )
 
@@ -159,14 +171,12 @@ class LSHAttention(LSHOptions):
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, LSHCache), q, v, *mask)
         check_length('LSHAttention', q.shape[2], self.max_len)
-        key = rng
-        if not mode.is_training:
-            key = jax.random.key(self.seed)
-        elif rng is None:
+        key = None
+        if mode.is_training and rng is None:
             raise ValueError(
                 'LSHAttention draws rotations in training: pass rng=jax.random.key(…) to apply'
             )
-        else:
+        if mode.is_training:
             keys = jax.vmap(jax.random.split)(tiles.keys_of_heads(rng, q.shape[1]))
             key, rng = keys[:, 0], keys[:, 1]
         buckets, state = decide(mode, state, 'buckets', lambda: self._hash(q, key, q.shape[2]))
@@ -184,8 +194,17 @@ class LSHAttention(LSHOptions):
         n = math.prod(self._factors(length))
         return next((t for t in (jnp.uint8, jnp.uint16) if n <= jnp.iinfo(t).max), jnp.int32)
 
+    def _rotations(self, rng: Any, n_heads: int, depth: int, length: int) -> jax.Array:
+        """From a key, or keys of heads; from `seed` without one."""
+        sizes: Any = {'n_buckets': self._factors(length), 'n_hashes': self.n_hashes}
+        if rng is None and self.rotations == 'torch':
+            return torch_rotations(self.seed, n_heads, depth, **sizes)
+        key = jax.random.key(self.seed) if rng is None else rng
+        return lsh_rotations(key, n_heads, depth, **sizes)
+
     def _hash(self, q: jax.Array, rng: Any, length: int) -> jax.Array:
-        buckets = lsh_buckets(q, rng, n_buckets=self._factors(length), n_hashes=self.n_hashes)
+        rotations = self._rotations(rng, q.shape[1], q.shape[3], length)
+        buckets = rotated_buckets(q, rotations, n_buckets=self._factors(length))
         return buckets.astype(self._dtype(length))
 
     def _attend(self, q: Any, v: Any, buckets: Any, mask: Any = None, **dropout: Any) -> jax.Array:
@@ -203,6 +222,8 @@ class LSHAttention(LSHOptions):
             heads_together=self.heads_together,
             scale=self.scale,
             softcap=self.softcap,
+            epsilon=self.epsilon,
+            alone=self.alone,
             **dropout,
         )
 
@@ -219,6 +240,9 @@ class LSHAttention(LSHOptions):
         else:
             filled = jnp.arange(room, dtype=jnp.int32)[None] < (position + length)[:, None]
             by_round = cache.by_row(cache.buckets).swapaxes(2, 3)  # (B, H, R, L)
+            if self.neighbourhood == 'circle':  # it closes behind the last position so far
+                n = math.prod(n_buckets)
+                by_round = jnp.where(filled[:, None, None], by_round.astype(jnp.int32), n + 1)
             keys, values = cache.by_row(cache.k), cache.by_row(cache.v)
             y = self._attend(keys, values, by_round, cache.mask & filled)
             y = jax.vmap(lambda y, at: jax.lax.dynamic_slice_in_dim(y, at, length, 1))(y, position)
@@ -234,7 +258,7 @@ class LSHAttention(LSHOptions):
         after, at = rings.push(before, buckets.reshape(b * h, -1), position, real)
         at = at.reshape(b * h, -1)  # (N, R·C)
         there = jnp.clip(at, 0, cache.room - 1)
-        s = rings.cosines(q.reshape(b * h, depth), there, cache.k)
+        s = rings.cosines(q.reshape(b * h, depth), there, cache.k, self.epsilon)
         s = tiles.capped(s if self.scale is None else s * self.scale, self.softcap)
         s = jnp.where(at == position[:, None], bucketwise.SELF, s)
         if self.duplicates == 'once':
@@ -260,7 +284,8 @@ class LSHSelfAttention(LSHOptions, MultiHead):
     Attributes:
       n_heads: H.
       n_hashes, chunk_len, n_buckets, max_len, causal, dropout, neighbourhood, duplicates, seed,
-        chunks_together, heads_together, scale, softcap: as of `LSHAttention`.
+        chunks_together, heads_together, scale, softcap, epsilon, alone, rotations: as of
+        `LSHAttention`.
       masked: whether a second input (B, L) bool says which positions are real.
       d_head: K, by default D / H.
       rotary: positions applied to queries, e.g. `RotaryPositions()`.

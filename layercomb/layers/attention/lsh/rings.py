@@ -16,11 +16,8 @@ import jax.numpy as jnp
 
 import layercomb_kernels
 from layercomb.layers.attention import tiles
-from layercomb.layers.attention.lsh.windows import (
-    UNIT_EPSILON,
-    sorted_by_bucket,
-    unit,
-)
+from layercomb.layers.attention.lsh.rounds import UNIT_EPSILON, sorted_by_bucket
+from layercomb.layers.attention.lsh.windows import unit
 from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.layers.quantized.rows import IN_BOUNDS, rows
 
@@ -59,18 +56,22 @@ def push(
     return rings.at[at].set(ring, unique_indices=True, **IN_BOUNDS), ring
 
 
-def cosines(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
-    """q[n] · k / ‖k‖ for chosen keys k of each query, without copying the cache.
+def cosines(
+    q: jax.Array, at: jax.Array, keys: jax.Array, epsilon: float = UNIT_EPSILON
+) -> jax.Array:
+    """q[n] · k / √(‖k‖² + ε) for chosen keys k of each query, without copying the cache.
 
     Args:
       q: (N, K).
       at: (N, J) int32, within bounds.
       keys: k (N, L, K).
+      epsilon: ε.
 
     Returns:
       (N, J) float32.
     """
-    return (_fast_cosines if has_kernels(1, q, keys) else _cosines)(q, at, keys)
+    f = _fast_cosines if has_kernels(1, q, keys) else _cosines
+    return f(q, at, keys, jnp.float32(epsilon))
 
 
 def means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
@@ -95,16 +96,18 @@ def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
     return rows(x.reshape(m * length, d), at + of_row * length)
 
 
-def _cosines(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
-    return tiles.dot('nk,njk->nj', q, unit(_taken(keys, at)))
+def _cosines(q: jax.Array, at: jax.Array, keys: jax.Array, epsilon: jax.Array) -> jax.Array:
+    return tiles.dot('nk,njk->nj', q, unit(_taken(keys, at), epsilon))
 
 
 def _means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
     return tiles.dot('nj,njd->nd', p, _taken(values, at))
 
 
-def _cosines_by_kernel(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
-    return layercomb_kernels.gathered_cosines(q, at, keys, UNIT_EPSILON)
+def _cosines_by_kernel(
+    q: jax.Array, at: jax.Array, keys: jax.Array, epsilon: jax.Array
+) -> jax.Array:
+    return layercomb_kernels.gathered_cosines(q, at, keys, epsilon)
 
 
 _fast_cosines = with_kernel(_cosines, _cosines_by_kernel)

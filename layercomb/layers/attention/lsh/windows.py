@@ -20,134 +20,38 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from layercomb.layers.attention import local as chunkwise
 from layercomb.layers.attention import tiles
+from layercomb.layers.attention.lsh.rounds import (
+    UNIT_EPSILON,
+    Plan,
+    Tile,
+    alone,
+    cut,
+    distance,
+    ends_of_rounds,
+    make_round,
+    n_chunks,
+    pairs,
+    queries,
+    sorted_by_bucket,
+)
 from layercomb.layers.quantized.rows import add, put, rows
 from layercomb.shapes import as_deep
 
 # A position's score with itself, which counts only if it sees nothing else. The paper's −1e5 is too
 # low: float32 has a resolution of 0.008 there, and z would have it too. e⁻¹⁰⁰ is negligible enough.
 SELF = -100.0
-UNIT_EPSILON = 1e-6  # ε, added to the square of a length
 # The place of v among the arguments of `forward_head`, after the plan, and of its gradient.
 OF_VALUES = (1,)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan(chunkwise.Plan):
-    """The static part of one call, beside the fields of `local.Plan`.
-
-    Attributes:
-      n_buckets: buckets of real positions; padding has bucket n_buckets.
-      by_bucket: whether a query sees only its own bucket, or all of its window.
-      once: whether a pair that meets in N rounds counts once instead of N times.
-      heads_together: heads computed at a time, at most; None for the default of `tiles.over_heads`.
-    """
-
-    n_buckets: int = 1
-    by_bucket: bool = True
-    once: bool = False
-    heads_together: int | None = None
-
-    @property
-    def padded(self) -> int:
-        """The length of all tiles together, L."""
-        return self.n_tiles * self.tile_len
-
-    @property
-    def n_pairs(self) -> int:
-        """(query, key) pairs in a tile, G·C·W."""
-        return self.tile_len * self.window_len
-
-
-class Round(NamedTuple):
-    """The sorted order of one round, padded for the first and the last window.
-
-    Attributes:
-      position: (P,) int32, the position at each place of the sorted sequence.
-      bucket: (P,) int32, the bucket at each place; n_buckets in the padding.
-      number: of the round, int32 ().
-    """
-
-    position: Any
-    bucket: Any
-    number: Any
-
-
-class Tile(NamedTuple):
-    """The keys in a tile's windows.
-
-    Attributes:
-      position: (G, W) int32, of each key.
-      bucket: (G, W) int32, of each key.
-      number: of the tile among those of all rounds, int32 ().
-    """
-
-    position: Any
-    bucket: Any
-    number: Any
-
-
-def sorted_by_bucket(buckets: jax.Array, n_buckets: int) -> tuple[jax.Array, jax.Array]:
-    """The positions in the order of (bucket, position), and their buckets.
-
-    Args:
-      buckets: (L,) int32, from 0 to `n_buckets`, which is the bucket of padding.
-      n_buckets: number of buckets.
-
-    Returns:
-      Positions (L,) and buckets (L,), int32.
-    """
-    length = len(buckets)
-    position = jnp.arange(length, dtype=jnp.int32)
-    if (n_buckets + 1) * length < 2**31:
-        packed = jnp.sort(buckets * length + position)  # one sort key: 4 times as fast as two
-        return packed % length, packed // length
-    bucket, order = lax.sort_key_val(buckets, position, is_stable=True)
-    return order, bucket
-
-
-def make_round(plan: Plan, buckets: jax.Array, number: Any) -> Round:
-    """The sorted order of round `number`, from its buckets (L,) int32."""
-    order, bucket = sorted_by_bucket(buckets, plan.n_buckets)
-    margin = (plan.look_back * plan.chunk_len, plan.look_ahead * plan.chunk_len)
-    bucket = jnp.pad(bucket, margin, constant_values=plan.n_buckets)
-    return Round(jnp.pad(order, margin), bucket, number)
-
-
-def cut(plan: Plan, round_: Round, i: Any) -> Tile:
-    """Tile `i` of a round, int32 (), with its windows (G, W)."""
-    position, bucket = (
-        chunkwise.windows(plan, chunkwise.slice_of_tile(plan, x, i)) for x in round_[:2]
-    )
-    return Tile(position, bucket, round_.number * plan.n_tiles + i)
-
-
-def queries(plan: Plan, x: jax.Array) -> jax.Array:
-    """The places of a window that are queries: (G, W, …) → (G, C, …)."""
-    first = plan.look_back * plan.chunk_len
-    return x[:, first : first + plan.chunk_len]
-
-
-def pairs(plan: Plan, x: jax.Array) -> tuple[Any, Any]:
-    """x (G, W) at the queries, (G, C, 1), and at the keys, (G, 1, W)."""
-    return queries(plan, x)[:, :, None], x[:, None]
-
-
-def distance(plan: Plan) -> np.ndarray:
-    """Places from each key of a window to each query of its chunk, (C, W) int; 0 is the query."""
-    c = plan.chunk_len
-    return np.arange(c)[:, None] + plan.look_back * c - np.arange(plan.window_len)
 
 
 def visible(plan: Plan, tile: Tile) -> jax.Array:
@@ -171,6 +75,8 @@ def meetings(plan: Plan, places: Any, buckets: Any, tile: Tile) -> jax.Array:
 
     `places` (R, L) int32 are the places of positions in each round's sorted sequence.
     """
+    if plan.circle:
+        return meetings_in_circle(plan, places, n_chunks(plan, buckets), tile)
     count: Any = 0
     for r in range(places.shape[0]):
         query, key = pairs(plan, rows(places[r], tile.position))
@@ -181,6 +87,20 @@ def meetings(plan: Plan, places: Any, buckets: Any, tile: Tile) -> jax.Array:
             apart = query // plan.chunk_len - key // plan.chunk_len
             meets = (apart <= plan.look_back) & (apart >= -plan.look_ahead)
         count = count + meets.astype(jnp.float32)
+    return jnp.maximum(count, 1.0)
+
+
+def meetings_in_circle(plan: Plan, places: Any, n: Any, tile: Tile) -> jax.Array:
+    """The `meetings` of rounds of n chunks that make a circle."""
+    chunks = [pairs(plan, rows(x, tile.position) // plan.chunk_len) for x in places]
+    count: Any = 0
+    for r, (query, key) in enumerate(chunks):
+        (_, before), (_, after) = chunks[r - 1], chunks[(r + 1) % len(chunks)]
+        apart = query - key
+        count = count + ((apart <= 1) & (apart >= -plan.look_ahead)).astype(jnp.float32)
+        count = count + ((query == 0) & (before == n - 1)).astype(jnp.float32)
+        if plan.look_ahead:
+            count = count + ((query == n - 1) & (after == 0)).astype(jnp.float32)
     return jnp.maximum(count, 1.0)
 
 
@@ -195,17 +115,17 @@ def scores(plan: Plan, similar: Any, rounds: Any, tile: Tile) -> jax.Array:
 
     `rounds` is the result of `all_rounds`.
     """
-    s: jax.Array = jnp.where(distance(plan) == 0, SELF, similar)
+    s: jax.Array = jnp.where(alone(plan, tile), SELF, similar)
     if plan.once:
         places, buckets = rounds
         s = s - jnp.log(meetings(plan, places, buckets, tile))
     return jnp.where(visible(plan, tile), s, -tiles.FAR)
 
 
-def unit(x: jax.Array) -> jax.Array:
+def unit(x: jax.Array, epsilon: Any = UNIT_EPSILON) -> jax.Array:
     """Keys from queries: x / √(‖x‖² + ε), (…, K) → (…, K), in the dtype of x."""
     wide = x.astype(jnp.float32)
-    norm = lax.rsqrt((wide * wide).sum(-1, keepdims=True) + UNIT_EPSILON)
+    norm = lax.rsqrt((wide * wide).sum(-1, keepdims=True) + epsilon)
     return (wide * norm).astype(x.dtype)
 
 
@@ -215,7 +135,7 @@ def all_rounds(plan: Plan, buckets: Any) -> Any:
         return None
 
     def place(buckets: jax.Array) -> jax.Array:
-        order, _ = sorted_by_bucket(buckets, plan.n_buckets)
+        order, _ = sorted_by_bucket(buckets, plan.last_bucket)
         at = jnp.arange(plan.padded, dtype=jnp.int32)
         return jnp.zeros_like(at).at[order].set(at, unique_indices=True)
 
@@ -225,8 +145,10 @@ def all_rounds(plan: Plan, buckets: Any) -> Any:
 def over_tiles(plan: Plan, buckets: Any, body: Callable[[Any, Tile], Any], carry: Any) -> Any:
     """Carries a value through ``body(carry, tile)`` for each tile of each round; buckets (R, L)."""
 
+    ends = ends_of_rounds(plan, buckets)
+
     def one_round(carry: Any, r: Any) -> tuple[Any, None]:
-        round_ = make_round(plan, buckets[r], r)
+        round_ = make_round(plan, buckets[r], r, ends)
 
         def one_tile(carry: Any, i: Any) -> tuple[Any, None]:
             return body(carry, cut(plan, round_, i)), None
@@ -255,7 +177,7 @@ def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
     def add_tile(carry: Any, tile: Tile) -> Any:
         out, z = carry
         x, v_i = rows(q, tile.position), rows(v, tile.position)  # (G, W, K), (G, W, D)
-        s = scores(plan, similarities(plan, queries(plan, x), unit(x)), rounds, tile)
+        s = scores(plan, similarities(plan, queries(plan, x), unit(x, plan.epsilon)), rounds, tile)
         at = queries(plan, tile.position)
         # The result of the earlier rounds enters as one more value, with score z.
         z_old = rows(z, at)[..., None]  # (G, C, 1)
@@ -272,8 +194,46 @@ def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
     )
     out, z = over_tiles(plan, buckets, add_tile, start)
     blind = z < -tiles.FAR / 2
+    if plan.rounded:
+        out, z = round_alone(plan, buckets, out, z)
     out = jnp.where(blind[:, None], 0.0, out).astype(v.dtype)
     return out, jnp.where(blind, tiles.FAR, z)  # so that P is 0 where nothing is seen
+
+
+def round_alone(plan: Plan, buckets: Any, out: Any, z: Any) -> tuple[Any, Any]:
+    """Output and logsumexp of `forward_head` with `rounded_shares` at positions that are alone.
+
+    Such a position sees nothing but itself, N times in R rounds: z = SELF + log N.
+    """
+    n_rounds = len(buckets)
+    times = jnp.exp(jnp.minimum(z - SELF, 10.0)).round().astype(jnp.int32)
+    shares = rows(rounded_shares(n_rounds), jnp.clip(times - n_rounds, 0, n_rounds))
+    lone = (times <= 2 * n_rounds) & (times >= n_rounds) & (n_chunks(plan, buckets) > 1)
+    shares = jnp.where(lone, shares, 1.0)
+    return out * shares[:, None], z - jnp.log(shares)
+
+
+def rounded_shares(n_rounds: int) -> jax.Array:
+    """What the probabilities of a position that sees itself alone add up to elsewhere.
+
+    Its score is −10⁵ there, beside which float32 rounds log 2 to 89/128: the probabilities of R
+    rounds add up to 1 within 0.4 %, and not to 1.
+
+    Args:
+      n_rounds: R.
+
+    Returns:
+      (R + 1,) float32: the sum where it sees itself twice in 0, 1, … R of the rounds.
+    """
+    one = np.float32(-1e5)
+    two = one + np.log(np.float32(2))
+    within = {one: np.float32(1), two: 2 * np.exp(one - two)}
+    made = []
+    for n in range(n_rounds + 1):
+        z = np.array([one] * (n_rounds - n) + [two] * n, np.float32)
+        p = np.exp(z - (z.max() + np.log(np.exp(z - z.max()).sum())))
+        made.append(sum(x * within[score] for x, score in zip(p, z, strict=True)))
+    return jnp.asarray(np.array(made, np.float32))
 
 
 def backward_head(
@@ -293,12 +253,11 @@ def backward_head(
     """
     dtype = v.dtype if plan.group == 1 else jnp.float32
     rounds = all_rounds(plan, buckets)
-    alone = distance(plan) == 0
 
     def add_tile(carry: Any, tile: Tile) -> Any:
         d_q, d_v = carry
         x, v_i = rows(q, tile.position), rows(v, tile.position)  # (G, W, K), (G, W, D)
-        k_i, pull = jax.vjp(unit, x.astype(jnp.float32))
+        k_i, pull = jax.vjp(lambda x: unit(x, plan.epsilon), x.astype(jnp.float32))
         q_i, k_i = queries(plan, x), k_i.astype(x.dtype)
         at = queries(plan, tile.position)
         d_out_i = rows(d_out, at)
@@ -307,7 +266,8 @@ def backward_head(
         p = jnp.exp(scores(plan, similar, rounds, tile) - z_i)
         d_p = tiles.dot('gqd,gwd->gqw', d_out_i, v_i)
         d_p = tiles.drop(plan.dropout_rate, rng, tile.number, d_p)
-        d_s = jnp.where(alone, 0.0, p * (d_p - dot_out_i))  # scores with oneself are constant
+        # Scores with oneself are constant.
+        d_s = jnp.where(alone(plan, tile), 0.0, p * (d_p - dot_out_i))
         d_s = tiles.uncapped(d_s, similar, plan.softcap)
         d_s = d_s if plan.scale == 1 else d_s * plan.scale
         p = tiles.drop(plan.dropout_rate, rng, tile.number, p)
@@ -340,9 +300,9 @@ def per_head(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> A
     """
     buckets = buckets.astype(jnp.int32)
     if mask is not None:
-        buckets = jnp.where(mask[:, None, None], buckets, plan.n_buckets)
+        buckets = jnp.where(mask[:, None, None], buckets, jnp.maximum(buckets, plan.n_buckets))
     rng = tiles.key_per_head(rng, q.shape[:2])
-    own = fill(plan, q), fill(plan, buckets, plan.n_buckets, axis=3), rng
+    own = fill(plan, q), fill(plan, buckets, plan.last_bucket, axis=3), rng
     q, buckets, rng = tiles.split_group(own, plan.group)
     return q, fill(plan, v), buckets, rng
 
@@ -355,7 +315,7 @@ def attend(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> jax
       plan: the static description.
       q: (B, H, L, K), queries, which serve as keys too.
       v: (B, G', L, D).
-      buckets: (B, H, R, L), integers from 0 to n_buckets − 1.
+      buckets: (B, H, R, L), integers as of `lsh_attention`.
       mask: (B, L) bool, True = a real position; or None.
       rng: the key of dropout; or None for no dropout.
 

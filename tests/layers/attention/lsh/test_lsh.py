@@ -16,7 +16,13 @@ import layercomb as lc
 import layercomb_kernels
 from layercomb import tl
 from layercomb.layers.attention.lsh.function import lsh_attention
-from layercomb.layers.attention.lsh.hashing import automatic_buckets, lsh_buckets
+from layercomb.layers.attention.lsh.hashing import (
+    automatic_buckets,
+    lsh_buckets,
+    rotated_buckets,
+    torch_rotations,
+)
+from layercomb.layers.attention.lsh.torch_normal import torch_normal
 from layercomb.layers.attention.lsh.windows import SELF
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.state.decisions import Decisions
@@ -24,9 +30,11 @@ from layercomb.layers.state.parts import beside, own
 
 
 def windows(buckets, chunk_len, causal, mask, neighbourhood):
-    """(R, L, L) bool: whom each query of one head sees in each round, a query at a time."""
+    """(R, L, L) int: how often a query of one head sees each key in a round, query by query."""
+    if neighbourhood == 'circle':
+        return circle(buckets, chunk_len, causal, mask)
     n_rounds, length = buckets.shape
-    seen = np.zeros((n_rounds, length, length), bool)
+    seen = np.zeros((n_rounds, length, length), int)
     for r in range(n_rounds):
         order = sorted(range(length), key=lambda t: (not mask[t], buckets[r, t], t))
         place = {t: i for i, t in enumerate(order)}
@@ -40,6 +48,25 @@ def windows(buckets, chunk_len, causal, mask, neighbourhood):
                 else:
                     apart = place[t] // chunk_len - place[c] // chunk_len
                     seen[r, t, c] = apart in ((0, 1) if causal else (-1, 0, 1))
+    return seen
+
+
+def circle(buckets, chunk_len, causal, mask):
+    """The `windows` of chunks in a circle: one list of all rounds, cut and turned around."""
+    n_rounds, length = buckets.shape
+    n = -(-length // chunk_len)
+    chunks = []
+    for r in range(n_rounds):
+        order = sorted(range(length), key=lambda t: (not mask[t], buckets[r, t], t))
+        chunks += [order[i * chunk_len : (i + 1) * chunk_len] for i in range(n)]
+    seen = np.zeros((n_rounds, length, length), int)
+    for i, chunk in enumerate(chunks):
+        around = chunks[i - 1] + chunk
+        if not causal:
+            around = around + chunks[(i + 1) % len(chunks)]
+        for t in chunk:
+            for c in around:
+                seen[i // n, t, c] += mask[t] and mask[c] and (c <= t or not causal)
     return seen
 
 
@@ -62,7 +89,7 @@ def case(length, n_hashes, n_buckets, seed=0, heads=2, depth=4, shared=None):
     return q, v, lsh_buckets(q, keys[2], n_buckets=n_buckets, n_hashes=n_hashes)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     length=st.sampled_from([1, 7, 24, 37]),
     chunk_len=st.sampled_from([1, 3, 8]),
@@ -70,7 +97,7 @@ def case(length, n_hashes, n_buckets, seed=0, heads=2, depth=4, shared=None):
     n_buckets=st.sampled_from([1, 2, 6]),
     causal=st.booleans(),
     masked=st.booleans(),
-    neighbourhood=st.sampled_from(['bucket', 'chunk']),
+    neighbourhood=st.sampled_from(['bucket', 'chunk', 'circle']),
     duplicates=st.sampled_from(['count', 'once']),
     together=st.sampled_from([None, 1, 2]),
     seed=st.integers(0, 3),
@@ -228,7 +255,7 @@ def test_no_later_position_moves_an_earlier_output(
     n_hashes=st.sampled_from([1, 3]),
     buckets=BUCKETS,
     causal=st.booleans(),
-    neighbourhood=st.sampled_from(['bucket', 'chunk']),
+    neighbourhood=st.sampled_from(['bucket', 'chunk', 'circle']),
     seed=st.integers(0, 99),
 )
 def test_padding_is_neither_seen_nor_seeing(length, n_hashes, buckets, causal, neighbourhood, seed):
@@ -304,7 +331,8 @@ def test_automatic_buckets_are_even_and_enough():
 
 
 @pytest.mark.parametrize(
-    ('neighbourhood', 'duplicates'), [('bucket', 'count'), ('bucket', 'once'), ('chunk', 'count')]
+    ('neighbourhood', 'duplicates'),
+    [('bucket', 'count'), ('bucket', 'once'), ('chunk', 'count'), ('circle', 'count')],
 )
 def test_a_prompt_and_single_positions_see_what_the_whole_sees(neighbourhood, duplicates):
     layer = tl.LSHSelfAttention(
@@ -327,10 +355,10 @@ def test_a_prompt_and_single_positions_see_what_the_whole_sees(neighbourhood, du
         (y,), state = step(weights, state, piece)
         outputs.append(y)
         at += length
-    for t in (9, 10, 11, 16, 23) if neighbourhood == 'chunk' else (23,):
+    for t in (23,) if neighbourhood == 'bucket' else (9, 10, 11, 16, 23):
         (expected,), _ = layer.apply(weights, {}, (x[:, :t], mask[:, :t]), mode=Mode.EVAL)
         got = jnp.concatenate(outputs, 1)[:, :t]
-        where = slice(t - 1, t) if neighbourhood == 'chunk' else slice(0, t)
+        where = slice(0, t) if neighbourhood == 'bucket' else slice(t - 1, t)
         np.testing.assert_allclose(got[:, where], expected[:, where], atol=1e-5)
     with pytest.raises(ValueError, match='the cache holds 23 positions, 23 are taken and 1 more'):
         layer.apply(weights, state, (x[:, :1], mask[:, :1]), mode=Mode.PREDICT)
@@ -356,9 +384,12 @@ def test_recorded_buckets_are_replayed():
     assert not np.allclose(other, y)
 
 
-def test_temporaries_grow_with_the_length_alone(optimized):
+@pytest.mark.parametrize('neighbourhood', ['bucket', 'circle'])
+def test_temporaries_grow_with_the_length_alone(optimized, neighbourhood):
     def step(q, v, buckets):
-        f = functools.partial(lsh_attention, n_buckets=64, chunk_len=64)
+        f = functools.partial(
+            lsh_attention, n_buckets=64, chunk_len=64, neighbourhood=neighbourhood
+        )
         return jax.grad(lambda q: f(q, v, buckets).sum())(q)
 
     sizes = []
@@ -372,6 +403,60 @@ def test_temporaries_grow_with_the_length_alone(optimized):
     assert sizes[1] < 24 * 4096 * 32 * 4
 
 
+def in_float32(q, v, buckets, chunk_len):
+    """One head as transformers computes it: a softmax a round, and scores of −10⁵ in float32."""
+    length = buckets.shape[1]
+    seen = circle(buckets, chunk_len, True, np.ones(length, bool))
+    s = q @ (q / np.linalg.norm(q, axis=-1, keepdims=True)).T
+    s = np.where(np.eye(length, dtype=bool), np.float32(-1e5), s)
+    logits, outputs = [], []
+    for count in seen:
+        m = np.where(count > 0, s, -np.inf).max(-1, keepdims=True)
+        z = m + np.log((count * np.exp(np.where(count > 0, s - m, 0))).sum(-1, keepdims=True))
+        z = z.astype(np.float32)
+        outputs.append(count * np.exp(np.where(count > 0, s - z, 0)) @ v)
+        logits.append(z)
+    z = np.stack(logits)
+    m = z.max(0)
+    share = np.exp(z - (m + np.log(np.exp(z - m).sum(0))).astype(np.float32))
+    return (share * np.stack(outputs)).sum(0)
+
+
+@pytest.mark.parametrize('n_hashes', [1, 3])
+def test_what_is_alone_is_rounded_as_elsewhere(n_hashes):
+    q, v, buckets = case(20, n_hashes, 4)
+    options = {'n_buckets': 4, 'chunk_len': 4, 'neighbourhood': 'circle'}
+
+    def attend(v, alone):
+        return lsh_attention(q, v, buckets, alone=alone, **options)
+
+    y, pull = jax.vjp(lambda v: attend(v, 'rounded'), v)
+    arrays = (np.asarray(x[0]) for x in (q, v, buckets))
+    wanted = np.stack([in_float32(*head, 4) for head in zip(*arrays, strict=True)])
+    np.testing.assert_allclose(y[0], wanted, rtol=2e-5, atol=2e-5)
+    parted = np.abs(y - attend(v, 'exact')).max((0, 1, 3))
+    assert (parted[0] > 1e-4) == (n_hashes == 3) and parted[-1] < 1e-6
+    ct = jax.random.normal(jax.random.key(5), y.shape)
+    other = jax.random.normal(jax.random.key(6), v.shape)  # y is linear in v
+    along = (attend(v + other, 'rounded') - y) * ct
+    np.testing.assert_allclose((pull(ct)[0] * other).sum(), along.sum(), rtol=1e-3)
+
+
+def test_rotations_of_torch_come_from_the_seed():
+    layer = tl.LSHAttention(chunk_len=4, n_buckets=(4, 2), n_hashes=3, rotations='torch', seed=7)
+    q, v, _ = case(16, 1, 4)
+    recorded = rotated_buckets(
+        q, torch_rotations(7, 2, 4, n_buckets=(4, 2), n_hashes=3), n_buckets=(4, 2)
+    )
+    normal = torch_normal(7, (2, 4, 3, 3))  # its factors are (2, 4), the first counts fastest
+    y = np.einsum('bhtk,hkrf->bhrtf', q, normal)
+    low, high = (np.concatenate([part, -part], -1).argmax(-1) for part in (y[..., :1], y[..., 1:]))
+    np.testing.assert_array_equal(recorded, low + 2 * high)
+    (got,), _ = layer.apply({}, {}, (q, v), mode=Mode.EVAL)
+    wanted = lsh_attention(q, v, recorded, n_buckets=8, chunk_len=4)
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ('make', 'error', 'message'),
     [
@@ -379,6 +464,16 @@ def test_temporaries_grow_with_the_length_alone(optimized):
             lambda: tl.LSHSelfAttention(4, n_buckets=7),
             ValueError,
             'or 1 for a single bucket: use 8',
+        ),
+        (
+            lambda: tl.LSHAttention(n_buckets=1, rotations='torch'),
+            ValueError,
+            "n_buckets=1: torch's rotations make even numbers",
+        ),
+        (
+            lambda: tl.LSHSelfAttention(4, n_buckets=2, alone='rounded'),
+            ValueError,
+            "alone='rounded': it is 'exact', or 'rounded' for causal",
         ),
         (lambda: tl.LSHSelfAttention(4, n_buckets=(8, 3)), ValueError, 'n_buckets=.8, 3.'),
         (lambda: tl.LSHSelfAttention(4, chunk_len=0), ValueError, 'chunk_len'),

@@ -10,9 +10,9 @@ from typing import Any
 
 from layercomb.data.adapted import adapted
 from layercomb.errors import one_line
-from layercomb.serving import fields
-from layercomb.serving.completions import check_ids
-from layercomb.serving.fields import cut, flag, is_whole, wrong
+from layercomb.serving.openai import fields
+from layercomb.serving.openai.completions import check_ids
+from layercomb.serving.openai.fields import cut, flag, is_whole, wrong
 
 
 def tokenize(body: bytes, tokenizer: Any, model: str) -> dict[str, Any]:

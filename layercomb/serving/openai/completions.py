@@ -11,9 +11,9 @@ from typing import Any
 from layercomb.checks import Bound
 from layercomb.data.adapted import adapted
 from layercomb.errors import one_line
-from layercomb.serving import fields
-from layercomb.serving.fields import cut, is_whole, number, wrong
 from layercomb.serving.limits import Limits
+from layercomb.serving.openai import fields
+from layercomb.serving.openai.fields import cut, is_whole, number, wrong
 from layercomb.serving.protocol import Request
 
 

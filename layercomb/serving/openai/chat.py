@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from layercomb.errors import UsageError, one_line
-from layercomb.serving import fields
-from layercomb.serving.completions import check_ids
-from layercomb.serving.fields import cut, number, wrong
 from layercomb.serving.limits import Limits
+from layercomb.serving.openai import fields
+from layercomb.serving.openai.completions import check_ids
+from layercomb.serving.openai.fields import cut, number, wrong
 from layercomb.serving.protocol import Refusal, Request
 
 _ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'assistant': 'assistant'}

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from layercomb.serving import scores
+from layercomb.serving.openai import scores
 from layercomb.serving.protocol import Refusal, Request
 from layercomb.serving.running import Piece, Running
 

@@ -22,8 +22,8 @@ class Names:
 
     A token whose bytes are UTF-8 is called by its text, another one, which is a part of a
     character, by its bytes, such as ``bytes:\\xe2\\x82``. The bytes are those of the tokenizer's
-    ``token_bytes(id)``, if it has that. Without it, a part of a character, and in any case a token
-    without text, is called by its number, ``token_id:7``.
+    ``token_bytes(id)``, if it has that and knows. If not, a part of a character, and in any case a
+    token without text, is called by its number, ``token_id:7``.
 
     Args:
       tokenizer: see `data.Tokenizer`.
@@ -50,8 +50,9 @@ class Names:
         return None if made is None else list(made)
 
     def _name_and_bytes(self, i: int) -> tuple[str, bytes | None]:
-        if self._token_bytes is not None:
-            made = bytes(self._token_bytes(i))
+        known = None if self._token_bytes is None else self._token_bytes(i)
+        if known is not None:
+            made = bytes(known)
             try:
                 return made.decode() or f'token_id:{i}', made
             except UnicodeDecodeError:

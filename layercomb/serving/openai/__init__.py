@@ -1,0 +1,1 @@
+"""OpenAI's API: what requests and answers look like."""
