@@ -7,7 +7,8 @@ Without a source: SmolLM2-135M's shape (30 layers, d_model 576, d_ff 1536, 9 hea
 HTTP: each client is a completion, greedy, that begins with a prompt of its own of 16 tokens.
 
 * throughput: tokens a second, all clients together, from the first request to the last token. One
-  client and all of them take turns, and the fastest turn of each counts.
+  client and all of them take turns, and the fastest turn of each counts. CPU seconds are those of
+  all threads; unlike the others they hardly depend on what else the machine does.
 * prefix: the time to the first token of a request with 1,000 tokens in common with the one before,
   and 16 of its own, against the time of the first such request. Each turn has another prompt.
 """
@@ -72,15 +73,15 @@ class Clients:
         return Request((prompt,), n_tokens, sampling=Sampler(0.0), logprobs=None)
 
     def tokens_per_second(self, n_clients, n_tokens):
-        """Of all clients together."""
+        """Of all clients together, and tokens a CPU second of all threads."""
         requests = [self.request(self.prompt(OWN), n_tokens) for _ in range(n_clients)]
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         running = [self.engine.run(request) for request in requests]
         for each in running:
             for _ in each:
                 pass
-        taken = time.perf_counter() - started
-        return sum(each.n_made for each in running) / taken
+        taken, cpu = time.perf_counter() - started, time.process_time() - cpu
+        return np.array([1 / taken, 1 / cpu]) * sum(each.n_made for each in running)
 
     def first_token(self, prompt):
         """Seconds to the first token, and how many tokens of the prompt were known."""
@@ -93,10 +94,10 @@ class Clients:
 
 def throughput(clients, n_clients, n_tokens, turns):
     """The best figures of one client and of all, in turns."""
-    best = {1: 0.0, n_clients: 0.0}
+    best = {1: np.zeros(2), n_clients: np.zeros(2)}
     for _ in range(turns + 1):  # the first compiles
         for n in best:
-            best[n] = max(best[n], clients.tokens_per_second(n, n_tokens))
+            best[n] = np.maximum(best[n], clients.tokens_per_second(n, n_tokens))
     return best[1], best[n_clients]
 
 
@@ -120,10 +121,9 @@ def measure(options, bits):
     engine = Engine(model, tokenizer, limits)
     clients = Clients(engine, VOCAB if options.source is None else engine.vocab_size)
     one, many = throughput(clients, options.clients, options.tokens, options.turns)
-    ratio = many / one
-    print(
-        f'{bits:>2} bits: 1 client {one:6.1f} tokens/s, {options.clients} {many:6.1f}: {ratio:.1f}x'
-    )
+    for what, a, b in zip(('s', 'CPU s'), one, many, strict=True):
+        together = f'{options.clients} clients {b:6.1f}: {b / a:.1f}x'
+        print(f'{bits:>2} bits: 1 client {a:6.1f} tokens/{what}, {together}')
     first, second, known = prefix(clients, options.turns)
     print(
         f'{bits:>2} bits: first token behind {SHARED} + {OWN} tokens {first * 1e3:7.1f} ms, with '

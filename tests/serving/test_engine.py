@@ -345,10 +345,10 @@ def test_a_long_prompt_holds_nobody_up(engine, monkeypatch):
     done, go_on = [], threading.Event()
     read = Reading.read
 
-    def slow(self):
+    def slow(self, hurried):
         go_on.wait(20)
         done.append('piece')
-        read(self)
+        read(self, hurried)
 
     endless = Request((text_of(3),), 400, sampling=Sampler(1.0, logit_bias=((0, -1000.0),)))
     writing = iter(engine.run(endless))

@@ -287,7 +287,8 @@ class Scheduler:
         assert reading is not None
         if self._piece is not None:  # one piece ahead, or nothing could be cancelled
             self._piece.block_until_ready()
-        if not self._guarded(group.running, reading.read):
+        hurried = self._limits.same_program or self.slots.n_taken > 0
+        if not self._guarded(group.running, reading.read, hurried):
             return
         self._piece = reading.logits
         (self._read if reading.done else self._readings).append(group)

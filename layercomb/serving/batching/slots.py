@@ -33,7 +33,8 @@ from layercomb.supervised.decoding.scoring import Alternatives, alternatives
 from layercomb.transforms.unstacking import unstack, unstack_state
 
 _LEAST_ROOM = 512  # positions that caches hold at least, if the model reaches so far
-_LONG_PIECE = 2 * BLOCK  # tokens that are read at a time, between two steps of the others
+_LONG_PIECE = 4 * BLOCK  # tokens that are read at a time
+_PIECE = 2 * BLOCK  # the same while others are decoded, since a step of theirs waits for it
 _SHORT_PIECE = BLOCK // 4  # tokens that a short rest is padded to
 _TAILS = (8, 1)  # further pieces, where padding would be seen or would not fit
 _CALM = 32  # steps after which a batch with free slots becomes smaller
@@ -153,11 +154,11 @@ class Reading:
         """Whether the prompt is read."""
         return self.taken == len(self._ids)
 
-    def read(self) -> None:
-        """Reads the next piece."""
+    def read(self, hurried: bool) -> None:
+        """Reads the next piece; a shorter one if others wait for its end."""
         if self.whole:
             return self._read_whole()
-        size = self._next_size()
+        size = self._next_size(_PIECE if hurried else _LONG_PIECE)
         n_real = min(size, len(self._ids) - self.taken)
         padded = np.zeros((1, size + 1), np.int32)
         found = self._ids[self.taken : self.taken + size + 1]
@@ -185,13 +186,13 @@ class Reading:
         rest = found[-1].rest if found and needs_rest else None
         return run.begin(leaves, model.fresh, rest or [], self.taken)
 
-    def _next_size(self) -> int:
+    def _next_size(self, longest: int) -> int:
         left = len(self._ids) - self.taken
         fits = self.room - self.taken
         sizes: tuple[int, ...] = (BLOCK, *_TAILS)
         if self._model.axes.can_seek and not self._scored:
             # Elsewhere what is kept ends with each block, or logits exist for all of a piece.
-            sizes = (_LONG_PIECE, *sizes)
+            sizes = (*(size for size in (_LONG_PIECE, _PIECE) if size <= longest), *sizes)
         if self._model.axes.can_seek:
             padded = (size for size in (_SHORT_PIECE, BLOCK) if left <= size <= fits)
             if (size := next(padded, None)) is not None:
