@@ -240,6 +240,17 @@ MODELS = {
     'RevNet': lambda m: m.RevNet(widths=(4, 8), n_blocks=1),
     'TerraformerLM': lambda m: m.TerraformerLM(11, 8, 8, 1, 2, 16, **SPARSE),
     'Terraformer': lambda m: m.Terraformer(11, 8, 8, 1, 1, 2, 16, **SPARSE),
+    'BERT': lambda m: m.BERT(11, 8, 8, 1, 2, 16),
+    'FNet': lambda m: m.FNet(11, 8, 8, 1, 16),
+    'GPT2': lambda m: m.GPT2(11, 8, 8, 1, 2, 16),
+    'Gemma2': lambda m: m.Gemma2(11, 8, 8, 2, 2, 1, 16),
+    'Gemma3': lambda m: m.Gemma3(11, 8, 8, 3, 2, 1, 16),
+    'Llama': lambda m: m.Llama(11, 8, 8, 1, 2, 1, 16),
+    'Marian': lambda m: m.Marian(11, 8, 8, 1, 1, 2, 16),
+    'Qwen2': lambda m: m.Qwen2(11, 8, 8, 1, 2, 1, 16),
+    'Qwen3': lambda m: m.Qwen3(11, 8, 8, 1, 2, 1, 16),
+    'T5': lambda m: m.T5(11, 8, 8, 1, 1, 2),
+    'Transformer': lambda m: m.Transformer(11, 8, 8, 1, 1, 2, 16, masked=True),
     'Terraformer masked': lambda m: m.Terraformer(11, 8, 8, 1, 1, 2, 16, masked=True, **SPARSE),
 }
 
@@ -252,7 +263,9 @@ def test_every_model_has_a_row():
 def test_summary_shows_what_each_model_holds_and_puts_out(name):
     net, image = MODELS[name](lc.models), lc.shape_dtype((1, 8, 8, 3))
     tokens = [lc.shape_dtype((1, n), 'int32') for n in (8, 4)]
-    inputs = (image,) if name in ('MLP', 'RevNet') else (*tokens, lc.shape_dtype((1, 8), bool))
+    mask = lc.shape_dtype((1, 8), bool)
+    inputs = (image,) if name in ('MLP', 'RevNet') else (*tokens, mask)
+    inputs = (tokens[0], mask) if name == 'BERT' else inputs
     inputs = inputs[: net.n_in]
     found = rows(net, inputs)
     weights = jax.eval_shape(lambda: net.init(inputs, jax.random.key(0))[0])
