@@ -16,6 +16,7 @@ import pytest
 import layercomb as lc
 from layercomb import models, tl, transforms
 from layercomb.errors import UsageError
+from layercomb.layers.attention import functions
 from layercomb.serving.batching.slots import Reading
 from layercomb.serving.engine import Engine
 from layercomb.serving.limits import Limits
@@ -311,6 +312,26 @@ def test_a_prompt_alone_may_be_scored(model, kind):
     engine.stop()
 
 
+def test_a_prompt_alone_leaves_the_others_alone(model, engine):
+    """It ends without having had a slot."""
+    running = [
+        engine.run(Request((text_of(9, 1),), 120, sampling=ENDLESS)),
+        *(engine.run(Request((text_of(9, i),), 0, echo=True, logprobs=0)) for i in range(3)),
+        engine.run(Request((text_of(5, 9),), 5, sampling=ENDLESS)),
+    ]
+    assert [len(tokens_of(each)[0]) for each in running] == [120, 9, 9, 9, 5]
+
+
+def test_a_prompt_that_waits_for_a_slot_is_told_once(model):
+    engine = Engine(model, Numbers(), Limits(max_concurrent=2))
+    running = [
+        engine.run(Request((text_of(3),), 60, sampling=ENDLESS)),
+        engine.run(Request((text_of(4), text_of(5)), 60, echo=True, sampling=ENDLESS)),
+    ]
+    assert [list(map(len, tokens_of(each))) for each in running] == [[60], [64, 65]]
+    engine.stop()
+
+
 def test_what_ends_a_choice_is_no_text(model):
     engine = Engine(model, Stops(), Limits(max_concurrent=1))
     sampling = Sampler(0.0, logit_bias=((7, 1000.0),))
@@ -393,8 +414,32 @@ def test_nan_ends_its_own_request_alone(model):
         assert tokens_of(running[0]) == alone(model, well)
     with pytest.raises(Refusal, match='NaN or infinite at token 0 of row 0'):
         tokens_of(engine.run(Request(((1, 5),), 2)))
+    running = [
+        engine.run(well),
+        engine.run(Request(((1, 5, 2), (1, 2)), 0, echo=True, logprobs=0)),
+        engine.run(well),
+    ]
     with pytest.raises(Refusal, match='NaN or infinite in the prompt'):
-        tokens_of(engine.run(Request(((1, 5, 2),), 0, echo=True, logprobs=0)))
+        tokens_of(running[1])
+    assert tokens_of(running[0]) == tokens_of(running[2]) == alone(model, well)
+    engine.stop()
+
+
+def test_nan_in_the_caches_of_a_prompt_reaches_nobody_else(model, monkeypatch):
+    """Each row of the prompt holds it, and what comes into their slots is shorter."""
+    monkeypatch.setattr(functions, 'has_kernels', lambda *_: False)  # they read no further
+
+    def spoil(x, tokens):  # before the blocks, so that keys and values are NaN
+        return jnp.where((tokens == 5)[:, :, None], jnp.nan, x)
+
+    embedding, *rest = model.layer.layers
+    net = tl.Serial(tl.Dup(), embedding, tl.Fn('Spoil', spoil, position_wise=True), *rest)
+    engine = Engine(lc.Model(net, model.weights, model.state), Numbers(), Limits(max_concurrent=3))
+    well = Request(((1, 2, 3),), 20, n=3, sampling=Sampler(0.0, logit_bias=((5, -1000.0),)))
+    for _ in range(2):
+        with pytest.raises(Refusal, match='NaN or infinite at token 0'):
+            tokens_of(engine.run(Request((text_of(99)[:-1] + (5,),), 9, n=3)))
+        assert tokens_of(engine.run(well)) == alone(model, well)
     engine.stop()
 
 

@@ -108,9 +108,11 @@ class Group:
     Attributes:
       reading: the prompt, once it is being read.
       n_placed: how many rows were put into slots.
+      told: whether its rows have begun with their prompt.
     """
 
     def __init__(self, running: Running, indices: Sequence[int]) -> None:
+        self.told = False
         self.running, self.indices = running, tuple(indices)
         self.ids: tuple[int, ...] = tuple(running.request.rows[indices[0]])
         self.reading: Reading | None = None
@@ -296,15 +298,14 @@ class Scheduler:
     def _place(self) -> None:
         """Puts rows whose prompts are read into free slots."""
         while self._read:
-            group = self._read[0]
-            if group.n_placed == 0 and not self._guarded(group.running, self._tell_prompts, group):
-                self._read.popleft()
+            group = self._read.popleft()  # first: what ends a completion removes its groups
+            if not self._guarded(group.running, self._tell_prompts, group):
                 continue
             while group.n_placed < len(group.rows) and self.slots.n_free:
                 self._place_one(group)
             if group.n_placed < len(group.rows):
+                self._read.appendleft(group)
                 return
-            self._read.popleft()
 
     def _place_one(self, group: Group) -> None:
         row, reading = group.rows[group.n_placed], group.reading
@@ -368,7 +369,10 @@ class Scheduler:
         return TokenScore(token, float(scores.logprob[i]), tuple(pairs))
 
     def _tell_prompts(self, group: Group) -> None:
-        """Posts the prompts of rows that begin with them."""
+        """Posts the prompts of rows that begin with them, once."""
+        if group.told:
+            return
+        group.told = True
         scores: list[TokenScore] = []
         assert group.reading is not None
         if group.scored:
@@ -412,8 +416,8 @@ class Scheduler:
         with self._lock:
             self._alive.pop(running, None)
         for row in [row for row in self.slots.taken if row is not None]:
-            if row.running is running:
-                self.slots.free(row)
+            if row.running is running:  # what failed may have left NaN in any row with its prompt
+                self.slots.free(row, spoilt=error is not None)
         for groups in (self._groups, self._readings, self._read):
             for group in [group for group in groups if group.running is running]:
                 groups.remove(group)
