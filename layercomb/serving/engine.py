@@ -23,7 +23,7 @@ from layercomb.serving.batching.slots import Decodable
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal, Request
 from layercomb.serving.running import Piece, Running, TokenScore
-from layercomb.supervised.decoding.prompts import check_bias, check_ids
+from layercomb.supervised.decoding.prompts import check_bias, check_ids, max_len
 
 __all__ = ['Engine', 'Piece', 'Running', 'TokenScore']
 
@@ -68,6 +68,15 @@ class Engine:
     def max_len(self) -> int | None:
         """The most tokens of prompt and answer together; None for any number."""
         return self.model.max_len
+
+    @property
+    def _reach(self) -> str:
+        if self.max_len == max_len(self.model.net):
+            return f'the model reaches {self.max_len}'
+        return (
+            f'the server {self.max_len}, the length up to which all texts have the same rotary '
+            'positions in this model'
+        )
 
     def warm_up(self) -> None:
         """Compiles the programs that most requests need, by making a few tokens.
@@ -139,7 +148,7 @@ class Engine:
             raise Refusal(
                 400,
                 f'the prompt of {longest} tokens and {wanted} new ones make {longest + wanted}, '
-                f'and the model reaches {self.max_len}: shorten the prompt, or ask for fewer',
+                f'and {self._reach}: shorten the prompt, or ask for fewer',
                 'context_length_exceeded',
                 'prompt',
             )

@@ -460,6 +460,18 @@ def test_what_the_model_does_not_know_is_refused(engine):
         engine.run(Request(((1,),), 2, sampling=Sampler(logit_bias=((V, 1.0),))))
 
 
+def test_rotations_that_go_by_the_length_bound_it():
+    """Requests share a state, so all of them turn as texts of the trained length do."""
+    net = models.Llama(V, 16, 16, 2, 2, max_len=600, scaling=tl.DynamicScaling(8.0, 80))
+    model = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'), 1)
+    engine = Engine(model, Numbers(), Limits(max_concurrent=1))
+    request = Request((text_of(70),), 10, sampling=ENDLESS)
+    assert engine.max_len == 80 and tokens_of(engine.run(request)) == alone(model, request)
+    with pytest.raises(Refusal, match='make 81, and the server 80, the length up to which'):
+        engine.run(Request((text_of(71),), 10))
+    engine.stop()
+
+
 def test_the_queue_is_bounded_and_patience_ends(model, forced):
     forced.slow()
     engine = Engine(model, Numbers(), Limits(max_concurrent=1, max_queue=1, patience=0.2))

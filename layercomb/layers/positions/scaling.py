@@ -25,6 +25,8 @@ def plain_frequencies(depth: int, period: float) -> np.ndarray:
 class RotaryScaling:
     """Base of scalings: write `frequencies`, and `magnitude` if it is not 1.
 
+    One whose frequencies go by the length also says ``by_length = True`` and `steady_len`.
+
     Attributes:
       by_length: whether the frequencies depend on the length of the sequence.
     """
@@ -51,6 +53,16 @@ class RotaryScaling:
           (depth/2,) float64.
         """
         raise NotImplementedError(f'{type(self).__name__} has no frequencies')
+
+    @property
+    def steady_len(self) -> int | None:
+        """The length up to which the frequencies are the same; None if they always are."""
+        if self.by_length:
+            raise NotImplementedError(
+                f'{type(self).__name__} has no steady_len: say up to which length its frequencies '
+                'stay the same, 1 if they never do'
+            )
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +103,7 @@ class DynamicScaling(RotaryScaling):
     max_len: Size
 
     by_length = True
+    steady_len = property(lambda self: self.max_len)
 
     def frequencies(self, depth: int, period: float, length: int) -> np.ndarray:
         """See `RotaryScaling`."""
@@ -235,6 +248,7 @@ class LongRopeScaling(RotaryScaling):
     attention_factor: Positive | None = None
 
     by_length = True
+    steady_len = property(lambda self: self.original_max_len)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ from layercomb.supervised.decoding.prompts import (
     Start,
     checked,
     ingest,
-    max_len,
+    longest,
     reads_whole_prompts,
 )
 from layercomb.supervised.decoding.sampling import Sampler, stacked
@@ -54,7 +54,7 @@ class Decodable:
       trained: the state that training left.
       axes: of its decoding state.
       fresh: the leaves of one row that has taken nothing.
-      max_len: the most positions; None for any number.
+      max_len: the most positions, see `prompts.longest`; None for any number.
       vocab_size: of its logits.
     """
 
@@ -89,7 +89,7 @@ class Decodable:
             trained,
             axes,
             fresh,
-            max_len(net),
+            longest(net),
             shapes[0].shape[-1],
         )
 

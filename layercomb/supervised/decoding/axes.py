@@ -23,7 +23,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.seek import Position, Seekable, seek
 from layercomb.shapes import is_float, shape_dtype
-from layercomb.supervised.decoding.prompts import fresh_state, max_len
+from layercomb.supervised.decoding.prompts import fresh_state, longest
 from layercomb.trees import Tree
 
 BLOCK = 64  # positions in a block, see `Axes.block`
@@ -182,7 +182,7 @@ def begun(net: Layer, trained: Tree) -> tuple[Axes, Leaves]:
       UsageError: as `fresh_state`; if the model counts something for all rows together, or if an
         axis of its state depends on both the number of rows and the length.
     """
-    limit = max_len(net)
+    limit = longest(net)
     room = BLOCK if limit is None else min(BLOCK, limit)
     other = 2 * room if limit is None or 2 * room <= limit else max(1, room // 2)
 

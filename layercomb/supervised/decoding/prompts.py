@@ -26,6 +26,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.seek import seek
+from layercomb.layers.positions.rotary import RotaryPositions
 from layercomb.layers.state.parts import AuxLoss, take_out
 from layercomb.model import Model, check_tokens
 from layercomb.shapes import Signature, is_float, shape_dtype
@@ -106,7 +107,8 @@ def begin(
             f'the prompt of {longest} tokens and {n_tokens} new ones make {needed}, and '
             f"the model's max_len is {limit}: shorten the prompt, or ask for fewer"
         )
-    room = round_up(needed) if limit is None else min(round_up(needed), limit)
+    steps = (n for n in (limit, *_steady_lens(net)) if n is not None and n >= needed)
+    room = min((round_up(needed), *steps))
     padding = min(padded_length(net, 'prompt', lengths), room) - longest
     tokens = np.pad(tokens, ((0, 0), (0, padding)))
     unstacked, weights = unstack(net, weights)
@@ -327,6 +329,23 @@ def max_len(net: Layer) -> int | None:
     return min((n for n in limits if n is not None), default=None)
 
 
+def longest(net: Layer) -> int | None:
+    """The most positions of texts that are decoded together; None for any number.
+
+    It is `max_len`, or less: where rotations go by the length of a text (`DynamicScaling`,
+    `LongRopeScaling`), only texts up to the length from which they change can share a state.
+    """
+    limits = (max_len(net), *_steady_lens(net))
+    return min((n for n in limits if n is not None), default=None)
+
+
+def _steady_lens(net: Layer) -> list[int]:
+    """The lengths up to which the rotations of a model do not go by the length."""
+    turning = (layer for layer in _of_what_is_written(net) if isinstance(layer, RotaryPositions))
+    found = [layer.scaling.steady_len for layer in turning if layer.scaling is not None]
+    return [n for n in found if n is not None]
+
+
 def source_max_len(net: Layer) -> int | None:
     """The most positions that a model's encoder can read; None if nothing limits them."""
     readers = [layer for layer in _of_what_is_written(net) if layer.reads_memory]
@@ -395,8 +414,9 @@ def ingest(start: Start) -> tuple[jax.Array, Tree]:
       (logits, state): (B, V) after each prompt's last token, and a state with room for all
       positions, in which each row stands at its prompt's length.
     """
-    length, at = start.tokens.shape[1], start.lengths - 1
-    state = fresh_state(start.net, start.trained, start.signature(length))
+    at = start.lengths - 1
+    whole = fresh_state(start.net, start.trained, start.signature(start.room))
+    state = _before(start, whole)
     inputs, short = start.inputs(start.tokens), at_one_position(start.net)
     if short is None:
         outputs, state = start.net.apply(start.weights, state, inputs, mode=Mode.PREDICT)
@@ -404,7 +424,16 @@ def ingest(start: Start) -> tuple[jax.Array, Tree]:
     else:
         inputs = (*inputs, at)
         (logits,), state = short.apply(start.weights, state, inputs, mode=Mode.PREDICT)
-    return logits[:, 0], seek(_grown(start, state), start.lengths)
+    return logits[:, 0], seek(_grown(state, whole), start.lengths)
+
+
+def _before(start: Start, whole: Tree) -> Tree:
+    """A state for the prompts alone; what is not as long as they are comes from `whole`.
+
+    Rotations that go by the length of the text then turn the prompt as they turn what follows.
+    """
+    state = fresh_state(start.net, start.trained, start.signature(start.tokens.shape[1]))
+    return jax.tree.map(lambda x, there: there if x.shape == there.shape else x, state, whole)
 
 
 def logits_of(outputs: tuple[jax.Array, ...]) -> jax.Array:
@@ -435,13 +464,10 @@ def _is_of_each_position(values: tuple[Any, ...]) -> bool:
     return len(values) == 1 and values[0].ndim == 3 and is_float(values[0])
 
 
-def _grown(start: Start, state: Tree) -> Tree:
-    """A state whose caches have grown to the room there is, padded with zeros."""
-    whole = jax.eval_shape(
-        lambda: fresh_state(start.net, start.trained, start.signature(start.room))
-    )
+def _grown(state: Tree, whole: Tree) -> Tree:
+    """A state whose caches have grown to those of `whole`, padded with zeros."""
 
-    def grow(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    def grow(x: jax.Array, like: jax.Array) -> jax.Array:
         widths = [(0, there - here) for here, there in zip(x.shape, like.shape, strict=True)]
         return jnp.pad(x, widths) if any(wide for _, wide in widths) else x
 

@@ -447,3 +447,18 @@ def test_statistics_that_would_be_lost_are_refused():
     model = lc.Model(net).init((tokens, tokens), 3)
     with pytest.raises(UsageError, match=r"training left '.*' in a layer that decoding runs once"):
         decoding.generate(model, [[1]], 3, inputs=[[1, 2, 3]])
+
+
+def test_rotations_that_go_by_the_length_know_how_far_it_goes():
+    """The prompt is within the trained length, and what follows is not."""
+    net = models.Llama(
+        V, 16, 16, 2, 2, max_len=200, scaling=tl.DynamicScaling(8.0, 32), period=50.0
+    )
+    model = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'), 1)
+    made = decoding.generate(model, [[1, 2, 3]], 100, temperature=0)
+    text = np.pad(np.concatenate([[[1, 2, 3]], made], 1), ((0, 0), (0, 128 - 103)))
+    logits = model(jnp.asarray(text, jnp.int32))  # as long as the state has room for
+    np.testing.assert_array_equal(np.argmax(logits, -1)[:, 2:102], made)
+    made = decoding.generate(model, [[1, 2, 3]], 29, temperature=0)  # all within it
+    logits = model(jnp.asarray(np.concatenate([[[1, 2, 3]], made], 1), jnp.int32))
+    np.testing.assert_array_equal(np.argmax(logits, -1)[:, 2:31], made)
