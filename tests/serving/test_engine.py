@@ -258,6 +258,10 @@ def test_what_was_not_used_for_longest_is_dropped(model):
         tokens_of(running)
         known.append(running.n_cached)
     assert known == [128, 128, 0]
+    for _ in range(2):  # a text of 5 blocks keeps its beginning, without which the rest is no use
+        running = engine.run(Request((text_of(330, 4),), 1))
+        tokens_of(running)
+    assert running.n_cached == 256 and prefixes.n_bytes == prefixes.limit
     engine.stop()
 
 

@@ -71,19 +71,38 @@ class Prefixes:
             self._blocks.move_to_end(key)
         return [self._blocks[key] for key in found]
 
-    def wants(self, key: bytes) -> bool:
-        """Whether a block is not there, and might be kept."""
-        return self.limit > 0 and key not in self._blocks
+    def wants(self, chain: Sequence[bytes]) -> bool:
+        """Whether the last block of a text is not there, and might be kept; see `keep`."""
+        *before, key = chain
+        found = key in self._blocks or any(each not in self._blocks for each in before)
+        return self.limit > 0 and not found
 
-    def keep(self, key: bytes, block: Block) -> None:
-        """Keeps a block, and drops old ones to make place."""
+    def keep(self, chain: Sequence[bytes], block: Block) -> None:
+        """Keeps a block, and drops old ones to make place, but none that it follows.
+
+        Without what it follows it could not be found, so a text that is too long keeps its
+        beginning.
+
+        Args:
+          chain: the keys of its text, as `keys` gives them, up to its own.
+          block: what is kept.
+        """
+        *before, key = chain
         size = _n_bytes(block)
-        if size > self.limit:
+        if key in self._blocks or any(each not in self._blocks for each in before):
             return
-        while self.n_bytes + size > self.limit:
+        for each in reversed(before):  # the beginning is dropped last
+            self._blocks.move_to_end(each)
+        n_others = len(self._blocks) - len(before)
+        while self.n_bytes + size > self.limit and n_others:
             _, dropped = self._blocks.popitem(last=False)
             self.n_bytes -= _n_bytes(dropped)
+            n_others -= 1
+        if self.n_bytes + size > self.limit:
+            return
         self._blocks[key] = block
+        for each in reversed(before):
+            self._blocks.move_to_end(each)
         self.n_bytes += size
 
     def clear(self) -> None:

@@ -398,9 +398,10 @@ class Scheduler:
             return
         known = (*row.prompt, *row.made[:-1])  # the last token has not been read
         keys = self.prefixes.keys(known)
-        for i, each in enumerate(keys):
-            if self.prefixes.wants(each):
-                self.prefixes.keep(each, Block(self.slots.block(row, i), None))
+        for i in range(len(keys)):
+            chain = keys[: i + 1]
+            if self.prefixes.wants(chain):
+                self.prefixes.keep(chain, Block(self.slots.block(row, i), None))
 
     def _end(self, row: Row) -> None:
         """Ends a row, and its completion with the last of them."""

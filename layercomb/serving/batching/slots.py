@@ -203,12 +203,12 @@ class Reading:
         """Keeps the blocks that the last piece has completed."""
         model = self._model
         for i in range(before // BLOCK, self.taken // BLOCK):
-            if self._prefixes.wants(self._keys[i]):
+            if self._prefixes.wants(self._keys[: i + 1]):
                 ends_here = self.taken == (i + 1) * BLOCK and not model.axes.can_seek
                 # What the state holds is donated to the next piece, so it is copied.
                 rest = jax.tree.map(jnp.copy, model.axes.rest(self.leaves)) if ends_here else None
                 positions = model.programs.block(self.leaves, 0, i)
-                self._prefixes.keep(self._keys[i], Block(positions, rest))
+                self._prefixes.keep(self._keys[: i + 1], Block(positions, rest))
 
     def _read_whole(self) -> None:
         """Reads a prompt whose layers would see padding, or where it was cut."""
