@@ -99,7 +99,8 @@ class Engine:
         """Begins a completion outside of an event loop: iterate over what it returns.
 
         Raises:
-          Refusal: if the request does not fit the model, or if too many requests wait.
+          Refusal: if the request does not fit the model, if too many requests wait, or if the
+            engine is closed.
         """
         self._check(request)
         running = Running(request)
@@ -111,7 +112,7 @@ class Engine:
 
         Raises:
           Refusal: if the request does not fit the model, if too many requests wait, or if this one
-            has waited too long.
+            has waited too long, or the engine is closed.
         """
         self._check(request)
         running = Running(request, asyncio.get_running_loop())

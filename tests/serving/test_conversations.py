@@ -135,6 +135,7 @@ def test_what_asks_for_nothing_more_is_taken(address):
     talked(
         address, USER, tools=[], tool_choice='none', response_format={'type': 'text'}, store=False,
         modalities=['text'], metadata={'a': 'b'}, user='me', functions=None, logit_bias={},
+        prompt_cache_key='a', safety_identifier='b',
     )  # fmt: skip
 
 

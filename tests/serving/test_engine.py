@@ -454,6 +454,7 @@ def test_a_failing_device_ends_what_it_made_and_no_more(model, engine, monkeypat
         for each in running:
             with pytest.raises(Refusal, match='the model failed: its log says why'):
                 tokens_of(each)
+        assert not engine.scheduler.prefixes.n_bytes
     assert tokens_of(engine.run(REQUESTS[1])) == alone(model, REQUESTS[1])
 
 
@@ -474,6 +475,16 @@ def test_rotations_that_go_by_the_length_bound_it():
     with pytest.raises(Refusal, match='make 81, and the server 80, the length up to which'):
         engine.run(Request((text_of(71),), 10))
     engine.stop()
+
+
+def test_a_closed_engine_says_so(model):
+    engine = Engine(model, Numbers(), Limits(max_concurrent=1))
+    running = engine.run(Request((text_of(5),), 500, sampling=ENDLESS))
+    engine.stop()
+    assert len(tokens_of(running)[0]) < 500
+    with pytest.raises(Refusal, match='the server is stopping') as caught:
+        engine.run(Request((text_of(5),), 5))
+    assert caught.value.status == 503
 
 
 def test_the_queue_is_bounded_and_patience_ends(model, forced):

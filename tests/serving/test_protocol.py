@@ -206,3 +206,5 @@ def test_limits_are_checked():
 def test_a_huge_number_of_choices_costs_nothing():
     with pytest.raises(Refusal, match='times the number of prompts must be at most'):
         read({'prompt': 'a', 'n': 2**31 - 1})
+    with pytest.raises(Refusal, match="'n' times the number of prompts must be at most"):
+        read({'prompt': [[-1]] * 99_999})  # no prompt is read

@@ -26,8 +26,7 @@ def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """An einsum of two arrays: products in the dtype of `y`, sums in float32.
 
     On the CPU both are widened to float32 first: XLA has no CPU kernel for some bfloat16 products
-      with
-    a float32 result.
+    with a float32 result.
 
     Args:
       spec: of `jnp.einsum`.

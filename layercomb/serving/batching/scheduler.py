@@ -158,7 +158,7 @@ class Scheduler:
         self._desk = Desk(model, self.prefixes)
         self._thread = ThreadPoolExecutor(1, 'decoding')
         self._lock = threading.Lock()
-        self._works = False
+        self._works = self._closed = False
         self._waiting: deque[Running] = deque()
         self._alive: dict[Running, int] = {}  # how many rows are not done
         self._groups: deque[Group] = deque()  # of requests that have begun
@@ -181,9 +181,11 @@ class Scheduler:
         """Queues a completion.
 
         Raises:
-          Refusal: if too many wait.
+          Refusal: if too many wait, or after `shutdown`.
         """
         with self._lock:
+            if self._closed:
+                raise Refusal(503, 'the server is stopping: try again when it runs', 'stopping')
             free = max(0, self._limits.max_concurrent - sum(self._alive.values()))
             if len(self._waiting) >= self._limits.max_queue + free:
                 raise busy()
@@ -207,7 +209,10 @@ class Scheduler:
                 running.cancel()
 
     def shutdown(self) -> None:
-        """Waits until all completions have ended; no more can be made then."""
+        """Ends all completions, and waits until they have; no more can be made then."""
+        with self._lock:
+            self._closed = True
+        self.cancel()
         self._thread.shutdown()
 
     def _work(self) -> None:
@@ -440,6 +445,7 @@ class Scheduler:
         self._asked, self._piece = [], None
         self.slots.clear()
         self._desk.clear()
+        self.prefixes.clear()  # what failed may be among what is kept
         for running in list(self._alive):
             self._finish(running, refusal)
 

@@ -144,4 +144,5 @@ _NEUTRAL: dict[str, fields.Neutral] = {
     'modalities': (lambda value, _: value == ['text'], f'{fields.UNSUPPORTED} ["text"]'),
     'store': (lambda value, _: value is False, f'{fields.UNSUPPORTED} false'),
 }
-_IGNORED = ('metadata', 'service_tier')  # they change no answer
+# They change no answer.
+_IGNORED = ('metadata', 'service_tier', 'prompt_cache_key', 'safety_identifier')

@@ -46,6 +46,7 @@ def parse(
     values = fields.read(given, model, _READERS, _NEUTRAL, ('prompt',))
     values = _checked(values)
     texts = _prompts(given.get('prompt'))
+    fields.check_choices(len(texts), values.get('n', 1), values.get('best_of'), limits)
     prompts = tuple(_prompt(prompt, tokenizer, vocab_size) for prompt in texts)
     of_text = tuple(isinstance(prompt, str) for prompt in texts)
     request = fields.requested(prompts, values, advised, of_text=of_text)

@@ -106,9 +106,7 @@ def check_limits(request: Request, limits: Limits, prompt: str) -> None:
     """
     if request.max_tokens > limits.max_tokens:
         raise wrong('max_tokens', f'must be at most {limits.max_tokens} here')
-    if len(request.prompts) * request.n_rows > limits.max_choices:  # before any is made
-        most = f'times the number of prompts must be at most {limits.max_choices} here'
-        raise wrong('n' if request.best_of is None else 'best_of', most)
+    check_choices(len(request.prompts), request.n, request.best_of, limits)
     longest = max(map(len, request.prompts))
     if longest > limits.max_prompt:
         raise wrong(
@@ -116,6 +114,19 @@ def check_limits(request: Request, limits: Limits, prompt: str) -> None:
             f'has {longest} tokens, and {limits.max_prompt} are allowed here: shorten it',
             'context_length_exceeded',
         )
+
+
+def check_choices(n_prompts: int, n: int, best_of: int | None, limits: Limits) -> None:
+    """Raises a Refusal if more choices are asked for than may be, before any is made.
+
+    Args:
+      n_prompts: how many prompts there are.
+      n, best_of: as of `Request`.
+      limits: what may be.
+    """
+    if n_prompts * max(n, best_of or 1) > limits.max_choices:
+        most = f'times the number of prompts must be at most {limits.max_choices} here'
+        raise wrong('n' if best_of is None else 'best_of', most)
 
 
 def number(name: str, bound: Bound, kind: type = float) -> Reader:

@@ -97,10 +97,9 @@ class LSHAttention(LSHOptions):
         (`torch_rotations`); in training it is always JAX's.
 
     Raises:
-      ValueError: for `alone` or `round_len` without what they go with; for a
-        number of buckets that is odd and not 1, or is 1 with torch's rotations; a
-        sequence longer than `max_len`,
-        or ``PREDICT`` without `n_buckets` and `max_len`.
+      ValueError: for `alone` or `round_len` without what they go with; for a number of buckets that
+        is odd and not 1, or is 1 with torch's rotations; for a sequence longer than `max_len`; or
+        for ``PREDICT`` without `n_buckets` and `max_len`.
     """
 
     position_wise = False
