@@ -123,6 +123,7 @@ MISTAKES = [
     ({'prompt': 'a', 'best_of': 0}, "'best_of' must be at least 1"),
     ({'prompt': 'a', 'logit_bias': {'256': 1}}, 'a token 256 outside the vocabulary of 256'),
     ({'prompt': 'a', 'logit_bias': {'a': 1}}, "'logit_bias' must be an object .*: 'a' is no id"),
+    ({'prompt': 'a', 'logit_bias': {'7': 1, '07': 2}}, "'07' is no id"),
     ({'prompt': 'a', 'logit_bias': {'5': 101}}, "'logit_bias' must be at least -100 and at most"),
     ({'prompt': 'a', 'logit_bias': {str(i): 1 for i in range(301)}}, 'an object of up to 300'),
     ({'prompt': 'a', 'max_token': 3}, "'max_token' is not a field"),

@@ -6,6 +6,7 @@ A reader turns a value of JSON into one of ours, or raises a `Refusal` that name
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from layercomb.supervised.decoding.sampling import Sampler
 
 _STOPS, _STOP_LENGTH = 16, 256
 _BIASES = 300
+_ID = re.compile(r'0|[1-9][0-9]{0,8}')
 _TOP = 20  # alternatives that the scores of a token may tell
 UNSUPPORTED = 'is not supported: leave it out, or at'
 
@@ -182,7 +184,7 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     bias = number('logit_bias', Bound(-100, high=100))
     made = {}
     for name, given in value.items():
-        if not (name.isascii() and name.isdigit() and len(name) < 10):
+        if not _ID.fullmatch(name):  # 07 would be 7 once more
             raise wrong('logit_bias', f'{what}: {cut(name, 20)!r} is no id')
         made[int(name)] = bias(given)
     return tuple(sorted((i, b) for i, b in made.items() if b))
