@@ -86,5 +86,6 @@ class Text:
 
     def _unsure(self) -> int:
         """How many held characters may be the beginning of a stop text."""
-        beginnings = (text[:n] for text in self._stop for n in range(1, len(text)))
+        most = len(self._held) + 1
+        beginnings = (t[:n] for t in self._stop for n in range(1, min(len(t), most)))
         return max((len(b) for b in beginnings if self._held.endswith(b)), default=0)

@@ -306,7 +306,8 @@ class Scheduler:
             group = self._read.popleft()  # first: what ends a completion removes its groups
             if not self._guarded(group.running, self._tell_prompts, group):
                 continue
-            while group.n_placed < len(group.rows) and self.slots.n_free:
+            needs_slots = group.running.request.max_tokens > 0
+            while group.n_placed < len(group.rows) and (self.slots.n_free or not needs_slots):
                 self._place_one(group)
             if group.n_placed < len(group.rows):
                 self._read.appendleft(group)
