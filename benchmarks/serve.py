@@ -1,6 +1,6 @@
 """Eight clients at once against one, and the first token behind a prompt that was read before.
 
-    python benchmarks/serve.py [--bits 32 8 4] [--clients 8] [--tokens 64] [--source NAME]
+    python benchmarks/serve.py [--bits 32 8 4] [--clients 8] [--tokens 128] [--source NAME]
 
 Without a source: SmolLM2-135M's shape (30 layers, d_model 576, d_ff 1536, 9 heads, vocabulary
 49,152) as a `TransformerLM`, with random weights. The engine is used as the server uses it, without
@@ -137,7 +137,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--bits', type=int, nargs='+', default=[32, 8, 4])
     parser.add_argument('--clients', type=int, default=8)
-    parser.add_argument('--tokens', type=int, default=64)
+    parser.add_argument('--tokens', type=int, default=128)
     parser.add_argument('--turns', type=int, default=3)
     parser.add_argument('--source', help='a directory, file or name, as the launcher takes them')
     parser.add_argument('--same_program', action='store_true', help='see serving.Limits')

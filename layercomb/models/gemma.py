@@ -95,6 +95,7 @@ def Gemma3(
     >>> Gemma3(256, 64, 128, n_layers=7, n_heads=2, max_len=32, d_head=16).n_out
     1
     """
+    further: Any = {'dropout': dropout, 'tied': tied, 'remat': remat}
     norm = tl.RMSNorm(epsilon, offset=1.0, name='norm')
 
     def block(window: int | None) -> tl.Serial:  # (B, L, D) → (B, L, D)
@@ -116,9 +117,7 @@ def Gemma3(
         [block(each) for each in over_depth(window, n_layers)],
         norm,  # (B, L, D) → (B, L, D)
         _head(vocab_size, logit_softcap),  # (B, L, D) → (B, L, V)
-        dropout=dropout,
-        tied=tied,
-        remat=remat,
+        **further,
     )
 
 
