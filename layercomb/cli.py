@@ -238,6 +238,7 @@ def run_export(options: argparse.Namespace) -> None:
     """``layercomb export SOURCE OUT``: weights as safetensors, and decoding as a program."""
     from layercomb import export
 
+    paths.local(options.out, 'out')  # what cannot be is said before a model is read
     source = sources.find(options.source)
     model, _ = trained(options.source, options.gin_param, text=False, checkpoint=options.checkpoint)
     is_run = source.kind == sources.RUN

@@ -264,7 +264,7 @@ def _is_rest(leaf: Leaf) -> bool:
 def _moved(leaf: Leaf, x: jax.Array, rows: jax.Array, room: int) -> jax.Array:
     if leaf.row is None:
         return x
-    places = (rows[:, None] * leaf.width + np.arange(leaf.width, dtype=np.int32)).reshape(-1)
+    places = (rows[:, None] * leaf.width + np.arange(leaf.width, dtype=np.int32)[None]).reshape(-1)
     x = jnp.take(x, places, leaf.row, mode='clip')
     if leaf.length is None:
         return x

@@ -235,6 +235,7 @@ def test_the_server_answers_under_a_name_in_any_letters(model, monkeypatch, tmp_
     monkeypatch.setattr(serving, 'run', lambda *given: names.append(given[2]))
     for name in ('模型', 'läuf\udcff'):
         (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.gin').write_text('')
         assert cli.main(['serve', str(tmp_path / name), '--port', '0']) == 0
     assert names == ['模型', 'läuf�']
     assert all(json.dumps(name, ensure_ascii=False).encode() for name in names)  # as it answers

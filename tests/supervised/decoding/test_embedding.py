@@ -75,7 +75,7 @@ def test_likelihood_is_that_of_windows(writer):
 def test_likelihood_refuses_what_cannot_be_scored(writer):
     with pytest.raises(UsageError, match='the text has 1 tokens: give one of at least two'):
         decoding.likelihood(writer, 'a', ByteTokenizer())
-    with pytest.raises(UsageError, match="the model's max_len is 24"):
+    with pytest.raises(UsageError, match="the window of 40 exceeds the model's 24"):
         decoding.likelihood(writer, 'a' * 90, ByteTokenizer(), window=40)
     with pytest.raises(ValueError, match='window'):
         decoding.likelihood(writer, 'abc', ByteTokenizer(), window=0)
