@@ -468,7 +468,7 @@ def test_smollm2_answers():
 
 @pytest.mark.slow
 def test_smollm2_has_the_logits_of_transformers():
-    """' said' and ' the', as transformers reads the same file: see shared figures in the script."""
+    """Of ' said' and ' the', recorded from transformers' reading of the same file."""
     model, tokenizer = ours.load(smollm2(), dtype='float32')
     ids = tokenizer.encode('The harbour master counted the ships and')
     logits = np.asarray(model(jnp.asarray(ids)[None])[0, -1])
