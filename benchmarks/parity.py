@@ -87,6 +87,13 @@ MARIAN = {
     'decoder_ffn_dim': 160, 'max_position_embeddings': 256, 'activation_function': 'swish',
     'scale_embedding': True, 'pad_token_id': 0, 'decoder_start_token_id': 0,
 }  # fmt: skip
+REFORMER = {
+    'vocab_size': 331, 'hidden_size': 64, 'attn_layers': ['local', 'lsh', 'local', 'lsh'],
+    'num_attention_heads': 4, 'attention_head_size': 16, 'feed_forward_size': 160,
+    'axial_pos_shape': [8, 8], 'axial_pos_embds_dim': [24, 40], 'max_position_embeddings': 64,
+    'lsh_attn_chunk_length': 8, 'local_attn_chunk_length': 8, 'num_hashes': 2,
+    'num_buckets': [2, 4], 'hash_seed': 7, 'is_decoder': True,
+}  # fmt: skip
 
 
 ROWS = {
@@ -114,6 +121,8 @@ ROWS = {
         't5', {**T5, 'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False},
         'AutoModelForSeq2SeqLM', True, TRANSLATE,
     ),
+    # With caches transformers sees other keys than without, so tokens are not compared.
+    'reformer': Row('reformer', REFORMER, decodes=False),
     'marian': Row('marian', MARIAN, 'AutoModelForSeq2SeqLM', True, TRANSLATE),
 }  # fmt: skip
 SENTENCES = [
