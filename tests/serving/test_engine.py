@@ -493,6 +493,8 @@ def test_the_queue_is_bounded_and_patience_ends(model, forced):
 
     async def ask():
         first = await engine.start(Request(((1,),), 500))
+        pieces = first.pieces()
+        assert await anext(pieces)  # its programs are compiled
         waiting = asyncio.create_task(engine.start(Request(((1,),), 1)))
         await asyncio.sleep(0.01)
         assert engine.n_waiting == 1
@@ -503,7 +505,7 @@ def test_the_queue_is_bounded_and_patience_ends(model, forced):
             await asyncio.sleep(0.3)
         assert engine.n_waiting == 0 and engine.n_running == 1
         first.cancel()
-        assert [piece async for piece in first.pieces()]
+        assert [piece async for piece in pieces]
         await engine.close()
 
     asyncio.run(ask())
