@@ -119,3 +119,33 @@ def test_narrow_weights_give_nearly_the_same():
     exact = np.asarray(model(*inputs))[there]
     off = np.asarray(narrow(*inputs))[there] - exact
     assert np.abs(off).max() < 0.1 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    ('name', 'ours', 'again'),
+    [
+        (
+            'bert_masked_lm',
+            'bert.embeddings.word_embeddings.weight',
+            'cls.predictions.decoder.weight',
+        ),
+        ('bert_masked_lm', 'cls.predictions.bias', 'cls.predictions.decoder.bias'),
+        ('roberta_masked_lm', 'lm_head.bias', 'lm_head.decoder.bias'),
+        ('albert_masked_lm', 'predictions.bias', 'predictions.decoder.bias'),
+        ('marian', 'model.shared.weight', 'lm_head.weight'),
+        ('marian', 'model.shared.weight', 'model.encoder.embed_tokens.weight'),
+    ],
+)
+def test_what_is_there_twice_must_be_the_same(name, ours, again):
+    _, entries, tensors, config = loaded(name)
+    family = family_of(config)
+    net = family.net(Config(config))
+    shapes = shapes_of(net, family.signature(net))
+    for off in (0, 1):
+        given = {**tensors, again: tensors[ours] + np.float32(off)}
+        wrapped = {key: Array(x) for key, x in given.items()}
+        if not off:
+            fill(net, shapes, entries, wrapped, ignored=family.ignored)
+            continue
+        with pytest.raises(UsageError, match='differ'):
+            fill(net, shapes, entries, wrapped, ignored=family.ignored)

@@ -189,8 +189,14 @@ def _entries(names: Names, config: Config) -> list[Entry]:
     many = range(config.count('num_hidden_layers'))
     layers = None if names is _ALBERT else many
     ours = 'blocks/block' if names is _FNET else 'block'
+    # Old files hold the table and the bias of the head twice, and both must be the same.
+    again = names.predictions[2].removesuffix('bias') + 'decoder'
     made = [
-        Entry('embeddings/tables/tokens/table', f'{prefix}embeddings.word_embeddings.weight'),
+        Entry(
+            'embeddings/tables/tokens/table',
+            f'{prefix}embeddings.word_embeddings.weight',
+            also=(f'{again}.weight',) if head == 'masked_lm' else (),
+        ),
         Entry('embeddings/tables/types/table', f'{prefix}embeddings.token_type_embeddings.weight'),
         Entry('embeddings/positions/table', f'{prefix}embeddings.position_embeddings.weight'),
         *norm('embeddings/norm', f'{prefix}embeddings.LayerNorm'),
@@ -207,7 +213,7 @@ def _entries(names: Names, config: Config) -> list[Entry]:
     if head == 'masked_lm':
         transform, its_norm, bias = names.predictions
         made += [*dense('head/dense', transform), *norm('head/norm', its_norm)]
-        made.append(Entry('head/logits/bias', bias))
+        made.append(Entry('head/logits/bias', bias, also=(f'{again}.bias',)))
     if head == 'classes':
         made += [*dense('head/pooler', names.pooler), *dense('head/classes', names.classes)]
     return made
@@ -269,9 +275,6 @@ def _family(names: Names) -> Family:
         ignored=(
             r'.*position_ids',
             r'.*token_type_ids',
-            # The head's matrix is the table of the embedding, and its bias is there twice.
-            r'(cls\.)?predictions\.decoder\.(weight|bias)',
-            r'lm_head\.decoder\.(weight|bias)',
             # Of whether a sentence follows another, and of states that nothing reads.
             r'cls\.seq_relationship\.(weight|bias)',
             r'sop_classifier\.classifier\.(weight|bias)',

@@ -14,6 +14,13 @@ from layercomb.layers.core.walk import walk
 from layercomb.models.marian import Marian
 from layercomb.shapes import Signature, shape_dtype
 
+# The table again: it must be the same.
+_AGAIN = (
+    'model.encoder.embed_tokens.weight',
+    'model.decoder.embed_tokens.weight',
+    'lm_head.weight',
+)
+
 
 def _net(config: Config) -> Layer:
     config.must_be('share_encoder_decoder_embeddings', True)
@@ -47,7 +54,7 @@ def _net(config: Config) -> Layer:
 
 def _entries(config: Config) -> list[Entry]:
     made = [
-        Entry('encoder/tokens/table', 'model.shared.weight'),
+        Entry('encoder/tokens/table', 'model.shared.weight', also=_AGAIN),
         Entry('head/bias', 'final_logits_bias', is_row=True),
     ]
     for side in ('encoder', 'decoder'):
@@ -118,9 +125,5 @@ MARIAN = Family(
     entries=_entries,
     config=_config,
     signature=_signature,
-    ignored=(
-        # The table again, and sines that are computed.
-        r'model\.(encoder|decoder)\.embed_(tokens|positions)\.weight',
-        r'lm_head\.weight',
-    ),
+    ignored=(r'model\.(encoder|decoder)\.embed_positions\.weight',),  # sines, which are computed
 )
