@@ -367,29 +367,30 @@ def test_who_stops_listening_frees_the_place(engine, forced):
 
 def test_a_long_prompt_holds_nobody_up(engine, monkeypatch):
     """One piece, then a token for the others; and a prompt may be left while it is read."""
-    done, go_on = [], threading.Event()
-    read = Reading.read
+    reached, go_on = threading.Semaphore(0), threading.Semaphore(0)
+    read, pieces = Reading.read, []
 
-    def slow(self, hurried):
-        go_on.wait(20)
-        done.append('piece')
+    def stepwise(self, hurried):
+        reached.release()
+        assert go_on.acquire(timeout=20)
+        pieces.append(1)
         read(self, hurried)
 
     endless = Request((text_of(3),), 400, sampling=Sampler(1.0, logit_bias=((0, -1000.0),)))
-    writing = iter(engine.run(endless))
+    running = engine.run(endless)
+    writing = iter(running)
     next(writing)
-    monkeypatch.setattr(Reading, 'read', slow)
+    monkeypatch.setattr(Reading, 'read', stepwise)
     reading = engine.run(Request((text_of(550, 77),), 50))
-    until(lambda: engine.n_running == 2)
-    go_on.set()
-    while len(done) < 3:
-        next(writing)
-        done.append('token')
-    first = done.index('piece')
-    assert 'token' in done[first:]
+    assert reached.acquire(timeout=20)  # the first piece is about to be read
+    n_made = running.n_made
+    go_on.release()
+    assert reached.acquire(timeout=20)  # and the second
+    assert running.n_made > n_made
     reading.cancel()
+    go_on.release(20)
     assert tokens_of(reading) == [[]]
-    assert done.count('piece') < 5
+    assert len(pieces) < 5
     writing.close()
     until(lambda: not engine.n_running)
 
