@@ -5,6 +5,7 @@ pipeline turns a source into a `grain.IterDataset` of batches of numpy arrays, w
 stopped and resumed exactly.
 """
 
+from layercomb.data.corpora.about import about_layercomb
 from layercomb.data.corpora.docstrings import python_docstrings
 from layercomb.data.corpora.drawn import shapes
 from layercomb.data.corpora.images import cifar10, imagenet64, png_images, subpixels
@@ -20,6 +21,7 @@ from layercomb.data.tokenizers import ByteTokenizer, Tokenizer
 __all__ = [
     'ByteTokenizer',
     'Tokenizer',
+    'about_layercomb',
     'batches',
     'bucketed',
     'c4',
