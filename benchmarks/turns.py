@@ -47,11 +47,14 @@ def resident_bytes():
 
 
 class Worker:
-    """A warm process: this script run again with ``--worker CONTESTANT`` and `arguments`."""
+    """A warm process: this script run again with ``--worker CONTESTANT`` and `arguments`.
 
-    def __init__(self, contestant, environment, arguments):
+    `python` is another interpreter, for a contestant whose libraries are not in this one.
+    """
+
+    def __init__(self, contestant, environment, arguments, python=sys.executable):
         self.process = subprocess.Popen(
-            [sys.executable, sys.argv[0], '--worker', contestant, *map(str, arguments)],
+            [python, sys.argv[0], '--worker', contestant, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -83,14 +86,17 @@ def take_turns(contestants, repeats, *arguments):
     """Runs every contestant once, then again, `repeats` times in all.
 
     Args:
-      contestants: a dict from a label to (contestant, environment).
+      contestants: a dict from a label to (contestant, environment), or to these and a Python.
       repeats: how many steps each runs, after a first that does not count.
       *arguments: of the script.
 
     Returns:
       A dict from the labels to workers that have run.
     """
-    workers = {label: Worker(*spec, arguments) for label, spec in contestants.items()}
+    workers = {
+        label: Worker(name, environment, arguments, *python)
+        for label, (name, environment, *python) in contestants.items()
+    }
     for _ in range(repeats):
         for worker in workers.values():
             worker.run()
