@@ -173,10 +173,11 @@ def n_bytes(tree: Any) -> int:
 
 
 NOT_DECAYED = ('bias', 'scale', 'gate_bias', 'up_bias')
+MAGNITUDE = '_lora_magnitude'  # the end of the name of the norms of a matrix's columns
 
 
 def decay_mask(weights: Tree) -> Tree:
-    """True at the weights that weight decay should shrink: all but biases and scales.
+    """True at the weights that weight decay should shrink: all but biases, scales and magnitudes.
 
     Goes by the leaf's name, since a bias under `Repeat` is stacked and has two axes. Made for
     ``optax.adamw(..., mask=trees.decay_mask)``.
@@ -184,7 +185,12 @@ def decay_mask(weights: Tree) -> Tree:
     >>> decay_mask({'dense': {'kernel': 1.0, 'bias': 0.0}})
     {'dense': {'bias': False, 'kernel': True}}
     """
-    return map_with_path(lambda path, _: path.split('/')[-1] not in NOT_DECAYED, weights)
+
+    def decays(path: str, _: Any) -> bool:
+        name = path.split('/')[-1]
+        return name not in NOT_DECAYED and not name.endswith(MAGNITUDE)
+
+    return map_with_path(decays, weights)
 
 
 def partition(weights: Tree, trainable: Callable[[str], bool] | None = None) -> tuple[Tree, Tree]:

@@ -6,6 +6,9 @@ combinators and wrappers too.
 """
 
 from layercomb.transforms.casting import Cast, cast
+from layercomb.transforms.low_rank.adapting import lora, without_lora
+from layercomb.transforms.low_rank.layer import LowRank, is_lora, lora_paths
+from layercomb.transforms.low_rank.merging import merge
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
 from layercomb.transforms.rewriting import rewrite
@@ -16,6 +19,7 @@ from layercomb.transforms.weight_axes import axes
 
 __all__ = [
     'Cast',
+    'LowRank',
     'Quantized',
     'Tied',
     'TiedRows',
@@ -24,9 +28,14 @@ __all__ = [
     'cast',
     'hold_narrow',
     'hold_wide',
+    'is_lora',
+    'lora',
+    'lora_paths',
+    'merge',
     'narrow_paths',
     'quantize',
     'rewrite',
     'unstack',
     'unstack_state',
+    'without_lora',
 ]

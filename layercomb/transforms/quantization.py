@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -22,6 +23,7 @@ from layercomb.layers.core.walk import joined, walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.axes import UNKNOWN, Axes
 from layercomb.layers.facts.positionwise import of_sublayers
+from layercomb.layers.quantized.adapted import Adapted
 from layercomb.layers.quantized.matrix import BITS, SCALES, Narrow, can_narrow, constant, narrow
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
@@ -124,7 +126,7 @@ class Quantized(Wrapper):
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
-        return self.layer.apply(self._seen(weights), state, inputs, rng=rng, mode=mode)
+        return self.layer.apply(self.seen(weights), state, inputs, rng=rng, mode=mode)
 
     def narrow(self, weights: Tree) -> Tree:
         """The leaf's weights with its large matrices narrow.
@@ -143,10 +145,15 @@ class Quantized(Wrapper):
                 weights = trees.put(weights, path + SCALES, scales)
         return weights
 
-    def _seen(self, weights: Tree) -> Tree:
-        """The weights as the leaf sees them, each narrow matrix as one `Narrow`."""
+    def seen(self, weights: Tree) -> Tree:
+        """The weights as the leaf sees them, each narrow matrix as one `Narrow`.
+
+        Args:
+          weights: the leaf's, not stacked. A matrix may be the base of an `Adapted`, and stays so.
+        """
         for path, axes in narrow_axes(bare(self.layer)).items():
-            values, scales = trees.get(weights, path), None
+            given, scales = trees.get(weights, path), None
+            values = given.base if isinstance(given, Adapted) else given
             if values.dtype == jnp.float32:
                 continue
             if is_float(values):
@@ -154,7 +161,9 @@ class Quantized(Wrapper):
             else:
                 scales = constant(trees.get(weights, path + SCALES))
                 weights = trees.drop(weights, path + SCALES)
-            matrix = Narrow(values, scales, axes, self.bits)
+            matrix: Any = Narrow(values, scales, axes, self.bits)
+            if isinstance(given, Adapted):
+                matrix = dataclasses.replace(given, base=matrix)
             weights = trees.put(trees.drop(weights, path), path, matrix)
         return weights
 

@@ -57,6 +57,13 @@ class TiedRows(Tied):
             return whole
         return trees.put(whole, self.target + SCALES, trees.get(weights, self.source + SCALES))
 
+    def tied(self, whole: Tree) -> Tree:
+        """The inverse of `untied`: rows and scales at `target` are left out."""
+        scales = self.target + SCALES
+        return (
+            trees.drop(super().tied(whole), scales) if _has(whole, scales) else super().tied(whole)
+        )
+
 
 def _has(weights: Tree, path: str) -> bool:
     try:

@@ -125,6 +125,14 @@ class Tied(Wrapper):
         value = trees.get(weights, self.source)
         return trees.put(weights, self.target, self.via(value) if self.via else value)
 
+    def tied(self, whole: Tree) -> Tree:
+        """The inverse of `untied`: the weights at `target` are left out.
+
+        Args:
+          whole: the weights of the model without the tie.
+        """
+        return trees.drop(whole, self.target)
+
 
 @one_pass.register(Tied)
 def _tied(layer, weights, state, inputs, cts, **given):

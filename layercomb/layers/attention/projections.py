@@ -16,7 +16,7 @@ from layercomb.layers.attention.slices import over_positions, positions
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.quantized.matrix import Narrow
+from layercomb.layers.quantized.matrix import Matrix
 from layercomb.shapes import (
     Signature,
     as_deep,
@@ -85,7 +85,7 @@ class SplitHeads(Layer):
         """y (B, H, L, K), in the dtype of x, from x (B, L, D).
 
         Args:
-          weights: as of `init`; the kernel may be `Narrow`.
+          weights: as of `init`; the kernel may be a `Matrix`.
           state: ``{}``.
           inputs: x (B, L, D).
           rng, mode: not used.
@@ -94,7 +94,7 @@ class SplitHeads(Layer):
         kernel = weights['kernel']
         check_sequence('SplitHeads', x)
         check_width(x, kernel.shape[0])
-        if isinstance(kernel, Narrow):
+        if isinstance(kernel, Matrix):
             y = jnp.moveaxis(kernel.product(x), -2, 1)  # (B, L, H, K) → (B, H, L, K)
         else:
             y = split_heads(x, kernel)
@@ -152,7 +152,7 @@ class MergeHeads(Layer):
         """y (B, L, D), in the dtype of x, from heads x (B, H, L, K).
 
         Args:
-          weights: as of `init`; the kernel may be `Narrow`.
+          weights: as of `init`; the kernel may be a `Matrix`.
           state: ``{}``.
           inputs: x (B, H, L, K), and a value (B, L, D) of which only the width matters.
           rng, mode: not used.
@@ -160,7 +160,7 @@ class MergeHeads(Layer):
         x, like = inputs
         kernel = weights['kernel']
         check_width(like, kernel.shape[-1])
-        if isinstance(kernel, Narrow):
+        if isinstance(kernel, Matrix):
             y = kernel.product(jnp.moveaxis(x, 1, -2))  # (B, H, L, K) → (B, L, H, K) → (B, L, D)
         else:
             y = merge_heads(x, kernel)

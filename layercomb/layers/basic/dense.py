@@ -13,7 +13,7 @@ from layercomb.checks import Size
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.quantized.matrix import Narrow
+from layercomb.layers.quantized.matrix import Matrix
 from layercomb.shapes import Signature, as_deep, check_float, check_width
 from layercomb.trees import Tree
 
@@ -92,14 +92,14 @@ def dense(weights: Tree, x: jax.Array) -> jax.Array:
     return y + as_deep(weights['bias'], y) if 'bias' in weights else y
 
 
-def matmul(x: jax.Array, kernel: jax.Array | Narrow) -> jax.Array:
+def matmul(x: jax.Array, kernel: jax.Array | Matrix) -> jax.Array:
     """x W, summed and returned in float32: (…, D), (D, F) → (…, F).
 
     Args:
       x: (…, D), of any floating dtype.
-      kernel: (D, F), an array or a quantized matrix.
+      kernel: (D, F), an array or a `Matrix`: quantized, or with an adapter.
     """
-    if isinstance(kernel, Narrow):
+    if isinstance(kernel, Matrix):
         return kernel.product(x, jnp.float32)
     if jax.default_backend() != 'cpu':
         return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
@@ -139,14 +139,14 @@ def _by_kernel_of_gradient(x: jax.Array, d_kernel: jax.Array) -> jax.Array:
     return barrier(d_y).T
 
 
-def contract(spec: str, x: jax.Array, y: jax.Array | Narrow) -> jax.Array:
+def contract(spec: str, x: jax.Array, y: jax.Array | Matrix) -> jax.Array:
     """`jnp.einsum` of two arrays, summed in float32, in x's dtype.
 
     Args:
-      spec: as of `jnp.einsum`. If y is quantized, it must sum over the axes of y's groups.
+      spec: as of `jnp.einsum`. If y is a `Matrix`, it must sum over the ``i`` axes of y.
       x: an array.
-      y: an array, or a quantized matrix.
+      y: an array or a `Matrix`: quantized, or with an adapter.
     """
-    if isinstance(y, Narrow):
+    if isinstance(y, Matrix):
         return y.product(x)
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(x.dtype)

@@ -2,15 +2,15 @@
 
 Integers are symmetric and share scales in groups along the summed axis, ŵ = scale · q, so that a
 product is a sum over groups. For few rows on a CPU, as in decoding, `layercomb_kernels` reads the
-narrow weights directly. It may round activations to 16 bits, a relative error of 2e-5. Otherwise
-weights are widened first.
+narrow weights directly. It may round activations to 16 bits, a relative error of 2e-5. For many
+rows, as in training, some rows of the matrix at a time are widened, backwards too, so that no wide
+matrix exists.
 
 Axes are written in letters: ``i`` for the axes that a product sums over, along which groups run,
 and ``o`` for the others. ``'io'`` is a kernel (D, F), ``'iio'`` one from heads (H, K, D), ``'oi'``
 a table of rows. A narrow matrix is always stored as rows, with its ``i`` axes merged into the last
 axis: ``'ioo'`` (D, H, K) is stored as (H, K, D), ``'iio'`` (H, K, D) as (D, H·K). One row is read
-  for
-one output. Two int4 share a byte: in a row of n, weight j is the low half of byte j and weight
+for one output. Two int4 share a byte: in a row of n, weight j is the low half of byte j and weight
 j + n / 2 its high half.
 """
 
@@ -26,12 +26,31 @@ import jax.numpy as jnp
 from jax import lax
 
 import layercomb_kernels
-from layercomb.layers.quantized.native import has_kernels, with_kernel
+from layercomb.layers.quantized import pieces
+from layercomb.layers.quantized.native import FEW, has_kernels, with_kernel
 from layercomb.layers.quantized.rows import IN_BOUNDS
 from layercomb.shapes import is_float
 
 BITS = (4, 8, 16)
 SCALES = '_scales'  # a narrow matrix stands at its path, and its scales at path + SCALES
+
+
+class Matrix:
+    """What layers may be given in the place of an array (*i, *o): a pytree with a product."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix; several ``i`` axes may be merged."""
+        raise NotImplementedError
+
+    def product(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """x times the matrix, summed over the ``i`` axes: (…, *i) → (…, *o).
+
+        Args:
+          x: (…, *i), floating.
+          dtype: of the result; None for the dtype of x.
+        """
+        raise NotImplementedError
 
 
 @functools.partial(
@@ -40,7 +59,7 @@ SCALES = '_scales'  # a narrow matrix stands at its path, and its scales at path
     meta_fields=['axes', 'bits'],
 )
 @dataclasses.dataclass(frozen=True)
-class Narrow:
+class Narrow(Matrix):
     """A matrix of narrow weights, with the products that layers need.
 
     Attributes:
@@ -104,8 +123,19 @@ class Narrow:
         n_i = self.axes.count('i')
         lead = x.shape[: x.ndim - n_i]
         x = x.reshape(math.prod(lead), math.prod(x.shape[len(lead) :]))  # (…, *i) → (M, D)
-        product = _product if self._has_kernels(len(x)) else _plain_product
-        return product(x, self).reshape(lead + self.values.shape[:-1]).astype(dtype or x.dtype)
+        product = _by_pieces if len(x) > FEW else _plain_product
+        product = _product if self._has_kernels(len(x)) else product
+        return (
+            product(x, self.as_rows())
+            .reshape(lead + self.values.shape[:-1])
+            .astype(dtype or x.dtype)
+        )
+
+    def as_rows(self) -> Narrow:
+        """The same weights as a matrix (F, D) of rows, its ``o`` axes merged."""
+        f = math.prod(self.values.shape[:-1])
+        merged = jax.tree.map(lambda x: x.reshape(f, x.shape[-1]), self)
+        return dataclasses.replace(merged, axes='io')
 
     def factored_product(self, x: jax.Array, modules: jax.Array) -> jax.Array:
         """y[m, s, f] = Σ_d x[m, d] A[s, d] W[f, d], with W a table of rows.
@@ -273,6 +303,22 @@ def _plain_product(x: jax.Array, w: Narrow) -> jax.Array:
     """The product by widened weights: (M, D) → (M, F) float32."""
     wide = w.wide_rows().reshape(-1, x.shape[1]).astype(x.dtype)  # (*o, D) → (F, D)
     return jnp.einsum('md,fd->mf', x, wide, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _by_pieces(x: jax.Array, w: Narrow) -> jax.Array:
+    """The product by rows that are widened a piece at a time: (M, D) → (M, F) float32."""
+    return pieces.product(x, w, Narrow.wide_rows)
+
+
+def _by_pieces_back(kept: Any, ct: jax.Array) -> tuple[jax.Array, None]:
+    like, w = kept
+    return pieces.product_back(ct, w, Narrow.wide_rows, like), None
+
+
+_by_pieces.defvjp(
+    lambda x, w: (_by_pieces(x, w), (jnp.zeros((0, *x.shape[1:]), x.dtype), w)), _by_pieces_back
+)
 
 
 def _plain_factored_product(x: jax.Array, modules: jax.Array, w: Narrow) -> jax.Array:
