@@ -75,14 +75,15 @@ class _PackedRowIterator(grain.DatasetIterator):
 
     def _fill(self) -> None:
         """Reads documents until enough wait."""
-        n_empty = 0
+        n_empty, n = 0, self._dataset.epoch
         while len(self._pool) < packing.WINDOW and self._next < len(self._documents):
             n_empty = 0 if self._wait(self._next, self._documents[self._next]) else n_empty + 1
             self._next += 1
-            if n_empty == self._dataset.epoch:
+            # One that is first in an epoch may be last in the next one.
+            if n_empty == 2 * n - 1 or n_empty == self._next == len(self._documents):
                 raise UsageError(
-                    f'none of the {n_empty:,} documents has a token to learn: give longer rows and '
-                    'a larger max_len, or other documents'
+                    f'none of the {n:,} documents has a token to learn: give longer rows and a '
+                    'larger max_len, or other documents'
                 )
 
     def _wait(self, number: int, document: Document) -> bool:

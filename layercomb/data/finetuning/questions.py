@@ -45,7 +45,10 @@ class Form:
         return (self.answer,) if self.prompt is None else (self.prompt, self.answer)
 
     def __str__(self) -> str:
-        return ' → '.join(self.columns)
+        if self.prompt is None:
+            return self.answer
+        more = f' (and {" or ".join(self.more)})' if self.more else ''
+        return f'{self.prompt}{more} → {self.answer}'
 
     def asked(self, row: Row, where: str) -> Asked:
         """What a row asks and answers.
@@ -106,7 +109,7 @@ def form_of(row: Row, where: str) -> Form:
       UsageError: if it has no known columns, listing those it has.
 
     >>> print(form_of({'instruction': 'Add.', 'input': '1, 1', 'output': '2', 'text': '…'}, ''))
-    instruction → output
+    instruction (and input or context) → output
     """
     for form in FORMS:
         if all(row.get(name) is not None for name in form.columns):
