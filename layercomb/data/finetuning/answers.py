@@ -66,7 +66,11 @@ class Texts:
         return getattr(self._given, 'chat', None)
 
     def inside(self, text: str) -> np.ndarray:
-        """The ids of a text without those that start and end one, (n,) int32."""
+        """The ids of a text without those that start and end one, (n,) int32.
+
+        Half of a surrogate pair, which JSON may hold, becomes U+FFFD.
+        """
+        text = text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
         if self._vocabulary is None:
             return self.tokenizer.encode(text)
         return np.array(self._vocabulary.encode(text, whole=False), np.int32)

@@ -33,11 +33,12 @@ def packed_documents(
 ) -> grain.IterDataset:
     """Returns batches of whole documents, as many in each row as fit.
 
-    A row is made of the document that waits longest and of the longest of the next 512 that fit
-    beside it. Segments say which document a position belongs to: positions with different numbers
-    are not to see each other, as `TrainTask(packed=True)` has it. A document of n tokens takes
-    n − 1 positions: nothing is predicted from its last one. What follows its last weighted token is
-    left out, and so is a document without one. In an epoch each document comes once.
+    A row is made of the document that waits longest and of the longest that fit beside it, of the
+    next 256 (or more, if they fill less than four rows). Segments say which document a position
+    belongs to: positions with different numbers are not to see each other, as
+    `TrainTask(packed=True)` has it. A document of n tokens takes n − 1 positions: nothing is
+    predicted from its last one. What follows its last weighted token is left out, and so is a
+    document without one. In an epoch each document comes once.
 
     The batches depend on the arguments alone. The state of the iterator is small and exact: it
     holds the numbers of the documents that wait, which are read again when it is resumed. With

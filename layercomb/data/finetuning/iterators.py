@@ -76,7 +76,7 @@ class _PackedRowIterator(grain.DatasetIterator):
     def _fill(self) -> None:
         """Reads documents until enough wait."""
         n_empty, n = 0, self._dataset.epoch
-        while len(self._pool) < packing.WINDOW and self._next < len(self._documents):
+        while not self._pool.full and self._next < len(self._documents):
             n_empty = 0 if self._wait(self._next, self._documents[self._next]) else n_empty + 1
             self._next += 1
             # One that is first in an epoch may be last in the next one.

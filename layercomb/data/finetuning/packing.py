@@ -10,7 +10,8 @@ import numpy as np
 
 from layercomb.data.packing import Arrays
 
-WINDOW = 512  # documents that wait; with more, rows hardly get fuller
+WINDOW = 256  # documents that wait; with more, rows hardly get fuller
+_ROWS = 4  # rows that they fill at least
 
 
 class Pool:
@@ -32,6 +33,7 @@ class Pool:
     def __init__(self, length: int):
         self.length = length
         self._sizes: dict[int, int] = {}
+        self._waiting = 0  # positions
         self._sorted: list[tuple[int, int]] = []  # (size, −number): of one size, the oldest is last
 
     def __len__(self) -> int:
@@ -42,6 +44,11 @@ class Pool:
         """The numbers of the documents, sorted."""
         return sorted(self._sizes)
 
+    @property
+    def full(self) -> bool:
+        """Whether there is enough to choose from."""
+        return len(self) >= WINDOW and self._waiting >= _ROWS * self.length
+
     def add(self, number: int, size: int) -> None:
         """Lets a document wait.
 
@@ -50,6 +57,7 @@ class Pool:
           size: its positions, at most `length`.
         """
         self._sizes[number] = size
+        self._waiting += size
         bisect.insort(self._sorted, (size, -number))
 
     def take(self) -> list[int]:
@@ -61,6 +69,7 @@ class Pool:
             taken.append(-number)
             del self._sizes[-number]
             room -= size
+            self._waiting -= size
             at = bisect.bisect_right(self._sorted, (room, math.inf)) - 1
         return taken
 
@@ -128,7 +137,7 @@ def n_rows(sizes: Sequence[int], length: int) -> int:
     while True:
         for number, size in numbers:
             pool.add(number, size)
-            if len(pool) == WINDOW:
+            if pool.full:
                 break
         if not len(pool):
             return rows

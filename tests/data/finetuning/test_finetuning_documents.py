@@ -303,6 +303,8 @@ def test_plain_prompts_and_answers():
     asked = {'instruction': 'Add.', 'input': '1, 2', 'output': '3'}
     assert text(asked) == (b'Add.\n\n1, 2\n\n3\0', b'3\0')
     assert text({'prompt': 'The c', 'completion': 'at'}) == (b'The cat\0', b'at\0')
+    halves = {'prompt': '\ud83c\udf89', 'completion': '\ud800'}  # as JSON may hold
+    assert text(halves) == ('🎉\ufffd\0'.encode(), '\ufffd\0'.encode())
 
 
 def test_a_bos_stands_before_plain_texts_if_the_tokenizer_puts_it_there():
