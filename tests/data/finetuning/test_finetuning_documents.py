@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
 from layercomb import data
@@ -28,6 +30,9 @@ def gpt2(template=CHATML):
     backend = tokenizers.Tokenizer.from_file(str(GPT2 / 'tokenizer.json'))
     end = backend.token_to_id('<|im_end|>')
     return PretrainedTokenizer(backend, eos_id=end, bos_id=0, chat=template)
+
+
+GPT2_CHAT = gpt2()
 
 
 def words(template=None, bos=False, **more):
@@ -160,6 +165,60 @@ def test_a_token_that_reaches_over_the_beginning_of_an_answer_belongs_to_it():
     tokenizer = PretrainedTokenizer(backend, eos_id=0, chat=template)
     assert told([user('b'), bot('ab')], tokenizer) == 'U : b . B [:a] [b] [.]'
     assert told([user('b'), bot('ba')], tokenizer) == 'U : b . B : [b] [a] [.]'
+
+
+# The dialects of a few families, shortened.
+MISTRAL = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    '{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}'
+)
+GEMMA = (
+    '{{ bos_token }}{% for m in messages %}'
+    "{{ '<' + ('model' if m.role == 'assistant' else m.role) }}>"
+    "{{ m.content | trim }}<|im_end|>{{ '\n' }}{% endfor %}"
+    '{% if add_generation_prompt %}<model>{% endif %}'
+)
+QWEN3 = (
+    "{% for m in messages %}{{ '<' + m.role + '>' }}"
+    "{% if m.role == 'assistant' and loop.last and '</think>' not in m.content %}"
+    "{{ '<think></think>' }}{% endif %}"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+    '<|im_end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}'
+)
+
+
+@pytest.mark.parametrize(
+    'template, wanted',
+    [
+        (MISTRAL, [' Hello!<|im_end|>', '  Yes<|im_end|>']),
+        (GEMMA, ['Hello!<|im_end|>', 'Yes<|im_end|>']),
+        (QWEN3, ['<think></think> Yes<|im_end|>']),
+    ],
+)
+def test_dialects_of_templates(template, wanted):
+    tokenizer = gpt2(ChatTemplate(template, {'bos_token': '<|endoftext|>'}))
+    messages = [user('Hi'), bot('Hello!'), user('2?'), bot(' Yes')]
+    assert answers_of(data.chat([{'messages': messages}], tokenizer)[0], tokenizer) == wanted
+
+
+def answers_of(document, tokenizer):
+    ids, weights = document
+    runs = np.split(ids, np.flatnonzero(np.diff(weights)) + 1)[1::2]
+    return [tokenizer.vocabulary.backend.decode(run.tolist(), False) for run in runs]
+
+
+CONTENTS = st.text('ab \n?é<|', min_size=1, max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(CONTENTS, CONTENTS.filter(str.strip)), min_size=1, max_size=4))
+def test_what_is_learnt_is_what_the_assistant_says(turns):
+    messages = [m for asked, said in turns for m in (user(asked), bot(said))]
+    learnt = answers_of(data.chat([{'messages': messages}], GPT2_CHAT)[0], GPT2_CHAT)
+    for (_, said), text in zip(turns, learnt, strict=True):
+        # A token of several line ends may reach over the beginning of the answer.
+        assert text.endswith(said + '<|im_end|>')
+        assert not text.removesuffix(said + '<|im_end|>').strip('\n')
 
 
 def test_special_tokens_that_a_user_types_do_not_make_answers():
