@@ -44,7 +44,7 @@ ROOMS = [
 HEAVY = [
     'tensorflow', 'tensorflow_datasets', 'grain', 'orbax', 'gin', 'matplotlib', 'tensorboardX',
     'optax', 'torch', 'tqdm', 'sentencepiece', 'tokenizers', 'safetensors', 'pandas', 'starlette',
-    'uvicorn', 'flatbuffers', 'gguf', 'jinja2',
+    'uvicorn', 'flatbuffers', 'gguf', 'jinja2', 'pyarrow', 'datasets',
 ]  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """Sources of text and examples, and the pipelines that make batches of them.
 
-A source is a sequence: documents (str or bytes), or examples (inputs, targets, loss_weights). A
-pipeline turns a source into a `grain.IterDataset` of batches of numpy arrays, whose iterator can be
+A source is a sequence: documents (str or bytes), or examples (inputs, targets, loss_weights). For
+fine-tuning, `chat`, `instructions` and `text_folder` make documents of tokens, (ids, weights), of
+people's own text; `length_report` measures them, and `packed_documents` makes batches. A pipeline
+turns a source into a `grain.IterDataset` of batches of numpy arrays, whose iterator can be
 stopped and resumed exactly.
 """
 
@@ -11,6 +13,10 @@ from layercomb.data.corpora.drawn import shapes
 from layercomb.data.corpora.images import cifar10, imagenet64, png_images, subpixels
 from layercomb.data.corpora.published import c4, scientific_papers
 from layercomb.data.corpora.wikipedia import enwik8
+from layercomb.data.finetuning.batches import packed_documents
+from layercomb.data.finetuning.documents import Document, chat, instructions
+from layercomb.data.finetuning.report import LengthReport, length_report
+from layercomb.data.finetuning.text import text_folder
 from layercomb.data.ngrams import witten_bell_bits_on_batches, witten_bell_bits_per_byte
 from layercomb.data.pairs import continuations, pairs
 from layercomb.data.pipelines import batches, bucketed, packed
@@ -20,11 +26,14 @@ from layercomb.data.tokenizers import ByteTokenizer, Tokenizer
 
 __all__ = [
     'ByteTokenizer',
+    'Document',
+    'LengthReport',
     'Tokenizer',
     'about_layercomb',
     'batches',
     'bucketed',
     'c4',
+    'chat',
     'cifar10',
     'continuations',
     'copy',
@@ -32,7 +41,10 @@ __all__ = [
     'duplication',
     'enwik8',
     'imagenet64',
+    'instructions',
+    'length_report',
     'packed',
+    'packed_documents',
     'pairs',
     'png_images',
     'python_docstrings',
@@ -41,6 +53,7 @@ __all__ = [
     'shapes',
     'subpixels',
     'text_files',
+    'text_folder',
     'tfds',
     'witten_bell_bits_on_batches',
     'witten_bell_bits_per_byte',

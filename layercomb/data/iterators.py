@@ -18,7 +18,7 @@ _BATCHES_AHEAD = 4  # batches made before they are asked for
 _SAMPLES = 8  # examples whose checksums identify a data set
 
 
-class _ReadAhead:
+class ReadAhead:
     """The elements of a data set by index; the next few are read ahead in a thread.
 
     The interpreter waits for the thread of an executor when it exits. A daemon thread may be killed
@@ -180,7 +180,7 @@ class _PackedIterator(grain.DatasetIterator):
     def __init__(self, dataset: PackedDocuments):
         super().__init__()
         self._length, self._tokenizer = dataset.length, dataset.tokenizer
-        self._documents = _ReadAhead(dataset.documents)
+        self._documents = ReadAhead(dataset.documents)
         self._document = self._offset = 0
         self._encoded: tuple[int, np.ndarray] | None = None
 
@@ -250,7 +250,7 @@ class _BucketIterator(grain.DatasetIterator):
     def __init__(self, dataset: Buckets):
         super().__init__()
         self._boundaries, self._batch_sizes = dataset.boundaries, dataset.batch_sizes
-        self._examples, self._ahead = dataset.examples, _ReadAhead(dataset.examples)
+        self._examples, self._ahead = dataset.examples, ReadAhead(dataset.examples)
         self._next = 0
         self._waiting: list[list[int]] = [[] for _ in dataset.boundaries]
         self._fetched: dict[int, Arrays] = {}

@@ -61,7 +61,7 @@ def batches(
             f'batches takes (inputs, targets, loss_weights), and the source holds '
             f'{type(first).__name__}: use data.packed or data.bucketed for documents'
         )
-    examples = _in_order(source, seed, shuffle, num_epochs)
+    examples = in_order(source, seed, shuffle, num_epochs)
     from layercomb.data import iterators
 
     padding = None if num_epochs is None else tuple(np.zeros_like(x) for x in first)
@@ -117,7 +117,7 @@ def packed(
         if not any(tokenizer.encode(source[i]).size for i in range(len(source))):
             raise nothing
         return _streamed(
-            _in_order(source, seed, shuffle, num_epochs),
+            in_order(source, seed, shuffle, num_epochs),
             length, batch_size, tokenizer, shard, endless=num_epochs is None,
         )  # fmt: skip
     stream = token_stream(source, tokenizer)
@@ -182,7 +182,7 @@ def bucketed(
         )
     tokenizer = adapted(tokenizer, 'bucketed')
     index, count = checks.shard('bucketed', shard)
-    documents = _in_order(checks.source('bucketed', source), seed, shuffle, num_epochs)
+    documents = in_order(checks.source('bucketed', source), seed, shuffle, num_epochs)
     from layercomb.data import iterators
 
     examples = documents.map(partial(_as_example, tokenizer=tokenizer))
@@ -190,9 +190,10 @@ def bucketed(
     return dataset.map(partial(_rows, index, count))
 
 
-def _in_order(
+def in_order(
     source: Source[Any], seed: int, shuffle: bool, num_epochs: int | None
 ) -> grain.MapDataset:
+    """The elements of a source epoch by epoch, with random access; None repeats them for ever."""
     grain = require('grain', 'train')
     dataset = grain.MapDataset.source(source)
     if shuffle:

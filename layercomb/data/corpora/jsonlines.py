@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import zlib
@@ -66,13 +67,10 @@ class JsonLines(Sequence[tuple[bytes, ...]]):
         """Of each line the file, its number, and its start in the file or, from gzip, its text."""
         found = []
         for path in self.paths:
-            try:
-                for i, line in _lines(path):
+            with unreadable(path, f'give {self.cure}'):
+                for i, line in lines(path):
                     if i % _OF in self.share:
                         found.append((path, i + 1, line))
-            except (OSError, EOFError, zlib.error) as e:
-                cause = getattr(e, 'strerror', None) or e
-                raise UsageError(f'cannot read {path} ({cause}): give {self.cure}') from None
         if not found:
             more = f' and {len(self.paths) - 1} more' if len(self.paths) > 1 else ''
             raise UsageError(
@@ -106,8 +104,30 @@ def share_of(split: str, splits: Sequence[str]) -> frozenset[int]:
     return ALL - {_LINES[other] for other in splits if other != 'train'}
 
 
-def _lines(path: str) -> Iterator[tuple[int, int | bytes]]:
-    """The number of each line that is not blank, and its text (gzip) or its start in the file."""
+@contextlib.contextmanager
+def unreadable(path: str, cure: str) -> Iterator[None]:
+    """Turns errors of reading a file into a UsageError.
+
+    Args:
+      path: of the file, for the message.
+      cure: what to do about it.
+
+    Raises:
+      UsageError: for errors of the operating system, and for damaged gzip files.
+    """
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as e:
+        cause = getattr(e, 'strerror', None) or e
+        raise UsageError(f'cannot read {path} ({cause}): {cure}') from None
+
+
+def lines(path: str) -> Iterator[tuple[int, int | bytes]]:
+    """The number of each line that is not blank, and its text (gzip) or its start in the file.
+
+    Args:
+      path: of a file; one that ends in '.gz' is decompressed.
+    """
     compressed = path.endswith('.gz')
     at = 0
     with gzip.open(path) if compressed else open(path, 'rb') as file:

@@ -1,0 +1,126 @@
+"""Documents as batches, several in each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layercomb.checks import Size, checked
+from layercomb.data import checks
+from layercomb.data.checks import Seed, Shard, Source
+from layercomb.data.finetuning.documents import Document
+from layercomb.data.finetuning.packing import n_positions
+from layercomb.data.pipelines import in_order
+from layercomb.errors import UsageError
+
+if TYPE_CHECKING:
+    import grain
+
+
+@checked
+def packed_documents(
+    documents: Source[Document],
+    length: Size,
+    batch_size: Size,
+    *,
+    seed: Seed = 0,
+    shuffle: bool = True,
+    num_epochs: Size | None = None,
+    shard: Shard = (0, 1),
+) -> grain.IterDataset:
+    """Returns batches of whole documents, as many in each row as fit.
+
+    A row is made of the document that waits longest and of the longest that fit beside it, of the
+    next 256 (or more, if they fill less than four rows). Segments say which document a position
+    belongs to: positions with different numbers are not to see each other, as
+    `TrainTask(packed=True)` has it. A document of n tokens takes n − 1 positions: nothing is
+    predicted from its last one. What follows its last weighted token is left out, and so is a
+    document without one. In an epoch each document comes once.
+
+    The batches depend on the arguments alone. The state of the iterator is small and exact: it
+    holds the numbers of the documents that wait, which are read again when it is resumed. With
+    `shard=(i, n)`, n hosts share the rows of batches n times as large, and each reads all
+    documents.
+
+    Args:
+      documents: a sequence of (ids, weights), such as `chat` returns.
+      length: positions of a row, L.
+      batch_size: rows of a batch, B, on this host.
+      seed: of the order.
+      shuffle: whether to take the documents in another order each epoch.
+      num_epochs: how often to go through the documents; None for ever. At the end the last batch is
+        filled with rows of weight 0.
+      shard: (index, count) of this host.
+
+    Returns:
+      A data set of (inputs, segments, targets, loss_weights), (B, L) int32, int32, int32, float32.
+      In a row, segments count from 1 and do not decrease; padding has the number after the last,
+      token 0 and weight 0.
+
+    Raises:
+      TypeError: if an argument has the wrong type, or an element is no document.
+      ValueError: if one is out of range, or there are no documents.
+      UsageError: if Grain is not installed; while it is read, if a document does not fit into a
+        row, or none has a weighted token.
+
+    >>> documents = [(np.arange(n), np.ones(n, np.float32)) for n in (4, 5, 3)]
+    >>> (batch,) = packed_documents(documents, 6, 2, shuffle=False, num_epochs=1)
+    >>> for x in batch[:2]:
+    ...     print(x)
+    [[0 1 2 0 1 0]
+     [0 1 2 3 0 0]]
+    [[1 1 1 2 2 3]
+     [1 1 1 1 2 2]]
+    """
+    shard = checks.shard('packed_documents', shard)
+    fitting = _Fitting(checks.source('packed_documents', documents, 'documents'), length)
+    ordered = in_order(fitting, seed, shuffle, num_epochs)
+    from layercomb.data.finetuning import iterators
+
+    return iterators.PackedRows(ordered, length, batch_size, shard, len(fitting))
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitting(Sequence[Document]):
+    """Documents, each of which proves to fit into a row when it is asked for.
+
+    Attributes:
+      documents: a sequence of them.
+      length: positions of a row.
+    """
+
+    documents: Sequence[Document]
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: Any) -> Any:
+        document = self.documents[index]
+        if not _is_document(document):
+            raise TypeError(
+                'packed_documents takes documents (ids, weights), 1-D arrays of one length, and '
+                f'the source holds {document!r:.60}: give e.g. data.chat(…)'
+            )
+        needed = n_positions(document[1])
+        if needed > self.length:
+            name = getattr(self.documents, 'where', 'document {}'.format)(index)
+            raise UsageError(
+                f'{name} needs {needed:,} positions, and a row has {self.length:,}: give '
+                f'max_len={self.length + 1} where documents are made, or longer rows'
+            )
+        return document
+
+
+def _is_document(document: Any) -> bool:
+    if not isinstance(document, tuple) or len(document) != 2:
+        return False
+    ids, weights = document
+    return (
+        all(isinstance(x, np.ndarray) and x.ndim == 1 for x in document)
+        and ids.size == weights.size
+        and (not ids.size or (ids.dtype.kind in 'iu' and weights.dtype.kind == 'f'))
+    )

@@ -1,0 +1,103 @@
+"""The Grain data set of packed rows. This imports Grain, so only `packed_documents` imports it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grain
+import numpy as np
+
+from layercomb.data.finetuning import packing
+from layercomb.data.finetuning.documents import Document
+from layercomb.data.iterators import ReadAhead, identity_of
+from layercomb.data.packing import Arrays
+from layercomb.errors import UsageError
+
+
+class PackedRows(grain.IterDataset):
+    """Batches of rows, each of which several documents share: see `packed_documents`.
+
+    The state is the number of the next document and of those that wait.
+
+    Attributes:
+      documents: (ids, weights) with random access, already shuffled and repeated.
+      length: positions of a row.
+      batch_size: rows of a batch, on this host.
+      shard: (index, count) of this host.
+      epoch: how many documents an epoch has.
+    """
+
+    def __init__(
+        self,
+        documents: grain.MapDataset,
+        length: int,
+        batch_size: int,
+        shard: tuple[int, int],
+        epoch: int,
+    ):
+        super().__init__(documents)
+        self.documents, self.length, self.epoch = documents, length, epoch
+        self.batch_size, self.shard = batch_size, shard
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackedRowIterator(self)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of a batch of all hosts together."""
+        return self.batch_size * self.shard[1]
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the data when a run is resumed: see `identity_of`."""
+        return {'length': self.length, **identity_of(self.documents)}
+
+
+class _PackedRowIterator(grain.DatasetIterator):
+    def __init__(self, dataset: PackedRows):
+        super().__init__()
+        self._dataset = dataset
+        self._documents = ReadAhead(dataset.documents)
+        self._next = 0
+        self._pool = packing.Pool(dataset.length)
+        self._read: dict[int, Document] = {}
+
+    def __next__(self) -> Arrays:
+        given, (index, count) = self._dataset, self._dataset.shard
+        rows = []
+        for i in range(given.n_rows):
+            self._fill()
+            taken = [self._read.pop(n) for n in self._pool.take()] if self._pool else []
+            if not taken and not i:
+                raise StopIteration
+            if i % count == index:
+                rows.append(packing.row(taken, given.length))
+        return tuple(np.stack(column) for column in zip(*rows, strict=True))
+
+    def _fill(self) -> None:
+        """Reads documents until enough wait."""
+        n_empty, n = 0, self._dataset.epoch
+        while not self._pool.full and self._next < len(self._documents):
+            n_empty = 0 if self._wait(self._next, self._documents[self._next]) else n_empty + 1
+            self._next += 1
+            # One that is first in an epoch may be last in the next one.
+            if n_empty == 2 * n - 1 or n_empty == self._next == len(self._documents):
+                raise UsageError(
+                    f'none of the {n:,} documents has a token to learn: give longer rows and a '
+                    'larger max_len, or other documents'
+                )
+
+    def _wait(self, number: int, document: Document) -> bool:
+        """Lets a document wait; False if nothing in it is weighted."""
+        size = packing.n_positions(document[1])
+        if size:
+            self._pool.add(number, size)
+            self._read[number] = document
+        return size > 0
+
+    def get_state(self) -> dict[str, Any]:
+        return {'next': self._next, 'waiting': self._pool.waiting}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._next, self._pool, self._read = state['next'], packing.Pool(self._dataset.length), {}
+        for number in state['waiting']:
+            self._wait(number, self._dataset.documents[number])
