@@ -288,7 +288,7 @@ def share_right(model, tokenizer):
         some = rows[i : i + 32]
         prompts = [tokenizer.encode_chat(row['messages'][:1]) for row in some]
         made = decoding.generate(
-            model, prompts, 32, temperature=0.0, eos_id=tuple(tokenizer.stop_ids)[0]
+            model, prompts, 32, temperature=0.0, eos_id=next(iter(tokenizer.stop_ids))
         )
         for row, tokens in zip(some, np.asarray(made), strict=True):
             right += row['key'].lower() in tokenizer.decode(tokens).lower()
