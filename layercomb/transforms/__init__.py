@@ -9,6 +9,7 @@ from layercomb.transforms.casting import Cast, cast
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
 from layercomb.transforms.rewriting import rewrite
+from layercomb.transforms.segments import Segmented, segmented
 from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.unstacking import unstack, unstack_state
@@ -17,6 +18,7 @@ from layercomb.transforms.weight_axes import axes
 __all__ = [
     'Cast',
     'Quantized',
+    'Segmented',
     'Tied',
     'TiedRows',
     'axes',
@@ -27,6 +29,7 @@ __all__ = [
     'narrow_paths',
     'quantize',
     'rewrite',
+    'segmented',
     'unstack',
     'unstack_state',
 ]
