@@ -18,9 +18,10 @@ from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.positionwise import of_sublayers, unsaid
 from layercomb.layers.metrics.metric import Metric
-from layercomb.layers.state.counted import count_only, put_counted, take_counted
+from layercomb.layers.state.counted import Counted, put_counted, take_counted, tell
 from layercomb.layers.state.parts import AuxLoss
 from layercomb.shapes import Signature
+from layercomb.transforms.segments import Segmented
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
@@ -124,6 +125,8 @@ def _attach(
     """`net` with its losses; `whole` takes all of it for the head if it is position-wise."""
     if isinstance(net, Tied):
         return net.replace(layer=_attach(net.layer, losses, chunk_len, whole))
+    if isinstance(net, Segmented):  # which stay where they are, before targets and weights
+        return net.replace(layer=_attach(net.layer, losses, chunk_len, whole), at=net.place)
     is_head = whole and net.position_wise is True
     if type(net) is Serial and net.layers and not is_head:
         named = [layer.replace(name=key) for key, layer in zip(net.keys, net.layers, strict=True)]
@@ -255,20 +258,15 @@ def _counts(net: Layer) -> bool:
 
 def _given(net: Layer, counted: jax.Array) -> Tree:
     """What `put_counted` puts into the state of a model."""
-    given: Tree = count_only({}, counted) if net.counts_positions else {}
-    averaging = [layer for layer in net.sublayers if _counts(layer)]
-    if averaging and not net.carries_counted:
-        warnings.warn(
-            f'{type(net).__name__} holds {type(averaging[0]).__name__}, and does not tell it which '
-            'positions count, so padding counts there: set carries_counted = True on a class that '
-            'passes its state on unchanged, or by tl.take_counted and tl.put_counted',
-            UsageWarning,
-            stacklevel=2,
-        )
-    else:
-        if isinstance(net, Wrapper) and net.reads_memory:
-            counted = counted.any(tuple(range(1, counted.ndim)))
-        for key, layer in net.children:
-            if inner := _given(layer, counted):
-                given = put_counted(given, {key: inner} if key else inner)
-    return given
+    for _, layer in walk(net, enter=lambda layer: layer.carries_counted):
+        averaging = [each for each in layer.sublayers if _counts(each)]
+        if averaging and not layer.carries_counted:
+            warnings.warn(
+                f'{type(layer).__name__} holds {type(averaging[0]).__name__}, and does not tell it '
+                'which positions count, so padding counts there: set carries_counted = True on a '
+                'class that passes its state on unchanged, or by tl.take_counted and '
+                'tl.put_counted',
+                UsageWarning,
+                stacklevel=2,
+            )
+    return tell(net, lambda layer: layer.counts_positions, Counted(counted))

@@ -25,7 +25,7 @@ from layercomb.supervised import Callback, Loop, steps
 from layercomb.supervised.decoding.prompts import Start, begin, given
 from layercomb.supervised.decoding.sampling import Sampler
 from layercomb.supervised.fit import check_arguments, check_arity, check_fit, on_device
-from layercomb.supervised.tasks import EvalTask, TrainTask, check_count
+from layercomb.supervised.tasks import EvalTask, TrainTask, check_count, reading
 from layercomb.trees import Tree
 
 _LOOP = inspect.signature(Loop).parameters
@@ -122,7 +122,7 @@ class Experiment:
         return {name: getattr(self, name) for name in _OPTIONS}
 
     def batch_signature(self) -> Signature:
-        """The signature of a batch: inputs, targets and loss weights.
+        """The signature of a batch: inputs, segments if packed, targets and loss weights.
 
         Raises:
           UsageError: if the data has no batch.
@@ -148,7 +148,7 @@ class Experiment:
           UsageError: if the data has no batch, or one that does not fit.
         """
         first = _first_batch(self.train_task.data)
-        check_arity(self.model, first, 'the data')
+        check_arity(self.train_task, self.model, first, 'the data')
         abstract = self.abstract(on_device(first[: self.model.n_in]))
         check_fit(self.model, *abstract, self.train_task, self.eval_tasks, first)
         self.check_sample()
@@ -186,7 +186,7 @@ class Experiment:
         step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
         carry = steps.Carry(trainable, state, opt_state, step_number)
         step: Any = steps.compiled(
-            self.model, task.loss, optimizer, task.accumulate, task.loss_chunk_len
+            reading(task, self.model), task.loss, optimizer, task.accumulate, task.loss_chunk_len
         )
         key = jax.eval_shape(jax.random.key, 0)
         memory = step.lower(carry, frozen, key, signature).compile().memory_analysis()

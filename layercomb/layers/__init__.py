@@ -131,6 +131,7 @@ from layercomb.layers.sparse.switch import SwitchFF
 from layercomb.layers.state.counted import counted_positions, put_counted, take_counted
 from layercomb.layers.state.decisions import decide
 from layercomb.layers.state.parts import AuxLoss
+from layercomb.layers.state.segments import segments_of
 
 __all__ = [
     'F1',
@@ -265,6 +266,7 @@ __all__ = [
     'put_counted',
     'recomputes',
     'seek',
+    'segments_of',
     'sparse_qkv',
     'take_counted',
     'weighted_mean',

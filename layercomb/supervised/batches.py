@@ -67,6 +67,29 @@ def check_loss_weights(batch: Batch, where: str) -> None:
         )
 
 
+def check_segments(batch: Batch, where: str) -> None:
+    """Raises a UsageError unless the third array from the end numbers the documents of each row.
+
+    Args:
+      batch: (inputs…, segments, targets, loss_weights).
+      where: what messages call the batch.
+    """
+    segments, shape = np.asarray(batch[-3]), np.shape(batch[0])[:2]
+    if segments.dtype.kind not in 'iu' or segments.shape != shape or len(shape) != 2:
+        raise UsageError(
+            f'{where}: segments are {segments.dtype}{list(segments.shape)}: give integers '
+            f'{list(shape)}, the number of the document that each position belongs to'
+        )
+    falls = segments[:, 1:] < segments[:, :-1]
+    if falls.any():
+        row, at = np.argwhere(falls)[0]
+        raise UsageError(
+            f'{where}: segments fall from {segments[row, at]} to {segments[row, at + 1]} at '
+            f'position {at + 1} of row {row}: number documents as they stand in a row, and padding '
+            'at its end by one more'
+        )
+
+
 @contextlib.contextmanager
 def made(what: str) -> Iterator[None]:
     """Turns an error in making a batch into a UsageError that names the batch.

@@ -17,10 +17,9 @@ from layercomb.errors import UsageError, UsageWarning
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.metrics.metric import Metric
-from layercomb.model import check_tokens
 from layercomb.supervised.batches import Batch, check_loss_weights, made, shaped_unlike
-from layercomb.supervised.fit import check_arity, no_batch
-from layercomb.supervised.tasks import EvalTask
+from layercomb.supervised.fit import check_arity, check_inputs, no_batch
+from layercomb.supervised.tasks import EvalTask, reading
 from layercomb.trees import Tree
 
 _MANY = 10_000  # batches after which an evaluation without n_batches warns that it may not end
@@ -51,7 +50,7 @@ def evaluate(
     measured = {}
     for task in (tasks,) if isinstance(tasks, EvalTask) else tasks:
         metrics = cast(tuple[Metric, ...], task.metrics)  # made one by the task
-        step = compiled(net, metrics, task.loss_chunk_len)
+        step = compiled(reading(task, net), metrics, task.loss_chunk_len)
         sums = _run(task, net, functools.partial(step, weights, state))
         for metric, of_metric in zip(metrics, sums, strict=True):
             name = f'{task.name}/{metric.label}'
@@ -112,12 +111,9 @@ def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[list[n
 def _check_batch(task: EvalTask, net: Layer, batch: Batch, where: str, is_first: bool) -> None:
     """Raises unless a batch has the model's inputs, known tokens and no negative loss weight."""
     if is_first:
-        check_arity(net, batch, f'EvalTask {task.name!r}')
+        check_arity(task, net, batch, f'EvalTask {task.name!r}')
     check_loss_weights(batch, where)
-    try:
-        check_tokens(net, batch[: net.n_in])
-    except ValueError as e:
-        raise UsageError(f'{where}: {e}') from None
+    check_inputs(task, net, batch, where)
 
 
 def _sum(of_batches: Sequence[Any]) -> np.ndarray:

@@ -69,7 +69,7 @@ def fingerprint(
         'loss': _text(task.loss),
         'optimizer': _optimizer(optimizer, trainable),
         'trainable': _frozen(trainable),
-        'data': {'known': known, **_data(first)},
+        'data': {'known': known, **({'packed': True} if task.packed else {}), **_data(first)},
         'batch_size': n_rows(first) if rows is None else rows,
         'seed': int(seed),
     }
@@ -181,6 +181,9 @@ def _of_optimizers(then: Fingerprint, now: Fingerprint) -> str | None:
 
 
 def _of_data(old: dict[str, Any], new: dict[str, Any], same_size: bool) -> str | None:
+    was, is_now = ('packed' if x.get('packed') else 'not packed' for x in (old, new))
+    if was != is_now:
+        return f'rows are {was} there, {is_now} here'
     known, others = old['known'], new['known']
     if known.get('n') != others.get('n'):
         return f'the data has {known.get("n")} examples there, {others.get("n")} here'

@@ -17,9 +17,15 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.model import Model, check_tokens, seeded
 from layercomb.shapes import Signature, signature_of
-from layercomb.supervised.batches import Batch, made
+from layercomb.supervised.batches import Batch, check_segments, made
 from layercomb.supervised.callbacks import check_callbacks
-from layercomb.supervised.tasks import EvalTask, TrainTask, check_count, lower_is_better
+from layercomb.supervised.tasks import (
+    EvalTask,
+    TrainTask,
+    check_count,
+    lower_is_better,
+    reading,
+)
 from layercomb.trees import Tree
 
 
@@ -51,12 +57,9 @@ def check_fit(
             'choose a batch size that it divides'
         )
 
-    def trace(metrics: Any, chunk_len: int | None, batch: Batch, where: str, mode: Mode) -> None:
-        try:
-            check_tokens(net, batch[: net.n_in])
-        except ValueError as e:
-            raise UsageError(f'{where}: {e}') from None
-        scored = losses.attach(net, metrics, chunk_len)
+    def trace(task: Any, metrics: Any, batch: Batch, where: str, mode: Mode) -> None:
+        check_inputs(task, net, batch, where)
+        scored = losses.attach(reading(task, net), metrics, task.loss_chunk_len)
 
         def run(weights: Tree, state: Tree, batch: Batch, rng: jax.Array) -> Any:
             given = weights, state, batch, batch[-1]
@@ -66,30 +69,54 @@ def check_fit(
         jax.eval_shape(run, weights, state, on_device(batch), key)
 
     where = 'the batch of step 1'
-    trace(train_task.loss, train_task.loss_chunk_len, first, where, Mode.TRAIN)
+    trace(train_task, train_task.loss, first, where, Mode.TRAIN)
     for task in eval_tasks:
         where = f'EvalTask {task.name!r}'
         with made(f'{where}, batch 1'):
             batch = next(task.batches(), None)
         if batch is None:
             raise no_batch(task)
-        check_arity(net, batch, where)
-        trace(task.metrics, task.loss_chunk_len, batch, f'{where}, batch 1', Mode.EVAL)
+        check_arity(task, net, batch, where)
+        trace(task, task.metrics, batch, f'{where}, batch 1', Mode.EVAL)
 
 
-def check_arity(net: Layer, batch: Batch, where: str) -> None:
+def check_arity(task: TrainTask | EvalTask, net: Layer, batch: Batch, where: str) -> None:
     """Raises a TypeError unless a batch has the model's inputs, targets and loss weights.
 
     Args:
+      task: whose batch it is; if it is packed, segments follow the inputs.
       net: the model.
-      batch: a tuple of ``net.n_in + 2`` arrays, if it is right.
+      batch: a tuple of ``net.n_in + 2`` arrays, or one more, if it is right.
       where: what messages call the data.
     """
-    if len(batch) != net.n_in + 2:
-        raise TypeError(
-            f'the model takes {net.n_in} inputs, so a batch is {net.n_in + 2} arrays (inputs…, '
-            f'targets, loss_weights), and {where} yields {len(batch)}: check the data'
-        )
+    n = net.n_in + 2 + task.packed
+    if len(batch) == n:
+        return
+    cure = 'check the data'
+    if len(batch) == n + 1 and not task.packed:
+        cure = f'if it packs documents, say {type(task).__name__}(…, packed=True), or {cure}'
+    raise TypeError(
+        f'the model takes {net.n_in} inputs, so a {"packed " * task.packed}batch is {n} arrays '
+        f'(inputs…, {"segments, " * task.packed}targets, loss_weights), and {where} yields '
+        f'{len(batch)}: {cure}'
+    )
+
+
+def check_inputs(task: TrainTask | EvalTask, net: Layer, batch: Batch, where: str) -> None:
+    """Raises a UsageError for what compiled code could not refuse: tokens, and segments if packed.
+
+    Args:
+      task: whose batch it is.
+      net: the model.
+      batch: of as many arrays as `check_arity` wants.
+      where: what messages call the batch.
+    """
+    try:
+        check_tokens(net, batch[: net.n_in])
+    except ValueError as e:
+        raise UsageError(f'{where}: {e}') from None
+    if task.packed:
+        check_segments(batch, where)
 
 
 def no_batch(task: EvalTask) -> UsageError:

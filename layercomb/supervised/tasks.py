@@ -14,10 +14,12 @@ from layercomb import trees
 from layercomb.checks import Bound, Size, check_value
 from layercomb.errors import require
 from layercomb.layers.basic.dense import Dense
+from layercomb.layers.core.layer import Layer
 from layercomb.layers.metrics.metric import Metric
 from layercomb.optimizers.tensors import bound
 from layercomb.supervised import updates
 from layercomb.supervised.batches import Batch, check_data, checked, is_endless
+from layercomb.transforms.segments import segmented
 from layercomb.trees import Tree
 
 _ClipNorm = Annotated[float, Bound(above=0)] | None
@@ -45,6 +47,9 @@ class TrainTask:
       loss_chunk_len: how many positions of logits exist at a time; None for all.
       trainable: a predicate on paths of weights; None trains all. Frozen weights have no gradient
         and no optimizer state. Integer weights are always frozen.
+      packed: whether rows hold several documents, which do not see each other. Batches are then
+        (inputs…, segments, targets, loss_weights), with segments (B, L) int32, as of
+        `transforms.segmented`. The model stays one of a sequence a row.
 
     Raises:
       TypeError, ValueError: at construction, for an argument that cannot be right.
@@ -57,9 +62,11 @@ class TrainTask:
     clip_norm: float | None = None
     loss_chunk_len: int | None = None
     trainable: Callable[[str], bool] | None = None
+    packed: bool = False
 
     def __post_init__(self) -> None:
         check_data('TrainTask', self.data)
+        check_value('TrainTask', 'packed', self.packed, bool)
         _check_metric('TrainTask', 'loss', self.loss)
         if not self.loss.is_mean:
             raise ValueError(
@@ -110,6 +117,7 @@ class EvalTask:
       n_batches: how many batches to go through; None for all. The data must then end: a Grain data
         set that repeats for ever is refused.
       loss_chunk_len: how many positions of logits exist at a time; None for all.
+      packed: as for `TrainTask`.
 
     Raises:
       TypeError, ValueError: at construction, for an argument that cannot be right.
@@ -120,11 +128,13 @@ class EvalTask:
     name: str = 'valid'
     n_batches: int | None = None
     loss_chunk_len: int | None = None
+    packed: bool = False
 
     def __post_init__(self) -> None:
         metrics = self.metrics if isinstance(self.metrics, (tuple, list)) else (self.metrics,)
         object.__setattr__(self, 'metrics', tuple(metrics))
         check_data('EvalTask', self.data)
+        check_value('EvalTask', 'packed', self.packed, bool)
         if not metrics:
             raise ValueError('EvalTask: metrics is empty: give one, e.g. tl.CrossEntropyLoss()')
         for metric in metrics:
@@ -147,6 +157,19 @@ class EvalTask:
     def batches(self) -> Iterator[Batch]:
         """The batches of one evaluation: the first `n_batches` of the data, the same each time."""
         return map(checked, itertools.islice(iter(self.data), self.n_batches))
+
+
+def reading(task: TrainTask | EvalTask, net: Layer) -> Layer:
+    """The layer that reads the inputs of a task's batches: the model, or `segmented` if packed.
+
+    Args:
+      task: what it trains on, or what is measured.
+      net: the model of one sequence a row.
+
+    Raises:
+      TypeError: if documents of a row would see each other in the model.
+    """
+    return segmented(net) if task.packed else net
 
 
 def lower_is_better(name: str, tasks: Sequence[EvalTask]) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from layercomb import paths, trees
 from layercomb.errors import UsageError, machine_errors
 from layercomb.layers.core.layer import Layer
-from layercomb.model import Model, check_tokens
+from layercomb.model import Model
 from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, Batches, check_loss_weights, shaped_unlike
 from layercomb.supervised.beginning import (
@@ -31,6 +31,7 @@ from layercomb.supervised.fit import (
     check_arguments,
     check_arity,
     check_fit,
+    check_inputs,
     on_device,
     why_not_finite,
 )
@@ -38,7 +39,13 @@ from layercomb.supervised.inflight import InFlight
 from layercomb.supervised.progress import Progress, Throughput
 from layercomb.supervised.reports import MetricsLog, Row, read_metrics, write_report
 from layercomb.supervised.resuming import Resumed, resume
-from layercomb.supervised.tasks import EvalTask, TrainTask, check_count, lower_is_better
+from layercomb.supervised.tasks import (
+    EvalTask,
+    TrainTask,
+    check_count,
+    lower_is_better,
+    reading,
+)
 from layercomb.trees import Tree
 
 if TYPE_CHECKING:
@@ -126,7 +133,7 @@ class Loop:
         self._allowed = check_allowed(allow_changes)
         self._optimizer = clipped(train_task, self._net)
         self._compiled = steps.compiled(
-            self._net, train_task.loss, self._optimizer,
+            reading(train_task, self._net), train_task.loss, self._optimizer,
             train_task.accumulate, train_task.loss_chunk_len,
         )  # fmt: skip
         self._directory = None if output_dir is None else paths.local(output_dir, 'output_dir')
@@ -220,7 +227,7 @@ class Loop:
         if self._checkpoints is not None:
             self._batches.position()  # fails now if a checkpoint could not hold it
         self._first = self._batches.peek()
-        check_arity(self._net, self._first, 'the data')
+        check_arity(self._task, self._net, self._first, 'the data')
         signature = on_device(self._first[: self._net.n_in])
         init_key, self._key = jax.random.split(jax.random.key(self._seed))
         weights, state = jax.eval_shape(lambda key: self._net.init(signature, key), init_key)
@@ -292,10 +299,7 @@ class Loop:
         """Dispatches a step; its metrics are read later, when they are computed."""
         batch, where = self._batches.peek(), f'the batch of step {self.step + 1}'
         check_loss_weights(batch, where)
-        try:
-            check_tokens(self._net, batch[: self._net.n_in])
-        except ValueError as e:
-            raise UsageError(f'{where}: {e}') from None
+        check_inputs(self._task, self._net, batch, where)
         with shaped_unlike(self._first, batch, where):
             self._carry, metrics = self._compiled(self._carry, self._frozen, self._key, batch)
         self._batches.take()

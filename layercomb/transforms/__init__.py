@@ -12,6 +12,7 @@ from layercomb.transforms.low_rank.merging import merge
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
 from layercomb.transforms.rewriting import rewrite
+from layercomb.transforms.segments import Segmented, segmented
 from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.unstacking import unstack, unstack_state
@@ -21,6 +22,7 @@ __all__ = [
     'Cast',
     'LowRank',
     'Quantized',
+    'Segmented',
     'Tied',
     'TiedRows',
     'axes',
@@ -35,6 +37,7 @@ __all__ = [
     'narrow_paths',
     'quantize',
     'rewrite',
+    'segmented',
     'unstack',
     'unstack_state',
     'without_lora',

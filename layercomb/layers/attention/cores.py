@@ -20,6 +20,7 @@ from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import KVCache, poison_overflow, refuse_overflow
 from layercomb.layers.decoding.seek import held
+from layercomb.layers.state.segments import segments_of
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
 
@@ -61,6 +62,7 @@ class DotProductAttention(Layer):
     relative: bool = False
 
     position_wise = False
+    sees_segments = True
     n_in = property(lambda self: 3 + self.relative + self.masked)
 
     def __post_init__(self) -> None:
@@ -107,8 +109,8 @@ class DotProductAttention(Layer):
         mask = more.pop() if self.masked else None
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, KVCache), q, k, v, mask, bias)
-        dropout = dropout_arguments(self.dropout, rng, mode)
-        return (self._attend(q, k, v, causal=self.causal, mask=mask, bias=bias, **dropout),), state
+        further = {'segments': segments_of(state), **dropout_arguments(self.dropout, rng, mode)}
+        return (self._attend(q, k, v, causal=self.causal, mask=mask, bias=bias, **further),), state
 
     def _attend(self, q: Any, k: Any, v: Any, **given: Any) -> jax.Array:
         options: Any = {'window': self.window, 'scale': self.scale, 'softcap': self.softcap}
@@ -185,6 +187,7 @@ class LocalAttention(Layer):
     softcap: Positive | None = None
 
     position_wise = False
+    sees_segments = True
     n_in = property(lambda self: 3 + self.masked)
 
     def __post_init__(self) -> None:
@@ -231,12 +234,10 @@ class LocalAttention(Layer):
         q, k, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, KVCache), q, k, v, *mask)
-        y = self._attend(
-            q, k, v, mask[0] if mask else None, dropout_arguments(self.dropout, rng, mode)
-        )
-        return (y,), state
+        further = {'segments': segments_of(state), **dropout_arguments(self.dropout, rng, mode)}
+        return (self._attend(q, k, v, mask[0] if mask else None, further),), state
 
-    def _attend(self, q: Any, k: Any, v: Any, mask: Any, dropout: dict[str, Any]) -> jax.Array:
+    def _attend(self, q: Any, k: Any, v: Any, mask: Any, further: dict[str, Any]) -> jax.Array:
         return local_attention(
             q,
             k,
@@ -248,7 +249,7 @@ class LocalAttention(Layer):
             mask=mask,
             scale=self.scale,
             softcap=self.softcap,
-            **dropout,
+            **further,
         )
 
     def _extend(self, cache: KVCache, q: Any, k: Any, v: Any, mask: Any = None) -> Any:

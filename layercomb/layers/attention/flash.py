@@ -25,10 +25,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layercomb.layers.attention import distances, tiles
+from layercomb.layers.attention import distances, documents, tiles
 
-# The places of k, v, mask and start among the arguments of `forward_head` that `per_head` makes.
-OF_KEYS = (1, 2, 3, 4)
+# The places of k, v, mask, start and segments among the arguments of `forward_head` that `per_head`
+# makes.
+OF_KEYS = (1, 2, 3, 4, 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Plan:
         return -(-self.n_keys // self.k_block)
 
 
-def visible(plan: Plan, i: Any, j: Any, mask: Any, start: Any) -> jax.Array:
+def visible(plan: Plan, i: Any, j: Any, mask: Any, start: Any, segments: Any = None) -> jax.Array:
     """Which keys of block j each query of block i sees.
 
     Args:
@@ -78,9 +79,11 @@ def visible(plan: Plan, i: Any, j: Any, mask: Any, start: Any) -> jax.Array:
       i, j: numbers of the block of queries and the block of keys, int32 ().
       mask: (Nk, c) bool, True = a real key; or None.
       start: position of the first query, int32 ().
+      segments: the document of each query (Nq, q) and key (Nk, c), int32; or None.
 
     Returns:
-      (q, c) bool if causal, else (1, c), the same for all queries. Padding is never seen.
+      (q, c) bool if causal or of segments, else (1, c), the same for all queries. Padding is never
+      seen.
     """
     key = j * plan.k_block + jnp.arange(plan.k_block, dtype=jnp.int32)
     seen = (key < plan.n_keys)[None]  # (1, c)
@@ -91,10 +94,15 @@ def visible(plan: Plan, i: Any, j: Any, mask: Any, start: Any) -> jax.Array:
         seen = seen & (key[None] <= query)
         if plan.window is not None:
             seen = seen & (key[None] > query - plan.window)
+    if segments is not None:
+        of_queries, of_keys = segments
+        seen = seen & (of_queries[i][:, None] == of_keys[j][None])
     return seen
 
 
-def key_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any) -> tuple[Any, Any, Any]:
+def key_blocks(
+    plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any, meets: Any = None
+) -> tuple[Any, Any, Any]:
     """Which blocks of keys the i-th block of queries reads: (low, middle, high).
 
     Every query sees every key of the blocks from `low` up to `middle` (exclusive). Blocks from
@@ -106,6 +114,8 @@ def key_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any) -> tup
       starts: the least and the greatest position of a first query in the batch; the bounds hold for
         all rows.
       i: number of the block of queries.
+      meets: the first block of keys that meets each block of queries, and the one after the last,
+        as of `documents.meeting`; None for all.
 
     Returns:
       Three block numbers, Python integers where they are known, else int32 ().
@@ -118,10 +128,15 @@ def key_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], i: Any) -> tup
         high = tiles.least(high, last // plan.k_block + 1)
         if plan.window is not None:
             low = middle = tiles.most(0, (first + 1 - plan.window) // plan.k_block)
+    if meets is not None:
+        low = middle = tiles.most(low, meets[0][i])
+        high = tiles.least(high, meets[1][i])
     return low, middle, high
 
 
-def query_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any) -> tuple[Any, Any, Any]:
+def query_blocks(
+    plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any, meets: Any = None
+) -> tuple[Any, Any, Any]:
     """Which blocks of queries see the j-th block of keys: (low, middle, high).
 
     Blocks from `low` up to `middle` (exclusive) need `visible`. Queries of the blocks from `middle`
@@ -130,6 +145,7 @@ def query_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any) -> t
     Args:
       plan, masked, starts: as of `key_blocks`.
       j: number of the block of keys.
+      meets: the same as in `key_blocks`, of the blocks of queries that meet each block of keys.
 
     Returns:
       Three block numbers, Python integers where they are known, else int32 ().
@@ -149,6 +165,9 @@ def query_blocks(plan: Plan, masked: bool, starts: tuple[Any, Any], j: Any) -> t
         middle = high
     elif n_whole < plan.n_k_blocks:
         middle = jnp.where(j < n_whole, middle, high)  # type: ignore[assignment]
+    if meets is not None:
+        low = tiles.most(low, meets[0][j])
+        high = middle = tiles.least(high, meets[1][j])
     return low, middle, high
 
 
@@ -166,18 +185,29 @@ def biased(plan: Plan, scores: jax.Array, bias: Any, i: Any, j: Any, start: Any)
 
 
 def forward_head(
-    plan: Plan, starts: Any, q: Any, k: Any, v: Any, mask: Any, start: Any, rng: Any, bias: Any
+    plan: Plan,
+    bounds: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    start: Any,
+    segments: Any,
+    rng: Any,
+    bias: Any,
 ):
     """One head's output and logsumexp.
 
     Args:
       plan: the static description.
-      starts: the least and the greatest position of a first query in the batch.
+      bounds: the least and the greatest position of a first query in the batch; and which blocks
+        meet, as of `documents.meeting`, or None.
       q: (Nq, q, K) float32, already times the scale.
       k: (Nk, c, K).
       v: (Nk, c, D).
       mask: (Nk, c) bool, or None.
       start: position of this row's first query, int32 ().
+      segments: the document of each query (Nq, q) and key (Nk, c), int32; or None.
       rng: key of dropout, or None.
       bias: of the scores, for each distance, as of `distances.padded`; or None.
 
@@ -185,13 +215,15 @@ def forward_head(
       The output (Nq, q, D) in the dtype of v, zero where a query sees no key; and z (Nq, q)
       float32, `tiles.FAR` where a query sees no key.
     """
+    starts, meets = bounds
+    masked = mask is not None or segments is not None
 
     def block(i, q_i, edge, j, carry):
         m, total, out = carry
         scores = tiles.capped(tiles.dot('qk,ck->qc', q_i, k[j]), plan.softcap)
         scores = biased(plan, scores, bias, i, j, start)
         if edge:
-            seen = visible(plan, i, j, mask, start)
+            seen = visible(plan, i, j, mask, start, segments)
             scores = jnp.where(seen, scores, -tiles.FAR)
         m_new = jnp.maximum(m, scores.max(1, keepdims=True))
         p = jnp.exp(scores - m_new)
@@ -204,7 +236,7 @@ def forward_head(
 
     def queries(_, i):
         q_i = q[i]
-        low, middle, high = key_blocks(plan, mask is not None, starts, i)
+        low, middle, high = key_blocks(plan, masked, starts, i, meets and meets.of_queries)
         zeros = jnp.zeros((plan.q_block, 1), jnp.float32)
         carry = (zeros - tiles.FAR, zeros, jnp.zeros((plan.q_block, v.shape[-1]), jnp.float32))
         carry = tiles.loop(low, middle, functools.partial(block, i, q_i, False), carry)
@@ -219,12 +251,13 @@ def forward_head(
 
 def backward_head(
     plan: Plan,
-    starts: Any,
+    bounds: Any,
     q: Any,
     k: Any,
     v: Any,
     mask: Any,
     start: Any,
+    segments: Any,
     rng: Any,
     bias: Any,
     z: Any,
@@ -234,7 +267,7 @@ def backward_head(
     """One head's gradients, from the cotangent of its output.
 
     Args:
-      plan, starts, q, k, v, mask, start, rng, bias: as of `forward_head`.
+      plan, bounds, q, k, v, mask, start, segments, rng, bias: as of `forward_head`.
       z: (Nq, q) float32, the logsumexp.
       d_out: (Nq, q, D), cotangent of the output.
       dot_out: (Nq, q) float32, Σ dO ∘ O.
@@ -243,6 +276,8 @@ def backward_head(
       Gradients of q (Nq, q, K) in float32, of k (Nk, K, c) and of v (Nk, D, c), both transposed,
       and in float32 if they are to be summed over a group; and of the bias, or None.
     """
+    starts, meets = bounds
+    masked = mask is not None or segments is not None
     dtypes = (k.dtype, v.dtype) if plan.group == 1 else (jnp.float32, jnp.float32)
     # Transpose once: on the CPU, products that contract the rows of both factors are slow.
     q_t, d_out_t = q.swapaxes(1, 2), d_out.swapaxes(1, 2)  # (Nq, K, q), (Nq, D, q)
@@ -253,7 +288,7 @@ def backward_head(
         scores = tiles.capped(tiles.dot('qk,ck->qc', q[i], k[j]), plan.softcap)
         p = jnp.exp(biased(plan, scores, bias, i, j, start) - z[i][:, None])
         if edge:
-            p = jnp.where(visible(plan, i, j, mask, start), p, 0.0)
+            p = jnp.where(visible(plan, i, j, mask, start, segments), p, 0.0)
         d_p = tiles.dot('qd,cd->qc', d_out[i], v[j])
         d_s = p * (tiles.drop(plan.dropout_rate, rng, number, d_p) - dot_out[i][:, None])
         if bias is not None:
@@ -266,7 +301,7 @@ def backward_head(
         return (lax.dynamic_update_index_in_dim(d_q, d_q_i, i, 0), d_bias), d_k, d_v
 
     def keys(sums, j):
-        low, middle, high = query_blocks(plan, mask is not None, starts, j)
+        low, middle, high = query_blocks(plan, masked, starts, j, meets and meets.of_keys)
         d_k = jnp.zeros((k.shape[2], k.shape[1]), jnp.float32)
         d_v = jnp.zeros((v.shape[2], v.shape[1]), jnp.float32)
         carry = tiles.loop(low, middle, functools.partial(block, j, True), (sums, d_k, d_v))
@@ -301,17 +336,18 @@ def join(x: jax.Array, length: int) -> jax.Array:
 
 
 def per_head(
-    plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any, bias: Any
+    plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any, bias: Any, segments: Any
 ) -> Any:
-    """The arguments `starts` and the rest of `forward_head`, with leading axes (B, G).
+    """The arguments `bounds` and the rest of `forward_head`, with leading axes (B, G).
 
     Args:
-      plan, q, k, v, mask, offset, rng, bias: as of `attend`.
+      plan, q, k, v, mask, offset, rng, bias, segments: as of `attend`.
 
     Returns:
-      `starts`; and a tuple of q times the scale (B, G, Nq, q, K), k (B, G, Nk, c, K), v
-      (B, G, Nk, c, D), mask (B, G, Nk, c) or None, start (B, G) int32, keys (B, G) or None, and
-      bias (B, G, N + 2n) or None. If R is not 1, q, keys and bias have a third axis R.
+      `bounds`; and a tuple of q times the scale (B, G, Nq, q, K), k (B, G, Nk, c, K), v
+      (B, G, Nk, c, D), mask (B, G, Nk, c) or None, start (B, G) int32, segments (B, G, Nq, q) and
+      (B, G, Nk, c) or None, keys (B, G) or None, and bias (B, G, N + 2n) or None. If R is not 1, q,
+      keys and bias have a third axis R.
     """
     n_rows, n_heads = k.shape[:2]
     starts: tuple[Any, Any] = (0, 0)
@@ -322,13 +358,19 @@ def per_head(
     if mask is not None:
         mask = jnp.broadcast_to(mask[:, None], (n_rows, n_heads, plan.n_keys))
         mask = cut(mask, plan.k_block)  # (B, G, Nk, c)
+    meets = None
+    if segments is not None:
+        meets = documents.meeting(segments, plan.q_block, plan.k_block)
+        segments = jnp.broadcast_to(segments[:, None], (n_rows, n_heads, plan.n_keys))
+        segments = cut(segments, plan.q_block), cut(segments, plan.k_block)
     rng = tiles.split_group(tiles.key_per_head(rng, q.shape[:2]), plan.group)
     q = cut_queries(plan, q.astype(jnp.float32) * plan.scale)
     if bias is not None:
         bias = distances.padded(bias.astype(jnp.float32).T, plan.q_block + plan.k_block)
         bias = jnp.broadcast_to(bias[None], (n_rows, *bias.shape))  # (B, H, N + 2n)
         bias = tiles.split_group(bias, plan.group)
-    return starts, (q, cut(k, plan.k_block), cut(v, plan.k_block), mask, start, rng, bias)
+    k, v = cut(k, plan.k_block), cut(v, plan.k_block)
+    return (starts, meets), (q, k, v, mask, start, segments, rng, bias)
 
 
 def cut_queries(plan: Plan, x: jax.Array) -> jax.Array:
@@ -346,6 +388,7 @@ def attend(
     offset: jax.Array | None,
     rng: jax.Array | None,
     bias: jax.Array | None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention as `plan` says, in memory linear in both lengths.
 
@@ -358,32 +401,33 @@ def attend(
       offset: (B,) int32, the position of each row's first query; or None for zero.
       rng: the key of dropout; or None for no dropout.
       bias: of the scores, for each distance, (N, H), as the module `distances` says; or None.
+      segments: (B, L) int32, the document of each position, if Lq is Lk; or None.
 
     Returns:
       (B, H, Lq, D), in the dtype of v; zero where a query sees no key.
     """
-    return attend_forward(plan, q, k, v, mask, offset, rng, bias)[0]
+    return attend_forward(plan, q, k, v, mask, offset, rng, bias, segments)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend_forward(
-    plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any, bias: Any
+    plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any, bias: Any, segments: Any
 ) -> Any:
     """The output (B, H, Lq, D), and the residuals of the backward pass.
 
     Args:
-      plan, q, k, v, mask, offset, rng, bias: as of `attend`.
+      plan, q, k, v, mask, offset, rng, bias, segments: as of `attend`.
 
     Returns:
-      The output, and (q, k, v, mask, offset, rng, bias, output, z), with z (B, H, Nq, q), or
-      (B, G, R, Nq, q), float32.
+      The output, and (q, k, v, mask, offset, rng, bias, segments, output, z), with z
+      (B, H, Nq, q), or (B, G, R, Nq, q), float32.
     """
-    starts, heads = per_head(plan, q, k, v, mask, offset, rng, bias)
-    f = functools.partial(forward_head, plan, starts)
+    bounds, heads = per_head(plan, q, k, v, mask, offset, rng, bias, segments)
+    f = functools.partial(forward_head, plan, bounds)
     n_pairs = plan.q_block * plan.k_block
     out, z = tiles.over_heads(f, heads, n_pairs, group=plan.group, shared=OF_KEYS)
     out = join(tiles.join_group(out, plan.group), plan.n_queries)
-    return out, (q, k, v, mask, offset, rng, bias, out, z)
+    return out, (q, k, v, mask, offset, rng, bias, segments, out, z)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -396,13 +440,13 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
       d_out: (B, H, Lq, D), cotangent of the output.
 
     Returns:
-      Gradients of q, k, v and bias, shaped and typed as these; None for mask, offset and rng.
+      Gradients of q, k, v and bias, shaped and typed as these; None for the others.
     """
-    q, k, v, mask, offset, rng, bias, out, z = kept
+    q, k, v, mask, offset, rng, bias, segments, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    starts, heads = per_head(plan, q, k, v, mask, offset, rng, bias)
+    bounds, heads = per_head(plan, q, k, v, mask, offset, rng, bias, segments)
     heads = (*heads, z, cut_queries(plan, d_out), cut_queries(plan, dot_out))
-    f = functools.partial(backward_head, plan, starts)
+    f = functools.partial(backward_head, plan, bounds)
     n_pairs = plan.q_block * plan.k_block
     grouped: Any = {'group': plan.group, 'shared': OF_KEYS, 'summed': (1, 2)}
     d_q, d_k, d_v, d_bias = tiles.over_heads(f, heads, n_pairs, **grouped)
@@ -412,7 +456,7 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     if bias is not None:
         total = tiles.join_group(d_bias, plan.group).sum(0)  # (H, N + 2n)
         d_bias = distances.unpadded(total, plan.q_block + plan.k_block).T.astype(bias.dtype)
-    return d_q, d_k, d_v, None, None, None, d_bias
+    return d_q, d_k, d_v, None, None, None, d_bias, None
 
 
 attend.defvjp(attend_forward, attend_backward)

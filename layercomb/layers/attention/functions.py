@@ -34,6 +34,7 @@ def dot_product_attention(
     causal: bool = False,
     window: int | None = None,
     mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
     offset: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -63,6 +64,9 @@ def dot_product_attention(
       window: how many keys a query sees at most, its own position included; causal only. None for
         all.
       mask: (B, Lk) bool, True = a real key. A query that sees no real key gives zeros.
+      segments: (B, L) int32, of a sequence to itself: the document of each position. A query sees
+        keys of its own document alone, and blocks that hold none of it are not computed if
+        documents stand one after the other.
       offset: (B,) int32: query t of row b is at position offset[b] + t, the keys are at 0, 1, …;
         zero by default. Decoding uses it: few queries against a cache of keys.
       scale: factor of the scores, 1/√K by default.
@@ -88,6 +92,7 @@ def dot_product_attention(
       FlashAttention (Dao et al., 2022), https://arxiv.org/abs/2205.14135
     """
     check(q, k, v, mask, offset, dropout_rate, rng)
+    check_segments(segments, q, k, offset)
     check_window(window, causal)
     check_softcap(softcap)
     if bias is not None:
@@ -109,10 +114,10 @@ def dot_product_attention(
     )
     if q.shape[2] == 1 and rng is None:
         return one_query(plan, q, k, v, mask, offset, bias)
-    added = softcap, window, mask, offset, rng, bias
+    added = softcap, window, mask, segments, offset, rng, bias
     if all(x is None for x in added) and cudnn_applies(q, k, v, causal):
         return cudnn_attention(q, k, v, causal, plan.scale)
-    return blockwise.attend(plan, q, k, v, mask, offset, rng, bias)
+    return blockwise.attend(plan, q, k, v, mask, offset, rng, bias, segments)
 
 
 def local_attention(
@@ -125,6 +130,7 @@ def local_attention(
     look_ahead: int = 0,
     causal: bool = True,
     mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     dropout_rate: float = 0.0,
@@ -146,6 +152,8 @@ def local_attention(
       look_ahead: chunks seen after it; 0 where causal.
       causal: whether a query sees only keys at its own position and before.
       mask: (B, L) bool, True = a real key. A query that sees no real key gives zeros.
+      segments: (B, L) int32, the document of each position: a query sees keys of its own document
+        alone, whose chunks are counted from its beginning. It does not decrease along a row.
       scale: factor of the scores, 1/√K by default.
       softcap: as of `dot_product_attention`.
       dropout_rate: as of `dot_product_attention`.
@@ -158,10 +166,14 @@ def local_attention(
       ValueError: if shapes, dtypes or sizes do not fit together.
     """
     check(q, k, v, mask, None, dropout_rate, rng)
+    check_segments(segments, q, k)
     check_softcap(softcap)
     check_chunks(q, k, chunk_len, look_back, look_ahead, causal)
     rng = rng if dropout_rate else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    reach, more = (look_back, look_ahead), segments is not None
+    # Chunks of documents begin anywhere: a window a chunk longer holds all that a query sees.
+    look_back, look_ahead = look_back + more, look_ahead + (more and not causal)
     pairs = chunk_len * chunk_len * (look_back + 1 + look_ahead)
     n_chunks = -(-q.shape[2] // chunk_len)
     chunks = chunkwise.Plan(
@@ -175,8 +187,9 @@ def local_attention(
         dropout_rate=dropout_rate,
         softcap=softcap,
         group=q.shape[1] // max(k.shape[1], 1),
+        reach=reach,
     )
-    return chunkwise.attend(chunks, q, k, v, mask, rng)
+    return chunkwise.attend(chunks, q, k, v, mask, rng, segments)
 
 
 def even_block(length: int, block_len: int) -> int:
@@ -362,6 +375,29 @@ def check(
         raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
     if dropout_rate and rng is None:
         raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')
+
+
+def check_segments(
+    segments: jax.Array | None, q: jax.Array, k: jax.Array, offset: jax.Array | None = None
+) -> None:
+    """Checks the segments of attention, as of `dot_product_attention`.
+
+    Raises:
+      ValueError: if they are no int32 (B, L), or the attention is not of a sequence to itself.
+    """
+    if segments is None:
+        return
+    if q.shape[2] != k.shape[2] or offset is not None:
+        raise ValueError(
+            f'segments are of a sequence to itself, got q {q.shape}, k {k.shape}'
+            f'{"" if offset is None else " and an offset"}: leave them out in decoding'
+        )
+    shape = (q.shape[0], q.shape[2])
+    if segments.shape != shape or segments.dtype != jnp.int32:
+        raise ValueError(
+            f'segments must be int32{list(shape)}, the document of each position, got '
+            f'{segments.dtype}{list(segments.shape)}'
+        )
 
 
 def check_window(window: int | None, causal: bool) -> None:

@@ -24,6 +24,7 @@ from layercomb.layers.core.checks import check_inputs, where
 from layercomb.layers.core.layer import Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.reversible.cotangents import add_cts, vjp, zero_cts, zeros_once
+from layercomb.layers.state.counted import put_counted, take_counted
 from layercomb.shapes import is_float
 from layercomb.trees import Tree
 
@@ -93,11 +94,13 @@ class HeadByHead:
       owner: the `MultiHead` layer, for which `goes_by_head` holds.
       inputs: its inputs, (B, L, D) and others.
       mode: the mode of `apply`.
+      told: what its parts are told for this call, as of `take_counted`, the same for all heads.
     """
 
     owner: Any
     inputs: tuple[Any, ...]
     mode: Mode
+    told: Tree
 
     def outputs(self, weights: Tree, state: Tree, rng: jax.Array | None) -> Any:
         """The result of `apply`: a tuple of the output (B, L, D), and the new state.
@@ -165,6 +168,7 @@ class HeadByHead:
 
     def _heads(self, apart: Any, state: Tree, rng: jax.Array | None) -> Head:
         """The arrays of each head, with a leading axis H."""
+        state, _ = take_counted(state)
         core = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], state.get('core', {}))
         key = fold(rng, self.owner.keys.index('core'))
         if key is not None:
@@ -234,8 +238,9 @@ class HeadByHead:
         part = self._sublayer(key)
         with where(self.owner, key, part, values):
             check_inputs(part, values)
+            state = put_counted(state, self.told.get(key, {}))
             outputs, new = part.apply(weights.get(key, {}), state, values, rng=rng, mode=self.mode)
-        return (*outputs, new) if key == 'core' else outputs
+        return (*outputs, take_counted(new)[0]) if key == 'core' else outputs
 
     def _sublayer(self, key: str) -> Layer:
         layer: Layer = self.owner.sublayers[self.owner.keys.index(key)]

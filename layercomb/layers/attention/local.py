@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from layercomb.layers.attention import tiles
+from layercomb.layers.state import segments as documents
 
-# The places of k, v and real among the arguments of `forward_head`, after the plan.
+# The places of k, v and known among the arguments of `forward_head`, after the plan.
 OF_KEYS = (1, 2, 3)
 
 
@@ -41,6 +42,8 @@ class Plan:
       dropout_rate: share of the probabilities set to zero.
       softcap: c, which makes scores c·tanh(scores / c); None for no cap.
       group: R.
+      reach: with segments, chunks of its own document before and after its own that a query sees.
+        Documents are cut into chunks each, which the windows hold if they are a chunk longer.
     """
 
     length: int
@@ -53,6 +56,7 @@ class Plan:
     dropout_rate: float = 0.0
     softcap: float | None = None
     group: int = 1
+    reach: tuple[int, int] = (0, 0)
 
     @property
     def n_chunks_seen(self) -> int:
@@ -123,25 +127,53 @@ def add_windows(plan: Plan, total: jax.Array, i: Any, parts: jax.Array) -> jax.A
     return lax.dynamic_update_slice_in_dim(total, old + new, i * plan.tile_len, 0)
 
 
-def visible(plan: Plan, real: jax.Array, i: Any) -> jax.Array:
+def visible(plan: Plan, known: tuple[jax.Array, jax.Array | None], i: Any) -> jax.Array:
     """Which keys of its window each query of tile i sees.
 
     Args:
       plan: the static description.
-      real: (P,) bool, True = a real key.
+      known: of each position, whether it is a real key, (P,) bool; and, or None, its document and
+        its chunk in it, (P, 2) int32.
       i: the tile's number, int32 ().
 
     Returns:
       (G, C, W) bool.
     """
+    real, segments = known
     seen = windows(plan, slice_of_tile(plan, real, i))[:, None]  # (G, 1, W)
+    if segments is not None:
+        keys = windows(plan, slice_of_tile(plan, segments, i))  # (G, W, 2)
+        seen = seen & in_document(plan, keys[..., 0], keys[..., 1])
     if plan.causal:
         key = jnp.arange(plan.window_len, dtype=jnp.int32)[None] - plan.look_back * plan.chunk_len
         seen = seen & (key <= jnp.arange(plan.chunk_len, dtype=jnp.int32)[:, None])[None]
     return jnp.broadcast_to(seen, (plan.n_together, plan.chunk_len, plan.window_len))
 
 
-def forward_head(plan: Plan, q: Any, k: Any, v: Any, real: Any, rng: Any) -> Any:
+def in_document(plan: Plan, document: jax.Array, chunk: jax.Array | None) -> jax.Array:
+    """Which keys of its window are of a query's document, and in reach there.
+
+    Args:
+      plan: the static description.
+      document: of each key, (G, W) int32.
+      chunk: the number of each key's chunk in its document, (G, W) int32; None for any reach.
+
+    Returns:
+      (G, C, W) bool.
+    """
+    first = plan.look_back * plan.chunk_len
+    apart = [
+        keys[:, first : first + plan.chunk_len, None] - keys[:, None]
+        for keys in (document, chunk)
+        if keys is not None
+    ]
+    seen = apart[0] == 0
+    if chunk is None:
+        return seen
+    return seen & (apart[1] <= plan.reach[0]) & (apart[1] >= -plan.reach[1])
+
+
+def forward_head(plan: Plan, q: Any, k: Any, v: Any, known: Any, rng: Any) -> Any:
     """One head's output and logsumexp.
 
     Args:
@@ -149,7 +181,7 @@ def forward_head(plan: Plan, q: Any, k: Any, v: Any, real: Any, rng: Any) -> Any
       q: (N, G, C, K).
       k: (P, K).
       v: (P, D).
-      real: (P,) bool, True = a real key.
+      known: as of `visible`.
       rng: key of dropout, or None.
 
     Returns:
@@ -161,7 +193,7 @@ def forward_head(plan: Plan, q: Any, k: Any, v: Any, real: Any, rng: Any) -> Any
         q_i = q[i].astype(jnp.float32) * plan.scale
         k_i = windows(plan, slice_of_tile(plan, k, i))
         v_i = windows(plan, slice_of_tile(plan, v, i))
-        seen = visible(plan, real, i)
+        seen = visible(plan, known, i)
         scores = tiles.capped(tiles.dot('gqk,gwk->gqw', q_i, k_i), plan.softcap)
         scores = jnp.where(seen, scores, -tiles.FAR)
         m = scores.max(-1, keepdims=True)
@@ -177,12 +209,12 @@ def forward_head(plan: Plan, q: Any, k: Any, v: Any, real: Any, rng: Any) -> Any
 
 
 def backward_head(
-    plan: Plan, q: Any, k: Any, v: Any, real: Any, rng: Any, z: Any, d_out: Any, dot_out: Any
+    plan: Plan, q: Any, k: Any, v: Any, known: Any, rng: Any, z: Any, d_out: Any, dot_out: Any
 ) -> Any:
     """One head's gradients, from the cotangent of its output.
 
     Args:
-      plan, q, k, v, real, rng: as of `forward_head`.
+      plan, q, k, v, known, rng: as of `forward_head`.
       z: (N, G, C) float32, the logsumexp.
       d_out: (N, G, C, D), cotangent of the output.
       dot_out: (N, G, C) float32, Σ dO ∘ O.
@@ -200,7 +232,7 @@ def backward_head(
         v_i = windows(plan, slice_of_tile(plan, v, i))
         scores = tiles.capped(tiles.dot('gqk,gwk->gqw', q_i, k_i), plan.softcap)
         p = jnp.exp(scores - z[i][..., None])
-        p = jnp.where(visible(plan, real, i), p, 0.0)
+        p = jnp.where(visible(plan, known, i), p, 0.0)
         d_p = tiles.dot('gqd,gwd->gqw', d_out[i], v_i)
         d_s = p * (tiles.drop(plan.dropout_rate, rng, i, d_p) - dot_out[i][..., None])
         d_s = tiles.uncapped(d_s, scores, plan.softcap)
@@ -247,21 +279,28 @@ def join(plan: Plan, x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], whole, *x.shape[5:])[:, :, : plan.length]  # (B, H, L, ...)
 
 
-def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> Any:
+def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any, segments: Any) -> Any:
     """The arguments of `forward_head`, with leading axes (B, H/R).
 
     Args:
-      plan, q, k, v, mask, rng: as of `attend`.
+      plan, q, k, v, mask, rng, segments: as of `attend`.
 
     Returns:
-      q (B, H/R, N, G, C, K), k (B, H/R, P, K), v (B, H/R, P, D), real (B, H/R, P) bool, and keys
+      q (B, H/R, N, G, C, K), k (B, H/R, P, K), v (B, H/R, P, D), known, two (B, H/R, P), and keys
       (B, H/R) or None. If R is not 1, q and keys have a third axis R.
     """
-    rows = k.shape[:2]
-    real = jnp.ones((1, 1, 1), bool) if mask is None else mask[:, None]
-    real = surround(plan, jnp.broadcast_to(real, (*rows, plan.length)))  # (B, H/R, P)
+
+    def of_each(x: jax.Array) -> jax.Array:  # (B, L, …) → (B, H/R, P, …)
+        shape = (*k.shape[:2], plan.length, *x.shape[2:])
+        return surround(plan, jnp.broadcast_to(x[:, None], shape))
+
+    real = of_each(jnp.ones((1, 1), bool) if mask is None else mask)
+    if segments is not None:
+        chunk = documents.places(segments) // plan.chunk_len
+        segments = of_each(jnp.stack([segments, chunk], -1))
+    known = real, segments
     rng = tiles.split_group(tiles.key_per_head(rng, q.shape[:2]), plan.group)
-    return cut(plan, q), surround(plan, k), surround(plan, v), real, rng
+    return cut(plan, q), surround(plan, k), surround(plan, v), known, rng
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -272,6 +311,7 @@ def attend(
     v: jax.Array,
     mask: jax.Array | None,
     rng: jax.Array | None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Local attention as `plan` says, in time and memory linear in the length.
 
@@ -282,11 +322,12 @@ def attend(
       v: (B, H/R, L, D).
       mask: (B, L) bool, True = a real key; or None.
       rng: the key of dropout; or None for no dropout.
+      segments: (B, L) int32, the document of each position; or None.
 
     Returns:
       (B, H, L, D), in the dtype of v; zero where a query sees no key.
     """
-    return attend_forward(plan, q, k, v, mask, rng)[0]
+    return attend_forward(plan, q, k, v, mask, rng, segments)[0]
 
 
 def n_pairs(plan: Plan) -> int:
@@ -295,20 +336,20 @@ def n_pairs(plan: Plan) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any) -> Any:
+def attend_forward(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any, segments: Any) -> Any:
     """The output (B, H, L, D), and the residuals of the backward pass.
 
     Args:
-      plan, q, k, v, mask, rng: as of `attend`.
+      plan, q, k, v, mask, rng, segments: as of `attend`.
 
     Returns:
-      The output, and (q, k, v, mask, rng, output, z), with z as q without K, float32.
+      The output, and (q, k, v, mask, rng, segments, output, z), with z as q without K, float32.
     """
     f = functools.partial(forward_head, plan)
-    heads = per_head(plan, q, k, v, mask, rng)
+    heads = per_head(plan, q, k, v, mask, rng, segments)
     out, z = tiles.over_heads(f, heads, n_pairs(plan), group=plan.group, shared=OF_KEYS)
     out = join(plan, out)
-    return out, (q, k, v, mask, rng, out, z)
+    return out, (q, k, v, mask, rng, segments, out, z)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -321,16 +362,16 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
       d_out: (B, H, L, D), cotangent of the output.
 
     Returns:
-      Gradients of q, k and v, shaped and typed as these; None for mask and rng.
+      Gradients of q, k and v, shaped and typed as these; None for the others.
     """
-    q, k, v, mask, rng, out, z = kept
+    q, k, v, mask, rng, segments, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    heads = (*per_head(plan, q, k, v, mask, rng), z, cut(plan, d_out), cut(plan, dot_out))
+    heads = (*per_head(plan, q, k, v, mask, rng, segments), z, cut(plan, d_out), cut(plan, dot_out))
     f = functools.partial(backward_head, plan)
     grouped: Any = {'group': plan.group, 'shared': OF_KEYS, 'summed': (1, 2)}
     d_q, d_k, d_v = tiles.over_heads(f, heads, n_pairs(plan), **grouped)
     d_k, d_v = d_k.astype(k.dtype), d_v.astype(v.dtype)
-    return join(plan, d_q), centre(plan, d_k), centre(plan, d_v), None, None
+    return join(plan, d_q), centre(plan, d_k), centre(plan, d_v), None, None, None
 
 
 attend.defvjp(attend_forward, attend_backward)

@@ -21,6 +21,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import set_field
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.reversible.one_pass import one_pass
+from layercomb.layers.state.counted import take_counted
 from layercomb.shapes import nearest_divisor
 from layercomb.trees import Tree
 
@@ -65,7 +66,8 @@ class MultiHead(Combinator):
         if mode is not Mode.RECORD or not goes_by_head(self, weights, inputs):
             return super().apply(weights, state, inputs, rng=rng, mode=mode)
         check_inputs(self, inputs)
-        return HeadByHead(self, tuple(inputs), mode).outputs(weights, state, rng)
+        told = take_counted(state)[1]
+        return HeadByHead(self, tuple(inputs), mode, told).outputs(weights, state, rng)
 
 
 @one_pass.register(MultiHead, of=('apply',))
@@ -76,7 +78,8 @@ def _by_head(layer, weights, state, inputs, cts, *, rng, mode, state_cts):
         given = {'rng': rng, 'mode': mode, 'state_cts': state_cts}
         return one_pass.default(layer, weights, state, inputs, cts, **given)
     (ct,) = cts
-    return HeadByHead(layer, tuple(inputs), mode).gradients(weights, state, ct, rng)
+    told = take_counted(state)[1]
+    return HeadByHead(layer, tuple(inputs), mode, told).gradients(weights, state, ct, rng)
 
 
 def heads(layer: Any, core: Layer) -> dict[str, Layer]:

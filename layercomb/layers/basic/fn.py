@@ -20,6 +20,9 @@ from layercomb.trees import Tree
 
 Count = Annotated[int, Bound(0)]
 
+# Functions that are known to work on each position by itself.
+POSITION_WISE = (jnp.zeros_like, jnp.ones_like)
+
 
 class Fn(Layer):
     """A function of arrays as a layer: ``Fn('Sum', lambda x, y: x + y, position_wise=True)``.
@@ -35,7 +38,7 @@ class Fn(Layer):
         ``functools.partial(jnp.clip, min=0, max=1)``.
       n_out: how many arrays `f` returns.
       position_wise: whether `f` works on each position of axis 1 by itself. `Chunk` and decoding
-        take the layer only if True.
+        take the layer only if True. It is known of `POSITION_WISE`.
 
     Raises:
       TypeError: at construction, if the number of arguments of `f` is unknown, or `f` cannot be
@@ -63,6 +66,8 @@ class Fn(Layer):
                     f'Fn({self.label!r}): {show(self.f)} {why}: say how many with n_in='
                 )
             set_field(self, 'n_in', counted)
+        if self.position_wise is None and self.f in POSITION_WISE:
+            set_field(self, 'position_wise', True)
         self._check_call()
 
     @property
@@ -117,7 +122,7 @@ class Fn(Layer):
         if self.n_in != _count_parameters(self.f)[0]:
             parts.append(f'n_in={self.n_in}')
         parts += [f'n_out={self.n_out}'] if self.n_out != 1 else []
-        said = self.position_wise
+        said = None if self.f in POSITION_WISE and self.position_wise else self.position_wise
         parts += [] if said is None else [f'position_wise={said}']
         return call_text('Fn', [*parts, *named(self)])
 

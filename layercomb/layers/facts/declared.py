@@ -23,9 +23,11 @@ class Declares:
         positions only in training, or is given the whole sequence at every step.
       counts_positions: whether it averages over positions in training. It then calls
         `counted_positions` first, and leaves out the positions that do not count.
-      carries_counted: whether a layer made of layers tells them which positions count. It gives
-        them their states unchanged, or, where it loops over states or slices positions, uses
-        `take_counted` and `put_counted`.
+      sees_segments: whether a layer that mixes positions keeps the documents of a packed row apart.
+        It reads them by `segments_of`, or mixes nothing that depends on the position.
+      carries_counted: whether a layer made of layers tells them which positions count, and which
+        are of one document. It gives them their states unchanged, or, where it loops over states or
+        slices positions, uses `take_counted` and `put_counted`.
       reads_memory: whether the layer inside works on another sequence than the decoded one: an
         encoder (`Once`), or attention to a memory.
       sees_padding: whether an output position depends on later ones even in a causal model;
@@ -44,6 +46,7 @@ class Declares:
     computes_in: ClassVar[tuple[str, ...]] = ('apply',)
     float32: ClassVar[bool] = False
     counts_positions: ClassVar[bool] = False
+    sees_segments: ClassVar[bool] = False
     carries_counted: ClassVar[bool] = False
     weight_axes: ClassVar[dict[str, str]] = {}
     sees_padding = False

@@ -24,7 +24,7 @@ def of_sublayers(layer: Any) -> bool | None:
 
 
 def forget_if_overridden(cls: Any) -> None:
-    """Resets `position_wise` to None in a class that overrides `apply` and does not declare it.
+    """Forgets `position_wise` and `sees_segments` in a class that overrides `apply` without them.
 
     The methods that count as `apply` are those in `cls.computes_in`.
 
@@ -34,11 +34,12 @@ def forget_if_overridden(cls: Any) -> None:
     value = vars(cls).get('position_wise')
     if not (value is None or isinstance(value, (bool, dataclasses.Field)) or _is_computed(value)):
         raise TypeError(f'{cls.__name__}: position_wise is True, False or None, got {value!r}')
-    if cls.position_wise is None:  # nothing to forget; a mixin must not hide what others say
-        return
-    said = _first(cls, 'position_wise')
-    if any(_first(cls, name) < said for name in cls.computes_in):
-        cls.position_wise = None
+    for name, unknown in (('position_wise', None), ('sees_segments', False)):
+        if getattr(cls, name) is unknown:  # nothing to forget, and no mixin hides what others say
+            continue
+        said = _first(cls, name)
+        if any(_first(cls, method) < said for method in cls.computes_in):
+            setattr(cls, name, unknown)
 
 
 def _is_computed(value: Any) -> bool:

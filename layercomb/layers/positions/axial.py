@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from layercomb.layers.basic.initializers import Initializer, Normal
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.positions.position import check_length, init_position, next_positions
+from layercomb.layers.positions.position import (
+    begins_at_zero,
+    check_length,
+    init_position,
+    next_positions,
+)
 from layercomb.shapes import Signature, as_deep, check_float, check_sequence, check_width
 from layercomb.trees import Tree
 
@@ -43,6 +48,7 @@ class AxialPositions(Layer):
     float32 = True
     weight_axes = property(lambda self: {f'table_{a}': 'L:D' for a in range(len(self.shape))})
     position_wise = False  # a slice does not know its first position
+    sees_segments = True
     max_len = property(lambda self: math.prod(self.shape))
 
     def __post_init__(self) -> None:
@@ -100,16 +106,17 @@ class AxialPositions(Layer):
         (x,) = inputs
         check_sequence('AxialPositions', x)
         length = x.shape[1]
+        from_zero = begins_at_zero(state, mode)
         where, state = next_positions(self, state, length, mode)  # (B or 1, L)
         tables = [weights[f'table_{a}'] for a in range(len(self.shape))]
         check_width(x, sum(table.shape[1] for table in tables))
-        if mode is Mode.PREDICT:
+        if from_zero:
+            added = self._grid(tables, length)
+        else:
             inside = (where < self.max_len)[..., None]
             places = jnp.unravel_index(where, self.shape)
             rows = [table[i] for table, i in zip(tables, places, strict=True)]  # (B, L, D_a)
             added = jnp.where(inside, jnp.concatenate(rows, -1), jnp.nan)
-        else:
-            added = self._grid(tables, length)
         return (x + as_deep(added, x).astype(x.dtype),), state
 
     def _grid(self, tables: list[jax.Array], length: int) -> jax.Array:

@@ -45,6 +45,7 @@ class LearnedPositions(Layer):
     float32 = True
     weight_axes = {'table': 'L:D'}
     position_wise = False  # a slice does not know its first position
+    sees_segments = True
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import taken
 from layercomb.layers.decoding.seek import Position, held
+from layercomb.layers.state.segments import places, segments_of
 from layercomb.shapes import (
     Signature,
     as_deep,
@@ -38,8 +39,9 @@ def add_rows(
     """
     check_width(x, table.shape[1])
     length = x.shape[1]
+    from_zero = begins_at_zero(state, mode)
     where, state = next_positions(layer, state, length, mode)  # (B or 1, L)
-    if mode is not Mode.PREDICT:
+    if from_zero:
         return (x + table[None, :length].astype(x.dtype),), state
     rows = jnp.take(table, where, axis=0, mode='fill', fill_value=jnp.nan)
     return (x + rows.astype(x.dtype),), state
@@ -55,7 +57,7 @@ def angles(where: jax.Array, speed: jax.Array, max_len: int | None) -> jax.Array
 
     Args:
       where: (…, L) int32.
-      speed: the frequencies ω_i, (n,) float32.
+      speed: the frequencies ω_i, float32 (n,), or of each position (…, L, n).
       max_len: the number of positions; None for no limit.
 
     Returns:
@@ -81,8 +83,20 @@ def init_position(signature: Signature, mode: Mode) -> Tree:
     return {'position': Position.first(signature[0].shape[0])}
 
 
+def begins_at_zero(state: Tree, mode: Mode) -> bool:
+    """Whether the positions of each row are 0, 1 … L − 1: then a table need not be looked up.
+
+    Args:
+      state: of the layer.
+      mode: see `Mode`.
+    """
+    return mode is not Mode.PREDICT and segments_of(state) is None
+
+
 def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[jax.Array, Tree]:
     """The next `length` positions of each row, and the state after them.
+
+    In a packed row they restart at 0 in each document.
 
     Args:
       layer: has max_len.
@@ -91,7 +105,7 @@ def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[ja
       mode: see `Mode`.
 
     Returns:
-      (B, L) int32 in ``PREDICT``, else (1, L); and the new state.
+      (B, L) int32 in ``PREDICT`` and of packed rows, else (1, L); and the new state.
 
     Raises:
       ValueError: if positions are known to pass `max_len`.
@@ -99,7 +113,8 @@ def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[ja
     steps = jnp.arange(length, dtype=jnp.int32)[None]
     if mode is not Mode.PREDICT:
         check_length(type(layer).__name__, length, layer.max_len)
-        return steps, state
+        ids = segments_of(state)
+        return steps if ids is None else places(ids), state
     start = held(state.get('position'), Position)
     check_next(layer, start, length)
     return start.rows[:, None] + steps, {**state, 'position': start.moved(length)}

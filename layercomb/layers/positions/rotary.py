@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layercomb.checks import Bound, Size
 from layercomb.layers.core.layer import Arrays, Key, Layer
@@ -20,6 +21,7 @@ from layercomb.layers.positions.position import (
     next_positions,
 )
 from layercomb.layers.positions.scaling import RotaryScaling
+from layercomb.layers.state.segments import lengths, segments_of
 from layercomb.shapes import (
     Signature,
     check_rank,
@@ -42,8 +44,9 @@ class RotaryPositions(Layer):
     `DynamicScaling` and `LongRopeScaling` ω_i depends on the length of the sequence. It is the
     length L of the inputs, and in ``PREDICT`` that of the signature given to `init`: all positions
     turn alike, so ``PREDICT`` gives exactly what ``EVAL`` gives of a sequence as long as the state
-    has room for. (A library that takes the length reached so far turns the keys in its cache unlike
-    new ones, once it passes the trained length. Up to the trained length there is no difference.)
+    has room for; in a packed row, each document turns as it does alone. (A library that takes the
+    length reached so far turns the keys in its cache unlike new ones, once it passes the trained
+    length. Up to the trained length there is no difference.)
 
     Attributes:
       period: longest wavelength in positions, over 2π, in the limit of large K; at least 1.
@@ -67,6 +70,7 @@ class RotaryPositions(Layer):
     n_out = 2
     float32 = True
     position_wise = False  # a slice does not know its first position
+    sees_segments = True
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
@@ -108,9 +112,10 @@ class RotaryPositions(Layer):
         q, k = inputs
         self._check(q, k)
         length, depth = q.shape[2:]
+        ids = segments_of(state)
         where, state = next_positions(self, state, length, mode)  # (B or 1, L)
         kept = mode is Mode.PREDICT and self._by_length
-        speed = state['frequencies'] if kept else self._frequencies(depth, length)
+        speed = state['frequencies'] if kept else self._frequencies(depth, length, ids)
         angle = angles(where, speed, self.max_len)  # (B or 1, L, n/2)
         sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]  # (B or 1, 1, L, n/2)
         size = 1.0 if self.scaling is None else self.scaling.magnitude
@@ -134,11 +139,22 @@ class RotaryPositions(Layer):
             )
         return n
 
-    def _frequencies(self, depth: int, length: int) -> jax.Array:
-        """(n/2,) float32, for queries of `depth` features in a sequence of `length`."""
+    def _frequencies(self, depth: int, length: int, ids: jax.Array | None = None) -> jax.Array:
+        """For queries of `depth` features in rows of `length`, float32 (n/2,).
+
+        If rows are packed, and documents may be so long that scaling goes by their lengths,
+        (B, L, n/2).
+        """
         n = self._n_turning(depth)
         if self.scaling is None:
             return frequencies(n, self.period)
+        steady = self.scaling.steady_len
+        if ids is not None and steady is not None and length > steady:
+            longer = range(steady, length + 1)
+            made = np.stack([self.scaling.frequencies(n, self.period, each) for each in longer])
+            table, which = np.unique(made.astype(np.float32), axis=0, return_inverse=True)
+            row = jnp.asarray(which.reshape(-1), jnp.int32)  # of each length from `steady` on
+            return jnp.asarray(table)[row[jnp.maximum(lengths(ids) - steady, 0)]]
         return jnp.asarray(self.scaling.frequencies(n, self.period, length), jnp.float32)
 
     def _turned(self, x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:

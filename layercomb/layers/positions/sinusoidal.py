@@ -53,6 +53,7 @@ class SinusoidalPositions(Layer):
     float32 = True
     weight_axes = {'table': 'L:D'}
     position_wise = False  # a slice does not know its first position
+    sees_segments = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

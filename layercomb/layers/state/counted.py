@@ -1,26 +1,52 @@
-"""Which positions of a batch count in training; the state tells layers.
+"""What layers are told for one call, beside their states; and which positions count in training.
 
-Averages over positions inside a model (a mixture's balance, the statistics of `BatchNorm`) must
-leave out padding as the loss does, but only the loss is given loss weights. `losses.apply_counted`
-therefore puts a `Counted` beside the state of every layer that declares ``counts_positions``, for
-one call, and takes it out of the new state.
+Some layers must know what is no input of theirs. A `Told` is put beside their states for one call,
+and taken out of the new state. A layer that loops over its state or its positions takes it out
+first (`take_counted`), and puts it into each slice (`put_counted`): of whatever kind it is, it is
+the same for all blocks of a `Repeat`.
 
-Its array is (B, …), the same for all blocks of a `Repeat`. A layer reads it by `counted_positions`.
-A layer that loops over its state or its positions takes it out first, and puts it into each slice.
+* `Counted`: averages over positions inside a model (a mixture's balance, the statistics of
+  `BatchNorm`) must leave out padding as the loss does, but only the loss is given loss weights.
+  `losses.apply_counted` tells every layer that declares ``counts_positions``, which reads it by
+  `counted_positions`.
+* `segments.Segments`: which positions are of one document.
 
 Shape letters: B batch, L length, D d_model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.state.parts import Part, beside, own, put_back, take_out, without
 from layercomb.trees import Tree
 
 
-class Counted(Part):
+class Told(Part):
+    """Base of what layers are told for one call: their states get it, their weights do not."""
+
+    def inside(self, layer: Layer) -> Told:
+        """What is told to the layers inside `layer`, which is told this: the same by default."""
+        return self
+
+    def sliced(self, shape: tuple[int, ...]) -> Told | None:
+        """The same with arrays that can be cut along axis 1, for values that are.
+
+        Args:
+          shape: (B, L) of the values.
+
+        Returns:
+          None, by default, if it has no meaning for a slice; no layer is then told.
+        """
+        return None
+
+
+class Counted(Told):
     """Which positions count, beside the state of a layer that averages over them.
 
     Attributes:
@@ -28,6 +54,33 @@ class Counted(Part):
     """
 
     mask: jax.Array
+
+    def inside(self, layer: Layer) -> Counted:
+        """Where the positions are others, all of a row count if one of its positions does."""
+        if not (isinstance(layer, Wrapper) and layer.reads_memory):
+            return self
+        return Counted(self.mask.any(tuple(range(1, self.mask.ndim))))
+
+    def sliced(self, shape: tuple[int, ...]) -> Counted | None:
+        """A mask of the shape (B, L); None if it has another batch size."""
+        fits = self.mask if self.mask.shape[:2] == shape else _fitted(self.mask, shape)
+        return None if fits is None else Counted(fits)
+
+
+def tell(net: Layer, wants: Callable[[Layer], bool], told: Told) -> Tree:
+    """What `put_counted` puts into the state of a model, to tell its layers something.
+
+    Args:
+      net: the model. A layer inside that does not say ``carries_counted`` keeps what is in it from
+        knowing.
+      wants: whether a layer is to be told.
+      told: what.
+    """
+    given = beside({}, told) if wants(net) else {}
+    for key, layer in net.children if net.carries_counted else ():
+        if inner := tell(layer, wants, told.inside(net)):
+            given = put_back(given, {key: inner} if key else inner)
+    return given
 
 
 def count_only(state: Tree, mask: jax.Array) -> Tree:
@@ -70,12 +123,17 @@ def counted_positions(state: Tree, x: jax.Array) -> tuple[Tree, jax.Array | None
 
 
 def take_counted(state: Tree) -> tuple[Tree, Tree]:
-    """Splits a state into (the state without `Counted`, a tree of `Counted`), at their paths."""
-    return take_out(state, Counted)
+    """Splits a state into (the state as it was made, a tree of what layers are told), at the paths.
+
+    Layers are told for one call which positions count, and which are of one document. A layer of
+    one's own that loops over its state or its positions takes that out first, and puts it into each
+    slice by `put_counted`. It then sets ``carries_counted = True``.
+    """
+    return take_out(state, Told)
 
 
 def put_counted(state: Tree, found: Tree) -> Tree:
-    """The inverse of `take_counted`: `state` with the tree of `Counted` put in."""
+    """The inverse of `take_counted`: `state` with what layers are told put in."""
     return put_back(state, found)
 
 
@@ -83,18 +141,13 @@ def along_length(found: Tree, shape: tuple[int, ...]) -> Tree:
     """What `take_counted` found, with arrays (B, L, …) that can be sliced along axis 1.
 
     Args:
-      found: a tree of `Counted`.
-      shape: (B, L) of the values to be sliced. An array of another batch size is left out.
+      found: a tree of `Told`.
+      shape: (B, L) of the values to be sliced. What has no meaning for a slice is left out.
     """
     made: Tree = {}
     for key, value in found.items():
-        if isinstance(value, dict):
-            inner = along_length(value, shape)
-            made |= {key: inner} if inner else {}
-            continue
-        mask = value.mask
-        fits = mask if mask.shape[:2] == shape else _fitted(mask, shape)
-        made |= {} if fits is None else {key: Counted(fits)}
+        inner = along_length(value, shape) if isinstance(value, dict) else value.sliced(shape)
+        made |= {key: inner} if inner else {}
     return made
 
 

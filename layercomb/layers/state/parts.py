@@ -3,8 +3,8 @@
 A layer's state is a nested dict of arrays and parts. A part's meaning depends on its type and not
 on its key, so layers, weights and states may have any names.
 
-`Decisions` and `Counted` are not the layer's own: other code puts them beside its state for one
-call. Their keys begin with "/", as no layer's name does.
+`Decisions`, `Counted` and `Segments` are not the layer's own: other code puts them beside its state
+for one call. Their keys begin with "/", as no layer's name does.
 """
 
 from __future__ import annotations

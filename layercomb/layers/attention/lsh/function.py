@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.attention import tiles
-from layercomb.layers.attention.functions import check_shared_heads, check_softcap
+from layercomb.layers.attention.functions import check_segments, check_shared_heads, check_softcap
 from layercomb.layers.attention.lsh import windows as bucketwise
 from layercomb.layers.attention.lsh.rounds import UNIT_EPSILON, Plan
 from layercomb.shapes import check_mask
@@ -31,6 +31,7 @@ def lsh_attention(
     chunk_len: int,
     causal: bool = True,
     mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
     neighbourhood: Literal['bucket', 'chunk', 'circle'] = 'bucket',
     duplicates: Literal['count', 'once'] = 'count',
     epsilon: float = UNIT_EPSILON,
@@ -65,6 +66,9 @@ def lsh_attention(
       causal: whether t sees only itself and positions before.
       mask: (B, L) bool, True = a real position. Other positions see nothing, are not seen, and give
         zeros; their values must be finite.
+      segments: (B, L) int32, the document of each position, not decreasing along a row: t sees
+        positions of its own document alone. With ``'bucket'`` and ``'chunk'`` they are those that
+        it sees in the document alone, in the same buckets. A ``'circle'`` is that of the row.
       neighbourhood: ``'bucket'``, as above. ``'chunk'`` is for weights trained with other
         implementations: W_r(t) then holds all positions of any bucket in t's chunk of the sorted
         sequence and the chunk before it (and the one after, if not causal). This is not exactly
@@ -105,17 +109,23 @@ def lsh_attention(
     (1, 2, 50, 8)
     """
     _check(q, v, buckets, mask, chunk_len, n_buckets, neighbourhood, duplicates)
+    check_segments(segments, q, v)
     check_circle(alone, round_len, neighbourhood, chunk_len, causal, duplicates)
     _check_numbers(softcap, epsilon, dropout_rate, rng, (chunks_together, heads_together))
     length, circle = q.shape[2], neighbourhood == 'circle'
     step = (round_len or chunk_len) // chunk_len
     if step > 1:
-        q, v, buckets, mask = _filled(q, v, buckets, mask, step * chunk_len, n_buckets)
+        filled = _filled(q, v, buckets, mask, segments, step * chunk_len, n_buckets)
+        q, v, buckets, mask, segments = filled
+    reach = 1, 0 if causal else 1
+    # Chunks of documents begin anywhere: a window a chunk longer holds all that a query sees.
+    more = segments is not None and neighbourhood == 'chunk'
     plan = Plan(
         length=q.shape[2],
         chunk_len=chunk_len,
-        look_back=1,
-        look_ahead=0 if causal else 1,
+        look_back=reach[0] + more,
+        look_ahead=reach[1] + (more and not causal),
+        reach=reach,
         n_together=_together(q.shape[2], chunk_len, causal, circle, chunks_together),
         heads_together=heads_together,
         scale=1.0 if scale is None else float(scale),
@@ -131,7 +141,7 @@ def lsh_attention(
         epsilon=float(epsilon),
         rounded=alone == 'rounded',
     )
-    y = bucketwise.attend(plan, q, v, buckets, mask, rng if dropout_rate else None)
+    y = bucketwise.attend(plan, q, v, buckets, mask, rng if dropout_rate else None, segments)
     return y[:, :, :length]
 
 
@@ -145,13 +155,13 @@ def _together(length: int, chunk_len: int, causal: bool, circle: bool, most: int
     return next(g for g in range(n, 0, -1) if n_chunks % g == 0)
 
 
-def _filled(q: Any, v: Any, buckets: Any, mask: Any, to: int, n_buckets: int) -> Any:
+def _filled(q: Any, v: Any, buckets: Any, mask: Any, segments: Any, to: int, n_buckets: int) -> Any:
     """The arrays of `lsh_attention`, with absent positions behind them, to a multiple of `to`."""
     width = [(0, 0), (0, 0), (0, 0), (0, -q.shape[2] % to)]
     buckets = jnp.pad(buckets.astype(jnp.int32), width, constant_values=n_buckets + 1)
-    mask = mask if mask is None else jnp.pad(mask, width[2:])
+    mask, segments = (x if x is None else jnp.pad(x, width[2:]) for x in (mask, segments))
     width = [*width[:2], width[3], width[2]]
-    return jnp.pad(q, width), jnp.pad(v, width), buckets, mask
+    return jnp.pad(q, width), jnp.pad(v, width), buckets, mask, segments
 
 
 def _check_numbers(

@@ -35,6 +35,7 @@ from layercomb.layers.decoding.caches import poison_overflow, refuse_overflow
 from layercomb.layers.decoding.seek import held
 from layercomb.layers.positions.position import check_length
 from layercomb.layers.state.decisions import decide
+from layercomb.layers.state.segments import segments_of
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
 
@@ -103,6 +104,7 @@ class LSHAttention(LSHOptions):
     """
 
     position_wise = False
+    sees_segments = True
     n_in = property(lambda self: 2 + self.masked)
 
     def __post_init__(self) -> None:
@@ -187,7 +189,8 @@ class LSHAttention(LSHOptions):
             keys = jax.vmap(jax.random.split)(tiles.keys_of_heads(rng, q.shape[1]))
             key, rng = keys[:, 0], keys[:, 1]
         buckets, state = decide(mode, state, 'buckets', lambda: self._hash(q, key, q.shape[2]))
-        y = self._attend(q, v, buckets, *mask, **dropout_arguments(self.dropout, rng, mode))
+        further = {'segments': segments_of(state), **dropout_arguments(self.dropout, rng, mode)}
+        y = self._attend(q, v, buckets, *mask, **further)
         return (y,), state
 
     def _factors(self, length: int) -> tuple[int, ...]:
@@ -214,7 +217,7 @@ class LSHAttention(LSHOptions):
         buckets = rotated_buckets(q, rotations, n_buckets=self._factors(length))
         return buckets.astype(self._dtype(length))
 
-    def _attend(self, q: Any, v: Any, buckets: Any, mask: Any = None, **dropout: Any) -> jax.Array:
+    def _attend(self, q: Any, v: Any, buckets: Any, mask: Any = None, **further: Any) -> jax.Array:
         return lsh_attention(
             q,
             v,
@@ -232,7 +235,7 @@ class LSHAttention(LSHOptions):
             epsilon=self.epsilon,
             alone=self.alone,
             round_len=self.round_len,
-            **dropout,
+            **further,
         )
 
     def _extend(self, cache: LSHCache, q: jax.Array, v: jax.Array, mask: Any = None) -> Any:

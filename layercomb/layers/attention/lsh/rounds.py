@@ -15,6 +15,8 @@ import numpy as np
 from jax import lax
 
 from layercomb.layers.attention import local as chunkwise
+from layercomb.layers.quantized.rows import rows
+from layercomb.layers.state import segments as documents
 
 UNIT_EPSILON = 1e-6  # ε, added to the square of a length
 
@@ -67,11 +69,14 @@ class Round(NamedTuple):
     Attributes:
       position: (P,) int32, the position at each place of the sorted sequence.
       bucket: (P,) int32, the bucket at each place; n_buckets in the padding.
+      chunk: (P,) int32, the chunk of its document that each place is in; None if all of a window is
+        in reach.
       number: of the round, int32 ().
     """
 
     position: Any
     bucket: Any
+    chunk: Any
     number: Any
 
 
@@ -92,12 +97,51 @@ class Tile(NamedTuple):
     Attributes:
       position: (G, W) int32, of each key.
       bucket: (G, W) int32, of each key.
+      document: (G, W) int32, of each key; None without segments.
+      chunk: (G, W) int32, of each key, as of `Round`; or None.
       number: of the tile among those of all rounds, int32 ().
     """
 
     position: Any
     bucket: Any
+    document: Any
+    chunk: Any
     number: Any
+
+
+def in_order(plan: Plan, buckets: jax.Array, segments: Any) -> tuple[jax.Array, jax.Array]:
+    """The positions in the order of one round, and their buckets: `sorted_by_bucket`.
+
+    With segments, documents come one after the other, unless a query sees its own bucket alone:
+    there, positions of a document stand together in each bucket anyway.
+
+    Args:
+      plan: the static description.
+      buckets: (L,) int32.
+      segments: (L,) int32, the document of each position; or None.
+    """
+    if segments is None or plan.by_bucket:
+        return sorted_by_bucket(buckets, plan.last_bucket)
+    document = jnp.where(buckets < plan.n_buckets, segments, jnp.iinfo(jnp.int32).max)
+    position = jnp.arange(len(buckets), dtype=jnp.int32)
+    _, bucket, order = lax.sort((document, buckets, position), num_keys=2, is_stable=True)
+    return order, bucket
+
+
+def places_in_order(plan: Plan, order: jax.Array, segments: Any) -> jax.Array:
+    """The place of each entry of a round's order: in its document, where chunks are those of it.
+
+    Args:
+      plan: the static description.
+      order: (L,) int32, as of `in_order`.
+      segments: (L,) int32, the document of each position; or None.
+
+    Returns:
+      (L,) int32.
+    """
+    if segments is None or plan.by_bucket or plan.circle:
+        return jnp.arange(len(order), dtype=jnp.int32)
+    return documents.places(rows(segments, order)[None])[0]
 
 
 def sorted_by_bucket(buckets: jax.Array, n_buckets: int) -> tuple[jax.Array, jax.Array]:
@@ -119,7 +163,9 @@ def sorted_by_bucket(buckets: jax.Array, n_buckets: int) -> tuple[jax.Array, jax
     return order, bucket
 
 
-def make_round(plan: Plan, buckets: jax.Array, number: Any, ends: Ends | None) -> Round:
+def make_round(
+    plan: Plan, buckets: jax.Array, number: Any, ends: Ends | None, segments: Any
+) -> Round:
     """The sorted order of round `number`.
 
     Args:
@@ -127,18 +173,22 @@ def make_round(plan: Plan, buckets: jax.Array, number: Any, ends: Ends | None) -
       buckets: (L,) int32, of this round.
       number: int32 ().
       ends: of all rounds, if they make a circle.
+      segments: (L,) int32, the document of each position; or None.
     """
-    order, bucket = sorted_by_bucket(buckets, plan.last_bucket)
+    order, bucket = in_order(plan, buckets, segments)
     if ends is None:
         margin = (plan.look_back * plan.chunk_len, plan.look_ahead * plan.chunk_len)
         bucket = jnp.pad(bucket, margin, constant_values=plan.n_buckets)
-        return Round(jnp.pad(order, margin), bucket, number)
+        chunk = None
+        if segments is not None and not plan.by_bucket:
+            chunk = jnp.pad(places_in_order(plan, order, segments) // plan.chunk_len, margin)
+        return Round(jnp.pad(order, margin), bucket, chunk, number)
     n_rounds = len(ends.last)
     parts = [ends.last[(number - 1) % n_rounds], jnp.stack([order, bucket])]
     if plan.look_ahead:
         parts.append(ends.first[(number + 1) % n_rounds])
     whole = jnp.concatenate(parts, 1)  # (2, P)
-    return Round(whole[0], whole[1], number)
+    return Round(whole[0], whole[1], None, number)
 
 
 def n_chunks(plan: Plan, buckets: jax.Array) -> jax.Array:
@@ -157,25 +207,29 @@ def n_positions(plan: Plan, buckets: jax.Array) -> jax.Array:
     return (buckets[0] <= plan.n_buckets).sum(dtype=jnp.int32)
 
 
-def ends_of_rounds(plan: Plan, buckets: jax.Array) -> Ends | None:
+def ends_of_rounds(plan: Plan, buckets: jax.Array, segments: Any) -> Ends | None:
     """Where the rounds, (R, L) int32 buckets, meet in a circle; None if they make none."""
     if not plan.circle:
         return None
     c, n = plan.chunk_len, n_chunks(plan, buckets)
 
     def one(buckets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        both = jnp.stack(sorted_by_bucket(buckets, plan.last_bucket))  # (2, L)
+        both = jnp.stack(in_order(plan, buckets, segments))  # (2, L)
         return both[:, :c], lax.dynamic_slice_in_dim(both, (n - 1) * c, c, 1)
 
     return Ends(*lax.map(one, buckets))
 
 
-def cut(plan: Plan, round_: Round, i: Any) -> Tile:
-    """Tile `i` of a round, int32 (), with its windows (G, W)."""
-    position, bucket = (
-        chunkwise.windows(plan, chunkwise.slice_of_tile(plan, x, i)) for x in round_[:2]
-    )
-    return Tile(position, bucket, round_.number * plan.n_tiles + i)
+def cut(plan: Plan, round_: Round, i: Any, segments: Any) -> Tile:
+    """Tile `i` of a round, int32 (), with its windows (G, W); `segments` as of `make_round`."""
+
+    def of_windows(x: jax.Array) -> jax.Array:
+        return chunkwise.windows(plan, chunkwise.slice_of_tile(plan, x, i))
+
+    position, bucket = of_windows(round_.position), of_windows(round_.bucket)
+    document = None if segments is None else rows(segments, position)
+    chunk = None if round_.chunk is None else of_windows(round_.chunk)
+    return Tile(position, bucket, document, chunk, round_.number * plan.n_tiles + i)
 
 
 def queries(plan: Plan, x: jax.Array) -> jax.Array:

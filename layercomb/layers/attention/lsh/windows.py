@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from layercomb.layers.attention import local as chunkwise
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.lsh.rounds import (
     UNIT_EPSILON,
@@ -38,12 +39,13 @@ from layercomb.layers.attention.lsh.rounds import (
     cut,
     distance,
     ends_of_rounds,
+    in_order,
     make_round,
     n_chunks,
     n_positions,
     pairs,
+    places_in_order,
     queries,
-    sorted_by_bucket,
 )
 from layercomb.layers.quantized.rows import add, put, rows
 from layercomb.shapes import as_deep
@@ -51,8 +53,9 @@ from layercomb.shapes import as_deep
 # A position's score with itself, which counts only if it sees nothing else. The paper's −1e5 is too
 # low: float32 has a resolution of 0.008 there, and z would have it too. e⁻¹⁰⁰ is negligible enough.
 SELF = -100.0
-# The place of v among the arguments of `forward_head`, after the plan, and of its gradient.
-OF_VALUES = (1,)
+# The place of v among the arguments of `forward_head`, after the plan, and of its gradient; and the
+# places of what heads that share v share.
+OF_VALUES, SHARED = (1,), (1, 3)
 
 
 def visible(plan: Plan, tile: Tile) -> jax.Array:
@@ -63,9 +66,12 @@ def visible(plan: Plan, tile: Tile) -> jax.Array:
         low = 0 if plan.causal else 1 - plan.chunk_len
         near: Any = (apart >= low) & (apart < plan.chunk_len)
         query = jnp.where(query < plan.n_buckets, query, -1)  # padding sees nothing
-        return as_deep(near, key) & (query == key)
-    seen: jax.Array = (key < plan.n_buckets) & (query < plan.n_buckets)
-    if plan.causal:
+        seen: jax.Array = as_deep(near, key) & (query == key)
+    else:
+        seen = (key < plan.n_buckets) & (query < plan.n_buckets)
+    if tile.document is not None:
+        seen = seen & chunkwise.in_document(plan, tile.document, tile.chunk)
+    if plan.causal and not plan.by_bucket:
         query, key = pairs(plan, tile.position)
         seen = seen & (query >= key)
     return seen
@@ -74,7 +80,8 @@ def visible(plan: Plan, tile: Tile) -> jax.Array:
 def meetings(plan: Plan, places: Any, buckets: Any, tile: Tile) -> jax.Array:
     """In how many rounds each pair of a tile meets, at least 1: (G, C, W) float32.
 
-    `places` (R, L) int32 are the places of positions in each round's sorted sequence.
+    `places` (R, L) int32 are the places of positions in each round's sorted sequence, or in those
+    of their documents.
     """
     if plan.circle:
         return meetings_in_circle(plan, places, n_chunks(plan, buckets), tile)
@@ -86,7 +93,7 @@ def meetings(plan: Plan, places: Any, buckets: Any, tile: Tile) -> jax.Array:
             meets = (bucket_q == bucket_k) & (jnp.abs(query - key) < plan.chunk_len)
         else:
             apart = query // plan.chunk_len - key // plan.chunk_len
-            meets = (apart <= plan.look_back) & (apart >= -plan.look_ahead)
+            meets = (apart <= plan.reach[0]) & (apart >= -plan.reach[1])
         count = count + meets.astype(jnp.float32)
     return jnp.maximum(count, 1.0)
 
@@ -130,36 +137,38 @@ def unit(x: jax.Array, epsilon: Any = UNIT_EPSILON) -> jax.Array:
     return (wide * norm).astype(x.dtype)
 
 
-def all_rounds(plan: Plan, buckets: Any) -> Any:
+def all_rounds(plan: Plan, buckets: Any, segments: Any) -> Any:
     """Places and buckets for `meetings`, both (R, L) int32; None if the plan needs none."""
     if not plan.once:
         return None
 
     def place(buckets: jax.Array) -> jax.Array:
-        order, _ = sorted_by_bucket(buckets, plan.last_bucket)
-        at = jnp.arange(plan.padded, dtype=jnp.int32)
+        order, _ = in_order(plan, buckets, segments)
+        at = places_in_order(plan, order, segments)
         return jnp.zeros_like(at).at[order].set(at, unique_indices=True)
 
     return lax.map(place, buckets), buckets
 
 
-def over_tiles(plan: Plan, buckets: Any, body: Callable[[Any, Tile], Any], carry: Any) -> Any:
+def over_tiles(
+    plan: Plan, buckets: Any, segments: Any, body: Callable[[Any, Tile], Any], carry: Any
+) -> Any:
     """Carries a value through ``body(carry, tile)`` for each tile of each round; buckets (R, L)."""
 
-    ends = ends_of_rounds(plan, buckets)
+    ends = ends_of_rounds(plan, buckets, segments)
 
     def one_round(carry: Any, r: Any) -> tuple[Any, None]:
-        round_ = make_round(plan, buckets[r], r, ends)
+        round_ = make_round(plan, buckets[r], r, ends, segments)
 
         def one_tile(carry: Any, i: Any) -> tuple[Any, None]:
-            return body(carry, cut(plan, round_, i)), None
+            return body(carry, cut(plan, round_, i, segments)), None
 
         return tiles.each(one_tile, carry, plan.n_tiles)[0], None
 
     return tiles.each(one_round, carry, buckets.shape[0])[0]
 
 
-def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
+def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, segments: Any, rng: Any) -> Any:
     """One head's output and logsumexp.
 
     Args:
@@ -167,13 +176,14 @@ def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
       q: (L, K).
       v: (L, D).
       buckets: (R, L) int32.
+      segments: (L,) int32, the document of each position; or None.
       rng: key of dropout, or None.
 
     Returns:
       The output (L, D) in the dtype of v, zero where a query sees no key; and z (L,) float32,
       `tiles.FAR` where a query sees no key.
     """
-    rounds = all_rounds(plan, buckets)
+    rounds = all_rounds(plan, buckets, segments)
 
     def add_tile(carry: Any, tile: Tile) -> Any:
         out, z = carry
@@ -193,7 +203,7 @@ def forward_head(plan: Plan, q: Any, v: Any, buckets: Any, rng: Any) -> Any:
         jnp.zeros((plan.padded, v.shape[-1]), jnp.float32),
         jnp.full(plan.padded, -tiles.FAR, jnp.float32),
     )
-    out, z = over_tiles(plan, buckets, add_tile, start)
+    out, z = over_tiles(plan, buckets, segments, add_tile, start)
     blind = z < -tiles.FAR / 2
     if plan.rounded:
         out, z = round_alone(plan, buckets, out, z)
@@ -242,12 +252,20 @@ def rounded_shares(n_rounds: int) -> jax.Array:
 
 
 def backward_head(
-    plan: Plan, q: Any, v: Any, buckets: Any, rng: Any, z: Any, d_out: Any, dot_out: Any
+    plan: Plan,
+    q: Any,
+    v: Any,
+    buckets: Any,
+    segments: Any,
+    rng: Any,
+    z: Any,
+    d_out: Any,
+    dot_out: Any,
 ) -> Any:
     """One head's gradients, from the cotangent of its output.
 
     Args:
-      plan, q, v, buckets, rng: as of `forward_head`.
+      plan, q, v, buckets, segments, rng: as of `forward_head`.
       z: (L,) float32, the logsumexp.
       d_out: (L, D), cotangent of the output.
       dot_out: (L,) float32, Σ dO ∘ O.
@@ -257,7 +275,7 @@ def backward_head(
       summed over a group.
     """
     dtype = v.dtype if plan.group == 1 else jnp.float32
-    rounds = all_rounds(plan, buckets)
+    rounds = all_rounds(plan, buckets, segments)
 
     def add_tile(carry: Any, tile: Tile) -> Any:
         d_q, d_v = carry
@@ -282,7 +300,7 @@ def backward_head(
         return d_q, add(d_v, tile.position, tiles.dot('gqw,gqd->gwd', p, d_out_i))
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    d_q, d_v = over_tiles(plan, buckets, add_tile, start)
+    d_q, d_v = over_tiles(plan, buckets, segments, add_tile, start)
     return d_q.astype(q.dtype), d_v.astype(dtype)
 
 
@@ -293,15 +311,15 @@ def fill(plan: Plan, x: jax.Array, value: Any = 0, axis: int = 2) -> jax.Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def per_head(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> Any:
+def per_head(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any, segments: Any) -> Any:
     """The arguments of `forward_head`, with leading axes (B, H), or (B, G', H/G') if H is not G'.
 
     Args:
-      plan, q, v, buckets, mask, rng: as of `attend`.
+      plan, q, v, buckets, mask, rng, segments: as of `attend`.
 
     Returns:
       q (B, H, L, K), v (B, G', L, D), buckets (B, H, R, L) int32, padding having bucket n_buckets,
-      and keys (B, H) or None.
+      segments (B, G', L) or None, and keys (B, H) or None.
     """
     buckets = buckets.astype(jnp.int32)
     if mask is not None:
@@ -309,11 +327,16 @@ def per_head(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> A
     rng = tiles.key_per_head(rng, q.shape[:2])
     own = fill(plan, q), fill(plan, buckets, plan.last_bucket, axis=3), rng
     q, buckets, rng = tiles.split_group(own, plan.group)
-    return q, fill(plan, v), buckets, rng
+    if segments is not None:
+        segments = fill(plan, segments[:, None])
+        segments = jnp.broadcast_to(segments, (*v.shape[:2], plan.padded))
+    return q, fill(plan, v), buckets, segments, rng
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> jax.Array:
+def attend(
+    plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any, segments: Any = None
+) -> jax.Array:
     """LSH attention as `plan` says, in time and memory linear in the length, apart from the sort.
 
     Args:
@@ -323,51 +346,54 @@ def attend(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> jax
       buckets: (B, H, R, L), integers as of `lsh_attention`.
       mask: (B, L) bool, True = a real position; or None.
       rng: the key of dropout; or None for no dropout.
+      segments: (B, L) int32, the document of each position; or None.
 
     Returns:
       (B, H, L, D), in the dtype of v; zero where the mask is False.
     """
-    return attend_forward(plan, q, v, buckets, mask, rng)[0]
+    return attend_forward(plan, q, v, buckets, mask, rng, segments)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attend_forward(plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any) -> Any:
+def attend_forward(
+    plan: Plan, q: Any, v: Any, buckets: Any, mask: Any, rng: Any, segments: Any
+) -> Any:
     """The output (B, H, L, D), and the residuals of the backward pass.
 
-    The residuals are (q, v, buckets, mask, rng, output, z), with z (B, H, L), or (B, G', H/G', L),
-    float32.
+    The residuals are (q, v, buckets, mask, rng, segments, output, z), with z (B, H, L), or
+    (B, G', H/G', L), float32.
     """
-    heads = per_head(plan, q, v, buckets, mask, rng)
+    heads = per_head(plan, q, v, buckets, mask, rng, segments)
     out, z = tiles.over_heads(
         functools.partial(forward_head, plan),
         heads,
         plan.n_pairs,
         plan.heads_together,
         group=plan.group,
-        shared=OF_VALUES,
+        shared=SHARED,
     )
     out = tiles.join_group(out, plan.group)[:, :, : plan.length]
-    return out, (q, v, buckets, mask, rng, out, z)
+    return out, (q, v, buckets, mask, rng, segments, out, z)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     """The gradients of q and v, from the cotangent (B, H, L, D); None for the other arguments."""
-    q, v, buckets, mask, rng, out, z = kept
+    q, v, buckets, mask, rng, segments, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     cts = tiles.split_group((fill(plan, d_out), fill(plan, dot_out)), plan.group)
-    heads = (*per_head(plan, q, v, buckets, mask, rng), z, *cts)
+    heads = (*per_head(plan, q, v, buckets, mask, rng, segments), z, *cts)
     d_q, d_v = tiles.over_heads(
         functools.partial(backward_head, plan),
         heads,
         plan.n_pairs,
         plan.heads_together,
         group=plan.group,
-        shared=OF_VALUES,
+        shared=SHARED,
         summed=OF_VALUES,
     )
     d_q, d_v = tiles.join_group(d_q, plan.group), d_v.astype(v.dtype)
-    return d_q[:, :, : plan.length], d_v[:, :, : plan.length], None, None, None
+    return d_q[:, :, : plan.length], d_v[:, :, : plan.length], None, None, None, None
 
 
 attend.defvjp(attend_forward, attend_backward)
