@@ -117,6 +117,7 @@ def run_eval(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             raise UsageError(f'--{name} is about a text: give --text FILE too, or leave it out')
     from layercomb.supervised import evaluate
+    from layercomb.supervised.preference.reference import recalled
 
     if sources.find(options.source).kind != sources.RUN:
         raise UsageError(
@@ -134,7 +135,8 @@ def run_eval(options: argparse.Namespace) -> None:
         chosen = options.checkpoint
         model, step = runs.saved_model(options.source, experiment.model, signature, chosen)
         print(f'step {step}')
-        measured = evaluate(model.layer, model.weights or {}, model.state, experiment.eval_tasks)
+        tasks = recalled(experiment.eval_tasks, options.source)
+        measured = evaluate(model.layer, model.weights or {}, model.state, tasks)
         terminal.write_measured(measured)
 
 

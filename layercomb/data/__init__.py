@@ -10,6 +10,8 @@ from layercomb.data.corpora.drawn import shapes
 from layercomb.data.corpora.images import cifar10, imagenet64, png_images, subpixels
 from layercomb.data.corpora.published import c4, scientific_papers
 from layercomb.data.corpora.wikipedia import enwik8
+from layercomb.data.judged.batches import preference_batches
+from layercomb.data.judged.preferences import preferences
 from layercomb.data.ngrams import witten_bell_bits_on_batches, witten_bell_bits_per_byte
 from layercomb.data.pairs import continuations, pairs
 from layercomb.data.pipelines import batches, bucketed, packed
@@ -33,6 +35,8 @@ __all__ = [
     'packed',
     'pairs',
     'png_images',
+    'preference_batches',
+    'preferences',
     'python_docstrings',
     'python_stdlib',
     'scientific_papers',
