@@ -9,8 +9,10 @@ from layercomb.data.corpora.docstrings import python_docstrings
 from layercomb.data.corpora.drawn import shapes
 from layercomb.data.corpora.images import cifar10, imagenet64, png_images, subpixels
 from layercomb.data.corpora.published import c4, scientific_papers
+from layercomb.data.corpora.topics import python_topics
 from layercomb.data.corpora.wikipedia import enwik8
 from layercomb.data.judged.batches import preference_batches
+from layercomb.data.judged.labels import labelled, labels
 from layercomb.data.judged.preferences import preferences
 from layercomb.data.ngrams import witten_bell_bits_on_batches, witten_bell_bits_per_byte
 from layercomb.data.pairs import continuations, pairs
@@ -32,6 +34,8 @@ __all__ = [
     'duplication',
     'enwik8',
     'imagenet64',
+    'labelled',
+    'labels',
     'packed',
     'pairs',
     'png_images',
@@ -39,6 +43,7 @@ __all__ = [
     'preferences',
     'python_docstrings',
     'python_stdlib',
+    'python_topics',
     'scientific_papers',
     'shapes',
     'subpixels',

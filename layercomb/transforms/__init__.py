@@ -6,6 +6,7 @@ combinators and wrappers too.
 """
 
 from layercomb.transforms.casting import Cast, cast
+from layercomb.transforms.classifying import classifier
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
 from layercomb.transforms.rewriting import rewrite
@@ -22,6 +23,7 @@ __all__ = [
     'axes',
     'bare',
     'cast',
+    'classifier',
     'hold_narrow',
     'hold_wide',
     'narrow_paths',

@@ -135,7 +135,7 @@ def _tell(n: int, n_long: int, n_cut: int, length: int) -> None:
     said = [f'{n_cut} of {n} pairs have an answer that is cut'] * bool(n_cut)
     said += [f'{n_long} pairs are left out, whose prompt has no room for an answer'] * bool(n_long)
     if said:
-        warnings.warn(f'{_ME}, length={length}: {"; ".join(said)}', UsageWarning, stacklevel=3)
+        warnings.warn(f'{_ME}, length={length}: {"; ".join(said)}', UsageWarning, stacklevel=4)
 
 
 def _pair(where: str, row: Mapping[str, Any], tokenizer: Adapted) -> tuple[Answered, Answered]:

@@ -58,7 +58,7 @@ class Preference(Metric):
         return (*outputs_shape[:-1], 2)
 
     def check(self, outputs: Any, targets: Any, weights: Any) -> None:
-        """Raises unless the arrays are those of pairs: ValueError for shapes, TypeError for dtypes."""
+        """Raises a ValueError or TypeError unless the arrays are those of pairs."""
         shape, owner = tuple(outputs.shape), type(self).__name__
         got = tuple(targets.shape), tuple(weights.shape)
         right = len(shape) > 1 and got == (self.targets_shape(shape), shape[:-1])

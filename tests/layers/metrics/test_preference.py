@@ -78,9 +78,7 @@ def test_the_gradient_is_that_of_differences():
     direction = RNG.normal(size=LOGITS.shape).astype(np.float32)
     found = float(jnp.vdot(jax.grad(f)(jnp.asarray(LOGITS)), direction))
     h = [gains(LOGITS.astype(np.float64) + e * direction) for e in (1e-5, -1e-5)]
-    up, down = (
-        np.mean(-0.9 * log_sigmoid(0.5 * x) - 0.1 * log_sigmoid(-0.5 * x)) for x in h
-    )
+    up, down = (np.mean(-0.9 * log_sigmoid(0.5 * x) - 0.1 * log_sigmoid(-0.5 * x)) for x in h)
     assert found == pytest.approx((up - down) / 2e-5, rel=1e-3)
     assert not np.asarray(jax.grad(f)(jnp.asarray(LOGITS)))[4:].any()  # a pair that does not count
 
@@ -101,15 +99,15 @@ def test_pieces_give_what_the_whole_gives(key):
 def test_what_is_no_batch_of_pairs_is_refused():
     loss = tl.PreferenceLoss()
     for targets in (TOKENS, TARGETS[:, :-1]):
-        with pytest.raises(ValueError, match='PreferenceLoss takes logits .*preference_batches'):
+        with pytest.raises(ValueError, match=r'PreferenceLoss takes logits .*preference_batches'):
             measured(loss, targets=targets)
     with pytest.raises(TypeError, match='must be int32, got float32'):
         measured(loss, targets=TARGETS.astype(np.float32))
-    with pytest.raises(ValueError, match='takes pairs of rows, .* got 5 rows'):
+    with pytest.raises(ValueError, match=r'takes pairs of rows, .* got 5 rows'):
         measured(loss, LOGITS[:5], TARGETS[:5], WEIGHTS[:5])
     with pytest.raises(ValueError, match="kind='ipo' has no label_smoothing"):
         tl.PreferenceLoss(kind='ipo', label_smoothing=0.1)
-    with pytest.raises(ValueError, match='label_smoothing must be at least 0 and below 0.5'):
+    with pytest.raises(ValueError, match=r'label_smoothing must be at least 0 and below 0.5'):
         tl.PreferenceLoss(label_smoothing=0.5)
     with pytest.raises(ValueError, match='beta must be above 0'):
         tl.PreferenceLoss(beta=0)
