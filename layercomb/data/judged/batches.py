@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from layercomb.checks import Size, checked
-from layercomb.data import pipelines
-from layercomb.data.checks import Seed, Shard
-from layercomb.data.judged.preferences import Preferences
+from layercomb.data import checks, pipelines
+from layercomb.data.checks import Seed, Shard, Source
+from layercomb.data.judged.preferences import with_reference
 from layercomb.data.packing import Arrays
+from layercomb.data.sources import Mapped
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Referred(Sequence[Arrays]):
+    """Pairs with the log-likelihoods of a reference.
+
+    Attributes:
+      source: pairs, see `preferences`.
+      reference: (N, 2) float32, of the preferred and the rejected answer of each, in nats.
+    """
+
+    source: Sequence[Arrays]
+    reference: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Mapped(range(len(self))[index], self.__getitem__)
+        inputs, targets, weights = self.source[index]
+        return inputs, with_reference(targets, weights, self.reference[index]), weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,7 +48,7 @@ class PreferenceBatches:
       options: further arguments of `data.batches`, by name.
     """
 
-    source: Preferences
+    source: Sequence[Arrays]
     options: dict[str, Any]
 
     def __iter__(self) -> Any:
@@ -37,21 +61,20 @@ class PreferenceBatches:
 
     @cached_property
     def _dataset(self) -> Any:
-        return pipelines.batches(self.source, **self.options).map(in_turn)
+        return pipelines.batches(self.source, **self.options).map(_in_turn)
 
     def referred(self, reference: np.ndarray) -> PreferenceBatches:
         """The same batches with log-likelihoods of the reference.
 
         Args:
-          reference: (N, 2) float32, see `Preferences`.
+          reference: (N, 2) float32, see `Referred`.
         """
-        source = dataclasses.replace(self.source, reference=reference)
-        return dataclasses.replace(self, source=source)
+        return dataclasses.replace(self, source=Referred(self.source, reference))
 
 
 @checked
 def preference_batches(
-    source: Preferences,
+    source: Source[Arrays],
     batch_size: Size,
     *,
     seed: Seed = 0,
@@ -66,7 +89,7 @@ def preference_batches(
     they are NaN.
 
     Args:
-      source: of `data.preferences`.
+      source: of `data.preferences`, or a part of it.
       batch_size: B, pairs in a batch, on this host.
       seed, shuffle, num_epochs, shard: as for `data.batches`.
 
@@ -75,13 +98,23 @@ def preference_batches(
       float32. Its iterators can be stopped and resumed, as those of `data.batches`.
 
     Raises:
-      TypeError, ValueError: if an argument has the wrong type or range.
+      TypeError, ValueError: if an argument has the wrong type or range, or the source is empty or
+        holds something else.
       UsageError: if Grain is not installed.
     """
-    options = {'batch_size': batch_size, 'seed': seed, 'shuffle': shuffle}
-    return PreferenceBatches(source, {**options, 'num_epochs': num_epochs, 'shard': shard})
+    first: Any = checks.source('preference_batches', source)[0]
+    shapes = [np.shape(x) for x in first] if isinstance(first, tuple) else []
+    if len(shapes) != 3 or shapes[1] != (*shapes[0], 2) or shapes[0][:1] != (2,):
+        raise TypeError(
+            f'preference_batches takes the pairs of data.preferences, and the source holds '
+            f'{type(first).__name__} of {shapes}: give those'
+        )
+    options: dict[str, Any] = {'batch_size': batch_size, 'seed': seed, 'shuffle': shuffle}
+    return PreferenceBatches(
+        cast(Any, source), {**options, 'num_epochs': num_epochs, 'shard': shard}
+    )
 
 
-def in_turn(batch: Arrays) -> Arrays:
+def _in_turn(batch: Arrays) -> Arrays:
     """(B, 2, …) → (2B, …), row after row."""
     return tuple(x.reshape(-1, *x.shape[2:]) for x in batch)

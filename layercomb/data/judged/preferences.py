@@ -39,13 +39,10 @@ class Preferences(Sequence[Arrays]):
     Attributes:
       pairs: the preferred and the rejected answer of each.
       length: L.
-      reference: (N, 2) float32, the log-likelihood of each answer under the model that training
-        starts from, in nats; None before it was computed.
     """
 
     pairs: tuple[tuple[Answered, Answered], ...]
     length: int
-    reference: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -53,10 +50,7 @@ class Preferences(Sequence[Arrays]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return Mapped(range(len(self))[index], self.__getitem__)
-        pair, known = self.pairs[index], (np.nan, np.nan)
-        if self.reference is not None:
-            known = self.reference[index]
-        made = [_example(row, self.length, x) for row, x in zip(pair, known, strict=True)]
+        made = [_example(row, self.length) for row in self.pairs[index]]
         return tuple(np.stack(column) for column in zip(*made, strict=True))
 
 
@@ -227,13 +221,28 @@ def _listed(where: str, name: str, messages: Any) -> list[dict[str, Any]]:
     return [dict(each) for each in messages]
 
 
-def _example(row: Answered, length: int, reference: float) -> Arrays:
-    """(inputs, targets, weights) of one row: (L,), (L, 2) and (L,)."""
+def _example(row: Answered, length: int) -> Arrays:
+    """(inputs, targets, weights) of one row, without a reference: (L,), (L, 2) and (L,)."""
     n = len(row.ids) - 1
     inputs, weights = np.zeros(length, np.int32), np.zeros(length, np.float32)
     targets = np.zeros((length, 2), np.int32)
     inputs[:n], targets[:n, 0] = row.ids[:-1], row.ids[1:]
     weights[row.start - 1 : n] = 1
-    mean = np.float32(reference / (n - row.start + 1))
-    targets[row.start - 1 : n, 1] = mean.view(np.int32)
-    return inputs, targets, weights
+    return inputs, with_reference(targets, weights, np.float32(np.nan)), weights
+
+
+def with_reference(
+    targets: np.ndarray, weights: np.ndarray, reference: np.ndarray | np.float32
+) -> np.ndarray:
+    """Targets with the log-likelihoods of a reference: each position of weight has the row's mean.
+
+    Args:
+      targets: (…, L, 2) int32.
+      weights: (…, L) float32.
+      reference: (…) float32, in nats, a number for each row.
+    """
+    total = weights.sum(-1, keepdims=True)
+    mean = np.asarray(reference, np.float32)[..., None] / np.where(total == 0, 1, total)
+    made = targets.copy()
+    made[..., 1] = np.where(weights != 0, mean, np.float32(0)).astype(np.float32).view(np.int32)
+    return made

@@ -21,7 +21,7 @@ import numpy as np
 
 from layercomb import losses, paths, trees
 from layercomb.data.judged.batches import PreferenceBatches
-from layercomb.data.judged.preferences import Preferences
+from layercomb.data.packing import Arrays
 from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
@@ -59,7 +59,7 @@ class References:
       directory: the run's; None for a run that writes nothing.
     """
 
-    def __init__(self, model: Layer | Model, directory: Path | None) -> None:
+    def __init__(self, model: Layer | Model, directory: Path | None = None) -> None:
         self._model = model if isinstance(model, Model) else None
         self._folder = None if directory is None else directory / FOLDER
         self._new: dict[str, Kept] = {}
@@ -93,7 +93,7 @@ class References:
         weights = self._model.weights if self._model is not None else None
         return digest_of(_named(weights or {}))
 
-    def _values(self, source: Preferences) -> np.ndarray:
+    def _values(self, source: Sequence[Arrays]) -> np.ndarray:
         name = digest_of(_arrays(source))
         kept = self._new.get(name) or (self._folder and _read(self._folder / f'{name}.npz'))
         if self._model is None or self._model.weights is None:
@@ -139,7 +139,7 @@ def recalled(tasks: Sequence[EvalTask], directory: str | Path) -> tuple[EvalTask
     return tuple(made)
 
 
-def log_likelihoods(model: Model, source: Preferences) -> np.ndarray:
+def log_likelihoods(model: Model, source: Sequence[Arrays]) -> np.ndarray:
     """Σ_t log π(y_t | y_<t) over the tokens of each answer, in nats, without dropout.
 
     Rows of similar length are read together, padded to few lengths; logits exist for a slice of the
@@ -147,7 +147,7 @@ def log_likelihoods(model: Model, source: Preferences) -> np.ndarray:
 
     Args:
       model: a language model with weights.
-      source: pairs of answers.
+      source: pairs of `data.preferences`.
 
     Returns:
       (N, 2) float32, for preferred and rejected answers.
@@ -155,14 +155,14 @@ def log_likelihoods(model: Model, source: Preferences) -> np.ndarray:
     Raises:
       UsageError: if a token is outside the vocabulary, or a log-likelihood is not finite.
     """
-    flat = [answer for pair in source.pairs for answer in pair]
-    order = sorted(range(len(flat)), key=lambda i: len(flat[i].ids))
-    made = np.zeros(len(flat), np.float32)
+    lengths = [int(np.flatnonzero(w)[-1]) + 1 for pair in source for w in pair[2]]
+    order = np.argsort(lengths, kind='stable')
+    made = np.zeros(len(lengths), np.float32)
     whole = reads_whole_prompts(model.layer)  # a layer that sees padding is given that of training
+    room = len(source[0][0][0])
     for first in range(0, len(order), _ROWS):
-        chosen = order[first : first + _ROWS]
-        longest = max(len(flat[i].ids) for i in chosen) - 1
-        length = source.length if whole else min(source.length, round_up(longest))
+        chosen = order[first : first + _ROWS].tolist()
+        length = room if whole else min(room, round_up(lengths[chosen[-1]]))
         rows = [tuple(x[i % 2, :length] for x in source[i // 2]) for i in chosen]
         rows += [tuple(map(np.zeros_like, rows[0]))] * (_ROWS - len(rows))
         inputs, targets, weights = (np.stack(column) for column in zip(*rows, strict=True))
@@ -189,12 +189,11 @@ def digest_of(parts: Iterator[Any]) -> str:
     return digest.hexdigest()
 
 
-def _arrays(source: Preferences) -> Iterator[Any]:
-    """What identifies the answers; the length they are padded to does not change them."""
-    for pair in source.pairs:
-        for ids, start in pair:
-            yield ids
-            yield str(start)
+def _arrays(source: Sequence[Arrays]) -> Iterator[Any]:
+    """What identifies the pairs."""
+    for i in range(len(source)):
+        inputs, targets, weights = source[i]
+        yield from (inputs, targets[..., 0], weights)
 
 
 def _named(weights: Tree) -> Iterator[Any]:
