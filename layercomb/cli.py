@@ -33,6 +33,7 @@ from layercomb.launcher import (
 )
 from layercomb.launcher.experiment import Experiment
 from layercomb.layers.core.layer import Layer
+from layercomb.layers.metrics.class_names import class_names
 from layercomb.model import Model
 from layercomb.shapes import Signature, shape_dtype
 
@@ -117,6 +118,7 @@ def run_eval(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             raise UsageError(f'--{name} is about a text: give --text FILE too, or leave it out')
     from layercomb.supervised import evaluate
+    from layercomb.supervised.preference.reference import recalled
 
     if sources.find(options.source).kind != sources.RUN:
         raise UsageError(
@@ -134,7 +136,8 @@ def run_eval(options: argparse.Namespace) -> None:
         chosen = options.checkpoint
         model, step = runs.saved_model(options.source, experiment.model, signature, chosen)
         print(f'step {step}')
-        measured = evaluate(model.layer, model.weights or {}, model.state, experiment.eval_tasks)
+        tasks = recalled(experiment.eval_tasks, options.source)
+        measured = evaluate(model.layer, model.weights or {}, model.state, tasks)
         terminal.write_measured(measured)
 
 
@@ -353,12 +356,17 @@ def _narrowed(model: Model, bits: int | None) -> Model:
 
 
 def _signature_of_text(net: Layer) -> Signature:
-    """The signature of a short text: tokens, and for an encoder-decoder source and mask."""
+    """The signature of a short text: tokens, for an encoder-decoder source and mask.
+
+    A classifier of texts has a mask after its tokens.
+    """
     from layercomb.supervised.decoding import prompts
 
     length, of_source = (min(8, f(net) or 8) for f in (prompts.max_len, prompts.source_max_len))
     tokens, source = (shape_dtype((1, n), 'int32') for n in (length, of_source))
     mask = shape_dtype((1, of_source), bool)
+    if class_names(net) is not None and net.n_in > 1:
+        return (*(tokens,) * (net.n_in - 1), shape_dtype(tokens.shape, bool))
     return (tokens,) if net.n_in == 1 else (source, tokens, mask)[: net.n_in]
 
 

@@ -12,11 +12,15 @@ from layercomb.data.corpora.docstrings import python_docstrings
 from layercomb.data.corpora.drawn import shapes
 from layercomb.data.corpora.images import cifar10, imagenet64, png_images, subpixels
 from layercomb.data.corpora.published import c4, scientific_papers
+from layercomb.data.corpora.topics import python_topics
 from layercomb.data.corpora.wikipedia import enwik8
 from layercomb.data.finetuning.batches import packed_documents
 from layercomb.data.finetuning.documents import Document, chat, instructions
 from layercomb.data.finetuning.report import LengthReport, length_report
 from layercomb.data.finetuning.text import text_folder
+from layercomb.data.judged.batches import preference_batches
+from layercomb.data.judged.labels import labelled, labels
+from layercomb.data.judged.preferences import preferences
 from layercomb.data.ngrams import witten_bell_bits_on_batches, witten_bell_bits_per_byte
 from layercomb.data.pairs import continuations, pairs
 from layercomb.data.pipelines import batches, bucketed, packed
@@ -42,13 +46,18 @@ __all__ = [
     'enwik8',
     'imagenet64',
     'instructions',
+    'labelled',
+    'labels',
     'length_report',
     'packed',
     'packed_documents',
     'pairs',
     'png_images',
+    'preference_batches',
+    'preferences',
     'python_docstrings',
     'python_stdlib',
+    'python_topics',
     'scientific_papers',
     'shapes',
     'subpixels',

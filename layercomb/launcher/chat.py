@@ -16,6 +16,7 @@ from layercomb.model import Model
 from layercomb.serving.engine import Engine
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal, Request
+from layercomb.supervised.decoding.prompts import checked
 from layercomb.supervised.decoding.sampling import Sampler
 
 _HELP = """\
@@ -39,10 +40,11 @@ class Conversation:
       messages: dicts of ``role`` (``system``, ``user``, ``assistant``) and ``content``.
 
     Raises:
-      UsageError: if the tokenizer has no chat template.
+      UsageError: if the model is no language model, or the tokenizer has no chat template.
     """
 
     def __init__(self, model: Model, tokenizer: Any, n_tokens: int) -> None:
+        checked(model)
         if getattr(tokenizer, 'chat', None) is None:
             raise UsageError(
                 'this model has no chat template, so it only continues texts: use layercomb '

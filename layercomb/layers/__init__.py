@@ -79,6 +79,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import Once
 from layercomb.layers.decoding.seek import Position, seek
+from layercomb.layers.metrics.class_names import ClassNames
 from layercomb.layers.metrics.classification import (
     Accuracy,
     BitsPerByte,
@@ -90,6 +91,7 @@ from layercomb.layers.metrics.classification import (
 )
 from layercomb.layers.metrics.counts import F1, BinaryF1, ConfusionMatrix
 from layercomb.layers.metrics.metric import Metric, weighted_mean, weighted_sum
+from layercomb.layers.metrics.preference import PreferenceAccuracy, PreferenceLoss, RewardMargin
 from layercomb.layers.metrics.regression import (
     BinaryAccuracy,
     BinaryCrossEntropyLoss,
@@ -151,6 +153,7 @@ __all__ = [
     'BlockSparseFF',
     'Branch',
     'Chunk',
+    'ClassNames',
     'Combinator',
     'Concatenate',
     'ConfusionMatrix',
@@ -208,6 +211,8 @@ __all__ = [
     'Parallel',
     'Perplexity',
     'Position',
+    'PreferenceAccuracy',
+    'PreferenceLoss',
     'RMSNorm',
     'RelativeBias',
     'Relu',
@@ -222,6 +227,7 @@ __all__ = [
     'ReversibleSelect',
     'ReversibleSerial',
     'ReversibleSwap',
+    'RewardMargin',
     'RotaryPositions',
     'RotaryScaling',
     'Select',

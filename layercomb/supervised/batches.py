@@ -27,6 +27,7 @@ _AS_LONG = {
     'MapIterDataset',
     'MapWithIndexIterDataset',
     'PackedDocuments',
+    'PreferenceBatches',
     'PrefetchIterDataset',
     'RandomMapIterDataset',
 }

@@ -17,6 +17,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.model import Model, check_tokens, seeded
 from layercomb.shapes import Signature, signature_of
+from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, check_segments, made
 from layercomb.supervised.callbacks import check_callbacks
 from layercomb.supervised.tasks import (
@@ -50,12 +51,7 @@ def check_fit(
       TypeError, ValueError: if model, losses and data do not fit together.
       UsageError: if a token is outside the vocabulary, or an evaluation has no batch.
     """
-    n_rows = first[0].shape[0]
-    if n_rows % train_task.accumulate:
-        raise ValueError(
-            f'accumulate={train_task.accumulate} does not divide a batch of {n_rows} rows: '
-            'choose a batch size that it divides'
-        )
+    steps.check_rows(first[0].shape[0], train_task.accumulate, train_task.loss.together)
 
     def trace(task: Any, metrics: Any, batch: Batch, where: str, mode: Mode) -> None:
         check_inputs(task, net, batch, where)
@@ -184,7 +180,15 @@ def check_arguments(
 def _strange_target(net: Layer, batch: Batch) -> str | None:
     """What to do about a target outside the logits, if there is one."""
     targets, weights = batch[-2:]
-    counted = np.asarray(targets)[np.asarray(weights) != 0]
+    targets, weights = np.asarray(targets), np.asarray(weights)
+    if targets.ndim > weights.ndim and targets.dtype == np.int32:  # of preferences
+        if np.isnan(targets[..., 1].view(np.float32)).any():
+            return (
+                'the log-likelihoods of the reference are missing; a Loop fills them in, from the '
+                'model that it starts from'
+            )
+        targets = targets[..., 0]
+    counted = targets[weights != 0]
     if not np.issubdtype(counted.dtype, np.integer) or counted.size == 0:
         return None
     n_logits = net.output_signature(on_device(batch[: net.n_in]))[0].shape[-1]

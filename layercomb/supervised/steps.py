@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from layercomb import losses, trees
 from layercomb.layers.core.layer import Layer
-from layercomb.layers.metrics.metric import Metric, weighted_sum
+from layercomb.layers.metrics.metric import Metric
 from layercomb.supervised.updates import hyperparams, update
 from layercomb.trees import Tree
 
@@ -50,14 +50,15 @@ def compiled(
       net: gives logits.
       loss: a metric with a gradient.
       optimizer: an `optax.GradientTransformation`.
-      accumulate: how many micro batches a batch is cut into; it must divide the batch's rows.
+      accumulate: how many micro batches a batch is cut into; it must divide the batch's rows, or
+        the groups of rows that the loss takes together.
       chunk_len: how many positions of logits exist at a time; None for all.
 
     Returns:
       The function. Its metrics are float32 (): 'loss', 'grad_norm', and 'learning_rate' if the
       optimizer's state has one.
     """
-    scored = losses.attach(net, loss, chunk_len)
+    scored = _Scored(losses.attach(net, loss, chunk_len), loss)
     gradient = _whole(scored) if accumulate == 1 else _accumulated(scored, accumulate)
 
     def step(carry: Carry, frozen: Tree, key: jax.Array, batch: Batch) -> tuple[Carry, Metrics]:
@@ -76,7 +77,14 @@ def compiled(
     return jax.jit(step, donate_argnums=0)
 
 
-def _whole(scored: Layer) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
+class _Scored(NamedTuple):
+    """A model with its loss, and the loss alone, which makes sums of values of positions."""
+
+    net: Layer
+    loss: Metric
+
+
+def _whole(scored: _Scored) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
     """(loss, state, gradient) of a batch at once."""
 
     mean = jax.value_and_grad(functools.partial(_mean, scored), has_aux=True)
@@ -89,18 +97,19 @@ def _whole(scored: Layer) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
 
 
 def _mean(
-    scored: Layer, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
+    scored: _Scored, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
 ) -> tuple[jax.Array, Tree]:
     """The loss of a batch, auxiliary losses included, and the new state."""
     total, weight, aux, state = _sums(scored, trainable, frozen, state, key, batch)
     return total / _positive(weight) + aux, state
 
 
-def _accumulated(scored: Layer, n: int) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
+def _accumulated(scored: _Scored, n: int) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
     """The same from `n` micro batches: sums of losses and weights, divided once.
 
     An auxiliary loss counts for each micro batch as much as its weights do.
     """
+    together = scored.loss.together
 
     def total(trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch) -> Any:
         total, weight, aux, state = _sums(scored, trainable, frozen, state, key, batch)
@@ -120,7 +129,7 @@ def _accumulated(scored: Layer, n: int) -> Callable[..., tuple[jax.Array, Tree, 
 
         zero = jnp.zeros((), jnp.float32)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _at_least_float32(x)), trainable)
-        micros = (jnp.arange(n, dtype=jnp.int32), tuple(_cut(x, n) for x in batch))
+        micros = (jnp.arange(n, dtype=jnp.int32), tuple(_cut(x, n, together) for x in batch))
         (value, weight, state, grads), _ = jax.lax.scan(add, (zero, zero, state, zeros), micros)
         scale = 1 / _positive(weight)
         grads = jax.tree.map(
@@ -132,24 +141,42 @@ def _accumulated(scored: Layer, n: int) -> Callable[..., tuple[jax.Array, Tree, 
 
 
 def _sums(
-    scored: Layer, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
+    scored: _Scored, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array, Tree]:
     weights = trees.merge(trainable, frozen)
     (values, loss_weights), state = losses.apply_counted(
-        scored, weights, state, batch, batch[-1], rng=key
+        scored.net, weights, state, batch, batch[-1], rng=key
     )
-    total, weight = weighted_sum(values, loss_weights)
+    total, weight = scored.loss.sums(values, loss_weights)
     return total, jax.lax.stop_gradient(weight), losses.total(state), state
 
 
-def _cut(x: jax.Array, n: int) -> jax.Array:
-    """Gives every n-th row to one micro batch, so that each is spread over the batch's devices."""
-    if x.shape[0] % n:
+def _cut(x: jax.Array, n: int, together: int) -> jax.Array:
+    """Gives every n-th row, or group of rows, to one micro batch.
+
+    So each micro batch is spread over the batch's devices.
+    """
+    check_rows(x.shape[0], n, together)
+    if together == 1:
+        return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)  # (n, B / n, …)
+    x = jnp.moveaxis(x.reshape(-1, n, together, *x.shape[1:]), 1, 0)  # (n, B / n / t, t, …)
+    return x.reshape(n, -1, *x.shape[3:])  # (n, B / n, …)
+
+
+def check_rows(n_rows: int, accumulate: int, together: int) -> None:
+    """Raises a ValueError unless the rows of a batch can be cut into micro batches.
+
+    Args:
+      n_rows: B.
+      accumulate: how many micro batches there are.
+      together: how many rows in sequence the loss takes together.
+    """
+    if n_rows % (accumulate * together):
+        groups = '' if together == 1 else f', {together} of which belong together'
         raise ValueError(
-            f'accumulate={n} does not divide a batch of {x.shape[0]} rows: '
+            f'accumulate={accumulate} does not divide a batch of {n_rows} rows{groups}: '
             'choose a batch size that it divides'
         )
-    return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)  # (n, B / n, …)
 
 
 def _positive(weight: jax.Array) -> jax.Array:

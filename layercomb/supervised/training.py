@@ -36,6 +36,7 @@ from layercomb.supervised.fit import (
     why_not_finite,
 )
 from layercomb.supervised.inflight import InFlight
+from layercomb.supervised.preference.reference import References
 from layercomb.supervised.progress import Progress, Throughput
 from layercomb.supervised.reports import MetricsLog, Row, read_metrics, write_report
 from layercomb.supervised.resuming import Resumed, resume
@@ -63,6 +64,9 @@ class Loop:
     A step is one compiled function that donates its carry, so arrays taken from `weights`, `state`
     or `opt_state` are valid until the next `run`. Losses are read while later steps run, so that
     the device never waits for Python: up to `inflight.AHEAD` steps are dispatched ahead.
+
+    Of preferences (`data.preference_batches`), the model that training starts from is the
+    reference: its log-likelihoods are computed first, and kept in the run's directory.
 
     If a loss is not finite, the run stops with an error that names the step. Nothing after that
     step is reported or saved: all losses are read before a checkpoint is written.
@@ -125,6 +129,10 @@ class Loop:
         if keep_best is not None and output_dir is None:
             raise ValueError(f'Loop: keep_best={keep_best!r} needs an output_dir to keep it in')
         self._net = model.layer if isinstance(model, Model) else model
+        self._directory = None if output_dir is None else paths.local(output_dir, 'output_dir')
+        self._references = References(model, self._directory)
+        train_task = self._references.referred(train_task)
+        self._eval_tasks = tuple(map(self._references.referred, self._eval_tasks))
         self._task, self._seed, self._progress = train_task, seed, progress
         self._every = (log_every, eval_every, checkpoint_every)
         self._keep_best, self._callbacks = keep_best, tuple(callbacks)
@@ -136,7 +144,6 @@ class Loop:
             reading(train_task, self._net), train_task.loss, self._optimizer,
             train_task.accumulate, train_task.loss_chunk_len,
         )  # fmt: skip
-        self._directory = None if output_dir is None else paths.local(output_dir, 'output_dir')
         self._checkpoints: Checkpoints | None = None
         if self._directory is not None:
             from layercomb.supervised.checkpoints import Checkpoints
@@ -184,6 +191,7 @@ class Loop:
             self._stopping = False
             return self._last_row()
         with machine_errors('put that right, and run again to go on from the last checkpoint'):
+            self._references.write()
             run = _Run(self, n_steps)
             try:
                 while self.step < n_steps and not self._stopping:

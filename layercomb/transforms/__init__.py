@@ -6,6 +6,7 @@ combinators and wrappers too.
 """
 
 from layercomb.transforms.casting import Cast, cast
+from layercomb.transforms.classifying import classifier
 from layercomb.transforms.low_rank.adapting import lora, without_lora
 from layercomb.transforms.low_rank.layer import LowRank, is_lora, lora_paths
 from layercomb.transforms.low_rank.merging import merge
@@ -28,6 +29,7 @@ __all__ = [
     'axes',
     'bare',
     'cast',
+    'classifier',
     'hold_narrow',
     'hold_wide',
     'is_lora',

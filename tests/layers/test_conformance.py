@@ -68,6 +68,7 @@ IMAGE = (stream(B, 4, 4, 4),)
 QKV = (heads(), heads(), heads())
 TWO = (stream(), stream())
 THREE = (*TWO, stream())
+PAIRS = (stream(B, L, 7), shape_dtype((B, L, 2), 'int32'), stream(B, L))
 CHANCES = (stream(B, L, 7), shape_dtype((B, L, 7), bool), stream(B, L, 7))
 
 ROWS: dict[str, Row] = {
@@ -87,6 +88,7 @@ ROWS: dict[str, Row] = {
     'Branch': Row(lambda: tl.Branch(tl.Dense(4), tl.Add()), TWO),
     'Branch beside nothing': Row(lambda: tl.Branch(None, [tl.Dense(4), tl.Relu()], [])),
     'Chunk': Row(lambda: tl.Chunk(feed_forward(), 3), draws=True),
+    'ClassNames': Row(lambda: tl.ClassNames(tuple('abcdefg')), (stream(B, L, 7),)),
     'Concatenate': Row(tl.Concatenate, TWO),
     'ConfusionMatrix': Row(lambda: tl.ConfusionMatrix(7), SCORES),
     'Conv1D': Row(lambda: tl.Conv1D(4), axes=()),
@@ -197,6 +199,8 @@ ROWS: dict[str, Row] = {
     'PaddingMask': Row(lambda: tl.PaddingMask(3), (tokens(),)),
     'Parallel': Row(lambda: tl.Parallel(tl.Dense(4), None, [tl.Relu()]), (*TWO, stream())),
     'Perplexity': Row(tl.Perplexity, SCORES),
+    'PreferenceAccuracy': Row(tl.PreferenceAccuracy, PAIRS),
+    'PreferenceLoss': Row(lambda: tl.PreferenceLoss(label_smoothing=0.1), PAIRS),
     'RMSNorm': Row(tl.RMSNorm),
     'RMSNorm offset': Row(lambda: tl.RMSNorm(offset=1.0)),
     'RelativeBias': Row(lambda: tl.RelativeBias(2, 8, 4), (tokens(),), ()),  # a bias is no sequence
@@ -261,6 +265,7 @@ ROWS: dict[str, Row] = {
         ),
         draws=True,
     ),
+    'RewardMargin': Row(tl.RewardMargin, PAIRS),
     'SequenceAccuracy': Row(tl.SequenceAccuracy, SCORES, ()),
     'Serial': Row(
         lambda: tl.Serial(tl.Dup(), tl.Dense(), tl.Multiply(), tl.Dropout(0.1)), draws=True

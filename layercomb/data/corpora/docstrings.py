@@ -41,6 +41,15 @@ def python_docstrings(split: str = 'train', of: str = 'functions') -> Sequence[P
     return found
 
 
+def docstrings_of(document: bytes) -> list[str]:
+    """The docstrings of functions and methods in a source file, in their order.
+
+    Args:
+      document: the file, UTF-8.
+    """
+    return [docstring.decode() for _, docstring in _pairs(document, _functions)]
+
+
 def _pairs(document: bytes, nodes: Callable[[ast.Module], Iterator[Any]]) -> Iterator[Pair]:
     text = document.decode('utf-8-sig')
     if '"""' not in text and "'''" not in text:

@@ -38,7 +38,9 @@ class Metric(Layer):
     two results is better; None if neither is.
 
     A metric that is no mean overrides `sums`, which are added over all batches, and `total`, which
-    computes the metric from them. No task trains on it either. See `counts`.
+    computes the metric from them. No task trains on it either. See `counts`. One whose `sums` are
+    still a sum and what it is divided by, such as a mean over pairs of rows, keeps `total`, and
+    trains; ``together`` says how many rows in sequence belong together. See `preference`.
 
     >>> class Margin(Metric):
     ...     '''How far the largest logit is above the mean.'''
@@ -59,6 +61,7 @@ class Metric(Layer):
     float32 = True
     has_gradient: ClassVar[bool] = True
     lower_is_better: ClassVar[bool | None] = None
+    together: ClassVar[int] = 1
     takes: ClassVar[str] = 'logits (…, V), targets (…) and weights (…)'
     computes_in: ClassVar[tuple[str, ...]] = ('apply', 'scores', 'values')
 
@@ -128,8 +131,8 @@ class Metric(Layer):
 
     @property
     def is_mean(self) -> bool:
-        """Whether the metric is a weighted mean of its values, which a gradient can lower."""
-        return type(self).sums is Metric.sums
+        """Whether the metric is Σ / Σ of its two `sums`, which a gradient can lower."""
+        return type(self).total is Metric.total
 
     def check(self, outputs: Any, targets: Any, weights: Any) -> None:
         """Checks three arrays, or their signatures.

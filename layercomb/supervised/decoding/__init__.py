@@ -1,6 +1,7 @@
-"""Decoding: `generate`, `stream`, `beam_search`, `score`, `likelihood` and `embed`."""
+"""Decoding: `generate`, `stream`, `beam_search`, `score`, `likelihood`, `embed` and `classify`."""
 
 from layercomb.supervised.decoding.beams import Beams, beam_search
+from layercomb.supervised.decoding.classifying import Classified, classify
 from layercomb.supervised.decoding.embedding import embed
 from layercomb.supervised.decoding.generate import generate, stream
 from layercomb.supervised.decoding.likelihood import likelihood
@@ -10,9 +11,11 @@ from layercomb.supervised.decoding.scoring import Scores, score
 
 __all__ = [
     'Beams',
+    'Classified',
     'Sampler',
     'Scores',
     'beam_search',
+    'classify',
     'embed',
     'generate',
     'likelihood',

@@ -26,6 +26,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.seek import seek
+from layercomb.layers.metrics.class_names import class_names
 from layercomb.layers.positions.rotary import RotaryPositions
 from layercomb.layers.state.parts import AuxLoss, take_out
 from layercomb.model import Model, check_tokens
@@ -200,10 +201,15 @@ def checked(model: Model) -> tuple[Layer, Tree, Tree]:
 
     Raises:
       TypeError: if it has no weights.
-      UsageError: if it sees later positions.
+      UsageError: if it sees later positions, or tells classes apart.
     """
     if not isinstance(model, Model) or model.weights is None:
         raise TypeError('decoding needs an lc.Model with weights: init, load or train it first')
+    if (names := class_names(model.layer)) is not None:
+        raise UsageError(
+            f'this model tells {len(names)} classes of texts apart ({str(names[0])!r}, …), and is '
+            'no language model: give it texts by decoding.classify'
+        )
     _refuse_looking_ahead(model.layer)
     return model.layer, model.weights, model.state
 

@@ -1,0 +1,1 @@
+"""Texts that were judged: labels of texts, and preferences between answers."""
