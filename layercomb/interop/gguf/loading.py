@@ -71,6 +71,19 @@ def load(path: str | Path, *, dtype: str | None = None) -> tuple[Model, Any]:
     return Model(net, weights), tokenizer
 
 
+def tokenizer(path: str | Path) -> PretrainedTokenizer | None:
+    """The tokenizer in a .gguf file; None if there is none. No tensor is read.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      UsageError: as of `load`.
+    """
+    file = read(path)
+    return _tokenizer(file, config_of_file(file, architecture_of(file))['vocab_size'])
+
+
 def _tokenizer(file: File, n_tokens: int) -> PretrainedTokenizer | None:
     """The tokenizer in a file's metadata; None if there is none."""
     if file.metadata.get('tokenizer.ggml.model', 'none') in ('none', 'no_vocab'):
