@@ -56,6 +56,20 @@ def read(directory: Path) -> tuple[Layer, Any]:
     return huggingface.describe(directory)
 
 
+def net_of(source: Path) -> Layer:
+    """The layers of a model, in float32. No weights are read.
+
+    Args:
+      source: a directory of Hugging Face, or a .gguf file.
+
+    Raises:
+      UsageError: if it cannot be read.
+    """
+    from layercomb.interop import gguf, huggingface
+
+    return huggingface.describe(source)[0] if source.is_dir() else gguf.net(source)
+
+
 def tokenizer_of(source: Path) -> Any:
     """The tokenizer of a model; None if it has none. No weights are read.
 
