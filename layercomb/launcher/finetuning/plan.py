@@ -225,8 +225,8 @@ def plan(options: argparse.Namespace) -> Plan:
       options: of the command ``finetune``.
 
     Raises:
-      UsageError: for options that cannot be, or not together; for a model or data that is not there,
-        or does not fit.
+      UsageError: for options that cannot be, or not together; for a model or data that is not
+        there, or does not fit.
     """
     _check_together(options)
     source = pretrained.found(options.source)
@@ -335,14 +335,19 @@ def _stem(given: Path | None) -> str:
     return ABOUT if given is None else paths.shown(given.name).partition('.')[0] or 'data'
 
 
+_OF_DATA = (
+    '.jsonl, .json or .parquet of conversations or instructions; a file or folder of text; by '
+    'default questions about this library'
+)
+
+
 def options_of(add: Any) -> None:
     """Adds the options of the command to its parser.
 
     Args:
       add: adds one, as `argparse.ArgumentParser.add_argument`.
     """
-    add('data', nargs='?', help='.jsonl, .json or .parquet of conversations or instructions; a file '
-        'or folder of text; by default questions about this library')  # fmt: skip
+    add('data', nargs='?', help=_OF_DATA)
     add('--output_dir', help='where the run is kept; by default runs/SOURCE-DATA')
     add('--steps', type=int, help='how many steps to train')
     add('--minutes', type=float, help=f'how long it may take, in the place of steps ({MINUTES:g})')
