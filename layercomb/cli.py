@@ -1,4 +1,4 @@
-"""The launcher: ``layercomb train | eval | inspect | generate | chat | serve | export | convert``.
+"""The launcher: ``layercomb train | finetune | eval | inspect | generate | chat | serve | …``.
 
 This is the only file that imports gin. It hands trained models and tokenizers to the others.
 
@@ -10,32 +10,46 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import inspect
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from layercomb import paths, transforms
-from layercomb.data.adapted import adapted
+from layercomb import paths
 from layercomb.errors import UsageError, machine_errors, one_line, require, usage_errors
 from layercomb.launcher import (
     arguments,
     compile_cache,
-    includes,
+    configurations,
+    others,
+    running,
     runs,
     sources,
-    stopping,
     terminal,
 )
+from layercomb.launcher.configurations import Config, find_config
 from layercomb.launcher.experiment import Experiment
+from layercomb.launcher.finetuning import command
+from layercomb.launcher.pretrained import (
+    Pretrained,
+    inside,
+    pretrained,
+    pretrained_tokenizer,
+)
 from layercomb.layers.core.layer import Layer
-from layercomb.layers.metrics.class_names import class_names
 from layercomb.model import Model
-from layercomb.shapes import Signature, shape_dtype
+
+__all__ = [
+    'configured',
+    'find_config',
+    'main',
+    'pretrained',
+    'pretrained_tokenizer',
+    'train',
+    'trained',
+]
 
 
 def train(*args: Any, **fields: Any) -> Experiment:
@@ -74,7 +88,10 @@ def main(command_line: Sequence[str] | None = None) -> int:
         terminal.stop_writing()
     except KeyboardInterrupt:
         resumes = '; the same command goes on from the last checkpoint'
-        print(f'layercomb: stopped{resumes if parsed.run is run_train else ""}', file=sys.stderr)
+        print(
+            f'layercomb: stopped{resumes if parsed.run in (run_train, run_finetune) else ""}',
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -84,29 +101,22 @@ def run_train(options: argparse.Namespace) -> None:
     from layercomb.supervised.fingerprint import check_allowed
 
     source = find_config(options.config)
-    named = options.output_dir
-    directory = paths.local(Path('runs') / source.stem if named is None else named, '--output_dir')
+    directory = runs.directory_of(options.output_dir, source)
     text = runs.read_text(source)
-    with configured(text, options.gin_param, source.name, source) as config:
+    with (
+        inside(directory),
+        configured(text, options.gin_param, source.name, source) as config,
+    ):
         experiment = config.build()
         with usage_errors():
             allowed = check_allowed(options.allow_changes)
         runs.check_directory(directory, config.text, bool(allowed))
-        with usage_errors():
-            experiment.check_sample()
-            loop = experiment.loop(directory, allowed)  # checks the rest before anything is written
-            with machine_errors('choose another --output_dir'):
-                directory.mkdir(parents=True, exist_ok=True)
-                config.write(directory)
-        with stopping.on_sigterm(loop.stop) as asked:
-            row = loop.run(experiment.steps)
-        if asked and loop.step < experiment.steps:
-            saved = f'after step {loop.step}, which is saved' if loop.step else 'before any step'
-            print(f'layercomb: stopped {saved}; the same command goes on', file=sys.stderr)
-            return
-        cure = 'it is trained and saved; put that right, and run the same again'
-        with usage_errors(), machine_errors(cure):
-            terminal.write_result(experiment, loop, row, directory)
+        running.run(config, experiment, directory, allowed)
+
+
+def run_finetune(options: argparse.Namespace) -> None:
+    """``layercomb finetune SOURCE [DATA]``: teaches a model that exists a text of your own."""
+    command.finetune(options, configured)
 
 
 def run_eval(options: argparse.Namespace) -> None:
@@ -124,17 +134,16 @@ def run_eval(options: argparse.Namespace) -> None:
         raise UsageError(
             f'{options.source!r} is no run, and has nothing to be measured on: give --text FILE'
         )
-    file = runs.config_file(options.source)
-    with configured(runs.read_text(file), options.gin_param, options.source, file) as config:
+    with of_run(options.source, options.gin_param) as config:
         experiment = config.build()
         with usage_errors():
             experiment.check()
         if not experiment.eval_tasks:
             raise UsageError('the configuration measures nothing: bind train.eval_tasks')
         with usage_errors():
-            signature = experiment.batch_signature()[: experiment.model.n_in]
+            signature = experiment.batch_signature()[: experiment.net.n_in]
         chosen = options.checkpoint
-        model, step = runs.saved_model(options.source, experiment.model, signature, chosen)
+        model, step = runs.saved_model(options.source, experiment.net, signature, chosen)
         print(f'step {step}')
         tasks = recalled(experiment.eval_tasks, options.source)
         measured = evaluate(model.layer, model.weights or {}, model.state, tasks)
@@ -196,18 +205,21 @@ def run_inspect(options: argparse.Namespace) -> None:
 
     source = sources.find(options.source, configurations=True)
     if source.kind not in (sources.RUN, sources.CONFIG):
-        _check_no_run(source, options.gin_param)
-        model, _ = loaded(source)
+        others.check_no_run(source, options.gin_param)
+        model, _ = others.loaded(source)
         with usage_errors():
-            print(summary(model.layer, _signature_of(model)))
+            print(summary(model.layer, others.signature_of(model)))
         return
-    file = runs.config_file(source.path) if source.kind == sources.RUN else source.path
-    name = options.source if source.kind == sources.RUN else file.name
-    with configured(runs.read_text(file), options.gin_param, name, file) as config:
+    is_run, file = source.kind == sources.RUN, source.path
+    with (
+        of_run(options.source, options.gin_param)
+        if is_run
+        else configured(runs.read_text(file), options.gin_param, file.name, file)
+    ) as config:
         experiment = config.build()
         with usage_errors():
             signature = experiment.batch_signature()
-            print(summary(experiment.model, signature[: experiment.model.n_in]))
+            print(summary(experiment.net, signature[: experiment.net.n_in]))
             takes = experiment.training_bytes()
     print()
     print(f'a training step on a batch of {signature[0].shape} takes, in bytes:')
@@ -259,30 +271,12 @@ def run_convert(options: argparse.Namespace) -> None:
     from layercomb import interop
 
     model, tokenizer = trained(
-        options.source, options.gin_param, text=False, checkpoint=options.checkpoint
+        options.source, options.gin_param, text=False, checkpoint=options.checkpoint, merge=True
     )
     with usage_errors():
         written = interop.save(options.out, model, tokenizer, dtype=options.dtype)
     for name, size in written.items():
         print(f'{name:<24}{size:>16,}')
-
-
-def loaded(source: sources.Source, bits: int | None = None) -> tuple[Model, Any]:
-    """A model of another library, and its tokenizer if it has one.
-
-    Args:
-      source: of a kind other than a run or a configuration.
-      bits: 16, 8 or 4 narrows the weights; None leaves them as they come.
-    """
-    from layercomb import interop
-
-    with usage_errors():
-        if bits == 16 and source.kind == sources.HUGGING_FACE:  # without a wide copy
-            return interop.load(source.path, dtype='bfloat16')
-        # Narrow weights cannot be narrowed again, so they are read as wide ones; Trax's are wide.
-        wide = bits is not None and source.kind != sources.TRAX
-        model, tokenizer = interop.load(source.path, **({'dtype': 'float32'} if wide else {}))
-        return _narrowed(model, bits), tokenizer
 
 
 def trained(
@@ -291,6 +285,7 @@ def trained(
     bits: int | None = None,
     text: bool = True,
     checkpoint: str = 'last',
+    merge: bool | None = None,
 ) -> tuple[Model, Any]:
     """A trained model of text and its tokenizer.
 
@@ -300,6 +295,7 @@ def trained(
       bits: 16, 8 or 4 narrows the weights, see `transforms.quantize`; None leaves them.
       text: whether there must be a tokenizer.
       checkpoint: 'last', 'best' or the number of a step.
+      merge: whether adapters of a run become a part of its weights, as of `Pretrained.finished`.
 
     Returns:
       (model, tokenizer); the tokenizer is None if there is none.
@@ -310,205 +306,57 @@ def trained(
     """
     source = sources.find(name)
     if source.kind != sources.RUN:
-        _check_no_run(source, bindings, checkpoint)
-        model, tokenizer = loaded(source, bits)
+        others.check_no_run(source, bindings, checkpoint)
+        model, tokenizer = others.loaded(source, bits)
         if text and tokenizer is None:
             raise UsageError(f'{name!r} has no tokenizer, so it makes no text: put one beside it')
         return model, tokenizer
-    file = runs.config_file(name)
-    with configured(runs.read_text(file), bindings, name, file) as config:
-        net, tokenizer = config.value('model'), config.value('tokenizer')
+    with of_run(name, bindings) as config:
+        made, tokenizer = config.value('model'), config.value('tokenizer')
+        net = made.layer if isinstance(made, Model) else made
         if not isinstance(net, Layer):
             raise UsageError(f'{name!r} has no model: bind train.model')
+        tokenizer = getattr(made, 'tokenizer', None) if tokenizer is None else tokenizer
         if text and tokenizer is None:
             raise UsageError('this run has no tokenizer, so it makes no text: bind train.tokenizer')
-        if tokenizer is not None:
-            with usage_errors():
-                tokenizer = adapted(tokenizer, 'train', must_decode=text)
-        model, _ = runs.saved_model(name, net, _signature_of_text(net), checkpoint)
+        tokenizer = others.checked_tokenizer(tokenizer, text)
+        known = isinstance(made, Pretrained)
+        signature = made.signature if known else others.signature_of_text(net)
+        model, _ = runs.saved_model(name, net, signature, checkpoint)
     with usage_errors():
-        return _narrowed(model, bits), tokenizer
-
-
-def _check_no_run(
-    source: sources.Source, bindings: Sequence[str], checkpoint: str = 'last'
-) -> None:
-    """Refuses options that are about runs, for a model that is none."""
-    if bindings or checkpoint != 'last':
-        option = '--gin_param' if bindings else '--checkpoint'
-        raise UsageError(f'{source.name!r} is no run, so {option} means nothing: leave it out')
-
-
-def _signature_of(model: Model) -> Signature:
-    """The signature of a model of another library, also of one that is of no family."""
-    from layercomb import interop
-
-    try:
-        return interop.signature(model)
-    except UsageError:
-        return _signature_of_text(model.layer)
-
-
-def _narrowed(model: Model, bits: int | None) -> Model:
-    if bits is None:
-        return model
-    return Model(*transforms.quantize(model.layer, model.weights or {}, bits=bits), model.state)
-
-
-def _signature_of_text(net: Layer) -> Signature:
-    """The signature of a short text: tokens, for an encoder-decoder source and mask.
-
-    A classifier of texts has a mask after its tokens.
-    """
-    from layercomb.supervised.decoding import prompts
-
-    length, of_source = (min(8, f(net) or 8) for f in (prompts.max_len, prompts.source_max_len))
-    tokens, source = (shape_dtype((1, n), 'int32') for n in (length, of_source))
-    mask = shape_dtype((1, of_source), bool)
-    if class_names(net) is not None and net.n_in > 1:
-        return (*(tokens,) * (net.n_in - 1), shape_dtype(tokens.shape, bool))
-    return (tokens,) if net.n_in == 1 else (source, tokens, mask)[: net.n_in]
-
-
-class Config:
-    """A parsed configuration, valid while its context is open.
-
-    Attributes:
-      text: the bindings, as gin writes them.
-    """
-
-    def __init__(self, gin: Any):
-        self._gin = gin
-        self.text: str = includes.written(gin, gin.config_str)
-
-    def build(self) -> Any:
-        """Builds the experiment.
-
-        Raises:
-          UsageError: if the configuration does not bind `train`, or a value in it is wrong.
-        """
-        with usage_errors():
-            try:
-                make = self._gin.get_configurable(train)
-            except KeyError:
-                raise UsageError(
-                    'the configuration trains nothing: write "from layercomb import cli" and bind '
-                    'cli.train.model and cli.train.train_task'
-                ) from None
-            return make()
-
-    def write(self, directory: Path) -> None:
-        """Writes the bindings, by which runs are compared, and the operative configuration.
-
-        The latter also has the defaults of everything built so far.
-
-        Args:
-          directory: the run's directory, which must exist.
-        """
-        runs.write_text(directory / runs.CONFIG, self.text)
-        operative = includes.written(self._gin, self._gin.operative_config_str)
-        runs.write_text(directory / runs.OPERATIVE, operative)
-
-    def value(self, name: str) -> Any:
-        """Builds one argument of `train`, without the others.
-
-        Args:
-          name: of the argument.
-
-        Returns:
-          Its value; None if it is not bound.
-        """
-        with usage_errors():
-            try:
-                value = self._gin.query_parameter(f'cli.train.{name}')
-            except ValueError:
-                return None
-            made = getattr(value, 'scoped_configurable_fn', None)
-            return made() if made is not None else value
+        if known:
+            merge = bits is not None or merge
+            model = made.finished(model.weights or {}, model.state, merge=merge or None)
+        return others.narrowed(model, bits), tokenizer
 
 
 @contextlib.contextmanager
+def of_run(name: str, bindings: Sequence[str] = ()) -> Iterator[Config]:
+    """The configuration of a run, which takes what the run keeps of a model that it began from.
+
+    Args:
+      name: the run's directory.
+      bindings: as of `configured`.
+    """
+    file = runs.config_file(name)
+    with inside(name), configured(runs.read_text(file), bindings, name, file) as config:
+        yield config
+
+
 def configured(
     text: str, bindings: Sequence[str], name: str, file: Path | None = None
-) -> Iterator[Config]:
-    """Parses a configuration and then further bindings, such as ``train.steps=100``.
+) -> contextlib.AbstractContextManager[Config]:
+    """Parses a configuration and then further bindings; see `configurations.configured`.
 
     Args:
-      text: the configuration.
-      bindings: bindings that override it; their includes are looked for in the working directory.
-      name: what messages call it.
-      file: its path; included files are looked for beside it.
-
-    Raises:
-      UsageError: if something in it is unknown, or does not parse.
+      text, bindings, name, file: as there.
     """
-    gin = require('gin', 'train')
-    parser = includes.Includes(gin)
-    with includes.alone(gin):
-        with _parsing(f'in {name}'):
-            parser.parse(text, file or Path(name))
-        for binding in bindings:
-            with _parsing(f'in --gin_param {binding!r}'):
-                terminal.check_text(binding, '--gin_param')
-                imports = parser.imports
-                try:
-                    parser.parse(binding, Path('--gin_param'))
-                except ValueError:  # a name that the file does not use needs the file's imports
-                    if "doesn't have a parameter" in str(sys.exc_info()[1]):
-                        raise
-                    parser.parse(f'{imports}\n{binding}', Path('--gin_param'))
-        gin.finalize()
-        yield Config(gin)
-
-
-@contextlib.contextmanager
-def _parsing(where: str) -> Iterator[None]:
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as e:
-        where = includes.place(e) or where
-        raise UsageError(f'{one_line(e)} ({where}){_nearest(e)}') from e
-
-
-def find_config(name: str) -> Path:
-    """The path of a configuration.
-
-    Args:
-      name: a path, or the name of a configuration that comes with the library.
-
-    Raises:
-      UsageError: if there is none, listing those of the library.
-    """
-    known = includes.library()
-    stem = name.removesuffix('.gin')
-    with machine_errors('check the path'):
-        if stem in known and not Path(name).is_file():
-            return known[stem]
-        path = paths.local(name, 'config')
-        if path.is_file():
-            return path
-    raise UsageError(
-        f'no configuration {name!r}: give the path of a .gin file, or one of {", ".join(known)}'
-    )
-
-
-def _nearest(error: BaseException) -> str:
-    """': did you mean …?' for a misspelt name of a module, a layer or a parameter."""
-    text = str(error)
-    if 'was not provided by an import' in text:
-        return ': write the name in full, as the file does, e.g. models.TransformerLM'
-    attribute = re.search(r"<module '([\w.]+)'.*> has no attribute (\w+)", text)
-    if attribute is None:
-        return ''
-    names = [n for n in dir(sys.modules[attribute[1]]) if not n.startswith('_')]
-    close = difflib.get_close_matches(attribute[2], names, n=3)
-    return f': did you mean {" or ".join(close)}?' if close else f': there are {", ".join(names)}'
+    return configurations.configured(require('gin', 'train'), train, text, bindings, name, file)
 
 
 _COMMANDS = {
     'train': run_train,
+    'finetune': run_finetune,
     'eval': run_eval,
     'inspect': run_inspect,
     'generate': run_generate,

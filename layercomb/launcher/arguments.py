@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from layercomb import paths
 from layercomb.errors import UsageError
 from layercomb.launcher import compile_cache
+from layercomb.launcher.finetuning import plan
 from layercomb.version import __version__
 
 
@@ -59,6 +60,8 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
         help='what may differ from the run so far: model, loss, optimizer, trainable, '
         'data, batch_size, seed, or all',
     )
+    add = command('finetune', 'source', _TO_TRAIN)
+    plan.options_of(add)
     add = of_model('eval')
     add('--text', metavar='FILE', help='a file in UTF-8 to measure the model on')
     add('--window', type=int, help='tokens of the text that are read at once (at most 1024)')
@@ -84,6 +87,9 @@ _A_MODEL = (
     'the output_dir of a run, a directory of Hugging Face, a .gguf file, a model.pkl.gz of Trax, '
     'or smollm2 or minilm, which packages carry'
 )
+
+
+_TO_TRAIN = 'a directory of Hugging Face, a .gguf file, or smollm2, which a package carries'
 
 
 def _command(

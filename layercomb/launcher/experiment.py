@@ -45,13 +45,13 @@ class Experiment:
     """The experiment that a configuration describes, as plain values.
 
     Attributes:
-      model: a layer that gives logits.
+      model: a layer that gives logits; or an `lc.Model`, whose weights are where training starts.
       train_task: data, loss and optimizer.
       eval_tasks: what to measure, one or several.
       steps: how many steps to train.
       seed, eval_every, checkpoint_every, log_every, keep, keep_best, callbacks: as for `Loop`.
-      tokenizer: turns text into tokens and back, see `data.Tokenizer`; None if the data is not
-        text.
+      tokenizer: turns text into tokens and back, see `data.Tokenizer`; None for that of a
+        `Pretrained` model, or if the data is not text.
       sample_prompt: the prompt of the sample that is shown after training; None for no sample.
       sample_tokens: the sample's length, in tokens.
       sample_temperature: the temperature it is drawn at, see `Sampler`.
@@ -62,7 +62,7 @@ class Experiment:
       TypeError, ValueError: for a field that cannot be right, or fields that do not fit together.
     """
 
-    model: Layer
+    model: Layer | Model
     train_task: TrainTask
     eval_tasks: Sequence[EvalTask] = ()
     _: dataclasses.KW_ONLY
@@ -85,6 +85,8 @@ class Experiment:
         tasks = tuple(given) if isinstance(given, (tuple, list)) else (given,)
         object.__setattr__(self, 'eval_tasks', tasks)
         object.__setattr__(self, 'callbacks', frozen(self.callbacks))
+        if self.tokenizer is None:
+            object.__setattr__(self, 'tokenizer', getattr(self.model, 'tokenizer', None))
         check_values('train', vars(self), Experiment)
         check_arguments(self.model, self.train_task, tasks, self._options())
         check_count('train', 'steps', self.steps)
@@ -102,14 +104,22 @@ class Experiment:
         if not isinstance(first, (str, bytes)):
             raise TypeError('train.baseline_text must be one source of documents, str or bytes')
 
+    @property
+    def net(self) -> Layer:
+        """The model's layer."""
+        return self.model.layer if isinstance(self.model, Model) else self.model
+
     def loop(self, directory: str | Path, allow_changes: Sequence[str] = ()) -> Loop:
         """The `Loop` that trains it.
 
         Args:
           directory: the run's directory.
           allow_changes: as for `Loop`.
+
+        Raises:
+          UsageError: if a run that began from a model that exists has lost its checkpoints.
         """
-        return Loop(
+        made = Loop(
             self.model,
             self.train_task,
             self.eval_tasks,
@@ -117,6 +127,11 @@ class Experiment:
             allow_changes=allow_changes,
             **self._options(),
         )
+        if isinstance(self.model, Model) and self.model.weights is None and made.step == 0:
+            raise UsageError(
+                f'{str(directory)!r} has lost its checkpoints: delete it, to begin anew'
+            )
+        return made
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _OPTIONS}
@@ -136,7 +151,7 @@ class Experiment:
           signature: of the model's inputs.
         """
         return jax.eval_shape(
-            lambda rng: self.model.init(signature, rng, Mode.TRAIN),
+            lambda rng: self.net.init(signature, rng, Mode.TRAIN),
             jax.eval_shape(jax.random.key, 0),
         )
 
@@ -148,9 +163,9 @@ class Experiment:
           UsageError: if the data has no batch, or one that does not fit.
         """
         first = _first_batch(self.train_task.data)
-        check_arity(self.train_task, self.model, first, 'the data')
-        abstract = self.abstract(on_device(first[: self.model.n_in]))
-        check_fit(self.model, *abstract, self.train_task, self.eval_tasks, first)
+        check_arity(self.train_task, self.net, first, 'the data')
+        abstract = self.abstract(on_device(first[: self.net.n_in]))
+        check_fit(self.net, *abstract, self.train_task, self.eval_tasks, first)
         self.check_sample()
 
     def check_sample(self) -> None:
@@ -162,12 +177,12 @@ class Experiment:
         if self.sample_prompt is None:
             return
         signature = self.batch_signature()
-        weights, state = self.abstract(signature[: self.model.n_in])
+        weights, state = self.abstract(signature[: self.net.n_in])
         jax.eval_shape(self._begin_sample, weights, state)
 
     def _begin_sample(self, weights: Tree, state: Tree) -> Start:
         """The start of the sample; raises an error if the sample cannot be made."""
-        model = Model(self.model, weights, state)
+        model = Model(self.net, weights, state)
         start = given(model, self.sample_prompt or '', self.tokenizer)
         return begin(model, n_tokens=self.sample_tokens, eos_id=self.tokenizer.eos_id, **start)
 
@@ -178,15 +193,15 @@ class Experiment:
           Bytes of 'weights', 'optimizer' and 'temporaries' (activations and gradients).
         """
         task, signature = self.train_task, self.batch_signature()
-        weights, state = self.abstract(signature[: self.model.n_in])
+        weights, state = self.abstract(signature[: self.net.n_in])
         trainable, frozen = task.partition(weights)
-        optimizer = bound(task.optimizer, self.model)
+        optimizer = bound(task.optimizer, self.net)
         with jax.numpy_dtype_promotion('standard'):
             opt_state = jax.eval_shape(optimizer.init, trainable)
         step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
         carry = steps.Carry(trainable, state, opt_state, step_number)
         step: Any = steps.compiled(
-            reading(task, self.model), task.loss, optimizer, task.accumulate, task.loss_chunk_len
+            reading(task, self.net), task.loss, optimizer, task.accumulate, task.loss_chunk_len
         )
         key = jax.eval_shape(jax.random.key, 0)
         memory = step.lower(carry, frozen, key, signature).compile().memory_analysis()

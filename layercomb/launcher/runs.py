@@ -36,6 +36,21 @@ def is_run(directory: str | Path) -> bool:
         return (folder / CONFIG).is_file()
 
 
+def directory_of(output_dir: str | None, config: Path) -> Path:
+    """Where a configuration is trained.
+
+    Args:
+      output_dir: what the user says; None for ``runs/NAME``, or if the configuration is that of a
+        run, for that run.
+      config: the path of the configuration.
+    """
+    if output_dir is None and config.name == CONFIG and (config.parent / OPERATIVE).is_file():
+        return config.parent
+    return paths.local(
+        Path('runs') / config.stem if output_dir is None else output_dir, '--output_dir'
+    )
+
+
 def config_of(run_dir: str | Path) -> str:
     """The configuration of a run, as text.
 

@@ -4,9 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layercomb.supervised import Loop
+
+
+def run(loop: Loop, n_steps: int) -> dict[str, Any] | None:
+    """Trains; a SIGTERM ends it after the step at hand, and a line on standard error says so.
+
+    Args:
+      loop: what trains.
+      n_steps: where to stop, as of `Loop.run`.
+
+    Returns:
+      The metrics of the last step; None if it was stopped before.
+    """
+    with on_sigterm(loop.stop) as asked:
+        row = loop.run(n_steps)
+    if asked and loop.step < n_steps:
+        saved = f'after step {loop.step}, which is saved' if loop.step else 'before any step'
+        print(f'layercomb: stopped {saved}; the same command goes on', file=sys.stderr)
+        return None
+    return row
 
 
 @contextlib.contextmanager

@@ -224,7 +224,7 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
         from layercomb.supervised import decoding
         from layercomb.supervised.decoding.prompts import given
 
-        model = Model(experiment.model, loop.weights, loop.state)
+        model = Model(experiment.net, loop.weights, loop.state)
         tokenizer, prompt = adapted(experiment.tokenizer), experiment.sample_prompt
         start = given(model, prompt, tokenizer)
         tokens = decoding.generate(

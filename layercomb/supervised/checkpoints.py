@@ -3,20 +3,28 @@
 A step's directory holds `weights`, `state` and `opt_state`, and a record: the data's position, the
 random key, and which step is the best so far. The directory appears only when it is complete. So if
 the process is killed at any moment, the previous step and the best one can still be restored.
+
+Weights that are frozen never change, so they are written once, into the directory `frozen` beside
+the steps, before the first step that needs them. The record of a step says which of its
+subdirectories, named after that first step, holds the rest of its weights.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from layercomb import checkpoints, paths
+import jax
+
+from layercomb import checkpoints, paths, trees
 from layercomb.checkpoints import Tree, ocp
 from layercomb.errors import UsageError
 
 _BEST = 'best'
+_FROZEN = 'frozen'
 
 
 class Best(NamedTuple):
@@ -44,6 +52,8 @@ class Checkpoints:
 
     Attributes:
       best: the best step so far; None if there is none. It is kept, and each save records it.
+      frozen: the subdirectory of `frozen` with the weights that do not train; None if the next save
+        has to write them.
 
     Raises:
       UsageError: if the directory cannot be made or written to.
@@ -52,6 +62,7 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int = 3) -> None:
         self.directory, self._keep = paths.local(directory, 'output_dir'), int(keep)
         self.best: Best | None = None
+        self.frozen: int | None = None
         paths.check_for_arrays(self.directory)
         try:
             paths.check_can_hold(self.directory)
@@ -74,16 +85,39 @@ class Checkpoints:
         """The number of the last complete step; None if there is none."""
         return max(_steps(self.directory), default=None)
 
-    def save(self, step: int, trees: Mapping[str, Tree], record: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        trees: Mapping[str, Tree],
+        record: Mapping[str, Any],
+        frozen: Tree | None = None,
+    ) -> None:
         """Starts to save a step; returns when the arrays may be donated again.
 
         Args:
           step: the number of the step, greater than any saved before.
           trees: named trees of arrays.
           record: what else to keep, as JSON can hold it.
+          frozen: the rest of the tree 'weights', which does not train, with None in the places of
+            what does. It is written by the first save alone.
         """
-        best = {} if self.best is None else {_BEST: self.best._asdict()}
-        self._manager.save(step, args=checkpoints.save_args(trees, {**record, **best}))
+        more: dict[str, Any] = {} if self.best is None else {_BEST: self.best._asdict()}
+        if jax.tree.leaves(frozen):
+            if self.frozen is None:
+                self._write_frozen(step, frozen)
+            more[_FROZEN] = self.frozen
+        trees = {name: _without_none(x) if name == 'weights' else x for name, x in trees.items()}
+        self._manager.save(step, args=checkpoints.save_args(trees, {**record, **more}))
+
+    def _write_frozen(self, step: int, frozen: Tree) -> None:
+        """Writes frozen weights, whole or not at all, before the step that needs them."""
+        directory = self.directory.parent / _FROZEN / str(step)
+        shutil.rmtree(directory, ignore_errors=True)  # of a run that ended before this step
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        args = checkpoints.save_args({'weights': _without_none(frozen)}, {})
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(directory, args=args)
+        self.frozen = step
 
     def note_best(self, name: str, value: float, step: int) -> None:
         """Records that the step to be saved next is the best so far.
@@ -98,6 +132,10 @@ class Checkpoints:
     def remember_best(self, record: Mapping[str, Any]) -> None:
         """Sets `best` from a checkpoint's record; to None if that step is no longer there."""
         self.best = _best(self.directory, record)
+
+    def remember_frozen(self, record: Mapping[str, Any]) -> None:
+        """Sets `frozen` from a checkpoint's record, if the same weights train as in that step."""
+        self.frozen = record.get(_FROZEN)
 
     def record(self, step: int) -> tuple[dict[str, Any], dict[str, checkpoints.Kinds]]:
         """What a step keeps beside arrays, and the type and shape of each array.
@@ -236,8 +274,25 @@ def _restore(
     directory: Path, step: int, abstract: Mapping[str, Tree]
 ) -> tuple[dict[str, Tree], dict]:
     """Reads one step; errors name the step to continue from instead."""
-    path = directory / str(step)
-    return checkpoints.read(path, abstract, _cure(directory, step))
+    path, cure = directory / str(step), _cure(directory, step)
+    frozen = checkpoints.read_record(path, cure)['values'].get(_FROZEN)
+    if frozen is None or 'weights' not in abstract:
+        return checkpoints.read(path, abstract, cure)
+    beside = directory.parent / _FROZEN / str(frozen)
+    again = 'start again in another directory, for all steps need it'
+    there = checkpoints.read_record(beside, again)['arrays']['weights']
+    flat = trees.flatten(abstract['weights'])
+    training = trees.unflatten({path: x for path, x in flat.items() if path not in there})
+    others = trees.unflatten({path: x for path, x in flat.items() if path in there})
+    made, record = checkpoints.read(path, {**abstract, 'weights': training}, cure)
+    rest, _ = checkpoints.read(beside, {'weights': others}, again)
+    both = trees.flatten(made['weights']) | trees.flatten(rest['weights'])
+    return {**made, 'weights': trees.unflatten(both)}, record
+
+
+def _without_none(tree: Tree) -> Tree:
+    """A nested dict without the places where None stands."""
+    return trees.unflatten({path: x for path, x in trees.flatten(tree).items() if x is not None})
 
 
 def _cure(directory: Path, step: int) -> str:

@@ -29,7 +29,7 @@ Fingerprint = dict[str, Any]  # as JSON can hold it
 # What may differ from the run so far, if it is allowed by name.
 PARTS = ('model', 'loss', 'optimizer', 'trainable', 'data', 'batch_size', 'seed')
 
-_OF_THE_SEED = 'of the seed'
+OF_THE_SEED = 'of the seed'  # what a fingerprint says of weights that no Model brought
 _ROWS = 64  # rows of the first batch that are compared
 _SAMPLE = 1024  # numbers of each given weight that are compared
 
@@ -65,7 +65,7 @@ def fingerprint(
     return {
         'versions': {'layercomb': __version__, **_versions()},
         'model': _text(net),
-        'weights': _OF_THE_SEED if given is None else _weights(given),
+        'weights': OF_THE_SEED if given is None else _weights(given),
         'loss': _text(task.loss),
         'optimizer': _optimizer(optimizer, trainable),
         'trainable': _frozen(trainable),
@@ -139,7 +139,7 @@ def _difference(part: str, then: Fingerprint, now: Fingerprint) -> str | None:
     if part not in then:  # the checkpoint is older than this part
         return None
     old, new = then[part], now[part]
-    if old == new or (part == 'weights' and new == _OF_THE_SEED):
+    if old == new or (part == 'weights' and new == OF_THE_SEED):
         return None
     if part == 'optimizer':
         return _of_optimizers(then, now)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from layercomb.errors import UsageWarning
 from layercomb.supervised.batches import Batches
-from layercomb.supervised.fingerprint import Fingerprint, check
+from layercomb.supervised.fingerprint import OF_THE_SEED, Fingerprint, check
 from layercomb.supervised.updates import first_numbers, with_hyperparams
 from layercomb.trees import Tree
 
@@ -56,7 +56,7 @@ def resume(
 
     Args:
       checkpoints: of the run.
-      made_of: what the run is made of now.
+      made_of: what the run is made of now; it is told what weights the run began with.
       allowed: parts of it that may have changed, out of `fingerprint.PARTS`.
       abstract: 'weights', 'state' and 'opt_state' as `jax.ShapeDtypeStruct`.
       optimizer: what made `abstract['opt_state']`.
@@ -89,6 +89,10 @@ def resume(
         del wanted['opt_state']
     saved, _ = checkpoints.restore(step, wanted)
     checkpoints.remember_best(record)
+    if not changed & {'model', 'trainable'}:
+        checkpoints.remember_frozen(record)
+    if made_of['weights'] == OF_THE_SEED:  # a layer alone takes the weights that are saved
+        made_of['weights'] = (record.get('made_of') or {}).get('weights', OF_THE_SEED)
     opt_state = saved.get('opt_state')
     if opt_state is not None and 'optimizer' in changed:
         opt_state = with_hyperparams(opt_state, first_numbers(optimizer, trainable))

@@ -293,14 +293,15 @@ class Loop:
                     f'({self._last_good()}): lower the learning rate, or give the optimizer a '
                     'greater eps'
                 )
-        saved = {'weights': self.weights, 'state': self.state, 'opt_state': self.opt_state}
+        carry = self._carry
+        saved = {'weights': carry.trainable, 'state': carry.state, 'opt_state': carry.opt_state}
         record = {
             'made_of': self._made_of,
             'data': self._batches.position(),
             'key': np.asarray(jax.random.key_data(self._key)).tolist(),
             'key_impl': str(jax.random.key_impl(self._key)),
         }
-        self._checkpoints.save(self.step, saved, record)
+        self._checkpoints.save(self.step, saved, record, self._frozen)
         self._saved = self.step
 
     def _advance(self) -> None:

@@ -262,7 +262,7 @@ def test_inspect_config_and_run(files, capsys):
 
 
 MISTAKES = {
-    'train.model=3': 'train: model must be a Layer, got 3',
+    'train.model=3': 'train: model must be a Layer or a Model, got 3',
     "adamw.learning_rate='abc'": "learning_rate must be a number or a function, got 'abc'",
     "TransformerLM.d_model='8'": "must be an int.*, got '8'",
     'TransformerLM.n_heads=3': r'3 heads do not divide the width 8: use \d',

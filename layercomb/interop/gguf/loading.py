@@ -16,6 +16,7 @@ from layercomb.interop.gguf.vocabulary import vocabulary
 from layercomb.interop.gguf.weights import load_narrow, load_wide
 from layercomb.interop.tensors import shapes_of
 from layercomb.interop.tokenizer import PretrainedTokenizer, sampling_advice
+from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
 
 # What `generation` calls the makers' advice.
@@ -69,6 +70,34 @@ def load(path: str | Path, *, dtype: str | None = None) -> tuple[Model, Any]:
     fill = load_narrow if dtype is None else load_wide
     net, weights = fill(net, shapes, entries, tensors, ignored, repr(str(file.path)))
     return Model(net, weights), tokenizer
+
+
+def net(path: str | Path) -> Layer:
+    """The layers of the model in a .gguf file, as wide ones. No tensor is read.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      UsageError: as of `load`.
+    """
+    file = read(path)
+    config = config_of_file(file, architecture_of(file))
+    with usage_errors():
+        return family_of(config).net(Config(config))
+
+
+def tokenizer(path: str | Path) -> PretrainedTokenizer | None:
+    """The tokenizer in a .gguf file; None if there is none. No tensor is read.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      UsageError: as of `load`.
+    """
+    file = read(path)
+    return _tokenizer(file, config_of_file(file, architecture_of(file))['vocab_size'])
 
 
 def _tokenizer(file: File, n_tokens: int) -> PretrainedTokenizer | None:

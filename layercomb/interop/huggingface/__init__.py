@@ -1,6 +1,6 @@
 """Directories of Hugging Face: `load` reads what transformers writes, and `save` the reverse."""
 
-from layercomb.interop.huggingface.loading import load
-from layercomb.interop.huggingface.saving import save
+from layercomb.interop.huggingface.loading import describe, load
+from layercomb.interop.huggingface.saving import save, save_description
 
-__all__ = ['load', 'save']
+__all__ = ['describe', 'load', 'save', 'save_description']

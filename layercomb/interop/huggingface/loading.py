@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,12 @@ import jax.numpy as jnp
 from layercomb import paths, trees
 from layercomb.errors import UsageError, usage_errors
 from layercomb.interop.configs import Config
-from layercomb.interop.families import family_of
+from layercomb.interop.families import Family, family_of
 from layercomb.interop.huggingface.shards import tensors_in
 from layercomb.interop.huggingface.vocabulary_files import tokenizer_in
 from layercomb.interop.memory import check_fits
 from layercomb.interop.stored import read_json
-from layercomb.interop.tensors import fill, shapes_of
+from layercomb.interop.tensors import Entry, fill, shapes_of
 from layercomb.interop.tokenizer import PretrainedTokenizer
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
@@ -30,6 +31,7 @@ from layercomb.transforms.weight_axes import holder
 from layercomb.trees import Tree
 
 CONFIG = 'config.json'
+POOLING = f'1_Pooling/{CONFIG}'  # of sentence-transformers
 DTYPES = ('float32', 'bfloat16')
 _MOST = 2**31 - 1  # of any size in a config.json
 _DEEPEST = 10_000
@@ -65,13 +67,74 @@ def load(
     """
     if dtype not in DTYPES:
         raise UsageError(f'dtype={dtype!r}: give {" or ".join(DTYPES)}')
+    path = _directory(directory)
+    found = _found(path)
+    net, shapes = found.net, found.shapes
+    tensors = tensors_in(path)
+    check_fits(_peak(shapes, dtype), repr(paths.shown(path)))
+    half = _halved(net, shapes) if dtype == 'bfloat16' else {}
+    weights = fill(
+        net,
+        shapes,
+        found.entries,
+        tensors,
+        ignored=found.family.ignored,
+        dtype=lambda name: 'bfloat16' if name in half else 'float32',
+    )
+    if not half:
+        return Model(net, weights), found.tokenizer
+    flat = trees.flatten(weights)
+    del weights  # each matrix goes as soon as it has been turned
+    return Model(*_narrowed(net, flat, half)), found.tokenizer
+
+
+def describe(directory: str | Path) -> tuple[Layer, PretrainedTokenizer | None]:
+    """What a directory says of a model besides its weights, which need not be there.
+
+    Args:
+      directory: as of `load`.
+
+    Returns:
+      (net, tokenizer): the model that `load` gives in float32, and its tokenizer if it has one.
+
+    Raises:
+      UsageError: as of `load`.
+    """
+    found = _found(_directory(directory))
+    return found.net, found.tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Found:
+    """A model without its weights.
+
+    Attributes:
+      family: that it is of.
+      net: the model.
+      entries: which tensor is which weight.
+      shapes: the weights as `jax.ShapeDtypeStruct`.
+      tokenizer: None if there is none.
+    """
+
+    family: Family
+    net: Layer
+    entries: list[Entry]
+    shapes: Tree
+    tokenizer: PretrainedTokenizer | None
+
+
+def _directory(directory: str | Path) -> Path:
     path = paths.local(directory, 'directory')
     if not path.is_dir():
         raise UsageError(f'{str(path)!r} is no directory: give that of a model, with {CONFIG}')
+    return path
+
+
+def _found(path: Path) -> _Found:
+    """Reads all but the weights."""
     config = read_json(path / CONFIG)
     family = family_of(config)
     _check_sizes(config)
-    tensors = tensors_in(path)
     asked = Config({**config, **_pooling(path)})
     with usage_errors():
         net = family.net(asked)
@@ -80,21 +143,7 @@ def load(
         shapes = shapes_of(net, family.signature(net))
     tokenizer = tokenizer_in(path, config)
     check_vocabulary(net, tokenizer)
-    check_fits(_peak(shapes, dtype), repr(paths.shown(path)))
-    half = _halved(net, shapes) if dtype == 'bfloat16' else {}
-    weights = fill(
-        net,
-        shapes,
-        entries,
-        tensors,
-        ignored=family.ignored,
-        dtype=lambda name: 'bfloat16' if name in half else 'float32',
-    )
-    if not half:
-        return Model(net, weights), tokenizer
-    flat = trees.flatten(weights)
-    del weights  # each matrix goes as soon as it has been turned
-    return Model(*_narrowed(net, flat, half)), tokenizer
+    return _Found(family, net, entries, shapes, tokenizer)
 
 
 def check_vocabulary(net: Layer, tokenizer: PretrainedTokenizer | None) -> None:
@@ -129,7 +178,7 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
 
 def _pooling(path: Path) -> dict[str, Any]:
     """What sentence-transformers' modules say: that a sentence is the mean of its tokens."""
-    file = path / '1_Pooling' / CONFIG
+    file = path / POOLING
     if not file.is_file() or not read_json(file).get('pooling_mode_mean_tokens'):
         return {}
     return {'_mean_pooling': True}

@@ -93,14 +93,24 @@ def save(
             wide = {str(jnp.dtype(x.dtype)) for x in jax.tree.leaves(weights)}
             kinds = {dtype} if dtype else wide
             config['dtype'] = kinds.pop() if len(kinds) == 1 else 'float32'
-            if given is not None:
-                config |= {'bos_token_id': given.bos_id, 'eos_token_id': given.eos_id}
-                if given.start_id is not None:
-                    config['decoder_start_token_id'] = given.start_id
-                _write_tokenizer(made, given)
-            _write_json(made / CONFIG, config)
+            _write_description(made, config, given)
             sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
     return sizes
+
+
+def save_description(directory: Path, net: Layer, tokenizer: Any = None) -> None:
+    """Writes what `save` writes besides weights.
+
+    Args:
+      directory: absolute; it exists.
+      net: of one of the families, without narrow weights.
+      tokenizer: as of `save`.
+
+    Raises:
+      UsageError: as of `save`.
+    """
+    _, config = config_of(net)
+    _write_description(directory, config, _pretrained(tokenizer))
 
 
 def widened(net: Layer, wide: Layer, weights: Tree, signature: Any) -> Tree:
@@ -237,6 +247,18 @@ def _bytes() -> Any:
     made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = library.decoders.ByteLevel()
     return made
+
+
+def _write_description(
+    out: Path, config: dict[str, Any], tokenizer: PretrainedTokenizer | None
+) -> None:
+    """The configuration, with what the tokenizer knows of it, and the tokenizer's files."""
+    if tokenizer is not None:
+        config |= {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id}
+        if tokenizer.start_id is not None:
+            config['decoder_start_token_id'] = tokenizer.start_id
+        _write_tokenizer(out, tokenizer)
+    _write_json(out / CONFIG, config)
 
 
 def _write_tokenizer(out: Path, tokenizer: PretrainedTokenizer) -> None:

@@ -18,6 +18,11 @@ _TOKENS = 'special_tokens_map.json'
 # Vocabularies in other files, which transformers turns into a tokenizer.json.
 _OTHERS = ('vocab.txt', 'merges.txt', 'sentencepiece.bpe.model', 'tekken.json')
 _PIECES = ('spiece.model', 'tokenizer.model')
+# All that a tokenizer may be read from.
+FILES = (
+    TOKENIZER, SETTINGS, TEMPLATE, GENERATION, _TOKENS, 'added_tokens.json', *_PIECES,
+    'source.spm', 'target.spm', 'vocab.json',
+)  # fmt: skip
 _CURE = (
     'make a tokenizer.json by AutoTokenizer.from_pretrained(directory).save_pretrained(directory) '
     'of transformers'

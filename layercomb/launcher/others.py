@@ -1,0 +1,92 @@
+"""Models of other libraries, in the place of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from layercomb import transforms
+from layercomb.data.adapted import adapted
+from layercomb.errors import UsageError, usage_errors
+from layercomb.interop.tokenizer import PretrainedTokenizer
+from layercomb.launcher import sources
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.metrics.class_names import class_names
+from layercomb.model import Model
+from layercomb.shapes import Signature, shape_dtype
+
+
+def loaded(source: sources.Source, bits: int | None = None) -> tuple[Model, Any]:
+    """A model of another library, and its tokenizer if it has one.
+
+    Args:
+      source: of a kind other than a run or a configuration.
+      bits: 16, 8 or 4 narrows the weights; None leaves them as they come.
+    """
+    from layercomb import interop
+
+    with usage_errors():
+        if bits == 16 and source.kind == sources.HUGGING_FACE:  # without a wide copy
+            return interop.load(source.path, dtype='bfloat16')
+        # Narrow weights cannot be narrowed again, so they are read as wide ones; Trax's are wide.
+        wide = bits is not None and source.kind != sources.TRAX
+        model, tokenizer = interop.load(source.path, **({'dtype': 'float32'} if wide else {}))
+        return narrowed(model, bits), tokenizer
+
+
+def check_no_run(source: sources.Source, bindings: Sequence[str], checkpoint: str = 'last') -> None:
+    """Refuses options that are about runs, for a model that is none."""
+    if bindings or checkpoint != 'last':
+        option = '--gin_param' if bindings else '--checkpoint'
+        raise UsageError(f'{source.name!r} is no run, so {option} means nothing: leave it out')
+
+
+def signature_of(model: Model) -> Signature:
+    """The signature of a model of another library, also of one that is of no family."""
+    from layercomb import interop
+
+    try:
+        return interop.signature(model)
+    except UsageError:
+        return signature_of_text(model.layer)
+
+
+def narrowed(model: Model, bits: int | None) -> Model:
+    """The model with narrow weights.
+
+    Args:
+      model: with wide weights.
+      bits: 16, 8 or 4; None leaves them.
+    """
+    if bits is None:
+        return model
+    return Model(*transforms.quantize(model.layer, model.weights or {}, bits=bits), model.state)
+
+
+def checked_tokenizer(tokenizer: Any, must_decode: bool) -> Any:
+    """A run's tokenizer: one of a pretrained model as it is, with what it knows; others adapted.
+
+    Args:
+      tokenizer: None for none.
+      must_decode: whether it has to make text.
+    """
+    if tokenizer is None:
+        return None
+    with usage_errors():
+        made = adapted(tokenizer, 'train', must_decode=must_decode)
+    return tokenizer if isinstance(tokenizer, PretrainedTokenizer) else made
+
+
+def signature_of_text(net: Layer) -> Signature:
+    """The signature of a short text: tokens, for an encoder-decoder source and mask.
+
+    A classifier of texts has a mask after its tokens.
+    """
+    from layercomb.supervised.decoding import prompts
+
+    length, of_source = (min(8, f(net) or 8) for f in (prompts.max_len, prompts.source_max_len))
+    tokens, source = (shape_dtype((1, n), 'int32') for n in (length, of_source))
+    mask = shape_dtype((1, of_source), bool)
+    if class_names(net) is not None and net.n_in > 1:
+        return (*(tokens,) * (net.n_in - 1), shape_dtype(tokens.shape, bool))
+    return (tokens,) if net.n_in == 1 else (source, tokens, mask)[: net.n_in]
