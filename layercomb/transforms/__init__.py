@@ -6,6 +6,7 @@ combinators and wrappers too.
 """
 
 from layercomb.transforms.casting import Cast, cast
+from layercomb.transforms.lora import LowRank, is_lora, lora, merge, without_lora
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
 from layercomb.transforms.rewriting import rewrite
@@ -16,6 +17,7 @@ from layercomb.transforms.weight_axes import axes
 
 __all__ = [
     'Cast',
+    'LowRank',
     'Quantized',
     'Tied',
     'TiedRows',
@@ -24,9 +26,13 @@ __all__ = [
     'cast',
     'hold_narrow',
     'hold_wide',
+    'is_lora',
+    'lora',
+    'merge',
     'narrow_paths',
     'quantize',
     'rewrite',
     'unstack',
     'unstack_state',
+    'without_lora',
 ]
