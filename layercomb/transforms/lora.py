@@ -142,7 +142,11 @@ def merge(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
         if isinstance(layer, LowRank):
             part = trees.get(weights, path) if path else weights
             n = part[next(x for x in part if x.endswith('_lora_a'))].ndim
-            own = len(Axes(bare(layer.layer).weight_axes[next(iter(narrow_axes(bare(layer.layer))))]).first)
+            own = len(
+                Axes(
+                    bare(layer.layer).weight_axes[next(iter(narrow_axes(bare(layer.layer))))]
+                ).first
+            )
             turn: Any = layer.merged
             for _ in range(n - own - 1):
                 turn = jax.vmap(turn)

@@ -116,7 +116,9 @@ def write(case: str) -> None:
     base = base_model(name)
     before = logits_of(base)
     model = get_peft_model(base, LoraConfig(**entries)).eval()
-    adapted = [(n, x) for n, x in model.named_parameters() if 'lora_' in n or 'modules_to_save' in n]
+    adapted = [
+        (n, x) for n, x in model.named_parameters() if 'lora_' in n or 'modules_to_save' in n
+    ]
     with torch.no_grad():
         for n, x in adapted:
             drawn = torch.tensor(values(n, tuple(x.shape)))
