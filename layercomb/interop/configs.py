@@ -109,8 +109,8 @@ class Config(Mapping[str, Any]):
         value = self[name] if default is _MISSING else self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(
-                f'{self._file}: {name!r} is {value!r:.60} and not a positive integer: take the file '
-                'that came with the model'
+                f'{self._file}: {name!r} is {value!r:.60} and not a positive integer: take the '
+                'file that came with the model'
             )
         return value
 
@@ -146,8 +146,8 @@ class Config(Mapping[str, Any]):
         value = self.get(name, default)
         if not isinstance(value, bool):
             raise UsageError(
-                f'{self._file}: {name!r} is {value!r:.60} and not true or false: take the file that '
-                'came with the model'
+                f'{self._file}: {name!r} is {value!r:.60} and not true or false: take the file '
+                'that came with the model'
             )
         return value
 

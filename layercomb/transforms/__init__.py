@@ -5,6 +5,7 @@ path. Those that need only the description use `rewrite`, which reaches every la
 combinators and wrappers too.
 """
 
+from layercomb.transforms.adapters import ManyLowRank, adapter_names, adapters, with_adapter
 from layercomb.transforms.casting import Cast, cast
 from layercomb.transforms.lora import LowRank, is_lora, lora, merge, without_lora
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
@@ -18,9 +19,12 @@ from layercomb.transforms.weight_axes import axes
 __all__ = [
     'Cast',
     'LowRank',
+    'ManyLowRank',
     'Quantized',
     'Tied',
     'TiedRows',
+    'adapter_names',
+    'adapters',
     'axes',
     'bare',
     'cast',
@@ -34,5 +38,6 @@ __all__ = [
     'rewrite',
     'unstack',
     'unstack_state',
+    'with_adapter',
     'without_lora',
 ]

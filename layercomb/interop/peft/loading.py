@@ -21,11 +21,11 @@ from layercomb.interop.peft.names import Factors, sorted_tensors
 from layercomb.interop.peft.whole import put_whole
 from layercomb.interop.stored import Stored, read_json
 from layercomb.layers.core.layer import Layer
-from layercomb.layers.core.walk import joined, walk
+from layercomb.layers.core.walk import walk
 from layercomb.model import Model
+from layercomb.transforms.leaves import rewrite_leaves
 from layercomb.transforms.lora import LowRank
 from layercomb.transforms.narrowing import hold_wide
-from layercomb.transforms.quantization import bare, narrow_axes
 
 _SHOWN = 4  # names in a message
 
@@ -91,7 +91,11 @@ def load(directory: str | Path, model: Model) -> Model:
     base = put_whole(base, wide, modules.entries, others, adapter)
     seen = widened(model.layer, wide, trees.unflatten(base), modules.family.signature(wide))
     leaves, made = _leaves(parts, modules, adapter, trees.flatten(seen))
-    net = _wrapped(model.layer, '', leaves)
+
+    def one(path: str, layer: Layer) -> Layer:
+        return LowRank(layer, **leaves[path]) if path in leaves else layer
+
+    net = rewrite_leaves(model.layer, one)
     return Model(net, trees.unflatten({**base, **made}), model.state)
 
 
@@ -218,17 +222,6 @@ def _weights(
         f'{matrix.path}_lora_{name}': jnp.asarray(x if stacked else x[0])
         for name, x in made.items()
     }
-
-
-def _wrapped(net: Layer, path: str, leaves: Mapping[str, Mapping[str, Any]]) -> Layer:
-    """The model with `LowRank` around leaves, outside of what makes them narrow."""
-    if path in leaves and narrow_axes(bare(net)):
-        return LowRank(net, **leaves[path])
-    children = net.children
-    if not children:
-        return net
-    made = tuple(_wrapped(layer, joined(path, key), leaves) for key, layer in children)
-    return net.with_sublayers(made)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -19,13 +19,10 @@ from layercomb import trees
 from layercomb.interop.configs import Config
 from layercomb.interop.families import Family
 from layercomb.interop.tensors import Entry, shapes_of
-from layercomb.layers.attention.projections import MergeHeads, SplitHeads
-from layercomb.layers.basic.dense import Dense
-from layercomb.layers.basic.gated import GatedDense
 from layercomb.layers.core.layer import Layer
+from layercomb.transforms.low_rank_products import LEAVES
 from layercomb.transforms.weight_axes import axes, holder
 
-_LEAVES = (Dense, SplitHeads, MergeHeads, GatedDense)  # those whose matrices may have adapters
 _WEIGHT = '.weight'
 
 
@@ -134,7 +131,7 @@ def modules_of(net: Layer, family: Family, config: Mapping[str, Any]) -> Modules
     for entry in entries:
         layer, _, _ = holder(net, entry.ours)
         its = declared[entry.ours]
-        if not isinstance(layer, _LEAVES) or not its.is_matrix or entry.one_at is not None:
+        if not isinstance(layer, LEAVES) or not its.is_matrix or entry.one_at is not None:
             continue
         shape = flat[entry.ours].shape
         summed, given = (tuple(shape[a] for a in side) for side in (its.summed, its.given))

@@ -23,6 +23,7 @@ from layercomb.interop.tensors import spill
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.model import Model
+from layercomb.transforms.adapters import scale_of
 from layercomb.transforms.lora import LowRank, is_lora, without_lora
 from layercomb.transforms.narrowing import hold_wide
 from layercomb.trees import Tree
@@ -174,7 +175,7 @@ def _parts(module: Module, leaves: Mapping[str, LowRank], flat: Mapping[str, Any
             if x is not None:
                 values[name] = np.asarray(x if matrix.number is None else x[matrix.number])
         layer = leaves.get(matrix.leaf)
-        made.append(Part(matrix, layer.scale if layer is not None else 1.0, values))
+        made.append(Part(matrix, scale_of(layer) if layer is not None else 1.0, values))
     return made
 
 
