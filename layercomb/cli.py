@@ -20,6 +20,7 @@ from typing import Any
 from layercomb import paths
 from layercomb.errors import UsageError, machine_errors, one_line, require, usage_errors
 from layercomb.launcher import (
+    adapters,
     arguments,
     compile_cache,
     configurations,
@@ -242,10 +243,12 @@ def run_serve(options: argparse.Namespace) -> None:
         names = hosts.allowed(options.allowed_hosts) if options.allowed_hosts else ()
     key = arguments.api_key(options, os.environ)
     name = sources.find(options.source).title
+    named = arguments.adapters(options, name)
     with serving.bound(options.host, options.port) as socket:  # a taken port is known at once
         model, tokenizer = trained(
             options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
         )
+        model = adapters.with_adapters(model, named, lambda run: trained(run, text=False)[0])
         serving.run(model, tokenizer, name, limits, socket, names, key)
 
 
@@ -269,12 +272,17 @@ def run_export(options: argparse.Namespace) -> None:
 def run_convert(options: argparse.Namespace) -> None:
     """``layercomb convert SOURCE OUT``: a model for other programs: Hugging Face's, or GGUF."""
     from layercomb import interop
+    from layercomb.interop import peft
 
+    arguments.check_convert(options)
     model, tokenizer = trained(
         options.source, options.gin_param, text=False, checkpoint=options.checkpoint, merge=True
     )
     with usage_errors():
-        written = interop.save(options.out, model, tokenizer, dtype=options.dtype)
+        if options.adapter:
+            written = peft.save(options.out, model, options.base)
+        else:
+            written = interop.save(options.out, model, tokenizer, dtype=options.dtype)
     for name, size in written.items():
         print(f'{name:<24}{size:>16,}')
 

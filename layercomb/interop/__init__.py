@@ -49,7 +49,7 @@ def save(
 
     Args:
       path: ends with ``.gguf``, or names a directory, new or empty.
-      model: of one of the families.
+      model: of one of the families; its adapters are merged. `peft.save` writes them alone.
       tokenizer: goes with it; None for none.
       dtype: of the weights; None keeps them as they are.
 
@@ -82,7 +82,8 @@ def signature(model: Model) -> Signature:
       UsageError: if the model is of no family.
     """
     from layercomb.interop.families import config_of
+    from layercomb.transforms.lora import without_lora
     from layercomb.transforms.narrowing import hold_wide
 
-    net = hold_wide(model.layer)
+    net = hold_wide(without_lora(model.layer))
     return config_of(net)[0].signature(net)

@@ -41,16 +41,20 @@ class Config(Mapping[str, Any]):
 
     Args:
       entries: the content of a config.json.
+      file: its name, for messages.
     """
 
-    def __init__(self, entries: Mapping[str, Any]) -> None:
+    def __init__(self, entries: Mapping[str, Any], file: str = 'config.json') -> None:
         self._entries = dict(entries)
+        self._file = file
         self._read: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
         self._read.add(name)
         if name not in self._entries:
-            raise UsageError(f'config.json has no {name!r}: take the file that came with the model')
+            raise UsageError(
+                f'{self._file} has no {name!r}: take the file that came with the model'
+            )
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
@@ -68,7 +72,7 @@ class Config(Mapping[str, Any]):
         Args:
           defaults: entries by name.
         """
-        made = Config({**defaults, **self._entries})
+        made = Config({**defaults, **self._entries}, self._file)
         made._read = self._read
         return made
 
@@ -81,10 +85,10 @@ class Config(Mapping[str, Any]):
         value = self[name]
         if not isinstance(value, dict):
             raise UsageError(
-                f'config.json: {name!r} is {value!r:.60} and not an object: take the file that '
+                f'{self._file}: {name!r} is {value!r:.60} and not an object: take the file that '
                 'came with the model'
             )
-        return Config(value)
+        return Config(value, self._file)
 
     def get(self, name: str, default: Any = None) -> Any:
         """An entry; the default if it is missing or null."""
@@ -105,8 +109,8 @@ class Config(Mapping[str, Any]):
         value = self[name] if default is _MISSING else self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(
-                f'config.json: {name!r} is {value!r:.60} and not a positive integer: take the file '
-                'that came with the model'
+                f'{self._file}: {name!r} is {value!r:.60} and not a positive integer: take the '
+                'file that came with the model'
             )
         return value
 
@@ -124,7 +128,7 @@ class Config(Mapping[str, Any]):
         known = isinstance(value, int | float) and not isinstance(value, bool)
         if not known or not abs(value) < _LARGEST:  # NaN is less than nothing
             raise UsageError(
-                f'config.json: {name!r} is {value!r:.60} and no finite number: take the file that '
+                f'{self._file}: {name!r} is {value!r:.60} and no finite number: take the file that '
                 'came with the model'
             )
         return float(value)
@@ -142,8 +146,8 @@ class Config(Mapping[str, Any]):
         value = self.get(name, default)
         if not isinstance(value, bool):
             raise UsageError(
-                f'config.json: {name!r} is {value!r:.60} and not true or false: take the file that '
-                'came with the model'
+                f'{self._file}: {name!r} is {value!r:.60} and not true or false: take the file '
+                'that came with the model'
             )
         return value
 
@@ -161,7 +165,7 @@ class Config(Mapping[str, Any]):
         value = self.get(name, default)
         if not isinstance(value, str) or value not in known:
             raise UsageError(
-                f'config.json: {name!r} is {value!r:.60}, and known are {", ".join(known)}: this '
+                f'{self._file}: {name!r} is {value!r:.60}, and known are {", ".join(known)}: this '
                 'model cannot be loaded'
             )
         return known[value]
@@ -179,7 +183,7 @@ class Config(Mapping[str, Any]):
         value = self.get(name)
         if value is not None and value not in allowed:
             raise UsageError(
-                f'config.json: {name!r} is {value!r:.60}, and only {allowed[0]!r} is understood: '
+                f'{self._file}: {name!r} is {value!r:.60}, and only {allowed[0]!r} is understood: '
                 'this model cannot be loaded'
             )
 
@@ -199,6 +203,6 @@ class Config(Mapping[str, Any]):
             near = difflib.get_close_matches(name, self._read, 1)
             guess = f' (did it mean {near[0]!r}?)' if near else ''
             raise UsageError(
-                f'config.json says {name!r}: {value!r:.60}, which is unknown for {family}{guess}: '
+                f'{self._file} says {name!r}: {value!r:.60}, which is unknown for {family}{guess}: '
                 'remove it if it does not change what the model computes'
             )

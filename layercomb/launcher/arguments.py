@@ -80,6 +80,8 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     add = of_model('convert')
     add('out', help='a .gguf file, or a directory for Hugging Face, new or empty')
     add('--dtype', help='of the weights: float32, float16 or bfloat16; in a .gguf also q8_0, q4_0')
+    add('--adapter', action='store_true', help='write the adapter of the model alone, for PEFT')
+    add('--base', default='', help='with --adapter: the name by which PEFT finds the model itself')
     return made
 
 
@@ -184,6 +186,36 @@ def api_key(options: argparse.Namespace, environment: Mapping[str, str]) -> str 
         raise UsageError(f'{where}: {e}') from None
 
 
+def adapters(options: argparse.Namespace, name: str) -> dict[str, str]:
+    """The directories of adapters by their names.
+
+    Args:
+      options: of the command ``serve``.
+      name: of the model itself, which no adapter may have.
+
+    Raises:
+      UsageError: for one that is not NAME=DIR, and for names that are there twice.
+    """
+    made: dict[str, str] = {}
+    for given in options.adapter:
+        its, _, directory = given.partition('=')
+        if not its or not directory:
+            raise UsageError(f'--adapter {given}: write NAME=DIR, such as poems=runs/poems')
+        if its in made or its == name:
+            said = 'is the model itself' if its == name else 'is there twice'
+            raise UsageError(f'--adapter {given}: {its!r} {said}: choose another name')
+        made[its] = directory
+    return made
+
+
+def check_convert(options: argparse.Namespace) -> None:
+    """Raises a UsageError for options of ``convert`` that mean nothing together."""
+    if options.adapter and options.dtype is not None:
+        raise UsageError('--adapter writes float32: leave out --dtype')
+    if options.base and not options.adapter:
+        raise UsageError('--base is the base of an adapter: give --adapter too, or leave it out')
+
+
 def _generate_options(add: Any) -> None:
     add('-', dest='stdin', action='store_true', help='continue what standard input says')
     add('--prompt', help='what to continue; an encoder-decoder reads it, and answers')
@@ -233,6 +265,14 @@ def _serve_options(add: Any) -> None:
         metavar='KEY',
         help='what requests must send as Authorization: Bearer KEY; other users of this machine '
         'see options, so better set it as LAYERCOMB_API_KEY in the environment',
+    )
+    add(
+        '--adapter',
+        action='append',
+        default=[],
+        metavar='NAME=DIR',
+        help='an adapter of PEFT, or the output_dir of a run that trained one, which requests '
+        'choose as the model NAME; may be repeated',
     )
     add('--port', type=int, default=8000, help='0 takes a free one (%(default)s)')
     add('--max_tokens', type=int, default=1024, help='that a request may ask for (%(default)s)')

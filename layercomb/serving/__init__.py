@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layercomb import transforms
 from layercomb.errors import UsageError, require
 from layercomb.model import Model
 from layercomb.serving.access import checked_key
@@ -55,6 +56,9 @@ def app(
     serves ``/v1/models``, ``/healthz`` and a page at ``/``. ``/tokenize``, ``/detokenize`` and
     ``/tokenizer_info`` are for programs that count tokens. Errors are JSON.
 
+    If the model has adapters (`transforms.adapters`), each of them is a model of its own for
+    clients, by its name, and rows of several are decoded together.
+
     Args:
       model: a language model with weights, (B, L) → (B, L, V).
       tokenizer: turns text into tokens and back: see `data.Tokenizer`.
@@ -72,7 +76,7 @@ def app(
       TypeError, ValueError: if the tokenizer does not offer what `data.Tokenizer` names, a host
         is no host name, or the key is none that a header can hold.
       UsageError: if starlette is not installed, or the model is no language model or cannot be
-        decoded.
+        decoded, or one of its adapters is called as the model is.
     """
     require('starlette', 'serve')
     if model.layer.n_in != 1:
@@ -84,6 +88,8 @@ def app(
     from layercomb.serving.routes import build
 
     checked_key(api_key)  # before anything is compiled
+    if name in transforms.adapter_names(model.layer):
+        raise UsageError(f'{name!r} is the model itself: give the adapter another name')
     engine = Engine(model, tokenizer, limits)
     engine.warm_up()
     return build(engine, tokenizer, name, limits, hosts, api_key)

@@ -21,7 +21,7 @@ from layercomb.model import Model, embeddings
 from layercomb.serving.batching.scheduler import Scheduler, busy
 from layercomb.serving.batching.slots import Decodable
 from layercomb.serving.limits import Limits
-from layercomb.serving.protocol import Refusal, Request
+from layercomb.serving.protocol import Refusal, Request, unknown_model
 from layercomb.serving.running import Piece, Running, TokenScore
 from layercomb.supervised.decoding.prompts import check_bias, check_ids, max_len
 
@@ -68,6 +68,11 @@ class Engine:
     def max_len(self) -> int | None:
         """The most tokens of prompt and answer together; None for any number."""
         return self.model.max_len
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that a request may ask for."""
+        return self.model.adapters
 
     @property
     def _reach(self) -> str:
@@ -144,6 +149,8 @@ class Engine:
         self.scheduler.cancel()
 
     def _check(self, request: Request) -> None:
+        if request.adapter is not None and request.adapter not in self.adapters:
+            raise unknown_model(request.adapter, self.adapters)
         longest, wanted = max(map(len, request.rows)), request.max_tokens
         if self.max_len is not None and longest + wanted > self.max_len:
             raise Refusal(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from layercomb.supervised.decoding.sampling import Sampler
+
+_SHOWN = 8  # names in a message
 
 
 class Refusal(Exception):
@@ -36,6 +38,24 @@ class Refusal(Exception):
         self.body = {'error': error}
 
 
+def unknown_model(asked: object, names: Sequence[str]) -> Refusal:
+    """The answer to a request for a model that is not served.
+
+    Args:
+      asked: what the request calls it.
+      names: of the models that are served.
+    """
+    if not names:
+        said = f'there is no adapter {repr(asked)[:80]}: the model has none'
+    elif len(names) == 1:
+        said = f'there is only the model {names[0]!r}'
+    else:
+        shown = ', '.join(repr(name) for name in names[:_SHOWN])
+        more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
+        said = f'there is no model {repr(asked)[:80]}: choose one of {shown}{more}'
+    return Refusal(404, said, 'model_not_found', 'model')
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A request for a completion.
@@ -57,6 +77,7 @@ class Request:
       include_usage: whether a stream ends with the usage.
       of_text: whether each prompt was given as a text; empty if none was.
       chat: whether it is a turn of a conversation.
+      adapter: the name of the adapter that makes it; None for the model alone.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -73,6 +94,7 @@ class Request:
     include_usage: bool = False
     of_text: tuple[bool, ...] = ()
     chat: bool = False
+    adapter: str | None = None
 
     @property
     def n_rows(self) -> int:

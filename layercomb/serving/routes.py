@@ -118,8 +118,10 @@ class _Routes:
         return JSONResponse({'status': 'ok', 'running': self._engine.n_running})
 
     async def models(self, request: Request) -> Response:
-        model = {'id': self._name, 'object': 'model', 'created': 0, 'owned_by': 'layercomb'}
-        return JSONResponse({'object': 'list', 'data': [model]})
+        about = {'object': 'model', 'created': 0, 'owned_by': 'layercomb'}
+        base = {'id': self._name, **about}
+        adapted = ({'id': name, **about, 'parent': self._name} for name in self._engine.adapters)
+        return JSONResponse({'object': 'list', 'data': [base, *adapted]})
 
     async def completions(self, request: Request) -> Response:
         return await self._answered(
@@ -130,6 +132,7 @@ class _Routes:
             self._engine.vocab_size,
             self._limits,
             self._advised,
+            self._engine.adapters,
         )
 
     async def chat(self, request: Request) -> Response:
@@ -148,17 +151,17 @@ class _Routes:
             self._limits,
             self._advised,
             self._engine.max_len,
+            self._engine.adapters,
         )
 
     async def tokenize(self, request: Request) -> Response:
-        made = await self._read(request, tokens.tokenize, self._tokenizer, self._name)
+        served = self._tokenizer, self._name, self._engine.adapters
+        made = await self._read(request, tokens.tokenize, *served)
         return JSONResponse({**made, 'max_model_len': self._engine.max_len})
 
     async def detokenize(self, request: Request) -> Response:
-        vocab_size = self._engine.vocab_size
-        return JSONResponse(
-            await self._read(request, tokens.detokenize, self._tokenizer, self._name, vocab_size)
-        )
+        served = self._tokenizer, self._name, self._engine.vocab_size, self._engine.adapters
+        return JSONResponse(await self._read(request, tokens.detokenize, *served))
 
     async def tokenizer_info(self, request: Request) -> Response:
         return JSONResponse(tokens.info(self._tokenizer))
@@ -168,7 +171,7 @@ class _Routes:
         gone = asyncio.create_task(_gone(request))
         try:
             running = await self._start(asked, gone)
-            answer = Answer(running, self._name, self._names)
+            answer = Answer(running, asked.adapter or self._name, self._names)
             if asked.stream:
                 return _EventStream(running, answer)
             gone.add_done_callback(lambda _: running.cancel())

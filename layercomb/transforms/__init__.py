@@ -5,8 +5,10 @@ path. Those that need only the description use `rewrite`, which reaches every la
 combinators and wrappers too.
 """
 
+from layercomb.transforms.adapters import ManyLowRank, adapter_names, adapters, with_adapter
 from layercomb.transforms.casting import Cast, cast
 from layercomb.transforms.classifying import classifier
+from layercomb.transforms.lora import LowRank, is_lora, lora, merge, without_lora
 from layercomb.transforms.low_rank.adapting import lora, without_lora
 from layercomb.transforms.low_rank.layer import LowRank, is_lora, lora_paths
 from layercomb.transforms.low_rank.merging import merge
@@ -22,10 +24,13 @@ from layercomb.transforms.weight_axes import axes
 __all__ = [
     'Cast',
     'LowRank',
+    'ManyLowRank',
     'Quantized',
     'Segmented',
     'Tied',
     'TiedRows',
+    'adapter_names',
+    'adapters',
     'axes',
     'bare',
     'cast',
@@ -42,5 +47,6 @@ __all__ = [
     'segmented',
     'unstack',
     'unstack_state',
+    'with_adapter',
     'without_lora',
 ]

@@ -45,6 +45,8 @@ class Engine:
       tokenizer: of the texts.
     """
 
+    adapters = ()
+
     def __init__(
         self,
         answers: Sequence[Sequence[int]] | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from layercomb.errors import UsageError
@@ -83,9 +83,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
-    """The family and configuration of a model, read off its layers.
-
-    A configuration is right if it makes an equal model, so each family is tried and proved.
+    """The family and configuration of a model, read off its layers: the first that fits.
 
     Args:
       net: a model as the family makes it, or an equal one. What matters in training alone, such as
@@ -93,6 +91,24 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
 
     Raises:
       UsageError: if no family makes this model.
+    """
+    found = next(configs_of(net), None)
+    if found is not None:
+        return found
+    names = sorted({_imported(kind).name for kind in PLACES})
+    raise UsageError(
+        f'this model belongs to none of the families {", ".join(names)}, so other programs '
+        'cannot read it: save it by layercomb export, or build it by models.Llama or the like'
+    )
+
+
+def configs_of(net: Layer) -> Iterator[tuple[Family, dict[str, Any]]]:
+    """All families that make a model, and its configuration in each.
+
+    A configuration is right if it makes an equal model, so each family is tried and proved.
+
+    Args:
+      net: as of `config_of`.
     """
     net = evaluated(net)
     tried: list[str] = []
@@ -103,14 +119,11 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
         tried.append(family.name)
         try:
             config = family.config(net)
-            if evaluated(family.net(Config(config))) == net:
-                return family, config
+            fits = evaluated(family.net(Config(config))) == net
         except (UsageError, TypeError, ValueError, LookupError, AttributeError, StopIteration):
             continue  # it has other layers
-    raise UsageError(
-        f'this model belongs to none of the families {", ".join(sorted(tried))}, so other programs '
-        'cannot read it: save it by layercomb export, or build it by models.Llama or the like'
-    )
+        if fits:
+            yield family, config
 
 
 def _imported(kind: str) -> Family:

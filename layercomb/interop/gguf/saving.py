@@ -26,6 +26,7 @@ from layercomb.interop.gguf.blocks import Blocks, plain, rounded
 from layercomb.interop.gguf.file import File, Stored
 from layercomb.interop.gguf.rope import FACTORS, llama3_factors
 from layercomb.interop.gguf.weights import stored
+from layercomb.interop.merged import merged
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
 from layercomb.transforms.narrowing import hold_wide
@@ -59,7 +60,7 @@ def save(
       path: of the file; an existing one is replaced, once the new one is complete.
       model: of the families Llama, Mistral, Qwen or Gemma 3. Narrow weights are written as they
         are: bfloat16 as BF16, int8 and int4 as Q8_0 and Q4_0, if each scale is for a multiple of 32
-        weights; scales are rounded to the float16 of the format.
+        weights; scales are rounded to the float16 of the format. Adapters are merged.
       tokenizer: a `PretrainedTokenizer` with byte-level or sentencepiece-like merges; None writes
         none.
       dtype: of the matrices: 'float32', 'float16', 'bfloat16', 'q8_0' or 'q4_0'. None keeps them as
@@ -76,6 +77,8 @@ def save(
         raise UsageError(f'dtype={dtype!r}: give one of {", ".join(_TYPES)}')
     if model.weights is None:
         raise UsageError('this model has no weights to save: load it, or train it first')
+    model = merged(model)
+    assert model.weights is not None
     wide = hold_wide(model.layer)
     family, config = config_of(wide)
     architecture, metadata = metadata_of(config)

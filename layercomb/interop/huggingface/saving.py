@@ -26,6 +26,7 @@ from layercomb.interop.huggingface.vocabulary_files import (
     TEMPLATE,
     TOKENIZER,
 )
+from layercomb.interop.merged import merged
 from layercomb.interop.safetensors import write_tensors
 from layercomb.interop.tensors import shapes_of, spill
 from layercomb.interop.tokenizer import PretrainedTokenizer
@@ -58,7 +59,7 @@ def save(
     Args:
       directory: the path; it must be empty, or not exist yet.
       model: of one of the families, as `load` or a function such as `models.Llama` makes it.
-        Narrow weights are written as the numbers that they stand for.
+        Narrow weights are written as the numbers that they stand for, and adapters are merged.
       tokenizer: a `PretrainedTokenizer` with a tokenizer.json, or a `data.ByteTokenizer`; None for
         none.
       dtype: of the weights: 'float32', 'bfloat16' or 'float16'; None keeps each as it is, and
@@ -77,6 +78,8 @@ def save(
     if model.weights is None:
         raise UsageError('this model has no weights to save: call model.init(x) first')
     out = paths.local(directory, 'directory')
+    model = merged(model)
+    assert model.weights is not None
     net = hold_wide(model.layer)
     family, config = config_of(net)
     weights = widened(model.layer, net, model.weights, family.signature(net))

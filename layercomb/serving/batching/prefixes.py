@@ -1,7 +1,7 @@
 """The states of texts that were read before, in blocks that texts with one beginning share.
 
 A block holds what the model keeps of `BLOCK` positions. Its key is a digest of all tokens up to its
-end, so the blocks of two texts are the same as far as the texts are.
+end, so the blocks of two texts are the same as far as the texts are. Each adapter has its own.
 """
 
 from __future__ import annotations
@@ -45,23 +45,29 @@ class Prefixes:
         self.n_bytes = 0
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()
 
-    def keys(self, ids: Sequence[int]) -> list[bytes]:
-        """The keys of the whole blocks of a text."""
-        made, digest = [], hashlib.sha256()
+    def keys(self, ids: Sequence[int], adapter: int = 0) -> list[bytes]:
+        """The keys of the whole blocks of a text.
+
+        Args:
+          ids: the text.
+          adapter: which adapter reads it: another one makes another state of it.
+        """
+        made, digest = [], hashlib.sha256(b'%d:' % adapter if adapter else b'')
         for at in range(BLOCK, len(ids) + 1, BLOCK):
             digest.update(np.asarray(ids[at - BLOCK : at], np.int64).tobytes())
             made.append(digest.digest())
         return made
 
-    def find(self, ids: Sequence[int], needs_rest: bool) -> list[Block]:
+    def find(self, ids: Sequence[int], needs_rest: bool, adapter: int = 0) -> list[Block]:
         """The blocks of the longest known beginning of a text, its last token left out.
 
         Args:
           ids: the text; its last token has to be read, since what follows depends on it.
           needs_rest: whether the model cannot go on from blocks alone.
+          adapter: as of `keys`.
         """
         found = []
-        for key in self.keys(ids[:-1]):
+        for key in self.keys(ids[:-1], adapter):
             if key not in self._blocks:
                 break
             found.append(key)

@@ -20,6 +20,7 @@ from layercomb.supervised.decoding.keys import fold_each
 from layercomb.supervised.decoding.prompts import at_one_position, logits_of
 from layercomb.supervised.decoding.sampling import NO_TOKEN, Sampler
 from layercomb.supervised.decoding.scoring import Alternatives, alternatives
+from layercomb.transforms.adapters import put_adapters
 
 
 class Rows(NamedTuple):
@@ -151,11 +152,14 @@ class Programs:
     def _put_block(self, leaves: Leaves, number: jax.Array, block: Leaves) -> Leaves:
         return self._axes.put_block(leaves, jnp.int32(0), number, block)
 
-    def _begin(self, leaves: Leaves, fresh: Leaves, rest: Leaves, taken: jax.Array) -> Leaves:
+    def _begin(
+        self, leaves: Leaves, fresh: Leaves, rest: Leaves, taken: jax.Array, adapter: Any
+    ) -> Leaves:
         """The leaves of 1 row whose blocks hold `taken` positions; `rest` is empty or theirs."""
         leaves = self._axes.reset(leaves, fresh)
         leaves = self._axes.put_rest(leaves, rest) if rest else leaves
-        return self._axes.sought(leaves, jnp.reshape(taken, 1))
+        state = put_adapters(self._axes.tree(leaves), jnp.reshape(jnp.int32(adapter), 1))
+        return self._axes.sought(jax.tree.leaves(state), jnp.reshape(taken, 1))
 
     def _read_to(self, state: Any, taken: jax.Array) -> Leaves:
         return self._axes.sought(jax.tree.leaves(state), jnp.reshape(taken, 1))

@@ -275,7 +275,8 @@ class Scheduler:
             return
         room = self._model.room(len(group.ids) + 1)
         room = max(room, self.slots.room) if self.slots.n_taken else room
-        group.reading = self._desk.begin(group.ids, room, group.scored)
+        adapter = self._model.adapter(request.adapter)
+        group.reading = self._desk.begin(group.ids, room, group.scored, adapter)
         group.running.n_cached += group.reading.n_cached
         self._readings.append(group)
 
@@ -403,7 +404,7 @@ class Scheduler:
         if self._model.reads_whole or not self._model.axes.can_seek or row not in self.slots.taken:
             return
         known = (*row.prompt, *row.made[:-1])  # the last token has not been read
-        keys = self.prefixes.keys(known)
+        keys = self.prefixes.keys(known, self._model.adapter(row.running.request.adapter))
         for i in range(len(keys)):
             chain = keys[: i + 1]
             if self.prefixes.wants(chain):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
 from layercomb.serving.batching.prefixes import Block, Prefixes
@@ -30,6 +31,7 @@ from layercomb.supervised.decoding.prompts import (
 )
 from layercomb.supervised.decoding.sampling import Sampler, stacked
 from layercomb.supervised.decoding.scoring import Alternatives, alternatives
+from layercomb.transforms.adapters import adapter_names
 from layercomb.transforms.unstacking import unstack, unstack_state
 
 _LEAST_ROOM = 512  # positions that caches hold at least, if the model reaches so far
@@ -56,6 +58,7 @@ class Decodable:
       fresh: the leaves of one row that has taken nothing.
       max_len: the most positions, see `prompts.longest`; None for any number.
       vocab_size: of its logits.
+      adapters: the names of those that a row may have, see `transforms.adapters`.
     """
 
     net: Layer
@@ -66,6 +69,7 @@ class Decodable:
     fresh: Leaves
     max_len: int | None
     vocab_size: int
+    adapters: tuple[str, ...]
 
     @classmethod
     def of(cls, model: Model) -> Decodable:
@@ -73,8 +77,15 @@ class Decodable:
 
         Raises:
           TypeError, UsageError: as `decoding.generate`; see also `axes.begun`.
+          UsageError: for adapters on a model that reads prompts whole.
         """
         net, weights, state = checked(model)
+        names = adapter_names(net)
+        if names and reads_whole_prompts(net):
+            raise UsageError(
+                'adapters that are chosen for each row need a model whose prompts may be padded, '
+                'and a layer of this one sees padding: merge one adapter, and serve that'
+            )
         net, weights = unstack(net, weights)
         trained = unstack_state(model.layer, state)
         axes, fresh = begun(net, trained)
@@ -91,7 +102,12 @@ class Decodable:
             fresh,
             longest(net),
             shapes[0].shape[-1],
+            names,
         )
+
+    def adapter(self, name: str | None) -> int:
+        """The number of an adapter, as of `transforms.adapters.Adapter`; 0 for None."""
+        return 0 if name is None else self.adapters.index(name) + 1
 
     @functools.cached_property
     def reads_whole(self) -> bool:
@@ -119,6 +135,7 @@ class Reading:
       leaves: of a state with one row, which may hold anything; None to make one.
       room: of the state.
       scored: whether the scores of all tokens are wanted; then all are read.
+      adapter: the number of the adapter that reads it; 0 for none.
 
     Attributes:
       whole: whether the model reads prompts whole; nothing is kept of them then.
@@ -138,11 +155,13 @@ class Reading:
         leaves: Leaves | None,
         room: int,
         scored: bool,
+        adapter: int = 0,
     ) -> None:
         self._model, self._prefixes, self._ids = model, prefixes, ids
+        self._adapter = adapter
         self.whole = model.reads_whole
         self._scored = scored
-        self._keys = [] if self.whole else prefixes.keys(ids)
+        self._keys = [] if self.whole else prefixes.keys(ids, adapter)
         self.room = room
         self.taken = self.n_cached = 0
         self.logits: jax.Array | None = None
@@ -179,12 +198,13 @@ class Reading:
         if leaves is None:
             leaves = run.moved_leaves(model.fresh, np.zeros(1, np.int32), self.room)
         needs_rest = not model.axes.can_seek
-        found = [] if self._scored else self._prefixes.find(self._ids, needs_rest)
+        prefixes = self._prefixes
+        found = [] if self._scored else prefixes.find(self._ids, needs_rest, self._adapter)
         for i, block in enumerate(found):
             leaves = run.put_block(leaves, i, block.positions)
         self.taken = self.n_cached = len(found) * BLOCK
         rest = found[-1].rest if found and needs_rest else None
-        return run.begin(leaves, model.fresh, rest or [], self.taken)
+        return run.begin(leaves, model.fresh, rest or [], self.taken, np.int32(self._adapter))
 
     def _next_size(self, longest: int) -> int:
         left = len(self._ids) - self.taken
@@ -385,11 +405,11 @@ class Desk:
         self._model, self._prefixes = model, prefixes
         self._spare: list[tuple[int, Leaves]] = []
 
-    def begin(self, ids: Sequence[int], room: int, scored: bool) -> Reading:
+    def begin(self, ids: Sequence[int], room: int, scored: bool, adapter: int = 0) -> Reading:
         """Begins to read a prompt; arguments as of `Reading`."""
         at = next((i for i, (size, _) in enumerate(self._spare) if size == room), None)
         leaves = None if at is None else self._spare.pop(at)[1]
-        return Reading(self._model, self._prefixes, ids, leaves, room, scored)
+        return Reading(self._model, self._prefixes, ids, leaves, room, scored, adapter)
 
     def end(self, reading: Reading) -> None:
         """Takes the state of a prompt whose logits were no NaN; nobody else may use it then."""

@@ -5,7 +5,7 @@ Reference: https://platform.openai.com/docs/api-reference/chat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layercomb.errors import UsageError, one_line
@@ -26,13 +26,14 @@ def parse(
     limits: Limits,
     advised: Mapping[str, Any] = {},
     max_len: int | None = None,
+    adapters: Sequence[str] = (),
 ) -> Request:
     """Reads a request.
 
     Args:
       body: JSON.
       tokenizer: has ``encode_chat``, which turns messages into tokens.
-      model, vocab_size, limits, advised: as for `completions.parse`.
+      model, vocab_size, limits, advised, adapters: as for `completions.parse`.
       max_len: how many positions the model reaches: without `max_tokens`, an answer may be as long
         as there is room, and as the limits allow.
 
@@ -40,7 +41,7 @@ def parse(
       Refusal: if anything in it is wrong.
     """
     given = fields.in_object(body)
-    values = fields.read(given, model, _READERS, _NEUTRAL, ('messages', *_IGNORED))
+    values = fields.read(given, model, _READERS, _NEUTRAL, ('messages', *_IGNORED), adapters)
     prompt = _encoded(_messages(given.get('messages')), tokenizer, vocab_size)
     values = _checked(values)
     room = limits.max_tokens if max_len is None else max_len - len(prompt)

@@ -5,7 +5,7 @@ Reference: https://platform.openai.com/docs/api-reference/completions
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layercomb.checks import Bound
@@ -24,6 +24,7 @@ def parse(
     vocab_size: int,
     limits: Limits,
     advised: Mapping[str, Any] = {},
+    adapters: Sequence[str] = (),
 ) -> Request:
     """Reads a request.
 
@@ -38,12 +39,13 @@ def parse(
       vocab_size: the model's token ids are less than this.
       limits: what a request may ask for.
       advised: arguments of `Sampler` that hold where the request is silent.
+      adapters: the names of adapters of the model, which may be asked for as `model`.
 
     Raises:
       Refusal: if anything in it is wrong.
     """
     given = fields.in_object(body)
-    values = fields.read(given, model, _READERS, _NEUTRAL, ('prompt',))
+    values = fields.read(given, model, _READERS, _NEUTRAL, ('prompt',), adapters)
     values = _checked(values)
     texts = _prompts(given.get('prompt'))
     fields.check_choices(len(texts), values.get('n', 1), values.get('best_of'), limits)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 from layercomb.checks import Bound, fault
 from layercomb.serving.limits import Limits
-from layercomb.serving.protocol import Refusal, Request
+from layercomb.serving.protocol import Refusal, Request, unknown_model
 from layercomb.supervised.decoding.sampling import Sampler
 
 _STOPS, _STOP_LENGTH = 16, 256
@@ -47,6 +47,7 @@ def read(
     readers: Mapping[str, Reader],
     neutral: Mapping[str, Neutral],
     others: Collection[str] = (),
+    adapters: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Reads the fields of a request, which must be known.
 
@@ -57,9 +58,10 @@ def read(
       neutral: fields that are not supported: whether a value changes nothing, given those that were
         read, and the message if it does.
       others: names of fields that are read elsewhere, or ignored.
+      adapters: the names of adapters, which are models too.
 
     Returns:
-      The values of the fields that have readers.
+      The values of the fields that have readers; with ``adapter``, if one is asked for.
 
     Raises:
       Refusal: if anything is wrong.
@@ -67,13 +69,14 @@ def read(
     unknown = sorted(fields.keys() - readers.keys() - neutral.keys() - {'model', 'user', *others})
     if unknown:
         raise wrong(_name(unknown[0]), 'is not a field of a completion', 'unknown_field')
-    if fields.get('model', model) != model:
-        raise Refusal(404, f'there is only the model {model!r}', 'model_not_found', 'model')
+    asked = fields.get('model', model)
+    if asked != model and asked not in adapters:
+        raise unknown_model(asked, (model, *adapters))
     values = {name: reader(fields[name]) for name, reader in readers.items() if name in fields}
     for name, (asks_nothing, said) in neutral.items():
         if name in fields and not asks_nothing(fields[name], values):
             raise wrong(name, said)
-    return values
+    return values if asked == model else {**values, 'adapter': asked}
 
 
 def requested(

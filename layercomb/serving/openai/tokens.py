@@ -6,6 +6,7 @@ fields are those of vLLM's server.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from layercomb.data.adapted import adapted
@@ -15,7 +16,9 @@ from layercomb.serving.openai.completions import check_ids
 from layercomb.serving.openai.fields import cut, flag, is_whole, wrong
 
 
-def tokenize(body: bytes, tokenizer: Any, model: str) -> dict[str, Any]:
+def tokenize(
+    body: bytes, tokenizer: Any, model: str, adapters: Sequence[str] = ()
+) -> dict[str, Any]:
     """The token ids of a text, as a prompt has them.
 
     Args:
@@ -23,12 +26,13 @@ def tokenize(body: bytes, tokenizer: Any, model: str) -> dict[str, Any]:
         and end a text in this vocabulary.
       tokenizer: see `data.Tokenizer`.
       model: the name of the served model.
+      adapters: the names of its adapters, which have the same tokenizer.
 
     Raises:
       Refusal: if anything in it is wrong.
     """
     given = fields.in_object(body)
-    values = fields.read(given, model, _TOKENIZE, {}, ('prompt',))
+    values = fields.read(given, model, _TOKENIZE, {}, ('prompt',), adapters)
     text = given.get('prompt')
     if not isinstance(text, str):
         raise wrong('prompt', 'must be a text')
@@ -41,19 +45,21 @@ def tokenize(body: bytes, tokenizer: Any, model: str) -> dict[str, Any]:
     return {'tokens': ids, 'count': len(ids)}
 
 
-def detokenize(body: bytes, tokenizer: Any, model: str, vocab_size: int) -> dict[str, Any]:
+def detokenize(
+    body: bytes, tokenizer: Any, model: str, vocab_size: int, adapters: Sequence[str] = ()
+) -> dict[str, Any]:
     """The text of token ids.
 
     Args:
       body: JSON, with `tokens`.
-      tokenizer, model: as for `tokenize`.
+      tokenizer, model, adapters: as for `tokenize`.
       vocab_size: ids are less than this.
 
     Raises:
       Refusal: if anything in it is wrong.
     """
     given = fields.in_object(body)
-    fields.read(given, model, {}, {}, ('tokens',))
+    fields.read(given, model, {}, {}, ('tokens',), adapters)
     ids = given.get('tokens')
     if not isinstance(ids, list) or not all(map(is_whole, ids)):
         raise wrong('tokens', 'must be a list of token ids')
