@@ -108,6 +108,7 @@ from layercomb.layers.positions.scaling import (
     YarnScaling,
 )
 from layercomb.layers.positions.sinusoidal import SinusoidalPositions
+from layercomb.layers.reversible.bidirectional import BidirectionalRepeat
 from layercomb.layers.reversible.layers import (
     Reversible,
     ReversibleConcatenatePair,
@@ -143,6 +144,7 @@ __all__ = [
     'AvgPool',
     'AxialPositions',
     'BatchNorm',
+    'BidirectionalRepeat',
     'BinaryAccuracy',
     'BinaryCrossEntropyLoss',
     'BinaryF1',

@@ -8,6 +8,7 @@ combinators and wrappers too.
 from layercomb.transforms.casting import Cast, cast
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
+from layercomb.transforms.reversing import reversible
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
@@ -26,6 +27,7 @@ __all__ = [
     'hold_wide',
     'narrow_paths',
     'quantize',
+    'reversible',
     'rewrite',
     'unstack',
     'unstack_state',
