@@ -13,7 +13,7 @@ from layercomb.transforms.rewriting import rewrite
 
 
 def evaluated(net: Layer) -> Layer:
-    """The model without dropout, recomputing, pieces and casts; its weights are the same.
+    """The model without dropout, recomputing, reversing, pieces, casts; its weights are the same.
 
     Args:
       net: any layer.
@@ -28,6 +28,8 @@ def _one(layer: Any) -> Layer:
     if isinstance(layer, tl.Remat | tl.Chunk | Cast):
         inner: Layer = layer.layer
         return inner if layer.name is None else inner.replace(name=given_name(layer))
+    if isinstance(layer, tl.BidirectionalRepeat):
+        return layer.plain
     if isinstance(layer, tl.Serial | tl.Residual | tl.ReversibleHalfResidual):
         kept = [each for each in layer.layers if not isinstance(each, tl.Dropout)]
         return layer if len(kept) == len(layer.layers) else layer.replace(layers=tuple(kept))

@@ -110,6 +110,7 @@ from layercomb.layers.positions.scaling import (
     YarnScaling,
 )
 from layercomb.layers.positions.sinusoidal import SinusoidalPositions
+from layercomb.layers.reversible.bidirectional import BidirectionalRepeat
 from layercomb.layers.reversible.layers import (
     Reversible,
     ReversibleConcatenatePair,
@@ -146,6 +147,7 @@ __all__ = [
     'AvgPool',
     'AxialPositions',
     'BatchNorm',
+    'BidirectionalRepeat',
     'BinaryAccuracy',
     'BinaryCrossEntropyLoss',
     'BinaryF1',

@@ -15,6 +15,8 @@ from layercomb import losses
 from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.walk import walk
+from layercomb.layers.reversible.bidirectional import BidirectionalRepeat
 from layercomb.model import Model, check_tokens, seeded
 from layercomb.shapes import Signature, signature_of
 from layercomb.supervised import steps
@@ -142,7 +144,7 @@ def why_not_finite(net: Layer, batch: Batch) -> str:
     return (
         _strange_target(net, batch)
         or _strange_weight(batch)
-        or 'lower the learning rate or warm it up, set clip_norm, or look at the batch'
+        or f'lower the learning rate or warm it up, set clip_norm, or look at the batch{_grid(net)}'
     )
 
 
@@ -198,6 +200,14 @@ def _strange_target(net: Layer, batch: Batch) -> str | None:
     return (
         f'target {strange[0]} is none of the {n_logits} logits; check the tokenizer and vocab_size'
     )
+
+
+def _grid(net: Layer) -> str:
+    """What else may be the cause in a model that `transforms.reversible` made."""
+    limits = [x.limit for _, x in walk(net) if isinstance(x, BidirectionalRepeat)]
+    if not limits:
+        return ''
+    return f'; or streams reach ±{min(limits)}: give transforms.reversible a smaller fraction'
 
 
 def _strange_weight(batch: Batch) -> str | None:

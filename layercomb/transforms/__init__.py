@@ -14,6 +14,7 @@ from layercomb.transforms.low_rank.layer import LowRank, is_lora, lora_paths
 from layercomb.transforms.low_rank.merging import merge
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
+from layercomb.transforms.reversing import reversible
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.segments import Segmented, segmented
 from layercomb.transforms.tied_rows import TiedRows
@@ -43,6 +44,7 @@ __all__ = [
     'merge',
     'narrow_paths',
     'quantize',
+    'reversible',
     'rewrite',
     'segmented',
     'unstack',

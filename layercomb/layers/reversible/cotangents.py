@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -98,3 +99,40 @@ def matched(cts: Tree | None, state: Tree) -> Tree:
         return jax.tree.map(lambda _: None, value) if given is None else given
 
     return {key: found(key, value) for key, value in state.items()}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which leaves of a tree a gradient is asked of, as a `jax.custom_vjp` is told.
+
+    Attributes:
+      leaves: a flag for each.
+    """
+
+    leaves: tuple[bool, ...]
+
+    @staticmethod
+    def split(primals: Any) -> tuple[Any, Wanted]:
+        """The values of an argument, and which are wanted.
+
+        Args:
+          primals: a tree of `jax.custom_derivatives.CustomVJPPrimal`.
+        """
+        leaves, tree = jax.tree.flatten(primals)
+        return tree.unflatten([x.value for x in leaves]), Wanted(
+            tuple(x.perturbed and is_float(x.value) for x in leaves)
+        )
+
+    def only(self, tree: Any, cts: Any) -> Any:
+        """Cotangents of a tree without those that are not wanted, for which None stands."""
+        _, structure = jax.tree.flatten(tree)
+        found = structure.flatten_up_to(cts)
+        kept = [ct if flag else None for ct, flag in zip(found, self.leaves, strict=True)]
+        return structure.unflatten(kept)
+
+
+def known(ct: Any) -> jax.Array | None:
+    """A cotangent as JAX hands it to a `custom_vjp`; None for zeros, and for what is no float."""
+    is_zero = isinstance(ct, jax.custom_derivatives.SymbolicZero)
+    return None if is_zero or ct.dtype == jax.dtypes.float0 else ct
