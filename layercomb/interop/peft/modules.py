@@ -20,7 +20,7 @@ from layercomb.interop.configs import Config
 from layercomb.interop.families import Family
 from layercomb.interop.tensors import Entry, shapes_of
 from layercomb.layers.core.layer import Layer
-from layercomb.transforms.low_rank_products import LEAVES
+from layercomb.transforms.low_rank.products import LEAVES
 from layercomb.transforms.weight_axes import axes, holder
 
 _WEIGHT = '.weight'

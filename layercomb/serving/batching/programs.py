@@ -20,7 +20,7 @@ from layercomb.supervised.decoding.keys import fold_each
 from layercomb.supervised.decoding.prompts import at_one_position, logits_of
 from layercomb.supervised.decoding.sampling import NO_TOKEN, Sampler
 from layercomb.supervised.decoding.scoring import Alternatives, alternatives
-from layercomb.transforms.adapters import put_adapters
+from layercomb.transforms.low_rank.many import put_adapters
 
 
 class Rows(NamedTuple):

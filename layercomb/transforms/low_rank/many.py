@@ -23,8 +23,8 @@ from layercomb.layers.facts.axes import Axes
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.shapes import Signature
 from layercomb.transforms.leaves import rewrite_leaves
-from layercomb.transforms.lora import LowRank, is_lora
-from layercomb.transforms.low_rank_products import LEAVES, outputs_with
+from layercomb.transforms.low_rank.layer import LowRank, is_lora
+from layercomb.transforms.low_rank.products import LEAVES, outputs_with
 from layercomb.transforms.quantization import bare, narrow_axes
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.weight_axes import holder
