@@ -14,7 +14,6 @@ from layercomb.data.adapted import adapted
 from layercomb.data.finetuning import answers, questions, turns
 from layercomb.data.finetuning.answers import Texts, Weighted
 from layercomb.data.finetuning.rows import Row, Rows, Source, rows_of
-from layercomb.data.sources import Mapped
 from layercomb.data.tokenizers import Tokenizer
 from layercomb.errors import UsageError
 
@@ -34,6 +33,62 @@ class Measured(NamedTuple):
     document: Document
     n_cut: int = 0
     n_skipped: int = 0
+
+
+class Measurable(Protocol):
+    """Documents that know where they come from, and what became of them."""
+
+    @property
+    def said(self) -> str:
+        """What they are, for reports."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def measured(self, index: int) -> Measured:
+        """A document, and how much of it was cut off."""
+
+    def check(self, index: int) -> None:
+        """Raises a UsageError if what a document is made of has a wrong form."""
+
+    def where(self, index: int) -> str:
+        """What messages call a document."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Sequence[Document]):
+    """Some of the documents of a sequence, such as those held out: ``documents[::20]`` is one.
+
+    Attributes:
+      documents: all of them.
+      numbers: which of them, in their order.
+    """
+
+    documents: Measurable
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Part(self.documents, self.numbers[index])
+        return self.measured(in_range(index, len(self))).document
+
+    def measured(self, index: int) -> Measured:
+        """See `Measurable`; so with all of these."""
+        return self.documents.measured(self.numbers[index])
+
+    def check(self, index: int) -> None:
+        self.documents.check(self.numbers[index])
+
+    def where(self, index: int) -> str:
+        return self.documents.where(self.numbers[index])
+
+    @property
+    def said(self) -> str:
+        """What they are, for reports."""
+        return self.documents.said
 
 
 class Reader(Protocol):
@@ -66,10 +121,10 @@ class Documents(Sequence[Document]):
     @overload
     def __getitem__(self, index: int) -> Document: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Document]: ...
+    def __getitem__(self, index: slice) -> Part: ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Mapped(range(len(self))[index], self.__getitem__)
+            return Part(self, range(len(self))[index])
         return self.measured(in_range(index, len(self))).document
 
     def measured(self, index: int) -> Measured:

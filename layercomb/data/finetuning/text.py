@@ -13,8 +13,8 @@ import numpy as np
 from layercomb.checks import checked
 from layercomb.data.adapted import adapted
 from layercomb.data.finetuning.answers import Texts
-from layercomb.data.finetuning.documents import Document, MaxLen, in_range
-from layercomb.data.sources import Mapped, TextFiles, text_files
+from layercomb.data.finetuning.documents import Document, MaxLen, Measured, Part, in_range
+from layercomb.data.sources import TextFiles, text_files
 from layercomb.data.tokenizers import Tokenizer
 from layercomb.errors import UsageError
 
@@ -43,14 +43,21 @@ class TextDocuments(Sequence[Document]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Mapped(range(len(self))[index], self.__getitem__)
-        file, start = self._place(in_range(index, len(self)))
+            return Part(self, range(len(self))[index])
+        return self.measured(in_range(index, len(self))).document
+
+    def measured(self, index: int) -> Measured:
+        """A document, of which nothing is cut off."""
+        file, start = self._place(index)
         ids = self._encoded(file) if self.max_len is None else self._kept[file]
         end = None if self.max_len is None else start + self.max_len
         ids = ids[start:end].astype(np.int32)
         weights = np.ones(ids.size, np.float32)
         weights[:1] = 0
-        return ids, weights
+        return Measured((ids, weights))
+
+    def check(self, index: int) -> None:
+        """Does nothing: text has any form."""
 
     def where(self, index: int) -> str:
         """What messages call a document: the path of its file."""

@@ -1,90 +1,23 @@
-"""Conversations and instructions as tokens: which are weighted, and what is refused."""
+"""Conversations as tokens: which are weighted, and what is refused."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import models
+from toy_chats import GPT2_CHAT, LATEST, TURNS, bot, gpt2, marked, refused, told, user, words
 
 from layercomb import data
-from layercomb.data.adapted import adapted
-from layercomb.data.finetuning.answers import Texts
 from layercomb.errors import UsageError
 from layercomb.interop.chat_template import ChatTemplate
 from layercomb.interop.tokenizer import PretrainedTokenizer
-
-GPT2 = Path(__file__).parents[1] / 'pretrained' / 'gpt2'
-CHATML = ChatTemplate((GPT2 / 'chat_template.jinja').read_text())
-
-
-def gpt2(template=CHATML):
-    """The byte-level tokenizer of the tiny model, whose <|im_end|> ends answers."""
-    backend = tokenizers.Tokenizer.from_file(str(GPT2 / 'tokenizer.json'))
-    end = backend.token_to_id('<|im_end|>')
-    return PretrainedTokenizer(backend, eos_id=end, bos_id=0, chat=template)
-
-
-GPT2_CHAT = gpt2()
-
-
-def words(template=None, bos=False, **more):
-    """A tokenizer of words, of which '.' ends answers; with `bos` it begins texts with '<s>'."""
-    known = ['<s>', '.', 'U', 'B', 'S', 'a', 'b', 'c', 'd', 'e', 'x']
-    backend = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, 'x'))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(
-            '<s> $A', special_tokens=[('<s>', 0)]
-        )
-    chat = None if template is None else ChatTemplate(template)
-    return PretrainedTokenizer(backend, eos_id=1, bos_id=0, chat=chat, **more)
-
-
-TURNS = (
-    "{% for m in messages %}{{ {'user': 'U', 'assistant': 'B', 'system': 'S'}[m.role] }}"
-    ' {{ m.content }} . {% endfor %}{% if add_generation_prompt %}B {% endif %}'
-)
-LATEST = TURNS.replace(
-    '{{ m.content }}',
-    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('x')[-1] }}"
-    '{% else %}{{ m.content }}{% endif %}',
-)
-
-
-def user(content):
-    return {'role': 'user', 'content': content}
-
-
-def bot(content, **more):
-    return {'role': 'assistant', 'content': content, **more}
-
-
-def told(messages, tokenizer=None, **more):
-    """The words of a conversation, those that are learnt in brackets."""
-    tokenizer = tokenizer or words(TURNS)
-    return marked(data.chat([{'messages': messages}], tokenizer, **more)[0], tokenizer)
-
-
-def marked(document, tokenizer):
-    ids, weights = document
-    assert ids.dtype == np.int32 and weights.dtype == np.float32 and ids.shape == weights.shape
-    names = [tokenizer.vocabulary.backend.id_to_token(int(i)) for i in ids]
-    return ' '.join(f'[{n}]' if w else n for n, w in zip(names, weights, strict=True))
-
-
-def refused(row, cause, function=data.chat, tokenizer=None):
-    with pytest.raises(UsageError, match=cause) as e:
-        list(function([row], tokenizer or words(TURNS)))
-    assert '\n' not in str(e.value) and str(e.value).startswith('source[0]')
-
 
 # Which tokens are learnt
 
@@ -327,81 +260,6 @@ def test_documents_are_a_sequence_that_can_be_pickled():
     assert int(documents[-1][0][1]) == 7 and len(documents[1:]) == 2
     with pytest.raises(IndexError, match='document 3 of 3'):
         documents[3]
-
-
-# Instructions
-
-
-@pytest.mark.parametrize(
-    'row, chat, plain',
-    [
-        (
-            {'instruction': 'a', 'input': 'b', 'output': 'c', 'text': 'd'},
-            'U a b . B [c] [.]',
-            'a b [c] [.]',
-        ),
-        ({'instruction': 'a', 'input': '', 'output': 'c'}, 'U a . B [c] [.]', 'a [c] [.]'),
-        ({'instruction': '', 'input': 'b', 'output': 'c'}, 'U b . B [c] [.]', 'b [c] [.]'),
-        ({'instruction': 'a', 'context': 'b', 'response': 'c'}, 'U a b . B [c] [.]', 'a b [c] [.]'),
-        ({'prompt': 'a', 'completion': 'c d'}, 'U a . B [c] [d] [.]', 'a [c] [d] [.]'),
-        ({'question': 'a', 'answer': 'c'}, 'U a . B [c] [.]', 'a [c] [.]'),
-        ({'input': 'a', 'output': 'c'}, 'U a . B [c] [.]', 'a [c] [.]'),
-        ({'text': 'a b c'}, 'a [b] [c] [.]', 'a [b] [c] [.]'),
-    ],
-)  # fmt: skip
-def test_forms_of_instructions(row, chat, plain):
-    for tokenizer, wanted in ((words(TURNS), chat), (words(), plain)):
-        assert marked(data.instructions([row], tokenizer)[0], tokenizer) == wanted
-
-
-def test_plain_prompts_and_answers():
-    def text(row):
-        ids, weights = data.instructions([row], data.ByteTokenizer())[0]
-        return bytes(ids.tolist()), bytes(ids[weights > 0].tolist())
-
-    asked = {'instruction': 'Add.', 'input': '1, 2', 'output': '3'}
-    assert text(asked) == (b'Add.\n\n1, 2\n\n3\0', b'3\0')
-    assert text({'prompt': 'The c', 'completion': 'at'}) == (b'The cat\0', b'at\0')
-    halves = {'prompt': '\ud83c\udf89', 'completion': '\ud800'}  # as JSON may hold
-    assert text(halves) == ('🎉\ufffd\0'.encode(), '\ufffd\0'.encode())
-
-
-def test_a_bos_stands_before_plain_texts_if_the_tokenizer_puts_it_there():
-    for bos, wanted in ((True, '<s> [a] [b] [.]'), (False, 'a [b] [.]')):
-        tokenizer = words(bos=bos)
-        assert marked(data.instructions([{'text': 'a b'}], tokenizer)[0], tokenizer) == wanted
-        assert Texts(adapted(tokenizer)).start.tolist() == [0] * bos
-
-
-def test_how_rows_are_read_is_said():
-    said = data.instructions([{'question': 'a', 'answer': 'c'}], words(TURNS)).said
-    assert said == 'question (and context) → answer, as a conversation'
-    assert data.instructions([{'text': 'a'}], words()).said == 'text, all of which is learnt'
-    asked = data.instructions([{'instruction': 'a', 'output': 'c'}], words()).said
-    assert asked == 'instruction (and input or context) → output, as a plain text'
-
-
-@pytest.mark.parametrize(
-    'row, cause',
-    [
-        ({'messages': [user('a'), bot('b')]}, 'holds a conversation: data.chat takes it'),
-        ({'title': 'a', 'body': 'b'}, "has the columns 'title', 'body': name them instruction"),
-        ({'question': 'a', 'answer': ' '}, "'answer' is empty: write it, or remove the row"),
-        ({'question': ' ', 'answer': 'b'}, "'question' is empty: write it, or remove the row"),
-        (
-            {'prompt': [user('a')], 'completion': 'b'},
-            "'prompt' is .*: give a text; data.chat takes",
-        ),
-    ],
-)
-def test_rows_that_are_no_instruction(row, cause):
-    refused(row, cause, data.instructions)
-
-
-def test_all_rows_have_the_columns_of_the_first():
-    rows = [{'prompt': 'a', 'completion': 'b'}, {'question': 'a', 'completion': 'b'}]
-    with pytest.raises(UsageError, match=r"^source\[1\] has no 'prompt', but 'question', 'compl"):
-        list(data.instructions(rows, words()))
 
 
 @pytest.mark.slow

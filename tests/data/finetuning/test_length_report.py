@@ -69,6 +69,22 @@ def test_plain_sequences_of_documents_and_folders(tmp_path):
     assert nothing.n_rows == 0 and '1 left out' in str(nothing)
 
 
+def test_a_part_of_the_documents_knows_what_they_know(tmp_path):
+    made = documents([4, 5, 10, 6, 30], max_len=9)[2:]
+    report = data.length_report(made, 8)
+    assert (report.n_documents, report.n_truncated, report.n_cut) == (3, 2, 22)
+    assert report.said == 'prompt → completion, as a plain text'
+    assert made.where(1) == made[1:].where(0) == 'source[3]' and made[-1][0].size == 9
+    (tmp_path / 'a.txt').write_text('abcdefgh')
+    folder = data.text_folder(tmp_path, data.ByteTokenizer(), max_len=4)[::2]
+    assert [bytes(ids.tolist()) for ids, _ in folder] == [b'abcd', b'gh\0']
+    rows = [{'text': 'a'}, {'text': ''}, {'text': 'b'}]
+    made = data.instructions(rows, data.ByteTokenizer())
+    assert data.length_report(made[::2], 8, limit=1).n_documents == 2
+    with pytest.raises(UsageError, match=r'source\[1\]: '):
+        data.length_report(made[1:], 8, limit=1)
+
+
 def test_arguments():
     with pytest.raises(ValueError, match='length_report: documents is empty'):
         data.length_report([], 8)
