@@ -290,6 +290,11 @@ ROWS: dict[str, Row] = {
     'UnfoldHeads': Row(tl.UnfoldHeads, (heads(),), (2,)),
     'Cast': Row(lambda: transforms.Cast(tl.Dense(4), 'float16')),
     'Quantized': Row(lambda: transforms.Quantized(tl.Dense(4))),  # too small to be narrow
+    'Segmented': Row(
+        lambda: transforms.segmented(tl.SelfAttention(2, rotary=tl.RotaryPositions())),
+        (stream(), tokens()),
+        (),
+    ),
     'Tied': Row(
         lambda: transforms.Tied(
             tl.Serial(tl.Embedding(7, D), tl.Dense(7, name='head')),
