@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import jax
 
-from layercomb.checks import Bound, Count, Rate, checked
+from layercomb.checks import Count, Rate, checked
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.dropout import Dropout
 from layercomb.layers.basic.reduce import Mean
@@ -25,7 +24,7 @@ _HEAD = 'head'
 def classifier(
     net: Layer,
     weights: Tree,
-    labels: Sequence[str | int] | Annotated[int, Bound(2)],
+    labels: Sequence[str | int] | int,
     *,
     dropout: Rate = 0.0,
     seed: Count = 0,

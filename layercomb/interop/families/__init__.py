@@ -12,6 +12,7 @@ from layercomb.interop.configs import Config
 from layercomb.interop.evaluated import evaluated
 from layercomb.interop.tensors import Entry
 from layercomb.layers.core.layer import Layer
+from layercomb.layers.metrics.class_names import class_names
 from layercomb.shapes import Signature, shape_dtype
 
 # Where each family is, module and name, by the model_type of a config.json; it is imported when it
@@ -95,6 +96,11 @@ def config_of(net: Layer) -> tuple[Family, dict[str, Any]]:
     found = next(configs_of(net), None)
     if found is not None:
         return found
+    if class_names(net) is not None:
+        raise UsageError(
+            "this classifier averages over positions, and other programs' heads read the first "
+            'one, so none of them can read it: keep the run, or save it by layercomb export'
+        )
     names = sorted({_imported(kind).name for kind in PLACES})
     raise UsageError(
         f'this model belongs to none of the families {", ".join(names)}, so other programs '

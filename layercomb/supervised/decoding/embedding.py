@@ -14,13 +14,15 @@ from layercomb.checks import Size, check_value
 from layercomb.data.adapted import adapted
 from layercomb.data.judged.labels import joined
 from layercomb.errors import UsageError
+from layercomb.layers.basic.dense import Dense
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
-from layercomb.layers.metrics.class_names import ClassNames
+from layercomb.layers.metrics.class_names import class_names
 from layercomb.model import Model, check_tokens
 from layercomb.supervised.decoding.prompts import max_len, padded, round_up
 
+_HEADS = ('head', 'classes')  # the names of dense layers that give logits, in all our models
 _CURE = "load a sentence encoder, or make one by models.BERT(head='mean')"
 
 
@@ -118,10 +120,9 @@ def outputs_of(
 
 
 def _gives_classes(net: Layer) -> bool:
-    """Whether a model is a classifier: it names classes, or has BERT's head of classes."""
-    return any(
-        isinstance(layer, ClassNames) or path.split('/')[-2:] == ['head', 'classes']
-        for path, layer in walk(net)
+    """Whether a model is a classifier: it names classes, or ends with a head of classes."""
+    return class_names(net) is not None or any(
+        isinstance(layer, Dense) and path.split('/')[-1] in _HEADS for path, layer in walk(net)
     )
 
 
