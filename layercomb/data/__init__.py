@@ -10,6 +10,7 @@ from layercomb.data.corpora.drawn import shapes
 from layercomb.data.corpora.images import cifar10, imagenet64, png_images, subpixels
 from layercomb.data.corpora.published import c4, scientific_papers
 from layercomb.data.corpora.wikipedia import enwik8
+from layercomb.data.held_out import held_out
 from layercomb.data.ngrams import witten_bell_bits_on_batches, witten_bell_bits_per_byte
 from layercomb.data.pairs import continuations, pairs
 from layercomb.data.pipelines import batches, bucketed, packed
@@ -29,6 +30,7 @@ __all__ = [
     'copy_pairs',
     'duplication',
     'enwik8',
+    'held_out',
     'imagenet64',
     'packed',
     'pairs',
