@@ -78,8 +78,8 @@ def run(told_run):
 def test_it_tells_what_there_is_to_learn_what_trains_and_what_came_of_it(told_run):
     run, printed = told_run
     for said in (
-        r'24 documents', r'weights train \(\d', '3 steps fit into 0.5 minutes', 'step 3: ', 'valid/',
-        r'asked: +two and two\?', r'before: ', r'now: ', r'the data: +four',
+        r'24 documents', r'weights train \(\d', '3 steps fit into 0.5 minutes', 'step 3: ',
+        'valid/', r'asked: +two and two\?', r'before: ', r'now: ', r'the data: +four',
         r'layercomb chat .*run', r'layercomb convert .*run',
     ):  # fmt: skip
         assert re.search(said, printed), (said, printed)
@@ -108,6 +108,7 @@ def test_the_same_command_again_is_finished_and_another_is_refused(run, files, c
     assert 'holds another experiment (optimizers.warmup_cosine.learning_rate is' in said
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_goes_on_bit_for_bit(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / 'run')
     shutil.rmtree(copy / 'checkpoints' / '3')

@@ -165,6 +165,7 @@ LIKE_OTHERS = (
     'transformer_python',
     'continue_text',
     'finetune_smollm2',
+    'finetune_smollm2_lora',
 )
 
 # What starts from a model that a package carries.
