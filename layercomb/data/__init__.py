@@ -18,6 +18,7 @@ from layercomb.data.finetuning.batches import packed_documents
 from layercomb.data.finetuning.documents import Document, chat, instructions
 from layercomb.data.finetuning.report import LengthReport, length_report
 from layercomb.data.finetuning.text import text_folder
+from layercomb.data.held_out import held_out
 from layercomb.data.judged.batches import preference_batches
 from layercomb.data.judged.labels import labelled, labels
 from layercomb.data.judged.preferences import preferences
@@ -44,6 +45,7 @@ __all__ = [
     'copy_pairs',
     'duplication',
     'enwik8',
+    'held_out',
     'imagenet64',
     'instructions',
     'labelled',

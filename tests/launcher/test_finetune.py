@@ -1,6 +1,8 @@
 """``layercomb finetune``: what it tells, what its run is like afterwards, and what it refuses."""
 
+import contextlib
 import inspect
+import io
 import json
 import re
 import shutil
@@ -11,6 +13,7 @@ import pytest
 
 from layercomb import cli, data, interop, transforms, trees
 from layercomb.launcher import sources
+from layercomb.launcher.finetuning import pace
 from layercomb.supervised import TrainTask
 
 PRETRAINED = Path(__file__).parents[1] / 'data' / 'pretrained'
@@ -27,7 +30,7 @@ CHATS = [
     {'messages': [{'role': 'user', 'content': ask}, {'role': 'assistant', 'content': say}]}
     for ask, say in [('one and one?', 'two'), ('two and two?', 'four'), ('why?', 'so')] * 8
 ]
-FAST = ('--length', 32, '--batch_size', 2, '--rank', 2)
+FAST = ('--length', 32, '--batch_size', 2, '--rank', 2, '--gin_param', 'train.keep=3')
 
 
 def told(capsys, *words):
@@ -57,24 +60,30 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def run(files):
-    """The run of one command, and what it printed."""
-    words = ['finetune', GPT2, files / 'chats.jsonl', *FAST, '--steps', 3]
+def told_run(files):
+    """The run of one command, of which three steps fit into the time, and what it printed."""
+    words = ['finetune', GPT2, files / 'chats.jsonl', *FAST, '--minutes', 0.5]
     words += ['--output_dir', files / 'run']
-    assert cli.main([str(word) for word in words]) == 0
-    return files / 'run'
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(io.StringIO()) as out:
+        patched.setattr(pace, 'steps_within', lambda experiment, seconds: 3)
+        assert cli.main([str(word) for word in words]) == 0
+    return files / 'run', out.getvalue()
 
 
-def test_it_tells_what_there_is_to_learn_what_trains_and_what_came_of_it(files, capsys):
-    words = ('finetune', GPT2, files / 'instructions.json', *FAST, '--steps', 1)
-    code, printed = told(capsys, *words, '--output_dir', files / 'told')
-    assert code == 0, printed
+@pytest.fixture
+def run(told_run):
+    return told_run[0]
+
+
+def test_it_tells_what_there_is_to_learn_what_trains_and_what_came_of_it(told_run):
+    run, printed = told_run
     for said in (
-        r'3 documents', r'weights train \(\d', r'asked: +Count\.', r'before: ', r'now: ',
-        r'the data: +one two', r'layercomb chat .*told', r'layercomb convert .*told',
+        r'24 documents', r'weights train \(\d', '3 steps fit into 0.5 minutes', 'step 3: ',
+        'valid/', r'asked: +two and two\?', r'before: ', r'now: ', r'the data: +four',
+        r'layercomb chat .*run', r'layercomb convert .*run',
     ):  # fmt: skip
         assert re.search(said, printed), (said, printed)
-    assert 'valid/' not in printed  # three documents are not worth measuring
+    assert 'STEPS = 3\n' in (run / 'config.gin').read_text()
 
 
 def test_only_adapters_train_and_checkpoints_hold_them_alone(run):
@@ -92,12 +101,23 @@ def test_only_adapters_train_and_checkpoints_hold_them_alone(run):
 
 def test_the_same_command_again_is_finished_and_another_is_refused(run, files, capsys):
     words = ('finetune', GPT2, files / 'chats.jsonl', *FAST, '--output_dir', run)
-    code, printed = told(capsys, *words, '--steps', 3)
+    code, printed = told(capsys, *words, '--minutes', 0.5)
     assert code == 0 and 'step 3: ' in printed and 'before: ' in printed
-    said = refused(capsys, *words[:-2], '--output_dir', run, '--steps', 3, '--learning_rate', 0.5)
+    assert 'fit into' not in printed  # as many steps as it began with
+    said = refused(capsys, *words, '--learning_rate', 0.5)
     assert 'holds another experiment (optimizers.warmup_cosine.learning_rate is' in said
 
 
+@pytest.mark.slow
+def test_a_run_with_adapters_goes_on_bit_for_bit(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / 'run')
+    shutil.rmtree(copy / 'checkpoints' / '3')
+    assert cli.main(['train', str(copy / 'config.gin')]) == 0
+    rows = [json.loads((r / 'metrics.jsonl').read_text().splitlines()[-1]) for r in (run, copy)]
+    assert rows[0]['train/loss'] == rows[1]['train/loss']
+
+
+@pytest.mark.slow
 def test_its_configuration_trains_again(run, tmp_path, capsys):
     rows = [json.loads(x) for x in (run / 'metrics.jsonl').read_text().splitlines()]
     code, printed = told(capsys, 'train', run / 'config.gin', '--output_dir', tmp_path / 'again')
@@ -106,47 +126,33 @@ def test_its_configuration_trains_again(run, tmp_path, capsys):
     assert [r['train/loss'] for r in again] == [r['train/loss'] for r in rows]
 
 
-def test_a_run_with_adapters_goes_on_bit_for_bit(run, tmp_path):
-    copy = shutil.copytree(run, tmp_path / 'run')
-    shutil.rmtree(copy / 'checkpoints' / '3')
-    if not any((copy / 'checkpoints').iterdir()):
-        pytest.skip('keep = 1 kept the last step alone')
-    assert cli.main(['train', str(copy / 'config.gin')]) == 0
-    rows = [json.loads((r / 'metrics.jsonl').read_text().splitlines()[-1]) for r in (run, copy)]
-    assert rows[0]['train/loss'] == rows[1]['train/loss']
+@pytest.mark.slow
+@pytest.mark.parametrize('more', [('--all_weights',), ('--bits', 8, '--dora'), ('--bits', 4)])
+def test_all_weights_narrow_bases_and_texts(more, files, capsys, tmp_path):
+    words = ('finetune', GPT2, files / 'texts', '--length', 16, '--steps', 1, *more)
+    code, printed = told(capsys, *words, '--output_dir', tmp_path / 'run')
+    assert code == 0, printed
+    how = ('--prompt', 'the', '--n_tokens', 3)
+    assert told(capsys, 'generate', tmp_path / 'run', *how)[0] == 0
+    code, printed = told(capsys, 'convert', tmp_path / 'run', tmp_path / 'out')
+    assert code == 0, printed
+    assert interop.load(tmp_path / 'out')[0].weights
 
 
-def test_all_weights_narrow_bases_and_texts(files, capsys, tmp_path):
-    for i, more in enumerate((('--all_weights',), ('--bits', 8, '--dora'))):
-        words = ('finetune', GPT2, files / 'texts', '--length', 16, '--steps', 1, *more)
-        code, printed = told(capsys, *words, '--output_dir', tmp_path / str(i))
-        assert code == 0, printed
-        code, printed = told(capsys, 'convert', tmp_path / str(i), tmp_path / f'out{i}')
-        assert code == 0, printed
-        assert interop.load(tmp_path / f'out{i}')[0].weights
+@pytest.mark.slow
+def test_few_instructions_are_measured_with_nothing(files, capsys, tmp_path):
+    words = ('finetune', GPT2, files / 'instructions.json', *FAST, '--steps', 1)
+    code, printed = told(capsys, *words, '--output_dir', tmp_path / 'run')
+    assert code == 0 and '3 documents' in printed and 'valid/' not in printed
 
 
-def test_minutes_choose_the_steps_and_the_schedule_follows(files, tmp_path, capsys, monkeypatch):
-    from layercomb.launcher.finetuning import pace
-
-    monkeypatch.setattr(pace, 'steps_within', lambda experiment, seconds: 2)
-    words = ('finetune', GPT2, files / 'chats.jsonl', *FAST, '--output_dir', tmp_path / 'run')
-    code, printed = told(capsys, *words, '--minutes', 0.5)
-    assert code == 0 and '2 steps fit into 0.5 minutes' in printed and 'step 2: ' in printed
-    config = (tmp_path / 'run/config.gin').read_text()
-    assert 'STEPS = 2\n' in config and 'warmup_steps = 0' in config
-    code, printed = told(capsys, *words, '--minutes', 0.5)
-    assert code == 0 and 'fit into' not in printed
-
-
+@pytest.mark.slow
 def test_steps_that_fit_are_measured(run, files):
-    from layercomb.launcher.finetuning.pace import steps_within
-
     config = (run / 'config.gin').read_text()
     with cli.configured(config, (), 'run') as parsed:
         experiment = parsed.build()
-        assert steps_within(experiment, 0.0) == 1
-        assert steps_within(experiment, 1e6) > 1
+        assert pace.steps_within(experiment, 0.0) == 1
+        assert pace.steps_within(experiment, 1e6) > 1
 
 
 MISTAKES = [

@@ -102,14 +102,8 @@ def test_a_run_goes_on_bit_for_bit_without_its_source(files, run, capsys):
     assert ends[0] == ends[1] and ends[0]['step'] == 3
 
 
-def test_every_command_takes_a_run_without_its_source(run, capsys, tmp_path):
-    for words in (
-        ('eval', run),
-        ('inspect', run),
-        ('generate', run, '--prompt', 'the', '--n_tokens', '3'),
-        ('export', run, tmp_path / 'exported', '--max_len', '16'),
-        ('convert', run, tmp_path / 'converted'),
-    ):
+def test_a_run_is_measured_and_converted_without_its_source(run, capsys, tmp_path):
+    for words in (('eval', run), ('convert', run, tmp_path / 'converted')):
         code, printed = told(capsys, *words)
         assert code == 0, printed
     model, tokenizer = cli.trained(str(run))
@@ -117,6 +111,20 @@ def test_every_command_takes_a_run_without_its_source(run, capsys, tmp_path):
     assert again.layer == model.layer and same == tokenizer
     for path, x in trees.flatten(model.weights).items():
         np.testing.assert_array_equal(x, trees.get(again.weights, path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'words',
+    [
+        ('inspect', '{run}'),
+        ('generate', '{run}', '--prompt', 'the', '--n_tokens', '3'),
+        ('export', '{run}', '{out}', '--max_len', '16'),
+    ],
+)
+def test_every_command_takes_a_run_without_its_source(words, run, capsys, tmp_path):
+    code, printed = told(capsys, *(x.format(run=run, out=tmp_path / 'out') for x in words))
+    assert code == 0, printed
 
 
 def test_what_its_makers_gave_a_model_stays_with_its_run(run):
@@ -182,6 +190,7 @@ def test_a_run_as_a_source_is_refused_with_the_cure(files):
         pretrained(str(files / 'run'))
 
 
+@pytest.mark.slow
 def test_in_python(files):
     model = pretrained(str(files / 'gpt2'))
     assert model.tokenizer == pretrained_tokenizer(str(files / 'gpt2'))
@@ -190,6 +199,10 @@ def test_in_python(files):
     task = supervised.TrainTask([batch], tl.CrossEntropyLoss(), optax.sgd(0.1))
     loop = supervised.Loop(model, task, progress=False)
     loop.run(1)
-    assert loop.step == 1
+    tuned = model.finished(loop.weights, loop.state)
+    assert loop.step == 1 and tuned.layer == model.loaded
+
+
+def test_bits_that_cannot_be(files):
     with pytest.raises(ValueError, match='bits=3: give 16, 8 or 4'):
         pretrained(str(files / 'gpt2'), bits=3)
