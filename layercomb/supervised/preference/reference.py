@@ -95,7 +95,9 @@ class References:
 
     def _values(self, source: Sequence[Arrays]) -> np.ndarray:
         name = digest_of(_arrays(source))
-        kept = self._new.get(name) or (self._folder and _read(self._folder / f'{name}.npz'))
+        kept = self._new.get(name)
+        if kept is None and self._folder is not None:
+            kept = _read(self._folder / f'{name}.npz')
         if self._model is None or self._model.weights is None:
             if kept is None:
                 raise ValueError(
