@@ -82,7 +82,7 @@ def signature(model: Model) -> Signature:
       UsageError: if the model is of no family.
     """
     from layercomb.interop.families import config_of
-    from layercomb.transforms.lora import without_lora
+    from layercomb.transforms.low_rank.adapting import without_lora
     from layercomb.transforms.narrowing import hold_wide
 
     net = hold_wide(without_lora(model.layer))

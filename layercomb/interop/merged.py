@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from layercomb.layers.core.walk import walk
 from layercomb.model import Model
-from layercomb.transforms.lora import LowRank, merge
+from layercomb.transforms.low_rank.layer import LowRank
+from layercomb.transforms.low_rank.merging import merge
 
 
 def merged(model: Model) -> Model:

@@ -7,7 +7,9 @@ combinators and wrappers too.
 
 from layercomb.transforms.adapters import ManyLowRank, adapter_names, adapters, with_adapter
 from layercomb.transforms.casting import Cast, cast
-from layercomb.transforms.lora import LowRank, is_lora, lora, merge, without_lora
+from layercomb.transforms.low_rank.adapting import lora, without_lora
+from layercomb.transforms.low_rank.layer import LowRank, is_lora
+from layercomb.transforms.low_rank.merging import merge
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
 from layercomb.transforms.rewriting import rewrite

@@ -38,8 +38,8 @@ NAMED = {'one': ONE, 'two': TWO}
 
 
 @functools.partial(jax.jit, static_argnames=('net', 'mode'))
-def apply(net, weights, x, state={}, mode=tl.Mode.EVAL):
-    return net.apply(weights, state, (x,), mode=mode)[0][0]
+def apply(net, weights, x, state=None, mode=tl.Mode.EVAL):
+    return net.apply(weights, state or {}, (x,), mode=mode)[0][0]
 
 
 def decoded(net, weights, x, rows):
@@ -70,7 +70,7 @@ def test_each_row_has_its_own(kind):
 
 
 def test_a_row_keeps_its_adapter_wherever_it_stands():
-    net, weights = transforms.adapters(NET, MODEL.weights, NAMED)
+    net, _ = transforms.adapters(NET, MODEL.weights, NAMED)
     state = lc.init_state(net, lc.shape_dtype((2, 4, 8)))
     state = tl.seek(put_adapters(state, jnp.array([1, 2], jnp.int32)), jnp.array([0, 1]))
     assert state['head'].rows.tolist() == [1, 2]

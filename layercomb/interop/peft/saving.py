@@ -24,7 +24,8 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.model import Model
 from layercomb.transforms.adapters import scale_of
-from layercomb.transforms.lora import LowRank, is_lora, without_lora
+from layercomb.transforms.low_rank.adapting import without_lora
+from layercomb.transforms.low_rank.layer import LowRank, is_lora
 from layercomb.transforms.narrowing import hold_wide
 from layercomb.trees import Tree
 

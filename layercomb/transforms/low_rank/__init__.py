@@ -1,0 +1,1 @@
+"""A minimal stand-in, to be replaced."""
