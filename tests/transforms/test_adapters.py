@@ -32,7 +32,7 @@ def adapted(seed, **options):
     return net, trees.unflatten(flat)
 
 
-ONE = adapted(1, rank=2, alpha=3.0, where='*')
+ONE = adapted(1, rank=2, alpha=3.0, where='**')
 TWO = adapted(2, rank=3, alpha=2.0, rank_stabilized=True, where='*mixing*')
 NAMED = {'one': ONE, 'two': TWO}
 
@@ -95,7 +95,9 @@ def test_what_cannot_share_a_base_is_refused():
     base = NET, MODEL.weights
     dora = transforms.lora(*base, dora=True, where='head')
     head = tl.Serial(tl.Dense(5, name='head'))
-    wide = transforms.lora(head, {'head': {'kernel': jnp.zeros((16, 5)), 'bias': jnp.zeros(5)}})
+    wide = transforms.lora(
+        head, {'head': {'kernel': jnp.zeros((16, 5)), 'bias': jnp.zeros(5)}}, where='head'
+    )
     first = tl.Serial(tl.Dense(8, name='first'))
     first = transforms.lora(first, {'first': {'kernel': jnp.zeros((8, 8)), 'bias': jnp.zeros(8)}})
     for given, said in {
