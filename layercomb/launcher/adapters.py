@@ -52,8 +52,9 @@ def _adapted(model: Model, name: str, directory: str, of_run: Callable[[str], Mo
     ours, theirs = trees.flatten(model.weights or {}), trees.flatten(its.weights or {})
     for path, x in ours.items():
         y = theirs.get(path)
-        alike = y is not None and (y.shape, y.dtype) == (x.shape, x.dtype)
-        if alike and not np.array_equal(x, y):
+        if y is None or (y.shape, y.dtype) != (x.shape, x.dtype):
+            continue  # the run keeps it in other bits, or its adapter does not fit either
+        if not np.array_equal(x, y):
             raise UsageError(
                 f'--adapter {name}: the run {directory!r} has another {path} than this model, so '
                 'it trained more than an adapter, or on another base: serve the run by itself'

@@ -169,10 +169,10 @@ def test_an_unknown_adapter_is_refused(base, engine):
     assert caught.value.status == 404
     lsh = tl.LSHSelfAttention(2, chunk_len=8, neighbourhood='chunk')
     net = tl.Serial(tl.Embedding(V, 8), lsh, tl.Dense(V))
-    dense = {'kernel': jnp.zeros((8, V)), 'bias': jnp.zeros(V)}
-    one = transforms.lora(net, {'dense': dense}, where='dense')
+    weights, _ = net.init((lc.shape_dtype((1, 8), 'int32'),), jax.random.key(0))
+    one = transforms.lora(net, weights, where='dense')
     with pytest.raises(UsageError, match='a layer of this one sees padding: merge one adapter'):
-        Decodable.of(lc.Model(*transforms.adapters(net, {'dense': dense}, {'a': one})))
+        Decodable.of(lc.Model(*transforms.adapters(net, weights, {'a': one})))
 
 
 def test_requests_choose_by_the_name_of_the_model():

@@ -16,7 +16,7 @@ from layercomb.transforms.low_rank.many import Adapter, put_adapters
 NET = tl.Serial(
     tl.Repeat(tl.Residual(tl.SelfAttention(2, causal=True)), 2, name='mixing'),
     tl.Residual(tl.GatedDense(6, use_bias=True), tl.Dense(8)),
-    tl.Dense(5, name='last'),
+    tl.Dense(5, name='head'),
 )
 MODEL = lc.Model(NET).init(lc.shape_dtype((2, 3, 8)))
 
@@ -32,7 +32,7 @@ def adapted(seed, **options):
     return net, trees.unflatten(flat)
 
 
-ONE = adapted(1, rank=2, alpha=3.0, where='*')
+ONE = adapted(1, rank=2, alpha=3.0, where='**')
 TWO = adapted(2, rank=3, alpha=2.0, rank_stabilized=True, where='*mixing*')
 NAMED = {'one': ONE, 'two': TWO}
 
@@ -73,7 +73,7 @@ def test_a_row_keeps_its_adapter_wherever_it_stands():
     net, _ = transforms.adapters(NET, MODEL.weights, NAMED)
     state = lc.init_state(net, lc.shape_dtype((2, 4, 8)))
     state = tl.seek(put_adapters(state, jnp.array([1, 2], jnp.int32)), jnp.array([0, 1]))
-    assert state['last'].rows.tolist() == [1, 2]
+    assert state['head'].rows.tolist() == [1, 2]
     assert put_adapters({'a': jnp.zeros(2)}, jnp.zeros(1, jnp.int32))['a'].shape == (2,)
     assert isinstance(state['mixing']['0']['self_attention']['query'], Adapter)
 
@@ -93,15 +93,17 @@ def test_without_a_choice_it_is_the_base():
 
 def test_what_cannot_share_a_base_is_refused():
     base = NET, MODEL.weights
-    dora = transforms.lora(*base, dora=True, where='last')
-    head = tl.Serial(tl.Dense(5, name='last'))
-    wide = transforms.lora(head, {'last': {'kernel': jnp.zeros((16, 5)), 'bias': jnp.zeros(5)}})
+    dora = transforms.lora(*base, dora=True, where='head')
+    head = tl.Serial(tl.Dense(5, name='head'))
+    wide = transforms.lora(
+        head, {'head': {'kernel': jnp.zeros((16, 5)), 'bias': jnp.zeros(5)}}, where='head'
+    )
     first = tl.Serial(tl.Dense(8, name='first'))
     first = transforms.lora(first, {'first': {'kernel': jnp.zeros((8, 8)), 'bias': jnp.zeros(8)}})
     for given, said in {
         'plain': ({'a': base}, "'a' has no adapter: give a model that transforms.lora made"),
         'dora': ({'a': dora}, "'a' is DoRA, whose magnitudes"),
-        'shape': ({'a': wide}, "'a' is for a matrix of 16×5 at 'last/kernel', and this model has"),
+        'shape': ({'a': wide}, "'a' is for a matrix of 16×5 at 'head/kernel', and this model has"),
         'path': ({'a': first}, "'a' is for 'first', which this model does not have"),
         'none': ({}, 'give at least one'),
     }.values():

@@ -16,7 +16,7 @@ from layercomb.interop import pickles, safetensors
 from layercomb.interop.families import config_of, configs_of
 from layercomb.interop.huggingface.saving import widened
 from layercomb.interop.peft.config import CONFIG, WEIGHTS, Adapter, adapter_of
-from layercomb.interop.peft.modules import Matrix, Module, Modules, modules_of
+from layercomb.interop.peft.modules import Matrix, Module, Modules, modules_of, with_tied_head
 from layercomb.interop.peft.names import Factors, sorted_tensors
 from layercomb.interop.peft.whole import put_whole
 from layercomb.interop.stored import Stored, read_json
@@ -90,7 +90,9 @@ def load(directory: str | Path, model: Model) -> Model:
     base = trees.flatten(model.weights)
     base = put_whole(base, wide, modules.entries, others, adapter)
     seen = widened(model.layer, wide, trees.unflatten(base), modules.family.signature(wide))
-    leaves, made = _leaves(parts, modules, adapter, trees.flatten(seen))
+    whole = trees.flatten(seen)
+    whole = with_tied_head(wide, whole) if adapter.dora else whole
+    leaves, made = _leaves(parts, modules, adapter, whole)
 
     def one(path: str, layer: Layer) -> Layer:
         return LowRank(layer, **leaves[path]) if path in leaves else layer

@@ -21,9 +21,10 @@ from layercomb.interop.families import Family
 from layercomb.interop.tensors import Entry, shapes_of
 from layercomb.layers.core.layer import Layer
 from layercomb.transforms.low_rank.products import LEAVES
+from layercomb.transforms.tying import Tied
 from layercomb.transforms.weight_axes import axes, holder
 
-_WEIGHT = '.weight'
+_WEIGHT, _HEAD = '.weight', 'lm_head'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,34 @@ def modules_of(net: Layer, family: Family, config: Mapping[str, Any]) -> Modules
         name: Module(name, known[name][0], tuple(sorted(its, key=_first)), known[name][1])
         for name, its in parts.items()
     }
+    by_name |= _tied_head(net, entries, flat)
     return Modules(by_name, also, entries, family)
+
+
+def _tied_head(net: Layer, entries: Sequence[Entry], flat: Mapping[str, Any]) -> dict[str, Module]:
+    """The head of a model that is the table of its embedding: it may have an adapter of its own."""
+    if not isinstance(net, Tied):
+        return {}
+    names = (name for entry in entries if entry.ours == net.source for name in entry.also)
+    name = next((name for name in names if name.endswith(_HEAD + _WEIGHT)), None)
+    if name is None:
+        return {}
+    rows, width = flat[net.source].shape
+    matrix = Matrix(net.target, None, None, (width,), (rows,), None)
+    name = name.removesuffix(_WEIGHT)
+    return {name: Module(name, None, (matrix,), transposed=True)}
+
+
+def with_tied_head(net: Layer, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights by path, with the head's where it is the table of the embedding.
+
+    Args:
+      net: the model, wide.
+      flat: its weights.
+    """
+    if not isinstance(net, Tied) or net.source not in flat:
+        return dict(flat)
+    return {**flat, net.target: np.asarray(flat[net.source]).T}
 
 
 def _first(matrix: Matrix) -> int:

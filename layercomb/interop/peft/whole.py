@@ -35,7 +35,7 @@ def put_whole(
     Raises:
       UsageError: if one is missing, unknown, of another shape, or is to replace a narrow one.
     """
-    made, used = dict(flat), set()
+    made, used = dict(flat), set[str]()
     for entry in entries:
         for i, names in enumerate(entry.all_names):
             name = next((name for name in names if name in tensors), None)

@@ -99,7 +99,7 @@ class ManyLowRank(Wrapper):
     @property
     def weight_axes(self) -> dict[str, str]:  # type: ignore[override]
         """The axes of the adapters."""
-        made = {}
+        made: dict[str, str] = {}
         for name in narrow_axes(bare(self.layer)):
             first, _, second = bare(self.layer).weight_axes[name].partition('->')
             made |= {f'{name}_lora_a': f'N|{first}->R', f'{name}_lora_b': f'N|R->{second}'}
@@ -232,7 +232,9 @@ def with_adapter(net: Layer, weights: Tree, name: str | None) -> tuple[Layer, Tr
     def one(layer: Layer) -> Layer:
         if not isinstance(layer, ManyLowRank):
             return layer
-        return LowRank(layer.layer, layer.rank, float(layer.rank)) if index else layer.layer
+        if not index:
+            return layer.layer if layer.name is None else layer.layer.replace(name=layer.name)
+        return LowRank(layer.layer, layer.rank, float(layer.rank), name=layer.name)
 
     return rewrite(net, one), trees.unflatten(made)
 
