@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from layercomb.layers.combinators.remat import Remat
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Layer
@@ -10,7 +12,7 @@ from layercomb.layers.reversible.bidirectional import BidirectionalRepeat
 from layercomb.layers.reversible.layers import Reversible
 
 
-def reversible(net: Layer, m: int = 4, *, fraction: int = 16) -> Layer:
+def reversible(net: Layer, m: int = 4, *, fraction: int = 16, chunk_len: int | None = 512) -> Layer:
     """The same model, which trains without keeping the inputs of its blocks.
 
     Each `Repeat` becomes a `BidirectionalRepeat`; weights, state and paths stay what they are. In
@@ -23,6 +25,7 @@ def reversible(net: Layer, m: int = 4, *, fraction: int = 16) -> Layer:
       m: 1 … 8.
       fraction: how many bits of a value of the stream stand after the point, 0 … 30. A stream must
         stay below 2^(31 − fraction), or the loss of its batch is NaN; 16 allows 32,768.
+      chunk_len: how many positions a feed-forward takes at a time in training; None for all.
 
     Raises:
       TypeError: if a block changes more than the first of its values, such as one of two streams.
@@ -33,17 +36,17 @@ def reversible(net: Layer, m: int = 4, *, fraction: int = 16) -> Layer:
 
     >>> from layercomb import tl, transforms
     >>> transforms.reversible(tl.Serial(tl.Dense(8), tl.Repeat(tl.Residual(tl.Dense()), 12)))
-    Serial(Dense(8), BidirectionalRepeat(Residual(Dense()), 12))
+    Serial(Dense(8), BidirectionalRepeat(Residual(Dense()), 12, chunk_len=512))
     """
-    made = _reversible(net, '', m, fraction)
+    made = _reversible(net, '', {'m': m, 'fraction': fraction, 'chunk_len': chunk_len})
     if not any(isinstance(layer, BidirectionalRepeat) for _, layer in walk(made)):
         raise ValueError(f'reversible: {_why_not(net)}')
     return made
 
 
-def _reversible(net: Layer, path: str, m: int, fraction: int) -> Layer:
+def _reversible(net: Layer, path: str, options: dict[str, Any]) -> Layer:
     if isinstance(net, BidirectionalRepeat):
-        return net.replace(m=m, fraction=fraction)
+        return net.replace(**options)
     if isinstance(net, Reversible):
         return net
     if type(net) is Repeat:
@@ -51,12 +54,12 @@ def _reversible(net: Layer, path: str, m: int, fraction: int) -> Layer:
         if isinstance(layer, Remat) and layer.name is None:
             layer = layer.layer  # a block is computed again anyway
         try:
-            return BidirectionalRepeat(layer, net.n, net.shared, m, fraction, name=net.name)
+            return BidirectionalRepeat(layer, net.n, net.shared, **options, name=net.name)
         except (TypeError, ValueError) as error:
             error.add_note(f'in {path or type(net).__name__}')
             raise
     children = net.children
-    made = tuple(_reversible(child, joined(path, key), m, fraction) for key, child in children)
+    made = tuple(_reversible(child, joined(path, key), options) for key, child in children)
     return net.with_sublayers(made) if made != net.sublayers else net
 
 

@@ -80,6 +80,9 @@ ROWS: dict[str, Row] = {
     'AvgPool same': Row(lambda: tl.AvgPool((3, 3), (2, 2), 'same'), IMAGE, ()),
     'AxialPositions': Row(lambda: tl.AxialPositions((2, 2))),
     'BatchNorm': Row(tl.BatchNorm),
+    'BidirectionalRepeat': Row(
+        lambda: tl.BidirectionalRepeat(tl.Residual(tl.Conv1D(D, padding='causal')), 2), draws=True
+    ),
     'BinaryAccuracy': Row(tl.BinaryAccuracy, CHANCES),
     'BinaryCrossEntropyLoss': Row(tl.BinaryCrossEntropyLoss, CHANCES),
     'BinaryF1': Row(tl.BinaryF1, CHANCES),

@@ -25,15 +25,16 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layercomb.checks import Bound
+from layercomb.checks import Bound, Size
 from layercomb.layers.combinators.repeat import Repeat
-from layercomb.layers.core.layer import Arrays, Key, fold
+from layercomb.layers.core.layer import Arrays, Key, Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.reversible.cotangents import Wanted, known, zero_cts
 from layercomb.layers.reversible.fixed_point import Grid, fits, pack, unpack
 from layercomb.layers.reversible.one_pass import one_pass
 from layercomb.layers.reversible.passing import passes_on
+from layercomb.layers.reversible.pieces import in_pieces
 from layercomb.layers.state.counted import put_counted, take_counted
 from layercomb.layers.state.decisions import put_decisions, take_decisions
 from layercomb.trees import Tree
@@ -61,6 +62,8 @@ class BidirectionalRepeat(Repeat):
       shared: one set of weights for all blocks.
       m: how small γ is; a trained model needs it small.
       fraction: how many bits stand after the point.
+      chunk_len: how many positions a position-wise residual of the block, such as a feed-forward,
+        takes at a time in training; None for all. It saves memory and costs no time.
 
     Raises:
       TypeError: if the block passes on something else than its context.
@@ -79,6 +82,7 @@ class BidirectionalRepeat(Repeat):
 
     m: Annotated[int, Bound(1, high=8)] = 4
     fraction: Annotated[int, Bound(0, high=30)] = 16
+    chunk_len: Size | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +96,11 @@ class BidirectionalRepeat(Repeat):
     def plain(self) -> Repeat:
         """The same blocks as a `Repeat`."""
         return Repeat(self.layer, self.n, self.shared, name=self.name)
+
+    @functools.cached_property
+    def in_training(self) -> Layer:
+        """The block as training computes it: with the same weights, in pieces of `chunk_len`."""
+        return self.layer if self.chunk_len is None else in_pieces(self.layer, self.chunk_len)
 
     @property
     def limit(self) -> int:
@@ -131,16 +140,18 @@ class BidirectionalRepeat(Repeat):
 
 
 class Streams(NamedTuple):
-    """What goes from block to block.
+    """What goes from block to block: two streams, as one and their difference.
+
+    A loop updates both in place; two streams that change places it would copy.
 
     Attributes:
-      before: int32 (B, …), on the grid: the stream before the last block.
-      now: int32 (B, …): the stream after it.
+      now: int32 (B, …), on the grid: the stream after a block.
+      step: int32 (B, …): what was added to the stream before that block.
       fit: bool (B,): whether all values of a sample were on the grid so far.
     """
 
-    before: jax.Array
     now: jax.Array
+    step: jax.Array
     fit: jax.Array
 
 
@@ -175,21 +186,20 @@ class Run:
     rng: jax.Array
 
     def forward(self, x: jax.Array) -> tuple[Streams, Tree, Side]:
-        """The last two streams, the new state, and what is kept of each stream, (n, B, …)."""
+        """The last streams, the new state, and what is kept of each stream, (n, B, …)."""
         grid, m = self.owner.grid, self.owner.m
 
         def step(streams: Streams, block: _Block) -> tuple[Streams, Any]:
-            before, now, fit = streams
-            added, new = self._increment(now, block)
+            added, new = self._increment(streams.now, block)
+            # The stream before is made again when the block has come to its end.
+            added, now, last = jax.lax.optimization_barrier((added, streams.now, streams.step))
+            before = now - last
             moved = added + _per_sample(block.sign, now) * ((before >> m) - (now >> m))
-            fit = fit & fits(now.astype(jnp.float32) + moved.astype(jnp.float32))
-            side = Side(pack(before, m), _sums(before))
-            return Streams(now, now + moved, fit), (new, side)
+            fit = streams.fit & fits(now.astype(jnp.float32) + moved.astype(jnp.float32))
+            return Streams(now + moved, moved, fit), (new, Side(pack(before, m), _sums(before)))
 
-        start = grid.of(x)
-        streams, (new, side) = jax.lax.scan(
-            step, Streams(start, start, fits(grid.scaled(x))), self._each_block(len(x))
-        )
+        start = Streams(grid.of(x), jnp.zeros(x.shape, jnp.int32), fits(grid.scaled(x)))
+        streams, (new, side) = jax.lax.scan(step, start, self._each_block(len(x)))
         return streams, new, side
 
     def backward(
@@ -200,38 +210,44 @@ class Run:
         state_cts: Tree | None,
         wanted: tuple[Wanted, Wanted],
     ) -> tuple[Streams, jax.Array, Arrays, Tree]:
-        """The first stream, and cotangents of it, of the context and of the weights.
+        """The first streams, and cotangents of the first, of the context and of the weights.
 
         Args:
-          streams: the last two.
+          streams: the last.
           side: what was kept of each.
           ct: of the last stream.
           state_cts: of the new state.
           wanted: which weights, and which context, have a cotangent.
         """
-        shared, given = self.owner.shared, (self.weights, self.context)
+        given = self.weights, self.context
 
-        def step(carry: Any, xs: Any) -> tuple[Any, Tree | None]:
+        def step(carry: Any, xs: Any) -> tuple[Any, None]:
             streams, (d_before, d_now), total = carry
-            of_block, its_side, its_cts = xs
-            streams, its_state, right = self._undone(streams, its_side, of_block)
-            d_now = jnp.where(_per_sample(right, ct), d_now, jnp.nan)
-            gamma = self._gamma(of_block, ct)
-            d_x, d = self._gradients(streams.now, its_state, (1 + gamma) * d_now, its_cts, of_block)
-            d_weights, d_context = map(Wanted.only, wanted, given, d)
-            cts = gamma * d_now, d_before - 2 * gamma * d_now + d_x
-            added = (d_weights if shared else None), d_context
-            total = jax.tree.map(jnp.add, total, added)
-            return (streams, cts, total), None if shared else d_weights
+            block, its_side, its_cts = xs
+            streams, its_state, right = self._undone(streams, its_side, block)
+            gamma = self._gamma(block, ct)
+            d_f = jnp.where(_per_sample(right, ct), (1 + gamma) * d_now, jnp.nan)
+            d_before = d_before - 2 * gamma * d_now
+            # What undoing takes is free before the gradient begins.
+            streams, d_f, d_before = jax.lax.optimization_barrier((streams, d_f, d_before))
+            d_x, d = self._gradients(streams.now, its_state, d_f, its_cts, block)
+            total = self._added(total, tuple(map(Wanted.only, wanted, given, d)), block)
+            return (streams, (gamma / (1 + gamma) * d_f, d_before + d_x), total), None
 
-        of_weights, of_context = map(Wanted.only, wanted, given, zero_cts(given))
-        (streams, (_, d_x), total), d_weights = jax.lax.scan(
-            step,
-            (streams, (jnp.zeros_like(ct), ct), (of_weights if shared else None, of_context)),
-            (self._each_block(len(ct)), side, state_cts),
-            reverse=True,
-        )
-        return streams, d_x, total[1], total[0] if shared else d_weights
+        zeros = tuple(map(Wanted.only, wanted, given, zero_cts(given, ct)))
+        carry = streams, (zero_cts(ct, ct), ct), zeros
+        xs = self._each_block(len(ct)), side, state_cts
+        (streams, (_, d_x), (d_weights, d_context)), _ = jax.lax.scan(step, carry, xs, reverse=True)
+        return streams, d_x, d_context, d_weights
+
+    def _added(self, total: tuple[Tree, Any], d: tuple[Tree, Any], block: _Block) -> Any:
+        """Cotangents of weights and context with those of one block."""
+
+        def put(stacked: jax.Array, one: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(stacked, one, block.number, 0)
+
+        add = jnp.add if self.owner.shared else put
+        return jax.tree.map(add, total[0], d[0]), jax.tree.map(jnp.add, total[1], d[1])
 
     def _each_block(self, batch: int) -> _Block:
         """What differs between blocks, stacked."""
@@ -253,7 +269,7 @@ class Run:
         @jax.jit  # traced once for its shapes and the branch
         def run() -> tuple[jax.Array, Tree]:
             x = grid.floats(now)
-            (y, *_), new = self.owner.layer.apply(
+            (y, *_), new = self.owner.in_training.apply(
                 self._weights(block),
                 self._state(block),
                 (x, *self.context),
@@ -274,21 +290,21 @@ class Run:
         self, streams: Streams, side: Side, block: _Block
     ) -> tuple[Streams, Tree, jax.Array]:
         """The streams before a block, its state with its decisions, and which samples are right."""
-        m, (x, y, fit) = self.owner.m, streams
+        m, x = self.owner.m, streams.now - streams.step
         added, new = self._increment(x, block)
-        high = _per_sample(block.sign, x) * (y - x - added) + (x >> m)
+        high = _per_sample(block.sign, x) * (streams.step - added) + (x >> m)
         before = (high << m) | unpack(side.bits, m, x.shape)
         state = self._state(block)
         if self.mode is Mode.RECORD:
             state = put_decisions(state, take_decisions(new)[1])
-        return Streams(before, x, fit), state, _sums(before) == side.total
+        return Streams(x, x - before, streams.fit), state, _sums(before) == side.total
 
     def _gradients(
         self, now: jax.Array, state: Tree, ct: jax.Array, state_cts: Tree | None, block: _Block
     ) -> tuple[jax.Array, tuple[Tree, Any]]:
         """Cotangents of a block's stream, and of its weights and context, from those of f."""
         _, (d_x, *d_context), d_weights = one_pass(
-            self.owner.layer,
+            self.owner.in_training,
             self._weights(block),
             state,
             (self.owner.grid.floats(now), *self.context),

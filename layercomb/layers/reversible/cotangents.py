@@ -71,9 +71,11 @@ def add_cts(a: Any, b: Any) -> Any:
     return a + b.astype(a.dtype)
 
 
-def zero_cts(tree: Tree) -> Tree:
-    """Zeros like the floats of `tree`, None for the rest."""
-    return jax.tree.map(lambda x: jnp.zeros_like(x) if is_float(x) else None, tree)
+def zero_cts(tree: Any, known: jax.Array | None = None) -> Any:
+    """Zeros like the floats of `tree`, None for the rest; `known` is as of `zeros_once`."""
+    return jax.tree.map(
+        lambda x: zeros_once(x.shape, x.dtype, known) if is_float(x) else None, tree
+    )
 
 
 def zeros_once(shape: tuple[int, ...], dtype: Any, known: jax.Array | None) -> jax.Array:
