@@ -59,10 +59,8 @@ class TiedRows(Tied):
 
     def tied(self, whole: Tree) -> Tree:
         """The inverse of `untied`: rows and scales at `target` are left out."""
-        scales = self.target + SCALES
-        return (
-            trees.drop(super().tied(whole), scales) if _has(whole, scales) else super().tied(whole)
-        )
+        weights, scales = super().tied(whole), self.target + SCALES
+        return trees.drop(weights, scales) if _has(weights, scales) else weights
 
 
 def _has(weights: Tree, path: str) -> bool:

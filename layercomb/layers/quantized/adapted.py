@@ -20,9 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from layercomb.layers.quantized import pieces
 from layercomb.layers.quantized.matrix import Matrix, Narrow
+
+PRODUCT = 'adapted_product'  # what a `jax.checkpoint` may keep by this name, so as not to multiply
 
 
 @functools.partial(
@@ -77,7 +80,7 @@ class Adapted(Matrix):
         """y = x W + drop(x) A B, summed in float32: (…, *i) → (…, *o).
 
         Args:
-          x: (…, *i), floating.
+          x: (…, *i), floating; y is rounded to its dtype.
           dtype: of y; None for the dtype of x.
         """
         lead = x.shape[: x.ndim - self.a.ndim + 1]
@@ -87,8 +90,9 @@ class Adapted(Matrix):
             y = _merged(flat, self._rows(), a, b)
         else:
             y = self._of_base(x, flat) + _low_rank(self.rate, flat, a, b, self.key)
+        y = checkpoint_name(y.astype(x.dtype), PRODUCT)
         if self.magnitude is not None:
-            y = y * self._scale(a, b)
+            y = y * self._scale(a, b).astype(y.dtype)
         return y.reshape(lead + self.b.shape[1:]).astype(dtype or x.dtype)
 
     def _factors(self, dtype: Any) -> tuple[jax.Array, jax.Array]:

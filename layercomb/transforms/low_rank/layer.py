@@ -20,7 +20,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper, wrapped
 from layercomb.layers.facts.axes import Axes
 from layercomb.layers.facts.positionwise import of_sublayers
-from layercomb.layers.quantized.adapted import Adapted
+from layercomb.layers.quantized.adapted import PRODUCT, Adapted
 from layercomb.layers.quantized.matrix import SCALES
 from layercomb.shapes import Signature
 from layercomb.transforms.quantization import Quantized, bare
@@ -256,8 +256,17 @@ class LowRank(Wrapper):
                     'rng=jax.random.key(…) to apply'
                 )
             rng, drawn = jax.random.split(rng)
-        inside = self.inside(weights, drawn)
-        return self.layer.apply(inside, state, inputs, rng=rng, mode=mode)
+
+        def run(weights: Tree, drawn: Key, state: Tree, inputs: Arrays) -> tuple[Arrays, Tree]:
+            inside = self.inside(weights, drawn)
+            return self.layer.apply(inside, state, inputs, rng=rng, mode=mode)
+
+        if mode.is_training:
+            # Kept are inputs and products. What is between, such as inputs in another order or an
+            # activation, would be kept beside them, and is quickly made again.
+            policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+            run = jax.checkpoint(run, prevent_cse=False, policy=policy)
+        return run(weights, drawn, state, inputs)
 
 
 @by_head.register(LowRank)
