@@ -123,7 +123,7 @@ def before(model: Pretrained, question: Question | None, run: Path) -> str | Non
     if question is None:
         return None
     if model.weights is not None:
-        return answer(model.finished(model.weights, {}, merge=True), question, model.tokenizer)
+        return answer(model.finished(model.weights, {}), question, model.tokenizer)
     try:
         return str(json.loads(runs.read_text(run / FOLDER / _SAID))['before'])
     except (UsageError, ValueError, LookupError, TypeError):
@@ -154,7 +154,7 @@ def after(
       said: its answer before training; None if that is not known.
     """
     if question is not None:
-        now = answer(model.finished(weights, state, merge=True), question, model.tokenizer)
+        now = answer(model.finished(weights, state), question, model.tokenizer)
         print()
         rows = {'asked': question.shown, 'before': said, 'now': now, 'the data': question.wanted}
         for name, text in rows.items():
