@@ -25,7 +25,6 @@ from layercomb.layers.core.walk import walk
 from layercomb.model import Model
 from layercomb.transforms.low_rank.adapting import without_lora
 from layercomb.transforms.low_rank.layer import LowRank, is_lora
-from layercomb.transforms.low_rank.many import scale_of
 from layercomb.transforms.narrowing import hold_wide
 from layercomb.trees import Tree
 
@@ -176,7 +175,7 @@ def _parts(module: Module, leaves: Mapping[str, LowRank], flat: Mapping[str, Any
             if x is not None:
                 values[name] = np.asarray(x if matrix.number is None else x[matrix.number])
         layer = leaves.get(matrix.leaf)
-        made.append(Part(matrix, scale_of(layer) if layer is not None else 1.0, values))
+        made.append(Part(matrix, layer.scale if layer is not None else 1.0, values))
     return made
 
 

@@ -81,7 +81,7 @@ class Plan:
             if self.kind == PREFERENCES:
                 return data.preferences(self.data, tokenizer, self.length, drop_long=True)
             if self.kind == ABOUT:
-                return data.chat(data.about_layercomb(), tokenizer, self.length + 1)
+                return data.chat(data.about_layercomb('train'), tokenizer, self.length + 1)
             return getattr(data, self.kind)(self.data, tokenizer, self.length + 1)
 
     def text(self, n_documents: int) -> str:

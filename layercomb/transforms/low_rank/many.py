@@ -239,11 +239,6 @@ def with_adapter(net: Layer, weights: Tree, name: str | None) -> tuple[Layer, Tr
     return rewrite(net, one), trees.unflatten(made)
 
 
-def scale_of(layer: LowRank) -> float:
-    """What multiplies the product of the factors of an adapter."""
-    return layer.alpha / (math.sqrt(layer.rank) if layer.rank_stabilized else layer.rank)
-
-
 def _leaves(name: str, net: Layer) -> dict[str, LowRank]:
     """The leaves of a model that have an adapter, by path.
 
@@ -288,7 +283,7 @@ def _stacked(
         a, b = (jnp.asarray(flat[f'{at}_lora_{which}'], jnp.float32) for which in 'ab')
         _check_fits(name, net, base, at, a.shape, b.shape)
         a = _padded(a, a.ndim - 1, rank)
-        b = _padded(b, lead, rank) * jnp.float32(scale_of(layer))
+        b = _padded(b, lead, rank) * jnp.float32(layer.scale)
         like = like or (a, b)
         parts.append((a, b))
     if like is None:
