@@ -248,7 +248,9 @@ def run_serve(options: argparse.Namespace) -> None:
         model, tokenizer = trained(
             options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
         )
-        model = adapters.with_adapters(model, named, lambda run: trained(run, text=False)[0])
+        model = adapters.with_adapters(
+            model, named, lambda run: trained(run, text=False, merge=False)[0]
+        )
         serving.run(model, tokenizer, name, limits, socket, names, key)
 
 
@@ -276,7 +278,11 @@ def run_convert(options: argparse.Namespace) -> None:
 
     arguments.check_convert(options)
     model, tokenizer = trained(
-        options.source, options.gin_param, text=False, checkpoint=options.checkpoint, merge=True
+        options.source,
+        options.gin_param,
+        text=False,
+        checkpoint=options.checkpoint,
+        merge=not options.adapter,
     )
     with usage_errors():
         if options.adapter:
@@ -333,8 +339,8 @@ def trained(
         model, _ = runs.saved_model(name, net, signature, checkpoint)
     with usage_errors():
         if known:
-            merge = bits is not None or merge
-            model = made.finished(model.weights or {}, model.state, merge=merge or None)
+            merge = True if bits is not None else merge
+            model = made.finished(model.weights or {}, model.state, merge=merge)
         return others.narrowed(model, bits), tokenizer
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from layercomb.checks import Bound, checked
 from layercomb.data.checks import Source
+from layercomb.data.finetuning.documents import Measurable, Part
 from layercomb.data.sources import Mapped
 
 
@@ -33,4 +34,6 @@ def held_out(
     (['c', 'f'], ['a', 'b', 'd', 'e', 'g'])
     """
     chosen = [i for i in range(len(documents)) if (i % every == every - 1) == (split == 'valid')]
+    if isinstance(documents, Measurable):
+        return Part(documents, chosen)  # which goes on saying where each stands
     return Mapped(chosen, documents.__getitem__)

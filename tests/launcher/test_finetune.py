@@ -1,7 +1,6 @@
 """``layercomb finetune``: what it tells, what its run is like afterwards, and what it refuses."""
 
 import contextlib
-import inspect
 import io
 import json
 import re
@@ -11,20 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layercomb import cli, data, interop, transforms, trees
+from layercomb import cli, interop, transforms, trees
 from layercomb.launcher import sources
 from layercomb.launcher.finetuning import pace
-from layercomb.supervised import TrainTask
 
 PRETRAINED = Path(__file__).parents[1] / 'data' / 'pretrained'
 GPT2 = PRETRAINED / 'gpt2'
-
-pytestmark = pytest.mark.skipif(
-    not hasattr(data, 'chat')
-    or not hasattr(transforms, 'lora')
-    or 'packed' not in inspect.signature(TrainTask).parameters,
-    reason='needs documents, adapters and packed batches',
-)
 
 CHATS = [
     {'messages': [{'role': 'user', 'content': ask}, {'role': 'assistant', 'content': say}]}

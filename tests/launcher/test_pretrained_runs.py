@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from layercomb import cli, interop, supervised, tl, transforms, trees
+from layercomb import cli, interop, supervised, tl, trees
 from layercomb.errors import UsageError
 from layercomb.launcher.pretrained import inside, pretrained, pretrained_tokenizer
 
@@ -51,13 +51,6 @@ def told(capsys, *words):
     code = cli.main([str(word) for word in words])
     printed = capsys.readouterr()
     return code, printed.out + printed.err
-
-
-@pytest.fixture(autouse=True)
-def without_lora(monkeypatch):
-    """Until there are adapters, no weight is one's."""
-    if not hasattr(transforms, 'is_lora'):
-        monkeypatch.setattr(transforms, 'is_lora', lambda path: False, raising=False)
 
 
 @pytest.fixture(scope='module')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias, overload
+from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias, overload, runtime_checkable
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class Measured(NamedTuple):
     n_skipped: int = 0
 
 
+@runtime_checkable
 class Measurable(Protocol):
     """Documents that know where they come from, and what became of them."""
 
