@@ -301,7 +301,7 @@ class Run:
 
     def _gradients(
         self, now: jax.Array, state: Tree, ct: jax.Array, state_cts: Tree | None, block: _Block
-    ) -> tuple[jax.Array, tuple[Tree, Any]]:
+    ) -> tuple[Any, tuple[Tree, Any]]:
         """Cotangents of a block's stream, and of its weights and context, from those of f."""
         _, (d_x, *d_context), d_weights = one_pass(
             self.owner.in_training,

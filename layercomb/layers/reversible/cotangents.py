@@ -121,6 +121,7 @@ class Wanted:
         Args:
           primals: a tree of `jax.custom_derivatives.CustomVJPPrimal`.
         """
+        tree: Any
         leaves, tree = jax.tree.flatten(primals)
         return tree.unflatten([x.value for x in leaves]), Wanted(
             tuple(x.perturbed and is_float(x.value) for x in leaves)
@@ -128,7 +129,7 @@ class Wanted:
 
     def only(self, tree: Any, cts: Any) -> Any:
         """Cotangents of a tree without those that are not wanted, for which None stands."""
-        _, structure = jax.tree.flatten(tree)
+        structure: Any = jax.tree.structure(tree)
         found = structure.flatten_up_to(cts)
         kept = [ct if flag else None for ct, flag in zip(found, self.leaves, strict=True)]
         return structure.unflatten(kept)

@@ -11,8 +11,8 @@ def in_pieces(layer: Layer, chunk_len: int) -> Layer:
     """A layer whose position-wise residuals are each in a `Chunk`; weights and paths stay.
 
     >>> from layercomb import tl
-    >>> in_pieces(tl.Serial(tl.Residual(tl.Dense()), tl.Residual(tl.Mean(keepdims=True))), 64)
-    Serial(Chunk(Residual(Dense()), 64), Residual(Mean(keepdims=True)))
+    >>> in_pieces(tl.Serial(tl.Residual(tl.Dense()), tl.Residual(tl.BatchNorm())), 64)
+    Serial(Chunk(Residual(Dense()), 64), Residual(BatchNorm()))
     """
     alone = layer.n_in == layer.n_out == 1 and layer.position_wise is True
     if isinstance(layer, Residual) and alone:

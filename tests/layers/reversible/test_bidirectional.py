@@ -64,7 +64,7 @@ def masked_block():
     attention = tl.SelfAttention(2, causal=False, masked=True, relative=True, qkv_bias=False)
     return tl.Serial(
         tl.Select((0, 1, 2, 1, 2)),
-        tl.Residual(tl.RMSNorm(), attention, name='mixing'),
+        tl.Residual(tl.RMSNorm(), attention, tl.Dropout(0.1), name='mixing'),
         tl.Residual(tl.LayerNorm(), tl.Dense(), name='feeding'),
         name='block',
     )
@@ -94,7 +94,7 @@ def trained(net, weights, state, x):
 
 
 def plain_block():
-    return tl.Residual(tl.RMSNorm(), tl.GatedDense(2 * D), tl.Dense(D), name='block')
+    return tl.Residual(tl.RMSNorm(), tl.Dense(), tl.Tanh(), name='block')
 
 
 def restored(net, weights, state, x):
@@ -185,13 +185,8 @@ def assert_close(ours, plain, tolerance=2e-3):
 
 MASK = jnp.ones((B, L), bool).at[1, 4:].set(False)
 CASES = {
-    'a pre-norm block': (tl.BidirectionalRepeat(block(0.1), 2, m=2), stream()),
-    'one set of weights': (
-        tl.BidirectionalRepeat(plain_block(), 3, shared=True, m=1, chunk_len=4),
-        stream(),
-    ),
-    'a mask and biases as context': (
-        tl.BidirectionalRepeat(masked_block(), 2, m=3),
+    'attention, dropout, context that all blocks share': (
+        tl.BidirectionalRepeat(masked_block(), 2, m=2),
         stream(),
         jax.random.normal(jax.random.key(5), (7, 2)),
         MASK,
@@ -205,8 +200,8 @@ def test_gradients_are_those_of_the_equation(case):
     assert_close(*differences(*CASES[case]))
 
 
-def test_with_a_fine_grid_the_gradient_is_the_equations_to_six_digits():
-    net = tl.BidirectionalRepeat(plain_block(), 3, m=2, fraction=24)
+def test_with_a_fine_grid_the_gradient_is_the_equations_to_five_digits():
+    net = tl.BidirectionalRepeat(plain_block(), 3, shared=True, m=1, fraction=24, chunk_len=4)
     assert_close(*differences(net, stream()), tolerance=1e-5)
 
 
@@ -215,18 +210,6 @@ def test_with_a_small_gamma_training_is_plain():
     weights, state = given(net, stream())
     y, plain = (trained(each, weights, state, stream()) for each in (net, net.plain))
     assert 0 < jnp.abs(y - plain).max() < 2**-7 * jnp.abs(plain).max()
-
-
-def test_evaluation_and_decoding_are_plain_to_the_bit():
-    net = tl.BidirectionalRepeat(plain_block(), 2)
-    weights, state = given(net, stream())
-    assert jax.tree.all(jax.tree.map(np.array_equal, weights, given(net.plain, stream())[0]))
-    for mode in (Mode.EVAL, Mode.PREDICT):
-        ours, plain = (
-            jax.jit(lambda w, x, each=each, mode=mode: each.apply(w, state, (x,), mode=mode)[0][0])
-            for each in (net, net.plain)
-        )
-        assert (ours(weights, stream()) == plain(weights, stream())).all()
 
 
 def test_gamma_differs_between_samples_and_blocks():
@@ -295,26 +278,21 @@ def test_memory_grows_with_depth_by_the_bits_alone():
     values = 4 * 64 * 64
     (few, _), (many, _) = (memory(tl.BidirectionalRepeat(wide(), n)) for n in (6, 24))
     bits = (24 - 6) * (values // 2 + 4 * 4)
-    assert many - few < 1.3 * bits
-    remat = memory(tl.Repeat(tl.Remat(wide()), 24))[0] - memory(tl.Repeat(tl.Remat(wide()), 6))[0]
-    assert remat > 0.9 * 8 * bits
+    assert many - few < 1.1 * bits
+    assert many < 0.6 * memory(tl.Repeat(tl.Remat(wide()), 24))[0]
 
 
-@pytest.mark.parametrize('reversible', ['bidirectional', 'two streams'])
-def test_frozen_weights_have_no_gradients(reversible):
-    """A gradient of a frozen matrix would stand in the temporaries, for all blocks."""
-    if reversible == 'bidirectional':
-        net = tl.BidirectionalRepeat(wide(), 24)
-    else:
-        half = tl.ReversibleHalfResidual(*wide().layers)
-        net = tl.Serial(
-            tl.Dup(), tl.ReversibleRepeat(tl.ReversibleSerial(half, tl.ReversibleSwap()), 24),
-            tl.Add(),
-        )  # fmt: skip
-    every, n_every = memory(net)
-    some, n_some = memory(net, lambda path: path.endswith('scale'))
-    assert n_some < n_every / 50
-    assert some < every + n_some
+def two_streams():
+    half = tl.ReversibleHalfResidual(*wide().layers)
+    block = tl.ReversibleSerial(half, tl.ReversibleSwap())
+    return tl.Serial(tl.Dup(), tl.ReversibleRepeat(block, 24), tl.Add())
+
+
+@pytest.mark.parametrize('make', [lambda: tl.BidirectionalRepeat(wide(), 24), two_streams])
+def test_frozen_weights_have_no_gradients(make):
+    """Those of matrices, 0.8 MB, would stand in the temporaries."""
+    temporaries, _ = memory(make(), lambda path: path.endswith('scale'), batch=1, length=8)
+    assert temporaries < 24 * 64 * 64 * 4
 
 
 def test_blocks_that_change_their_context_are_refused():
