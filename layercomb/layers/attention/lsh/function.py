@@ -112,21 +112,14 @@ def lsh_attention(
     check_segments(segments, q, v)
     check_circle(alone, round_len, neighbourhood, chunk_len, causal, duplicates)
     _check_numbers(softcap, epsilon, dropout_rate, rng, (chunks_together, heads_together))
-    length, circle = q.shape[2], neighbourhood == 'circle'
     step = (round_len or chunk_len) // chunk_len
+    length, arrays = q.shape[2], (q, v, buckets, mask, segments)
     if step > 1:
-        filled = _filled(q, v, buckets, mask, segments, step * chunk_len, n_buckets)
-        q, v, buckets, mask, segments = filled
-    reach = 1, 0 if causal else 1
-    # Chunks of documents begin anywhere: a window a chunk longer holds all that a query sees.
-    more = segments is not None and neighbourhood == 'chunk'
+        q, v, buckets, mask, segments = _filled(*arrays, step * chunk_len, n_buckets)
     plan = Plan(
         length=q.shape[2],
         chunk_len=chunk_len,
-        look_back=reach[0] + more,
-        look_ahead=reach[1] + (more and not causal),
-        reach=reach,
-        n_together=_together(q.shape[2], chunk_len, causal, circle, chunks_together),
+        **_windows(q.shape[2], chunk_len, causal, neighbourhood, segments, chunks_together),
         heads_together=heads_together,
         scale=1.0 if scale is None else float(scale),
         causal=causal,
@@ -135,8 +128,8 @@ def lsh_attention(
         group=q.shape[1] // max(v.shape[1], 1),
         n_buckets=n_buckets,
         by_bucket=neighbourhood == 'bucket',
-        circle=circle,
-        once=duplicates == 'once' and (circle or buckets.shape[2] > 1),
+        circle=neighbourhood == 'circle',
+        once=duplicates == 'once' and (neighbourhood == 'circle' or buckets.shape[2] > 1),
         step=step,
         epsilon=float(epsilon),
         rounded=alone == 'rounded',
@@ -145,14 +138,23 @@ def lsh_attention(
     return y[:, :, :length]
 
 
-def _together(length: int, chunk_len: int, causal: bool, circle: bool, most: int | None) -> int:
-    """How many chunks are a tile."""
-    n_chunks, n_pairs = -(-length // chunk_len), chunk_len**2 * (2 if causal else 3)
+def _windows(
+    length: int, chunk_len: int, causal: bool, neighbourhood: str, segments: Any, most: int | None
+) -> dict[str, Any]:
+    """The fields of `Plan` that say which chunks a window holds, and how many chunks are a tile.
+
+    Where chunks are those of documents, they begin anywhere: a window a chunk longer at either end
+    holds all that a query sees.
+    """
+    reach = 1, 0 if causal else 1
+    more = segments is not None and neighbourhood == 'chunk'
+    look_back, look_ahead = (n + more if n else 0 for n in reach)
+    n_chunks, n_pairs = -(-length // chunk_len), chunk_len**2 * (look_back + 1 + look_ahead)
     n = tiles.even_share(n_chunks, most or tiles.pairs_in_tile() // n_pairs)
-    if causal or not circle:
-        return n
-    # The last chunk looks into the next round: the last tile must end with it.
-    return next(g for g in range(n, 0, -1) if n_chunks % g == 0)
+    if not causal and neighbourhood == 'circle':
+        # The last chunk looks into the next round: the last tile must end with it.
+        n = next(g for g in range(n, 0, -1) if n_chunks % g == 0)
+    return {'look_back': look_back, 'look_ahead': look_ahead, 'reach': reach, 'n_together': n}
 
 
 def _filled(q: Any, v: Any, buckets: Any, mask: Any, segments: Any, to: int, n_buckets: int) -> Any:
