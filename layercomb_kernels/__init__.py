@@ -22,6 +22,7 @@ Letters: M rows of activations, D their width, F outputs, K gathered rows, G gro
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -42,7 +43,10 @@ _NAMES = (
     'query_attention',
     'gathered_cosines',
     'gathered_means',
+    'flash_forward',
+    'flash_backward',
 )
+DEPTH = 16  # the depths that `flash_forward` takes are multiples of it
 _WORDS = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8)
 
 _off = jax.make_user_context(False)
@@ -306,6 +310,105 @@ def gathered_means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
     return _call('gathered_means', (n, d), p, at.astype(jnp.int32), values)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """Which keys a query of `flash_forward` sees, and how its scores are made.
+
+    Attributes:
+      scale: factor of the scores.
+      causal: whether a query sees only keys at its own position and before.
+      window: how many keys a causal query sees at most, its own included; None for all.
+      softcap: c, which makes scores c·tanh(scores / c); None for no cap.
+    """
+
+    scale: float
+    causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
+
+
+def flash_forward(
+    sight: Sight,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    segments: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of many queries, whose scores never exist whole.
+
+    Depths are multiples of `DEPTH`. The result does not depend on the number of threads, and that
+    of a query not on other queries.
+
+    Args:
+      sight: the static part.
+      q: (B, H, Lq, K) float32.
+      k: (B, G, Lk, K) float32; G divides H, and neighbouring heads share keys and values.
+      v: (B, G, Lk, D) float32.
+      mask: (B, Lk) bool, True = a real key; or None.
+      offset: (B,) int32, positions of the first queries; None for zero.
+      segments: (B, L) int32, for Lq = Lk = L: positions of different numbers do not see each other;
+        None for no segments. Tiles without a common number cost nothing.
+
+    Returns:
+      The output (B, H, Lq, D), zero where a query sees no key; and the logsumexp of its scores
+      (B, H, Lq), 1e30 there. Both are float32.
+    """
+    args = _flash_arguments(sight, q, k, v, mask, offset, segments)
+    y, z = (*q.shape[:3], v.shape[3]), q.shape[:3]
+    return _call_many('flash_forward', (y, z), *args)
+
+
+def flash_backward(
+    sight: Sight,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kept: tuple[jax.Array, jax.Array],
+    d_out: jax.Array,
+    mask: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    segments: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of q, k and v, float32.
+
+    Args:
+      sight, q, k, v, mask, offset, segments: as of `flash_forward`.
+      kept: what that returned.
+      d_out: (B, H, Lq, D) float32, the cotangent of the output.
+    """
+    args = _flash_arguments(sight, q, k, v, mask, offset, segments)
+    (y, z), shape = kept, (*q.shape[:3], v.shape[3])
+    _check(y.shape == d_out.shape == shape and z.shape == shape[:3], y, z, d_out)
+    _check_dtypes(y, y, z, d_out)
+    return _call_many('flash_backward', (q.shape, k.shape, v.shape), *args, y, z, d_out)
+
+
+def _flash_arguments(
+    sight: Sight, q: Any, k: Any, v: Any, mask: Any, offset: Any, segments: Any
+) -> tuple[jax.Array, ...]:
+    """The arguments that both handlers take."""
+    _check_ranks(q=(q, 4), k=(k, 4), v=(v, 4))
+    _check_dtypes(k, q, k, v)
+    (b, h, n_queries, d), (g, n_keys) = q.shape, k.shape[1:3]
+    fits = k.shape == (b, g, n_keys, d) and v.shape[:3] == k.shape[:3] and h == g * (h // max(g, 1))
+    _check(fits and not d % DEPTH and not v.shape[3] % DEPTH, q, k, v)
+    given = (mask, (b, n_keys), jnp.bool_), (offset, (b,), jnp.int32), (segments, (b, n_keys), None)
+    for x, shape, dtype in given:
+        if x is not None:
+            _check(x.shape == shape, q, k, x)
+            if x.dtype != (dtype or jnp.int32):
+                raise TypeError(f'expected {jnp.dtype(dtype or jnp.int32).name}, got {x.dtype}')
+    _check(segments is None or n_queries == n_keys, q, k)
+    factors = jnp.asarray([sight.scale, sight.softcap or 0], jnp.float32)
+    limits = jnp.asarray([sight.causal, sight.window or 0], jnp.int32)
+    empty = (
+        jnp.zeros(0, dtype or jnp.int32) if x is None else jnp.asarray(x) for x, _, dtype in given
+    )
+    return q, k, v, *empty, factors, limits
+
+
 def _columns(words: jax.Array) -> int:
     return words.shape[1] * (2 if words.dtype == jnp.uint8 else 1)
 
@@ -348,8 +451,14 @@ def _check_dtypes(words: jax.Array, *floats: jax.Array) -> None:
 def _call(
     name: str, shape: tuple[int, ...], *args: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
+    return _call_many(name, (shape,), *args, dtype=dtype)[0]
+
+
+def _call_many(
+    name: str, shapes: tuple[tuple[int, ...], ...], *args: jax.Array, dtype: Any = jnp.float32
+) -> Any:
     reason = _register()
     if reason is not None:
         raise RuntimeError(f'there are no kernels: {reason}')
-    result = jax.ShapeDtypeStruct(shape, dtype)
-    return jax.ffi.ffi_call(f'layercomb_{name}', result, vmap_method='sequential')(*args)
+    results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    return jax.ffi.ffi_call(f'layercomb_{name}', results, vmap_method='sequential')(*args)

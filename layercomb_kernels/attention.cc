@@ -44,30 +44,6 @@ void Dots(const float* a, const float* b, int64_t n, float* out) {
   }
 }
 
-// e^x for x ≤ 0 to 3 units in the last place: 2^k times a polynomial in what is left of x, at most
-// half a binary place; 0 where that is below the smallest normal number, NaN for NaN.
-Floats Exp(Floats x) {
-  constexpr float kNearest = 3 << 22;  // the sum's last bits are then the nearest integer
-  constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
-  const Floats low = Floats{} - 87;
-  const Floats clamped = x < low ? low : x;
-  const Floats shifted = clamped * 1.44269504f + kNearest;
-  const Floats k = shifted - kNearest;
-  const Floats rest = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;  // log 2 in two parts
-  Floats y = Floats{} + kTaylor[0];
-  LAYERCOMB_UNROLL
-  for (int i = 1; i < 7; ++i) y = y * rest + kTaylor[i];
-  const Ints power = (reinterpret_cast<Ints>(shifted) << 23) + (127 << 23);
-  return x < low ? Floats{} : y * reinterpret_cast<Floats>(power);
-}
-
-// cap · tanh(s / cap)
-Floats Capped(Floats s, float cap) {
-  const Floats e = Exp((s < 0 ? s : -s) * (2 / cap));
-  const Floats y = cap * (1 - e) / (1 + e);
-  return s < 0 ? -y : y;
-}
-
 // y[r] = Σ_c p[r][c] rows[c · n + j] for V vectors of columns; every row is read once for R sums.
 template <int R, int V>
 void AddColumns(const float* p, int64_t n_p, const float* rows, int64_t n_rows, int64_t n, float* y,

@@ -39,12 +39,17 @@ class Call {
             size(i + 1, 1),
             static_cast<int64_t>(array(i).size_bytes())};
   }
-  int64_t result_size(int axis) const { return result().dimensions()[axis]; }
+  // An argument that may be empty, which stands for none.
+  template <typename T>
+  const T* maybe(int i) const {
+    return array(i).element_count() ? static_cast<const T*>(array(i).untyped_data()) : nullptr;
+  }
+  int64_t result_size(int axis) const { return result(0).dimensions()[axis]; }
   template <typename T = float>
-  T* y() const { return static_cast<T*>(result().untyped_data()); }
+  T* y(int i = 0) const { return static_cast<T*>(result(i).untyped_data()); }
 
  private:
-  ffi::AnyBuffer result() const { return **results_.get<ffi::AnyBuffer>(0); }
+  ffi::AnyBuffer result(int i) const { return **results_.get<ffi::AnyBuffer>(i); }
 
   ffi::ThreadPool threads_;
   ffi::RemainingArgs args_;
@@ -153,6 +158,34 @@ ffi::Error GatheredMeans(ffi::ThreadPool threads, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
+// A query (B, H, Lq, K), keys (B, G, Lk, K), values (B, G, Lk, D), mask (B, Lk), offset (B,),
+// segments (B, L), each of these three perhaps empty; scale and softcap; and whether it is causal,
+// and its window.
+layercomb::Attention AttentionOf(const Call& call) {
+  const float* factors = call.floats(6);
+  const int32_t* limits = call.indices(7);
+  return {call.size(0, 0), call.size(0, 1), call.size(1, 1), call.size(0, 2), call.size(1, 2),
+          call.size(1, 3), call.size(2, 3), call.floats(0), call.floats(1), call.floats(2),
+          call.maybe<bool>(3), call.maybe<int32_t>(4), call.maybe<int32_t>(5), factors[0],
+          factors[1], limits[0] != 0, limits[1]};
+}
+
+ffi::Error FlashForward(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                        ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  layercomb::FlashForward(call.pool(), AttentionOf(call), call.y(), call.y(1));
+  return ffi::Error::Success();
+}
+
+// The same, and output, logsumexp and the output's cotangent.
+ffi::Error FlashBackward(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                         ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  layercomb::FlashBackward(call.pool(), AttentionOf(call), call.floats(8), call.floats(9),
+                           call.floats(10), call.y(), call.y(1), call.y(2));
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 // One signature for all of them: what decodes it takes a second to compile.
@@ -170,3 +203,5 @@ LAYERCOMB_HANDLER(layercomb_normalize, Normalize);
 LAYERCOMB_HANDLER(layercomb_query_attention, QueryAttention);
 LAYERCOMB_HANDLER(layercomb_gathered_cosines, GatheredCosines);
 LAYERCOMB_HANDLER(layercomb_gathered_means, GatheredMeans);
+LAYERCOMB_HANDLER(layercomb_flash_forward, FlashForward);
+LAYERCOMB_HANDLER(layercomb_flash_backward, FlashBackward);

@@ -88,6 +88,38 @@ void GatheredCosines(const Pool& pool, const Some& sizes, const float* x, const 
 void GatheredMeans(const Pool& pool, const Some& sizes, const float* p, const int32_t* at,
                    const float* values, float* y);
 
+// Attention of n_queries queries for each of n_rows rows and n_heads heads, of which neighbours share
+// one of n_keyed heads of keys and values. Depths are multiples of kLanes. Query t of a row is at
+// position offset[row] + t, the keys are at 0, 1 …
+struct Attention {
+  int64_t n_rows, n_heads, n_keyed, n_queries, n_keys, d_key, d_value;
+  const float *query, *keys, *values;
+  const bool* mask;         // (n_rows, n_keys): which keys are real; or null
+  const int32_t* offset;    // (n_rows); or null for zeros
+  const int32_t* segments;  // (n_rows, n_keys), if n_queries = n_keys: only equal ones see each
+                            // other; or null
+  float scale, softcap;     // no cap if 0
+  bool causal;              // no key behind the query is seen
+  int64_t window;           // how many keys are seen, the query's own included; all if 0
+
+  int64_t group() const { return n_keyed ? n_heads / n_keyed : 1; }
+};
+
+// What the backward pass reads beside the arguments: the cotangent of the output, the logsumexp, and
+// the products of output and cotangent; and the gradients that it writes.
+struct Cotangents {
+  const float *out, *z, *dots;
+  float *query, *keys, *values;
+};
+
+// y[h, t] = Σ_c p[h, t, c] values[g, c], with p the softmax of scale · query[h, t] · keys[g, c] over
+// the seen c, and its logsumexp z; zeros, and 1e30, where none is seen.
+void FlashForward(const Pool& pool, const Attention& a, float* y, float* z);
+
+// The gradients of query, keys and values, from y, z and the cotangent of y.
+void FlashBackward(const Pool& pool, const Attention& a, const float* y, const float* z,
+                   const float* d_y, float* d_query, float* d_keys, float* d_values);
+
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls `work(i)` for each i below n, on threads of XLA's pool and on this one. Whoever is free

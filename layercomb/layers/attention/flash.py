@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import layercomb_kernels
 from layercomb.layers.attention import distances, documents, tiles
 
 # The places of k, v, mask, start and segments among the arguments of `forward_head` that `per_head`
@@ -47,6 +48,7 @@ class Plan:
       softcap: c, which makes scores c·tanh(scores / c); None for no cap.
       group: R.
       window: how many keys a causal query sees at most, its own position included; None for all.
+      native: whether `layercomb_kernels` computes it on a CPU; without bias and dropout only.
     """
 
     n_queries: int
@@ -59,6 +61,12 @@ class Plan:
     softcap: float | None = None
     group: int = 1
     window: int | None = None
+    native: bool = False
+
+    @property
+    def sight(self) -> layercomb_kernels.Sight:
+        """The same for `layercomb_kernels`, which chooses blocks of its own."""
+        return layercomb_kernels.Sight(self.scale, self.causal, self.window, self.softcap)
 
     @property
     def n_q_blocks(self) -> int:
@@ -422,12 +430,32 @@ def attend_forward(
       The output, and (q, k, v, mask, offset, rng, bias, segments, output, z), with z
       (B, H, Nq, q), or (B, G, R, Nq, q), float32.
     """
+    given = q, k, v, mask, offset, rng, bias, segments
+    if plan.native:
+        ways = {'cpu': _native_forward, 'default': _forward}
+        ways = {name: functools.partial(f, plan) for name, f in ways.items()}
+        out, z = lax.platform_dependent(*given, **ways)
+    else:
+        out, z = _forward(plan, *given)
+    return out, (*given, out, z)
+
+
+def _forward(
+    plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: Any, bias: Any, segments: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Output and logsumexp."""
     bounds, heads = per_head(plan, q, k, v, mask, offset, rng, bias, segments)
     f = functools.partial(forward_head, plan, bounds)
     n_pairs = plan.q_block * plan.k_block
     out, z = tiles.over_heads(f, heads, n_pairs, group=plan.group, shared=OF_KEYS)
-    out = join(tiles.join_group(out, plan.group), plan.n_queries)
-    return out, (q, k, v, mask, offset, rng, bias, segments, out, z)
+    return join(tiles.join_group(out, plan.group), plan.n_queries), z
+
+
+def _native_forward(
+    plan: Plan, q: Any, k: Any, v: Any, mask: Any, offset: Any, rng: None, bias: None, segments: Any
+) -> tuple[jax.Array, jax.Array]:
+    out, z = layercomb_kernels.flash_forward(plan.sight, q, k, v, mask, offset, segments)
+    return out, cut_queries(plan, z)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -442,6 +470,23 @@ def attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     Returns:
       Gradients of q, k, v and bias, shaped and typed as these; None for the others.
     """
+    if not plan.native:
+        return _backward(plan, kept, d_out)
+    ways = {'cpu': _native_backward, 'default': _backward}
+    ways = {name: functools.partial(f, plan) for name, f in ways.items()}
+    return lax.platform_dependent(kept, d_out, **ways)
+
+
+def _native_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
+    q, k, v, mask, offset, _, _, segments, out, z = kept
+    z = join(tiles.join_group(z, plan.group), plan.n_queries)
+    gradients = layercomb_kernels.flash_backward(
+        plan.sight, q, k, v, (out, z), d_out, mask, offset, segments
+    )
+    return *gradients, None, None, None, None, None
+
+
+def _backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     q, k, v, mask, offset, rng, bias, segments, out, z = kept
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     bounds, heads = per_head(plan, q, k, v, mask, offset, rng, bias, segments)

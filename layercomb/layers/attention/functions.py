@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 import layercomb_kernels
-from layercomb.layers.attention import distances, tiles
+from layercomb.layers.attention import distances, native, tiles
 from layercomb.layers.attention import flash as blockwise
 from layercomb.layers.attention import local as chunkwise
 from layercomb.layers.quantized.native import has_kernels, with_kernel
@@ -111,6 +111,7 @@ def dot_product_attention(
         softcap=softcap,
         group=q.shape[1] // max(k.shape[1], 1),
         window=window,
+        native=bias is None and rng is None and native.applies(q, k, v),
     )
     if q.shape[2] == 1 and rng is None:
         return one_query(plan, q, k, v, mask, offset, bias)

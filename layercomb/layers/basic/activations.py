@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -13,6 +14,28 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import snake_case
 from layercomb.shapes import check_float
 from layercomb.trees import Tree
+
+
+def by_slope(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """An elementwise function whose gradient is f'(x) times the cotangent.
+
+    Then f'(x) is all that training keeps; else it keeps up to five arrays of intermediate results.
+
+    Args:
+      f: an elementwise function.
+    """
+
+    @jax.custom_jvp
+    def wrapped(x: jax.Array) -> jax.Array:
+        return f(x)
+
+    @wrapped.defjvp
+    def derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        (x,), (d_x,) = primals, tangents
+        y, slope = jax.jvp(f, (x,), (jnp.ones_like(x),))
+        return y, slope * d_x
+
+    return wrapped
 
 
 class Activation(Layer):
@@ -53,21 +76,21 @@ class Gelu(Activation):
     """x Φ(x), by its tanh approximation. Hendrycks & Gimpel 2016."""
 
     position_wise = True
-    function = staticmethod(jax.nn.gelu)
+    function = staticmethod(by_slope(jax.nn.gelu))
 
 
 class ExactGelu(Activation):
     """x Φ(x), exactly, by erf."""
 
     position_wise = True
-    function = staticmethod(lambda x: jax.nn.gelu(x, approximate=False))
+    function = staticmethod(by_slope(lambda x: jax.nn.gelu(x, approximate=False)))
 
 
 class Silu(Activation):
     """x σ(x), also called swish."""
 
     position_wise = True
-    function = staticmethod(jax.nn.silu)
+    function = staticmethod(by_slope(jax.nn.silu))
 
 
 class Tanh(Activation):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from layercomb.checks import Size
 from layercomb.layers.basic.activations import elementwise
@@ -80,9 +85,22 @@ class GatedDense(Layer):
         """(…, D_in) → (…, n_units), in the input's dtype."""
         (x,) = inputs
         gate, up = (dense(self._kernel_and_bias(weights, name), x) for name in ('gate', 'up'))
-        return (elementwise('GatedDense', self.activation)(gate) * up,), state
+        return (_gated(elementwise('GatedDense', self.activation), gate, up),), state
 
     def _kernel_and_bias(self, weights: Tree, name: str) -> Tree:
         """The weights of one of the two projections, as `dense` takes them."""
         bias = {'bias': weights[f'{name}_bias']} if self.use_bias else {}
         return {'kernel': weights[name], **bias}
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gated(act: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array) -> jax.Array:
+    """act(gate) · up. Training keeps one array for each of the two gradients."""
+    return act(gate) * up
+
+
+@_gated.defjvp
+def _gated_jvp(act: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (gate, up), (d_gate, d_up) = primals, tangents
+    y, slope = jax.jvp(act, (gate,), (jnp.ones_like(gate),))
+    return y * up, (slope * up) * d_gate + y * d_up

@@ -17,16 +17,25 @@ FEW = 32  # the most rows for which a kernel is faster than XLA
 
 
 def has_kernels(n_rows: int, *wide: jax.Array) -> bool:
-    """Whether a native kernel computes this call.
-
-    It needs a CPU, a single device, 1 to `FEW` rows, and float32 arrays that are not empty. With
-    several devices arrays may be sharded, and a kernel would be given whole arrays.
+    """Whether a native kernel for few rows computes this call: see `runs_natively`.
 
     Args:
-      n_rows: rows of activations.
+      n_rows: rows of activations, of which there must be 1 to `FEW`.
       *wide: arrays that the kernel takes as float32.
     """
-    if not 0 < n_rows <= FEW or jax.default_backend() != 'cpu' or jax.device_count() > 1:
+    return 0 < n_rows <= FEW and runs_natively(*wide)
+
+
+def runs_natively(*wide: jax.Array) -> bool:
+    """Whether native kernels take these arrays.
+
+    They need a CPU, a single device, and float32 arrays that are not empty. With several devices
+    arrays may be sharded, and a kernel would be given whole arrays.
+
+    Args:
+      *wide: arrays that the kernel takes as float32.
+    """
+    if jax.default_backend() != 'cpu' or jax.device_count() > 1:
         return False
     if any(x.dtype != jnp.float32 or not x.size for x in wide):
         return False

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import layercomb_kernels
 from layercomb.layers.attention import flash as blockwise
 from layercomb.layers.attention import functions as attention_functions
 from layercomb.layers.attention import tiles
@@ -276,7 +277,9 @@ def test_keys_are_not_repeated():
         step = jax.jit(jax.grad(lambda *x: dot_product_attention(*x).sum(), (0, 1, 2)))
         return step.lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(1) < temporaries(8)
+    assert temporaries(1) <= temporaries(8)
+    with layercomb_kernels.off():
+        assert temporaries(1) < temporaries(8)
 
 
 @pytest.mark.parametrize('pairs', [1, 2 * 16 * 16])

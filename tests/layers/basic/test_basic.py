@@ -193,6 +193,35 @@ def test_rms_norm():
     assert not weights['scale'].any()
 
 
+@pytest.mark.parametrize('centred', [True, False])
+def test_norms_have_every_derivative(centred):
+    def plain(x, weights):
+        x = x - x.mean(-1, keepdims=True) if centred else x
+        y = (
+            x
+            / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+            * weights['scale'][None, None]
+        )
+        return jnp.sin(y + weights['bias'][None, None] if centred else y).sum()
+
+    def ours(x, weights):
+        return jnp.sin(run(tl.LayerNorm() if centred else tl.RMSNorm(), x, weights=weights)).sum()
+
+    args = values(1, 6, 8) + 2, {'scale': values(8, seed=1), 'bias': values(8, seed=2)}
+    for derivative in (
+        lambda f: jax.grad(f, (0, 1))(*args),
+        lambda f: jax.jvp(f, args, args),
+        lambda f: jax.jacrev(jax.grad(f))(*args),
+    ):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+            derivative(ours),
+            derivative(plain),
+        )
+    _, pull = jax.vjp(lambda x: ours(x, args[1]), args[0])
+    assert sum(x.size for x in jax.tree.leaves(pull)) <= 2 * args[0].size + 2 * 8 + 1
+
+
 @pytest.mark.parametrize('layer', [tl.LayerNorm(), tl.RMSNorm(), tl.BatchNorm()])
 def test_norms_compute_in_float32(layer):
     x = (1000 + values(4, 64)).astype(jnp.bfloat16)
@@ -487,6 +516,16 @@ FORMULAS = {
 def test_activations_by_name(name):
     x = 2 * values(3, 5)
     assert_close(run(tl.activation(name), x), FORMULAS[name](x))
+
+
+@pytest.mark.parametrize('name', ['gelu', 'exact_gelu', 'silu'])
+def test_the_gradient_of_an_activation_keeps_one_array(name):
+    x, ct = (jnp.asarray(values(3, 5, seed=i)) for i in range(2))
+    _y, pull = jax.vjp(lambda x: run(tl.activation(name), x), x)
+    assert [x.shape for x in jax.tree.leaves(pull)] == [(3, 5)]
+    step = 1e-3
+    up, down = (FORMULAS[name](np.asarray(x, np.float64) + d) for d in (step, -step))
+    np.testing.assert_allclose(pull(ct)[0], ct * (up - down) / (2 * step), rtol=1e-4, atol=1e-5)
 
 
 def test_every_activation_has_a_name():

@@ -61,3 +61,18 @@ def test_gated_dense_says_what_it_takes():
     weights, _ = init(tl.GatedDense(2), values(1, 4))
     with pytest.raises(ValueError, match='input is 3 wide and the weights were made for 4'):
         run(tl.GatedDense(2), values(1, 3), weights)
+
+
+def test_its_gradient_keeps_an_array_for_each_projection():
+    weights, x = {'gate': values(4, 5), 'up': values(4, 5, seed=1)}, values(2, 3, 4)
+
+    def plain(weights, x):
+        return jax.nn.silu(x @ weights['gate']) * (x @ weights['up'])
+
+    def ours(weights, x):
+        return run(tl.GatedDense(5), x, weights)
+
+    (y, pull), (wanted, pull_plain) = (jax.vjp(f, weights, x) for f in (ours, plain))
+    jax.tree.map(assert_close, (y, *pull(y)), (wanted, *pull_plain(wanted)))
+    kept = [x.shape for x in jax.tree.leaves(pull)]
+    assert kept.count((2, 3, 5)) == 2

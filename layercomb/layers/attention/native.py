@@ -1,0 +1,24 @@
+"""Attention of whole sequences by `layercomb_kernels`, which takes half of XLA's time on a CPU.
+
+XLA computes the tiles of `flash` one after the other, on one thread, in some twenty operations
+each. The kernels compute the same tiles on all threads, and keep them in the caches.
+"""
+
+from __future__ import annotations
+
+import jax
+
+import layercomb_kernels
+from layercomb.layers.quantized.native import runs_natively
+
+
+def applies(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+    """Whether the kernels compute this call, without bias and dropout.
+
+    Args:
+      q: (B, H, Lq, K).
+      k: (B, G, Lk, K).
+      v: (B, G, Lk, D).
+    """
+    whole = not any(x.shape[-1] % layercomb_kernels.DEPTH for x in (k, v))
+    return whole and runs_natively(q, k, v)
