@@ -145,6 +145,19 @@ def test_chunks_begin_where_documents_do(causal):
     np.testing.assert_allclose(y, by_hand(q, k, v, seen), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize('neighbourhood', ['bucket', 'chunk'])
+def test_lsh_meets_what_it_meets_in_the_document_alone(neighbourhood):
+    q, _, v, _ = qkv()
+    buckets = tl.lsh_buckets(q, jax.random.key(0), n_buckets=4, n_hashes=2)
+    options = {'n_buckets': 4, 'chunk_len': 5, 'neighbourhood': neighbourhood}
+    y = tl.lsh_attention(q, v, buckets, segments=IDS, duplicates='once', **options)
+    some = slice(60, 100)  # a document
+    alone = tl.lsh_attention(
+        q[:, :, some], v[:, :, some], buckets[..., some], duplicates='once', **options
+    )
+    np.testing.assert_allclose(y[:, :, some], alone, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize('neighbourhood', ['chunk', 'circle'])
 def test_lsh_keeps_to_the_document(neighbourhood):
     """Gradients of a document are zero for all others, in all of its forms."""

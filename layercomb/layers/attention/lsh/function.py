@@ -148,7 +148,7 @@ def _windows(
     """
     reach = 1, 0 if causal else 1
     more = segments is not None and neighbourhood == 'chunk'
-    look_back, look_ahead = (n + more if n else 0 for n in reach)
+    look_back, look_ahead = (n + more for n in reach)  # a later place may be an earlier position
     n_chunks, n_pairs = -(-length // chunk_len), chunk_len**2 * (look_back + 1 + look_ahead)
     n = tiles.even_share(n_chunks, most or tiles.pairs_in_tile() // n_pairs)
     if not causal and neighbourhood == 'circle':
