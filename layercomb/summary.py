@@ -15,7 +15,7 @@ from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import joined
-from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.core.wrapper import Wrapper, wrapped
 from layercomb.model import Model
 from layercomb.shapes import Signature, describe, signature_of
 
@@ -61,7 +61,7 @@ def _walk(
 
         return layer.route(call, signature)
     n = f'{layer.n} × ' if isinstance(layer, (Repeat, Map)) else ''
-    if isinstance(layer, Wrapper) and len(layer.sublayers) == 1 and (n or layer.layer.sublayers):
+    if isinstance(layer, Wrapper) and len(layer.sublayers) == 1 and (n or not _is_leaf(layer)):
         inner = layer.inner_signature(signature)
         made = _walk(layer.layer, inner, path, how + n, weights, found)
         return made if inner == signature else layer.output_signature(signature)
@@ -69,6 +69,12 @@ def _walk(
     name = how + _class_name(layer)
     found.append(Row(path or '.', name, outputs, trees.count(weights), trees.n_bytes(weights)))
     return outputs
+
+
+def _is_leaf(layer: Layer) -> bool:
+    """Whether a layer is a leaf, maybe in wrappers, and stands in one row."""
+    around = list(wrapped(layer))
+    return not (around[-1].sublayers or any(isinstance(each, (Repeat, Map)) for each in around))
 
 
 def _class_name(layer: Layer) -> str:

@@ -72,20 +72,17 @@ def squares(rows: Any, wide: Wide, width: int) -> jax.Array:
 def _filled(rows: Any, width: int, part: Wide, axis: int) -> jax.Array:
     """What `part` makes of each piece of the rows, joined along an axis."""
     size, n, rest = _sizes(rows, width)
-    if n == 1:
-        made = [part(_some(rows, 0, size))]
-    else:
+    if n == 1 and not rest:
+        return part(rows)
 
-        def step(i: Any, whole: jax.Array) -> jax.Array:
-            piece = part(_some(rows, i * size, size))
-            return lax.dynamic_update_slice_in_dim(whole, piece, i * size, axis)
+    def put(whole: jax.Array, first: Any, size: int) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(whole, part(_some(rows, first, size)), first, axis)
 
-        shape = list(jax.eval_shape(part, _some(rows, 0, size)).shape)
-        shape[axis] = n * size
-        made = [lax.fori_loop(0, n, step, jnp.zeros(shape, jnp.float32))]
-    if rest:
-        made.append(part(_some(rows, n * size, rest)))
-    return jnp.concatenate(made, axis) if rest else made[0]
+    shape = list(jax.eval_shape(part, _some(rows, 0, size)).shape)
+    shape[axis] = n * size + rest
+    whole = jnp.zeros(shape, jnp.float32)
+    whole = lax.fori_loop(0, n, lambda i, whole: put(whole, i * size, size), whole)
+    return put(whole, n * size, rest) if rest else whole
 
 
 def _sizes(rows: Any, width: int) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layercomb.layers.quantized.matrix import all_constant
 from layercomb.shapes import is_float
 from layercomb.trees import Tree
 
@@ -26,7 +27,8 @@ def vjp(f: Callable[..., Any], *args: Any) -> tuple[Any, Callable[[Any], tuple[A
     Returns:
       The value, and the pullback: from a tree like the value, whose cotangents may be wider than
       what they belong to and are None where there is none, to a tuple of trees like `args`, with
-      None for what is no float. (JAX's own zero for integers, float0, cannot be scanned.)
+      None for what is no float. (JAX's own zero for integers, float0, cannot be scanned.) The
+      cotangents of narrow weights are zero.
 
     >>> y, pull = vjp(lambda x, i: (x * i, i), jnp.float32(2), jnp.int32(3))
     >>> float(y[0]), pull((jnp.float32(1), None))[1]
@@ -43,7 +45,8 @@ def vjp(f: Callable[..., Any], *args: Any) -> tuple[Any, Callable[[Any], tuple[A
             given[i] = x
         return f(*tree.unflatten(given))
 
-    made, pull = jax.vjp(of_floats, [leaves[i] for i in floats])
+    with all_constant():
+        made, pull = jax.vjp(of_floats, [leaves[i] for i in floats])
     outputs, made_tree = jax.tree.flatten(made)
 
     def pullback(cts: Any) -> tuple[Any, ...]:

@@ -30,6 +30,7 @@ from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.layer import Arrays, Key, Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.facts.positionwise import of_sublayers
+from layercomb.layers.quantized.matrix import refuse_narrow
 from layercomb.layers.reversible.cotangents import zero_cts
 from layercomb.layers.reversible.layers import (
     Reversible,
@@ -54,6 +55,7 @@ class ReversibleStack(Reversible, init=False):
     ) -> tuple[Arrays, Tree]:
         """Runs the layers on streams of float32; in ``TRAIN`` nothing inside is kept."""
         if mode is Mode.TRAIN:
+            refuse_narrow(weights)
             return _reversible(self, weights, state, _widened(inputs), rng)
         return self.run(weights, state, inputs, rng, mode)
 
