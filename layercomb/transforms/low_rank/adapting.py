@@ -145,11 +145,11 @@ class _Adding:
         if isinstance(net, Combinator):
             heads = _heads(net, weights) or heads
             children, parts = [], dict(weights)
-            for key, layer in net.children:
-                child, part = self.to(layer, weights.get(key, {}), joined(path, key), heads)
+            for name, layer in net.children:
+                child, part = self.to(layer, weights.get(name, {}), joined(path, name), heads)
                 children.append(child)
                 if part:
-                    parts[key] = part
+                    parts[name] = part
             return net.with_sublayers(tuple(children)), parts
         if isinstance(net, Wrapper):
             inner, weights = self.to(net.layer, weights, path, heads)
