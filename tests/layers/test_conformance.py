@@ -292,6 +292,8 @@ ROWS: dict[str, Row] = {
     'Tanh': Row(tl.Tanh),
     'UnfoldHeads': Row(tl.UnfoldHeads, (heads(),), (2,)),
     'Cast': Row(lambda: transforms.Cast(tl.Dense(4), 'float16')),
+    'LowRank': Row(lambda: transforms.LowRank(tl.Dense(4), 2)),
+    'LowRank of heads': Row(lambda: transforms.LowRank(tl.SplitHeads(2, 3), 2, dora=True), out=2),
     'Quantized': Row(lambda: transforms.Quantized(tl.Dense(4))),  # too small to be narrow
     'Segmented': Row(
         lambda: transforms.segmented(tl.SelfAttention(2, rotary=tl.RotaryPositions())),

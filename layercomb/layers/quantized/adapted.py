@@ -68,7 +68,7 @@ class Adapted(Matrix):
         wide = self.base.wide() if isinstance(self.base, Narrow) else self.base
         wide = wide.astype(jnp.float32).reshape(len(a), b.shape[1]) + a @ b
         if self.magnitude is not None:
-            wide = wide * self._scale(a, b)
+            wide = wide * self._scale(a, b)[None]
         return wide.reshape(self.a.shape[:-1] + self.b.shape[1:])
 
     def norms(self) -> jax.Array:
@@ -92,7 +92,7 @@ class Adapted(Matrix):
             y = self._of_base(x, flat) + _low_rank(self.rate, flat, a, b, self.key)
         y = checkpoint_name(y.astype(x.dtype), PRODUCT)
         if self.magnitude is not None:
-            y = y * self._scale(a, b).astype(y.dtype)
+            y = y * self._scale(a, b)[None].astype(y.dtype)
         return y.reshape(lead + self.b.shape[1:]).astype(dtype or x.dtype)
 
     def _factors(self, dtype: Any) -> tuple[jax.Array, jax.Array]:

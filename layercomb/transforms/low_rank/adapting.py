@@ -137,8 +137,8 @@ class _Adding:
             if path not in self.chosen:
                 return net, weights
             made = self.example.replace(layer=net)
-            key = jax.random.fold_in(self.key, zlib.crc32(path.encode()))
-            return made, made.with_adapters(weights, _shapes(net, weights, path, heads), key)
+            drawn = jax.random.fold_in(self.key, zlib.crc32(path.encode()))
+            return made, made.with_adapters(weights, _shapes(net, weights, path, heads), drawn)
         if isinstance(net, Tied):
             inner, whole = self.to(net.layer, net.untied(weights), path, heads)
             return net.with_sublayers((inner,)), net.tied(whole)

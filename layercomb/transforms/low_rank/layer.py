@@ -261,12 +261,10 @@ class LowRank(Wrapper):
             inside = self.inside(weights, drawn)
             return self.layer.apply(inside, state, inputs, rng=rng, mode=mode)
 
-        if mode.is_training:
-            # Kept are inputs and products. What is between, such as inputs in another order or an
-            # activation, would be kept beside them, and is quickly made again.
-            policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
-            run = jax.checkpoint(run, prevent_cse=False, policy=policy)
-        return run(weights, drawn, state, inputs)
+        # For a gradient, inputs and products are kept. What is between, such as inputs in another
+        # order or an activation, would be kept beside them, and is quickly made again.
+        kept = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+        return jax.checkpoint(run, prevent_cse=False, policy=kept)(weights, drawn, state, inputs)
 
 
 @by_head.register(LowRank)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import layercomb_kernels
 from layercomb.layers.quantized import matrix as lib
-from layercomb.layers.quantized import native
+from layercomb.layers.quantized import native, pieces
 from layercomb.layers.quantized.matrix import Narrow
 
 # A kernel multiplies integers by activations of 16 bits: 2e-5 of products, which are up to 15 here.
@@ -145,6 +145,27 @@ def test_gradients_loops_branches_and_vmap(way):
     np.testing.assert_allclose(got, wanted, atol=ROUNDED)
     got = jax.vmap(narrow.product)(x)
     np.testing.assert_allclose(got, x @ wide, atol=ROUNDED)
+
+
+@pytest.mark.parametrize(('axes', 'shape'), CASES[1:4])
+@pytest.mark.parametrize('limit', [1, 24 * 4, 24 * 100])
+def test_pieces_give_the_product_and_the_gradient_of_the_whole(axes, shape, limit, monkeypatch):
+    """One row at a time, four of nine and a rest, and all at once."""
+    monkeypatch.setattr(pieces, 'ON_CPU', limit)
+    _, narrow = made(axes, shape, 4)
+    wide = matrix(narrow.wide(), axes)
+    i = shape[: axes.count('i')]
+    x = weights((native.FEW + 1, *i))
+
+    def loss(product, x):
+        return jnp.sin(product(x)).sum()
+
+    got = jax.jit(jax.value_and_grad(lambda x: loss(narrow.product, x)))(x)
+    wanted = jax.value_and_grad(lambda x: loss(lambda x: x.reshape(len(x), -1) @ wide, x))(x)
+    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got[1], wanted[1], rtol=1e-4, atol=1e-4)
+    d = jax.grad(lambda x: loss(narrow.product, x).astype(jnp.float32))(x.astype(jnp.bfloat16))
+    assert d.dtype == jnp.bfloat16
 
 
 def test_a_program_for_elsewhere_calls_no_kernel():
