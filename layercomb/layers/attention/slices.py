@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from layercomb.layers.attention import tiles
-from layercomb.layers.reversible.cotangents import vjp, zero_cts
+from layercomb.layers.reversible.cotangents import add_wanted, vjp, zero_cts
 from layercomb.trees import Tree
 
 POSITIONS_TOGETHER = 4096  # positions in a slice: enough for an efficient product
@@ -94,7 +93,7 @@ def by_slice(
         made, pull = vjp(f, weights, positions(values, first, size))
         d, d_slice = pull(positions(cts, first, size))
         sums = None if sums is None else add_at(sums, made, first)
-        return sums, add_at(d_values, d_slice, first), jax.tree.map(jnp.add, d_weights, d)
+        return sums, add_at(d_values, d_slice, first), add_wanted(d_weights, d)
 
     length = jax.tree.leaves(values)[0].shape[-2]
     result: tuple[Any, Any, Tree] = over_positions(

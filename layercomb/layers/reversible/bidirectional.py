@@ -30,7 +30,7 @@ from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Arrays, Key, Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.facts.positionwise import of_sublayers
-from layercomb.layers.reversible.cotangents import Wanted, known, zero_cts
+from layercomb.layers.reversible.cotangents import Wanted, constant, known, zero_cts
 from layercomb.layers.reversible.fixed_point import Grid, fits, pack, unpack
 from layercomb.layers.reversible.one_pass import one_pass
 from layercomb.layers.reversible.passing import passes_on
@@ -230,7 +230,8 @@ class Run:
             d_before = d_before - 2 * gamma * d_now
             # What undoing takes is free before the gradient begins.
             streams, d_f, d_before = jax.lax.optimization_barrier((streams, d_f, d_before))
-            d_x, d = self._gradients(streams.now, its_state, d_f, its_cts, block)
+            with constant(wanted[0].others(self._weights(block)) + wanted[1].others(self.context)):
+                d_x, d = self._gradients(streams.now, its_state, d_f, its_cts, block)
             total = self._added(total, tuple(map(Wanted.only, wanted, given, d)), block)
             return (streams, (gamma / (1 + gamma) * d_f, d_before + d_x), total), None
 

@@ -12,7 +12,7 @@ from layercomb.layers.combinators.chunk import Chunk, state_parts
 from layercomb.layers.combinators.shares import by_share, how_many, passes_on, shares
 from layercomb.layers.core.layer import Arrays, fold
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.reversible.cotangents import Cotangents, zero_cts, zeros_once
+from layercomb.layers.reversible.cotangents import Cotangents, add_wanted, zero_cts, zeros_once
 from layercomb.layers.reversible.one_pass import one_pass
 from layercomb.layers.state.counted import put_counted
 from layercomb.layers.state.decisions import put_decisions
@@ -101,7 +101,7 @@ class _Slices:
             state_cts=by_share(self.state_cts, size / self.length, by_layer),
         )
         self.owner.check_slice(outputs, size)
-        return jax.tree.map(jnp.add, total, d), (tuple(outputs), tuple(d_values))
+        return add_wanted(total, d), (tuple(outputs), tuple(d_values))
 
     def _put(self, whole: Any, made: Any, at: Any) -> Any:
         """A tree of (B, L, …) with a slice written into each."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +19,30 @@ from layercomb.trees import Tree
 Cotangents = tuple[jax.Array | None, ...]
 
 
+_constants: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar(
+    'constants', default=frozenset()
+)
+
+
+@contextlib.contextmanager
+def constant(arrays: Iterable[Any]) -> Iterator[None]:
+    """Within it, `vjp` takes these very arrays as constants, and their cotangents are None.
+
+    So a gradient goes through frozen weights, also narrow ones, which have none. An array made from
+    one of these, such as a slice, is none of them: its cotangent is computed, and dropped later.
+    """
+    before = _constants.get()
+    token = _constants.set(before | {id(x) for x in arrays})
+    try:
+        yield
+    finally:
+        _constants.reset(token)
+
+
+def _is_variable(x: Any) -> bool:
+    return is_float(x) and id(x) not in _constants.get()
+
+
 def vjp(f: Callable[..., Any], *args: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
     """As `jax.vjp`, for trees in which integers, booleans and keys lie among the floats.
 
@@ -27,8 +53,8 @@ def vjp(f: Callable[..., Any], *args: Any) -> tuple[Any, Callable[[Any], tuple[A
     Returns:
       The value, and the pullback: from a tree like the value, whose cotangents may be wider than
       what they belong to and are None where there is none, to a tuple of trees like `args`, with
-      None for what is no float. (JAX's own zero for integers, float0, cannot be scanned.) The
-      cotangents of narrow weights are zero.
+      None for what is no float or is `constant`. (JAX's own zero for integers, float0, cannot be
+      scanned.) The cotangents of narrow weights that are not are zero.
 
     >>> y, pull = vjp(lambda x, i: (x * i, i), jnp.float32(2), jnp.int32(3))
     >>> float(y[0]), pull((jnp.float32(1), None))[1]
@@ -37,7 +63,7 @@ def vjp(f: Callable[..., Any], *args: Any) -> tuple[Any, Callable[[Any], tuple[A
     tree: Any
     made_tree: Any
     leaves, tree = jax.tree.flatten(args)
-    floats = [i for i, x in enumerate(leaves) if is_float(x)]
+    floats = [i for i, x in enumerate(leaves) if _is_variable(x)]
 
     def of_floats(values: list[jax.Array]) -> Any:
         given = list(leaves)
@@ -77,8 +103,17 @@ def add_cts(a: Any, b: Any) -> Any:
 def zero_cts(tree: Any, known: jax.Array | None = None) -> Any:
     """Zeros like the floats of `tree`, None for the rest; `known` is as of `zeros_once`."""
     return jax.tree.map(
-        lambda x: zeros_once(x.shape, x.dtype, known) if is_float(x) else None, tree
+        lambda x: zeros_once(x.shape, x.dtype, known) if _is_variable(x) else None, tree
     )
+
+
+def add_wanted(total: Any, cts: Any) -> Any:
+    """A tree of cotangents with others added; None where `total` has None."""
+
+    def add(total: jax.Array | None, ct: jax.Array | None) -> jax.Array | None:
+        return total if total is None or ct is None else total + ct
+
+    return jax.tree.map(add, total, cts, is_leaf=lambda x: x is None)
 
 
 def zeros_once(shape: tuple[int, ...], dtype: Any, known: jax.Array | None) -> jax.Array:
@@ -129,6 +164,10 @@ class Wanted:
         return tree.unflatten([x.value for x in leaves]), Wanted(
             tuple(x.perturbed and is_float(x.value) for x in leaves)
         )
+
+    def others(self, tree: Any) -> list[Any]:
+        """The leaves of a tree that are not wanted."""
+        return [x for x, flag in zip(jax.tree.leaves(tree), self.leaves, strict=True) if not flag]
 
     def only(self, tree: Any, cts: Any) -> Any:
         """Cotangents of a tree without those that are not wanted, for which None stands."""
