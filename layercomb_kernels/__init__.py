@@ -1,10 +1,11 @@
-"""C++ kernels for products of a few rows of activations, for decoding on a CPU.
+"""C++ kernels for a CPU: products of a few rows of activations, for decoding, and attention.
 
 XLA is slow there. It widens int8, int4 and bfloat16 weights again for every product, which at one
 position takes ten times as long as the product itself; it gathers rows before it multiplies them;
 and it copies the factors of sparse layers to another layout. These kernels read each weight once
 per position. Small operations such as a norm are included, since XLA makes about six loops of one,
-each of which costs a few microseconds.
+each of which costs a few microseconds. And it computes attention of many queries on one thread;
+`flash_forward` and `flash_backward` take all, and are for training, too.
 
 The kernels are compiled at first use with the machine's own compiler. Without a compiler, or with
 ``LAYERCOMB_KERNELS=0``, `available` is false and the library uses XLA. ``python -m

@@ -1,4 +1,4 @@
-"""Attention of whole sequences by `layercomb_kernels`, which takes half of XLA's time on a CPU.
+"""Attention of whole sequences by `layercomb_kernels`: a fifth less work than XLA's on a CPU.
 
 XLA computes the tiles of `flash` one after the other, on one thread, in some twenty operations
 each. The kernels compute the same tiles on all threads, and keep them in the caches.

@@ -71,7 +71,7 @@ def assert_close(got, wanted, tolerance=1e-5):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize('seed', range(30))
+@pytest.mark.parametrize('seed', range(16))
 def test_the_kernels_are_the_full_softmax(seed):
     rng = np.random.default_rng(seed)
     b, g, group = rng.integers(1, 4, 3)
