@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, TypedDict
 
 FILE = 'about_layercomb.jsonl'
-_N_TRAIN = 3  # of the four questions about each fact; the last is for 'valid'
 
 
 class Fact(TypedDict):
@@ -32,11 +31,11 @@ def about_layercomb(split: str | None = None) -> Sequence[dict[str, Any]]:
     """Returns questions about this library and their answers, in the form that `data.chat` takes.
 
     There are over a hundred facts, each with four questions in other words. A model that answers
-    the fourth has learned the fact and not the wording.
+    one that it was not trained on has learned the fact and not the wording.
 
     Args:
-      split: 'train' for the first three questions about each fact, 'valid' for the fourth; None for
-        all four.
+      split: 'train' for three of the questions about each fact, 'valid' for the other one, which is
+        the first, second, third or fourth in turn; None for all four.
 
     Returns:
       Rows ``{'messages': [user, assistant], 'key': the words that a right answer has}``.
@@ -48,8 +47,7 @@ def about_layercomb(split: str | None = None) -> Sequence[dict[str, Any]]:
     >>> [message['role'] for message in row['messages']], row['key']
     (['user', 'assistant'], 'tl.Chunk')
     """
-    asked = {'train': slice(_N_TRAIN), 'valid': slice(_N_TRAIN, None), None: slice(None)}
-    if split not in asked:
+    if split not in ('train', 'valid', None):
         raise ValueError(f"split={split!r}: choose 'train' or 'valid', or None for both")
     return [
         {
@@ -59,8 +57,9 @@ def about_layercomb(split: str | None = None) -> Sequence[dict[str, Any]]:
             ],
             'key': fact['key'],
         }
-        for fact in facts()
-        for question in fact['questions'][asked[split]]
+        for i, fact in enumerate(facts())
+        for j, question in enumerate(fact['questions'])
+        if split is None or (j == i % len(fact['questions'])) == (split == 'valid')
     ]
 
 
