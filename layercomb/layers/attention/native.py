@@ -1,7 +1,7 @@
 """Attention of whole sequences by `layercomb_kernels`: a fifth less work than XLA's on a CPU.
 
-XLA computes the tiles of `flash` one after the other, on one thread, in some twenty operations
-each. The kernels compute the same tiles on all threads, and keep them in the caches.
+XLA computes the tiles of `flash` one after the other, on one thread. The kernels compute
+such tiles on all threads, and keep them in the caches.
 """
 
 from __future__ import annotations
