@@ -127,3 +127,10 @@ def test_without_a_reference_nothing_is_measured(model, tmp_path):
     wide = Model(models.TransformerLM(64, 16, 32, n_layers=1, n_heads=2, max_len=32))
     with pytest.raises(UsageError, match=r'the preferences do not fit the model: .*vocabulary'):
         loop(wide.init(shape_dtype((1, 8), 'int32')))
+
+
+def test_a_run_that_goes_on_without_its_start_needs_the_answers_it_began_with(model, tmp_path):
+    loop(model, tmp_path).run(2)
+    bare = Model(NET)
+    with pytest.raises(UsageError, match='has no log-likelihoods of these answers: go on with'):
+        loop(bare, tmp_path, source=batches(8))
