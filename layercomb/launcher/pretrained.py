@@ -71,7 +71,7 @@ class Pretrained(Model):
         """Of its inputs, such as token ids and a mask."""
         return interop.signature(Model(self.loaded))
 
-    def n_weights(self, weights: Tree) -> int:
+    def wide_count(self, weights: Tree) -> int:
         """How many weights there are, of which narrow ones count as the wide ones.
 
         Args:

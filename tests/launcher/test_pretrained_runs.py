@@ -205,5 +205,5 @@ def test_narrow_weights_count_as_what_they_stand_for():
     wide, narrow = (
         pretrained(str(PRETRAINED / 'gpt2'), bits=bits, adapt=transforms.lora) for bits in (None, 4)
     )
-    assert narrow.n_weights(narrow.weights) == wide.n_weights(wide.weights)
-    assert wide.n_weights(wide.weights) == trees.count(wide.weights)
+    assert narrow.wide_count(narrow.weights) == wide.wide_count(wide.weights)
+    assert wide.wide_count(wide.weights) == trees.count(wide.weights)

@@ -8,7 +8,7 @@ import time
 from layercomb.data.judged.batches import PreferenceBatches
 from layercomb.data.sources import Mapped
 from layercomb.launcher.experiment import Experiment
-from layercomb.supervised import Loop, TrainTask
+from layercomb.supervised import EvalTask, Loop, TrainTask
 
 _TIMED = 3  # steps
 _EVALUATIONS = 4  # of a run, see `Plan.pace`
@@ -39,7 +39,8 @@ def steps_within(experiment: Experiment, seconds: float) -> int:
     batches = sum(task.n_batches or 0 for task in experiment.eval_tasks)
     if batches:
         left -= (compiled - began) / 3 + _EVALUATIONS * batches * _FORWARD * each
-    for of in (experiment.train_task, *experiment.eval_tasks):  # a reference reads all pairs first
+    tasks: list[TrainTask | EvalTask] = [experiment.train_task, *experiment.eval_tasks]
+    for of in tasks:  # a reference reads all pairs first
         if isinstance(of.data, PreferenceBatches):
             left -= len(of.data.source) / of.data.options['batch_size'] * _FORWARD * each
     return max(1, int(left / each))

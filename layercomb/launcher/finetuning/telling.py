@@ -64,7 +64,7 @@ def what_trains(experiment: Experiment, model: Pretrained) -> str:
     """
     weights, _ = experiment.abstract(model.signature)
     trainable, _ = experiment.train_task.partition(weights)
-    n, of = trees.count(trainable), model.n_weights(weights)
+    n, of = trees.count(trainable), model.wide_count(weights)
     size, whole = (trees.n_bytes(x) / 1e6 for x in (trainable, weights))
     return f'{n:,} of {of:,} weights train ({n / of:.2%}): {size:,.1f} MB of {whole:,.1f} MB'
 
