@@ -58,8 +58,8 @@ def matching(
                 f'no {kind.word} in {where!r}: give a directory that holds {kind.content}'
             )
     else:
-        root = _fixed_part(where)
-        found = sorted(path for path in glob.glob(where, recursive=True) if os.path.isfile(path))
+        root = os.path.dirname(where) if os.path.isfile(where) else _fixed_part(where)
+        found = [where] if os.path.isfile(where) else _globbed(where)  # a name may hold brackets
         if not found:
             raise UsageError(
                 f'no file matches {where!r}: check the pattern, or give an absolute path'
@@ -71,6 +71,10 @@ def matching(
             'give more files, or split=None'
         )
     return tuple(chosen)
+
+
+def _globbed(pattern: str) -> list[str]:
+    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
 
 
 def read(path: str) -> bytes:

@@ -71,6 +71,20 @@ class Pretrained(Model):
         """Of its inputs, such as token ids and a mask."""
         return interop.signature(Model(self.loaded))
 
+    def wide_count(self, weights: Tree) -> int:
+        """How many weights there are, of which narrow ones count as the wide ones.
+
+        Args:
+          weights: of `layer`, arrays or their shapes.
+        """
+        if self.is_wide:
+            return trees.count(weights)
+        loaded = _shapes(self.loaded)
+        new = trees.flatten(weights)
+        return trees.count(loaded) + trees.count(
+            {path: x for path, x in new.items() if transforms.is_lora(path)}
+        )
+
     def finished(self, weights: Tree, state: Tree, *, merge: bool | None = None) -> Model:
         """The model as it is used after training: without what is for training alone.
 
@@ -194,6 +208,36 @@ def found(name: str) -> sources.Source:
     return source
 
 
+def kept_source(source: sources.Source, run: Path) -> sources.Source | None:
+    """The source of a run that goes on, which may be gone; None if it began from another one.
+
+    Args:
+      source: as it is named now; its path is where it would be.
+      run: the run's directory, which need not exist.
+    """
+    if not _goes_on(run):
+        return None
+    said = _kept(run)
+    if source.name != said['name'] and str(source.path) != said['path']:
+        return None
+    return sources.Source(source.name, source.kind, Path(said['path']))
+
+
+def net_of(source: sources.Source, run: Path) -> Layer:
+    """The layers of a model, from what the run keeps if it goes on. No weights are read.
+
+    Args:
+      source: of the model.
+      run: the run's directory, which need not exist.
+
+    Raises:
+      UsageError: if it cannot be read.
+    """
+    if _goes_on(run):
+        return descriptions.read(run / FOLDER)[0]
+    return descriptions.net_of(source.path)
+
+
 def keep(model: Pretrained, run: Path) -> None:
     """Writes into a run what rebuilds its model, before training starts.
 
@@ -224,10 +268,16 @@ def _described(rewrite: Callable[[Tree], tuple[Layer, Tree]], net: Layer) -> tup
         layers.append(layer)
         return weights
 
+    jax.eval_shape(traced, _shapes(net))
+    return layers[0], None
+
+
+def _shapes(net: Layer) -> Tree:
+    """The weights of a layer that was loaded, as `jax.ShapeDtypeStruct`."""
     signature = interop.signature(Model(net))
     key = jax.eval_shape(jax.random.key, 0)
-    jax.eval_shape(traced, jax.eval_shape(lambda rng: net.init(signature, rng)[0], key))
-    return layers[0], None
+    shapes: Tree = jax.eval_shape(lambda rng: net.init(signature, rng)[0], key)
+    return shapes
 
 
 def _goes_on(run: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from layercomb.errors import machine_errors, usage_errors
@@ -14,7 +14,11 @@ from layercomb.supervised import Loop
 
 
 def run(
-    config: Config, experiment: Experiment, directory: Path, allowed: Sequence[str] = ()
+    config: Config,
+    experiment: Experiment,
+    directory: Path,
+    allowed: Sequence[str] = (),
+    begin: Callable[[], None] | None = None,
 ) -> Loop | None:
     """Trains, or goes on training, and prints what came out.
 
@@ -23,6 +27,7 @@ def run(
       experiment: that it describes. If it starts from a `Pretrained`, that gives its weights away.
       directory: of the run, absolute.
       allowed: changes that are allowed, as of `Loop`.
+      begin: writes what else is kept in the directory, before training.
 
     Returns:
       The Loop, at the end; None if it was stopped before.
@@ -39,6 +44,8 @@ def run(
             if isinstance(experiment.model, Pretrained):
                 keep(experiment.model, directory)
                 experiment.model.weights = None  # the Loop has its own
+            if begin is not None:
+                begin()
     row = stopping.run(loop, experiment.steps)
     if row is None:
         return None

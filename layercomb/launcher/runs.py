@@ -147,7 +147,12 @@ def saved_model(
     return Model(net, weights, state), step
 
 
-def check_directory(directory: Path, text: str, allow_changes: bool = False) -> None:
+_CURE = 'choose another --output_dir, delete it, or allow the change by --allow_changes'
+
+
+def check_directory(
+    directory: Path, text: str, allow_changes: bool = False, cure: str = _CURE
+) -> None:
     """Raises a UsageError unless the directory is new, empty, or holds this very run.
 
     Args:
@@ -155,11 +160,12 @@ def check_directory(directory: Path, text: str, allow_changes: bool = False) -> 
       text: the run's configuration.
       allow_changes: True skips the comparison with the configuration there; the `Loop` then
         compares the parts.
+      cure: what to do about another configuration.
     """
     with machine_errors('choose another --output_dir'):
         if (directory / CONFIG).exists():
             if not allow_changes:
-                _same_experiment(directory, text)
+                _same_experiment(directory, text, cure)
         elif directory.exists() and not _is_empty(directory):
             raise UsageError(
                 f'{str(directory)!r} is not empty and holds no run: choose another --output_dir'
@@ -167,14 +173,14 @@ def check_directory(directory: Path, text: str, allow_changes: bool = False) -> 
         paths.check_can_hold(directory)
 
 
-def _same_experiment(directory: Path, text: str) -> None:
+def _same_experiment(directory: Path, text: str, cure: str) -> None:
     old, new = _bindings(read_text(directory / CONFIG)), _bindings(text)
     changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     if changed:
         raise UsageError(
             f'{str(directory)!r} holds another experiment ({changed[0]} is '
             f'{old.get(changed[0], "not bound")} there, {new.get(changed[0], "not bound")} '
-            'here): choose another --output_dir, delete it, or allow the change by --allow_changes'
+            f'here): {cure}'
         )
 
 

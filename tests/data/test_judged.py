@@ -134,13 +134,15 @@ def test_files_of_rows(tmp_path):
     assert data.labels(str(comma)) == (0, 1) and data.labels(tab) == (9, 10)
     assert data.labelled(tab, BYTES, 12).targets.tolist() == [1, 0]
     assert data.labelled(comma, BYTES, 12, labels=(1, 0)).targets.tolist() == [1, 0]
+    (tmp_path / 'a.json').write_text('[{"text": "a", "label": 0}, {"text": "b", "label": 1}]')
+    assert data.labels(tmp_path / 'a.json') == (0, 1)
     comma.write_text('text,label\na,b,c\n')
     with pytest.raises(UsageError, match=r'a.csv:2 has not the 2 columns of the first line'):
         data.labels(comma)
     lines.write_text('{"text": 1\n')
     with pytest.raises(UsageError, match=r'a.jsonl:1 is no JSON: give an object in each line'):
         data.labels(lines)
-    with pytest.raises(UsageError, match=r'a.txt.* is none of .jsonl, .jsonl.gz, .csv, .tsv'):
+    with pytest.raises(UsageError, match=r'a.txt.* is none of .jsonl, .jsonl.gz, .json, .pa'):
         data.labels(tmp_path / 'a.txt')
 
 

@@ -1,6 +1,7 @@
 """``layercomb finetune``: what it tells, what its run is like afterwards, and what it refuses."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -10,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layercomb import cli, interop, transforms, trees
-from layercomb.launcher import sources
-from layercomb.launcher.finetuning import pace
+from layercomb import cli, data, interop, transforms, trees
+from layercomb.launcher import running, sources
+from layercomb.launcher.finetuning import pace, plan, telling
 
 PRETRAINED = Path(__file__).parents[1] / 'data' / 'pretrained'
 GPT2 = PRETRAINED / 'gpt2'
@@ -97,6 +98,39 @@ def test_the_same_command_again_is_finished_and_another_is_refused(run, files, c
     assert 'fit into' not in printed  # as many steps as it began with
     said = refused(capsys, *words, '--learning_rate', 0.5)
     assert 'holds another experiment (optimizers.warmup_cosine.learning_rate is' in said
+    assert said.endswith('to go on with it, or choose another --output_dir\n')
+
+
+def test_the_same_command_goes_on_without_the_model(run, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(telling, 'answer', lambda *given: 'quite so')
+    moved = shutil.copytree(run, tmp_path / 'run')
+    gone = tmp_path / 'gpt2'
+    for file in (moved / 'config.gin', moved / 'pretrained' / 'source.json'):
+        file.write_text(file.read_text().replace(str(GPT2), str(gone)))
+    words = ('finetune', gone, files / 'chats.jsonl', *FAST, '--output_dir')
+    code, printed = told(capsys, *words, moved)
+    assert code == 0 and 'step 3: ' in printed, printed
+    assert "no model '" in refused(capsys, *words, tmp_path / 'other')
+    words = ('finetune', tmp_path / 'elsewhere', *words[2:])
+    assert "no model '" in refused(capsys, *words, moved)
+
+
+def test_what_the_model_said_is_kept_before_training(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(telling, 'answer', lambda *given: 'quite so')
+    monkeypatch.setattr(running.stopping, 'run', lambda loop, n_steps: None)  # it is killed
+    run = tmp_path / 'run'
+    words = ('finetune', GPT2, files / 'chats.jsonl', *FAST, '--steps', 2, '--output_dir', run)
+    assert told(capsys, *words)[0] == 0
+    assert json.loads((run / 'pretrained' / 'said.json').read_text()) == {'before': 'quite so'}
+
+
+def test_what_is_asked_about_the_library_is_held_out():
+    _, tokenizer = interop.load(GPT2)
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(plan.Plan))
+    made = plan.Plan(**{**fields, 'kind': plan.ABOUT, 'length': 512})
+    asked = telling.question_of(made, made.documents(tokenizer), tokenizer)
+    ids, _ = data.chat(data.about_layercomb('valid'), tokenizer)[plan.HELD_OUT - 1]
+    assert asked.ids == ids[: len(asked.ids)].tolist()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from layercomb import cli, interop, supervised, tl, trees
+from layercomb import cli, interop, supervised, tl, transforms, trees
 from layercomb.errors import UsageError
 from layercomb.launcher.pretrained import inside, pretrained, pretrained_tokenizer
 
@@ -199,3 +199,11 @@ def test_in_python(files):
 def test_bits_that_cannot_be(files):
     with pytest.raises(ValueError, match='bits=3: give 16, 8 or 4'):
         pretrained(str(files / 'gpt2'), bits=3)
+
+
+def test_narrow_weights_count_as_what_they_stand_for():
+    wide, narrow = (
+        pretrained(str(PRETRAINED / 'gpt2'), bits=bits, adapt=transforms.lora) for bits in (None, 4)
+    )
+    assert narrow.wide_count(narrow.weights) == wide.wide_count(wide.weights)
+    assert wide.wide_count(wide.weights) == trees.count(wide.weights)

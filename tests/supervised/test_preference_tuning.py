@@ -1,6 +1,7 @@
 """Preference tuning by the ordinary Loop: the reference, micro batches, resuming."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from layercomb import Model, data, models, shape_dtype, tl, trees
 from layercomb.errors import UsageError
+from layercomb.launcher.finetuning import pace
 from layercomb.supervised import EvalTask, Loop, TrainTask, evaluate
 from layercomb.supervised.preference import reference
 
@@ -127,3 +129,20 @@ def test_without_a_reference_nothing_is_measured(model, tmp_path):
     wide = Model(models.TransformerLM(64, 16, 32, n_layers=1, n_heads=2, max_len=32))
     with pytest.raises(UsageError, match=r'the preferences do not fit the model: .*vocabulary'):
         loop(wide.init(shape_dtype((1, 8), 'int32')))
+
+
+def test_a_run_that_goes_on_without_its_start_needs_the_answers_it_began_with(model, tmp_path):
+    loop(model, tmp_path).run(2)
+    bare = Model(NET)
+    with pytest.raises(UsageError, match='has no log-likelihoods of these answers: go on with'):
+        loop(bare, tmp_path, source=batches(8))
+
+
+def test_steps_are_timed_on_few_pairs(model, monkeypatch):
+    asked, ask = [], reference.log_likelihoods
+    monkeypatch.setattr(
+        reference, 'log_likelihoods', lambda of, pairs: asked.append(len(pairs)) or ask(of, pairs)
+    )
+    task = TrainTask(batches(64, 2), METRICS[0], ADAM)
+    experiment = SimpleNamespace(model=model, train_task=task, eval_tasks=(), seed=0)
+    assert pace.steps_within(experiment, 0.0) == 1 and asked == [8]

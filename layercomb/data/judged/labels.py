@@ -102,8 +102,8 @@ def labelled(
     texts each label has.
 
     Args:
-      source: the path of a .jsonl (.gz) file, or of a .csv or .tsv file whose first line names the
-        columns; or a sequence of rows, dicts.
+      source: the path of a .jsonl (.gz), .json or .parquet file, or of a .csv or .tsv file whose
+        first line names the columns; or a sequence of rows, dicts.
       tokenizer: see `data.Tokenizer`.
       length: L. Longer texts are cut, and keep a mark at their end; of two texts the longer is cut.
         A warning says how many.

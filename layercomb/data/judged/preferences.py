@@ -71,7 +71,7 @@ def preferences(
     is wrong shows before training. Make batches of the pairs by `preference_batches`.
 
     Args:
-      source: the path of a .jsonl (.gz) file, or a sequence of rows, dicts.
+      source: the path of a .jsonl (.gz), .json or .parquet file, or a sequence of rows, dicts.
       tokenizer: see `data.Tokenizer`; for conversations that of a model with a template.
       length: L, of inputs and targets. Longer answers are cut, and a warning says how many.
       drop_long: whether to leave out pairs whose prompt has no room for an answer, with a warning;

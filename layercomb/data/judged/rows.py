@@ -13,10 +13,12 @@ from typing import Any
 
 from layercomb import paths
 from layercomb.data import checks, files
+from layercomb.data.finetuning.rows import rows_of
 from layercomb.errors import UsageError
 
 _SEPARATORS = {'.csv': ',', '.tsv': '\t'}
 _LINES = ('.jsonl', '.jsonl.gz')
+_OTHERS = ('.ndjson', '.ndjson.gz', '.json', '.json.gz', '.parquet')
 
 
 def rows(owner: str, source: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -24,8 +26,8 @@ def rows(owner: str, source: Any) -> list[tuple[str, dict[str, Any]]]:
 
     Args:
       owner: what messages begin with: the function that the source was given to.
-      source: the path of a .jsonl (.gz), .csv or .tsv file in UTF-8, whose first line names the
-        columns; or a sequence of dicts.
+      source: the path of a .jsonl (.gz), .json or .parquet file, or of a .csv or .tsv file in
+        UTF-8, whose first line names the columns; or a sequence of dicts.
 
     Raises:
       TypeError: if it is neither.
@@ -40,10 +42,15 @@ def rows(owner: str, source: Any) -> list[tuple[str, dict[str, Any]]]:
     name = path.name.lower()
     if name.endswith(_LINES):
         found = _of_lines(owner, path)
+    elif name.endswith(_OTHERS):
+        table = rows_of(str(path), owner)
+        found = [
+            (table.where(i), _checked(owner, table.where(i), table[i])) for i in range(len(table))
+        ]
     elif path.suffix.lower() in _SEPARATORS:
         found = _of_table(path, _SEPARATORS[path.suffix.lower()])
     else:
-        kinds = ', '.join((*_LINES, *_SEPARATORS))
+        kinds = ', '.join(('.jsonl', '.jsonl.gz', '.json', '.parquet', *_SEPARATORS))
         raise UsageError(f'{owner}: {str(path)!r} is none of {kinds}: save it as one of them')
     if not found:
         raise UsageError(f'{owner}: {str(path)!r} has no rows: give a file that holds some')

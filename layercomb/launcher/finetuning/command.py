@@ -18,6 +18,7 @@ from layercomb.launcher.pretrained import Pretrained, inside, pretrained_tokeniz
 
 Configured = Callable[[str, list[str], str], contextlib.AbstractContextManager[Config]]
 
+_CURE = 'give the options of that run to go on with it, or choose another --output_dir'
 _PACED = ('steps', 'eval_every', 'checkpoint_every', 'log_every', 'train_task')
 
 
@@ -40,7 +41,7 @@ def finetune(options: argparse.Namespace, configured: Configured) -> None:
         steps = made.known_steps()
         text = made.text(len(documents)) + made.pace(steps or 2)
         with configured(text, options.gin_param, 'finetune') as config:
-            runs.check_directory(made.directory, config.text)
+            runs.check_directory(made.directory, config.text, cure=_CURE)
             experiment = config.build()
             model = experiment.model
             if not isinstance(model, Pretrained):
@@ -52,10 +53,12 @@ def finetune(options: argparse.Namespace, configured: Configured) -> None:
             if steps is None:
                 seconds = 60 * made.minutes - (time.monotonic() - began)
                 experiment = _paced(made, config, experiment, options.gin_param, seconds)
-            loop = running.run(config, experiment, made.directory)
+            loop = running.run(
+                config, experiment, made.directory,
+                begin=lambda: telling.remember(said, made.directory),
+            )  # fmt: skip
             if loop is None:
                 return
-            telling.remember(said, made.directory)
             with usage_errors():
                 telling.after(made, model, loop.weights, loop.state, question, said)
 

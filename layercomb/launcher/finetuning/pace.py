@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
+from layercomb.data.judged.batches import PreferenceBatches
+from layercomb.data.sources import Mapped
 from layercomb.launcher.experiment import Experiment
-from layercomb.supervised import Loop
+from layercomb.supervised import EvalTask, Loop, TrainTask
 
 _TIMED = 3  # steps
 _EVALUATIONS = 4  # of a run, see `Plan.pace`
@@ -25,7 +28,8 @@ def steps_within(experiment: Experiment, seconds: float) -> int:
       At least 1.
     """
     began = time.monotonic()
-    loop = Loop(experiment.model, experiment.train_task, seed=experiment.seed, progress=False)
+    task = _of_few_pairs(experiment.train_task)
+    loop = Loop(experiment.model, task, seed=experiment.seed, progress=False)
     loop.run(1)
     compiled = time.monotonic()
     loop.run(1 + _TIMED)
@@ -35,4 +39,18 @@ def steps_within(experiment: Experiment, seconds: float) -> int:
     batches = sum(task.n_batches or 0 for task in experiment.eval_tasks)
     if batches:
         left -= (compiled - began) / 3 + _EVALUATIONS * batches * _FORWARD * each
+    tasks: list[TrainTask | EvalTask] = [experiment.train_task, *experiment.eval_tasks]
+    for of in tasks:  # a reference reads all pairs first
+        if isinstance(of.data, PreferenceBatches):
+            left -= len(of.data.source) / of.data.options['batch_size'] * _FORWARD * each
     return max(1, int(left / each))
+
+
+def _of_few_pairs(task: TrainTask) -> TrainTask:
+    """The task on as few pairs as are timed, so that a reference need not read them all twice."""
+    if not isinstance(task.data, PreferenceBatches):
+        return task
+    source = task.data.source
+    n = min(len(source), (1 + _TIMED) * task.data.options['batch_size'])
+    few = dataclasses.replace(task.data, source=Mapped(range(n), source.__getitem__))
+    return dataclasses.replace(task, data=few)

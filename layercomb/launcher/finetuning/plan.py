@@ -10,9 +10,8 @@ from typing import Any
 
 from layercomb import data, paths
 from layercomb.errors import UsageError, usage_errors
-from layercomb.interop import descriptions
 from layercomb.launcher import pretrained, runs
-from layercomb.launcher.sources import Source
+from layercomb.launcher.sources import GGUF, HUGGING_FACE, Source
 
 CHAT, INSTRUCTIONS, TEXT, ABOUT = 'chat', 'instructions', 'text_folder', 'about_layercomb'
 PREFERENCES = 'preferences'
@@ -68,11 +67,13 @@ class Plan:
     steps: int | None
     minutes: float
 
-    def documents(self, tokenizer: Any) -> Any:
+    def documents(self, tokenizer: Any, split: str = 'train') -> Any:
         """What there is to learn, as the configuration reads it.
 
         Args:
           tokenizer: of the model.
+          split: 'valid' for what the set that comes with the library is measured on; of other data
+            all is returned.
 
         Raises:
           UsageError: if it cannot be read, or holds nothing.
@@ -81,7 +82,7 @@ class Plan:
             if self.kind == PREFERENCES:
                 return data.preferences(self.data, tokenizer, self.length, drop_long=True)
             if self.kind == ABOUT:
-                return data.chat(data.about_layercomb('train'), tokenizer, self.length + 1)
+                return data.chat(data.about_layercomb(split), tokenizer, self.length + 1)
             return getattr(data, self.kind)(self.data, tokenizer, self.length + 1)
 
     def text(self, n_documents: int) -> str:
@@ -146,7 +147,7 @@ class Plan:
     @property
     def _is_path(self) -> bool:
         """Whether the source is a path, which is written so that it holds in other directories."""
-        return paths.local(self._name, 'the model').exists()
+        return paths.local(self._name, 'the model').resolve() == self.source.path
 
     def _adapters(self) -> list[str]:
         """The bindings about what trains."""
@@ -229,17 +230,15 @@ def plan(options: argparse.Namespace) -> Plan:
         there, or does not fit.
     """
     _check_together(options)
-    source = pretrained.found(options.source)
     kind, given = _data(options)
-    all_weights = options.all_weights
-    rank = None if all_weights else options.rank or 8
-    named = options.output_dir or Path('runs') / f'{source.title}-{_stem(given)}'
+    source, directory = _source(options, given)
+    rank = None if options.all_weights else options.rank or 8
     return Plan(
         source=source,
         kind=kind,
         data=None if given is None else str(given),
-        directory=paths.local(named, '--output_dir'),
-        length=_length(options.length, source),
+        directory=directory,
+        length=_length(options.length, source, directory),
         batch_size=options.batch_size or 2,
         learning_rate=_learning_rate(options, kind),
         rank=rank,
@@ -303,11 +302,32 @@ def _of_table(path: Path) -> str:
     return CHAT if any(first.get(name) is not None for name in turns.LISTS) else INSTRUCTIONS
 
 
-def _length(given: int | None, source: Source) -> int:
+def _source(options: argparse.Namespace, given: Path | None) -> tuple[Source, Path]:
+    """The model and the run's directory; a run that goes on does not need the model any more."""
+
+    def directory(source: Source) -> Path:
+        named = options.output_dir or Path('runs') / f'{source.title}-{_stem(given)}'
+        return paths.local(named, '--output_dir')
+
+    try:
+        source = pretrained.found(options.source)
+    except UsageError:
+        path = paths.local(options.source, 'the model').resolve()
+        kind = GGUF if path.suffix == '.gguf' else HUGGING_FACE
+        lost = Source(options.source, kind, path)
+        begun = directory(lost)
+        kept = pretrained.kept_source(lost, begun)
+        if kept is None:
+            raise
+        return kept, begun
+    return source, directory(source)
+
+
+def _length(given: int | None, source: Source, run: Path) -> int:
     """The length of a row: what was asked for, else `_LENGTH` or what the model reaches."""
     from layercomb.supervised.decoding import prompts
 
-    net = descriptions.net_of(source.path)
+    net = pretrained.net_of(source, run)
     if net.n_in != 1:
         raise UsageError(
             f'{source.name!r} is no language model (it takes {net.n_in} inputs), and makes no '

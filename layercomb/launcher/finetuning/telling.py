@@ -58,10 +58,13 @@ def lengths(plan: Plan, documents: Any) -> str:
 
 
 def what_trains(experiment: Experiment, model: Pretrained) -> str:
-    """A line: how many of how many weights train, and their bytes."""
+    """A line: how many of how many weights train, and their bytes.
+
+    Narrow weights count as the wide ones that they stand for.
+    """
     weights, _ = experiment.abstract(model.signature)
     trainable, _ = experiment.train_task.partition(weights)
-    n, of = trees.count(trainable), trees.count(weights)
+    n, of = trees.count(trainable), model.wide_count(weights)
     size, whole = (trees.n_bytes(x) / 1e6 for x in (trainable, weights))
     return f'{n:,} of {of:,} weights train ({n / of:.2%}): {size:,.1f} MB of {whole:,.1f} MB'
 
@@ -78,9 +81,11 @@ def question_of(plan: Plan, documents: Any, tokenizer: Any) -> Question | None:
       None if the data has no question that fits.
     """
     if plan.kind not in (CHAT, INSTRUCTIONS, TEXT, ABOUT):
-        (pair,) = (documents.pairs[i] for i in [min(HELD_OUT, len(documents)) - 1])
+        pair = documents.pairs[min(HELD_OUT, len(documents)) - 1]
         ids, weights = pair[0].ids, np.arange(len(pair[0].ids)) >= pair[0].start
     else:
+        if plan.kind == ABOUT:
+            documents = plan.documents(tokenizer, 'valid')
         ids, weights = documents[min(HELD_OUT, len(documents)) - 1]
     learnt = np.flatnonzero(weights[1:]) + 1
     if not learnt.size:

@@ -99,6 +99,11 @@ class References:
         if kept is None and self._folder is not None:
             kept = _read(self._folder / f'{name}.npz')
         if self._model is None or self._model.weights is None:
+            if kept is None and self._folder is not None and self._folder.is_dir():
+                raise UsageError(
+                    f'{self._folder} has no log-likelihoods of these answers: go on with the data '
+                    'that the run began with, or choose another output_dir'
+                )
             if kept is None:
                 raise ValueError(
                     'the reference of a preference loss is the model that training starts from: '

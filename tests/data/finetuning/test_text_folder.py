@@ -89,3 +89,12 @@ def test_what_cannot_be_read(folder):
         data.text_folder(folder, TOKENIZER, 1)
     with pytest.raises(TypeError, match='text_folder: tokenizer must have encode'):
         data.text_folder(folder, None)
+
+
+def test_a_file_may_have_the_signs_of_patterns_in_its_name(tmp_path):
+    path = tmp_path / 'notes [2].txt'
+    path.write_text('abc')
+    (tmp_path / 'notes 2.txt').write_text('other')
+    assert [bytes(ids.tolist()) for ids, _ in data.text_folder(path, data.ByteTokenizer())] == [
+        b'abc\0'
+    ]
