@@ -16,9 +16,11 @@ j + n / 2 its high half.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -359,18 +361,30 @@ _gathered_product = _with_kernel(_plain_gathered_product, layercomb_kernels.gath
 _gathered_sum = _with_kernel(_plain_gathered_sum, layercomb_kernels.gathered_sums)
 
 
+_frozen = jax.make_user_context(False)
+
+
+@contextlib.contextmanager
+def frozen() -> Iterator[None]:
+    """A context for gradients of all weights, of which those of narrow ones are not wanted."""
+    with _frozen(True):
+        yield
+
+
 @jax.custom_jvp
 def constant(x: jax.Array) -> jax.Array:
     """x unchanged, (…) → (…), without derivative.
 
     Raises:
-      ValueError: when its gradient is taken.
+      ValueError: when its gradient is taken, unless `frozen`.
     """
     return x
 
 
 @constant.defjvp
 def _refuse(primals: Any, tangents: Any) -> Any:
+    if _frozen.value:
+        return primals[0], jnp.zeros_like(primals[0])
     raise ValueError(
         'quantized weights do not train: train the wide model and quantize it afterwards, or let '
         'only other weights train, with TrainTask(trainable=…)'

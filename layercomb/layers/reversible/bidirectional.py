@@ -18,6 +18,7 @@ Shape letters: B batch, n blocks, W bytes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Annotated, Any, NamedTuple
@@ -25,11 +26,13 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layercomb import trees
 from layercomb.checks import Bound, Size
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Arrays, Key, Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.facts.positionwise import of_sublayers
+from layercomb.layers.quantized.matrix import SCALES, frozen
 from layercomb.layers.reversible.cotangents import Wanted, known, zero_cts
 from layercomb.layers.reversible.fixed_point import Grid, fits, pack, unpack
 from layercomb.layers.reversible.one_pass import one_pass
@@ -222,6 +225,12 @@ class Run:
           wanted: which weights, and which context, have a cotangent.
         """
         given = self.weights, self.context
+        asked = trees.flatten(wanted[0].only(self.weights, self.weights))
+        only_wide = not any(
+            path.endswith(SCALES) or x.dtype != jnp.float32
+            for path, x in asked.items()
+            if x is not None
+        )
 
         def step(carry: Any, xs: Any) -> tuple[Any, None]:
             streams, (d_before, d_now), total = carry
@@ -232,7 +241,8 @@ class Run:
             d_before = d_before - 2 * gamma * d_now
             # What undoing takes is free before the gradient begins.
             streams, d_f, d_before = jax.lax.optimization_barrier((streams, d_f, d_before))
-            d_x, d = self._gradients(streams.now, its_state, d_f, its_cts, block)
+            with frozen() if only_wide else contextlib.nullcontext():
+                d_x, d = self._gradients(streams.now, its_state, d_f, its_cts, block)
             total = self._added(total, tuple(map(Wanted.only, wanted, given, d)), block)
             return (streams, (gamma / (1 + gamma) * d_f, d_before + d_x), total), None
 
