@@ -130,7 +130,7 @@ class LowRank(Wrapper):
     @property
     def weight_axes(self) -> dict[str, str]:  # type: ignore[override]
         """The axes of the adapters; those of other weights are the leaf's."""
-        made = {}
+        made: dict[str, str] = {}
         for path in lora_paths(bare(self.layer)):
             axes = Axes(bare(self.layer).weight_axes[path])
             first, second = (
