@@ -177,7 +177,8 @@ class Sight {
 
   // The first tile of queries of which one may see the keys of tile j, or of a later one.
   int64_t FirstQueries(int64_t j) const {
-    return a_.causal ? std::max<int64_t>(0, j * kKeys - start_) / kQueries : 0;
+    if (!a_.causal || j == 0) return 0;  // the first keys begin the sums of all queries
+    return std::max<int64_t>(0, j * kKeys - start_) / kQueries;
   }
 
   // Makes scores s[c, q] of queries from `query` on and n keys from `key` on, with kQueries queries

@@ -116,3 +116,24 @@ def test_what_cannot_share_a_base_is_refused():
         transforms.with_adapter(*many, 'x')
     with pytest.raises(TypeError, match='holds Dense, SplitHeads, MergeHeads, GatedDense, not a'):
         transforms.ManyLowRank(tl.Relu(), ('a',), 2)
+
+
+def test_a_layer_of_ones_own_has_no_adapter_for_each_row():
+    class Mine(tl.Layer):
+        weight_axes = {'kernel': 'D->F'}
+
+        def init(self, signature, rng, mode=tl.Mode.TRAIN):
+            return {'kernel': jnp.ones((signature[0].shape[-1], 2))}, {}
+
+    transforms.lora_paths.register(Mine, lambda layer: ('kernel',))
+    net = tl.Serial(Mine())
+    weights = {'mine': {'kernel': jnp.ones((8, 2))}}
+    one = transforms.lora(net, weights, rank=1)
+    with pytest.raises(ValueError, match=r"'one' is for 'mine', a Mine, .* on Dense, .*merge it"):
+        transforms.adapters(net, weights, {'one': one})
+
+
+def test_wide_weights_of_few_bits_are_refused():
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), MODEL.weights)
+    with pytest.raises(ValueError, match="kernel' is bfloat16, and wide weights are float32"):
+        transforms.lora(NET, half)

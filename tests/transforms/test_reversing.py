@@ -99,6 +99,27 @@ def test_smollm2_is_restored_to_the_bit(m):
     assert all(jnp.isfinite(ct).all() for ct in jax.tree.leaves(cts))
 
 
+@pytest.mark.parametrize('bits', [4, 8, 16])
+def test_adapters_train_over_a_narrow_base(bits):
+    weights, state = TOY.init((TOKENS,), jax.random.key(0))
+    net, weights = transforms.quantize(TOY, weights, bits, 8, smallest=16)
+    assert weights['block']['dense']['kernel'].dtype != jnp.float32
+    net, weights = transforms.lora(transforms.reversible(net), weights, rank=2)
+    trained = lc.trees.partition(weights, transforms.is_lora)
+
+    def loss(some, rest):
+        weights = lc.trees.merge(some, rest)
+        (y,), _ = net.apply(weights, state, (TOKENS,), rng=jax.random.key(1), mode=Mode.TRAIN)
+        return (y**2).mean()
+
+    gradient = lc.trees.flatten(jax.jit(jax.grad(loss))(*trained))
+    assert all((jnp.abs(g) > 0).any() for p, g in gradient.items() if p.endswith('_b'))
+    narrow = 'dense/kernel' if bits == 16 else 'dense/kernel_scales'
+    asked = lc.trees.partition(weights, lambda path: path == f'block/{narrow}')
+    with pytest.raises(ValueError, match='quantized weights do not train'):
+        jax.eval_shape(jax.grad(loss), *asked)
+
+
 def test_remat_is_taken_off_and_reversing_again_changes_m():
     made = transforms.reversible(models.Llama(**SIZES, remat=True))
     assert made == transforms.reversible(NETS['Llama'])

@@ -132,7 +132,7 @@ def key_blocks(
     if plan.causal:
         first = starts[0] + i * plan.q_block
         last = starts[1] + (i + 1) * plan.q_block - 1
-        middle = middle and tiles.least(middle, (first + 1) // plan.k_block)
+        middle = middle and tiles.most(0, tiles.least(middle, (first + 1) // plan.k_block))
         high = tiles.least(high, last // plan.k_block + 1)
         if plan.window is not None:
             low = middle = tiles.most(0, (first + 1 - plan.window) // plan.k_block)

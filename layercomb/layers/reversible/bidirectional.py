@@ -30,6 +30,7 @@ from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Arrays, Key, Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.facts.positionwise import of_sublayers
+from layercomb.layers.quantized.matrix import refuse_narrow
 from layercomb.layers.reversible.cotangents import Wanted, constant, known, zero_cts
 from layercomb.layers.reversible.fixed_point import Grid, fits, pack, unpack
 from layercomb.layers.reversible.one_pass import one_pass
@@ -135,6 +136,7 @@ class BidirectionalRepeat(Repeat):
                 'BidirectionalRepeat draws γ in training: pass rng=jax.random.key(…) to apply'
             )
         x, *context = inputs
+        refuse_narrow(weights)
         y, new = _trained(self, mode, weights, state, x.astype(jnp.float32), tuple(context), rng)
         return (y.astype(x.dtype), *context), new
 
@@ -190,12 +192,14 @@ class Run:
         grid, m = self.owner.grid, self.owner.m
 
         def step(streams: Streams, block: _Block) -> tuple[Streams, Any]:
-            added, new = self._increment(streams.now, block)
+            (added, fit), new = self._increment(streams.now, block)
             # The stream before is made again when the block has come to its end.
             added, now, last = jax.lax.optimization_barrier((added, streams.now, streams.step))
             before = now - last
-            moved = added + _per_sample(block.sign, now) * ((before >> m) - (now >> m))
-            fit = streams.fit & fits(now.astype(jnp.float32) + moved.astype(jnp.float32))
+            mixed = _per_sample(block.sign, now) * ((before >> m) - (now >> m))
+            moved = added + mixed
+            after = sum(x.astype(jnp.float32) for x in (now, added, mixed))
+            fit = streams.fit & fit & fits(after)
             return Streams(now + moved, moved, fit), (new, Side(pack(before, m), _sums(before)))
 
         start = Streams(grid.of(x), jnp.zeros(x.shape, jnp.int32), fits(grid.scaled(x)))
@@ -260,15 +264,17 @@ class Run:
             take_counted(self.state)[0],
         )
 
-    def _increment(self, now: jax.Array, block: _Block) -> tuple[jax.Array, Tree]:
-        """(1 + γ) f(x) on the grid, int32, and the new state: the same bits in both passes.
+    def _increment(self, now: jax.Array, block: _Block) -> tuple[tuple[jax.Array, jax.Array], Tree]:
+        """(1 + γ) f(x) on the grid, int32, which samples of it fit there, and the new state.
+
+        The bits are the same in both passes.
 
         Work in a branch is not fused with other work, nor merged with equal work.
         """
         grid = self.owner.grid
 
         @jax.jit  # traced once for its shapes and the branch
-        def run() -> tuple[jax.Array, Tree]:
+        def run() -> tuple[tuple[jax.Array, jax.Array], Tree]:
             x = grid.floats(now)
             (y, *_), new = self.owner.in_training.apply(
                 self._weights(block),
@@ -277,12 +283,12 @@ class Run:
                 rng=fold(self.rng, block.number),
                 mode=self.mode,
             )
-            added = grid.of((1 + self._gamma(block, x)) * (y.astype(x.dtype) - x))
-            return added, take_counted(new)[0]
+            added = (1 + self._gamma(block, x)) * (y.astype(x.dtype) - x)
+            return (grid.of(added), fits(grid.scaled(added))), take_counted(new)[0]
 
         shapes = jax.eval_shape(run)
 
-        def never() -> tuple[jax.Array, Tree]:
+        def never() -> tuple[tuple[jax.Array, jax.Array], Tree]:
             return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
         return jax.lax.cond(block.number >= 0, run, never)
@@ -292,7 +298,7 @@ class Run:
     ) -> tuple[Streams, Tree, jax.Array]:
         """The streams before a block, its state with its decisions, and which samples are right."""
         m, x = self.owner.m, streams.now - streams.step
-        added, new = self._increment(x, block)
+        (added, _), new = self._increment(x, block)
         high = _per_sample(block.sign, x) * (streams.step - added) + (x >> m)
         before = (high << m) | unpack(side.bits, m, x.shape)
         state = self._state(block)

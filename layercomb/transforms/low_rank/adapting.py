@@ -17,10 +17,10 @@ from layercomb.layers.basic.dense import Dense
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import joined, walk
-from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.core.wrapper import Wrapper, wrapped
 from layercomb.layers.facts.axes import Axes
 from layercomb.transforms.low_rank.layer import LowRank, lora_paths
-from layercomb.transforms.quantization import bare
+from layercomb.transforms.quantization import Quantized, bare
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
@@ -69,8 +69,9 @@ def lora(
 
     Raises:
       ValueError: if a pattern matches no layer, naming those there are; if the model has adapters
-        already; if an end of a tie of layers would have adapters and the other none; if a narrow
-        projection from heads stands alone, so that nothing says how many heads there are.
+        already; if a wide matrix is not float32; if an end of a tie of layers would have adapters
+        and the other none; if a narrow projection from heads stands alone, so that nothing says how
+        many heads there are.
       TypeError, ValueError: for a rank, alpha or rate that cannot be.
 
     References:
@@ -209,6 +210,12 @@ def _shapes(net: Layer, weights: Tree, path: str, heads: Heads) -> dict[str, tup
     made = {}
     for name in lora_paths(bare(net)):
         axes, stored = Axes(bare(net).weight_axes[name]), trees.get(weights, name)
+        if stored.dtype != jnp.float32 and not _is_narrow(net):
+            raise ValueError(
+                f'lora: {joined(path, name)!r} is {stored.dtype}, and wide weights are float32: '
+                'convert it, and let transforms.cast compute in fewer bits, or transforms.quantize '
+                'keep fewer'
+            )
         if stored.dtype == jnp.float32:
             made[name] = tuple(stored.shape[stored.ndim - axes.ndim :])
             continue
@@ -223,6 +230,10 @@ def _shapes(net: Layer, weights: Tree, path: str, heads: Heads) -> dict[str, tup
             summed = heads
         made[name] = (*summed, *rows[len(rows) - len(axes.given) :])
     return made
+
+
+def _is_narrow(net: Layer) -> bool:
+    return any(isinstance(layer, Quantized) for layer in wrapped(net))
 
 
 def _heads(net: Combinator, weights: Tree) -> Heads:

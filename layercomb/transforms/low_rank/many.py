@@ -187,6 +187,13 @@ def adapters(
     lost = sorted(ranks.keys() - bare_base.keys())
     if lost:
         name = next(name for name, its in leaves.items() if lost[0] in its)
+        there = next((bare(layer) for path, layer in walk(net) if path == lost[0]), None)
+        if there is not None and type(there) is type(bare(leaves[name][lost[0]].layer)):
+            known = ', '.join(leaf.__name__ for leaf in LEAVES)
+            raise ValueError(
+                f'the adapter {name!r} is for {lost[0]!r}, a {type(there).__name__}, and rows can '
+                f'have adapters of their own on {known}: transforms.merge it, and use that model'
+            )
         raise ValueError(
             f'the adapter {name!r} is for {lost[0]!r}, which this model does not have: it belongs '
             'to another base'

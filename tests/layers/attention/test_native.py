@@ -211,6 +211,21 @@ def test_who_sees_nothing_gets_zeros():
     assert not np.asarray(got[2])[0, :, 4:].any()
 
 
+def test_queries_before_the_first_key_see_nothing():
+    offset = jnp.array([-140, -3], jnp.int32)
+    args = drawn((2, 2, 150, 16), (2, 1, 130, 16), (2, 1, 130, 16), (2, 2, 150, 16))
+    sight = kernels.Sight(0.25, causal=True)
+    wanted = by_matrix(*args, sight, offset=offset)
+    assert not wanted[1][0, :, :140].any()
+    assert_close(by_kernel(*args, sight, offset=offset), wanted)
+
+    def f(q, k, v):
+        return dot_product_attention(q, k, v, causal=True, offset=offset, block_len=64)
+
+    with kernels.off():
+        assert_close(with_gradients(f, *args), wanted)
+
+
 def test_every_run_is_the_same_bit_for_bit():
     shapes = (1, 4, 700, 16), (1, 2, 700, 16), (1, 2, 700, 16), (1, 4, 700, 16)
     args, sight = drawn(*shapes), kernels.Sight(0.2, causal=True)

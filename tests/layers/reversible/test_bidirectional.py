@@ -228,6 +228,17 @@ def test_a_value_beyond_the_grid_makes_its_sample_nan():
     assert jnp.isfinite(trained(net.replace(fraction=12), {}, {}, grown[0])).all()
 
 
+@pytest.mark.parametrize('added', [jnp.nan, jnp.inf, 40000.0])
+def test_what_a_block_adds_beyond_the_grid_makes_its_sample_nan(added):
+    def strange(x):
+        return jnp.where(x == -9000, added, 0.0)  # the sum of both is on the grid
+
+    net = tl.BidirectionalRepeat(tl.Residual(tl.Fn('Strange', strange)), 1)
+    x = stream().at[1, 2, 3].set(-9000)
+    y = net.apply({}, {}, (x,), rng=key(), mode=Mode.TRAIN)[0][0]
+    assert jnp.isnan(y).all((1, 2)).tolist() == [False, True, False]
+
+
 def twice(x):
     return jnp.tanh(x) * 0.5 + x * 0.99
 
