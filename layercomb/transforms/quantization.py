@@ -24,7 +24,8 @@ from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.axes import UNKNOWN, Axes
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.adapted import Adapted
-from layercomb.layers.quantized.matrix import BITS, SCALES, Narrow, can_narrow, constant, narrow
+from layercomb.layers.quantized.constants import constant
+from layercomb.layers.quantized.matrix import BITS, SCALES, Narrow, can_narrow, narrow
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.shapes import Signature, is_float

@@ -454,7 +454,7 @@ def widened(net, weights, like):
     """The weights of the wide model nearest to those of a quantized leaf, shaped like others."""
     return jax.tree.map(
         lambda w, wide: w.wide().reshape(wide.shape) if isinstance(w, Narrow) else w,
-        net._seen(weights),
+        net.seen(weights),
         like,
         is_leaf=lambda w: isinstance(w, Narrow),
     )

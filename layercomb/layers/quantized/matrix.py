@@ -16,12 +16,9 @@ j + n / 2 its high half.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,12 +26,10 @@ import jax.numpy as jnp
 from jax import lax
 
 import layercomb_kernels
-from layercomb import trees
 from layercomb.layers.quantized import pieces
 from layercomb.layers.quantized.native import FEW, has_kernels, with_kernel
 from layercomb.layers.quantized.rows import IN_BOUNDS
 from layercomb.shapes import is_float
-from layercomb.trees import Tree
 
 BITS = (4, 8, 16)
 SCALES = '_scales'  # a narrow matrix stands at its path, and its scales at path + SCALES
@@ -362,60 +357,3 @@ _product = _with_kernel(_plain_product, layercomb_kernels.row_products)
 _factored_product = _with_kernel(_plain_factored_product, layercomb_kernels.factored_products)
 _gathered_product = _with_kernel(_plain_gathered_product, layercomb_kernels.gathered_products)
 _gathered_sum = _with_kernel(_plain_gathered_sum, layercomb_kernels.gathered_sums)
-
-
-def constant(x: jax.Array) -> jax.Array:
-    """x itself, (…) → (…), where its gradient is not asked for.
-
-    Inside `all_constant` it has none: the gradient of all weights is asked for there, whether they
-    train or not.
-
-    Raises:
-      ValueError: when its gradient is taken.
-    """
-    if _ALL_CONSTANT.get():
-        return lax.stop_gradient(x)
-    _refusing(x)  # x is returned and not this, which a scan would not know for the weight itself
-    return x
-
-
-def refuse_narrow(weights: Tree) -> None:
-    """Refuses the gradient of narrow weights, for what asks for all gradients inside.
-
-    Args:
-      weights: of a layer.
-
-    Raises:
-      ValueError: when the gradient of one that is narrow is taken.
-    """
-    found = trees.flatten(weights)
-    for path, x in found.items():
-        of = found.get(path.removesuffix(SCALES))
-        if x.dtype == jnp.bfloat16 or (of is not x and of is not None and not is_float(of)):
-            constant(x)
-
-
-_ALL_CONSTANT: contextvars.ContextVar[bool] = contextvars.ContextVar('all_constant', default=False)
-
-
-@contextlib.contextmanager
-def all_constant() -> Iterator[None]:
-    """In the block, `constant` refuses nothing: what is asked for a narrow weight is zero."""
-    token = _ALL_CONSTANT.set(True)
-    try:
-        yield
-    finally:
-        _ALL_CONSTANT.reset(token)
-
-
-@jax.custom_jvp
-def _refusing(x: jax.Array) -> jax.Array:
-    return x
-
-
-@_refusing.defjvp
-def _refuse(primals: Any, tangents: Any) -> Any:
-    raise ValueError(
-        'quantized weights do not train: train the wide model and quantize it afterwards, or let '
-        'only other weights train, with TrainTask(trainable=…)'
-    )

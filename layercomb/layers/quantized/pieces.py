@@ -86,11 +86,15 @@ def _filled(rows: Any, width: int, part: Wide, axis: int) -> jax.Array:
 
 
 def _sizes(rows: Any, width: int) -> tuple[int, int, int]:
-    """How many rows a piece has, how many pieces there are, and how many rows remain."""
+    """How many rows a piece has, how many pieces there are, and how many rows remain.
+
+    None remain if a number of pieces near the wanted one divides the rows.
+    """
     n_rows = len(jax.tree.leaves(rows)[0])
     limit = ON_CPU if jax.default_backend() == 'cpu' else ELSEWHERE
-    wanted = max(-(-n_rows * width // limit), 1)
-    size = -(-n_rows // min(wanted, n_rows))
+    wanted = min(max(-(-n_rows * width // limit), 1), n_rows)
+    n = next((n for n in range(wanted, 2 * wanted) if n_rows % n == 0), wanted)
+    size = -(-n_rows // n)
     return size, n_rows // size, n_rows % size
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb.layers.quantized.matrix import all_constant
+from layercomb.layers.quantized.constants import all_constant
 from layercomb.shapes import is_float
 from layercomb.trees import Tree
 

@@ -30,7 +30,7 @@ from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.layer import Arrays, Key, Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.facts.positionwise import of_sublayers
-from layercomb.layers.quantized.matrix import refuse_narrow
+from layercomb.layers.quantized.constants import refuse_narrow
 from layercomb.layers.reversible.cotangents import zero_cts
 from layercomb.layers.reversible.layers import (
     Reversible,
