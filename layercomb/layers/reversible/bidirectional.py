@@ -30,7 +30,7 @@ from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Arrays, Key, Layer, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.facts.positionwise import of_sublayers
-from layercomb.layers.quantized.matrix import refuse_narrow
+from layercomb.layers.quantized.constants import refuse_narrow
 from layercomb.layers.reversible.cotangents import Wanted, constant, known, zero_cts
 from layercomb.layers.reversible.fixed_point import Grid, fits, pack, unpack
 from layercomb.layers.reversible.one_pass import one_pass
