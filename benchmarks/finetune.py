@@ -16,7 +16,8 @@ library's documentation in Python's own, without padding, and the same for all. 
   seconds for a thousand weighted tokens.
 * learns: five minutes of `layercomb finetune smollm2`, compilation inside. Of the questions about
   the library that were not trained on, how many are answered by the right words, and the perplexity
-  of 16,384 tokens of Debian's linux-doc (`--general FILE`), before and after.
+  of general text, before and after: of 16,384 tokens of Debian's package linux-doc-6.1, the pages
+  `process/*.rst.txt` in the order of their names (`--general .../linux-doc-6.1/html/_sources`).
 
 The peer need not be where layercomb is: `--peer` names a Python that has torch, transformers, peft,
 accelerate and gguf.
@@ -270,7 +271,8 @@ def measured(name, general):
     if general is not None:
         from layercomb.supervised.decoding.likelihood import likelihood
 
-        text = pathlib.Path(general).read_text(encoding='utf-8')
+        pages = sorted(pathlib.Path(general).glob('process/*.rst.txt'))
+        text = '\n'.join(page.read_text(encoding='utf-8') for page in pages)
         ids = tokenizer.encode(text)[:N_GENERAL]
         found = likelihood(model, tokenizer.decode(ids), tokenizer, window=WINDOW)
         made['perplexity of general text'] = found['perplexity']
@@ -303,7 +305,7 @@ def main():
     parser.add_argument('--losses', type=int, default=None)
     parser.add_argument('--bits', type=int, nargs='+', default=[32, 8, 4])
     parser.add_argument('--minutes', type=float, default=5)
-    parser.add_argument('--general', default=None, help='a file of text')
+    parser.add_argument('--general', default=None, help='a folder of pages')
     parser.add_argument('--finetune', nargs=argparse.REMAINDER, default=[])
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     parser.add_argument('--batches', help=argparse.SUPPRESS)

@@ -88,7 +88,7 @@ def test_only_adapters_train_and_checkpoints_hold_them_alone(run):
     text = next((run / 'checkpoints').glob('3/record/metadata')).read_text()
     kept = json.loads(json.loads(text)['text'])['arrays']['weights']
     assert kept and all(map(transforms.is_lora, kept))
-    assert [p.name for p in (run / 'frozen').iterdir()] == ['1']
+    assert len(list((run / 'frozen').iterdir())) == 1
 
 
 def test_the_same_command_again_is_finished_and_another_is_refused(run, files, capsys):

@@ -8,10 +8,10 @@ import time
 from layercomb.data.judged.batches import PreferenceBatches
 from layercomb.data.sources import Mapped
 from layercomb.launcher.experiment import Experiment
+from layercomb.launcher.finetuning.plan import EVALUATIONS
 from layercomb.supervised import EvalTask, Loop, TrainTask
 
 _TIMED = 3  # steps
-_EVALUATIONS = 4  # of a run, see `Plan.pace`
 _FORWARD = 0.4  # of a step: a batch that is measured
 
 
@@ -38,7 +38,7 @@ def steps_within(experiment: Experiment, seconds: float) -> int:
     left = seconds - (time.monotonic() - began) - (compiled - began - each)
     batches = sum(task.n_batches or 0 for task in experiment.eval_tasks)
     if batches:
-        left -= (compiled - began) / 3 + _EVALUATIONS * batches * _FORWARD * each
+        left -= (compiled - began) / 3 + EVALUATIONS * batches * _FORWARD * each
     tasks: list[TrainTask | EvalTask] = [experiment.train_task, *experiment.eval_tasks]
     for of in tasks:  # a reference reads all pairs first
         if isinstance(of.data, PreferenceBatches):

@@ -18,7 +18,10 @@ PREFERENCES = 'preferences'
 
 MINUTES = 5.0
 HELD_OUT = 20  # one document in so many is measured on
+EVALUATIONS = 2  # of a run
+_LOGITS = 1024  # positions of a batch whose logits may all exist: else they are computed twice
 _LENGTH = 512
+_RANK = 16
 _TABLES = ('.jsonl', '.ndjson', '.jsonl.gz', '.ndjson.gz', '.json', '.json.gz', '.parquet')
 _OF_ADAPTERS = ('rank', 'alpha', 'dora', 'bits')
 _IMPORTS = """\
@@ -107,7 +110,7 @@ class Plan:
             f'supervised.TrainTask.loss = @tl.{loss}()',
             'supervised.TrainTask.optimizer = @optimizers.adamw()',
             'supervised.TrainTask.clip_norm = 1.0',
-            'supervised.TrainTask.loss_chunk_len = 128',
+            self._pieces('TrainTask'),
             'optimizers.adamw.learning_rate = @optimizers.warmup_cosine()',
             f'optimizers.warmup_cosine.learning_rate = {self.learning_rate}',
             'optimizers.warmup_cosine.steps = %STEPS',
@@ -118,13 +121,13 @@ class Plan:
             lines += [
                 f'supervised.EvalTask.metrics = @tl.{loss}()',
                 'supervised.EvalTask.n_batches = 8',
-                'supervised.EvalTask.loss_chunk_len = 128',
+                self._pieces('EvalTask'),
             ]
         return f'{_IMPORTS}\n' + '\n'.join(filter(None, lines)) + '\n'
 
     def pace(self, steps: int) -> str:
         """The bindings that go with a number of steps, to be added to `text`."""
-        every = max(1, -(-steps // 4))
+        every = max(1, -(-steps // EVALUATIONS))
         return (
             f'STEPS = {steps}\n'
             f'optimizers.warmup_cosine.warmup_steps = {min(steps // 10, 50)}\n'
@@ -148,6 +151,12 @@ class Plan:
     def _is_path(self) -> bool:
         """Whether the source is a path, which is written so that it holds in other directories."""
         return paths.local(self._name, 'the model').resolve() == self.source.path
+
+    def _pieces(self, task: str) -> str:
+        """The binding that keeps all logits of a large batch from existing at once."""
+        rows = self.batch_size * (2 if self.kind == PREFERENCES else 1)
+        whole = rows * self.length <= _LOGITS
+        return '' if whole else f'supervised.{task}.loss_chunk_len = 128'
 
     def _adapters(self) -> list[str]:
         """The bindings about what trains."""
@@ -232,14 +241,14 @@ def plan(options: argparse.Namespace) -> Plan:
     _check_together(options)
     kind, given = _data(options)
     source, directory = _source(options, given)
-    rank = None if options.all_weights else options.rank or 8
+    rank = None if options.all_weights else options.rank or _RANK
     return Plan(
         source=source,
         kind=kind,
         data=None if given is None else str(given),
         directory=directory,
         length=_length(options.length, source, directory),
-        batch_size=options.batch_size or 2,
+        batch_size=options.batch_size or 1,
         learning_rate=_learning_rate(options, kind),
         rank=rank,
         alpha=2.0 * (rank or 0) if options.alpha is None else options.alpha,
@@ -371,13 +380,13 @@ def options_of(add: Any) -> None:
     add('--output_dir', help='where the run is kept; by default runs/SOURCE-DATA')
     add('--steps', type=int, help='how many steps to train')
     add('--minutes', type=float, help=f'how long it may take, in the place of steps ({MINUTES:g})')
-    add('--rank', type=int, help='of the adapters (8)')
+    add('--rank', type=int, help=f'of the adapters ({_RANK})')
     add('--alpha', type=float, help='their weight is alpha / rank (twice the rank)')
     add('--dora', action='store_true', help='adapters with a magnitude of their own')
     add('--all_weights', action='store_true', help='train the weights themselves, without adapters')
     add('--bits', type=int, choices=(16, 8, 4), help='narrow weights under the adapters')
     add('--length', type=int, help=f'tokens of a row ({_LENGTH}, or what the model reaches)')
-    add('--batch_size', type=int, help='rows of a batch (2)')
+    add('--batch_size', type=int, help='rows of a batch (1)')
     add('--learning_rate', type=float, help='the peak (0.001; all weights 0.0001)')
     add('--reversible', type=int, metavar='M', help='do not keep the inputs of blocks: less memory')
     add('--preferences', metavar='FILE', help='rows of prompt, chosen and rejected: trains by DPO')
