@@ -75,7 +75,7 @@ class Ours:
         net, weights = transforms.lora(net, weights, RANK, ALPHA)
         trainable, self.frozen = trees_of(weights)
         optimizer = optax.adamw(RATE, weight_decay=0.0)
-        step = steps.compiled(net, tl.CrossEntropyLoss(), optimizer, 1, 128)
+        step = steps.compiled(net, tl.CrossEntropyLoss(), optimizer, 1, None)
         zero = jax.numpy.int32(0)
         self.carry = steps.Carry(trainable, {}, optimizer.init(trainable), zero)
         self.key = jax.random.key(0)

@@ -19,8 +19,9 @@ PREFERENCES = 'preferences'
 MINUTES = 5.0
 HELD_OUT = 20  # one document in so many is measured on
 EVALUATIONS = 2  # of a run
-_LOGITS = 1024  # positions of a batch whose logits may all exist: else they are computed twice
+_LOGITS = 2048  # positions of a batch whose logits may all exist: else they are computed twice
 _LENGTH = 512
+_SHORT = 256  # of questions about the library, for more steps in the same time
 _RANK = 16
 _TABLES = ('.jsonl', '.ndjson', '.jsonl.gz', '.ndjson.gz', '.json', '.json.gz', '.parquet')
 _OF_ADAPTERS = ('rank', 'alpha', 'dora', 'bits')
@@ -247,7 +248,7 @@ def plan(options: argparse.Namespace) -> Plan:
         kind=kind,
         data=None if given is None else str(given),
         directory=directory,
-        length=_length(options.length, source, directory),
+        length=_length(options.length, source, directory, _SHORT if kind == ABOUT else _LENGTH),
         batch_size=options.batch_size or 1,
         learning_rate=_learning_rate(options, kind),
         rank=rank,
@@ -332,8 +333,8 @@ def _source(options: argparse.Namespace, given: Path | None) -> tuple[Source, Pa
     return source, directory(source)
 
 
-def _length(given: int | None, source: Source, run: Path) -> int:
-    """The length of a row: what was asked for, else `_LENGTH` or what the model reaches."""
+def _length(given: int | None, source: Source, run: Path, usual: int) -> int:
+    """The length of a row: what was asked for, else what is usual or the model reaches."""
     from layercomb.supervised.decoding import prompts
 
     net = pretrained.net_of(source, run)
@@ -348,15 +349,19 @@ def _length(given: int | None, source: Source, run: Path) -> int:
             f'--length {given} is more than the context of {source.name!r}, {most} tokens: give at '
             'most that'
         )
-    return given or min(most or _LENGTH, _LENGTH)
+    return given or min(most or usual, usual)
 
 
 def _learning_rate(options: argparse.Namespace, kind: str) -> float:
-    """The peak: adapters take more than weights, and preferences less than texts."""
+    """The peak: adapters take more than weights, and preferences less than texts.
+
+    The few facts of the library's own set are to be learnt by heart, in minutes.
+    """
     if options.learning_rate is not None:
         return float(options.learning_rate)
     usual = 1e-4 if options.all_weights else 1e-3
-    return usual / 10 if kind == PREFERENCES else usual
+    of_kind = {PREFERENCES: 0.1, ABOUT: 1.0 if options.all_weights else 6.0}
+    return usual * of_kind.get(kind, 1.0)
 
 
 def _stem(given: Path | None) -> str:
