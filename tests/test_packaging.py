@@ -40,6 +40,7 @@ def test_data_is_declared(setup):
     declared = dict(setup['options.package_data'])
     assert declared == {
         'layercomb': 'py.typed',
+        'layercomb.data.corpora': '*.jsonl',
         'layercomb.gin_configs': '*.gin',
         'layercomb.serving': 'page.html',
         'layercomb_kernels': '*.cc, *.h',

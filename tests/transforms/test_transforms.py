@@ -152,8 +152,9 @@ def test_cast_keeps_weights_and_their_gradients_in_float32(narrow):
 
 
 def with_projection(eqn):
-    """An equation, and those of a projection to or from heads, which has a gradient of its own."""
-    return [eqn, *getattr(eqn.params.get('call_jaxpr'), 'eqns', ())]
+    """An equation, and those of a projection or norm, which has a gradient of its own."""
+    inside = eqn.params.get('call_jaxpr') or eqn.params.get('jaxpr')
+    return [eqn, *getattr(inside, 'eqns', ())]
 
 
 def test_cast_multiplies_in_bfloat16_and_adds_streams_in_float32(narrow):

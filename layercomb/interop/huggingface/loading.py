@@ -71,6 +71,7 @@ def load(
     found = _found(path)
     net, shapes = found.net, found.shapes
     tensors = tensors_in(path)
+    tokenizer = found.tokenizer(path)
     check_fits(_peak(shapes, dtype), repr(paths.shown(path)))
     half = _halved(net, shapes) if dtype == 'bfloat16' else {}
     weights = fill(
@@ -82,10 +83,10 @@ def load(
         dtype=lambda name: 'bfloat16' if name in half else 'float32',
     )
     if not half:
-        return Model(net, weights), found.tokenizer
+        return Model(net, weights), tokenizer
     flat = trees.flatten(weights)
     del weights  # each matrix goes as soon as it has been turned
-    return Model(*_narrowed(net, flat, half)), found.tokenizer
+    return Model(*_narrowed(net, flat, half)), tokenizer
 
 
 def describe(directory: str | Path) -> tuple[Layer, PretrainedTokenizer | None]:
@@ -100,8 +101,9 @@ def describe(directory: str | Path) -> tuple[Layer, PretrainedTokenizer | None]:
     Raises:
       UsageError: as of `load`.
     """
-    found = _found(_directory(directory))
-    return found.net, found.tokenizer
+    path = _directory(directory)
+    found = _found(path)
+    return found.net, found.tokenizer(path)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,14 +115,20 @@ class _Found:
       net: the model.
       entries: which tensor is which weight.
       shapes: the weights as `jax.ShapeDtypeStruct`.
-      tokenizer: None if there is none.
+      config: the content of config.json.
     """
 
     family: Family
     net: Layer
     entries: list[Entry]
     shapes: Tree
-    tokenizer: PretrainedTokenizer | None
+    config: Mapping[str, Any]
+
+    def tokenizer(self, path: Path) -> PretrainedTokenizer | None:
+        """The tokenizer beside it in the directory; None if there is none."""
+        made = tokenizer_in(path, self.config)
+        check_vocabulary(self.net, made)
+        return made
 
 
 def _directory(directory: str | Path) -> Path:
@@ -131,7 +139,7 @@ def _directory(directory: str | Path) -> Path:
 
 
 def _found(path: Path) -> _Found:
-    """Reads all but the weights."""
+    """Reads all but the weights and the tokenizer."""
     config = read_json(path / CONFIG)
     family = family_of(config)
     _check_sizes(config)
@@ -141,9 +149,7 @@ def _found(path: Path) -> _Found:
         asked.check_read(family.name)
         entries = family.entries(asked)
         shapes = shapes_of(net, family.signature(net))
-    tokenizer = tokenizer_in(path, config)
-    check_vocabulary(net, tokenizer)
-    return _Found(family, net, entries, shapes, tokenizer)
+    return _Found(family, net, entries, shapes, config)
 
 
 def check_vocabulary(net: Layer, tokenizer: PretrainedTokenizer | None) -> None:
