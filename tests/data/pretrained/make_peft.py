@@ -127,6 +127,9 @@ def write(case: str) -> None:
             else:
                 x.copy_(drawn)
     out = FOLDER / case
+    for config in model.peft_config.values():  # without the folders of this machine
+        base = config.base_model_name_or_path
+        config.base_model_name_or_path = base and Path(base).name
     model.save_pretrained(out)
     (out / 'README.md').unlink(missing_ok=True)
     after = logits_of(model)
