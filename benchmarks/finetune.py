@@ -11,7 +11,8 @@ library's documentation in Python's own, without padding, and the same for all. 
   of each counts.
 * loss: the mean loss of the last 10 of 100 steps, each on another batch; in ours also over weights
   of 8 and 4 bits.
-* narrow: what XLA's plan of a step holds, weights and temporaries, over float32 and narrow weights.
+* narrow: what XLA's plan of a step holds, weights and temporaries, over float32 and narrow weights;
+  with all activations kept, and with blocks computed again and 128 positions in the head at a time.
 * packing: the share of real tokens in rows of 512, of conversations packed and alone, and CPU
   seconds for a thousand weighted tokens.
 * learns: five minutes of `layercomb finetune smollm2`, compilation inside. Of the questions about
@@ -58,10 +59,10 @@ class Ours:
 
     Args:
       bits: of the frozen weights; 32 leaves them wide.
-      rows, length: of a batch.
+      small: whether blocks are computed again, and the head goes 128 positions at a time.
     """
 
-    def __init__(self, bits=32, rows=ROWS, length=LENGTH):
+    def __init__(self, bits=32, small=False):
         import jax
         import optax
 
@@ -74,13 +75,13 @@ class Ours:
             net, weights = transforms.quantize(net, weights, bits=bits)
         net, weights = transforms.lora(net, weights, RANK, ALPHA)
         trainable, self.frozen = trees_of(weights)
+        net = transforms.remat(net) if small else net
         optimizer = optax.adamw(RATE, weight_decay=0.0)
-        step = steps.compiled(net, tl.CrossEntropyLoss(), optimizer, 1, None)
+        step = steps.compiled(net, tl.CrossEntropyLoss(), optimizer, 1, 128 if small else None)
         zero = jax.numpy.int32(0)
         self.carry = steps.Carry(trainable, {}, optimizer.init(trainable), zero)
         self.key = jax.random.key(0)
-        shape = (rows, length)
-        ints, floats = (np.zeros(shape, kind) for kind in ('int32', 'float32'))
+        ints, floats = (np.zeros((ROWS, LENGTH), kind) for kind in ('int32', 'float32'))
         batch = (ints, ints, floats)
         self.compiled = step.lower(self.carry, self.frozen, self.key, batch).compile()
 
@@ -226,16 +227,18 @@ def compare_losses(options, batches, gguf):
 
 def narrow_plans(options):
     """Bytes that XLA plans for a step over weights of several widths."""
-    wide = None
-    for bits in options.bits:
-        arguments, temporaries = Ours(bits).planned()
-        wide = wide or arguments + temporaries
-        print(
-            f'{bits:2} bits: weights, adapters and batch {arguments / 2**20:7.0f} MiB, temporaries '
-            f'{temporaries / 2**20:7.0f} MiB, in all {(arguments + temporaries) / wide:.2f} of '
-            f'{options.bits[0]} bits',
-            flush=True,
-        )
+    print('MiB                  weights, adapters, batch   temporaries   in all, of the first')
+    for small in (False, True):
+        wide = None
+        for bits in options.bits:
+            arguments, temporaries = Ours(bits, small).planned()
+            wide = wide or arguments + temporaries
+            kind = 'computed again' if small else 'kept'
+            print(
+                f'{bits:2} bits, {kind:14}{arguments / 2**20:18.0f}{temporaries / 2**20:18.0f}'
+                f'{(arguments + temporaries) / wide:16.2f}',
+                flush=True,
+            )
 
 
 def packing():

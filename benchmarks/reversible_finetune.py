@@ -57,15 +57,6 @@ def deep(net: tl.Layer, n: int) -> tl.Layer:
     return transforms.rewrite(net, lambda x: x.replace(n=n) if isinstance(x, tl.Repeat) else x)
 
 
-def remat(net: tl.Layer) -> tl.Layer:
-    """The model with blocks that the backward pass computes again."""
-
-    def one(x: tl.Layer) -> tl.Layer:
-        return x.replace(layer=tl.Remat(x.layer)) if isinstance(x, tl.Repeat) else x
-
-    return transforms.rewrite(net, one)
-
-
 def loss_of(net: tl.Layer) -> Any:
     """(weights, batch, key or None) → the mean loss; None evaluates."""
     scored = losses.attach(net, tl.CrossEntropyLoss(), chunk_len=128)
@@ -108,7 +99,7 @@ def memory(options: argparse.Namespace) -> None:
     kinds = {
         f'reversible, m = {m}': transforms.reversible(net, m),
         f'reversible, m = {m}, feed-forwards whole': transforms.reversible(net, m, chunk_len=None),
-        'remat': remat(net),
+        'remat': transforms.remat(net),
         'plain': net,
     }
     del weights

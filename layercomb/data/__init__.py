@@ -11,6 +11,7 @@ from layercomb.data.corpora.about import about_layercomb
 from layercomb.data.corpora.docstrings import python_docstrings
 from layercomb.data.corpora.drawn import shapes
 from layercomb.data.corpora.images import cifar10, imagenet64, png_images, subpixels
+from layercomb.data.corpora.manual import python_manual
 from layercomb.data.corpora.published import c4, scientific_papers
 from layercomb.data.corpora.topics import python_topics
 from layercomb.data.corpora.wikipedia import enwik8
@@ -58,6 +59,7 @@ __all__ = [
     'preference_batches',
     'preferences',
     'python_docstrings',
+    'python_manual',
     'python_stdlib',
     'python_topics',
     'scientific_papers',

@@ -123,6 +123,7 @@ def pretrained(
     bits: int | None = None,
     adapt: Callable[..., Any] | None = None,
     reversible: Size | None = None,
+    remat: bool = False,
 ) -> Pretrained:
     """Returns a model that exists, with its weights and its tokenizer, to be trained further.
 
@@ -136,6 +137,7 @@ def pretrained(
         all weights float32.
       adapt: a function (net, weights) -> (net, weights), such as `transforms.lora`.
       reversible: trains without keeping the inputs of blocks: the m of `transforms.reversible`.
+      remat: keeps the inputs of blocks and computes the rest again, see `transforms.remat`.
 
     Raises:
       TypeError, ValueError: for an argument of another type, or out of its range.
@@ -143,6 +145,8 @@ def pretrained(
     """
     if bits not in (None, 16, 8, 4):
         raise ValueError(f'pretrained: bits={bits}: give 16, 8 or 4, or None for float32')
+    if reversible is not None and remat:
+        raise ValueError('pretrained: reversible blocks keep less than those of remat: give one')
     run = _run.get()
     if run is not None and _goes_on(run):
         net, tokenizer = descriptions.read(run / FOLDER)
@@ -159,7 +163,8 @@ def pretrained(
         return (layer, weights) if adapt is None else adapt(layer, weights)
 
     plain, weights = _described(rewritten, net) if weights is None else rewritten(weights)
-    layer = plain if reversible is None else transforms.reversible(plain, m=reversible)
+    layer = transforms.remat(plain) if remat else plain
+    layer = layer if reversible is None else transforms.reversible(plain, m=reversible)
     return Pretrained(
         layer, weights, loaded=net, plain=plain, tokenizer=tokenizer, name=source,
         source=path, is_wide=bits is None,

@@ -13,6 +13,7 @@ from layercomb.transforms.low_rank.many import ManyLowRank, adapter_names, adapt
 from layercomb.transforms.low_rank.merging import merge
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
+from layercomb.transforms.rematerializing import remat
 from layercomb.transforms.reversing import reversible
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.segments import Segmented, segmented
@@ -43,6 +44,7 @@ __all__ = [
     'merge',
     'narrow_paths',
     'quantize',
+    'remat',
     'reversible',
     'rewrite',
     'segmented',

@@ -152,7 +152,13 @@ def test_its_configuration_trains_again(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('more', [('--all_weights',), ('--bits', 8, '--dora'), ('--bits', 4)])
+@pytest.mark.parametrize(
+    'more',
+    [
+        ('--all_weights',), ('--bits', 8, '--dora'), ('--bits', 4), ('--remat',),
+        ('--bits', 4, '--reversible', 4),
+    ],
+)  # fmt: skip
 def test_all_weights_narrow_bases_and_texts(more, files, capsys, tmp_path):
     words = ('finetune', GPT2, files / 'texts', '--length', 16, '--steps', 1, *more)
     code, printed = told(capsys, *words, '--output_dir', tmp_path / 'run')
@@ -188,6 +194,7 @@ MISTAKES = [
     ((GPT2, '{chats}', '--length', 10**6), 'is more than the context of'),
     ((GPT2, '{chats}', '--all_weights', '--rank', 4), 'leave out --rank'),
     ((GPT2, '{chats}', '--steps', 1, '--minutes', 1), 'leave one out'),
+    ((GPT2, '{chats}', '--remat', '--reversible', 4), 'leave one out'),
     ((GPT2, '{chats}', '--steps', 0), '--steps 0: give a number above 0'),
     ((GPT2, '{chats}', '--bits', 3), 'invalid choice'),
     ((GPT2, '{empty}'), 'no rows|no text|empty'),

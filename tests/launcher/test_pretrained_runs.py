@@ -201,6 +201,11 @@ def test_bits_that_cannot_be(files):
         pretrained(str(files / 'gpt2'), bits=3)
 
 
+def test_remat_or_reversible(files):
+    with pytest.raises(ValueError, match='keep less than those of remat: give one'):
+        pretrained(str(files / 'gpt2'), reversible=4, remat=True)
+
+
 def test_narrow_weights_count_as_what_they_stand_for():
     wide, narrow = (
         pretrained(str(PRETRAINED / 'gpt2'), bits=bits, adapt=transforms.lora) for bits in (None, 4)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layercomb.checks import Size, checked
+from layercomb.checks import Fraction, Size, checked
 from layercomb.data import checks
 from layercomb.data.checks import Seed, Shard, Source
 from layercomb.data.finetuning.documents import Document
 from layercomb.data.finetuning.packing import n_positions
+from layercomb.data.finetuning.rehearsal import Rehearsal
 from layercomb.data.pipelines import in_order
 from layercomb.errors import UsageError
 
@@ -30,6 +31,8 @@ def packed_documents(
     shuffle: bool = True,
     num_epochs: Size | None = None,
     shard: Shard = (0, 1),
+    rehearsal: Source[Document] | None = None,
+    share: Fraction = 0.25,
 ) -> grain.IterDataset:
     """Returns batches of whole documents, as many in each row as fit.
 
@@ -45,6 +48,9 @@ def packed_documents(
     `shard=(i, n)`, n hosts share the rows of batches n times as large, and each reads all
     documents.
 
+    A model that is taught something forgets other things. With `rehearsal`, pieces of other text
+    fill the rest of each row, at least a `share` of it where the first document leaves so much.
+
     Args:
       documents: a sequence of (ids, weights), such as `chat` returns.
       length: positions of a row, L.
@@ -54,6 +60,9 @@ def packed_documents(
       num_epochs: how often to go through the documents; None for ever. At the end the last batch is
         filled with rows of weight 0.
       shard: (index, count) of this host.
+      rehearsal: other documents, such as `python_manual` or `text_folder` returns; they are cut to
+        fit, and begin anew when they end. None for none.
+      share: of the positions of a row, 0 … 1, for them.
 
     Returns:
       A data set of (inputs, segments, targets, loss_weights), (B, L) int32, int32, int32, float32.
@@ -80,7 +89,13 @@ def packed_documents(
     ordered = in_order(fitting, seed, shuffle, num_epochs)
     from layercomb.data.finetuning import iterators
 
-    return iterators.PackedRows(ordered, length, batch_size, shard, len(fitting))
+    other = None
+    if rehearsal is not None:
+        source = checks.source('packed_documents', rehearsal, 'rehearsal')
+        _refuse_others(source[0])
+        positions = round(share * length)
+        other = Rehearsal(in_order(source, seed, shuffle, None), len(source), positions)
+    return iterators.PackedRows(ordered, length, batch_size, shard, len(fitting), other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +115,7 @@ class _Fitting(Sequence[Document]):
 
     def __getitem__(self, index: Any) -> Any:
         document = self.documents[index]
-        if not _is_document(document):
-            raise TypeError(
-                'packed_documents takes documents (ids, weights), 1-D arrays of one length, and '
-                f'the source holds {document!r:.60}: give e.g. data.chat(…)'
-            )
+        _refuse_others(document)
         needed = n_positions(document[1])
         if needed > self.length:
             name = getattr(self.documents, 'where', 'document {}'.format)(index)
@@ -113,6 +124,15 @@ class _Fitting(Sequence[Document]):
                 f'max_len={self.length + 1} where documents are made, or longer rows'
             )
         return document
+
+
+def _refuse_others(document: Any) -> None:
+    """Raises a TypeError for what is no document."""
+    if not _is_document(document):
+        raise TypeError(
+            'packed_documents takes documents (ids, weights), 1-D arrays of one length, and '
+            f'the source holds {document!r:.60}: give e.g. data.chat(…)'
+        )
 
 
 def _is_document(document: Any) -> bool:

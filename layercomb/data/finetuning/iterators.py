@@ -9,6 +9,7 @@ import numpy as np
 
 from layercomb.data.finetuning import packing
 from layercomb.data.finetuning.documents import Document
+from layercomb.data.finetuning.rehearsal import Reader, Rehearsal
 from layercomb.data.iterators import ReadAhead, identity_of
 from layercomb.data.packing import Arrays
 from layercomb.errors import UsageError
@@ -17,7 +18,7 @@ from layercomb.errors import UsageError
 class PackedRows(grain.IterDataset):
     """Batches of rows, each of which several documents share: see `packed_documents`.
 
-    The state is the number of the next document and of those that wait.
+    The state is the number of the next document and of those that wait, and what is rehearsed next.
 
     Attributes:
       documents: (ids, weights) with random access, already shuffled and repeated.
@@ -25,6 +26,7 @@ class PackedRows(grain.IterDataset):
       batch_size: rows of a batch, on this host.
       shard: (index, count) of this host.
       epoch: how many documents an epoch has.
+      rehearsal: what fills the rest of each row; None leaves it empty.
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class PackedRows(grain.IterDataset):
         batch_size: int,
         shard: tuple[int, int],
         epoch: int,
+        rehearsal: Rehearsal | None = None,
     ):
         super().__init__(documents)
         self.documents, self.length, self.epoch = documents, length, epoch
         self.batch_size, self.shard = batch_size, shard
+        self.rehearsal = rehearsal
 
     def __iter__(self) -> grain.DatasetIterator:
         return _PackedRowIterator(self)
@@ -49,7 +53,11 @@ class PackedRows(grain.IterDataset):
 
     def identity(self) -> dict[str, Any]:
         """What identifies the data when a run is resumed: see `identity_of`."""
-        return {'length': self.length, **identity_of(self.documents)}
+        made = {'length': self.length, **identity_of(self.documents)}
+        if self.rehearsal is not None:
+            its = identity_of(self.rehearsal.documents)
+            made['rehearsal'] = {'positions': self.rehearsal.positions, **its}
+        return made
 
 
 class _PackedRowIterator(grain.DatasetIterator):
@@ -60,15 +68,20 @@ class _PackedRowIterator(grain.DatasetIterator):
         self._next = 0
         self._pool = packing.Pool(dataset.length)
         self._read: dict[int, Document] = {}
+        self._rehearse(None)
 
     def __next__(self) -> Arrays:
         given, (index, count) = self._dataset, self._dataset.shard
         rows = []
         for i in range(given.n_rows):
             self._fill()
-            taken = [self._read.pop(n) for n in self._pool.take()] if self._pool else []
+            kept = 0 if given.rehearsal is None else given.rehearsal.positions
+            taken = [self._read.pop(n) for n in self._pool.take(kept)] if self._pool else []
             if not taken and not i:
                 raise StopIteration
+            if taken and self._reader is not None:
+                room = given.length - sum(packing.n_positions(weights) for _, weights in taken)
+                taken += self._reader.take(room)
             if i % count == index:
                 rows.append(packing.row(taken, given.length))
         return tuple(np.stack(column) for column in zip(*rows, strict=True))
@@ -95,9 +108,18 @@ class _PackedRowIterator(grain.DatasetIterator):
         return size > 0
 
     def get_state(self) -> dict[str, Any]:
-        return {'next': self._next, 'waiting': self._pool.waiting}
+        state = {'next': self._next, 'waiting': self._pool.waiting}
+        if self._reader is not None:
+            state['rehearsed'] = list(self._reader.place)
+        return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._next, self._pool, self._read = state['next'], packing.Pool(self._dataset.length), {}
         for number in state['waiting']:
             self._wait(number, self._dataset.documents[number])
+        self._rehearse(state.get('rehearsed'))
+
+    def _rehearse(self, place: Any) -> None:
+        """Goes to a place of what is rehearsed; None for its beginning."""
+        given = self._dataset.rehearsal
+        self._reader = None if given is None else Reader(given, place or (0, 0))

@@ -60,9 +60,13 @@ class Pool:
         self._waiting += size
         bisect.insort(self._sorted, (size, -number))
 
-    def take(self) -> list[int]:
-        """The numbers of the documents of the next row, which wait no longer."""
-        taken, room = [], self.length
+    def take(self, kept: int = 0) -> list[int]:
+        """The numbers of the documents of the next row, which wait no longer.
+
+        Args:
+          kept: positions of the row to leave free, if its first document does.
+        """
+        taken, room = [], self.length - kept
         at = bisect.bisect_left(self._sorted, self._oldest())
         while at >= 0:
             size, number = self._sorted.pop(at)

@@ -52,6 +52,7 @@ class Plan:
       alpha, dora: of the adapters.
       bits: of the base under adapters; None for float32.
       reversible: the m of `transforms.reversible`; None keeps activations.
+      remat: whether blocks are computed again in the backward pass.
       steps: how many; None to choose them by `minutes`.
       minutes: how long the command may take up to the end of training.
     """
@@ -68,6 +69,7 @@ class Plan:
     dora: bool
     bits: int | None
     reversible: int | None
+    remat: bool
     steps: int | None
     minutes: float
 
@@ -166,6 +168,8 @@ class Plan:
             lines.append(f'cli.pretrained.bits = {self.bits}')
         if self.reversible is not None:
             lines.append(f'cli.pretrained.reversible = {self.reversible}')
+        if self.remat:
+            lines.append('cli.pretrained.remat = True')
         if self.rank is not None:
             lines += [
                 'cli.pretrained.adapt = @transforms.lora',
@@ -256,6 +260,7 @@ def plan(options: argparse.Namespace) -> Plan:
         dora=options.dora,
         bits=options.bits,
         reversible=options.reversible,
+        remat=options.remat,
         steps=options.steps,
         minutes=options.minutes or MINUTES,
     )
@@ -277,6 +282,8 @@ def _check_together(options: argparse.Namespace) -> None:
                 f'--all_weights trains the weights themselves, without adapters: leave out '
                 f'{" and ".join(said)}'
             )
+    if options.remat and options.reversible is not None:
+        raise UsageError('--reversible keeps less than --remat: leave one out')
     if options.preferences is not None and options.data is not None:
         raise UsageError('--preferences FILE is the data: leave out the other')
 
@@ -392,5 +399,6 @@ def options_of(add: Any) -> None:
     add('--length', type=int, help=f'tokens of a row ({_LENGTH}, or what the model reaches)')
     add('--batch_size', type=int, help='rows of a batch (1)')
     add('--learning_rate', type=float, help='the peak (0.0004; all weights 0.0001)')
-    add('--reversible', type=int, metavar='M', help='do not keep the inputs of blocks: less memory')
+    add('--remat', action='store_true', help='compute blocks again: less memory, a third slower')
+    add('--reversible', type=int, metavar='M', help='do not keep the inputs of blocks either')
     add('--preferences', metavar='FILE', help='rows of prompt, chosen and rejected: trains by DPO')

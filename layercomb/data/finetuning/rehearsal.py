@@ -1,0 +1,72 @@
+"""Rehearsal: pieces of other text in each row of a batch, so that less is forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from layercomb.data.finetuning.documents import Document
+from layercomb.errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """What is rehearsed, and how much of it.
+
+    Attributes:
+      documents: (ids, weights) with random access, shuffled and repeated for ever.
+      n: how many there are before they repeat.
+      positions: of a row that are kept for it.
+    """
+
+    documents: Any
+    n: int
+    positions: int
+
+
+class Reader:
+    """Reads documents one after another, in pieces; a place in them is two numbers.
+
+    Attributes:
+      rehearsal: what is read.
+      place: of the next piece: the number of its document, and of its first token there.
+
+    >>> import numpy as np
+    >>> documents = [(np.arange(n), np.ones(n, np.float32)) for n in (6, 3, 9)]
+    >>> reader = Reader(Rehearsal(documents, n=3, positions=3))
+    >>> [ids.tolist() for ids, _ in reader.take(3)], [ids.tolist() for ids, _ in reader.take(4)]
+    ([[0, 1, 2, 3]], [[3, 4, 5], [0, 1, 2]])
+    """
+
+    def __init__(self, rehearsal: Rehearsal, place: Sequence[int] = (0, 0)):
+        self.rehearsal = rehearsal
+        self.place = tuple(place)
+        self._read: tuple[int, Document] | None = None
+
+    def take(self, n: int) -> list[Document]:
+        """Pieces that take n positions of a row in all: each token is predicted once.
+
+        A piece starts at the last token of the one before it. Weights are those of the documents.
+
+        Raises:
+          UsageError: if no document has two tokens.
+        """
+        taken: list[Document] = []
+        first = self.place[0]
+        while n > 0:
+            number, start = self.place
+            if number > first + self.rehearsal.n and not taken:
+                raise UsageError('rehearsal: there is no text in its documents: give others')
+            ids, weights = self._document(number)
+            end = min(start + n, len(ids) - 1)
+            if end > start:
+                taken.append((ids[start : end + 1], weights[start : end + 1]))
+                n -= end - start
+            self.place = (number, end) if end < len(ids) - 1 else (number + 1, 0)
+        return taken
+
+    def _document(self, number: int) -> Document:
+        if self._read is None or self._read[0] != number:
+            self._read = number, self.rehearsal.documents[number]
+        return self._read[1]
