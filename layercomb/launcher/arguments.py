@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from layercomb import paths
 from layercomb.errors import UsageError
 from layercomb.launcher import compile_cache
-from layercomb.launcher.finetuning import plan
+from layercomb.launcher.finetuning import options as finetuning
 from layercomb.version import __version__
 
 
@@ -61,7 +61,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
         'data, batch_size, seed, or all',
     )
     add = command('finetune', 'source', _TO_TRAIN)
-    plan.options_of(add)
+    finetuning.options_of(add)
     add = of_model('eval')
     add('--text', metavar='FILE', help='a file in UTF-8 to measure the model on')
     add('--window', type=int, help='tokens of the text that are read at once (at most 1024)')

@@ -170,6 +170,15 @@ def test_all_weights_narrow_bases_and_texts(more, files, capsys, tmp_path):
     assert interop.load(tmp_path / 'out')[0].weights
 
 
+def test_other_text_is_rehearsed(files, capsys, tmp_path):
+    words = ('finetune', GPT2, files / 'chats.jsonl', *FAST, '--steps', 1, '--rehearse', 0.5)
+    code, printed = told(capsys, *words, '--output_dir', tmp_path / 'run')
+    assert code == 0 and "at least 50% of each row is text of Python's manual" in printed, printed
+    config = (tmp_path / 'run' / 'config.gin').read_text()
+    assert 'train/data.packed_documents.rehearsal = @data.python_manual()' in config
+    assert 'valid/data.packed_documents.rehearsal' not in config
+
+
 @pytest.mark.slow
 def test_few_instructions_are_measured_with_nothing(files, capsys, tmp_path):
     words = ('finetune', GPT2, files / 'instructions.json', *FAST, '--steps', 1)
@@ -195,6 +204,8 @@ MISTAKES = [
     ((GPT2, '{chats}', '--all_weights', '--rank', 4), 'leave out --rank'),
     ((GPT2, '{chats}', '--steps', 1, '--minutes', 1), 'leave one out'),
     ((GPT2, '{chats}', '--remat', '--reversible', 4), 'leave one out'),
+    ((GPT2, '{chats}', '--rehearse', 1), '--rehearse 1.0: give a share of 0 or more'),
+    ((GPT2, '--preferences', '{chats}', '--rehearse', 0.5), 'goes with texts, and not with'),
     ((GPT2, '{chats}', '--steps', 0), '--steps 0: give a number above 0'),
     ((GPT2, '{chats}', '--bits', 3), 'invalid choice'),
     ((GPT2, '{empty}'), 'no rows|no text|empty'),

@@ -13,7 +13,8 @@ from layercomb.launcher import running, runs
 from layercomb.launcher.configurations import Config
 from layercomb.launcher.experiment import Experiment
 from layercomb.launcher.finetuning import pace, telling
-from layercomb.launcher.finetuning.plan import Plan, plan
+from layercomb.launcher.finetuning.options import plan
+from layercomb.launcher.finetuning.plan import Plan
 from layercomb.launcher.pretrained import Pretrained, inside, pretrained_tokenizer
 
 Configured = Callable[[str, list[str], str], contextlib.AbstractContextManager[Config]]

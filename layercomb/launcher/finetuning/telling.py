@@ -54,7 +54,12 @@ def lengths(plan: Plan, documents: Any) -> str:
                 f'nothing in the data is learnt, in rows of {plan.length} tokens: give a greater '
                 '--length, or other data'
             )
-    return str(report)
+    if not plan.rehearse:
+        return str(report)
+    return (
+        f"{report}\nat least {plan.rehearse:.0%} of each row is text of Python's manual, so that "
+        'less is forgotten (--rehearse 0 leaves it out)'
+    )
 
 
 def what_trains(experiment: Experiment, model: Pretrained) -> str:
