@@ -302,7 +302,7 @@ def share_right(model, tokenizer):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('parts', nargs='*', default=PARTS, choices=[[], *PARTS])
+    parser.add_argument('parts', nargs='*', default=[], choices=[[], *PARTS])
     parser.add_argument('--peer', default=sys.executable)
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--losses', type=int, default=None)
@@ -332,7 +332,7 @@ def main():
             'packing': packing,
             'learns': lambda: learns(options),
         }
-        for part in options.parts:
+        for part in options.parts or PARTS:
             print(f'\n{part}', flush=True)
             todo[part]()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layercomb.checks import Fraction, Size, checked
+from layercomb.checks import Fraction, Positive, Size, checked
 from layercomb.data import checks
 from layercomb.data.checks import Seed, Shard, Source
 from layercomb.data.finetuning.documents import Document
@@ -32,7 +32,8 @@ def packed_documents(
     num_epochs: Size | None = None,
     shard: Shard = (0, 1),
     rehearsal: Source[Document] | None = None,
-    share: Fraction = 0.25,
+    rehearsal_share: Fraction = 0.25,
+    rehearsal_weight: Positive = 1.0,
 ) -> grain.IterDataset:
     """Returns batches of whole documents, as many in each row as fit.
 
@@ -49,7 +50,8 @@ def packed_documents(
     documents.
 
     A model that is taught something forgets other things. With `rehearsal`, pieces of other text
-    fill the rest of each row, at least a `share` of it where the first document leaves so much.
+    fill the rest of each row, at least a share of it where the first document leaves so much. There
+    are more of its weighted tokens than of answers: a smaller weight lets these count.
 
     Args:
       documents: a sequence of (ids, weights), such as `chat` returns.
@@ -62,7 +64,8 @@ def packed_documents(
       shard: (index, count) of this host.
       rehearsal: other documents, such as `python_manual` or `text_folder` returns; they are cut to
         fit, and begin anew when they end. None for none.
-      share: of the positions of a row, 0 … 1, for them.
+      rehearsal_share: of the positions of a row, 0 … 1, for them.
+      rehearsal_weight: times the weights of their tokens.
 
     Returns:
       A data set of (inputs, segments, targets, loss_weights), (B, L) int32, int32, int32, float32.
@@ -93,8 +96,9 @@ def packed_documents(
     if rehearsal is not None:
         source = checks.source('packed_documents', rehearsal, 'rehearsal')
         _refuse_others(source[0])
-        positions = round(share * length)
-        other = Rehearsal(in_order(source, seed, shuffle, None), len(source), positions)
+        ordered_others = in_order(source, seed, shuffle, None)
+        positions = round(rehearsal_share * length)
+        other = Rehearsal(ordered_others, len(source), positions, rehearsal_weight)
     return iterators.PackedRows(ordered, length, batch_size, shard, len(fitting), other)
 
 

@@ -56,7 +56,8 @@ class PackedRows(grain.IterDataset):
         made = {'length': self.length, **identity_of(self.documents)}
         if self.rehearsal is not None:
             its = identity_of(self.rehearsal.documents)
-            made['rehearsal'] = {'positions': self.rehearsal.positions, **its}
+            size = {'positions': self.rehearsal.positions, 'weight': self.rehearsal.weight}
+            made['rehearsal'] = {**size, **its}
         return made
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from layercomb.data.finetuning.documents import Document
 from layercomb.errors import UsageError
 
@@ -18,11 +20,13 @@ class Rehearsal:
       documents: (ids, weights) with random access, shuffled and repeated for ever.
       n: how many there are before they repeat.
       positions: of a row that are kept for it.
+      weight: times the weights of its tokens.
     """
 
     documents: Any
     n: int
     positions: int
+    weight: float = 1.0
 
 
 class Reader:
@@ -32,7 +36,6 @@ class Reader:
       rehearsal: what is read.
       place: of the next piece: the number of its document, and of its first token there.
 
-    >>> import numpy as np
     >>> documents = [(np.arange(n), np.ones(n, np.float32)) for n in (6, 3, 9)]
     >>> reader = Reader(Rehearsal(documents, n=3, positions=3))
     >>> [ids.tolist() for ids, _ in reader.take(3)], [ids.tolist() for ids, _ in reader.take(4)]
@@ -47,7 +50,8 @@ class Reader:
     def take(self, n: int) -> list[Document]:
         """Pieces that take n positions of a row in all: each token is predicted once.
 
-        A piece starts at the last token of the one before it. Weights are those of the documents.
+        A piece starts at the last token of the one before it. Weights are those of the documents,
+        times that of the rehearsal.
 
         Raises:
           UsageError: if no document has two tokens.
@@ -61,7 +65,8 @@ class Reader:
             ids, weights = self._document(number)
             end = min(start + n, len(ids) - 1)
             if end > start:
-                taken.append((ids[start : end + 1], weights[start : end + 1]))
+                its_weights = np.float32(self.rehearsal.weight) * weights[start : end + 1]
+                taken.append((ids[start : end + 1], its_weights))
                 n -= end - start
             self.place = (number, end) if end < len(ids) - 1 else (number + 1, 0)
         return taken

@@ -166,7 +166,7 @@ def _learning_rate(options: argparse.Namespace, kind: str) -> float:
     """
     if options.learning_rate is not None:
         return float(options.learning_rate)
-    usual = 1e-4 if options.all_weights else 1.5e-3 if kind == ABOUT else 4e-4
+    usual = 1e-4 if options.all_weights else 2e-3 if kind == ABOUT else 4e-4
     return usual / 10 if kind == PREFERENCES else usual
 
 

@@ -17,6 +17,7 @@ PREFERENCES = 'preferences'
 
 HELD_OUT = 20  # one document in so many is measured on
 EVALUATIONS = 2  # of a run
+_REHEARSAL_WEIGHT = 0.6  # of a token of other text, of which there are more than of answers
 _LOGITS = 2048  # positions of a batch whose logits may all exist: else they are computed twice
 _IMPORTS = """\
 from __gin__ import dynamic_registration
@@ -224,7 +225,8 @@ class Plan:
     def _rehearsal(self) -> list[str]:
         return [
             'train/data.packed_documents.rehearsal = @data.python_manual()',
-            f'train/data.packed_documents.share = {self.rehearse}',
+            f'train/data.packed_documents.rehearsal_share = {self.rehearse}',
+            f'train/data.packed_documents.rehearsal_weight = {_REHEARSAL_WEIGHT}',
             'data.python_manual.tokenizer = @cli.pretrained_tokenizer()',
         ]
 

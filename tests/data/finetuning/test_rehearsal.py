@@ -30,7 +30,9 @@ OTHERS = of_ones([70, 1, 5, 40], 10_000)
 
 
 def batches(n=None, *, batch_size=2, share=0.25, **options):
-    made = data.packed_documents(MANY, LENGTH, batch_size, rehearsal=OTHERS, share=share, **options)
+    made = data.packed_documents(
+        MANY, LENGTH, batch_size, rehearsal=OTHERS, rehearsal_share=share, **options
+    )
     return list(islice(made, n))
 
 
@@ -61,6 +63,12 @@ def test_other_text_goes_on_where_the_row_before_ended_and_begins_anew():
     wanted = np.concatenate([ids[1:] for ids, _ in OTHERS])
     assert targets.size > 2 * wanted.size
     np.testing.assert_array_equal(targets, np.resize(wanted, targets.size))
+
+
+def test_other_text_may_weigh_less():
+    (batch,) = batches(1, rehearsal_weight=0.5)
+    other = batch[0] >= 10_000
+    assert other.any() and (batch[3][other] == 0.5).all() and (batch[3][~other] == 1).all()
 
 
 def test_an_epoch_is_one_of_the_documents():
@@ -97,9 +105,10 @@ def test_it_is_a_part_of_what_the_data_is():
         return data.packed_documents(MANY, LENGTH, 2, **options).identity()
 
     with_it = identity(rehearsal=OTHERS)
+    assert with_it['rehearsal'] != identity(rehearsal=OTHERS, rehearsal_weight=0.5)['rehearsal']
     assert identity() == {k: v for k, v in with_it.items() if k != 'rehearsal'}
     assert with_it['rehearsal'] != identity(rehearsal=OTHERS[:2])['rehearsal']
-    assert with_it['rehearsal'] != identity(rehearsal=OTHERS, share=0.5)['rehearsal']
+    assert with_it['rehearsal'] != identity(rehearsal=OTHERS, rehearsal_share=0.5)['rehearsal']
 
 
 def test_what_cannot_be_rehearsed():
@@ -107,8 +116,8 @@ def test_what_cannot_be_rehearsed():
         data.packed_documents(MANY, LENGTH, 2, rehearsal=['text'])
     with pytest.raises(ValueError, match='packed_documents: rehearsal is empty'):
         data.packed_documents(MANY, LENGTH, 2, rehearsal=[])
-    with pytest.raises(ValueError, match='packed_documents: share must be'):
-        data.packed_documents(MANY, LENGTH, 2, rehearsal=OTHERS, share=2)
+    with pytest.raises(ValueError, match='packed_documents: rehearsal_share must be'):
+        data.packed_documents(MANY, LENGTH, 2, rehearsal=OTHERS, rehearsal_share=2)
     nothing = data.packed_documents(MANY, LENGTH, 2, rehearsal=OTHERS[1:2])
     with pytest.raises(UsageError, match='there is no text in its documents: give others'):
         next(iter(nothing))
