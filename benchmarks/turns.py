@@ -1,7 +1,7 @@
 """Contestants that take turns: each a warm process of its own, which runs a step when asked.
 
 CPU seconds are those of all threads. Memory is the peak of the process above what it held before
-its first step, so that neither libraries nor weights count.
+its first step, so that neither libraries nor weights count, or above what its worker says.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 TORCH = {'OMP_WAIT_POLICY': 'PASSIVE'}
 
 
-def serve(make_step, *args):
+def serve(make_step, *args, above=None):
     """The worker: a step for every line that comes in, and a line of figures for every step.
 
     Args:
       make_step: returns a function that runs a step and returns its loss, and the bytes of
         temporaries where the compiler tells, else None.
       *args: its arguments.
+      above: bytes above which memory counts; None for what is held before the first step.
     """
     step, temporaries = make_step(*args)
-    base = resident_bytes()
+    base = resident_bytes() if above is None else above
     step()
     print(json.dumps({'temporaries': temporaries}), flush=True)
     for _ in sys.stdin:
