@@ -120,7 +120,7 @@ class _ExampleIterator(grain.DatasetIterator):
         self._batches = None
 
 
-def identity_of(examples: grain.MapDataset) -> dict[str, Any]:
+def identity_of(examples: grain.MapDataset, n_samples: int = _SAMPLES) -> dict[str, Any]:
     """What identifies a data set: how many examples it has, and checksums of a few of them.
 
     The few are spread over an epoch, in the order in which they are taken. So another seed, another
@@ -128,6 +128,7 @@ def identity_of(examples: grain.MapDataset) -> dict[str, Any]:
 
     Args:
       examples: tuples of arrays, or documents, with random access.
+      n_samples: how many are looked at, and the first and the last.
 
     Returns:
       ``n``, the examples of one epoch, and ``samples``, their checksums; JSON can hold both.
@@ -136,7 +137,7 @@ def identity_of(examples: grain.MapDataset) -> dict[str, Any]:
     while source.parents:
         source = source.parents[0]
     n = min(len(source), len(examples))
-    picked = sorted({*range(min(n, 2)), *(i * (n - 1) // _SAMPLES for i in range(_SAMPLES + 1))})
+    picked = sorted({*range(min(n, 2)), *(i * (n - 1) // n_samples for i in range(n_samples + 1))})
     return {'n': len(source), 'samples': [_checksum(examples[i]) for i in picked]}
 
 

@@ -53,15 +53,10 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     a_config = 'a .gin file, or the name of a configuration that comes with the library'
     add = command('train', 'config', a_config)
     add('--output_dir', help='where the run is kept; by default runs/NAME')
-    add(
-        '--allow_changes',
-        default='',
-        metavar='NAME,…',
-        help='what may differ from the run so far: model, loss, optimizer, trainable, '
-        'data, batch_size, seed, or all',
-    )
+    _changes_option(add)
     add = command('finetune', 'source', _TO_TRAIN)
     finetuning.options_of(add)
+    _changes_option(add)
     add = of_model('eval')
     add('--text', metavar='FILE', help='a file in UTF-8 to measure the model on')
     add('--window', type=int, help='tokens of the text that are read at once (at most 1024)')
@@ -241,6 +236,17 @@ def _sampling_options(add: Any, advised: str = '') -> None:
     )
     add('--seed', type=int, help=f'of the sample ({_SAMPLING["seed"]})')
     _bits_option(add)
+
+
+def _changes_option(add: Any) -> None:
+    """Adds the option that lets a run go on with something else."""
+    add(
+        '--allow_changes',
+        default='',
+        metavar='NAME,…',
+        help='what may differ from the run so far: model, loss, optimizer, trainable, '
+        'data, batch_size, seed, or all',
+    )
 
 
 def _bits_option(add: Any) -> None:

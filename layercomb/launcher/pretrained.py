@@ -146,7 +146,7 @@ def pretrained(
     if bits not in (None, 16, 8, 4):
         raise ValueError(f'pretrained: bits={bits}: give 16, 8 or 4, or None for float32')
     if reversible is not None and remat:
-        raise ValueError('pretrained: reversible blocks keep less than those of remat: give one')
+        raise ValueError('pretrained: reversible= and remat= both save memory: leave one out')
     run = _run.get()
     if run is not None and _goes_on(run):
         net, tokenizer = descriptions.read(run / FOLDER)

@@ -188,6 +188,9 @@ def _of_data(old: dict[str, Any], new: dict[str, Any], same_size: bool) -> str |
     if known.get('n') != others.get('n'):
         return f'the data has {known.get("n")} examples there, {others.get("n")} here'
     if known != others:
+        parts = ({**x, 'rehearsal': None} for x in (known, others))
+        if next(parts) == next(parts):
+            return 'what is rehearsed is other text, or another share of it'
         return 'the data has other examples, or another order'
     if known and not (same_size and old['local_rows'] == new['local_rows']):
         return None  # its first batch on this host may be another one now

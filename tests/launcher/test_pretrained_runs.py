@@ -3,13 +3,16 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from layercomb import cli, interop, supervised, tl, transforms, trees
+from layercomb import cli, data, interop, supervised, tl, transforms, trees
 from layercomb.errors import UsageError
 from layercomb.launcher.pretrained import inside, pretrained, pretrained_tokenizer
 
@@ -202,7 +205,7 @@ def test_bits_that_cannot_be(files):
 
 
 def test_remat_or_reversible(files):
-    with pytest.raises(ValueError, match='keep less than those of remat: give one'):
+    with pytest.raises(ValueError, match='both save memory: leave one out'):
         pretrained(str(files / 'gpt2'), reversible=4, remat=True)
 
 
@@ -212,3 +215,29 @@ def test_narrow_weights_count_as_what_they_stand_for():
     )
     assert narrow.wide_count(narrow.weights) == wide.wide_count(wide.weights)
     assert wide.wide_count(wide.weights) == trees.count(wide.weights)
+
+
+def test_blocks_are_computed_again_in_training_alone(files):
+    plain, made = (
+        pretrained(str(files / 'gpt2'), bits=8, adapt=transforms.lora, remat=remat)
+        for remat in (False, True)
+    )
+    assert 'Remat(' in repr(made.layer) and 'Remat(' not in repr(plain.layer)
+    assert made.finished(made.weights, {}).layer == plain.finished(plain.weights, {}).layer
+    ids = np.arange(8, dtype=np.int32)[None]
+    segments = np.array([[1, 1, 1, 2, 2, 2, 3, 3]], np.int32)
+    trainable, frozen = trees.partition(made.weights, transforms.is_lora)
+
+    def loss(some, layer):
+        weights = trees.merge(some, frozen)
+        (y,), _ = transforms.segmented(layer).apply(weights, {}, (ids, segments))
+        return jnp.sum(y[..., 1] ** 2)
+
+    wanted, got = (jax.value_and_grad(loss)(trainable, x.layer) for x in (plain, made))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5), wanted, got)
+
+
+def test_a_python_without_a_manual(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pydoc_data.topics', None)
+    with pytest.raises(UsageError, match=r'text of your own, by .* or none \(--rehearse 0'):
+        data.python_manual(data.ByteTokenizer())

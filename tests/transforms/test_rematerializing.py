@@ -57,3 +57,6 @@ def test_every_stack_once():
 def test_without_stacks_it_says_what_to_do():
     with pytest.raises(ValueError, match=r'remat: no blocks of this Serial are in a Repeat: build'):
         transforms.remat(tl.Serial(tl.Dense(8), tl.Remat(tl.Dense(8))))
+    net = transforms.reversible(models.Llama(**SIZES))
+    with pytest.raises(ValueError, match='are reversible, and keep nothing anyway: leave remat'):
+        transforms.remat(net)

@@ -20,9 +20,10 @@ from layercomb.errors import UsageError
 def python_manual(tokenizer: Tokenizer) -> Sequence[Document]:
     """Returns the topics of Python's own help as documents, of which every token is learnt.
 
-    They are what ``help('topics')`` lists: some 80 sections of the language reference, half a
-    megabyte of English. As the `rehearsal` of `packed_documents` they let a model forget less of
-    what it knew.
+    They are what ``help()`` shows of topics and keywords: some 80 sections of the language
+    reference, half a megabyte of English, of which a fifth stands in two sections. Releases of
+    Python differ in a few words. As the `rehearsal` of `packed_documents` they let a model forget
+    less of what it knew.
 
     Args:
       tokenizer: of the model.
@@ -44,8 +45,8 @@ def python_manual(tokenizer: Tokenizer) -> Sequence[Document]:
         from pydoc_data.topics import topics  # half a megabyte
     except ImportError:
         raise UsageError(
-            'this Python has no manual (pydoc_data.topics): rehearse text of your own, with '
-            'data.text_folder'
+            'this Python has no manual (pydoc_data.topics): rehearse text of your own, by '
+            'data.text_folder, or none (--rehearse 0)'
         ) from None
     return Mapped([topics[name] for name in sorted(topics)], partial(_document, texts))
 

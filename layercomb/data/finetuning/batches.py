@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from layercomb.checks import Fraction, Positive, Size, checked
 from layercomb.data import checks
 from layercomb.data.checks import Seed, Shard, Source
-from layercomb.data.finetuning.documents import Document
+from layercomb.data.finetuning.documents import Document, is_document
 from layercomb.data.finetuning.packing import n_positions
-from layercomb.data.finetuning.rehearsal import Rehearsal
+from layercomb.data.finetuning.rehearsal import Rehearsal, whole
 from layercomb.data.pipelines import in_order
 from layercomb.errors import UsageError
 
@@ -50,8 +48,9 @@ def packed_documents(
     documents.
 
     A model that is taught something forgets other things. With `rehearsal`, pieces of other text
-    fill the rest of each row, at least a share of it where the first document leaves so much. There
-    are more of its weighted tokens than of answers: a smaller weight lets these count.
+    fill what documents leave free in each row, at least `rehearsal_share` of it unless the first
+    document is longer than the rest. A row may hold more tokens of it than of answers; a smaller
+    `rehearsal_weight` keeps it from drowning them.
 
     Args:
       documents: a sequence of (ids, weights), such as `chat` returns.
@@ -62,8 +61,8 @@ def packed_documents(
       num_epochs: how often to go through the documents; None for ever. At the end the last batch is
         filled with rows of weight 0.
       shard: (index, count) of this host.
-      rehearsal: other documents, such as `python_manual` or `text_folder` returns; they are cut to
-        fit, and begin anew when they end. None for none.
+      rehearsal: other documents, all of which is learnt, such as `python_manual` or `text_folder`
+        returns; they are cut to fit, and begin anew when they end. None for none.
       rehearsal_share: of the positions of a row, 0 … 1, for them.
       rehearsal_weight: times the weights of their tokens.
 
@@ -76,7 +75,7 @@ def packed_documents(
       TypeError: if an argument has the wrong type, or an element is no document.
       ValueError: if one is out of range, or there are no documents.
       UsageError: if Grain is not installed; while it is read, if a document does not fit into a
-        row, or none has a weighted token.
+        row, none has a weighted token, or what is rehearsed has no text or tokens without weight.
 
     >>> documents = [(np.arange(n), np.ones(n, np.float32)) for n in (4, 5, 3)]
     >>> (batch,) = packed_documents(documents, 6, 2, shuffle=False, num_epochs=1)
@@ -95,7 +94,7 @@ def packed_documents(
     other = None
     if rehearsal is not None:
         source = checks.source('packed_documents', rehearsal, 'rehearsal')
-        _refuse_others(source[0])
+        whole(source[0])
         ordered_others = in_order(source, seed, shuffle, None)
         positions = round(rehearsal_share * length)
         other = Rehearsal(ordered_others, len(source), positions, rehearsal_weight)
@@ -119,7 +118,11 @@ class _Fitting(Sequence[Document]):
 
     def __getitem__(self, index: Any) -> Any:
         document = self.documents[index]
-        _refuse_others(document)
+        if not is_document(document):
+            raise TypeError(
+                'packed_documents takes documents (ids, weights), 1-D arrays of one length, and '
+                f'the source holds {document!r:.60}: give e.g. data.chat(…)'
+            )
         needed = n_positions(document[1])
         if needed > self.length:
             name = getattr(self.documents, 'where', 'document {}'.format)(index)
@@ -128,23 +131,3 @@ class _Fitting(Sequence[Document]):
                 f'max_len={self.length + 1} where documents are made, or longer rows'
             )
         return document
-
-
-def _refuse_others(document: Any) -> None:
-    """Raises a TypeError for what is no document."""
-    if not _is_document(document):
-        raise TypeError(
-            'packed_documents takes documents (ids, weights), 1-D arrays of one length, and '
-            f'the source holds {document!r:.60}: give e.g. data.chat(…)'
-        )
-
-
-def _is_document(document: Any) -> bool:
-    if not isinstance(document, tuple) or len(document) != 2:
-        return False
-    ids, weights = document
-    return (
-        all(isinstance(x, np.ndarray) and x.ndim == 1 for x in document)
-        and ids.size == weights.size
-        and (not ids.size or (ids.dtype.kind in 'iu' and weights.dtype.kind == 'f'))
-    )

@@ -283,6 +283,18 @@ class _Instructions:
         return f'{self.form}, as {how}'
 
 
+def is_document(document: Any) -> bool:
+    """Whether something is a pair (ids, weights) of 1-D arrays, integers and floats."""
+    if not isinstance(document, tuple) or len(document) != 2:
+        return False
+    ids, weights = document
+    return (
+        all(isinstance(x, np.ndarray) and x.ndim == 1 for x in document)
+        and ids.size == weights.size
+        and (not ids.size or (ids.dtype.kind in 'iu' and weights.dtype.kind == 'f'))
+    )
+
+
 def in_range(index: Any, n: int) -> int:
     """An index of a sequence, counted from its start.
 

@@ -14,11 +14,14 @@ from layercomb.data.iterators import ReadAhead, identity_of
 from layercomb.data.packing import Arrays
 from layercomb.errors import UsageError
 
+_REHEARSED = 128  # documents looked at: the manual of another Python differs in few
+
 
 class PackedRows(grain.IterDataset):
     """Batches of rows, each of which several documents share: see `packed_documents`.
 
-    The state is the number of the next document and of those that wait, and what is rehearsed next.
+    The state is the number of the next document and of those that wait, and the place in what is
+    rehearsed.
 
     Attributes:
       documents: (ids, weights) with random access, already shuffled and repeated.
@@ -55,7 +58,7 @@ class PackedRows(grain.IterDataset):
         """What identifies the data when a run is resumed: see `identity_of`."""
         made = {'length': self.length, **identity_of(self.documents)}
         if self.rehearsal is not None:
-            its = identity_of(self.rehearsal.documents)
+            its = identity_of(self.rehearsal.documents, _REHEARSED)
             size = {'positions': self.rehearsal.positions, 'weight': self.rehearsal.weight}
             made['rehearsal'] = {**size, **its}
         return made

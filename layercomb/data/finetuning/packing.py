@@ -127,12 +127,13 @@ def row(documents: Iterable[Arrays], length: int) -> Arrays:
     return inputs, segments, targets, loss_weights
 
 
-def n_rows(sizes: Sequence[int], length: int) -> int:
+def n_rows(sizes: Sequence[int], length: int, kept: int = 0) -> int:
     """How many rows documents make, in their order.
 
     Args:
       sizes: the positions of each.
       length: positions of a row.
+      kept: as of `Pool.take`.
 
     >>> n_rows([6, 3, 4, 5, 2], 10)
     2
@@ -145,5 +146,5 @@ def n_rows(sizes: Sequence[int], length: int) -> int:
                 break
         if not len(pool):
             return rows
-        pool.take()
+        pool.take(kept)
         rows += 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from layercomb.data.finetuning.documents import Document
+from layercomb.data.finetuning.documents import Document, is_document
 from layercomb.errors import UsageError
 
 
@@ -55,13 +55,14 @@ class Reader:
 
         Raises:
           UsageError: if no document has two tokens.
+          TypeError, UsageError: if one is no document, or not all of it is learnt.
         """
         taken: list[Document] = []
         first = self.place[0]
         while n > 0:
             number, start = self.place
             if number > first + self.rehearsal.n and not taken:
-                raise UsageError('rehearsal: there is no text in its documents: give others')
+                raise UsageError('rehearsal: its documents have no text: give others, or none')
             ids, weights = self._document(number)
             end = min(start + n, len(ids) - 1)
             if end > start:
@@ -73,5 +74,26 @@ class Reader:
 
     def _document(self, number: int) -> Document:
         if self._read is None or self._read[0] != number:
-            self._read = number, self.rehearsal.documents[number]
+            self._read = number, whole(self.rehearsal.documents[number])
         return self._read[1]
+
+
+def whole(document: Any) -> Document:
+    """A document of which a piece can be rehearsed.
+
+    Raises:
+      TypeError: if it is no document.
+      UsageError: if a token after the first is not learnt.
+    """
+    if not is_document(document):
+        raise TypeError(
+            'rehearsal takes documents (ids, weights), 1-D arrays of one length, and there is '
+            f'{document!r:.60}: give e.g. data.text_folder(…)'
+        )
+    if not document[1][1:].all():
+        raise UsageError(
+            'rehearsal is cut to fit, so that answers could lose their questions: give text of '
+            'which every token is learnt, such as data.text_folder, and no conversations'
+        )
+    made: Document = document
+    return made

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from layercomb.checks import Size, checked
+from layercomb.checks import Fraction, Size, checked
 from layercomb.data import checks
 from layercomb.data.checks import Source
 from layercomb.data.finetuning import packing
@@ -83,7 +83,13 @@ class LengthReport:
 
 
 @checked
-def length_report(documents: Source[Document], length: Size, *, limit: Size = 5000) -> LengthReport:
+def length_report(
+    documents: Source[Document],
+    length: Size,
+    *,
+    rehearsal_share: Fraction = 0.0,
+    limit: Size = 5000,
+) -> LengthReport:
     """Returns what there is to learn, how long it is, and what is lost.
 
     Making tokens takes time, so at most `limit` documents are looked at, evenly spread. The form of
@@ -92,6 +98,7 @@ def length_report(documents: Source[Document], length: Size, *, limit: Size = 50
     Args:
       documents: a sequence of (ids, weights), such as `chat` returns.
       length: positions of a row, as of `packed_documents`.
+      rehearsal_share: of these, for other text; 0 where none is rehearsed.
       limit: how many documents to look at.
 
     Returns:
@@ -117,7 +124,8 @@ def length_report(documents: Source[Document], length: Size, *, limit: Size = 50
     figures = np.array([_figures(measure(i) if measure else Measured(documents[i])) for i in seen])
     tokens, learnt, cut, skipped, needed = figures.T
     positions = np.minimum(needed, length)
-    n_rows = packing.n_rows([int(n) for n in positions if n], length)
+    kept = round(rehearsal_share * length)
+    n_rows = packing.n_rows([int(n) for n in positions if n], length, kept)
     at = np.percentile(tokens + cut, (0, 50, 90, 100), method='inverted_cdf').astype(int)
     filled, n_used = int(positions.sum()), int((positions > 0).sum())
     return LengthReport(

@@ -16,6 +16,7 @@ from layercomb.launcher.finetuning import pace, telling
 from layercomb.launcher.finetuning.options import plan
 from layercomb.launcher.finetuning.plan import Plan
 from layercomb.launcher.pretrained import Pretrained, inside, pretrained_tokenizer
+from layercomb.supervised.fingerprint import check_allowed
 
 Configured = Callable[[str, list[str], str], contextlib.AbstractContextManager[Config]]
 
@@ -35,6 +36,8 @@ def finetune(options: argparse.Namespace, configured: Configured) -> None:
     """
     began = time.monotonic()
     made = plan(options)
+    with usage_errors():
+        allowed = check_allowed(options.allow_changes)
     with inside(made.directory):
         tokenizer = pretrained_tokenizer(options.source)
         documents = made.documents(tokenizer)
@@ -42,7 +45,7 @@ def finetune(options: argparse.Namespace, configured: Configured) -> None:
         steps = made.known_steps()
         text = made.text(len(documents)) + made.pace(steps or 2)
         with configured(text, options.gin_param, 'finetune') as config:
-            runs.check_directory(made.directory, config.text, cure=_CURE)
+            runs.check_directory(made.directory, config.text, bool(allowed), cure=_CURE)
             experiment = config.build()
             model = experiment.model
             if not isinstance(model, Pretrained):
@@ -55,7 +58,7 @@ def finetune(options: argparse.Namespace, configured: Configured) -> None:
                 seconds = 60 * made.minutes - (time.monotonic() - began)
                 experiment = _paced(made, config, experiment, options.gin_param, seconds)
             loop = running.run(
-                config, experiment, made.directory,
+                config, experiment, made.directory, allowed,
                 begin=lambda: telling.remember(said, made.directory),
             )  # fmt: skip
             if loop is None:

@@ -76,7 +76,7 @@ def _check_together(options: argparse.Namespace) -> None:
     if options.rehearse and options.preferences is not None:
         raise UsageError('--rehearse goes with texts, and not with --preferences: leave it out')
     if options.remat and options.reversible is not None:
-        raise UsageError('--reversible keeps less than --remat: leave one out')
+        raise UsageError('--remat and --reversible both save memory: leave one out')
     if options.preferences is not None and options.data is not None:
         raise UsageError('--preferences FILE is the data: leave out the other')
 
@@ -180,8 +180,9 @@ _OF_DATA = (
     'default questions about this library'
 )
 
+_OF_RATE = 'the peak (0.0004; questions about this library 0.002; all weights 0.0001)'
 _OF_REHEARSAL = (
-    "keep a share of each row for text of Python's manual, so that less is forgotten "
+    "fill each row with text of Python's manual, a share of it at least, to forget less "
     f'({_REHEARSED} for questions about this library, else 0)'
 )
 
@@ -203,8 +204,8 @@ def options_of(add: Any) -> None:
     add('--bits', type=int, choices=(16, 8, 4), help='narrow weights under the adapters')
     add('--length', type=int, help=f'tokens of a row ({_LENGTH}, or what the model reaches)')
     add('--batch_size', type=int, help='rows of a batch (1)')
-    add('--learning_rate', type=float, help='the peak (0.0004; all weights 0.0001)')
+    add('--learning_rate', type=float, help=_OF_RATE)
     add('--rehearse', type=float, metavar='SHARE', help=_OF_REHEARSAL)
-    add('--remat', action='store_true', help='compute blocks again: less memory, a third slower')
+    add('--remat', action='store_true', help='compute blocks again: less memory, slower')
     add('--reversible', type=int, metavar='M', help='do not keep the inputs of blocks either')
     add('--preferences', metavar='FILE', help='rows of prompt, chosen and rejected: trains by DPO')

@@ -69,6 +69,12 @@ class Plan:
     steps: int | None
     minutes: float
 
+    @property
+    def max_len(self) -> int:
+        """The most tokens of a document; pieces of text leave room for what is rehearsed."""
+        rehearsed = self.rehearse if self.kind == TEXT else 0.0
+        return max(2, self.length - round(rehearsed * self.length) + 1)
+
     def documents(self, tokenizer: Any, split: str = 'train') -> Any:
         """What there is to learn, as the configuration reads it.
 
@@ -84,8 +90,8 @@ class Plan:
             if self.kind == PREFERENCES:
                 return data.preferences(self.data, tokenizer, self.length, drop_long=True)
             if self.kind == ABOUT:
-                return data.chat(data.about_layercomb(split), tokenizer, self.length + 1)
-            return getattr(data, self.kind)(self.data, tokenizer, self.length + 1)
+                return data.chat(data.about_layercomb(split), tokenizer, self.max_len)
+            return getattr(data, self.kind)(self.data, tokenizer, self.max_len)
 
     def text(self, n_documents: int) -> str:
         """The configuration, without what `pace` says.
@@ -194,7 +200,7 @@ class Plan:
             f'{task}.packed = True',
             f'{split}/data.packed_documents.length = %LENGTH',
             f'{split}/data.packed_documents.batch_size = {self.batch_size}',
-            f'{read}.max_len = {self.length + 1}',
+            f'{read}.max_len = {self.max_len}',
             *self._once(split, 'data.packed_documents'),
             *(self._rehearsal() if split == 'train' and self.rehearse else ()),
         ]

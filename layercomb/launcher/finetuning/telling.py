@@ -48,7 +48,7 @@ def lengths(plan: Plan, documents: Any) -> str:
     from layercomb import data
 
     with usage_errors():
-        report = data.length_report(documents, plan.length)
+        report = data.length_report(documents, plan.length, rehearsal_share=plan.rehearse)
         if not report.n_learnt:
             raise UsageError(
                 f'nothing in the data is learnt, in rows of {plan.length} tokens: give a greater '
@@ -57,8 +57,8 @@ def lengths(plan: Plan, documents: Any) -> str:
     if not plan.rehearse:
         return str(report)
     return (
-        f"{report}\nat least {plan.rehearse:.0%} of each row is text of Python's manual, so that "
-        'less is forgotten (--rehearse 0 leaves it out)'
+        f'{report}\nthe rest of each row, {plan.rehearse:.0%} where documents leave so much, is '
+        "text of Python's manual, so that less is forgotten (--rehearse 0 leaves it out)"
     )
 
 

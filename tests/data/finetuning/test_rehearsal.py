@@ -112,14 +112,21 @@ def test_it_is_a_part_of_what_the_data_is():
 
 
 def test_what_cannot_be_rehearsed():
-    with pytest.raises(TypeError, match=r'packed_documents takes documents \(ids, weights\)'):
+    with pytest.raises(TypeError, match=r'rehearsal takes documents \(ids, weights\)'):
         data.packed_documents(MANY, LENGTH, 2, rehearsal=['text'])
+    ids = np.arange(50)
+    answers = (ids, (ids > 40).astype(np.float32))
+    with pytest.raises(UsageError, match='answers could lose their questions: give text of which'):
+        data.packed_documents(MANY, LENGTH, 2, rehearsal=[answers])
+    later = data.packed_documents(MANY, LENGTH, 2, rehearsal=[*OTHERS, answers], shuffle=False)
+    with pytest.raises(UsageError, match='rehearsal is cut to fit'):
+        list(islice(later, 40))
     with pytest.raises(ValueError, match='packed_documents: rehearsal is empty'):
         data.packed_documents(MANY, LENGTH, 2, rehearsal=[])
     with pytest.raises(ValueError, match='packed_documents: rehearsal_share must be'):
         data.packed_documents(MANY, LENGTH, 2, rehearsal=OTHERS, rehearsal_share=2)
     nothing = data.packed_documents(MANY, LENGTH, 2, rehearsal=OTHERS[1:2])
-    with pytest.raises(UsageError, match='there is no text in its documents: give others'):
+    with pytest.raises(UsageError, match='its documents have no text: give others'):
         next(iter(nothing))
 
 
