@@ -13,8 +13,7 @@ library's documentation in Python's own, without padding, and the same for all. 
   of 8 and 4 bits.
 * narrow: what XLA's plan of a step holds, weights and temporaries, over float32 and narrow weights;
   with all activations kept, and with blocks computed again and 128 positions in the head at a time.
-* packing: the share of real tokens in rows of 512, of conversations packed and alone, and CPU
-  seconds for a thousand weighted tokens.
+* packing: the share of real tokens in rows of 512, of conversations packed and alone.
 * learns: five minutes of `layercomb finetune smollm2`, compilation inside. Of the questions about
   the library that were not trained on, how many are answered by the right words, and the perplexity
   of general text, before and after: of 16,384 tokens of Debian's package linux-doc-6.1, the pages
@@ -73,7 +72,8 @@ class Ours:
         model, _ = smollm2()
         net, weights = model.layer, model.weights
         if bits < 32:
-            net, weights = transforms.quantize(net, weights, bits=bits)
+            group = 32 if bits == 4 else 64  # as `cli.pretrained` has it
+            net, weights = transforms.quantize(net, weights, bits, group)
         net, weights = transforms.lora(net, weights, RANK, ALPHA)
         trainable, self.frozen = trees_of(weights)
         net = transforms.remat(net) if small else net

@@ -30,6 +30,7 @@ from layercomb.trees import Tree
 
 FOLDER = 'pretrained'
 _SOURCE = 'source.json'
+_GROUP, _GROUP_4 = 64, 32  # weights that share a scale; 4 bits lose much less in small groups
 _SAMPLES, _SAMPLE = 16, 1 << 16  # parts of a file that are compared, and the bytes of one
 
 Adapt = Callable[[Layer, Tree], tuple[Layer, Tree]]
@@ -159,7 +160,8 @@ def pretrained(
     def rewritten(weights: Tree) -> tuple[Layer, Tree]:
         layer = net
         if bits is not None:
-            layer, weights = transforms.quantize(layer, weights, bits=bits)
+            group = _GROUP_4 if bits == 4 else _GROUP
+            layer, weights = transforms.quantize(layer, weights, bits, group)
         return (layer, weights) if adapt is None else adapt(layer, weights)
 
     plain, weights = _described(rewritten, net) if weights is None else rewritten(weights)

@@ -13,6 +13,7 @@ from layercomb.supervised import EvalTask, Loop, TrainTask
 
 _TIMED = 3  # steps
 _FORWARD = 0.4  # of a step: a batch that is measured
+_LAST = 8.0  # seconds: the last checkpoint, the report and an answer
 
 
 def steps_within(experiment: Experiment, seconds: float) -> int:
@@ -22,7 +23,7 @@ def steps_within(experiment: Experiment, seconds: float) -> int:
 
     Args:
       experiment: with any number of steps; its model has weights.
-      seconds: until training should end.
+      seconds: until all should be over.
 
     Returns:
       At least 1.
@@ -35,7 +36,7 @@ def steps_within(experiment: Experiment, seconds: float) -> int:
     loop.run(1 + _TIMED)
     each = (time.monotonic() - compiled) / _TIMED
     # The schedule is a part of the program, which is compiled anew for the steps found here.
-    left = seconds - (time.monotonic() - began) - (compiled - began - each)
+    left = seconds - _LAST - (time.monotonic() - began) - (compiled - began - each)
     batches = sum(task.n_batches or 0 for task in experiment.eval_tasks)
     if batches:
         left -= (compiled - began) / 3 + EVALUATIONS * batches * _FORWARD * each

@@ -49,7 +49,7 @@ class Plan:
       remat: whether blocks are computed again in the backward pass.
       rehearse: the share of each row that is kept for Python's manual.
       steps: how many; None to choose them by `minutes`.
-      minutes: how long the command may take up to the end of training.
+      minutes: about how long the command may take.
     """
 
     source: Source
