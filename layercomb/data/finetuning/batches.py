@@ -77,6 +77,7 @@ def packed_documents(
       UsageError: if Grain is not installed; while it is read, if a document does not fit into a
         row, none has a weighted token, or what is rehearsed has no text or tokens without weight.
 
+    >>> import numpy as np
     >>> documents = [(np.arange(n), np.ones(n, np.float32)) for n in (4, 5, 3)]
     >>> (batch,) = packed_documents(documents, 6, 2, shuffle=False, num_epochs=1)
     >>> for x in batch[:2]:
