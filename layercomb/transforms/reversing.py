@@ -12,7 +12,7 @@ from layercomb.layers.reversible.bidirectional import BidirectionalRepeat
 from layercomb.layers.reversible.layers import Reversible
 
 
-def reversible(net: Layer, m: int = 4, *, fraction: int = 16, chunk_len: int | None = 512) -> Layer:
+def reversible(net: Layer, m: int = 4, *, fraction: int = 14, chunk_len: int | None = 512) -> Layer:
     """The same model, which trains without keeping the inputs of its blocks.
 
     Each `Repeat` becomes a `BidirectionalRepeat`; weights, state and paths stay what they are. In
@@ -24,7 +24,9 @@ def reversible(net: Layer, m: int = 4, *, fraction: int = 16, chunk_len: int | N
       net: any layer with blocks in `Repeat`, such as those of `lc.models` and `lc.interop`.
       m: 1 … 8.
       fraction: how many bits of a value of the stream stand after the point, 0 … 30. A stream must
-        stay below 2^(31 − fraction), or the loss of its batch is NaN; 16 allows 32,768.
+        stay below 2^(31 − fraction), or the loss of its batch is NaN; 14 allows 131,072. Streams of
+        pretrained models may reach 20,000, and pass 32,768 as they train. If a loss is NaN, give
+        fewer bits.
       chunk_len: how many positions a feed-forward takes at a time in training; None for all.
 
     Raises:

@@ -82,7 +82,7 @@ class BidirectionalRepeat(Repeat):
     position_wise = property(of_sublayers)
 
     m: Annotated[int, Bound(1, high=8)] = 4
-    fraction: Annotated[int, Bound(0, high=30)] = 16
+    fraction: Annotated[int, Bound(0, high=30)] = 14
     chunk_len: Size | None = None
 
     def __post_init__(self) -> None:

@@ -219,7 +219,7 @@ def test_gamma_differs_between_samples_and_blocks():
 
 
 def test_a_value_beyond_the_grid_makes_its_sample_nan():
-    net = tl.BidirectionalRepeat(tl.Residual(tl.Fn('Twice', twice)), 12)
+    net = tl.BidirectionalRepeat(tl.Residual(tl.Fn('Twice', twice)), 12, fraction=16)
     strange = [stream().at[1, 2, 3].set(x) for x in (33000.0, -40000.0, jnp.nan, jnp.inf)]
     grown = jnp.ones((1, B, L, D)).at[0, 1].set(64.0)  # it doubles in each block
     apply = jax.jit(lambda x: net.apply({}, {}, (x,), rng=key(), mode=Mode.TRAIN)[0][0])
@@ -233,10 +233,17 @@ def test_what_a_block_adds_beyond_the_grid_makes_its_sample_nan(added):
     def strange(x):
         return jnp.where(x == -9000, added, 0.0)  # the sum of both is on the grid
 
-    net = tl.BidirectionalRepeat(tl.Residual(tl.Fn('Strange', strange)), 1)
+    net = tl.BidirectionalRepeat(tl.Residual(tl.Fn('Strange', strange)), 1, fraction=16)
     x = stream().at[1, 2, 3].set(-9000)
     y = net.apply({}, {}, (x,), rng=key(), mode=Mode.TRAIN)[0][0]
     assert jnp.isnan(y).all((1, 2)).tolist() == [False, True, False]
+
+
+def test_streams_of_pretrained_models_have_room_to_grow():
+    net = tl.BidirectionalRepeat(plain_block(), 2)
+    x = stream().at[0, 0, :2].set(jnp.array([100_000.0, -100_000.0]))  # 20,000 before training
+    weights, state = given(net, x)
+    assert jnp.isfinite(trained(net, weights, state, x)).all()
 
 
 def twice(x):
