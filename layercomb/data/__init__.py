@@ -26,6 +26,7 @@ from layercomb.data.judged.preferences import preferences
 from layercomb.data.ngrams import witten_bell_bits_on_batches, witten_bell_bits_per_byte
 from layercomb.data.pairs import continuations, pairs
 from layercomb.data.pipelines import batches, bucketed, packed
+from layercomb.data.recalling import needles, recall
 from layercomb.data.sources import python_stdlib, text_files, tfds
 from layercomb.data.tasks import copy, copy_pairs, duplication
 from layercomb.data.tokenizers import ByteTokenizer, Tokenizer
@@ -52,6 +53,7 @@ __all__ = [
     'labelled',
     'labels',
     'length_report',
+    'needles',
     'packed',
     'packed_documents',
     'pairs',
@@ -62,6 +64,7 @@ __all__ = [
     'python_manual',
     'python_stdlib',
     'python_topics',
+    'recall',
     'scientific_papers',
     'shapes',
     'subpixels',

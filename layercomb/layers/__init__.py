@@ -13,6 +13,12 @@ from layercomb.layers.attention.lsh.hashing import lsh_buckets
 from layercomb.layers.attention.lsh.layer import LSHAttention, LSHSelfAttention
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
 from layercomb.layers.attention.relative import RelativeBias
+from layercomb.layers.attention.selected.blocks import BlockAttention
+from layercomb.layers.attention.selected.choice import chosen_blocks
+from layercomb.layers.attention.selected.function import selected_attention
+from layercomb.layers.attention.selected.hashed import HashedAttention
+from layercomb.layers.attention.selected.keys import KeyConv, UnitNorm
+from layercomb.layers.attention.selected.multihead import BlockSelfAttention, HashedSelfAttention
 from layercomb.layers.basic.activations import (
     Activation,
     Elu,
@@ -152,6 +158,8 @@ __all__ = [
     'BinaryCrossEntropyLoss',
     'BinaryF1',
     'BitsPerByte',
+    'BlockAttention',
+    'BlockSelfAttention',
     'BlockSparseFF',
     'Branch',
     'Chunk',
@@ -180,7 +188,10 @@ __all__ = [
     'GatedDense',
     'Gelu',
     'HardSigmoid',
+    'HashedAttention',
+    'HashedSelfAttention',
     'Initializer',
+    'KeyConv',
     'L2Loss',
     'LSHAttention',
     'LSHSelfAttention',
@@ -252,11 +263,13 @@ __all__ = [
     'Tanh',
     'UnfoldHeads',
     'Uniform',
+    'UnitNorm',
     'VarianceScaling',
     'Wrapper',
     'YarnScaling',
     'activation',
     'by_head',
+    'chosen_blocks',
     'counted_positions',
     'cross_entropy',
     'decide',
@@ -275,6 +288,7 @@ __all__ = [
     'recomputes',
     'seek',
     'segments_of',
+    'selected_attention',
     'sparse_qkv',
     'take_counted',
     'weighted_mean',

@@ -184,8 +184,9 @@ def knows_its_modes(trial: Trial) -> None:
     jax.eval_shape(lambda w, s, x: trial.layer.apply(w, s, x), weights, state, trial.signature)
     _draws_as_said(trial, bool(state))
     if trial.trains_as_it_evaluates and not state:
-        for mode in (Mode.RECORD, Mode.REPLAY):
-            _same_as_training(trial, mode)
+        _same_as_training(trial, Mode.RECORD)
+        if not trial.trace(Mode.RECORD).state:  # else REPLAY needs what was decided
+            _same_as_training(trial, Mode.REPLAY)
         if not trial.draws:
             return
     first = trial.outputs(Mode.EVAL)

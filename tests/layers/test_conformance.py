@@ -133,6 +133,38 @@ ROWS: dict[str, Row] = {
     'Gelu': Row(tl.Gelu),
     'HardSigmoid': Row(tl.HardSigmoid),
     'L2Loss': Row(tl.L2Loss, THREE),
+    'BlockAttention': Row(
+        lambda: tl.BlockAttention(n_chosen=1, block_len=1, local_len=0, masked=True),
+        (*QKV, mask()),
+        (2, 2, 2, 1),
+        2,
+    ),
+    'BlockSelfAttention': Row(
+        lambda: tl.BlockSelfAttention(
+            4, n_kv_heads=2, n_chosen=1, block_len=2, local_len=1, n_sinks=1, dropout=0.1
+        ),
+        draws=True,
+    ),
+    'HashedAttention': Row(
+        lambda: tl.HashedAttention(n_hashes=2, chunk_len=2, n_buckets=2, masked=True),
+        (*QKV, mask()),
+        (2, 2, 2, 1),
+        2,
+        draws=True,
+    ),
+    'HashedSelfAttention': Row(
+        lambda: tl.HashedSelfAttention(
+            2, n_hashes=2, chunk_len=2, max_len=L, local_len=2, n_sinks=1, dropout=0.1
+        ),
+        draws=True,
+    ),
+    'HashedSelfAttention of shared heads': Row(
+        lambda: tl.HashedSelfAttention(
+            4, n_kv_heads=2, n_hashes=2, chunk_len=2, n_buckets=2, local_len=0, duplicates='count'
+        ),
+        draws=True,
+    ),
+    'KeyConv': Row(lambda: tl.KeyConv(3), (heads(),), (2,), 2),
     'LSHAttention': Row(
         lambda: tl.LSHAttention(n_hashes=2, chunk_len=2, n_buckets=2, masked=True),
         (heads(), heads(), mask()),
@@ -248,6 +280,7 @@ ROWS: dict[str, Row] = {
     'SRU': Row(lambda: tl.SRU(6)),
     'Select': Row(lambda: tl.Select([1, 0, 1], n_in=3), (*TWO, stream())),
     'SelfAttention': Row(lambda: tl.SelfAttention(2, rotary=tl.RotaryPositions())),
+    'UnitNorm': Row(lambda: tl.UnitNorm(scaled=True), (heads(),), (2,), 2),
     'SelfAttention window': Row(
         lambda: tl.SelfAttention(2, window=2, masked=True), (stream(), mask()), (1, 1)
     ),

@@ -62,6 +62,20 @@ LAYERS = {
         scale=0.5,
         softcap=2.0,
     ),
+    'hashed': lambda: tl.HashedSelfAttention(
+        4,
+        n_kv_heads=2,
+        chunk_len=4,
+        n_buckets=4,
+        n_hashes=2,
+        local_len=3,
+        n_sinks=1,
+        masked=True,
+        rotary=tl.RotaryPositions(),
+    ),
+    'blocks': lambda: tl.BlockSelfAttention(
+        4, n_kv_heads=2, n_chosen=1, block_len=3, local_len=2, masked=True, scale=0.8, softcap=2.0
+    ),
     'an output that reads the stream': lambda: tl.SelfAttention(2, masked=True, output=Gated()),
 }
 

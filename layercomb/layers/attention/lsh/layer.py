@@ -15,16 +15,10 @@ from layercomb.layers.attention import tiles
 from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.lsh import rings
 from layercomb.layers.attention.lsh import windows as bucketwise
+from layercomb.layers.attention.lsh.buckets import Hashing
 from layercomb.layers.attention.lsh.cache import LSHCache
 from layercomb.layers.attention.lsh.function import check_circle, lsh_attention
-from layercomb.layers.attention.lsh.hashing import (
-    automatic_buckets,
-    check_buckets,
-    factors_of,
-    lsh_rotations,
-    rotated_buckets,
-    torch_rotations,
-)
+from layercomb.layers.attention.lsh.hashing import rotated_buckets
 from layercomb.layers.attention.lsh.rounds import UNIT_EPSILON
 from layercomb.layers.attention.multihead import MultiHead, dropout_arguments, shared_heads
 from layercomb.layers.attention.projections import MergeHeads, SplitHeads
@@ -40,7 +34,7 @@ from layercomb.shapes import Signature
 from layercomb.trees import Tree
 
 
-class LSHOptions(Layer):
+class LSHOptions(Hashing):
     """The fields that `LSHAttention`, which describes them, and `LSHSelfAttention` share."""
 
     _: KW_ONLY
@@ -64,7 +58,6 @@ class LSHOptions(Layer):
     rotations: Literal['jax', 'torch'] = 'jax'
 
     sees_padding = property(lambda self: self.neighbourhood != 'bucket')
-    needs_max_len = property(lambda self: self.n_buckets is None is self.max_len)
 
 
 class LSHAttention(LSHOptions):
@@ -117,12 +110,7 @@ class LSHAttention(LSHOptions):
             self.causal,
             self.duplicates,
         )
-        if self.n_buckets is not None:
-            check_buckets(self.n_buckets)
-        if self.rotations == 'torch' and 1 in factors_of(self.n_buckets or 2):
-            raise ValueError(
-                f"n_buckets={self.n_buckets!r}: torch's rotations make even numbers of buckets"
-            )
+        self.check_hashing()
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
@@ -142,21 +130,17 @@ class LSHAttention(LSHOptions):
         check_length('LSHAttention', length, self.max_len)
         if mode is not Mode.PREDICT or not self.causal:
             return {}, {}
-        if self.needs_max_len:
-            raise ValueError(
-                'LSHAttention: decoding needs the number of buckets of training: give max_len= '
-                '(or n_buckets=) when making the layer'
-            )
+        self.check_decoding()
         made = None
         if self.neighbourhood == 'bucket':
-            n_buckets = math.prod(self._factors(length))
+            n_buckets = math.prod(self.factors(length))
             made = rings.empty(b * h, self.n_hashes, n_buckets, self.chunk_len)
         return {}, LSHCache.empty(
             q,
             v,
             masked=True,
-            buckets=jnp.zeros((b * h, length, self.n_hashes), self._dtype(length)),
-            rotations=self._rotations(None, h, q.shape[3], length),
+            buckets=jnp.zeros((b * h, length, self.n_hashes), self.bucket_dtype(length)),
+            rotations=self.drawn(None, h, q.shape[3], length),
             rings=made,
         )
 
@@ -188,41 +172,20 @@ class LSHAttention(LSHOptions):
                 )
             keys = jax.vmap(jax.random.split)(tiles.keys_of_heads(rng, q.shape[1]))
             key, rng = keys[:, 0], keys[:, 1]
-        buckets, state = decide(mode, state, 'buckets', lambda: self._hash(q, key, q.shape[2]))
+        buckets, state = decide(mode, state, 'buckets', lambda: self._hash(q, key))
         further = {'segments': segments_of(state), **dropout_arguments(self.dropout, rng, mode)}
         y = self._attend(q, v, buckets, *mask, **further)
         return (y,), state
 
-    def _factors(self, length: int) -> tuple[int, ...]:
-        """The factors of the number of buckets."""
-        if self.n_buckets is None:
-            return automatic_buckets(self.max_len or length, self.chunk_len)
-        return factors_of(self.n_buckets)
-
-    def _dtype(self, length: int) -> Any:
-        """The smallest integer dtype that holds a bucket."""
-        n = math.prod(self._factors(length))
-        return next((t for t in (jnp.uint8, jnp.uint16) if n <= jnp.iinfo(t).max), jnp.int32)
-
-    def _rotations(self, rng: Any, n_heads: int, depth: int, length: int) -> jax.Array:
-        """From a key, or keys of heads; from `seed` without one."""
-        sizes: Any = {'n_buckets': self._factors(length), 'n_hashes': self.n_hashes}
-        if rng is None and self.rotations == 'torch':
-            return torch_rotations(self.seed, n_heads, depth, **sizes)
-        key = jax.random.key(self.seed) if rng is None else rng
-        return lsh_rotations(key, n_heads, depth, **sizes)
-
-    def _hash(self, q: jax.Array, rng: Any, length: int) -> jax.Array:
-        rotations = self._rotations(rng, q.shape[1], q.shape[3], length)
-        buckets = rotated_buckets(q, rotations, n_buckets=self._factors(length))
-        return buckets.astype(self._dtype(length))
+    def _hash(self, q: jax.Array, rng: Any) -> jax.Array:
+        return self.hashed(q, self.drawn(rng, q.shape[1], q.shape[3], q.shape[2]), q.shape[2])
 
     def _attend(self, q: Any, v: Any, buckets: Any, mask: Any = None, **further: Any) -> jax.Array:
         return lsh_attention(
             q,
             v,
             buckets,
-            n_buckets=math.prod(self._factors(q.shape[2])),
+            n_buckets=math.prod(self.factors(q.shape[2])),
             chunk_len=self.chunk_len,
             causal=self.causal,
             mask=mask,
@@ -242,7 +205,7 @@ class LSHAttention(LSHOptions):
         position, length, room = cache.position.rows, q.shape[2], cache.room
         refuse_overflow(position, length, room)
         real = jnp.ones((q.shape[0], length), bool) if mask is None else mask
-        n_buckets = self._factors(room)
+        n_buckets = self.factors(room)
         buckets = rotated_buckets(q, cache.rotations, n_buckets=n_buckets)
         by_position = buckets.swapaxes(2, 3)  # (B, H, T, R)
         cache = cache.append(position, k=q, v=v, mask=real, buckets=by_position)

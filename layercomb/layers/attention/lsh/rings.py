@@ -21,6 +21,8 @@ from layercomb.layers.attention.lsh.windows import unit
 from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.layers.quantized.rows import IN_BOUNDS, rows
 
+_DROWNING = 1e30
+
 
 def empty(n_rows: int, n_hashes: int, n_buckets: int, chunk_len: int) -> jax.Array:
     """Empty rings: negative numbers, all different within a ring.
@@ -72,6 +74,19 @@ def cosines(
     """
     f = _fast_cosines if has_kernels(1, q, keys) else _cosines
     return f(q, at, keys, jnp.float32(epsilon))
+
+
+def products(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
+    """q[n] · k for chosen keys k of each query, without copying the cache.
+
+    Args:
+      q, at, keys: as of `cosines`.
+
+    Returns:
+      (N, J) float32.
+    """
+    # Beside this ε the lengths of keys vanish in float32: cosines are products, over its root.
+    return cosines(q, at, keys, _DROWNING) * jnp.float32(_DROWNING**0.5)
 
 
 def means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:

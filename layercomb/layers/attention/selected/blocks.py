@@ -1,0 +1,188 @@
+"""`BlockAttention`: each query sees the blocks of keys whose mean it likes best.
+
+Shape letters: B batch, H heads, G heads of keys and values, L length or room, K depth of queries
+and keys, D depth of values, C block, N whole blocks that there can be, J chosen blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.checks import Size
+from layercomb.layers.attention.by_head import as_it_is, by_head
+from layercomb.layers.attention.selected.cache import PlacedCache
+from layercomb.layers.attention.selected.choice import (
+    Blocks,
+    best_blocks,
+    block_numbers,
+    chosen_blocks,
+)
+from layercomb.layers.attention.selected.core import Selecting, SelectingOptions
+
+
+class BlockOptions(SelectingOptions):
+    """The fields that `BlockAttention`, which describes them, and its multi-head layer share."""
+
+    _: KW_ONLY
+    n_chosen: Size = 4
+    block_len: Size = 16
+
+
+class BlockCache(PlacedCache):
+    """The decoding cache of attention to blocks.
+
+    Attributes:
+      k, v, mask, position, at, n_real: as of `PlacedCache`.
+      sums: (B·G, N, K) float32, of the keys of each block so far.
+      block_len: () int32, C.
+    """
+
+    sums: jax.Array
+    block_len: jax.Array
+
+    def refilled(self) -> BlockCache:
+        """The cache with sums made again from its keys, mask and positions."""
+        n, there = self.sums.shape[1], self.there()
+        place = jnp.cumsum(there, axis=1, dtype=jnp.int32) - 1
+        to = jnp.where(there, place // self.block_len, n)
+        to = jnp.repeat(to, len(self.k) // len(to), 0)  # (B·G, L)
+
+        def sums(k: jax.Array, to: jax.Array) -> jax.Array:
+            return jax.ops.segment_sum(k.astype(jnp.float32), to, n + 1)[:n]
+
+        return super().refilled().replace(sums=jax.vmap(sums)(self.k, to))
+
+    def pushed(self, position: jax.Array, real: jax.Array, **new: jax.Array) -> BlockCache:
+        """The cache with the next key of each row in the sum of its block.
+
+        Args:
+          position: (B,) int32.
+          real: (B,) bool, whether it is a real one.
+          **new: its keys ``k`` (B·G, K).
+        """
+        n = self.sums.shape[1]
+        to = jnp.where(real, self.n_real // self.block_len, n)
+        to = jnp.repeat(to, len(self.k) // len(to))
+        row = jnp.arange(len(to), dtype=jnp.int32)
+        sums = self.sums.at[row, to].add(new['k'].astype(jnp.float32), mode='drop')
+        return super().pushed(position, real).replace(sums=sums)
+
+    def blocks(self) -> Blocks:
+        """Its blocks; those that are unfinished have numbers too."""
+        b, n = len(self.n_real), self.sums.shape[1]
+        number = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
+        means = self.by_row(self.sums) / self.block_len.astype(jnp.float32)
+        return Blocks(means, jnp.zeros_like(number), number)
+
+
+class BlockAttention(BlockOptions, Selecting):
+    """Attention to blocks by choice: q (B, H, L, K), k (B, G, L, K), v (B, G, L, D) → (B, H, L, D).
+
+    G divides H; head h of the queries reads head ⌊h·G/H⌋ of keys and values. Keys are cut into
+    blocks of C. A query t sees its own block and the J whole ones b with the greatest
+    q_t · mean(k in b): if causal of those before its own, and of its own block no later keys. In
+    the same softmax it sees the last `local_len` keys, and the first `n_sinks`. See
+    `chosen_blocks` for the choice and `selected_attention` for the rest. No gradient goes through
+    the choice: a block is liked as its keys are.
+
+    The choice is a decision: ``RECORD`` keeps it, ``REPLAY`` takes it. In ``PREDICT`` a causal
+    layer keeps keys, values and the sums of blocks, with room for the length of the signature given
+    to `init`; a new position compares L/C means, and reads (J + 1)·C + `local_len` + `n_sinks`
+    keys, those of ``EVAL``.
+
+    Attributes:
+      n_chosen: J; may be changed after training.
+      block_len: C. Small blocks are chosen best; L²·K / C products choose.
+      max_len: the longest sequence; None for any.
+      causal: whether position t sees positions up to t only.
+      masked: whether a fourth input (B, L) bool says which positions are real.
+      dropout: share of the probabilities set to zero in training, in [0, 1).
+      local_len, n_sinks, duplicates, scale, softcap, heads_together: as of `selected_attention`.
+
+    Raises:
+      ValueError: for a sequence longer than `max_len`.
+
+    References:
+      MoBA, Lu et al. 2025, https://arxiv.org/abs/2502.13189
+      FlashMoBA, Xiao et al. 2025, https://arxiv.org/abs/2511.11571
+      NSA, Yuan et al. 2025, https://arxiv.org/abs/2502.11089
+    """
+
+    @property
+    def n_keys(self) -> int:
+        """A block, on both sides of a position that is not in it."""
+        return self.block_len if self.causal else 2 * self.block_len
+
+    @property
+    def own_is_near(self) -> bool:
+        """Whether what a query sees of its own block is among the last `local_len` keys."""
+        return self.causal and self.duplicates == 'once' and self.local_len >= self.block_len
+
+    def n_buckets_of(self, length: int) -> int:
+        """Blocks of a sequence, and one for what is missing."""
+        return -(-length // self.block_len) + 1
+
+    def choose(self, q: Any, k: Any, mask: Any, segments: Any, rng: Any) -> jax.Array:
+        """The blocks of queries, (B, H, R, L).
+
+        Args:
+          q, k, mask, segments, rng: as of `Selecting.choose`.
+        """
+        found = chosen_blocks(
+            q,
+            k,
+            block_len=self.block_len,
+            n_chosen=self.n_chosen,
+            causal=self.causal,
+            mask=mask,
+            segments=segments,
+        )
+        n = self.n_buckets_of(q.shape[2])
+        dtype = next((t for t in (jnp.uint8, jnp.uint16) if n <= jnp.iinfo(t).max), jnp.int32)
+        return found.astype(dtype)
+
+    def buckets(self, chosen: Any, mask: Any, segments: Any) -> tuple[jax.Array, jax.Array]:
+        """The chosen blocks and its own, of each query; and the block of each key (B, 1, 1, L)."""
+        b, h, _, length = chosen.shape
+        own = block_numbers(b, length, self.block_len, mask, segments)
+        chosen = chosen.astype(jnp.int32)
+        if not self.own_is_near:
+            of_each = jnp.broadcast_to(own[:, None, None], (b, h, 1, length))
+            chosen = jnp.concatenate([chosen, of_each], 2)
+        return chosen, own[:, None, None]
+
+    def new_cache(self, q: Any, k: Any, v: Any) -> BlockCache:
+        """An empty cache for signatures of q, k and v."""
+        b, g, length, depth = k.shape
+        n = max(1, length // self.block_len)
+        sums = jnp.zeros((b * g, n, depth), jnp.float32)
+        return BlockCache.unfilled(k, v, sums=sums, block_len=jnp.int32(self.block_len))
+
+    def kept(self, cache: BlockCache, k: jax.Array) -> dict[str, jax.Array]:
+        """Nothing beside keys."""
+        return {}
+
+    def chosen_in(self, cache: BlockCache, q: jax.Array) -> jax.Array:
+        """As `choose`, from the keys of a cache."""
+        return self.choose(q, cache.by_row(cache.k), cache.there(), None, None)
+
+    def found(self, cache: BlockCache, q: jax.Array) -> jax.Array:
+        """The positions of the blocks that queries choose, and of their own: (B·H, J'·C)."""
+        b, h, _ = q.shape
+        own = jnp.maximum(cache.n_real - 1, 0)[:, None] // self.block_len  # (B, 1)
+        blocks, ids = cache.blocks(), jnp.zeros_like(own)
+        n = min(self.n_chosen, blocks.number.shape[1])
+        numbers = best_blocks(q[:, :, None], blocks, ids, own, n, True, -1)[..., 0]  # (B, H, n)
+        if not self.own_is_near:
+            own = jnp.broadcast_to(own[:, None], (b, h, 1))
+            numbers = jnp.concatenate([numbers, own], 2)
+        within = jnp.arange(self.block_len, dtype=jnp.int32)[None, None, None]
+        places = numbers[..., None] * self.block_len + within  # (B, H, J', C)
+        return cache.of_places(places).reshape(b * h, -1)
+
+
+by_head.register(BlockAttention)(as_it_is)

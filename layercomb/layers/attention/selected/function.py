@@ -1,0 +1,261 @@
+"""`selected_attention`: softmax attention over keys that are found, and keys near by.
+
+Shape letters: B batch, H heads of queries, G heads of keys, L length, K depth of queries and keys,
+D depth of values, R rounds; F folds of heads that are computed as one sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from layercomb.layers.attention import tiles
+from layercomb.layers.attention.functions import (
+    check_mask,
+    check_segments,
+    check_shared_heads,
+    check_softcap,
+)
+from layercomb.layers.attention.selected import pairs
+from layercomb.layers.attention.selected.sets import Plan
+
+# Short sequences of several heads are computed as one, so that a loop has something to do.
+_CPU_KEYS = 4096
+_TOGETHER = 8  # pairs of tiles and pieces; on a CPU 8 at a time take two thirds of the time of 1
+_TILE_LEN = 64
+
+
+def selected_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_buckets: jax.Array,
+    k_buckets: jax.Array,
+    *,
+    n_buckets: int,
+    n_keys: int,
+    local_len: int = 0,
+    n_sinks: int = 0,
+    causal: bool = True,
+    mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    duplicates: Literal['once', 'count'] = 'once',
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_rate: float = 0.0,
+    rng: jax.Array | None = None,
+    tile_len: int | None = None,
+    heads_together: int | None = None,
+) -> jax.Array:
+    """Softmax attention of each query to keys of its buckets, to those near by, and to the first.
+
+    In round r a query of bucket b at position t sees S_r(t), the last `n_keys` keys of bucket b up
+    to t. Beside these are the last `local_len` keys up to t, and the first `n_sinks` of all::
+
+        y_t = Σ_r Σ_{c ∈ S_r(t)} exp(s[t, c] − z_t) v_c        s[t, c] = scale · q_t · k_c
+
+    No later token changes what a causal query sees, nor the outputs but for rounding. Not causal,
+    half of the keys are before the query, itself among them, and half behind it. Only real
+    positions count, so that padding takes no place, and only those of the query's own document.
+
+    Time and memory are linear in L, apart from sorting; the backward pass keeps q, k, v, the output
+    and one number a query, and is one pass.
+
+    Args:
+      q: (B, H, L, K).
+      k, v: (B, G, L, K) and (B, G, L, D). G divides H; head h of the queries reads head ⌊h·G/H⌋.
+      q_buckets, k_buckets: (B, H, R, L) and (B, G, R, L) integers, 0 … n_buckets − 1.
+      n_buckets: how many buckets there are.
+      n_keys: of a bucket, for each query.
+      local_len: how many near keys a query sees, itself included; 0 for none.
+      n_sinks: how many of the first keys it sees.
+      causal: whether position t sees positions up to t only.
+      mask: (B, L) bool, True = a real position; or None.
+      segments: (B, L) int32, the document of each position; or None.
+      duplicates: 'once' counts a key once that is found several times, 'count' as often as it is.
+      scale: of the products; None for 1 / √K.
+      softcap: as of `dot_product_attention`.
+      dropout_rate: share of the probabilities set to zero, in [0, 1).
+      rng: a typed key, or one for every head (H,); needed for dropout.
+      tile_len: queries, and keys, that are computed together; None for 64.
+      heads_together: heads of keys computed as one sequence: the largest divisor of B·G up to this.
+        None: on a CPU as many as have 4,096 positions, all elsewhere. With dropout each is alone.
+
+    Returns:
+      (B, H, L, D), in the dtype of v; zero where the mask is False.
+
+    Raises:
+      ValueError: if shapes, dtypes or sizes do not fit together.
+
+    >>> from layercomb import tl
+    >>> x = jax.random.normal(jax.random.key(0), (1, 2, 50, 8))
+    >>> buckets = tl.lsh_buckets(x, jax.random.key(1), n_buckets=4, n_hashes=3)
+    >>> selected_attention(x, x, x, buckets, buckets, n_buckets=4, n_keys=16, local_len=8).shape
+    (1, 2, 50, 8)
+    """
+    _check(q, k, v, q_buckets, k_buckets, mask)
+    check_segments(segments, q, k)
+    _check_numbers(n_buckets, n_keys, local_len, n_sinks, softcap, dropout_rate, rng)
+    if duplicates not in ('once', 'count'):
+        raise ValueError(f"duplicates is 'once' or 'count', got {duplicates!r}")
+    if dropout_rate:  # each head of queries drops by its own key, alone
+        k, v, k_buckets = (jnp.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v, k_buckets))
+    b, g, length, depth = k.shape
+    c = min(tile_len or _TILE_LEN, -(-length // 8) * 8)
+    plan = Plan(
+        length=length,
+        n_heads=_together(b * g, length, heads_together, alone=bool(dropout_rate)),
+        group=q.shape[1] // g,
+        n_buckets=n_buckets,
+        n_rounds=q_buckets.shape[2],
+        n_keys=n_keys,
+        local_len=local_len,
+        n_sinks=n_sinks,
+        causal=causal,
+        once=duplicates == 'once',
+        scale=depth**-0.5 if scale is None else float(scale),
+        softcap=softcap,
+        dropout_rate=dropout_rate,
+        tile_len=c,
+        piece_len=c,
+        together=_TOGETHER,
+    )
+    keys = rng if dropout_rate else None
+    return _attend(plan, q, k, v, (q_buckets, k_buckets), mask, segments, keys)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    plan: Plan, q: Any, k: Any, v: Any, buckets: Any, mask: Any, segments: Any, rng: Any
+) -> jax.Array:
+    return _attend_forward(plan, q, k, v, buckets, mask, segments, rng)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attend_forward(
+    plan: Plan, q: Any, k: Any, v: Any, buckets: Any, mask: Any, segments: Any, rng: Any
+) -> Any:
+    folded = _folded(plan, q, k, v, buckets, mask, segments, rng)
+    out, z = _over_folds(functools.partial(pairs.forward, plan), folded)
+    out, z = out.reshape(*q.shape[:3], -1), z.reshape(q.shape[:3])
+    return out, (q, k, v, buckets, mask, segments, rng, out, z)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
+    q, k, v, buckets, mask, segments, rng, out, z = kept
+    dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    folded = _folded(plan, q, k, v, buckets, mask, segments, rng)
+    further = (_fold(plan.n_q, x) for x in (z, d_out, dot_out))
+    made = _over_folds(functools.partial(pairs.backward, plan), (*folded, *further))
+    grads = (d.reshape(x.shape).astype(x.dtype) for d, x in zip(made, (q, k, v), strict=True))
+    return (*grads, None, None, None, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _together(n: int, length: int, most: int | None, alone: bool) -> int:
+    """How many of n heads are computed as one sequence: a divisor of n."""
+    if alone:
+        return 1
+    if most is None:
+        most = max(1, _CPU_KEYS // length) if jax.default_backend() == 'cpu' else n
+    return next(i for i in range(min(n, most), 0, -1) if n % i == 0)
+
+
+def _folded(
+    plan: Plan, q: Any, k: Any, v: Any, buckets: Any, mask: Any, segments: Any, rng: Any
+) -> Any:
+    """The arguments of `pairs.forward` with a leading axis F."""
+    b, g, length, _ = k.shape
+    q, k, v = _fold(plan.n_q, q), _fold(plan.n_k, k), _fold(plan.n_k, v)
+    n = len(plan.windows) - plan.n_rounds
+    real = jnp.ones((b, length), bool) if mask is None else mask
+
+    def numbered(buckets: Any, per_head: int, nobody: int) -> Any:
+        """(B, heads, R, L) → (F, R', heads of a fold · L), with buckets of each head."""
+        near = [(0, 0), (0, 0), (0, n), (0, 0)]  # near keys and the first ones: one bucket
+        made = jnp.pad(buckets.astype(jnp.int32), near)
+        heads = jnp.arange(b * g, dtype=jnp.int32) % plan.n_heads
+        first = (1 + plan.n_buckets * heads).reshape(b, g, 1)
+        first = jnp.broadcast_to(first, (b, g, per_head)).reshape(b, -1, 1, 1)
+        made = jnp.where(real[:, None, None], made + first, nobody)
+        made = made.reshape(-1, plan.n_heads * per_head, made.shape[2], length)
+        return made.swapaxes(1, 2).reshape(len(made), -1, plan.n_heads * per_head * length)
+
+    nobody = plan.n_buckets * plan.n_heads + 1
+    numbers = numbered(buckets[0], plan.group, 0), numbered(buckets[1], 1, nobody)
+    if segments is not None:
+        segments = _fold(plan.n_k, jnp.broadcast_to(segments[:, None], (b, g, length)))
+    if rng is not None:  # each head is alone, see `selected_attention`
+        of_heads: Any = tiles.key_per_head(rng, (b, g))
+        rng = of_heads.reshape(-1)
+    return q, k, v, numbers, segments, rng
+
+
+def _fold(n: int, x: jax.Array) -> jax.Array:
+    """(B, heads, L, …) → (F, n, …)."""
+    return x.reshape(-1, n, *x.shape[3:])
+
+
+def _over_folds(f: Any, folded: Any) -> Any:
+    """f of each fold, one by one: under `vmap` its loops would run as long as the longest."""
+    if len(folded[0]) == 1:
+        made = f(*jax.tree.map(lambda x: x[0], folded))
+        return jax.tree.map(lambda x: x[None], made)
+    return lax.map(lambda x: f(*x), folded)
+
+
+def _check(q: Any, k: Any, v: Any, q_buckets: Any, k_buckets: Any, mask: Any) -> None:
+    """Raises ValueError if shapes or dtypes do not fit together."""
+    shapes = f'q {q.shape}, k {k.shape}, v {v.shape}'
+    fits = q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3]
+    if not fits or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or not q.shape[2]:
+        raise ValueError(
+            'selected attention takes q (B, H, L, K), k (B, G, L, K) and v (B, G, L, D), got '
+            f'{shapes}'
+        )
+    check_shared_heads(q.shape[1], k.shape[1], 'keys and values', shapes)
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k, v)):
+        raise ValueError(f'attention takes floats, got q {q.dtype}, k {k.dtype}, v {v.dtype}')
+    for name, x, buckets in (('q', q, q_buckets), ('k', k, k_buckets)):
+        shape = buckets.shape
+        if buckets.ndim != 4 or (*shape[:2], shape[3]) != x.shape[:3]:
+            raise ValueError(
+                f'{name}_buckets must be (B, heads, R, L) for {name} {x.shape}, got {shape}'
+            )
+        if not jnp.issubdtype(buckets.dtype, jnp.integer):
+            raise ValueError(f'{name}_buckets must be integers, got {buckets.dtype}')
+    if q_buckets.shape[2] != k_buckets.shape[2]:
+        raise ValueError(
+            f'queries have {q_buckets.shape[2]} rounds of buckets, and keys {k_buckets.shape[2]}'
+        )
+    if mask is not None:
+        check_mask(mask, (q.shape[0], q.shape[2]))
+
+
+def _check_numbers(
+    n_buckets: int,
+    n_keys: int,
+    local_len: int,
+    n_sinks: int,
+    softcap: float | None,
+    dropout_rate: float,
+    rng: Any,
+) -> None:
+    """Raises ValueError if a number is out of its bounds."""
+    check_softcap(softcap)
+    if n_buckets < 1 or n_keys < 1 or local_len < 0 or n_sinks < 0:
+        raise ValueError(
+            f'n_buckets={n_buckets} and n_keys={n_keys} are at least 1, local_len={local_len} and '
+            f'n_sinks={n_sinks} at least 0'
+        )
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f'dropout_rate must be in [0, 1), got {dropout_rate}')
+    if dropout_rate and rng is None:
+        raise ValueError(f'dropout_rate={dropout_rate} needs a random key: pass rng=')

@@ -1,0 +1,195 @@
+"""`HashedAttention`: LSH attention with keys of their own, and keys near by in the same softmax.
+
+Shape letters: B batch, H heads, G heads of keys and values, N = B·H, L length or room, T new
+positions, K depth of queries and keys, D depth of values, R rounds, n buckets, C keys of a bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.checks import Size
+from layercomb.layers.attention import tiles
+from layercomb.layers.attention.by_head import as_it_is, by_head
+from layercomb.layers.attention.lsh import rings
+from layercomb.layers.attention.lsh.buckets import Hashing
+from layercomb.layers.attention.selected.cache import PlacedCache
+from layercomb.layers.attention.selected.core import Selecting, SelectingOptions
+from layercomb.layers.core.mode import Mode
+from layercomb.trees import Tree
+
+
+class HashedOptions(SelectingOptions, Hashing):
+    """The fields that `HashedAttention`, which describes them, and its multi-head layer share."""
+
+    _: KW_ONLY
+    n_hashes: Size = 4
+    chunk_len: Size = 32
+    n_buckets: int | tuple[int, ...] | None = None
+    seed: int = 0
+
+
+class HashedCache(PlacedCache):
+    """The decoding cache of hashed attention.
+
+    A key is put into the ring of its own bucket, and a query reads the ring of its own: that holds
+    the last C keys of the bucket. Padding is in none.
+
+    Attributes:
+      k, v, mask, position, at, n_real: as of `PlacedCache`.
+      buckets: (N, L, R) unsigned, of each key in each round.
+      rotations: (H, R, F, K) float32, of the hash.
+      by_bucket: (N, R, n, C) int32, positions; negative where there is none.
+    """
+
+    buckets: jax.Array
+    rotations: jax.Array
+    by_bucket: jax.Array
+
+    def refilled(self) -> HashedCache:
+        """The cache with rings made again from its buckets, mask and positions."""
+        ring = rings.filled(self.by_bucket, self.buckets, self.mask, self.position.rows)
+        return super().refilled().replace(by_bucket=ring)
+
+    def pushed(self, position: jax.Array, real: jax.Array, **new: jax.Array) -> HashedCache:
+        """The cache with the next position of each row in its rings.
+
+        Args:
+          position: (B,) int32.
+          real: (B,) bool, whether it is a real one.
+          **new: ``buckets`` (N, R), of its keys.
+        """
+        n = len(self.buckets) // len(position)
+        repeated = (jnp.repeat(x, n) for x in (position, real))
+        by_bucket, _ = rings.push(self.by_bucket, new['buckets'], *repeated)
+        return super().pushed(position, real).replace(by_bucket=by_bucket)
+
+
+class HashedAttention(HashedOptions, Selecting):
+    """LSH attention: q (B, H, L, K), k (B, G, L, K), v (B, G, L, D) → (B, H, L, D).
+
+    G divides H; head h of the queries reads head ⌊h·G/H⌋ of keys and values. In each of R rounds
+    queries and keys are hashed by the same rotations, and a query sees the last `chunk_len` keys of
+    its bucket. In the same softmax it sees the last `local_len` keys, and the first `n_sinks`: see
+    `selected_attention`. Hashing sees angles and the softmax products, so queries and keys should
+    be of one length, as `HashedSelfAttention` makes them.
+
+    Rotations are drawn from `rng` in training, and from `seed` in ``EVAL`` and ``PREDICT``. Buckets
+    are a decision: ``RECORD`` keeps them, ``REPLAY`` takes them. In ``PREDICT`` a causal layer
+    keeps keys, values and rings of the last keys of each bucket, with room for the length of the
+    signature given to `init`; a new position reads R·C + `local_len` + `n_sinks` keys, those of
+    ``EVAL``. Decoding needs `n_buckets` or `max_len`: the length of a cache would give other
+    buckets.
+
+    Attributes:
+      n_hashes: R; may be changed after training.
+      chunk_len: C.
+      n_buckets: 1, an even number, or a tuple of such factors; None makes buckets that average half
+        a chunk at `max_len` positions.
+      max_len: the longest sequence, from which automatic buckets are made. None takes the input's
+        length; a longer input then changes the buckets, and so the outputs, of earlier positions.
+      causal: whether position t sees positions up to t only.
+      masked: whether a fourth input (B, L) bool says which positions are real.
+      dropout: share of the probabilities set to zero in training, in [0, 1).
+      local_len, n_sinks, duplicates, scale, softcap, heads_together: as of `selected_attention`.
+      seed: of the rotations in ``EVAL`` and ``PREDICT``; layers with one seed share rotations.
+
+    Raises:
+      ValueError: for a number of buckets that is odd and not 1; for a sequence longer than
+        `max_len`; or for ``PREDICT`` without `n_buckets` and `max_len`.
+
+    References:
+      Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
+    """
+
+    rotations = 'jax'
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_hashing()
+
+    @property
+    def n_keys(self) -> int:
+        """C."""
+        return self.chunk_len
+
+    def n_buckets_of(self, length: int) -> int:
+        """The number of buckets of a sequence."""
+        return math.prod(self.factors(length))
+
+    def keys_of(self, rng: Any, n_heads: int, mode: Mode) -> tuple[Any, Any]:
+        """Keys of rotations and of dropout, one a head; None outside training."""
+        if not mode.is_training:
+            return None, rng
+        if rng is None:
+            raise ValueError(
+                f'{type(self).__name__} draws rotations in training: pass '
+                'rng=jax.random.key(…) to apply'
+            )
+        keys = jax.vmap(jax.random.split)(tiles.keys_of_heads(rng, n_heads))
+        return keys[:, 0], keys[:, 1]
+
+    def choose(self, q: Any, k: Any, mask: Any, segments: Any, rng: Any) -> Tree:
+        """Buckets of queries and of keys, both (B, H, R, L): rotations differ by head of queries.
+
+        Args:
+          q, k, mask, segments, rng: as of `Selecting.choose`.
+        """
+        length = q.shape[2]
+        rotations = self.drawn(rng, q.shape[1], q.shape[3], length)
+        return {
+            'q': self.hashed(q, rotations, length),
+            'k': self.hashed(_for_each(q.shape[1], k), rotations, length),
+        }
+
+    def buckets(self, chosen: Any, mask: Any, segments: Any) -> tuple[jax.Array, jax.Array]:
+        """Those that were chosen."""
+        return chosen['q'], chosen['k']
+
+    def new_cache(self, q: Any, k: Any, v: Any) -> HashedCache:
+        """An empty cache for signatures of q, k and v.
+
+        Raises:
+          ValueError: without `n_buckets` and `max_len`.
+        """
+        self.check_decoding()
+        b, h, length, depth = q.shape
+        n_buckets = self.n_buckets_of(length)
+        return HashedCache.unfilled(
+            k,
+            v,
+            buckets=jnp.zeros((b * h, length, self.n_hashes), self.bucket_dtype(length)),
+            rotations=self.drawn(None, h, depth, length),
+            by_bucket=rings.empty(b * h, self.n_hashes, n_buckets, self.chunk_len),
+        )
+
+    def kept(self, cache: HashedCache, k: jax.Array) -> dict[str, jax.Array]:
+        """The buckets of new keys, (B, H, T, R)."""
+        k = _for_each(len(cache.rotations), k)
+        return {'buckets': self.hashed(k, cache.rotations, cache.room).swapaxes(2, 3)}
+
+    def chosen_in(self, cache: HashedCache, q: jax.Array) -> Tree:
+        """Buckets of queries and of the keys in the cache, both (B, H, R, L)."""
+        of_keys = cache.by_row(cache.buckets).swapaxes(2, 3)
+        return {'q': self.hashed(q, cache.rotations, cache.room), 'k': of_keys}
+
+    def found(self, cache: HashedCache, q: jax.Array) -> jax.Array:
+        """The rings of the queries' buckets: (N, R·C) positions, negative where there is none."""
+        buckets = self.hashed(q[:, :, None], cache.rotations, cache.room)  # (B, H, R, 1)
+        buckets = buckets.reshape(-1, self.n_hashes).astype(jnp.int32)
+        n = jnp.arange(len(buckets), dtype=jnp.int32)[:, None]
+        rounds = jnp.arange(self.n_hashes, dtype=jnp.int32)[None]
+        return cache.by_bucket[n, rounds, buckets].reshape(len(buckets), -1)
+
+
+by_head.register(HashedAttention)(as_it_is)
+
+
+def _for_each(n_heads: int, k: jax.Array) -> jax.Array:
+    """Keys (B, G, T, K) for each head of queries, (B, H, T, K)."""
+    return jnp.repeat(k, n_heads // k.shape[1], 1)

@@ -1,0 +1,278 @@
+"""Layers that select their keys: choice of blocks, decoding, causality, documents, memory."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layercomb import init_state, models, shape_dtype, tl, transforms
+from layercomb.layers.attention.selected import choice
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.state.decisions import take_decisions
+
+B, L, D = 2, 45, 16
+HASHED = tl.HashedSelfAttention(4, n_hashes=3, n_buckets=4, chunk_len=6, local_len=4, n_sinks=2)
+BLOCKS = tl.BlockSelfAttention(4, n_chosen=2, block_len=4, local_len=3, n_sinks=1)
+LAYERS = {
+    'hashed': HASHED,
+    'hashed, shared heads': HASHED.replace(n_kv_heads=2, rotary=tl.RotaryPositions()),
+    'hashed, counted': HASHED.replace(duplicates='count', local_len=0, key_kernel=1, softcap=3.0),
+    'blocks': BLOCKS,
+    'blocks, wide window': BLOCKS.replace(local_len=9, n_kv_heads=1, rotary=tl.RotaryPositions()),
+    'blocks, counted': BLOCKS.replace(duplicates='count', n_kv_heads=2, scale=0.7, n_sinks=0),
+}
+over_layers = pytest.mark.parametrize('net', LAYERS.values(), ids=LAYERS.keys())
+
+
+def stream(seed=0, length=L):
+    return jax.random.normal(jax.random.key(seed), (B, length, D))
+
+
+def weights_of(net, *inputs):
+    """Initial weights, away from the identity of the convolution."""
+    weights, _ = net.init(tuple(shape_dtype(x.shape, x.dtype) for x in inputs), jax.random.key(1))
+
+    def moved(w):
+        return w + 0.1 * jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape)
+
+    return jax.tree.map(moved, weights)
+
+
+def whole(net, weights, *inputs, **more):
+    return jax.jit(lambda weights, inputs: net.apply(weights, {}, inputs, **more)[0][0])(
+        weights, inputs
+    )
+
+
+def wanted_blocks(q, k, size, n, causal, real, ids):
+    """The definition of `chosen_blocks`, as sets: query → numbers of blocks in its document."""
+    (b, h, length, _), group = q.shape, q.shape[1] // k.shape[1]
+    made = {}
+    for row, head, t in np.ndindex(b, h, length):
+        if not real[row, t]:
+            continue
+        there = [j for j in range(length) if real[row, j] and ids[row, j] == ids[row, t]]
+        cut = [there[i : i + size] for i in range(0, len(there), size)]
+        own = next(i for i, block in enumerate(cut) if t in block)
+        others = [i for i in range(len(cut)) if (i < own if causal else i != own)]
+        mean = {i: k[row, head // group, cut[i]].mean(0) for i in others if len(cut[i]) == size}
+        liked = sorted(mean, key=lambda i: -(q[row, head, t] @ mean[i]))
+        made[row, head, t] = own, liked[:n]
+    return made
+
+
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('kind', ['plain', 'masked', 'packed', 'both', 'short'])
+def test_blocks_are_those_with_the_best_mean(kind, causal):
+    g = np.random.default_rng(0)
+    length, size, n = (3, 4, 2) if kind == 'short' else (37, 4, 3)
+    q, k = g.normal(size=(2, 4, length, 8)), g.normal(size=(2, 2, length, 8))
+    real, ids = np.ones((2, length), bool), np.zeros((2, length), np.int32)
+    if kind in ('masked', 'both'):
+        real = g.random((2, length)) < 0.7
+    if kind in ('packed', 'both'):
+        ids = np.sort(g.integers(0, 4, (2, length)), 1).astype(np.int32)
+    got = tl.chosen_blocks(
+        jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), block_len=size, n_chosen=n,
+        causal=causal,
+        mask=None if real.all() else jnp.asarray(real),
+        segments=jnp.asarray(ids) if ids.any() else None,
+    )  # fmt: skip
+    nothing = -(-length // size)
+    for (row, head, t), (_, liked) in wanted_blocks(q, k, size, n, causal, real, ids).items():
+        found = [int(i) for i in got[row, head, :, t] if i != nothing]
+        assert found == liked
+
+
+def test_many_queries_are_compared_some_at_a_time(monkeypatch):
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 2, 50, 8))
+    find = functools.partial(tl.chosen_blocks, block_len=4, n_chosen=3)
+    wanted = find(q, k)
+    monkeypatch.setattr(choice, '_SCORES_AT_A_TIME', 7 * 2 * 12)
+    np.testing.assert_array_equal(find(q, k), wanted)
+
+
+@over_layers
+@pytest.mark.parametrize('masked', [False, True])
+def test_a_prompt_and_single_positions_see_what_the_whole_sees(net, masked):
+    net = net.replace(masked=masked)
+    inputs = (stream(),)
+    if masked:
+        inputs += (jax.random.bernoulli(jax.random.key(5), 0.8, (B, L)),)
+    weights = weights_of(net, *inputs)
+    signature = tuple(shape_dtype(x.shape, x.dtype) for x in inputs)
+    state, outs, start = init_state(net, signature, Mode.PREDICT), [], 0
+    step = jax.jit(functools.partial(net.apply, mode=Mode.PREDICT))
+    for n in (7, 1, 1, 5, *[1] * (L - 14)):
+        (y,), state = step(weights, state, tuple(x[:, start : start + n] for x in inputs))
+        outs.append(y)
+        start += n
+    real = inputs[1][..., None] if masked else True
+    got, wanted = jnp.concatenate(outs, 1), whole(net, weights, *inputs)
+    np.testing.assert_allclose(jnp.where(real, got, 0), jnp.where(real, wanted, 0), atol=2e-6)
+
+
+@over_layers
+def test_padding_behind_a_short_prompt_is_as_if_it_had_never_been(net):
+    x = stream()
+    weights = weights_of(net, x)
+    state = init_state(net, (shape_dtype(x.shape),), Mode.PREDICT)
+    _, state = net.apply(weights, state, (x[:, :20],), mode=Mode.PREDICT)
+    lengths = jnp.array([13, 18])
+    state = tl.seek(state, lengths)
+    row = jnp.arange(B)
+    outs = []
+    for i in range(6):
+        (y,), state = net.apply(weights, state, (x[row, lengths + i][:, None],), mode=Mode.PREDICT)
+        outs.append(y[:, 0])
+    wanted = whole(net, weights, x)
+    for i, y in enumerate(outs):
+        np.testing.assert_allclose(y, wanted[row, lengths + i], atol=2e-6)
+
+
+@over_layers
+@pytest.mark.parametrize('t', [0, 11, 30])
+def test_no_later_position_matters(net, t):
+    x = stream()
+    weights = weights_of(net, x)
+    f = jax.jit(lambda x: net.apply(weights, {}, (x,))[0][0][:, t])
+    y, pull = jax.vjp(f, x)
+    (d_x,) = pull(jax.random.normal(jax.random.key(3), y.shape))
+    assert not d_x[:, t + 1 :].any()
+    other = x.at[:, t + 1 :].set(stream(7)[:, t + 1 :])
+    np.testing.assert_allclose(f(other), y, atol=2e-6)
+
+
+@over_layers
+def test_what_is_chosen_does_not_depend_on_later_positions(net):
+    x, t = stream(), 30
+    weights = weights_of(net, x)
+
+    def chosen(x):
+        _, state = net.apply(weights, {}, (x,), rng=jax.random.key(2), mode=Mode.RECORD)
+        return jax.tree.leaves(take_decisions(state)[1])
+
+    other = x.at[:, t + 1 :].set(stream(7)[:, t + 1 :])
+    for a, b in zip(chosen(x), chosen(other), strict=True):
+        np.testing.assert_array_equal(a[..., : t + 1], b[..., : t + 1])
+
+
+@over_layers
+@pytest.mark.parametrize('causal', [True, False])
+def test_documents_in_one_row_are_as_if_alone(net, causal):
+    net = net.replace(causal=causal, rotary=None)
+    x, ends = stream(), (0, 19, 33, L)
+    weights = weights_of(net, x)
+    ids = np.repeat(np.arange(3), np.diff(ends)).astype(np.int32)
+    ids = jnp.asarray(np.stack([ids, ids]))
+
+    got = whole(transforms.Segmented(net), weights, x, ids)
+    for first, last in itertools.pairwise(ends):
+        wanted = whole(net, weights, x[:, first:last])
+        np.testing.assert_allclose(got[:, first:last], wanted, atol=2e-6)
+
+
+def test_one_block_of_everything_is_full_attention():
+    x = stream()
+    net = tl.BlockSelfAttention(4, n_chosen=1, block_len=L)
+    full = net.replace(core=tl.DotProductAttention(scale=1.0))
+    weights = weights_of(net, x)
+    np.testing.assert_allclose(whole(net, weights, x), whole(full, weights, x), atol=2e-6)
+
+
+def test_all_buckets_in_one_is_a_window():
+    x = stream()
+    net = tl.HashedSelfAttention(4, n_hashes=2, n_buckets=1, chunk_len=5, local_len=0)
+    window = net.replace(core=tl.DotProductAttention(scale=1.0, window=5))
+    weights = weights_of(net, x)
+    np.testing.assert_allclose(whole(net, weights, x), whole(window, weights, x), atol=2e-6)
+
+
+def test_keys_are_convolved_from_the_identity():
+    x = jax.random.normal(jax.random.key(0), (B, 2, 9, 4))
+    conv = tl.KeyConv(3)
+    weights, _ = conv.init((shape_dtype(x.shape),), jax.random.key(1))
+    np.testing.assert_array_equal(conv.apply(weights, {}, (x,))[0][0], x)
+    kernel = jax.random.normal(jax.random.key(2), weights['kernel'].shape)
+    (y,), _ = conv.apply({'kernel': kernel}, {}, (x,))
+    t = 5
+    wanted = x[:, :, t] + kernel[None, :, 0] * x[:, :, t - 1] + kernel[None, :, 1] * x[:, :, t - 2]
+    np.testing.assert_allclose(y[:, :, t], wanted, atol=1e-6)
+    np.testing.assert_allclose(y[:, :, 0], x[:, :, 0], atol=1e-6)
+
+
+def test_a_learned_scale_starts_at_the_root_of_the_depth():
+    x = jax.random.normal(jax.random.key(0), (B, 2, 9, 16))
+    norm = tl.UnitNorm(scaled=True)
+    weights, _ = norm.init((shape_dtype(x.shape),), jax.random.key(1))
+    (y,), _ = norm.apply(weights, {}, (x,))
+    np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), 4, rtol=1e-5)
+
+
+@pytest.mark.parametrize('net', [HASHED, BLOCKS], ids=['hashed', 'blocks'])
+def test_temporaries_grow_with_the_length_alone(net):
+    def loss(q, k, v):
+        (y,), _ = net.core.apply({}, {}, (q, k, v), rng=jax.random.key(0), mode=Mode.TRAIN)
+        return y.sum()
+
+    def temporaries(length):
+        x = shape_dtype((1, 2, length, 16))
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(2048), temporaries(8192)
+    assert many < 4.4 * few
+    assert many < 8192 * 2 * 16 * 4 * 40  # forty arrays of the size of q
+
+
+def test_reversible_stacks_decide_once():
+    for attention in (HASHED.replace(n_buckets=None), BLOCKS):
+        net = models.ReformerLM(
+            11, D, 32, 2, 4, max_len=64, attention=attention, positions='rotary', ff_chunk_len=None
+        )
+        ids = jax.random.randint(jax.random.key(0), (B, 40), 0, 11)
+        weights, _ = net.init((shape_dtype(ids.shape, 'int32'),), jax.random.key(1))
+
+        def loss(weights, mode, net=net, ids=ids):
+            (y,), _ = net.apply(weights, {}, (ids,), rng=jax.random.key(2), mode=mode)
+            return (y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)).sum()
+
+        got = jax.jit(jax.grad(lambda w: loss(w, Mode.TRAIN)))(weights)
+        wanted = jax.jit(jax.grad(lambda w: loss(w, Mode.RECORD)))(weights)  # runs plainly
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4 * jnp.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda: tl.HashedSelfAttention(4, n_buckets=7), 'n_buckets'),
+        (lambda: tl.HashedSelfAttention(4, n_kv_heads=3), 'does not divide n_heads'),
+        (lambda: tl.HashedSelfAttention(4, local_len=-1), 'local_len=-1'),
+        (lambda: tl.BlockSelfAttention(4, n_sinks=-2), 'n_sinks=-2'),
+        (lambda: tl.BlockSelfAttention(4, block_len=0), 'block_len'),
+        (lambda: tl.BlockSelfAttention(4, n_chosen=0), 'n_chosen'),
+    ],
+)
+def test_bad_fields_are_refused_when_a_layer_is_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_decoding_without_a_number_of_buckets_is_refused():
+    signature = (shape_dtype((1, 8, D)),)
+    with pytest.raises(ValueError, match='decoding needs the number of buckets'):
+        tl.HashedSelfAttention(2).init(signature, jax.random.key(0), Mode.PREDICT)
+    with pytest.raises(ValueError, match='max_len'):
+        tl.BlockSelfAttention(2, max_len=4).init(signature, jax.random.key(0))
+
+
+def test_training_without_a_key_is_refused():
+    x = stream()
+    with pytest.raises(ValueError, match='draws rotations in training'):
+        HASHED.apply(weights_of(HASHED, x), {}, (x,), mode=Mode.TRAIN)
