@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from layercomb import tl
+from layercomb.layers.attention.lsh.hashing import automatic_buckets
 
 
 class Kind(NamedTuple):
@@ -49,11 +50,10 @@ def _shared(n_hashes: int, chunk_len: int) -> Kind:
 
 def hashed(n_hashes: int, chunk_len: int, local_len: int, kernel: int = 3, **more) -> Kind:
     """Hashing with keys of their own, beside those near by."""
-    n_buckets_per_chunk = more.pop('buckets', 1)
 
     def make(n_heads: int, length: int) -> tl.Layer:
-        # One bucket for `chunk_len` positions: all of it is seen by the last ones.
-        n_buckets = max(2, n_buckets_per_chunk * length // chunk_len)
+        # As many buckets as chunks, so that the last positions see all of theirs.
+        n_buckets = automatic_buckets(length, 2 * chunk_len)
         return tl.HashedSelfAttention(
             n_heads, n_hashes=n_hashes, chunk_len=chunk_len, local_len=local_len,
             n_buckets=n_buckets, key_kernel=kernel, **more,

@@ -5,7 +5,8 @@ position takes ten times as long as the product itself; it gathers rows before i
 and it copies the factors of sparse layers to another layout. These kernels read each weight once
 per position. Small operations such as a norm are included, since XLA makes about six loops of one,
 each of which costs a few microseconds. And it computes attention of many queries on one thread;
-`flash_forward` and `flash_backward` take all, and are for training, too.
+`flash_forward`, `flash_backward` and those of `selected` attention take all, and are for training,
+too.
 
 The kernels are compiled at first use with the machine's own compiler. Without a compiler, or with
 ``LAYERCOMB_KERNELS=0``, `available` is false and the library uses XLA. ``python -m
@@ -46,8 +47,11 @@ _NAMES = (
     'gathered_means',
     'flash_forward',
     'flash_backward',
+    'selected_forward',
+    'selected_backward',
 )
 DEPTH = 16  # the depths that `flash_forward` takes are multiples of it
+DEPTHS = (16, 32, 64, 128)  # those that `selected_forward` takes
 _WORDS = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8)
 
 _off = jax.make_user_context(False)
@@ -408,6 +412,113 @@ def _flash_arguments(
         jnp.zeros(0, dtype or jnp.int32) if x is None else jnp.asarray(x) for x, _, dtype in given
     )
     return q, k, v, *empty, factors, limits
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which keys a query of `selected_forward` sees, and how its scores are made.
+
+    Attributes:
+      n_buckets: how many there are.
+      n_keys: how many keys of its bucket a query sees in a round.
+      local_len, n_sinks: how many near keys it sees, and how many of the first.
+      causal: whether a query sees positions up to its own only; else half of the keys are behind.
+      once: whether a key that is found several times counts once.
+      scale: factor of the scores.
+      softcap: c, which makes scores c·tanh(scores / c); None for no cap.
+    """
+
+    n_buckets: int
+    n_keys: int
+    local_len: int
+    n_sinks: int
+    causal: bool
+    once: bool
+    scale: float
+    softcap: float | None = None
+
+
+def selected_forward(
+    selection: Selection,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    buckets: tuple[jax.Array, jax.Array],
+    mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of each query to the keys that it finds.
+
+    Depths are among `DEPTHS`. The result does not depend on the number of threads.
+
+    Args:
+      selection: the static part.
+      q: (B, H, L, K) float32.
+      k, v: (B, G, L, K) float32; G divides H, and neighbouring heads share keys and values.
+      buckets: of queries (B, H, R, L) and of keys (B, G, R, L), int32, from 0; one that is out of
+        bounds takes the nearest.
+      mask: (B, L) bool, True = a real position; or None.
+      segments: (B, L) int32, not decreasing: the document of each position; or None.
+
+    Returns:
+      The output (B, H, L, K), zero where a query finds no key; and the logsumexp of its scores
+      (B, H, L), 1e30 there. Both are float32.
+    """
+    args = _selected_arguments(selection, q, k, v, buckets, mask, segments)
+    return _call_many('selected_forward', (q.shape, q.shape[:3]), *args)
+
+
+def selected_backward(
+    selection: Selection,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    buckets: tuple[jax.Array, jax.Array],
+    kept: tuple[jax.Array, jax.Array],
+    d_out: jax.Array,
+    mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of q, k and v, float32.
+
+    Args:
+      selection, q, k, v, buckets, mask, segments: as of `selected_forward`.
+      kept: what that returned.
+      d_out: (B, H, L, K) float32, the cotangent of the output.
+    """
+    args = _selected_arguments(selection, q, k, v, buckets, mask, segments)
+    y, z = kept
+    _check(y.shape == d_out.shape == q.shape and z.shape == q.shape[:3], y, z, d_out)
+    _check_dtypes(y, y, z, d_out)
+    return _call_many('selected_backward', (q.shape, k.shape, v.shape), *args, y, z, d_out)
+
+
+def _selected_arguments(
+    selection: Selection, q: Any, k: Any, v: Any, buckets: Any, mask: Any, segments: Any
+) -> tuple[jax.Array, ...]:
+    """The arguments that both handlers take."""
+    of_queries, of_keys = buckets
+    _check_ranks(q=(q, 4), k=(k, 4), q_buckets=(of_queries, 4), k_buckets=(of_keys, 4))
+    _check_dtypes(k, q, k, v)
+    (b, h, length, depth), g, rounds = q.shape, k.shape[1], of_queries.shape[2]
+    fits = k.shape == v.shape == (b, g, length, depth) and h == g * (h // max(g, 1))
+    _check(fits and depth in DEPTHS, q, k, v)
+    shapes = (b, h, rounds, length), (b, g, rounds, length)
+    _check((of_queries.shape, of_keys.shape) == shapes, q, k, of_queries, of_keys)
+    given = (mask, jnp.bool_), (segments, jnp.int32)
+    for x, dtype in given:
+        if x is not None:
+            _check(x.shape == (b, length), q, k, x)
+            if x.dtype != dtype:
+                raise TypeError(f'expected {jnp.dtype(dtype).name}, got {x.dtype}')
+    s, last = selection, max(selection.n_buckets, 1) - 1
+    # A bucket is an index of memory.
+    of_queries, of_keys = (jnp.clip(x.astype(jnp.int32), 0, last) for x in buckets)
+    empty = (jnp.zeros(0, dtype) if x is None else x for x, dtype in given)
+    factors = jnp.asarray([s.scale, s.softcap or 0], jnp.float32)
+    sizes = [s.n_buckets, s.n_keys, s.local_len, s.n_sinks, s.causal, s.once]
+    limits = jnp.asarray(sizes, jnp.int32)
+    return q, k, v, of_queries, of_keys, *empty, factors, limits
 
 
 def _columns(words: jax.Array) -> int:

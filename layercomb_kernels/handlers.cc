@@ -186,6 +186,37 @@ ffi::Error FlashBackward(ffi::ThreadPool threads, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
+// A query (B, H, L, K), keys and values (B, G, L, K), buckets (B, H, R, L) and (B, G, R, L), mask
+// (B, L) and segments (B, L), each of these two perhaps empty; scale and softcap; and the number of
+// buckets, of keys, of near ones and of first ones, whether it is causal, and counts keys once.
+layercomb::Selection SelectionOf(const Call& call) {
+  const float* factors = call.floats(7);
+  const int32_t* limits = call.indices(8);
+  return {call.size(0, 0),           call.size(0, 1), call.size(1, 1), call.size(0, 2),
+          call.size(3, 2),           call.size(0, 3), call.floats(0),  call.floats(1),
+          call.floats(2),            call.indices(3), call.indices(4), call.maybe<bool>(5),
+          call.maybe<int32_t>(6),    factors[0],      factors[1],      limits[0],
+          limits[1],                 limits[2],       limits[3],       limits[4] != 0,
+          limits[5] != 0};
+}
+
+ffi::Error SelectedForward(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                           ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  layercomb::SelectedForward(call.pool(), SelectionOf(call), call.y(), call.y(1));
+  return ffi::Error::Success();
+}
+
+// The same, and output, logsumexp and the output's cotangent.
+ffi::Error SelectedBackward(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                            ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  const layercomb::Cotangents ct{call.floats(11), call.floats(10), nullptr,
+                                 call.y(),        call.y(1),       call.y(2)};
+  layercomb::SelectedBackward(call.pool(), SelectionOf(call), call.floats(9), ct);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 // One signature for all of them: what decodes it takes a second to compile.
@@ -203,5 +234,7 @@ LAYERCOMB_HANDLER(layercomb_normalize, Normalize);
 LAYERCOMB_HANDLER(layercomb_query_attention, QueryAttention);
 LAYERCOMB_HANDLER(layercomb_gathered_cosines, GatheredCosines);
 LAYERCOMB_HANDLER(layercomb_gathered_means, GatheredMeans);
+LAYERCOMB_HANDLER(layercomb_selected_forward, SelectedForward);
+LAYERCOMB_HANDLER(layercomb_selected_backward, SelectedBackward);
 LAYERCOMB_HANDLER(layercomb_flash_forward, FlashForward);
 LAYERCOMB_HANDLER(layercomb_flash_backward, FlashBackward);

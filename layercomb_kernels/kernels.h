@@ -120,6 +120,32 @@ void FlashForward(const Pool& pool, const Attention& a, float* y, float* z);
 void FlashBackward(const Pool& pool, const Attention& a, const float* y, const float* z,
                    const float* d_y, float* d_query, float* d_keys, float* d_values);
 
+// Attention of the queries of n_rows rows and n_heads heads, of which neighbours share one of n_keyed
+// heads of keys and values, to the keys that they find: in each round to n_keys of the query's
+// bucket, and to those near by and the first ones. Padding and other documents do not count.
+struct Selection {
+  int64_t n_rows, n_heads, n_keyed, length, n_rounds, depth;  // 16, 32, 64 or 128
+  const float *query, *keys, *values;
+  const int32_t *of_queries, *of_keys;  // (n_rows, heads, n_rounds, length) buckets
+  const bool* mask;                     // (n_rows, length): which positions are real; or null
+  const int32_t* segments;  // (n_rows, length), not decreasing: the document of each; or null
+  float scale, softcap;     // no cap if 0
+  int64_t n_buckets, n_keys, local_len, n_sinks;
+  bool causal;  // else half of the keys are before the query, and half behind it
+  bool once;    // whether a key that is found several times counts once
+
+  int64_t group() const { return n_keyed ? n_heads / n_keyed : 1; }
+  // How many keys a query sees at most.
+  int64_t most() const { return n_rounds * n_keys + local_len + n_sinks; }
+};
+
+// y[h, t] = Σ_c p[c] values[g, c], with p the softmax of scale · query[h, t] · keys[g, c] over what t
+// finds, and its logsumexp z; zeros, and 1e30, where it finds nothing.
+void SelectedForward(const Pool& pool, const Selection& a, float* y, float* z);
+
+// The gradients of query, keys and values, from y, z and the cotangent of y; `dots` are not read.
+void SelectedBackward(const Pool& pool, const Selection& a, const float* y, const Cotangents& ct);
+
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls `work(i)` for each i below n, on threads of XLA's pool and on this one. Whoever is free

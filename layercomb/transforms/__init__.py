@@ -17,6 +17,7 @@ from layercomb.transforms.rematerializing import remat
 from layercomb.transforms.reversing import reversible
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.segments import Segmented, segmented
+from layercomb.transforms.selecting import sparse_attention
 from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.unstacking import unstack, unstack_state
@@ -48,6 +49,7 @@ __all__ = [
     'reversible',
     'rewrite',
     'segmented',
+    'sparse_attention',
     'unstack',
     'unstack_state',
     'with_adapter',

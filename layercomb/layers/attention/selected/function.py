@@ -20,7 +20,7 @@ from layercomb.layers.attention.functions import (
     check_shared_heads,
     check_softcap,
 )
-from layercomb.layers.attention.selected import pairs
+from layercomb.layers.attention.selected import native, pairs
 from layercomb.layers.attention.selected.sets import Plan
 
 # Short sequences of several heads are computed as one, so that a loop has something to do.
@@ -139,21 +139,27 @@ def _attend(
 def _attend_forward(
     plan: Plan, q: Any, k: Any, v: Any, buckets: Any, mask: Any, segments: Any, rng: Any
 ) -> Any:
-    folded = _folded(plan, q, k, v, buckets, mask, segments, rng)
-    out, z = _over_folds(functools.partial(pairs.forward, plan), folded)
-    out, z = out.reshape(*q.shape[:3], -1), z.reshape(q.shape[:3])
+    if native.applies(plan, q, k, v):
+        out, z = native.forward(plan, q, k, v, buckets, mask, segments)
+    else:
+        folded = _folded(plan, q, k, v, buckets, mask, segments, rng)
+        out, z = _over_folds(functools.partial(pairs.forward, plan), folded)
+        out, z = out.reshape(*q.shape[:3], -1), z.reshape(q.shape[:3])
     return out, (q, k, v, buckets, mask, segments, rng, out, z)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
     q, k, v, buckets, mask, segments, rng, out, z = kept
+    if native.applies(plan, q, k, v):
+        grads = native.backward(plan, q, k, v, buckets, mask, segments, (out, z), d_out)
+        return (*grads, None, None, None, None)
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     folded = _folded(plan, q, k, v, buckets, mask, segments, rng)
     further = (_fold(plan.n_q, x) for x in (z, d_out, dot_out))
     made = _over_folds(functools.partial(pairs.backward, plan), (*folded, *further))
-    grads = (d.reshape(x.shape).astype(x.dtype) for d, x in zip(made, (q, k, v), strict=True))
-    return (*grads, None, None, None, None)
+    shaped = (d.reshape(x.shape).astype(x.dtype) for d, x in zip(made, (q, k, v), strict=True))
+    return (*shaped, None, None, None, None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
