@@ -15,13 +15,14 @@ from layercomb.layers.attention.selected import choice
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.state.decisions import take_decisions
 
-B, L, D = 2, 45, 16
+B, L, D = 2, 37, 16
 HASHED = tl.HashedSelfAttention(4, n_hashes=3, n_buckets=4, chunk_len=6, local_len=4, n_sinks=2)
 BLOCKS = tl.BlockSelfAttention(4, n_chosen=2, block_len=4, local_len=3, n_sinks=1)
 LAYERS = {
     'hashed': HASHED,
     'hashed, shared heads': HASHED.replace(n_kv_heads=2, rotary=tl.RotaryPositions()),
     'hashed, counted': HASHED.replace(duplicates='count', local_len=0, key_kernel=1, softcap=3.0),
+    'hashed, centred': HASHED.replace(n_kv_heads=2, centred=True),
     'blocks': BLOCKS,
     'blocks, wide window': BLOCKS.replace(local_len=9, n_kv_heads=1, rotary=tl.RotaryPositions()),
     'blocks, counted': BLOCKS.replace(duplicates='count', n_kv_heads=2, scale=0.7, n_sinks=0),
@@ -97,8 +98,9 @@ def test_many_queries_are_compared_some_at_a_time(monkeypatch):
     np.testing.assert_array_equal(find(q, k), wanted)
 
 
-@over_layers
-@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize(
+    ('net', 'masked'), [(net, i % 2 == 1) for i, net in enumerate(LAYERS.values())], ids=LAYERS
+)
 def test_a_prompt_and_single_positions_see_what_the_whole_sees(net, masked):
     net = net.replace(masked=masked)
     inputs = (stream(),)
@@ -117,8 +119,9 @@ def test_a_prompt_and_single_positions_see_what_the_whole_sees(net, masked):
     np.testing.assert_allclose(jnp.where(real, got, 0), jnp.where(real, wanted, 0), atol=2e-6)
 
 
-@over_layers
-def test_padding_behind_a_short_prompt_is_as_if_it_had_never_been(net):
+@pytest.mark.parametrize('name', ['hashed, centred', 'blocks', 'blocks, wide window'])
+def test_padding_behind_a_short_prompt_is_as_if_it_had_never_been(name):
+    net = LAYERS[name]
     x = stream()
     weights = weights_of(net, x)
     state = init_state(net, (shape_dtype(x.shape),), Mode.PREDICT)
@@ -136,9 +139,8 @@ def test_padding_behind_a_short_prompt_is_as_if_it_had_never_been(net):
 
 
 @over_layers
-@pytest.mark.parametrize('t', [0, 11, 30])
-def test_no_later_position_matters(net, t):
-    x = stream()
+def test_no_later_position_matters(net):
+    x, t = stream(), 11
     weights = weights_of(net, x)
     f = jax.jit(lambda x: net.apply(weights, {}, (x,))[0][0][:, t])
     y, pull = jax.vjp(f, x)
@@ -162,11 +164,12 @@ def test_what_is_chosen_does_not_depend_on_later_positions(net):
         np.testing.assert_array_equal(a[..., : t + 1], b[..., : t + 1])
 
 
-@over_layers
-@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize(
+    ('net', 'causal'), [(net, i % 2 == 1) for i, net in enumerate(LAYERS.values())], ids=LAYERS
+)
 def test_documents_in_one_row_are_as_if_alone(net, causal):
     net = net.replace(causal=causal, rotary=None)
-    x, ends = stream(), (0, 19, 33, L)
+    x, ends = stream(), (0, 19, 30, L)
     weights = weights_of(net, x)
     ids = np.repeat(np.arange(3), np.diff(ends)).astype(np.int32)
     ids = jnp.asarray(np.stack([ids, ids]))

@@ -162,7 +162,7 @@ class BlockAttention(BlockOptions, Selecting):
         sums = jnp.zeros((b * g, n, depth), jnp.float32)
         return BlockCache.unfilled(k, v, sums=sums, block_len=jnp.int32(self.block_len))
 
-    def kept(self, cache: BlockCache, k: jax.Array) -> dict[str, jax.Array]:
+    def kept(self, cache: BlockCache, k: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
         """Nothing beside keys."""
         return {}
 

@@ -177,8 +177,14 @@ class Selecting(SelectingOptions):
         """An empty cache for signatures of q, k and v."""
         raise NotImplementedError
 
-    def kept(self, cache: Any, k: jax.Array) -> dict[str, jax.Array]:
-        """What the cache keeps of new keys (B, G, T, K) beside them, by name, (B, heads, T, …)."""
+    def kept(self, cache: Any, k: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
+        """What the cache keeps of new keys (B, G, T, K) beside them, by name, (B, heads, T, …).
+
+        Args:
+          cache: before them.
+          k: the keys.
+          real: (B, T) bool, which of them are real.
+        """
         raise NotImplementedError
 
     def chosen_in(self, cache: Any, q: jax.Array) -> Any:
@@ -193,7 +199,7 @@ class Selecting(SelectingOptions):
         position, length, room = cache.position.rows, q.shape[2], cache.room
         refuse_overflow(position, length, room)
         real = jnp.ones((q.shape[0], length), bool) if mask is None else mask
-        kept = self.kept(cache, k)
+        kept = self.kept(cache, k, real)
         cache = cache.append(position, k=k, v=v, mask=real, **kept)
         if length == 1:
             # The first new key of each head, without its axis of positions.

@@ -99,9 +99,8 @@ def selected_attention(
     """
     _check(q, k, v, q_buckets, k_buckets, mask)
     check_segments(segments, q, k)
+    _check_duplicates(duplicates)
     _check_numbers(n_buckets, n_keys, local_len, n_sinks, softcap, dropout_rate, rng)
-    if duplicates not in ('once', 'count'):
-        raise ValueError(f"duplicates is 'once' or 'count', got {duplicates!r}")
     if dropout_rate:  # each head of queries drops by its own key, alone
         k, v, k_buckets = (jnp.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v, k_buckets))
     b, g, length, depth = k.shape
@@ -243,6 +242,11 @@ def _check(q: Any, k: Any, v: Any, q_buckets: Any, k_buckets: Any, mask: Any) ->
         )
     if mask is not None:
         check_mask(mask, (q.shape[0], q.shape[2]))
+
+
+def _check_duplicates(duplicates: str) -> None:
+    if duplicates not in ('once', 'count'):
+        raise ValueError(f"duplicates is 'once' or 'count', got {duplicates!r}")
 
 
 def _check_numbers(

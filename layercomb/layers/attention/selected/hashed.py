@@ -21,6 +21,7 @@ from layercomb.layers.attention.lsh.buckets import Hashing
 from layercomb.layers.attention.selected.cache import PlacedCache
 from layercomb.layers.attention.selected.core import Selecting, SelectingOptions
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.state import segments as documents
 from layercomb.trees import Tree
 
 
@@ -28,10 +29,11 @@ class HashedOptions(SelectingOptions, Hashing):
     """The fields that `HashedAttention`, which describes them, and its multi-head layer share."""
 
     _: KW_ONLY
-    n_hashes: Size = 4
-    chunk_len: Size = 32
+    n_hashes: Size = 8
+    chunk_len: Size = 8
     n_buckets: int | tuple[int, ...] | None = None
     seed: int = 0
+    centred: bool = False
 
 
 class HashedCache(PlacedCache):
@@ -45,16 +47,18 @@ class HashedCache(PlacedCache):
       buckets: (N, L, R) unsigned, of each key in each round.
       rotations: (H, R, F, K) float32, of the hash.
       by_bucket: (N, R, n, C) int32, positions; negative where there is none.
+      total: (B·G, K) float32, the sum of the real keys.
     """
 
     buckets: jax.Array
     rotations: jax.Array
     by_bucket: jax.Array
+    total: jax.Array
 
     def refilled(self) -> HashedCache:
         """The cache with rings made again from its buckets, mask and positions."""
         ring = rings.filled(self.by_bucket, self.buckets, self.mask, self.position.rows)
-        return super().refilled().replace(by_bucket=ring)
+        return super().refilled().replace(by_bucket=ring, total=_totals(self.k, self.there()))
 
     def pushed(self, position: jax.Array, real: jax.Array, **new: jax.Array) -> HashedCache:
         """The cache with the next position of each row in its rings.
@@ -62,12 +66,13 @@ class HashedCache(PlacedCache):
         Args:
           position: (B,) int32.
           real: (B,) bool, whether it is a real one.
-          **new: ``buckets`` (N, R), of its keys.
+          **new: its keys ``k`` (B·G, K), and their ``buckets`` (N, R).
         """
         n = len(self.buckets) // len(position)
         repeated = (jnp.repeat(x, n) for x in (position, real))
         by_bucket, _ = rings.push(self.by_bucket, new['buckets'], *repeated)
-        return super().pushed(position, real).replace(by_bucket=by_bucket)
+        total = self.total + _totals(new['k'][:, None], real[:, None])
+        return super().pushed(position, real).replace(by_bucket=by_bucket, total=total)
 
 
 class HashedAttention(HashedOptions, Selecting):
@@ -98,6 +103,9 @@ class HashedAttention(HashedOptions, Selecting):
       dropout: share of the probabilities set to zero in training, in [0, 1).
       local_len, n_sinks, duplicates, scale, softcap, heads_together: as of `selected_attention`.
       seed: of the rotations in ``EVAL`` and ``PREDICT``; layers with one seed share rotations.
+      centred: whether a key is hashed as seen from the mean of the keys of its document up to it.
+        Keys of a model that was trained with full attention point nearly one way, and hashing sees
+        only directions.
 
     Raises:
       ValueError: for a number of buckets that is odd and not 1; for a sequence longer than
@@ -144,8 +152,30 @@ class HashedAttention(HashedOptions, Selecting):
         rotations = self.drawn(rng, q.shape[1], q.shape[3], length)
         return {
             'q': self.hashed(q, rotations, length),
-            'k': self.hashed(_for_each(q.shape[1], k), rotations, length),
+            'k': self.hashed(
+                _for_each(q.shape[1], self._seen(k, mask, segments)), rotations, length
+            ),
         }
+
+    def _seen(self, k: jax.Array, mask: Any, segments: Any) -> jax.Array:
+        """Keys (B, G, L, K) as they are hashed."""
+        if not self.centred:
+            return k
+        b, _, length, _ = k.shape
+        real = jnp.ones((b, length), bool) if mask is None else mask
+        sums, counts = _sums(k, real), jnp.cumsum(real, 1, dtype=jnp.float32)
+        if segments is not None:  # less what came before the document
+            first = jnp.arange(length, dtype=jnp.int32)[None] - documents.places(segments)
+
+            def before(x: jax.Array) -> jax.Array:  # (B, …, L, …) → the same
+                padded = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
+                return jnp.take_along_axis(padded, first[:, :, None], 1)
+
+            flat = sums.swapaxes(1, 2).reshape(b, length, -1)  # (B, L, G·K)
+            flat = flat - before(flat)
+            sums = flat.reshape(b, length, *k.shape[1::2]).swapaxes(1, 2)
+            counts = counts - before(counts[..., None])[..., 0]
+        return _about_mean(k, sums, counts)
 
     def buckets(self, chosen: Any, mask: Any, segments: Any) -> tuple[jax.Array, jax.Array]:
         """Those that were chosen."""
@@ -166,10 +196,19 @@ class HashedAttention(HashedOptions, Selecting):
             buckets=jnp.zeros((b * h, length, self.n_hashes), self.bucket_dtype(length)),
             rotations=self.drawn(None, h, depth, length),
             by_bucket=rings.empty(b * h, self.n_hashes, n_buckets, self.chunk_len),
+            total=jnp.zeros((b * k.shape[1], depth), jnp.float32),
         )
 
-    def kept(self, cache: HashedCache, k: jax.Array) -> dict[str, jax.Array]:
-        """The buckets of new keys, (B, H, T, R)."""
+    def kept(self, cache: HashedCache, k: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
+        """The buckets of new keys, (B, H, T, R).
+
+        Args:
+          cache, k, real: as of `Selecting.kept`.
+        """
+        if self.centred:
+            sums = cache.by_row(cache.total)[:, :, None] + _sums(k, real)
+            counts = cache.n_real[:, None] + jnp.cumsum(real, 1, dtype=jnp.int32)
+            k = _about_mean(k, sums, counts.astype(jnp.float32))
         k = _for_each(len(cache.rotations), k)
         return {'buckets': self.hashed(k, cache.rotations, cache.room).swapaxes(2, 3)}
 
@@ -188,6 +227,24 @@ class HashedAttention(HashedOptions, Selecting):
 
 
 by_head.register(HashedAttention)(as_it_is)
+
+
+def _about_mean(k: jax.Array, sums: jax.Array, counts: jax.Array) -> jax.Array:
+    """k − sums / counts, for keys and sums (B, G, T, K) and counts (B, T)."""
+    mean = sums / jnp.maximum(counts, 1.0)[:, None, :, None]
+    return k - mean.astype(k.dtype)
+
+
+def _sums(k: jax.Array, real: jax.Array) -> jax.Array:
+    """Sums of the real keys (B, G, T, K) up to each, float32."""
+    counted = jnp.where(real[:, None, :, None], k, 0).astype(jnp.float32)
+    return jnp.cumsum(counted, 2)
+
+
+def _totals(k: jax.Array, real: jax.Array) -> jax.Array:
+    """Sums of the real keys (B·G, L, K) of rows (B, L): (B·G, K) float32."""
+    real = jnp.repeat(real, len(k) // len(real), 0)
+    return jnp.where(real[..., None], k, 0).astype(jnp.float32).sum(1)
 
 
 def _for_each(n_heads: int, k: jax.Array) -> jax.Array:

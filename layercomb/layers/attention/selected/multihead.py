@@ -105,8 +105,8 @@ class HashedSelfAttention(HashedOptions, OwnKeys):
     Attributes:
       n_heads: H.
       n_hashes, chunk_len, n_buckets, max_len, local_len, n_sinks, causal, dropout, duplicates,
-        seed, scale, softcap, heads_together: as of `HashedAttention`; the scale is 1 by default,
-        since queries have one.
+        seed, centred, scale, softcap, heads_together: as of `HashedAttention`; the scale is 1 by
+        default, since queries have one.
       masked: whether a second input (B, L) bool says which positions are real.
       d_head: K, by default D / H.
       rotary: positions applied to queries and keys, e.g. `RotaryPositions()`.
