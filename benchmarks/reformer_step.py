@@ -3,22 +3,28 @@
     pip install -e '.[bench]'
     python benchmarks/reformer_step.py --lengths 1024 2048 3072 4096 8192 16384 32768 --repeats 2
 
-Six layers, d_model 256, 4 heads, d_ff 1024 with ReLU, 256 tokens, chunks of 64, 4 hashes, batch 1,
-float32, no dropout; a step is the loss, its gradients, and for ours a plain SGD update as well.
-Ours is the code that takes masks and dropout too. The standard Transformer has full attention.
+Six layers, d_model 256, 4 heads, d_ff 1024 with ReLU, 256 tokens, batch 1, float32, no dropout; a
+step is the loss, its gradients, and for ours a plain SGD update as well. Hashing of the others has
+chunks of 64 and 4 hashes. Ours has `HashedSelfAttention` as it comes, with keys of their own, 8
+rounds of 8 keys and 32 near ones; the same with 4 rounds of 64 and 64 near ones; and
+`LSHSelfAttention`, whose queries are its keys. The standard Transformer has full attention.
+
+The peers need not be where layercomb is: `--peer` names a Python that has torch and transformers.
 
 Contestants take turns. Each runs as it comes (``default malloc``), and with the allocator that
 suits it best: torch's with one that keeps its pages, ours with huge pages, which ``layercomb
 train`` asks for by itself. Of the repeats the best counts.
 
-The floor is the time of the matrix products alone, at the rate that one product of this machine
-reached in this run: per token and layer, projections and feed-forward forward, again, and two
-gradients; attention's two products forward, two again and five backward for every hash.
+The floor is the time of the matrix products of shared keys alone, at the rate that one product of
+this machine reached in this run: per token and layer, projections and feed-forward forward, again,
+and two gradients; attention's two products forward, two again and five backward for every hash.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import sys
 import time
 
 from machine import describe
@@ -29,6 +35,8 @@ LAYERS, D_MODEL, HEADS, D_FF, VOCAB, CHUNK, HASHES = 6, 256, 4, 1024, 256, 64, 4
 CONTESTANTS = {
     'ours': ('layercomb', {}),
     'ours, huge pages': ('layercomb', HUGE_PAGES),
+    'ours, 4 x 64 + local 64': ('layercomb/wide', HUGE_PAGES),
+    'ours, shared keys': ('layercomb/shared', HUGE_PAGES),
     'Hugging Face': ('transformers', TORCH),
     'Hugging Face, pages kept': ('transformers', {**TORCH, **KEEP_PAGES}),
     'reformer-pytorch': ('reformer_pytorch', TORCH),
@@ -36,14 +44,20 @@ CONTESTANTS = {
     'SDPA': ('sdpa', TORCH),
     'SDPA, pages kept': ('sdpa', {**TORCH, **KEEP_PAGES}),
 }
+DEFAULT = ('ours', 'ours, huge pages')
 
 
-def layercomb_step(length):
+def layercomb_step(length, kind='hashed'):
     """A function that runs one step of ours, and the bytes of its temporaries."""
     import jax
 
     from layercomb import losses, models, tl
 
+    attention = {
+        'hashed': tl.HashedSelfAttention(HEADS),
+        'wide': tl.HashedSelfAttention(HEADS, n_hashes=HASHES, chunk_len=CHUNK, local_len=CHUNK),
+        'shared': tl.LSHSelfAttention(HEADS, n_hashes=HASHES, chunk_len=CHUNK),
+    }[kind]
     net = models.ReformerLM(
         VOCAB,
         D_MODEL,
@@ -51,8 +65,7 @@ def layercomb_step(length):
         LAYERS,
         HEADS,
         max_len=length,
-        n_hashes=HASHES,
-        chunk_len=CHUNK,
+        attention=attention,
         activation='relu',
     )
     net = losses.attach(net, tl.CrossEntropyLoss(), chunk_len=1024)
@@ -141,6 +154,8 @@ def sdpa_step(length):
 
 STEPS = {
     'layercomb': layercomb_step,
+    'layercomb/wide': functools.partial(layercomb_step, kind='wide'),
+    'layercomb/shared': functools.partial(layercomb_step, kind='shared'),
     'transformers': transformers_step,
     'reformer_pytorch': reformer_pytorch_step,
     'sdpa': sdpa_step,
@@ -169,11 +184,14 @@ def flops_per_cpu_second():
     return 2 * 2048**3 / best
 
 
-def compare(length, repeats, labels, rate):
+def compare(length, repeats, labels, rate, peer):
     """One length: the contestants in turns, and a table of them. Returns our workers' figures."""
-    chosen = {label: CONTESTANTS[label] for label in labels}
+    chosen = {
+        label: (*CONTESTANTS[label], sys.executable if label.startswith('ours') else peer)
+        for label in labels
+    }
     workers = take_turns(chosen, repeats, '--lengths', length)
-    ours = min(w.best('cpu') for label, w in workers.items() if label.startswith('ours'))
+    ours = min(w.best('cpu') for label, w in workers.items() if label in DEFAULT)
     floor = products(length) / rate
     print(f'\n### {length} tokens: floor {floor:.2f} CPU s, {floor / ours:.0%} of it reached\n')
     print('| | CPU s | ours is | wall s | peak above base, GiB | temporaries, GiB |')
@@ -192,12 +210,13 @@ def main():
     parser.add_argument('--lengths', type=int, nargs='+', default=lengths)
     parser.add_argument('--repeats', type=int, default=2)
     parser.add_argument('--only', nargs='+', choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    parser.add_argument('--peer', default=sys.executable)
     parser.add_argument('--worker', choices=list(STEPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         serve(STEPS[args.worker], args.lengths[0])
         return
-    if not any(label.startswith('ours') for label in args.only):
+    if not any(label in DEFAULT for label in args.only):
         parser.error("--only must name 'ours' or 'ours, huge pages', to which others are compared")
     print(describe('jaxlib', 'torch', 'transformers', 'reformer-pytorch'))
     rate = flops_per_cpu_second()
@@ -206,7 +225,7 @@ def main():
     print('temporaries; below SDPA from 3,072 on; a token at 32,768 at most 1.2 × one at 2,048')
     per_token = {}
     for length in sorted(args.lengths):
-        per_token[length] = compare(length, args.repeats, args.only, rate) / length
+        per_token[length] = compare(length, args.repeats, args.only, rate, args.peer) / length
     first = min(per_token)
     print('\nCPU µs a token: ', end='')
     print(', '.join(f'{x * 1e6:.0f} at {length}' for length, x in per_token.items()), end='; ')
