@@ -208,10 +208,11 @@ void Products(const float* x, const float* rows, const int32_t* at, int64_t n, f
 // y = Σ_i p[i] rows[at[i]].
 template <int V>
 void Sums(const float* p, const float* rows, const int32_t* at, int64_t n, float* y) {
+  constexpr int64_t d = V * kLanes;
   Floats sums[V] = {};
   for (int64_t i = 0; i < n; ++i) {
     LAYERCOMB_UNROLL
-    for (int v = 0; v < V; ++v) sums[v] += p[i] * Load<Floats>(rows + (at[i] * V + v) * kLanes);
+    for (int v = 0; v < V; ++v) sums[v] += p[i] * Load<Floats>(rows + at[i] * d + v * kLanes);
   }
   std::memcpy(y, sums, sizeof sums);
 }
@@ -219,11 +220,12 @@ void Sums(const float* p, const float* rows, const int32_t* at, int64_t n, float
 // rows[at[i]] += p[i] x.
 template <int V>
 void Spread(const float* p, const float* x, const int32_t* at, int64_t n, float* rows) {
+  constexpr int64_t d = V * kLanes;
   Floats its[V];
   LAYERCOMB_UNROLL
   for (int v = 0; v < V; ++v) its[v] = Load<Floats>(x + v * kLanes);
   for (int64_t i = 0; i < n; ++i) {
-    float* to = rows + at[i] * int64_t(V) * kLanes;
+    float* to = rows + at[i] * d;
     LAYERCOMB_UNROLL
     for (int v = 0; v < V; ++v) {
       const Floats sum = Load<Floats>(to + v * kLanes) + p[i] * its[v];

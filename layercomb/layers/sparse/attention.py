@@ -103,9 +103,11 @@ class SparseQKVAttention(MultiHead):
       n_modules: S, which must divide D.
       kernel_size: of the convolution: positions and modules.
       rotary: positions applied to queries and keys, e.g. `RotaryPositions()`.
-      core: a `DotProductAttention` (the default, causal), `LocalAttention` or `LSHAttention`. A
-        core that takes only queries and values gets no keys; a mask is an input if the core takes
+      core: a `DotProductAttention` (the default, causal), or any other core. One that takes only
+        queries and values, an `LSHAttention`, gets no keys; a mask is an input if the core takes
         one.
+      key_conv: a layer applied to keys (B, H, L, K) first, e.g. `KeyConv()`; or None.
+      query_norm, key_norm: layers applied to queries and keys (B, H, L, K) before rotary; or None.
       mix: (B, L, D) → (B, L, D); None for the default one, as for `project` and `output`.
       project: (B, L, D) → q, k and v, each (B, H, L, K).
       output: (B, H, L, K) → (B, L, D).
@@ -127,6 +129,9 @@ class SparseQKVAttention(MultiHead):
     project: Layer | None = None
     core: Layer = DotProductAttention()
     output: Layer | None = None
+    key_conv: Layer | None = None
+    query_norm: Layer | None = None
+    key_norm: Layer | None = None
 
     n_in = property(lambda self: 1 + self._is_masked)
     causal = property(lambda self: getattr(unwrapped(self.core), 'causal', True))
@@ -159,11 +164,16 @@ class SparseQKVAttention(MultiHead):
         x, *mask = stack[: self.n_in]
         at = self.keys.index
         (mixed,) = call(at('mix'), (x,))
-        q, *kv = call(at('project'), (mixed,))
+        q, *k, v = call(at('project'), (mixed,))
+        for name in ('key_conv', 'key_norm'):
+            if k and getattr(self, name) is not None:
+                k = [*call(at(name), tuple(k))]
+        if self.query_norm is not None:
+            (q,) = call(at('query_norm'), (q,))
         if self.rotary is not None:
-            q, k = call(at('rotary'), (q, kv[0] if len(kv) > 1 else q))
-            kv = [k, *kv[1:]] if len(kv) > 1 else kv
-        (y,) = call(at('core'), (q, *kv, *mask))
+            q, turned = call(at('rotary'), (q, *(k or [q])))
+            k = [turned] if k else k
+        (y,) = call(at('core'), (q, *k, v, *mask))
         return call(at('output'), (y,)) + stack[self.n_in :]
 
 
@@ -179,15 +189,15 @@ def sparse_qkv(
     """A `SparseQKVAttention` with the core of another self-attention.
 
     Args:
-      attention: a `SelfAttention`, `LocalSelfAttention`, `LSHSelfAttention`, or a layer of your own
-        with fields ``n_heads``, ``core`` and ``rotary``. These and its name are kept, its
-        projections are not. A `SparseQKVAttention` is returned unchanged.
+      attention: a `SelfAttention`, `HashedSelfAttention` or another, or a layer of your own with
+        fields ``n_heads``, ``core`` and ``rotary``. These, its name, norms of queries and keys and a
+        convolution of keys are kept, its projections are not. A `SparseQKVAttention` is returned
+        unchanged.
       n_modules, kernel_size: as of `SparseQKVAttention`.
 
     Raises:
       TypeError: for any other layer.
-      ValueError: if `attention` has a `d_head`, heads of keys that are shared (`n_kv_heads`), or a
-        norm of queries or keys.
+      ValueError: if `attention` has a `d_head`, or heads of keys that are shared (`n_kv_heads`).
 
     >>> from layercomb import tl
     >>> tl.sparse_qkv(tl.LocalSelfAttention(4, 64), 8).core
@@ -202,12 +212,12 @@ def sparse_qkv(
             'core and rotary'
         )
     given: Any = attention
-    for field in ('n_kv_heads', 'query_norm', 'key_norm'):
-        if getattr(given, field, None) is not None:
-            raise ValueError(
-                f'sparse_qkv: {field}={getattr(given, field)} cannot be kept beside sparse '
-                'projections: leave it out'
-            )
+    if getattr(given, 'n_kv_heads', None) is not None:
+        raise ValueError(
+            f'sparse_qkv: n_kv_heads={given.n_kv_heads} cannot be kept beside sparse projections: '
+            'leave it out'
+        )
+    kept = ('key_conv', 'query_norm', 'key_norm')
     if getattr(given, 'd_head', None) is not None:
         raise ValueError(
             'sparse_qkv: heads divide the features of the model, so '
@@ -220,4 +230,5 @@ def sparse_qkv(
         rotary=given.rotary,
         core=given.core,  # never None: the layer chose a default
         name=given.name,
+        **{field: getattr(given, field, None) for field in kept},
     )

@@ -279,3 +279,18 @@ def test_training_without_a_key_is_refused():
     x = stream()
     with pytest.raises(ValueError, match='draws rotations in training'):
         HASHED.apply(weights_of(HASHED, x), {}, (x,), mode=Mode.TRAIN)
+
+
+def test_sparse_projections_keep_what_makes_keys_easy_to_find():
+    x = stream()
+    for net in (HASHED, BLOCKS):
+        sparse = tl.sparse_qkv(net, 4)
+        assert (sparse.core, sparse.key_norm) == (net.core, net.key_norm)
+        weights = weights_of(sparse, x)
+        assert weights['key_conv'] and weights['query_norm']
+        state = init_state(sparse, (shape_dtype(x.shape),), Mode.PREDICT)
+        outs = []
+        for part in (x[:, :9], x[:, 9:10], x[:, 10:]):
+            (y,), state = sparse.apply(weights, state, (part,), mode=Mode.PREDICT)
+            outs.append(y)
+        np.testing.assert_allclose(jnp.concatenate(outs, 1), whole(sparse, weights, x), atol=2e-6)
