@@ -6,7 +6,8 @@
     python benchmarks/recall.py table --out recall.jsonl
 
 * pairs: `data.recall`, a quarter as many pairs as the length; a model of d_model 64 with 2 layers
-  and one head, trained until it is right in 99.5 % of the questions, or for 20 minutes. Asked at
+  and one head, trained until it is right in 99.5 % of the questions, for `--steps` and `--minutes`
+  at most. Asked at
   four times the length too, where hashing gets four times the buckets.
 * needles: `data.needles` in the sources of Python's standard library; d_model 128, 2 heads.
 * table: what stands in the file.
@@ -102,7 +103,7 @@ def _learned(net: Any, task: Any, options: argparse.Namespace) -> dict[str, Any]
             break
     seconds = (time.process_time() - cpu) / max(1, loop.step)
     return {
-        'steps': loop.step,
+        'taken': loop.step,
         'right': right,
         'four': measured(4 * length),
         'cpu_s_a_step': round(seconds, 4),
@@ -122,7 +123,7 @@ def table(path: Path) -> None:
         keys = attentions.KINDS[row['kind']].keys
         print(
             f'| {row["task"]}, {row["length"]:,} | {row["kind"]} | {keys or "all"} | '
-            f'{row["steps"]} | {row["right"]:.3f} | {row["four"]:.3f} | {row["cpu_s_a_step"]} |'
+            f'{row["taken"]} | {row["right"]:.3f} | {row["four"]:.3f} | {row["cpu_s_a_step"]} |'
         )
 
 
@@ -140,7 +141,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.task != 'table':
         print(machine.describe('jaxlib', 'optax'))
-        names = ('task', 'length', 'tokens', 'rate', 'seed')
+        names = ('task', 'length', 'tokens', 'rate', 'seed', 'steps', 'minutes')
         settings = {name: getattr(options, name) for name in names}
         for kind in options.kinds:
             known = {**settings, 'kind': kind}

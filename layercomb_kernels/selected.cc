@@ -269,7 +269,7 @@ class Head {
 
   // Adds to the gradients of keys and values, and writes those of queries.
   void Backward(const Pool& pool, const float* y, const Cotangents& ct) const {
-    const int64_t room = Whole(a_.most()), at_a_time = std::max(kTogether, kAtATime / room);
+    const int64_t room = Whole(a_.most()), at_a_time = std::max(4 * kTogether, kAtATime / std::max<int64_t>(1, room));
     y += h_ * a_.length * a_.depth;
     const float *d_y = ct.out + h_ * a_.length * a_.depth, *z = ct.z + h_ * a_.length;
     float* d_query = ct.query + h_ * a_.length * a_.depth;

@@ -62,7 +62,7 @@ def recall(
 def needles(
     source: Source[str | bytes],
     length: Annotated[int, Bound(128)] = 4096,
-    n_needles: Size = 8,
+    n_needles: Annotated[int, Bound(1, high=10_000)] = 8,
     n_asked: Size = 4,
     tokenizer: Tokenizer = ByteTokenizer(),
     n_examples: Size = 1_000_000,

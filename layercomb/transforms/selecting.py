@@ -65,7 +65,8 @@ def sparse_attention(net: Layer, core: Selecting, where: str | None = None) -> L
     made = rewrite(net, one, paths=True)
     if not changed:
         paths = [path for path, layer in walk(net) if isinstance(layer, SelfAttention)]
-        found = f': it has {", ".join(paths[:3])}' if paths else ''
+        kept = ', '.join(paths[:3])
+        found = f': {kept} have a window or another core, and stay' if paths else ''
         raise ValueError(
             f'sparse_attention: no attention to all positions in this {type(net).__name__}'
             f'{"" if where is None else f" matches where={where!r}"}{found}'

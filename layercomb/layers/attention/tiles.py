@@ -39,6 +39,19 @@ def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
 
 
+def softmax_of(seen: jax.Array, s: jax.Array) -> jax.Array:
+    """Probabilities over what is seen, zeros where nothing is: (N, J) float32.
+
+    Args:
+      seen: (N, J) bool.
+      s: scores (N, J) float32.
+    """
+    s = jnp.where(seen, s, -FAR)
+    p = jnp.where(seen, jnp.exp(s - s.max(-1, keepdims=True)), 0.0)
+    total = p.sum(-1, keepdims=True)
+    return p / jnp.where(total > 0, total, 1.0)
+
+
 def block_len() -> int:
     """The default length of a block of queries or keys."""
     return CPU_BLOCK_LEN if jax.default_backend() == 'cpu' else BLOCK_LEN

@@ -165,9 +165,10 @@ class SparseQKVAttention(MultiHead):
         at = self.keys.index
         (mixed,) = call(at('mix'), (x,))
         q, *k, v = call(at('project'), (mixed,))
-        for name in ('key_conv', 'key_norm'):
-            if k and getattr(self, name) is not None:
-                k = [*call(at(name), tuple(k))]
+        if k and self.key_conv is not None:
+            k = [*call(at('key_conv'), (*k, *mask)[: self.key_conv.n_in])]
+        if k and self.key_norm is not None:
+            k = [*call(at('key_norm'), tuple(k))]
         if self.query_norm is not None:
             (q,) = call(at('query_norm'), (q,))
         if self.rotary is not None:
@@ -190,8 +191,8 @@ def sparse_qkv(
 
     Args:
       attention: a `SelfAttention`, `HashedSelfAttention` or another, or a layer of your own with
-        fields ``n_heads``, ``core`` and ``rotary``. These, its name, norms of queries and keys and a
-        convolution of keys are kept, its projections are not. A `SparseQKVAttention` is returned
+        fields ``n_heads``, ``core`` and ``rotary``. These, its name, norms of queries and keys and
+        a convolution of keys are kept, its projections are not. A `SparseQKVAttention` is returned
         unchanged.
       n_modules, kernel_size: as of `SparseQKVAttention`.
 

@@ -61,6 +61,16 @@ def places(ids: jax.Array) -> jax.Array:
     return _at(ids) - _first(ids)
 
 
+def runs(ids: jax.Array) -> jax.Array:
+    """The number of each token's document in its row, counted from 0: (B, L) int32.
+
+    Args:
+      ids: as of `Segments`; neighbours of one number are one document.
+    """
+    new = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+    return jnp.cumsum(new, axis=1, dtype=jnp.int32)
+
+
 def lengths(ids: jax.Array) -> jax.Array:
     """The length of each token's document: (B, L) int32.
 

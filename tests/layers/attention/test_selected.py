@@ -116,3 +116,106 @@ def test_outputs_and_gradients_are_those_of_the_definition(number, duplicates, k
     wanted, pull_reference = jax.vjp(functools.partial(reference, n=jnp.asarray(n)), q, k, v)
     for a, b in zip((got, *grads), (wanted, *pull_reference(d_out)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def both(kernels, f, *args):
+    with contextlib.nullcontext() if kernels else layercomb_kernels.off():
+        return f(*args)
+
+
+def simple(case=(), seed=0, **more):
+    """Arrays, and the function of them."""
+    (q, k, v, bq, bk), _ = arrays('random', BASE | dict(case), seed)
+    options = {'n_buckets': 6, 'n_keys': 5, 'local_len': 4, **more}
+
+    def f(q, k, v, bq=bq, bk=bk):
+        return selected_attention(q, k, v, bq, bk, **options)
+
+    return f, (q, k, v), (bq, bk)
+
+
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('options', [{'softcap': 2.0}, {'scale': 0.4, 'n_sinks': 2}])
+def test_kernels_and_tiles_are_the_same(options, causal):
+    for depth in (32, 64, 128):
+        f, args, _ = simple({'length': 70}, causal=causal, **options)
+        args = [jnp.tile(x, (1, 1, 1, depth // 16)) / 4 for x in args]
+        grad = jax.value_and_grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), (0, 1, 2))
+        got, wanted = (both(kernels, grad, *args) for kernels in (True, False))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('kernels', [True, False])
+def test_what_is_not_finite_stays_in_its_row(kernels):
+    f, (q, k, v), _ = simple()
+    grad = jax.grad(lambda *a: f(*a)[1].sum(), (0, 1, 2))
+    spoilt = v.at[0].set(jnp.nan)
+    assert jnp.isnan(both(kernels, f, q, k, spoilt)[0]).all()
+    np.testing.assert_array_equal(both(kernels, f, q, k, spoilt)[1], both(kernels, f, q, k, v)[1])
+    for a, b in zip(both(kernels, grad, q, k, spoilt), both(kernels, grad, q, k, v), strict=True):
+        np.testing.assert_array_equal(a[1], b[1])
+
+
+@pytest.mark.parametrize('kernels', [True, False])
+def test_padding_may_be_anything(kernels):
+    mask = jnp.arange(37)[None] < jnp.array([[20], [30]])
+    f, (q, k, v), _ = simple(mask=mask)
+    spoilt = [jnp.where(mask[:, None, :, None], x, jnp.inf) for x in (k, v)]
+    got, wanted = both(kernels, f, q, *spoilt), both(kernels, f, q, k, v)
+    np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize('kernels', [True, False])
+def test_documents_are_neighbours_of_one_number(kernels):
+    ids = jnp.asarray(np.repeat([[-1, 3, -1]], [12, 13, 12], axis=1), jnp.int32)
+    ids = jnp.broadcast_to(ids, (2, 37))
+    numbered = jnp.asarray(np.repeat([[0, 1, 2]], [12, 13, 12], axis=1), jnp.int32)
+    for causal in (True, False):
+        f, args, _ = simple(segments=ids, causal=causal)
+        g, _, _ = simple(segments=jnp.broadcast_to(numbered, (2, 37)), causal=causal)
+        np.testing.assert_array_equal(both(kernels, f, *args), both(kernels, g, *args))
+
+
+@pytest.mark.parametrize('kernels', [True, False])
+def test_buckets_out_of_bounds_take_the_nearest(kernels):
+    f, args, (bq, bk) = simple()
+    got = both(kernels, lambda *a: f(*a, bq * 3 - 4, bk * 3 - 4), *args)
+    wanted = both(kernels, lambda *a: f(*a, *(jnp.clip(b * 3 - 4, 0, 5) for b in (bq, bk))), *args)
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_window_of_everything_takes_no_more_room_than_there_is():
+    f, args, _ = simple(local_len=2**30, n_keys=2**30, n_sinks=2**30)
+    wanted, _, _ = simple(local_len=37)
+    np.testing.assert_allclose(f(*args), wanted(*args), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'n_keys': 0}, 'n_keys=0 are at least 1'),
+        ({'duplicates': 'twice'}, "duplicates is 'once' or 'count'"),
+        ({'dropout_rate': 0.1}, 'needs a random key'),
+        ({'dropout_rate': 1.0}, 'dropout_rate must be in'),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    f, args, _ = simple(**options)
+    with pytest.raises(ValueError, match=message):
+        f(*args)
+
+
+def test_seeing_nothing_is_refused():
+    f, args, _ = simple({'r': 0}, local_len=0)
+    with pytest.raises(ValueError, match='no query sees a key: give buckets'):
+        f(*args)
+
+
+def test_dropout_has_the_gradient_of_what_it_computes():
+    f, (q, k, v), _ = simple({'h': 4}, dropout_rate=0.4, rng=jax.random.key(3))
+    direction = jnp.cos(jnp.arange(v.size, dtype=v.dtype)).reshape(v.shape)
+    grad = jax.grad(lambda v: f(q, k, v).sum())(v)
+    change = f(q, k, v + direction).sum() - f(q, k, v).sum()  # it is linear in the values
+    np.testing.assert_allclose((grad * direction).sum(), change, rtol=1e-3, atol=1e-3)
+    assert jnp.abs(f(q, k, v) - simple({'h': 4})[0](q, k, v)).max() > 0.1

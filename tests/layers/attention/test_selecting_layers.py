@@ -12,6 +12,7 @@ import pytest
 
 from layercomb import init_state, models, shape_dtype, tl, transforms
 from layercomb.layers.attention.selected import choice
+from layercomb.layers.attention.selected.cache import once
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.state.decisions import take_decisions
 
@@ -294,3 +295,49 @@ def test_sparse_projections_keep_what_makes_keys_easy_to_find():
             (y,), state = sparse.apply(weights, state, (part,), mode=Mode.PREDICT)
             outs.append(y)
         np.testing.assert_allclose(jnp.concatenate(outs, 1), whole(sparse, weights, x), atol=2e-6)
+
+
+@pytest.mark.parametrize('net', [HASHED, BLOCKS], ids=['hashed', 'blocks'])
+def test_padding_reaches_nothing_real(net):
+    """Keys are convolved with those before them: padding in front counts as zeros."""
+    net = net.replace(masked=True)
+    x, mask = stream(), jnp.arange(L)[None] >= jnp.array([[9], [4]])
+    weights = weights_of(net, x, mask)
+    other = jnp.where(mask[..., None], x, stream(7))
+    got, wanted = (whole(net, weights, y, mask) for y in (other, x))
+    np.testing.assert_array_equal(jnp.where(mask[..., None], got - wanted, 0), 0)
+
+
+@pytest.mark.parametrize('net', [HASHED, BLOCKS], ids=['hashed', 'blocks'])
+def test_one_position_is_a_document_too(net):
+    x = stream(length=1)
+    weights = weights_of(net, x)
+    packed = whole(transforms.Segmented(net), weights, x, jnp.zeros((B, 1), jnp.int32))
+    np.testing.assert_allclose(packed, whole(net, weights, x), atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('net', [HASHED, BLOCKS], ids=['hashed', 'blocks'])
+def test_narrow_floats_decode_as_they_evaluate(net, dtype):
+    core = net.core
+    q, k, v = jax.random.normal(jax.random.key(0), (3, B, 4, 9, 16)).astype(dtype)
+    (wanted,), _ = core.apply({}, {}, (q, k, v))
+    state = init_state(core, (shape_dtype(q.shape, dtype),) * 3, Mode.PREDICT)
+    for t in range(9):
+        now = tuple(x[:, :, t : t + 1] for x in (q, k, v))
+        (y,), state = core.apply({}, state, now, mode=Mode.PREDICT)
+        got, whole = (z.astype(jnp.float32) for z in (y[:, :, 0], wanted[:, :, t]))
+        np.testing.assert_allclose(got, whole, atol=0.03)
+
+
+def test_many_found_keys_count_once_as_few_do():
+    at = jax.random.randint(jax.random.key(0), (3, 300), -5, 60)
+    few = jnp.concatenate([at[:, :250], jnp.full((3, 50), -1)], 1)
+    wanted = jnp.pad(once(at[:, :250]), ((0, 0), (0, 50)))
+    np.testing.assert_array_equal(once(few), wanted)
+
+
+def test_the_scale_is_one_where_queries_have_one():
+    net = tl.HashedSelfAttention(2)
+    assert net.core.scale == 1 and net.replace(chunk_len=4).core.scale == 1
+    assert tl.HashedSelfAttention(2, query_norm=tl.RMSNorm()).core.scale is None

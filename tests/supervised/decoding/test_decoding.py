@@ -36,6 +36,10 @@ ATTENTION = {
     'dense': None,
     'local': tl.LocalSelfAttention(2, 4),
     'convolution': (tl.Conv1D(16, 3, padding='causal', dilation=2), tl.SelfAttention(2)),
+    'selecting': (
+        tl.HashedSelfAttention(2, n_hashes=2, n_buckets=2, chunk_len=4, local_len=2),
+        tl.BlockSelfAttention(2, n_chosen=1, block_len=3, local_len=2, n_sinks=1),
+    ),
     'both': (tl.LocalSelfAttention(2, 4, look_back=2), tl.SelfAttention(2, d_head=4)),
 }
 

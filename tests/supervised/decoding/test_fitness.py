@@ -180,6 +180,8 @@ FIT = {
     'positions': tl.SinusoidalPositions(),
     'local attention': tl.LocalSelfAttention(2, 4),
     'LSH attention': tl.LSHSelfAttention(2, n_buckets=2, chunk_len=2),
+    'hashed attention': tl.HashedSelfAttention(2, n_buckets=2),
+    'attention to blocks': tl.BlockSelfAttention(2),
     'sparse attention': tl.SparseQKVAttention(2, 2),
     'what runs once': tl.Once(tl.SelfAttention(2, causal=False)),
 }

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from layercomb.layers.attention.lsh.hashing import (
     automatic_buckets,
@@ -14,13 +13,14 @@ from layercomb.layers.attention.lsh.hashing import (
     factors_of,
     lsh_rotations,
     rotated_buckets,
+    smallest_dtype,
     torch_rotations,
 )
 from layercomb.layers.core.layer import Layer
 
 
 class Hashing(Layer):
-    """Base of layers with n_hashes, chunk_len, n_buckets, max_len, seed and rotations."""
+    """Base of layers with fields n_hashes, chunk_len, n_buckets, max_len and seed."""
 
     needs_max_len = property(lambda self: self.n_buckets is None is self.max_len)
 
@@ -49,8 +49,7 @@ class Hashing(Layer):
 
     def bucket_dtype(self: Any, length: int) -> Any:
         """The smallest integer dtype that holds a bucket."""
-        n = math.prod(self.factors(length))
-        return next((t for t in (jnp.uint8, jnp.uint16) if n <= jnp.iinfo(t).max), jnp.int32)
+        return smallest_dtype(math.prod(self.factors(length)))
 
     def drawn(self: Any, rng: Any, n_heads: int, depth: int, length: int) -> jax.Array:
         """Rotations (H, R, F, K): from a key, or keys of heads; from `seed` without one."""

@@ -7,6 +7,7 @@ half the sum of the factors of the number of buckets.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,11 @@ def automatic_buckets(length: int, chunk_len: int) -> tuple[int, ...]:
 def factors_of(n_buckets: int | tuple[int, ...]) -> tuple[int, ...]:
     """The factors of the number of buckets, as a tuple."""
     return n_buckets if isinstance(n_buckets, tuple) else (n_buckets,)
+
+
+def smallest_dtype(n: int) -> Any:
+    """The smallest integer dtype that holds the numbers 0 … n − 1, as decisions are kept."""
+    return next((t for t in (jnp.uint8, jnp.uint16) if n - 1 <= jnp.iinfo(t).max), jnp.int32)
 
 
 def check_buckets(n_buckets: int | tuple[int, ...]) -> None:

@@ -237,11 +237,7 @@ class LSHAttention(LSHOptions):
         s = jnp.where(at == position[:, None], bucketwise.SELF, s)
         if self.duplicates == 'once':
             s = s - jnp.log((at[:, None] == at[:, :, None]).sum(-1, dtype=jnp.float32))
-        seen = (at >= 0) & real[:, None]
-        s = jnp.where(seen, s, -tiles.FAR)
-        p = jnp.where(seen, jnp.exp(s - s.max(-1, keepdims=True)), 0.0)
-        total = p.sum(-1, keepdims=True)
-        p = p / jnp.where(total > 0, total, 1.0)
+        p = tiles.softmax_of((at >= 0) & real[:, None], s)
         y = rings.means(p, there, cache.v)
         return y.reshape(b, h, 1, -1).astype(cache.v.dtype), cache.replace(rings=after)
 

@@ -85,6 +85,8 @@ def products(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
     Returns:
       (N, J) float32.
     """
+    if not has_kernels(1, q, keys):
+        return tiles.dot('nk,njk->nj', q, _taken(keys, at))
     # Beside this ε the lengths of keys vanish in float32: cosines are products, over its root.
     return cosines(q, at, keys, _DROWNING) * jnp.float32(_DROWNING**0.5)
 

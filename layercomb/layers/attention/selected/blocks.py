@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from layercomb.checks import Size
 from layercomb.layers.attention.by_head import as_it_is, by_head
+from layercomb.layers.attention.lsh.hashing import smallest_dtype
 from layercomb.layers.attention.selected.cache import PlacedCache
 from layercomb.layers.attention.selected.choice import (
     Blocks,
@@ -35,10 +36,13 @@ class BlockOptions(SelectingOptions):
 class BlockCache(PlacedCache):
     """The decoding cache of attention to blocks.
 
+    The sum of a block's keys is kept in C rows of w = ⌈K/C⌉ numbers, one after the other, so that
+    every array has the length of the room.
+
     Attributes:
       k, v, mask, position, at, n_real: as of `PlacedCache`.
-      sums: (B·G, N, K) float32, of the keys of each block so far.
-      block_len: () int32, C.
+      sums: (B·G, L, w) float32, of the keys of each block so far.
+      block_len: (B,) int32, C.
     """
 
     sums: jax.Array
@@ -46,15 +50,17 @@ class BlockCache(PlacedCache):
 
     def refilled(self) -> BlockCache:
         """The cache with sums made again from its keys, mask and positions."""
-        n, there = self.sums.shape[1], self.there()
+        there = self.there()
         place = jnp.cumsum(there, axis=1, dtype=jnp.int32) - 1
-        to = jnp.where(there, place // self.block_len, n)
-        to = jnp.repeat(to, len(self.k) // len(to), 0)  # (B·G, L)
+        to = self._starts(jnp.where(there, place // self.block_len[:, None], self.room))
 
-        def sums(k: jax.Array, to: jax.Array) -> jax.Array:
-            return jax.ops.segment_sum(k.astype(jnp.float32), to, n + 1)[:n]
+        def added(k: jax.Array, at: jax.Array) -> jax.Array:  # (L, K), (L,) → (L·w,)
+            zeros = jnp.zeros(self.sums.shape[1] * self.sums.shape[2], jnp.float32)
+            at = at[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+            return zeros.at[at].add(k.astype(jnp.float32), mode='drop')
 
-        return super().refilled().replace(sums=jax.vmap(sums)(self.k, to))
+        sums = jax.vmap(added)(self.k, to).reshape(self.sums.shape)
+        return super().refilled().replace(sums=sums)
 
     def pushed(self, position: jax.Array, real: jax.Array, **new: jax.Array) -> BlockCache:
         """The cache with the next key of each row in the sum of its block.
@@ -64,19 +70,29 @@ class BlockCache(PlacedCache):
           real: (B,) bool, whether it is a real one.
           **new: its keys ``k`` (B·G, K).
         """
-        n = self.sums.shape[1]
-        to = jnp.where(real, self.n_real // self.block_len, n)
-        to = jnp.repeat(to, len(self.k) // len(to))
-        row = jnp.arange(len(to), dtype=jnp.int32)
-        sums = self.sums.at[row, to].add(new['k'].astype(jnp.float32), mode='drop')
-        return super().pushed(position, real).replace(sums=sums)
+        block = jnp.where(real, self.n_real // self.block_len, self.room)
+        to = self._starts(block[:, None])  # (B·G, 1)
+        at = to + jnp.arange(self.k.shape[2], dtype=jnp.int32)[None]
+        row = jnp.arange(len(to), dtype=jnp.int32)[:, None]
+        flat = self.sums.reshape(len(to), -1)  # (B·G, L·w)
+        flat = flat.at[row, at].add(new['k'].astype(jnp.float32), mode='drop')
+        made = super().pushed(position, real)
+        return made.replace(sums=flat.reshape(self.sums.shape))
 
-    def blocks(self) -> Blocks:
-        """Its blocks; those that are unfinished have numbers too."""
-        b, n = len(self.n_real), self.sums.shape[1]
-        number = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
-        means = self.by_row(self.sums) / self.block_len.astype(jnp.float32)
-        return Blocks(means, jnp.zeros_like(number), number)
+    def _starts(self, block: jax.Array) -> jax.Array:
+        """Where the sums of blocks (B, T) begin among the L·w numbers of a head: (B·G, T)."""
+        starts = block * self.block_len[:, None] * self.sums.shape[2]
+        return jnp.repeat(starts, len(self.k) // len(starts), 0)
+
+    def blocks(self, block_len: int) -> Blocks:
+        """Its blocks of C keys; those that are unfinished have numbers too."""
+        n, width = max(1, self.room // block_len), block_len * self.sums.shape[2]
+        flat = self.sums.reshape(len(self.sums), -1)
+        flat = jnp.pad(flat, ((0, 0), (0, max(0, n * width - flat.shape[1]))))
+        sums = flat[:, : n * width].reshape(-1, n, width)[..., : self.k.shape[2]]  # (B·G, N, K)
+        b = len(self.n_real)
+        number = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], (b, n))
+        return Blocks(self.by_row(sums) / block_len, jnp.zeros_like(number), number)
 
 
 class BlockAttention(BlockOptions, Selecting):
@@ -92,7 +108,7 @@ class BlockAttention(BlockOptions, Selecting):
     The choice is a decision: ``RECORD`` keeps it, ``REPLAY`` takes it. In ``PREDICT`` a causal
     layer keeps keys, values and the sums of blocks, with room for the length of the signature given
     to `init`; a new position compares L/C means, and reads (J + 1)·C + `local_len` + `n_sinks`
-    keys, those of ``EVAL``.
+    keys, those of ``EVAL``. Several positions at once take as long as the whole room.
 
     Attributes:
       n_chosen: J; may be changed after training.
@@ -132,6 +148,7 @@ class BlockAttention(BlockOptions, Selecting):
         Args:
           q, k, mask, segments, rng: as of `Selecting.choose`.
         """
+        n = self.n_buckets_of(q.shape[2])
         found = chosen_blocks(
             q,
             k,
@@ -141,9 +158,7 @@ class BlockAttention(BlockOptions, Selecting):
             mask=mask,
             segments=segments,
         )
-        n = self.n_buckets_of(q.shape[2])
-        dtype = next((t for t in (jnp.uint8, jnp.uint16) if n <= jnp.iinfo(t).max), jnp.int32)
-        return found.astype(dtype)
+        return found.astype(smallest_dtype(n))
 
     def buckets(self, chosen: Any, mask: Any, segments: Any) -> tuple[jax.Array, jax.Array]:
         """The chosen blocks and its own, of each query; and the block of each key (B, 1, 1, L)."""
@@ -158,9 +173,9 @@ class BlockAttention(BlockOptions, Selecting):
     def new_cache(self, q: Any, k: Any, v: Any) -> BlockCache:
         """An empty cache for signatures of q, k and v."""
         b, g, length, depth = k.shape
-        n = max(1, length // self.block_len)
-        sums = jnp.zeros((b * g, n, depth), jnp.float32)
-        return BlockCache.unfilled(k, v, sums=sums, block_len=jnp.int32(self.block_len))
+        sums = jnp.zeros((b * g, length, -(-depth // self.block_len)), jnp.float32)
+        block_len = jnp.full(b, self.block_len, jnp.int32)
+        return BlockCache.unfilled(k, v, sums=sums, block_len=block_len)
 
     def kept(self, cache: BlockCache, k: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
         """Nothing beside keys."""
@@ -174,7 +189,7 @@ class BlockAttention(BlockOptions, Selecting):
         """The positions of the blocks that queries choose, and of their own: (B·H, J'·C)."""
         b, h, _ = q.shape
         own = jnp.maximum(cache.n_real - 1, 0)[:, None] // self.block_len  # (B, 1)
-        blocks, ids = cache.blocks(), jnp.zeros_like(own)
+        blocks, ids = cache.blocks(self.block_len), jnp.zeros_like(own)
         n = min(self.n_chosen, blocks.number.shape[1])
         numbers = best_blocks(q[:, :, None], blocks, ids, own, n, True, -1)[..., 0]  # (B, H, n)
         if not self.own_is_near:

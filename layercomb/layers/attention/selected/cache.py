@@ -10,7 +10,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.attention import tiles
 from layercomb.layers.decoding.caches import KVCache
 
 
@@ -76,10 +75,12 @@ class PlacedCache(KVCache):
 
     def near(self, n: int) -> jax.Array:
         """The positions of the last n real keys, (B, n) int32; negative where there is none."""
+        n = min(n, self.room)
         return self.of_places(self.n_real[:, None] - 1 - jnp.arange(n, dtype=jnp.int32)[None])
 
     def first(self, n: int) -> jax.Array:
         """The positions of the first n real keys, (B, n) int32; negative where there is none."""
+        n = min(n, self.room)
         places = jnp.arange(n, dtype=jnp.int32)[None]
         return self.of_places(jnp.broadcast_to(places, (len(self.n_real), n)))
 
@@ -101,10 +102,15 @@ class PlacedCache(KVCache):
 
 def once(at: jax.Array) -> jax.Array:
     """Which of the positions found are there, and not found before: (N, J) int32 → (N, J) bool."""
-    order = jnp.arange(at.shape[1], dtype=jnp.int32)
-    earlier = order[:, None] > order[None]
-    before = (at[:, :, None] == at[:, None]) & earlier[None]  # (N, J, J)
-    return (at >= 0) & ~before.any(-1)
+    order = jnp.broadcast_to(jnp.arange(at.shape[1], dtype=jnp.int32)[None], at.shape)
+    if at.shape[1] <= 256:
+        earlier = order[:, :, None] > order[:, None]
+        before = (at[:, :, None] == at[:, None]) & earlier  # (N, J, J)
+        return (at >= 0) & ~before.any(-1)
+    found, order = jax.lax.sort((at, order), num_keys=2)
+    first = found != jnp.pad(found[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    row = jnp.arange(len(at), dtype=jnp.int32)[:, None]
+    return jnp.zeros(at.shape, bool).at[row, order].set(first & (found >= 0))
 
 
 def placed(x: jax.Array, position: jax.Array, room: int) -> jax.Array:
@@ -121,16 +127,3 @@ def placed(x: jax.Array, position: jax.Array, room: int) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(zeros, x, at, 1)
 
     return jax.vmap(one)(x, position)
-
-
-def softmax(s: jax.Array, seen: jax.Array) -> jax.Array:
-    """Probabilities over what is seen, zeros where nothing is: (N, J) float32.
-
-    Args:
-      s: scores (N, J) float32.
-      seen: (N, J) bool.
-    """
-    s = jnp.where(seen, s, -tiles.FAR)
-    p = jnp.where(seen, jnp.exp(s - s.max(-1, keepdims=True)), 0.0)
-    total = p.sum(-1, keepdims=True)
-    return p / jnp.where(total > 0, total, 1.0)

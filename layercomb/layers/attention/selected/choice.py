@@ -58,7 +58,7 @@ def chosen_blocks(
       n_chosen: J.
       causal: whether position t sees positions up to t only.
       mask: (B, L) bool, True = a real position; or None.
-      segments: (B, L) int32, the document of each position; or None.
+      segments: (B, L) int32, the document of each position, neighbours of one number; or None.
 
     Returns:
       (B, H, J, L) int32: numbers of blocks in their document, 0 … ⌈L/C⌉ − 1, and ⌈L/C⌉ for one that
@@ -74,7 +74,7 @@ def chosen_blocks(
     """
     b, h, length, _ = q.shape
     real = jnp.ones((b, length), bool) if mask is None else mask
-    ids = jnp.zeros((b, length), jnp.int32) if segments is None else segments
+    ids = jnp.zeros((b, length), jnp.int32) if segments is None else documents.runs(segments)
     own = block_numbers(b, length, block_len, mask, segments)
     blocks = _blocks(lax.stop_gradient(k), real, ids, own, block_len)
     nothing, j = -(-length // block_len), min(n_chosen, blocks.number.shape[1])

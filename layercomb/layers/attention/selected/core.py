@@ -16,7 +16,7 @@ from layercomb.checks import Positive, Rate, Size
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.lsh import rings
 from layercomb.layers.attention.multihead import dropout_arguments
-from layercomb.layers.attention.selected.cache import PlacedCache, once, placed, softmax
+from layercomb.layers.attention.selected.cache import PlacedCache, once, placed
 from layercomb.layers.attention.selected.function import selected_attention
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
@@ -120,7 +120,8 @@ class Selecting(SelectingOptions):
           weights: ``{}``.
           state: in ``PREDICT``, if causal, a cache; in ``REPLAY`` the recorded buckets.
           inputs: q (B, H, L, K), k (B, G, L, K), v (B, G, L, D) and, if masked, mask (B, L) bool.
-            With a cache all of them hold the next T positions.
+            With a cache all of them hold the next T positions; more than one take as long as all
+            that there is room for.
           rng: a typed key, or one for every head (H,); needed in training if anything is drawn.
           mode: see `Mode`.
 
@@ -225,6 +226,7 @@ class Selecting(SelectingOptions):
         scale = depth**-0.5 if self.scale is None else self.scale
         s = rings.products(q.reshape(b * h, depth), there, cache.k) * scale
         seen = once(at) if self.duplicates == 'once' else at >= 0
-        p = softmax(tiles.capped(s, self.softcap), seen & jnp.repeat(real, h)[:, None])
+        seen = seen & jnp.repeat(real, h)[:, None]
+        p = tiles.softmax_of(seen, tiles.capped(s, self.softcap))
         y = rings.means(p, there, cache.v)
         return y.reshape(b, h, 1, -1).astype(cache.v.dtype)

@@ -1,7 +1,7 @@
 """`selected_attention`: softmax attention over keys that are found, and keys near by.
 
 Shape letters: B batch, H heads of queries, G heads of keys, L length, K depth of queries and keys,
-D depth of values, R rounds; F folds of heads that are computed as one sequence.
+D depth of values, R rounds; F folds of heads of a row that are computed as one sequence.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from layercomb.layers.attention.functions import (
 )
 from layercomb.layers.attention.selected import native, pairs
 from layercomb.layers.attention.selected.sets import Plan
+from layercomb.layers.state import segments as documents
 
-# Short sequences of several heads are computed as one, so that a loop has something to do.
+# Short sequences of a row's heads are computed as one, so that a loop has something to do. Rows
+# stay apart: what is not finite in one must not reach another.
 _CPU_KEYS = 4096
 _TOGETHER = 8  # pairs of tiles and pieces; on a CPU 8 at a time take two thirds of the time of 1
 _TILE_LEN = 64
@@ -68,22 +70,25 @@ def selected_attention(
     Args:
       q: (B, H, L, K).
       k, v: (B, G, L, K) and (B, G, L, D). G divides H; head h of the queries reads head ⌊h·G/H⌋.
-      q_buckets, k_buckets: (B, H, R, L) and (B, G, R, L) integers, 0 … n_buckets − 1.
+      q_buckets, k_buckets: (B, H, R, L) and (B, G, R, L) integers, 0 … n_buckets − 1; one that is
+        out of bounds takes the nearest. R may be 0 beside near or first keys.
       n_buckets: how many buckets there are.
       n_keys: of a bucket, for each query.
       local_len: how many near keys a query sees, itself included; 0 for none.
       n_sinks: how many of the first keys it sees.
       causal: whether position t sees positions up to t only.
       mask: (B, L) bool, True = a real position; or None.
-      segments: (B, L) int32, the document of each position; or None.
+      segments: (B, L) int32, the document of each position, neighbours of one number; or None.
       duplicates: 'once' counts a key once that is found several times, 'count' as often as it is.
       scale: of the products; None for 1 / √K.
       softcap: as of `dot_product_attention`.
       dropout_rate: share of the probabilities set to zero, in [0, 1).
       rng: a typed key, or one for every head (H,); needed for dropout.
-      tile_len: queries, and keys, that are computed together; None for 64.
-      heads_together: heads of keys computed as one sequence: the largest divisor of B·G up to this.
-        None: on a CPU as many as have 4,096 positions, all elsewhere. With dropout each is alone.
+      tile_len: queries, and keys, that XLA computes together; None for 64. Native kernels have no
+        tiles, and are used on a CPU where they know the call and the windows are narrow.
+      heads_together: heads of keys of a row that XLA computes as one sequence: the largest divisor
+        of G up to this. None: on a CPU as many as have 4,096 positions, all elsewhere. With dropout
+        each is alone.
 
     Returns:
       (B, H, L, D), in the dtype of v; zero where the mask is False.
@@ -97,23 +102,22 @@ def selected_attention(
     >>> selected_attention(x, x, x, buckets, buckets, n_buckets=4, n_keys=16, local_len=8).shape
     (1, 2, 50, 8)
     """
-    _check(q, k, v, q_buckets, k_buckets, mask)
-    check_segments(segments, q, k)
-    _check_duplicates(duplicates)
+    _check(q, k, v, q_buckets, k_buckets, mask, segments)
     _check_numbers(n_buckets, n_keys, local_len, n_sinks, softcap, dropout_rate, rng)
+    _check_choice(duplicates, q_buckets.shape[2] + local_len + n_sinks)
     if dropout_rate:  # each head of queries drops by its own key, alone
         k, v, k_buckets = (jnp.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v, k_buckets))
-    b, g, length, depth = k.shape
+    g, length, depth = k.shape[1:]
     c = min(tile_len or _TILE_LEN, -(-length // 8) * 8)
     plan = Plan(
         length=length,
-        n_heads=_together(b * g, length, heads_together, alone=bool(dropout_rate)),
+        n_heads=_together(g, length, heads_together, alone=bool(dropout_rate)),
         group=q.shape[1] // g,
         n_buckets=n_buckets,
         n_rounds=q_buckets.shape[2],
-        n_keys=n_keys,
-        local_len=local_len,
-        n_sinks=n_sinks,
+        n_keys=min(n_keys, 2 * length),  # half of them may be on one side
+        local_len=min(local_len, 2 * length),
+        n_sinks=min(n_sinks, length),
         causal=causal,
         once=duplicates == 'once',
         scale=depth**-0.5 if scale is None else float(scale),
@@ -123,8 +127,9 @@ def selected_attention(
         piece_len=c,
         together=_TOGETHER,
     )
-    keys = rng if dropout_rate else None
-    return _attend(plan, q, k, v, (q_buckets, k_buckets), mask, segments, keys)
+    buckets = _within(q_buckets, n_buckets), _within(k_buckets, n_buckets)
+    segments = None if segments is None else documents.runs(segments)
+    return _attend(plan, q, k, v, buckets, mask, segments, rng if dropout_rate else None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -178,9 +183,11 @@ def _folded(
 ) -> Any:
     """The arguments of `pairs.forward` with a leading axis F."""
     b, g, length, _ = k.shape
+    real = jnp.ones((b, length), bool) if mask is None else mask
+    if mask is not None:  # what nobody sees is in tiles too, and 0 · NaN is NaN
+        k, v = (jnp.where(mask[:, None, :, None], x, 0) for x in (k, v))
     q, k, v = _fold(plan.n_q, q), _fold(plan.n_k, k), _fold(plan.n_k, v)
     n = len(plan.windows) - plan.n_rounds
-    real = jnp.ones((b, length), bool) if mask is None else mask
 
     def numbered(buckets: Any, per_head: int, nobody: int) -> Any:
         """(B, heads, R, L) → (F, R', heads of a fold · L), with buckets of each head."""
@@ -216,7 +223,9 @@ def _over_folds(f: Any, folded: Any) -> Any:
     return lax.map(lambda x: f(*x), folded)
 
 
-def _check(q: Any, k: Any, v: Any, q_buckets: Any, k_buckets: Any, mask: Any) -> None:
+def _check(
+    q: Any, k: Any, v: Any, q_buckets: Any, k_buckets: Any, mask: Any, segments: Any
+) -> None:
     """Raises ValueError if shapes or dtypes do not fit together."""
     shapes = f'q {q.shape}, k {k.shape}, v {v.shape}'
     fits = q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3]
@@ -242,9 +251,19 @@ def _check(q: Any, k: Any, v: Any, q_buckets: Any, k_buckets: Any, mask: Any) ->
         )
     if mask is not None:
         check_mask(mask, (q.shape[0], q.shape[2]))
+    check_segments(segments, q, k)
 
 
-def _check_duplicates(duplicates: str) -> None:
+def _within(buckets: jax.Array, n: int) -> jax.Array:
+    """Buckets in bounds: others would be those of another head."""
+    return jnp.clip(buckets.astype(jnp.int32), 0, n - 1)
+
+
+def _check_choice(duplicates: str, n_kinds: int) -> None:
+    if not n_kinds:
+        raise ValueError(
+            'no query sees a key: give buckets of one round at least, or local_len= or n_sinks='
+        )
     if duplicates not in ('once', 'count'):
         raise ValueError(f"duplicates is 'once' or 'count', got {duplicates!r}")
 

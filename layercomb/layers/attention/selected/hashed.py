@@ -78,11 +78,12 @@ class HashedCache(PlacedCache):
 class HashedAttention(HashedOptions, Selecting):
     """LSH attention: q (B, H, L, K), k (B, G, L, K), v (B, G, L, D) → (B, H, L, D).
 
-    G divides H; head h of the queries reads head ⌊h·G/H⌋ of keys and values. In each of R rounds
-    queries and keys are hashed by the same rotations, and a query sees the last `chunk_len` keys of
-    its bucket. In the same softmax it sees the last `local_len` keys, and the first `n_sinks`: see
-    `selected_attention`. Hashing sees angles and the softmax products, so queries and keys should
-    be of one length, as `HashedSelfAttention` makes them.
+    G divides H; head h of the queries reads head ⌊h·G/H⌋ of keys and values, which are repeated for
+    each where several positions are computed. In each of R rounds queries and keys are hashed by
+    the same rotations, and a query sees the last `chunk_len` keys of its bucket. In the same
+    softmax it sees the last `local_len` keys, and the first `n_sinks`: see `selected_attention`.
+    Hashing sees angles and the softmax products, so queries and keys should be of one length, as
+    `HashedSelfAttention` makes them.
 
     Rotations are drawn from `rng` in training, and from `seed` in ``EVAL`` and ``PREDICT``. Buckets
     are a decision: ``RECORD`` keeps them, ``REPLAY`` takes them. In ``PREDICT`` a causal layer
@@ -161,20 +162,12 @@ class HashedAttention(HashedOptions, Selecting):
         """Keys (B, G, L, K) as they are hashed."""
         if not self.centred:
             return k
-        b, _, length, _ = k.shape
-        real = jnp.ones((b, length), bool) if mask is None else mask
+        real = jnp.ones((len(k), k.shape[2]), bool) if mask is None else mask
         sums, counts = _sums(k, real), jnp.cumsum(real, 1, dtype=jnp.float32)
-        if segments is not None:  # less what came before the document
-            first = jnp.arange(length, dtype=jnp.int32)[None] - documents.places(segments)
-
-            def before(x: jax.Array) -> jax.Array:  # (B, …, L, …) → the same
-                padded = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
-                return jnp.take_along_axis(padded, first[:, :, None], 1)
-
-            flat = sums.swapaxes(1, 2).reshape(b, length, -1)  # (B, L, G·K)
-            flat = flat - before(flat)
-            sums = flat.reshape(b, length, *k.shape[1::2]).swapaxes(1, 2)
-            counts = counts - before(counts[..., None])[..., 0]
+        if segments is not None:  # each document for itself: differences of sums would be noise
+            first = documents.places(segments) == 0
+            sums = _restarted(jnp.where(real[:, None, :, None], k, 0).astype(jnp.float32), first)
+            counts = _restarted(real.astype(jnp.float32)[:, None, :, None], first)[:, 0, :, 0]
         return _about_mean(k, sums, counts)
 
     def buckets(self, chosen: Any, mask: Any, segments: Any) -> tuple[jax.Array, jax.Array]:
@@ -239,6 +232,17 @@ def _sums(k: jax.Array, real: jax.Array) -> jax.Array:
     """Sums of the real keys (B, G, T, K) up to each, float32."""
     counted = jnp.where(real[:, None, :, None], k, 0).astype(jnp.float32)
     return jnp.cumsum(counted, 2)
+
+
+def _restarted(x: jax.Array, first: jax.Array) -> jax.Array:
+    """Sums of x (B, G, L, K) up to each position, from the last one that is a first one (B, L)."""
+
+    def join(before: Any, after: Any) -> Any:
+        (x, new), (y, its_new) = before, after
+        return jnp.where(its_new, y, x + y), new | its_new
+
+    new = jnp.broadcast_to(first[:, None, :, None], x.shape)
+    return jax.lax.associative_scan(join, (x, new), axis=2)[0]
 
 
 def _totals(k: jax.Array, real: jax.Array) -> jax.Array:

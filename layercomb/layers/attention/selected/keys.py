@@ -69,10 +69,13 @@ class KeyConv(Layer):
 
     Attributes:
       kernel_size: W, how many positions an output sees, itself included.
+      masked: whether a second input (B, L) bool says which positions are real; others are zeros.
     """
 
     kernel_size: Size = 3
+    masked: bool = False
 
+    n_in = property(lambda self: 1 + self.masked)
     position_wise = False
     sees_segments = True
     weight_axes = {'kernel': 'HW|->K'}
@@ -85,7 +88,7 @@ class KeyConv(Layer):
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
     ) -> tuple[Tree, Any]:
         """``kernel`` of zeros for an input (B, H, L, K); the state is a `Past` in ``PREDICT``."""
-        (x,) = signature
+        x, *_ = signature
         b, h, length, depth = x.shape
         weights = {'kernel': jnp.zeros((h, self._reach, depth), jnp.float32)}
         if mode is not Mode.PREDICT:
@@ -96,14 +99,16 @@ class KeyConv(Layer):
     def apply(
         self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Any]:
-        """(B, H, L, K) → (B, H, L, K), and the new state.
+        """(B, H, L, K) → (B, H, L, K), and the new state; after x a mask (B, L), if masked.
 
         Raises:
           ValueError: if the cache is known to overflow.
         """
-        (x,) = inputs
+        x, *mask = inputs
         kernel, n = weights['kernel'].astype(x.dtype), self._reach
         segments = segments_of(state)
+        if mask:
+            x = jnp.where(mask[0][:, None, :, None], x, 0)
         if mode is Mode.PREDICT:
             b, h, length, depth = x.shape
             flat = x.swapaxes(1, 2).reshape(b, length, h * depth)  # (B, T, H·K)
@@ -115,7 +120,7 @@ class KeyConv(Layer):
         for i in range(1, n + 1):
             past = padded[:, :, n - i : padded.shape[2] - i]  # x[t − i]
             if segments is not None:
-                before = jnp.pad(segments[:, :-i], ((0, 0), (i, 0)), constant_values=-1)
+                before = jnp.pad(segments, ((0, 0), (i, 0)))[:, : segments.shape[1]]
                 past = jnp.where((before == segments)[:, None, :, None], past, 0)
             y = y + kernel[None, :, i - 1, None] * past
         return (y,), state

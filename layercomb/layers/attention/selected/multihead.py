@@ -26,17 +26,8 @@ class OwnKeys(MultiHead):
     attends.
 
     Attributes:
-      n_heads: H.
-      masked: whether a second input (B, L) bool says which positions are real.
-      d_head: K, by default D / H.
-      rotary: positions applied to queries and keys, e.g. `RotaryPositions()`.
-      key_kernel: how many positions the convolution of keys sees; 1 for none.
-      query, key, value, core, output: the parts, to be replaced; None for the default ones.
-      n_kv_heads: G, which divides H; None for H.
-      qkv_bias, out_bias: whether the projections to heads, and the one from heads, have a bias.
-      key_conv: the convolution; None for a `KeyConv` of `key_kernel`.
-      query_norm, key_norm: layers applied to queries (B, H, L, K) and keys (B, G, L, K) before
-        rotary; None for `UnitNorm`.
+      n_heads, d_head, rotary, key_kernel, query, key, value, core, output, n_kv_heads, qkv_bias,
+        out_bias, key_conv, query_norm, key_norm: as of `HashedSelfAttention`.
     """
 
     n_heads: Size
@@ -69,10 +60,13 @@ class OwnKeys(MultiHead):
         options = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own
         }
-        # Queries have a scale of their own, where they are normalized here.
-        options['scale'] = 1.0 if options['scale'] is None else options['scale']
+        scaled = self.query_norm is None or getattr(self.query_norm, 'scaled', False)
+        if scaled and options['scale'] is None:
+            options['scale'] = 1.0
         norms = {'query_norm': UnitNorm(scaled=True), 'key_norm': UnitNorm()}
-        conv = {'key_conv': KeyConv(self.key_kernel)} if self.key_kernel > 1 else {}
+        conv = (
+            {'key_conv': KeyConv(self.key_kernel, options['masked'])} if self.key_kernel > 1 else {}
+        )
         return {**heads(self, self.core_of(options)), **norms, **conv}
 
     def route(self, call: Call, stack: Stack) -> Stack:
@@ -86,7 +80,7 @@ class OwnKeys(MultiHead):
         at = self.keys.index
         (q,), (k,), (v,) = (call(at(name), (x,)) for name in ('query', 'key', 'value'))
         if self.key_conv is not None:
-            (k,) = call(at('key_conv'), (k,))
+            (k,) = call(at('key_conv'), (k, *mask)[: self.key_conv.n_in])
         (q,), (k,) = call(at('query_norm'), (q,)), call(at('key_norm'), (k,))
         if self.rotary is not None:
             q, k = call(at('rotary'), (q, k))
@@ -106,7 +100,7 @@ class HashedSelfAttention(HashedOptions, OwnKeys):
       n_heads: H.
       n_hashes, chunk_len, n_buckets, max_len, local_len, n_sinks, causal, dropout, duplicates,
         seed, centred, scale, softcap, heads_together: as of `HashedAttention`; the scale is 1 by
-        default, since queries have one.
+        default where queries have one of their own.
       masked: whether a second input (B, L) bool says which positions are real.
       d_head: K, by default D / H.
       rotary: positions applied to queries and keys, e.g. `RotaryPositions()`.
@@ -142,7 +136,7 @@ class BlockSelfAttention(BlockOptions, OwnKeys):
     Attributes:
       n_heads: H.
       n_chosen, block_len, max_len, local_len, n_sinks, causal, dropout, duplicates, scale, softcap,
-        heads_together: as of `BlockAttention`; the scale is 1 by default, since queries have one.
+        heads_together: as of `BlockAttention`; the scale as of `HashedSelfAttention`.
       masked, d_head, rotary, key_kernel, query, key, value, core, output, n_kv_heads, qkv_bias,
         out_bias, key_conv, query_norm, key_norm: as of `HashedSelfAttention`.
 

@@ -13,16 +13,21 @@ import layercomb_kernels
 from layercomb.layers.attention.selected.sets import Plan
 from layercomb.layers.quantized.native import runs_natively
 
+NARROW = 256  # keys of a window
+
 
 def applies(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
-    """Whether the kernels compute this call: they know no dropout, and some depths only.
+    """Whether the kernels compute this call: they know no dropout, some depths and narrow windows.
+
+    Where a window is wide, tiles are full, and products of whole tiles are faster.
 
     Args:
       plan: the static description.
       q, k, v: (B, H, L, K), (B, G, L, K) and (B, G, L, D).
     """
     fits = q.shape[-1] == v.shape[-1] and v.shape[-1] in layercomb_kernels.DEPTHS
-    return fits and not plan.dropout_rate and runs_natively(q, k, v)
+    narrow = max(n for n, _ in plan.windows) <= NARROW
+    return fits and narrow and not plan.dropout_rate and runs_natively(q, k, v)
 
 
 def forward(plan: Plan, q: Any, k: Any, v: Any, buckets: Any, mask: Any, segments: Any) -> Any:

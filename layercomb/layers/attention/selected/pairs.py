@@ -120,7 +120,8 @@ def backward(
             p = jnp.where(seen, jnp.exp(jnp.where(seen, s - z_i, 0.0)), 0.0)
             d_p = tiles.dot('gcd,gpd->gcp', d_out_i, v_i)
             d_p = tiles.drop(plan.dropout_rate, rng, pair.number, d_p)
-            d_s = tiles.uncapped(p * (d_p - dot_i), s, plan.softcap)
+            d_s = jnp.where(seen, p * (d_p - dot_i), 0.0)
+            d_s = tiles.uncapped(d_s, s, plan.softcap)
             d_s = d_s if plan.scale == 1 else d_s * plan.scale
             p = tiles.drop(plan.dropout_rate, rng, pair.number, p)
             d_q = d_q.at[pair.tile].add(tiles.dot('gcp,gpk->gck', d_s, k_i), **IN_BOUNDS)
