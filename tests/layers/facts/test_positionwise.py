@@ -81,7 +81,8 @@ def classes(of: type = Layer) -> Iterator[type]:
 
 # What subclasses complete, and what says what it is told: the functions and layers are others'.
 SILENT = {
-    'Wrapper', 'Activation', 'Rearrange', 'Metric', 'Elementwise', 'Reversible', 'Fn', 'LSHOptions'
+    'Wrapper', 'Activation', 'Rearrange', 'Metric', 'Elementwise', 'Reversible', 'Fn',
+    'Hashing', 'LSHOptions', 'SelectingOptions', 'HashedOptions', 'BlockOptions',
 }  # fmt: skip
 
 
