@@ -341,3 +341,38 @@ def test_the_scale_is_one_where_queries_have_one():
     net = tl.HashedSelfAttention(2)
     assert net.core.scale == 1 and net.replace(chunk_len=4).core.scale == 1
     assert tl.HashedSelfAttention(2, query_norm=tl.RMSNorm()).core.scale is None
+
+
+HEADS = jnp.ones((2, 4, 8, 16))
+
+
+@pytest.mark.parametrize(
+    ('call', 'message'),
+    [
+        (lambda: blocks_of(mask=jnp.ones((1, 8), bool)), 'mask'),
+        (lambda: blocks_of(mask=jnp.ones((2, 8), jnp.int32)), 'mask'),
+        (lambda: blocks_of(k=HEADS[:, :, :5]), 'selected attention takes q'),
+        (lambda: blocks_of(k=HEADS[:, :3]), 'heads'),
+        (lambda: blocks_of(block_len=0), 'block_len=0 and n_chosen=2 are at least 1'),
+        (lambda: applied(BLOCKS.core, HEADS[:, :, :5], HEADS, HEADS), 'selected attention takes q'),
+        (lambda: applied(HASHED.core, HEADS, HEADS[..., :8], HEADS), 'selected attention takes q'),
+        (lambda: of_other_heads(tl.UnitNorm(scaled=True)), 'weights of 4 heads'),
+        (lambda: of_other_heads(tl.KeyConv()), 'weights of 4 heads'),
+    ],
+)
+def test_nothing_broadcasts_in_silence(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def blocks_of(k=HEADS, **options):
+    return tl.chosen_blocks(HEADS, k, **{'block_len': 4, 'n_chosen': 2, **options})
+
+
+def applied(core, *qkv):
+    return core.apply({}, {}, qkv)
+
+
+def of_other_heads(layer):
+    weights, _ = layer.init((shape_dtype(HEADS.shape),), jax.random.key(0))
+    return layer.apply(weights, {}, (HEADS[:, :1],))

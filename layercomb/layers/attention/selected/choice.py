@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layercomb.layers.attention import tiles
+from layercomb.layers.attention.selected.arrays import check_arrays
 from layercomb.layers.state import segments as documents
 
 _SCORES_AT_A_TIME = 2**22
@@ -64,6 +65,9 @@ def chosen_blocks(
       (B, H, J, L) int32: numbers of blocks in their document, 0 … ⌈L/C⌉ − 1, and ⌈L/C⌉ for one that
       is missing.
 
+    Raises:
+      ValueError: if shapes, dtypes or sizes do not fit together.
+
     References:
       MoBA, Lu et al. 2025, https://arxiv.org/abs/2502.13189
 
@@ -72,6 +76,9 @@ def chosen_blocks(
     >>> blocks.shape, blocks[0, 0, :, 20].tolist()
     ((1, 2, 2, 64), [0, 4])
     """
+    check_arrays(q, k, k, mask, segments)
+    if block_len < 1 or n_chosen < 1:
+        raise ValueError(f'block_len={block_len} and n_chosen={n_chosen} are at least 1')
     b, h, length, _ = q.shape
     real = jnp.ones((b, length), bool) if mask is None else mask
     ids = jnp.zeros((b, length), jnp.int32) if segments is None else documents.runs(segments)

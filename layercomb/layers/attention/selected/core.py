@@ -16,6 +16,7 @@ from layercomb.checks import Positive, Rate, Size
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.lsh import rings
 from layercomb.layers.attention.multihead import dropout_arguments
+from layercomb.layers.attention.selected.arrays import check_arrays
 from layercomb.layers.attention.selected.cache import PlacedCache, once, placed
 from layercomb.layers.attention.selected.function import selected_attention
 from layercomb.layers.core.layer import Arrays, Key, Layer
@@ -129,6 +130,7 @@ class Selecting(SelectingOptions):
           ValueError: if L exceeds `max_len`, the cache overflows, or training has no key.
         """
         q, k, v, *masks = inputs
+        check_arrays(q, k, v, masks[0] if masks else None, segments_of(state))
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, PlacedCache), q, k, v, *masks)
         check_length(type(self).__name__, q.shape[2], self.max_len)

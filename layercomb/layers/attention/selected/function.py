@@ -14,13 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from layercomb.layers.attention import tiles
-from layercomb.layers.attention.functions import (
-    check_mask,
-    check_segments,
-    check_shared_heads,
-    check_softcap,
-)
+from layercomb.layers.attention.functions import check_softcap
 from layercomb.layers.attention.selected import native, pairs
+from layercomb.layers.attention.selected.arrays import check_arrays
 from layercomb.layers.attention.selected.sets import Plan
 from layercomb.layers.state import segments as documents
 
@@ -227,16 +223,7 @@ def _check(
     q: Any, k: Any, v: Any, q_buckets: Any, k_buckets: Any, mask: Any, segments: Any
 ) -> None:
     """Raises ValueError if shapes or dtypes do not fit together."""
-    shapes = f'q {q.shape}, k {k.shape}, v {v.shape}'
-    fits = q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3]
-    if not fits or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or not q.shape[2]:
-        raise ValueError(
-            'selected attention takes q (B, H, L, K), k (B, G, L, K) and v (B, G, L, D), got '
-            f'{shapes}'
-        )
-    check_shared_heads(q.shape[1], k.shape[1], 'keys and values', shapes)
-    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k, v)):
-        raise ValueError(f'attention takes floats, got q {q.dtype}, k {k.dtype}, v {v.dtype}')
+    check_arrays(q, k, v, mask, segments)
     for name, x, buckets in (('q', q, q_buckets), ('k', k, k_buckets)):
         shape = buckets.shape
         if buckets.ndim != 4 or (*shape[:2], shape[3]) != x.shape[:3]:
@@ -249,9 +236,6 @@ def _check(
         raise ValueError(
             f'queries have {q_buckets.shape[2]} rounds of buckets, and keys {k_buckets.shape[2]}'
         )
-    if mask is not None:
-        check_mask(mask, (q.shape[0], q.shape[2]))
-    check_segments(segments, q, k)
 
 
 def _within(buckets: jax.Array, n: int) -> jax.Array:

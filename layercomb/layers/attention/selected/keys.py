@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from layercomb.checks import Positive, Size
 from layercomb.layers.attention.by_head import by_head
+from layercomb.layers.attention.functions import check_mask
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past
@@ -52,6 +53,8 @@ class UnitNorm(Layer):
     ) -> tuple[Arrays, Tree]:
         """(B, H, L, K) → (B, H, L, K), computed in float32, in the input's dtype."""
         (x,) = inputs
+        if self.scaled:
+            _check_heads(self, x, weights['scale'])
         wide = x.astype(jnp.float32)
         y = wide * jax.lax.rsqrt((wide * wide).sum(-1, keepdims=True) + self.epsilon)
         if self.scaled:
@@ -105,6 +108,9 @@ class KeyConv(Layer):
           ValueError: if the cache is known to overflow.
         """
         x, *mask = inputs
+        _check_heads(self, x, weights['kernel'])
+        if mask:
+            check_mask(mask[0], (x.shape[0], x.shape[2]))
         kernel, n = weights['kernel'].astype(x.dtype), self._reach
         segments = segments_of(state)
         if mask:
@@ -124,6 +130,15 @@ class KeyConv(Layer):
                 past = jnp.where((before == segments)[:, None, :, None], past, 0)
             y = y + kernel[None, :, i - 1, None] * past
         return (y,), state
+
+
+def _check_heads(layer: Layer, x: jax.Array, weight: jax.Array) -> None:
+    """Raises ValueError if x is not of as many heads as the weight: either would broadcast."""
+    if x.ndim != 4 or x.shape[1] != len(weight):
+        raise ValueError(
+            f'{type(layer).__name__} has weights of {len(weight)} heads and takes (B, '
+            f'{len(weight)}, L, K), got {x.shape}'
+        )
 
 
 @by_head.register(UnitNorm)
