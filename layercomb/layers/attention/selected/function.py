@@ -15,7 +15,7 @@ from jax import lax
 
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.functions import check_softcap
-from layercomb.layers.attention.selected import native, pairs
+from layercomb.layers.attention.selected import gpu, native, pairs
 from layercomb.layers.attention.selected.arrays import check_arrays
 from layercomb.layers.attention.selected.sets import Plan
 from layercomb.layers.state import segments as documents
@@ -81,7 +81,8 @@ def selected_attention(
       dropout_rate: share of the probabilities set to zero, in [0, 1).
       rng: a typed key, or one for every head (H,); needed for dropout.
       tile_len: queries, and keys, that XLA computes together; None for 64. Native kernels have no
-        tiles, and are used on a CPU where they know the call and the windows are narrow.
+        tiles, and are used on a CPU where they know the call and the windows are narrow; those of a
+        GPU, see `selected.gpu`, have their own.
       heads_together: heads of keys of a row that XLA computes as one sequence: the largest divisor
         of G up to this. None: on a CPU as many as have 4,096 positions, all elsewhere. With dropout
         each is alone.
@@ -141,6 +142,10 @@ def _attend_forward(
 ) -> Any:
     if native.applies(plan, q, k, v):
         out, z = native.forward(plan, q, k, v, buckets, mask, segments)
+    elif gpu.applies(plan, q, k, v):
+        *given, _ = _folded(plan, q, k, v, buckets, mask, segments, rng)
+        out, z = gpu.forward(gpu.planned(plan, q.dtype), *given)
+        out, z = out.reshape(*q.shape[:3], -1), z.reshape(q.shape[:3])
     else:
         folded = _folded(plan, q, k, v, buckets, mask, segments, rng)
         out, z = _over_folds(functools.partial(pairs.forward, plan), folded)
@@ -156,8 +161,11 @@ def _attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
         return (*grads, None, None, None, None)
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     folded = _folded(plan, q, k, v, buckets, mask, segments, rng)
-    further = (_fold(plan.n_q, x) for x in (z, d_out, dot_out))
-    made = _over_folds(functools.partial(pairs.backward, plan), (*folded, *further))
+    further = [_fold(plan.n_q, x) for x in (z, d_out, dot_out)]
+    if gpu.applies(plan, q, k, v):
+        made = gpu.backward(gpu.planned(plan, q.dtype), *folded[:-1], *further)
+    else:
+        made = _over_folds(functools.partial(pairs.backward, plan), (*folded, *further))
     shaped = (d.reshape(x.shape).astype(x.dtype) for d, x in zip(made, (q, k, v), strict=True))
     return (*shaped, None, None, None, None)
 

@@ -80,7 +80,7 @@ def forward(
         jnp.zeros((plan.n_q, v.shape[-1]), jnp.float32),
         jnp.full((plan.n_q, 1), -tiles.FAR, jnp.float32),
     )
-    (out, z), _ = lax.scan(one_round, start, _of_rounds(plan, buckets))
+    (out, z), _ = lax.scan(one_round, start, of_rounds(plan, buckets))
     blind = z < -tiles.FAR / 2
     return jnp.where(blind, 0.0, out).astype(v.dtype), jnp.where(blind, tiles.FAR, z)[:, 0]
 
@@ -139,7 +139,7 @@ def backward(
         return jax.tree.map(jnp.add, carry, parts), None
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    (d_q, d_k, d_v), _ = lax.scan(one_round, start, _of_rounds(plan, buckets))
+    (d_q, d_k, d_v), _ = lax.scan(one_round, start, of_rounds(plan, buckets))
     return d_q, d_k, d_v
 
 
@@ -169,7 +169,7 @@ def _pair(plan: Plan, sets: Sets, tile: Any, start: Any, number: Any) -> _Pair:
     return _Pair(number, tile, start, places, ranks, *numbers)
 
 
-def _of_rounds(plan: Plan, buckets: Any) -> Any:
+def of_rounds(plan: Plan, buckets: Any) -> Any:
     """What a scan over rounds takes."""
     windows = np.array([n for n, _ in plan.windows], np.int32)
     firsts = np.array([first for _, first in plan.windows])
@@ -190,7 +190,7 @@ def _all_rounds(plan: Plan, buckets: Any, segments: Any) -> tuple[Any, Any, Any]
         sets = make_sets(plan, given[0], segments, *given[1:])
         return *(rows(bound, sets.query_place) for bound in (sets.low, sets.high)), sets.key_rank
 
-    low, high, rank = lax.map(one, _of_rounds(plan, buckets))
+    low, high, rank = lax.map(one, of_rounds(plan, buckets))
     return low, high, rank
 
 

@@ -133,7 +133,7 @@ def make_sets(plan: Plan, buckets: Any, segments: Any, window: Any, first: Any) 
       plan: the static description.
       buckets: of queries (Q,) and of keys (M,), int32, from 1 to n_heads·n_buckets; 0 for a query
         that sees nothing, and one more than all others for a key that nobody sees.
-      segments: (M,) int32, the document of each key; or None.
+      segments: (M,) int32, the document of each key, never less than the one before; or None.
       window: () int32, how many keys a query sees.
       first: () bool, whether these are the first of its bucket.
     """
@@ -185,30 +185,25 @@ def make_pairs(plan: Plan, sets: Sets) -> Pairs:
 def _sorted(plan: Plan, buckets: Any, segments: Any) -> tuple[Any, Any, Any]:
     """Keys and queries in one order: by bucket, document and position, a key before the queries.
 
+    They come by position already, and so by document: a stable sort by bucket is enough.
+
     Returns:
       The number of each among the keys or the queries, whether it is a key, and whether it is the
       first of its bucket and document; (M + Q,).
     """
     length, group, kinds = plan.length, plan.group, plan.group + 1
     of_queries, of_keys = buckets
-    position = jnp.arange(length, dtype=jnp.int32)
-    # Position and kind in one number: 0 is the key, then the queries of the heads that share it.
-    k_at = jnp.tile(position * kinds, plan.n_heads)
-    q_at = jnp.tile(
-        (position * kinds)[None] + jnp.arange(1, kinds, dtype=jnp.int32)[:, None], (plan.n_heads, 1)
-    ).reshape(-1)  # (G·group, L) → (Q,)
-    bucket, at = jnp.concatenate([of_keys, of_queries]), jnp.concatenate([k_at, q_at])
+    of_queries = of_queries.reshape(plan.n_heads, group, length).swapaxes(1, 2)  # (G, L, group)
+    bucket = jnp.concatenate([of_keys.reshape(plan.n_heads, length, 1), of_queries], 2)
     entry = jnp.arange(plan.n_k + plan.n_q, dtype=jnp.int32)
-    if segments is None:
-        bucket, _, entry = lax.sort((bucket, at, entry), num_keys=2)
-        document = bucket
-    else:
-        by_query = jnp.tile(segments.reshape(plan.n_heads, 1, length), (1, group, 1)).reshape(-1)
-        document = jnp.concatenate([segments, by_query])
-        bucket, document, _, entry = lax.sort((bucket, document, at, entry), num_keys=3)
-    new = (bucket != jnp.roll(bucket, 1)) | (document != jnp.roll(document, 1))
-    is_key = entry < plan.n_k
-    return jnp.where(is_key, entry, entry - plan.n_k), is_key, new.at[0].set(True)
+    bucket, entry = lax.sort((bucket.reshape(-1), entry), num_keys=1, is_stable=True)
+    at, kind = entry // kinds, entry % kinds  # head · L + position; 0 for a key
+    new = bucket != jnp.roll(bucket, 1)
+    if segments is not None:
+        document = rows(segments, at)
+        new = new | (document != jnp.roll(document, 1))
+    query = (at // length * group + kind - 1) * length + at % length
+    return jnp.where(kind == 0, at, query), kind == 0, new.at[0].set(True)
 
 
 def _chosen(values: Any, chosen: Any, place: Any, n: int) -> jax.Array:

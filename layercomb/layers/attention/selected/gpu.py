@@ -1,0 +1,307 @@
+"""Selected attention on a GPU: rows gathered in the order of a round, and one kernel over ranges.
+
+`ranges` has the kernels, in Triton; jax-triton calls them. A round is gathered, computed and
+put back before the next, so that memory holds one round's rows. They are used on NVIDIA GPUs of
+compute capability 8.0 and more, if jax-triton is installed and once they have given what XLA
+gives on a small input.
+
+Shape letters: F folds; Q queries and M keys of a fold's heads together; S and T these with
+padding; K depth of queries and keys, D depth of values; R rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from layercomb.layers.attention import tiles
+from layercomb.layers.attention.selected import pairs
+from layercomb.layers.attention.selected.sets import Plan, Sets, make_sets
+from layercomb.layers.quantized.rows import rows
+
+DEPTHS = (16, 32, 64, 128)
+# Queries, and keys, of a program: what its registers and shared memory hold.
+TILE_LENS = {'bfloat16': 64, 'float16': 64, 'float32': 32}
+N_WARPS = 8  # with 4, ptxas spills registers
+
+
+def planned(plan: Plan, dtype: Any) -> Plan:
+    """The plan with the kernels' tiles, for queries of a dtype."""
+    n = TILE_LENS[jnp.dtype(dtype).name]
+    return dataclasses.replace(plan, tile_len=n, piece_len=n)
+
+
+def applies(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+    """Whether the kernels compute this call: they know some depths and dtypes, and no dropout.
+
+    Args:
+      plan: the static description.
+      q, k, v: (B, H, L, K), (B, G, L, K) and (B, G, L, D).
+    """
+    if jax.default_backend() != 'gpu' or not q.size or plan.dropout_rate:
+        return False
+    fits = q.shape[-1] in DEPTHS and v.shape[-1] in DEPTHS
+    if not fits or not q.dtype == k.dtype == v.dtype or q.dtype.name not in TILE_LENS:
+        return False
+    return available(q.dtype.name, q.shape[-1], v.shape[-1])
+
+
+@functools.cache
+def available(dtype: str, depth: int, depth_v: int) -> bool:
+    """Whether this machine's GPU computes what XLA does; a warning where it should and does not.
+
+    Args:
+      dtype: of queries, keys and values.
+      depth: K.
+      depth_v: D.
+    """
+    device = jax.devices()[0]
+    capability = getattr(device, 'compute_capability', '0')
+    if jax.device_count() > 1 or not _is_new(capability):
+        return False
+    if not is_installed():
+        warnings.warn(
+            'attention that selects its keys has faster kernels for this GPU: '
+            "pip install 'layercomb[gpu]'",
+            stacklevel=2,
+        )
+        return False
+    try:
+        with jax.ensure_compile_time_eval(), jax.default_matmul_precision('highest'):
+            apart = difference(dtype, depth, depth_v)
+    except Exception as e:  # whatever a driver or a compiler throws: XLA's path is always there
+        warnings.warn(f"XLA's path is taken: the GPU kernels do not run here: {e}", stacklevel=2)
+        return False
+    if not apart <= (2e-2 if dtype != 'float32' else 1e-3):
+        warnings.warn(
+            f"XLA's path is taken: the GPU kernels differ from it by {apart:.1e} of the largest "
+            f'value for {dtype} on {device.device_kind}',
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def is_installed() -> bool:
+    """Whether jax-triton is there."""
+    return importlib.util.find_spec('jax_triton') is not None
+
+
+def _is_new(capability: str) -> bool:
+    return capability.split('.')[0].isdigit() and int(capability.split('.')[0]) >= 8
+
+
+def difference(dtype: str, depth: int, depth_v: int, length: int = 200) -> float:
+    """How far kernels and XLA are apart on a small input, as a share of the largest value.
+
+    Args:
+      dtype: of queries, keys and values.
+      depth: K.
+      depth_v: D.
+      length: of the sequence.
+    """
+    plan = Plan(
+        length=length, n_heads=1, group=2, n_buckets=3, n_rounds=2, n_keys=40, local_len=16,
+        n_sinks=0, causal=True, once=True, scale=depth**-0.5, softcap=None, dropout_rate=0.0,
+        tile_len=64, piece_len=64, together=8,
+    )  # fmt: skip
+    draw = np.random.default_rng(0)
+
+    def drawn(n: int, depth: int) -> jax.Array:
+        return jnp.asarray(draw.standard_normal((1, n, depth)), jnp.float32).astype(dtype)
+
+    def buckets(n: int) -> jax.Array:
+        found = draw.integers(1, 4, (1, 3, n), np.int32)
+        found[:, 2:] = 1  # near keys: one bucket
+        return jnp.asarray(found)
+
+    q, k, v, d_out = (
+        drawn(*x)
+        for x in (
+            (plan.n_q, depth), (plan.n_k, depth), (plan.n_k, depth_v), (plan.n_q, depth_v)
+        )
+    )  # fmt: skip
+    given = (q, k, v, (buckets(plan.n_q), buckets(plan.n_k)), None)
+    own = planned(plan, dtype)
+    out, z = jax.jit(functools.partial(forward, own))(*given)
+    dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    made = jax.jit(functools.partial(backward, own))(*given, z, d_out, dot_out)
+    alone, further = jax.tree.map(lambda x: x[0], (given, (z, d_out, dot_out)))
+    out_x, _ = jax.jit(functools.partial(pairs.forward, plan))(*alone, None)
+    made_x = jax.jit(functools.partial(pairs.backward, plan))(*alone, None, *further)
+    return max(map(_apart, (out[0], *(x[0] for x in made)), (out_x, *made_x)))
+
+
+def _apart(x: jax.Array, y: jax.Array) -> float:
+    a, b = (np.asarray(z.astype(jnp.float32)) for z in (x, y))
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def forward(
+    plan: Plan, q: Any, k: Any, v: Any, buckets: Any, segments: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The output (F, Q, D) in the dtype of v, and the logsumexp (F, Q) float32.
+
+    Args:
+      plan: the static description, with the kernels' tiles.
+      q, k, v, buckets, segments: as of `pairs.forward`, with a leading axis F.
+    """
+    sets = _all_sets(plan, buckets, segments)
+    before = _before(plan, sets)
+
+    def one_round(carry: Any, x: Any) -> tuple[Any, None]:
+        number, sets = x
+        given = [*_gathered(sets, q, k, v), *before, number.reshape(1)]
+        shape = sets.query.shape
+        out_r, z_r = _call('forward', plan, given, [(*shape, v.shape[-1]), shape])
+        out_r, z_r = (_taken(y, sets.query_place) for y in (out_r, z_r[..., None]))
+        out, z = carry
+        both = jnp.logaddexp(z, z_r)
+        return (jnp.exp(z - both) * out + jnp.exp(z_r - both) * out_r, both), None
+
+    start = (
+        jnp.zeros((*q.shape[:2], v.shape[-1]), jnp.float32),
+        jnp.full((*q.shape[:2], 1), -tiles.FAR, jnp.float32),
+    )
+    (out, z), _ = lax.scan(one_round, start, (_numbers(plan), sets))
+    blind = z < -tiles.FAR / 2
+    return jnp.where(blind, 0.0, out).astype(v.dtype), jnp.where(blind, tiles.FAR, z)[..., 0]
+
+
+def backward(
+    plan: Plan,
+    q: Any,
+    k: Any,
+    v: Any,
+    buckets: Any,
+    segments: Any,
+    z: Any,
+    d_out: Any,
+    dot_out: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of q, k and v, in float32.
+
+    Args:
+      plan, q, k, v, buckets, segments: as of `forward`.
+      z, d_out, dot_out: as of `pairs.backward`, with a leading axis F.
+    """
+    sets = _all_sets(plan, buckets, segments)
+    before = _before(plan, sets)
+    numbers = z[..., None], dot_out[..., None]
+
+    def one_round(carry: Any, x: Any) -> tuple[Any, None]:
+        number, sets = x
+        given = [*_gathered(sets, q, k, v), *before, number.reshape(1)]
+        z_i, dot_i = (_taken(y, sets.query)[..., 0] for y in numbers)
+        given += [z_i, _taken(d_out.astype(v.dtype), sets.query), dot_i]
+        (d_q,) = _call('backward_queries', plan, given, [(*sets.query.shape, q.shape[-1])])
+        shapes = [(*sets.key.shape, x.shape[-1]) for x in (k, v)]
+        d_k, d_v = _call('backward_keys', plan, [*given, *_seen_by(plan, sets)], shapes)
+        places = sets.query_place, sets.key_rank, sets.key_rank
+        parts = (_taken(d, at) for d, at in zip((d_q, d_k, d_v), places, strict=True))
+        return tuple(x + y for x, y in zip(carry, parts, strict=True)), None
+
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    (d_q, d_k, d_v), _ = lax.scan(one_round, start, (_numbers(plan), sets))
+    return d_q, d_k, d_v
+
+
+def _numbers(plan: Plan) -> np.ndarray:
+    return np.arange(len(plan.windows), dtype=np.int32)
+
+
+def _all_sets(plan: Plan, buckets: Any, segments: Any) -> Sets:
+    """The sets of all rounds and folds, (R, F, …), keys in whole tiles: (R, F, T)."""
+    _, of_rounds, windows, firsts = pairs.of_rounds(plan, buckets)
+    of_rounds = jax.tree.map(lambda x: x.swapaxes(0, 1), of_rounds)  # (F, R, …) → (R, F, …)
+    axis = None if segments is None else 0
+
+    def one(x: Any) -> Sets:
+        buckets, window, first = x
+        of_fold = functools.partial(make_sets, plan, window=window, first=first)
+        return jax.vmap(of_fold, (0, axis))(buckets, segments)
+
+    sets = lax.map(one, (of_rounds, windows, firsts))
+    spare = -sets.key.shape[-1] % plan.piece_len
+    return sets._replace(key=jnp.pad(sets.key, ((0, 0), (0, 0), (0, spare))))
+
+
+def _gathered(sets: Sets, q: Any, k: Any, v: Any) -> list[jax.Array]:
+    """What every kernel is given of a round: rows in its order, bounds and numbers."""
+    sorted_rows = _taken(q, sets.query), _taken(k, sets.key), _taken(v, sets.key)
+    return [*sorted_rows, sets.low, sets.high, sets.query, sets.key]
+
+
+def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
+    """Rows at (F, N) of x (F, M, …)."""
+    return jax.vmap(rows)(x, at)
+
+
+def _before(plan: Plan, sets: Sets) -> tuple[jax.Array, jax.Array]:
+    """Bounds (F, Q, R, 2) of each query and ranks (F, M, R) of each key in all rounds."""
+    if not plan.once:
+        return jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32)
+    of_queries = jax.vmap(jax.vmap(rows))  # (R, F, S) in order → (R, F, Q)
+    bounds = [of_queries(x, sets.query_place) for x in (sets.low, sets.high)]
+    return jnp.stack(bounds, -1).transpose(1, 2, 0, 3), sets.key_rank.transpose(1, 2, 0)
+
+
+def _seen_by(plan: Plan, sets: Sets) -> tuple[jax.Array, jax.Array]:
+    """The first query that sees each tile of keys, and the one after the last; (F, T / P) int32."""
+    starts = np.arange(0, sets.key.shape[-1], plan.piece_len, dtype=np.int32)
+
+    def of_fold(low: Any, high: Any) -> tuple[jax.Array, jax.Array]:
+        first = jnp.searchsorted(high[: plan.n_q], starts, side='right')
+        last = jnp.searchsorted(low[: plan.n_q], starts + plan.piece_len - 1, side='right')
+        return first.astype(jnp.int32), last.astype(jnp.int32)
+
+    return jax.vmap(of_fold)(sets.low, sets.high)
+
+
+def _call(
+    name: str, plan: Plan, given: Sequence[jax.Array], shapes: Sequence[Any]
+) -> tuple[jax.Array, ...]:
+    """Calls a kernel of `ranges`, with a program for each tile of each fold of its outputs."""
+    q, k, v = given[:3]
+    sizes: dict[str, Any] = {
+        'S': q.shape[1],
+        'T': k.shape[1],
+        'Q': plan.n_q,
+        'M': plan.n_k,
+        'R': len(plan.windows),
+        'C': plan.tile_len,
+        'P': plan.piece_len,
+        'K': q.shape[-1],
+        'D': v.shape[-1],
+        'SCALE': plan.scale,
+        'SOFTCAP': plan.softcap or 0.0,
+        'ONCE': plan.once,
+    }
+    out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    grid = shapes[0][1] // plan.tile_len, shapes[0][0]
+    return launch()(name, given, out, grid, sizes)
+
+
+@functools.cache
+def launch() -> Callable[..., Any]:
+    """The function that calls a kernel, see `_call`; jax-triton is imported at first use."""
+    import jax_triton
+
+    from layercomb.layers.attention.selected import ranges
+
+    def call(name: str, given: Any, out: Any, grid: Any, sizes: Any) -> Any:
+        kernel = getattr(ranges, name)
+        return jax_triton.triton_call(
+            *given, kernel=kernel, out_shape=out, grid=grid, num_warps=N_WARPS, **sizes
+        )
+
+    return call
