@@ -18,7 +18,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -72,6 +72,7 @@ _SHOWN = 200  # characters of a wrong value
 
 F = TypeVar('F', bound=Callable[..., Any])
 Size = Annotated[int, Bound(1)]
+ChunkLen = Size | Literal['auto']  # positions in a slice of `tl.Chunk`
 Count = Annotated[int, Bound(0)]
 Rate = Annotated[float, Bound(0, 1)]
 Fraction = Annotated[float, Bound(0, high=1)]

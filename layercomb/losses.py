@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layercomb.checks import ChunkLen
 from layercomb.errors import UsageWarning
 from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.combinators.serial import Serial
@@ -66,7 +67,9 @@ class Scored(Wrapper):
         return outputs, state
 
 
-def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None = None) -> Layer:
+def attach(
+    net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: ChunkLen | None = None
+) -> Layer:
     """A model with its loss: (inputs, targets, weights) → (values, weights), a position each.
 
     A language model is ``Serial(body…, head)``. What comes out is ``Serial(body…, Chunk(head and
@@ -79,7 +82,7 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
     Args:
       net: gives logits (…, V).
       loss: one metric, or several; several give two outputs each, in order.
-      chunk_len: the length of a piece, or None for no pieces.
+      chunk_len: the length of a piece, as of `Chunk`, or None for no pieces.
 
     Returns:
       A layer with ``n_in = net.n_in + 2``.
@@ -120,7 +123,7 @@ def attach(net: Layer, loss: Metric | tuple[Metric, ...], chunk_len: int | None 
 
 
 def _attach(
-    net: Layer, losses: tuple[Metric, ...], chunk_len: int | None, whole: bool = False
+    net: Layer, losses: tuple[Metric, ...], chunk_len: ChunkLen | None, whole: bool = False
 ) -> Layer:
     """`net` with its losses; `whole` takes all of it for the head if it is position-wise."""
     if isinstance(net, Tied):

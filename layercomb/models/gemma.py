@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layercomb import layers as tl
-from layercomb.checks import NonNegative, Positive, Rate, Size, checked
+from layercomb.checks import ChunkLen, NonNegative, Positive, Rate, Size, checked
 from layercomb.models.llama import (
     decoder,
     decoder_block,
@@ -46,7 +46,7 @@ def Gemma3(
     qk_norm: bool = True,
     tied: bool = True,
     activation: str = 'gelu',
-    ff_chunk_len: Size | None = None,
+    ff_chunk_len: ChunkLen | None = None,
     remat: bool = False,
 ) -> tl.Layer:
     """The decoder-only language model Gemma 3: token ids (B, L) → logits (B, L, vocab_size).
@@ -80,7 +80,8 @@ def Gemma3(
       qk_norm: whether queries and keys are normalized, head by head, before they are rotated.
       tied: whether the head is the transposed table of the embedding.
       activation: of the gates.
-      ff_chunk_len: how many positions a feed-forward takes at a time; None takes all.
+      ff_chunk_len: how many positions a feed-forward takes at a time: a number, 'auto' for what
+        suits the platform (see `Chunk`), or None for all.
       remat: whether the backward pass computes each block again.
 
     Returns:

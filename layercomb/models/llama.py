@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from layercomb import layers as tl
-from layercomb.checks import Fraction, NonNegative, Positive, Rate, Size, checked
+from layercomb.checks import ChunkLen, Fraction, NonNegative, Positive, Rate, Size, checked
 from layercomb.transforms.tying import Tied
 
 
@@ -40,7 +40,7 @@ def Llama(
     qk_norm: bool = False,
     tied: bool = False,
     activation: str = 'silu',
-    ff_chunk_len: Size | None = None,
+    ff_chunk_len: ChunkLen | None = None,
     remat: bool = False,
 ) -> tl.Layer:
     """The decoder-only language model Llama: token ids (B, L) → logits (B, L, vocab_size).
@@ -74,7 +74,8 @@ def Llama(
       qk_norm: whether queries and keys are normalized, head by head, before they are rotated.
       tied: whether the head is the transposed table of the embedding.
       activation: of the gates.
-      ff_chunk_len: how many positions a feed-forward takes at a time; None takes all.
+      ff_chunk_len: how many positions a feed-forward takes at a time: a number, 'auto' for what
+        suits the platform (see `Chunk`), or None for all.
       remat: whether the backward pass computes each block again, instead of keeping its
         activations.
 
@@ -168,7 +169,7 @@ def decoder_block(
     feed_forward: Sequence[tl.Layer],
     norm: tl.Layer,
     dropout: float = 0.0,
-    ff_chunk_len: int | None = None,
+    ff_chunk_len: ChunkLen | None = None,
     *,
     after: tl.Layer | None = None,
 ) -> tl.Serial:
@@ -182,7 +183,8 @@ def decoder_block(
       feed_forward: layers in series, (B, L, D) → (B, L, D).
       norm: before both.
       dropout: the rate on what each of the two adds.
-      ff_chunk_len: how many positions the feed-forward takes at a time; None takes all.
+      ff_chunk_len: how many positions the feed-forward takes at a time: a number, 'auto' for what
+        suits the platform (see `Chunk`), or None for all.
       after: a norm of what each of the two adds; None for none.
     """
     last = (after, tl.Dropout(dropout) if dropout else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layercomb import layers as tl
-from layercomb.checks import checked
+from layercomb.checks import ChunkLen, checked
 from layercomb.layers.positions.axial import nearest_grid
 from layercomb.models.transformer import (
     attention_pattern,
@@ -34,7 +34,7 @@ def ReformerLM(
     axial_shape: tuple[int, int] | None = None,
     axial_depths: tuple[int, int] | None = None,
     norm: tl.Layer = tl.LayerNorm(),
-    ff_chunk_len: int | None = 1024,
+    ff_chunk_len: ChunkLen | None = 'auto',
 ) -> tl.Serial:
     """A language model of long sequences: token ids (B, L) → logits (B, L, vocab_size).
 
@@ -67,7 +67,8 @@ def ReformerLM(
         default powers of two, as nearly square as possible.
       axial_depths: how D is divided among its two axes; by default into halves.
       norm: the normalization.
-      ff_chunk_len: positions that a feed-forward and a norm take at a time; None takes all.
+      ff_chunk_len: positions that a feed-forward and a norm take at a time: a number, 'auto' for
+        what suits the platform (see `Chunk`), or None for all.
 
     Returns:
       ``Serial(embedding, positions, Dup, ReversibleRepeat(block), head)``. The head concatenates
@@ -117,7 +118,7 @@ def two_streams(
 
 
 def reversible_half(
-    norm: tl.Layer, layer: tl.Layer, dropout: float, chunk_len: int | None
+    norm: tl.Layer, layer: tl.Layer, dropout: float, chunk_len: ChunkLen | None
 ) -> tl.ReversibleHalfResidual:
     """(acc, x, *context) → (acc + Dropout(layer(norm(x), *context)), x, *context)."""
     norm = norm if chunk_len is None else tl.Chunk(norm, chunk_len)
@@ -125,7 +126,7 @@ def reversible_half(
 
 
 def reversible_feed_forward(
-    norm: tl.Layer, feed: tl.Layer, dropout: float, chunk_len: int | None
+    norm: tl.Layer, feed: tl.Layer, dropout: float, chunk_len: ChunkLen | None
 ) -> tl.ReversibleHalfResidual:
     """The feed-forward half of a block: acc + Dropout(feed(norm(x))), norm and dropout in slices.
 

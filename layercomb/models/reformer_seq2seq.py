@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 
 from layercomb import layers as tl
-from layercomb.checks import checked
+from layercomb.checks import ChunkLen, checked
 from layercomb.layers.core.walk import walk
 from layercomb.models.reformer import (
     reformer_positions,
@@ -46,7 +46,7 @@ def Reformer(
     axial_shape: tuple[int, int] | None = None,
     axial_depths: tuple[int, int] | None = None,
     norm: tl.Layer = tl.LayerNorm(),
-    ff_chunk_len: int | None = 1024,
+    ff_chunk_len: ChunkLen | None = 'auto',
 ) -> tl.Serial:
     """From sequence to sequence: tokens (B, M) and (B, L) → logits (B, L, target_vocab_size).
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import layers as tl
-from layercomb.checks import Size, checked
+from layercomb.checks import ChunkLen, Size, checked
 from layercomb.layers.core.layer import Arrays, Key
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
@@ -63,7 +63,7 @@ def TerraformerLM(
     axial_shape: tuple[int, int] | None = None,
     axial_depths: tuple[int, int] | None = None,
     norm: tl.Layer = tl.LayerNorm(),
-    ff_chunk_len: int | None = None,
+    ff_chunk_len: ChunkLen | None = None,
 ) -> tl.Serial:
     """A sparse, reversible language model: token ids (B, L) → logits (B, L, vocab_size).
 
@@ -100,7 +100,8 @@ def TerraformerLM(
         'none'.
       axial_shape, axial_depths: as in `ReformerLM`.
       norm: the normalization.
-      ff_chunk_len: positions that a feed-forward and a norm take at a time; None takes all.
+      ff_chunk_len: positions that a feed-forward and a norm take at a time: a number, 'auto' for
+        what suits the platform (see `Chunk`), or None for all.
 
     Returns:
       ``Serial(embedding, positions, Dup, ReversibleRepeat(block), head)``.
@@ -157,7 +158,7 @@ def Terraformer(
     activation: str = 'relu',
     positions: str = 'rotary',
     norm: tl.Layer = tl.LayerNorm(),
-    ff_chunk_len: int | None = None,
+    ff_chunk_len: ChunkLen | None = None,
 ) -> tl.Serial:
     """From sequence to sequence: tokens (B, M) and (B, L) → logits (B, L, target_vocab_size).
 
@@ -448,7 +449,7 @@ def sparse_feed_forward(
     d_model: int,
     activation: str,
     dropout: float,
-    chunk_len: int | None,
+    chunk_len: ChunkLen | None,
     block_size: int | None,
     d_lowrank: int | None,
     d_sru: int | None,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layercomb import layers as tl
-from layercomb.checks import checked
+from layercomb.checks import ChunkLen, checked
 from layercomb.shapes import nearest_multiple
 from layercomb.transforms.rewriting import rewrite
 
@@ -26,7 +26,7 @@ def TransformerLM(
     activation: str | tl.Layer = 'gelu',
     positions: str = 'learned',
     norm: tl.Layer = tl.LayerNorm(),
-    ff_chunk_len: int | None = None,
+    ff_chunk_len: ChunkLen | None = None,
     remat: bool = False,
     n_kv_heads: int | None = None,
 ) -> tl.Serial:
@@ -51,7 +51,8 @@ def TransformerLM(
       activation: of the feed-forwards, a name or a layer.
       positions: 'learned', 'sinusoidal', 'rotary' (put into the attention layers) or 'none'.
       norm: the normalization.
-      ff_chunk_len: how many positions a feed-forward takes at a time; None takes all.
+      ff_chunk_len: how many positions a feed-forward takes at a time: a number, 'auto' for what
+        suits the platform (see `Chunk`), or None for all.
       remat: whether the backward pass computes each block again, instead of keeping its
         activations.
       n_kv_heads: heads of keys and values of the default attention, which several heads of queries
@@ -172,7 +173,7 @@ def residual(norm: tl.Layer, layer: tl.Layer, dropout: float) -> tl.Residual:
 
 
 def feed_forward(
-    d_ff: int, d_model: int, activation: str | tl.Layer, chunk_len: int | None
+    d_ff: int, d_model: int, activation: str | tl.Layer, chunk_len: ChunkLen | None
 ) -> tl.Layer:
     """Dense to `d_ff`, an activation, and Dense back: (B, L, D) → (B, L, D).
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 
 from layercomb import layers as tl
-from layercomb.checks import checked
+from layercomb.checks import ChunkLen, checked
 from layercomb.models.reformer_seq2seq import check_arity, refuse_looking_ahead
 from layercomb.models.transformer import (
     attention_pattern,
@@ -37,7 +37,7 @@ def Transformer(
     activation: str | tl.Layer = 'gelu',
     positions: str = 'learned',
     norm: tl.Layer = tl.LayerNorm(),
-    ff_chunk_len: int | None = None,
+    ff_chunk_len: ChunkLen | None = None,
 ) -> tl.Serial:
     """From sequence to sequence: tokens (B, M) and (B, L) → logits (B, L, target_vocab_size).
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from layercomb import losses
+from layercomb.checks import ChunkLen
 from layercomb.errors import UsageError, UsageWarning
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
@@ -60,13 +61,15 @@ def evaluate(
 
 
 @functools.lru_cache(maxsize=16)
-def compiled(net: Layer, metrics: tuple[Metric, ...], chunk_len: int | None) -> Callable[..., Sums]:
+def compiled(
+    net: Layer, metrics: tuple[Metric, ...], chunk_len: ChunkLen | None
+) -> Callable[..., Sums]:
     """The jitted evaluation step: (weights, state, batch) → each metric's sums over the batch.
 
     Args:
       net: gives logits.
       metrics: what to measure. Equal arguments share one function.
-      chunk_len: how many positions of logits exist at a time; None for all.
+      chunk_len: how many positions of logits exist at a time, as of `losses.attach`.
     """
     scored = losses.attach(net, metrics, chunk_len)
 

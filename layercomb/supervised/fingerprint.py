@@ -141,6 +141,8 @@ def _difference(part: str, then: Fingerprint, now: Fingerprint) -> str | None:
     old, new = then[part], now[part]
     if old == new or (part == 'weights' and new == OF_THE_SEED):
         return None
+    if part == 'model' and (_but_for_pieces(old, new) or _but_for_pieces(new, old)):
+        return None
     if part == 'optimizer':
         return _of_optimizers(then, now)
     if part == 'data':
@@ -282,6 +284,18 @@ def _text(layer: Layer) -> str:
     """A layer's text, without the places in modules and functions that its functions come from."""
     text = re.sub(r'[\w.]+\.<locals>\.', '', re.sub(r'\s*\n\s*', ' ', repr(layer)))
     return _no_addresses(re.sub(r'<(?:\w+\.)+(\w+) object', r'<\1 object', text))
+
+
+def _but_for_pieces(text: str, other: str) -> bool:
+    """Whether models are alike but for pieces of automatic length, which have any in the other.
+
+    Pieces change how it is computed, as `loss_chunk_len` does, and not what.
+
+    >>> _but_for_pieces("Chunk(Dense(4), 'auto')", 'Chunk(Dense(4), 1024)')
+    True
+    """
+    pattern = re.escape(text).replace("'auto'", r"(?:'auto'|\d+)")
+    return re.fullmatch(pattern, other) is not None
 
 
 def _no_addresses(text: str) -> str:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import losses, trees
+from layercomb.checks import ChunkLen
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.metrics.metric import Metric
 from layercomb.supervised.updates import hyperparams, update
@@ -39,7 +40,7 @@ class Carry(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def compiled(
-    net: Layer, loss: Metric, optimizer: Any, accumulate: int, chunk_len: int | None
+    net: Layer, loss: Metric, optimizer: Any, accumulate: int, chunk_len: ChunkLen | None
 ) -> Callable[..., tuple[Carry, Metrics]]:
     """The jitted training step: (carry, frozen weights, key, batch) → (carry, metrics).
 
@@ -52,7 +53,7 @@ def compiled(
       optimizer: an `optax.GradientTransformation`.
       accumulate: how many micro batches a batch is cut into; it must divide the batch's rows, or
         the groups of rows that the loss takes together.
-      chunk_len: how many positions of logits exist at a time; None for all.
+      chunk_len: how many positions of logits exist at a time, as of `losses.attach`.
 
     Returns:
       The function. Its metrics are float32 (): 'loss', 'grad_norm', and 'learning_rate' if the

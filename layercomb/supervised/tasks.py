@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import trees
-from layercomb.checks import Bound, Size, check_value
+from layercomb.checks import Bound, ChunkLen, Size, check_value
 from layercomb.errors import require
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.core.layer import Layer
@@ -44,7 +44,8 @@ class TrainTask:
         summed and divided once, so the gradient is that of the whole batch; but what layers average
         over a batch (balance, statistics) is averaged over a micro batch.
       clip_norm: gradients of a greater global norm are scaled down to it.
-      loss_chunk_len: how many positions of logits exist at a time; None for all.
+      loss_chunk_len: how many positions of a row have logits at a time: a number, 'auto' for what
+        suits the platform and a small vocabulary (see `tl.Chunk`), or None for all.
       trainable: a predicate on paths of weights; None trains all. Frozen weights have no gradient
         and no optimizer state. Integer weights are always frozen.
       packed: whether rows hold several documents, which do not see each other. Batches are then
@@ -60,7 +61,7 @@ class TrainTask:
     optimizer: Any
     accumulate: int = 1
     clip_norm: float | None = None
-    loss_chunk_len: int | None = None
+    loss_chunk_len: ChunkLen | None = None
     trainable: Callable[[str], bool] | None = None
     packed: bool = False
 
@@ -80,7 +81,7 @@ class TrainTask:
             )
         check_optimizer(self.optimizer)
         check_count('TrainTask', 'accumulate', self.accumulate)
-        check_count('TrainTask', 'loss_chunk_len', self.loss_chunk_len, optional=True)
+        check_value('TrainTask', 'loss_chunk_len', self.loss_chunk_len, ChunkLen | None)
         check_value('TrainTask', 'clip_norm', self.clip_norm, _ClipNorm)
         if self.trainable is not None and not callable(self.trainable):
             raise TypeError(
@@ -116,7 +117,8 @@ class EvalTask:
       name: what comes before the `/` in reports: `valid/loss`.
       n_batches: how many batches to go through; None for all. The data must then end: a Grain data
         set that repeats for ever is refused.
-      loss_chunk_len: how many positions of logits exist at a time; None for all.
+      loss_chunk_len: how many positions of a row have logits at a time: a number, 'auto' for what
+        suits the platform and a small vocabulary (see `tl.Chunk`), or None for all.
       packed: as for `TrainTask`.
 
     Raises:
@@ -127,7 +129,7 @@ class EvalTask:
     metrics: Metric | tuple[Metric, ...]
     name: str = 'valid'
     n_batches: int | None = None
-    loss_chunk_len: int | None = None
+    loss_chunk_len: ChunkLen | None = None
     packed: bool = False
 
     def __post_init__(self) -> None:
@@ -147,7 +149,7 @@ class EvalTask:
         if self.name == 'train':
             raise ValueError("EvalTask: the name 'train' is that of training: choose another")
         check_count('EvalTask', 'n_batches', self.n_batches, optional=True)
-        check_count('EvalTask', 'loss_chunk_len', self.loss_chunk_len, optional=True)
+        check_value('EvalTask', 'loss_chunk_len', self.loss_chunk_len, ChunkLen | None)
         if self.n_batches is None and is_endless(self.data):
             raise ValueError(
                 f'EvalTask {self.name!r}: the data repeats for ever, so a measurement of it would '

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from layercomb.checks import ChunkLen
 from layercomb.layers.combinators.remat import Remat
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Layer
@@ -12,7 +13,9 @@ from layercomb.layers.reversible.bidirectional import BidirectionalRepeat
 from layercomb.layers.reversible.layers import Reversible
 
 
-def reversible(net: Layer, m: int = 4, *, fraction: int = 14, chunk_len: int | None = 512) -> Layer:
+def reversible(
+    net: Layer, m: int = 4, *, fraction: int = 14, chunk_len: ChunkLen | None = 512
+) -> Layer:
     """The same model, which trains without keeping the inputs of its blocks.
 
     Each `Repeat` becomes a `BidirectionalRepeat`; weights, state and paths stay what they are. In
@@ -27,7 +30,8 @@ def reversible(net: Layer, m: int = 4, *, fraction: int = 14, chunk_len: int | N
         stay below 2^(31 − fraction), or the loss of its batch is NaN; 14 allows 131,072. Streams of
         pretrained models may reach 20,000, and pass 32,768 as they train. If a loss is NaN, give
         fewer bits.
-      chunk_len: how many positions a feed-forward takes at a time in training; None for all.
+      chunk_len: how many positions a feed-forward takes at a time in training, as of `tl.Chunk`;
+        None for all.
 
     Raises:
       TypeError: if a block changes more than the first of its values, such as one of two streams.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb.checks import Size
+from layercomb.checks import ChunkLen
 from layercomb.layers.combinators.shares import add_aux, how_many, shares
 from layercomb.layers.core.layer import Arrays, Key, fold
 from layercomb.layers.core.mode import Mode
@@ -18,6 +18,25 @@ from layercomb.layers.state.decisions import Decisions, put_decisions, take_deci
 from layercomb.layers.state.parts import beside, own, without
 from layercomb.shapes import describe
 from layercomb.trees import Tree
+
+# Positions in an automatic slice. On the CPU a slice stays in the caches. A GPU is busy with a
+# longer one: a Reformer on 65,536 tokens takes 195 ms a step instead of 254 ms on an H100. A TPU
+# launches nothing anew for a slice, but reads the weights again, which from about 1,000 positions
+# on takes less time than their products: four times as many hide it, in a quarter of a GPU's
+# memory. That is reckoned, not measured. Other platforms get what takes the least memory.
+_AUTOMATIC = {'cpu': 1024, 'gpu': 16384, 'tpu': 4096}
+
+
+def automatic_len(platform: str) -> int:
+    """How many positions an automatic slice has.
+
+    Args:
+      platform: its name, as `jax.default_backend()` gives it.
+
+    >>> automatic_len('cpu'), automatic_len('gpu')
+    (1024, 16384)
+    """
+    return _AUTOMATIC.get(platform, _AUTOMATIC['cpu'])
 
 
 class Chunk(Wrapper):
@@ -31,7 +50,9 @@ class Chunk(Wrapper):
 
     Attributes:
       layer: works on each position by itself, as feed-forwards, norms, dropout and losses do.
-      chunk_len: the length of a slice.
+      chunk_len: the length of a slice; 'auto' chooses it by the platform where the layer is
+        applied: 1,024 on a CPU, 16,384 on a GPU, 4,096 on a TPU. Outputs are the same to rounding,
+        whatever the length; dropout draws anew for each slice.
 
     Raises:
       TypeError: if the layer mixes positions: attention, convolution, batch norm; also
@@ -45,7 +66,7 @@ class Chunk(Wrapper):
     carries_counted = True
     position_wise = property(of_sublayers)
 
-    chunk_len: Size = 128
+    chunk_len: ChunkLen = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +80,13 @@ class Chunk(Wrapper):
             'where the slices end: chunk only what works on each position by itself'
         )
 
+    @property
+    def slice_len(self) -> int:
+        """The length of a slice on the platform at hand."""
+        if isinstance(self.chunk_len, str):
+            return automatic_len(jax.default_backend())
+        return self.chunk_len
+
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
@@ -70,12 +98,12 @@ class Chunk(Wrapper):
           ValueError: if inputs have no axis 1, or are of different lengths.
           TypeError: if the layer does not leave positions on axis 1.
         """
-        length = self.length_of(inputs)
-        if length <= self.chunk_len:
+        length, slice_len = self.length_of(inputs), self.slice_len
+        if length <= slice_len:
             return self.layer.apply(weights, state, tuple(inputs), rng=rng, mode=mode)
-        n = length // self.chunk_len
+        n = length // slice_len
         found, state, counted = state_parts(state, inputs)
-        pieces, rest = _cut((tuple(inputs), counted), n, self.chunk_len)
+        pieces, rest = _cut((tuple(inputs), counted), n, slice_len)
         n_counted = how_many(counted)
         state = add_aux({}, state, 0.0)
 
@@ -136,12 +164,12 @@ class Chunk(Wrapper):
                 )
 
 
-def _cut(values: Any, n: int, chunk_len: int) -> tuple[Any, Any]:
-    """A tree of (B, L, …) as n slices, (n, B, chunk_len, …), and the rest, or None."""
-    whole = n * chunk_len
+def _cut(values: Any, n: int, slice_len: int) -> tuple[Any, Any]:
+    """A tree of (B, L, …) as n slices, (n, B, slice_len, …), and the rest, or None."""
+    whole = n * slice_len
 
     def pieces(x: jax.Array) -> jax.Array:
-        x = x[:, :whole].reshape(x.shape[0], n, chunk_len, *x.shape[2:])  # (B, n, C, …)
+        x = x[:, :whole].reshape(x.shape[0], n, slice_len, *x.shape[2:])  # (B, n, C, …)
         return jnp.moveaxis(x, 1, 0)  # (n, B, C, …)
 
     is_rest = whole < jax.tree.leaves(values)[0].shape[1]

@@ -25,7 +25,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layercomb.checks import Bound, Size
+from layercomb.checks import Bound, ChunkLen
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Arrays, Key, Layer, fold
 from layercomb.layers.core.mode import Mode
@@ -64,7 +64,7 @@ class BidirectionalRepeat(Repeat):
       m: how small γ is; a trained model needs it small.
       fraction: how many bits stand after the point.
       chunk_len: how many positions a position-wise residual of the block, such as a feed-forward,
-        takes at a time in training; None for all. It saves memory and costs no time.
+        takes at a time in training, as of `Chunk`; None for all. It saves memory and costs no time.
 
     Raises:
       TypeError: if the block passes on something else than its context.
@@ -83,7 +83,7 @@ class BidirectionalRepeat(Repeat):
 
     m: Annotated[int, Bound(1, high=8)] = 4
     fraction: Annotated[int, Bound(0, high=30)] = 14
-    chunk_len: Size | None = None
+    chunk_len: ChunkLen | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

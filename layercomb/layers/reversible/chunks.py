@@ -23,7 +23,7 @@ from layercomb.trees import Tree
 def _chunk(layer, weights, state, inputs, cts, **given):
     """Slice by slice, unless a slice needs the new state of the one before."""
     length = layer.length_of(inputs)
-    if length <= layer.chunk_len:
+    if length <= layer.slice_len:
         return one_pass(layer.layer, weights, state, inputs, cts, **given)
     found, plain, counted = state_parts(state, inputs)
     if passes_on(plain):
@@ -60,17 +60,17 @@ class _Slices:
 
         Slices are cut where they lie and put where they belong, so that no copy in slices exists.
         """
-        chunk_len = self.owner.chunk_len
-        n, rest = divmod(self.length, chunk_len)
+        slice_len = self.owner.slice_len
+        n, rest = divmod(self.length, slice_len)
 
         def step(carry: Any, xs: Any) -> tuple[Any, None]:
             (total, whole), (at, its_decisions) = carry, xs
-            total, made = self._one(total, at, chunk_len, its_decisions)
+            total, made = self._one(total, at, slice_len, its_decisions)
             return (total, self._put(whole, made, at)), None
 
         total = zero_cts(self.weights)
         first = jax.tree.map(lambda x: x[0], decisions)
-        _, made = jax.eval_shape(lambda: self._one(total, jnp.int32(0), chunk_len, first))
+        _, made = jax.eval_shape(lambda: self._one(total, jnp.int32(0), slice_len, first))
         known = next((ct for ct in self.each[1] if ct is not None), None)
         whole = jax.tree.map(
             lambda x: zeros_once((x.shape[0], self.length, *x.shape[2:]), x.dtype, known), made
@@ -86,7 +86,7 @@ class _Slices:
     def _one(self, total: Tree, at: Any, size: int, decisions: Tree) -> tuple[Tree, Any]:
         """The weights' cotangents with those of a slice added; its outputs and d_inputs."""
         values, its_cts, its_counted = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, at * self.owner.chunk_len, size, 1),
+            lambda x: jax.lax.dynamic_slice_in_dim(x, at * self.owner.slice_len, size, 1),
             self.each,
         )
         by_layer = shares(its_counted, self.n_counted)
@@ -107,6 +107,6 @@ class _Slices:
         """A tree of (B, L, …) with a slice written into each."""
 
         def update(x: jax.Array, part: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(x, part, at * self.owner.chunk_len, 1)
+            return jax.lax.dynamic_update_slice_in_dim(x, part, at * self.owner.slice_len, 1)
 
         return jax.tree.map(update, whole, made)

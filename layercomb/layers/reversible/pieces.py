@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from layercomb.checks import ChunkLen
 from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.combinators.residual import Residual
 from layercomb.layers.core.layer import Layer
 
 
-def in_pieces(layer: Layer, chunk_len: int) -> Layer:
+def in_pieces(layer: Layer, chunk_len: ChunkLen) -> Layer:
     """A layer whose position-wise residuals are each in a `Chunk`; weights and paths stay.
 
     >>> from layercomb import tl

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from layercomb import init_state, tl
+from layercomb.layers.combinators import chunk
+from layercomb.layers.combinators.chunk import automatic_len
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.state.decisions import Decisions, put_decisions, take_decisions
@@ -252,6 +254,55 @@ def test_chunk_threads_state_through_pieces_and_the_tail():
     for length, calls in ((3, 1), (4, 1), (8, 2), (10, 3)):
         _, state = apply(net, *init(net, B, length, D), values(B, length, D))
         assert state == {'calls': calls, 'positions': length}
+
+
+@pytest.mark.parametrize(
+    ('platform', 'wanted'),
+    [('cpu', 1024), ('gpu', 16384), ('tpu', 4096), ('abacus', 1024)],
+)
+def test_the_platform_decides_how_long_a_slice_is(platform, wanted, monkeypatch):
+    assert automatic_len(platform) == wanted
+    seen = []
+
+    class Seen(Layer):
+        position_wise = True
+
+        def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+            seen.append(inputs[0].shape[1])
+            return inputs, state
+
+    monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+    net = tl.Chunk(Seen(), 'auto')
+    jax.eval_shape(lambda x: net.apply({}, {}, (x,))[0], shape_dtype((1, 40000, 1)))
+    assert set(seen) == {wanted, 40000 % wanted}
+    seen.clear()
+    jax.eval_shape(lambda x: net.replace(chunk_len=7).apply({}, {}, (x,))[0], shape_dtype((1, 21)))
+    assert set(seen) == {7}
+
+
+def test_an_automatic_slice_gives_what_any_other_does(monkeypatch):
+    monkeypatch.setattr(chunk, 'automatic_len', lambda platform: 4)
+    inner = tl.Residual(tl.LayerNorm(), tl.Dense(8), tl.Gelu(), tl.Dense(D))
+    x = values(B, 11, D)
+
+    def gradients(net):
+        half = tl.ReversibleSerial(tl.ReversibleHalfResidual(net), tl.ReversibleSwap())
+        weights, _ = half.init((shape_dtype(x.shape),) * 2, jax.random.key(1))
+
+        def loss(weights, x):
+            streams, _ = half.apply(weights, {}, (x, 2 * x), mode=Mode.TRAIN)
+            return sum(jnp.sum(jnp.sin(y)) for y in streams)
+
+        return jax.jit(jax.grad(loss, (0, 1)))(weights, x)
+
+    assert_equal(gradients(tl.Chunk(inner, 'auto')), gradients(tl.Chunk(inner, 5)), 1e-5)
+    assert_equal(gradients(tl.Chunk(inner, 'auto')), gradients(inner), 1e-5)
+
+
+def test_a_length_is_a_number_or_automatic():
+    for wrong, error in (('automatic', TypeError), (None, TypeError), (0, ValueError)):
+        with pytest.raises(error, match='Chunk: chunk_len must be'):
+            tl.Chunk(tl.Dense(4), wrong)
 
 
 def test_chunk_draws_for_each_piece_anew():

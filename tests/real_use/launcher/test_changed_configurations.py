@@ -137,6 +137,6 @@ def test_a_batch_size_that_is_allowed_goes_on_with_the_next_windows(folder, caps
 
 
 def test_how_it_is_computed_may_change_unasked(folder):
-    how = '--gin_param', 'TrainTask.accumulate=2', '--gin_param', 'TrainTask.loss_chunk_len=4'
+    how = '--gin_param', 'TrainTask.accumulate=2', '--gin_param', "TrainTask.loss_chunk_len='auto'"
     assert again(folder, *how) == 0
     assert np.isfinite(rows(folder)[4]['train/loss'])

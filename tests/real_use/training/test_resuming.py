@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import grain
@@ -292,6 +293,18 @@ def test_how_a_run_is_computed_may_change(tmp_path):
     loop(tmp_path, optax.sgd(0.1)).run(1)
     how = {'accumulate': 2}
     assert loop(tmp_path, optax.sgd(0.1), task=how, keep=1, log_every=1).run(2)['step'] == 2
+
+
+@pytest.mark.parametrize(('before', 'after'), [(4, 'auto'), ('auto', 4), (4, 5)])
+def test_pieces_that_the_platform_chooses_are_no_other_model(tmp_path, before, after):
+    one = np.ones((4, 6, 3), np.float32), np.zeros((4, 6), np.int32), np.ones((4, 6), np.float32)
+    loop(tmp_path, net=tl.Chunk(tl.Dense(2), before), batches=[one] * 3).run(1)
+    other = functools.partial(loop, tmp_path, net=tl.Chunk(tl.Dense(2), after), batches=[one] * 3)
+    if 'auto' in (before, after):
+        assert other(keep=1, log_every=1).run(2)['step'] == 2
+    else:
+        with pytest.raises(UsageError, match=r'model is Chunk\(Dense\(2\), 4\) there'):
+            other()
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is_made_of_is_gone_on_with_and_said(tmp_path):
