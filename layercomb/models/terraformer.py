@@ -85,8 +85,8 @@ def TerraformerLM(
       max_len: the longest sequence.
       dropout: the rate on the embeddings and on what each half of a block adds.
       attention: a self-attention layer, or several that alternate over depth; by default causal
-        `SelfAttention`. For long sequences give ``tl.LSHSelfAttention(n_heads)``. Its projections
-        become sparse.
+        `SelfAttention`. For long sequences give ``tl.HashedSelfAttention(n_heads)``. Its
+        projections become sparse.
       ff_block_size: N of `SparseFF`, which must divide `d_ff`; None for a dense feed-forward.
       qkv_modules: S of `SparseQKVAttention`, which must divide `d_model`; None for dense
         projections.

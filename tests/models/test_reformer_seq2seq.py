@@ -163,6 +163,26 @@ def test_decoding_gives_what_evaluation_gives():
     np.testing.assert_allclose(jnp.concatenate(made, 1), expected, atol=1e-5)
 
 
+def test_attention_may_be_by_hashing_on_both_sides():
+    """And full from one side to the other; buckets are made for the longest sequence."""
+    back = tl.HashedSelfAttention(H, n_hashes=2, chunk_len=2, local_len=2)
+    look = back.replace(causal=False, masked=True)
+    net, (source, said, mask) = build(1, 1, 0.0, look, back), values()
+    whole = logits(net, (source, said, mask))
+    assert whole.shape == (B, L, W)
+    edited = logits(net, (source, said.at[:, 4:].set((said[:, 4:] + 1) % W), mask))
+    np.testing.assert_allclose(edited[:, :4], whole[:, :4], atol=1e-6)
+    padded = logits(net, (jnp.where(mask, source, (source + 1) % V), said, mask))
+    np.testing.assert_allclose(padded, whole, atol=1e-6)
+    weights, _ = weights_of(net)
+    made, state = [], init_state(net, lc.signature_of((source, said, mask)))
+    for span in (slice(0, L - 1), slice(L - 1, L)):
+        step = (source, said[:, span], mask)
+        (y,), state = apply(net, weights, state, step, mode=Mode.PREDICT)
+        made.append(y)
+    np.testing.assert_allclose(jnp.concatenate(made, 1), whole, atol=1e-5)
+
+
 def test_the_parts_decode_without_the_encoder_running_again():
     net, (source, said, mask) = local(2), values()
     net, weights = lc.unstack(net, weights_of(net)[0])

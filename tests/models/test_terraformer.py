@@ -21,6 +21,7 @@ B, M, L, V, W, D, F, H, MAX = 2, 13, 10, 11, 7, 8, 16, 2, 16
 SPARSE = {'ff_block_size': 4, 'qkv_modules': 4, 'head_modules': 2}
 DENSE = {'ff_block_size': None, 'qkv_modules': None, 'head_modules': None}
 LSH = tl.LSHSelfAttention(H, chunk_len=4, n_hashes=2)
+HASHED = tl.HashedSelfAttention(H, chunk_len=2, n_hashes=2, n_buckets=4, local_len=2)
 
 
 def lm(n_layers=2, dropout=0.0, attention=None, **changes):
@@ -108,7 +109,9 @@ def test_a_model_built_twice_is_one_model():
 
 
 @pytest.mark.parametrize(
-    'attention', [pytest.param(None, marks=pytest.mark.slow), LSH], ids=['full', 'lsh']
+    'attention',
+    [pytest.param(None, marks=pytest.mark.slow), LSH, HASHED],
+    ids=['full', 'lsh', 'hashed'],
 )
 def test_a_language_model_decodes_what_it_evaluates(attention):
     net, (tokens, *_) = lm(attention=attention), values()
@@ -132,8 +135,16 @@ def test_a_language_model_generates():
 
 @pytest.mark.parametrize(
     'net',
-    [lm(3, 0.1, LSH), pytest.param(seq2seq(2, 0.1), marks=pytest.mark.slow)],
-    ids=['language model', 'encoder and decoder'],
+    [
+        lm(3, 0.1, LSH),
+        pytest.param(lm(2, 0.1, HASHED), marks=pytest.mark.slow),
+        pytest.param(seq2seq(2, 0.1), marks=pytest.mark.slow),
+        pytest.param(
+            seq2seq(2, 0.1, HASHED.replace(causal=False, masked=True), HASHED.replace(masked=True)),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=['language model', 'hashed', 'encoder and decoder', 'hashed encoder and decoder'],
 )
 def test_the_gradient_is_that_of_plain_autodiff(net):
     """TRAIN runs backwards, RECORD keeps everything."""
@@ -231,12 +242,30 @@ def test_models_are_cast():
     assert refused.causal is False
 
 
-@pytest.mark.slow
-def test_attention_may_be_hashed_on_both_sides():
-    look = LSH.replace(causal=False, masked=True)
-    net = seq2seq(1, 0.0, look, LSH.replace(masked=True))
+@pytest.mark.parametrize('kind', [pytest.param(LSH, marks=pytest.mark.slow), HASHED])
+def test_attention_may_be_hashed_on_both_sides(kind):
+    net = seq2seq(1, 0.0, kind.replace(causal=False, masked=True), kind.replace(masked=True))
+    cores = [x.core for _, x in lc.walk(net) if isinstance(x, tl.SparseQKVAttention)]
+    assert [(type(core), core.causal) for core in cores] == [
+        (type(kind.core), False),
+        (type(kind.core), True),
+    ]
+    source, said, mask = values()
     whole = logits(net, values())
-    np.testing.assert_allclose(decoded(net, values(), ((0, 4), (4, L))), whole, atol=1e-5)
+    assert whole.shape == (B, L, W)
+    made = decoded(net, values(), ((0, L - 1), (L - 1, L)))
+    np.testing.assert_allclose(made, whole, rtol=1e-4, atol=1e-5)
+    edited = logits(net, (source, said.at[:, 4:].set((said[:, 4:] + 1) % W), mask))
+    np.testing.assert_allclose(edited[:, :4], whole[:, :4], atol=1e-6)
+    padded = logits(net, (jnp.where(mask, source, (source + 1) % V), said, mask))
+    np.testing.assert_allclose(padded, whole, atol=1e-6)
+    # The encoder sees both ways: its last real position reaches the memory of the first.
+    encoder = net.sublayers[net.keys.index('encoder')].layer
+    memory = functools.partial(apply, encoder, weights_of(net)[0]['encoder'], {})
+    other = source.at[:, 8].set((source[:, 8] + 1) % V)
+    (a, *_), _ = memory((source, mask))
+    (b, *_), _ = memory((other, mask))
+    assert (jnp.abs(a - b)[:, :8].max((1, 2)) > 1e-6).all()
 
 
 @pytest.mark.slow
