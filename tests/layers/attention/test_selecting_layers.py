@@ -343,6 +343,19 @@ def test_the_scale_is_one_where_queries_have_one():
     assert tl.HashedSelfAttention(2, query_norm=tl.RMSNorm()).core.scale is None
 
 
+@pytest.mark.parametrize('net', [HASHED, BLOCKS], ids=['hashed', 'blocks'])
+def test_a_layer_is_as_causal_as_its_core(net):
+    ahead = tl.DotProductAttention(causal=False)
+    made = net.replace(core=ahead)
+    assert made.causal is False and made.replace(n_kv_heads=2).causal is False
+    assert made.replace(core=tl.DotProductAttention()).causal is True
+    assert net.replace(causal=False).core.causal is False
+    assert tl.sparse_qkv(made, 4).causal is False
+    assert transforms.cast(made).causal is False and made == eval(repr(made), vars(tl))
+    with pytest.raises(ValueError, match='sees the tokens that it should predict'):
+        models.Reformer(11, D, 16, 1, 1, 4, 16, decoder_attention=made)
+
+
 HEADS = jnp.ones((2, 4, 8, 16))
 
 
@@ -358,6 +371,9 @@ HEADS = jnp.ones((2, 4, 8, 16))
         (lambda: applied(HASHED.core, HEADS, HEADS[..., :8], HEADS), 'selected attention takes q'),
         (lambda: of_other_heads(tl.UnitNorm(scaled=True)), 'weights of 4 heads'),
         (lambda: of_other_heads(tl.KeyConv()), 'weights of 4 heads'),
+        (lambda: convolved(jnp.ones((1, 8), bool)), r'mask must be bool\(2, 8\)'),
+        (lambda: convolved(jnp.ones((2, 5), bool)), r'mask must be bool\(2, 8\)'),
+        (lambda: convolved(jnp.ones((2, 8), jnp.int32)), 'mask must be bool'),
     ],
 )
 def test_nothing_broadcasts_in_silence(call, message):
@@ -371,6 +387,12 @@ def blocks_of(k=HEADS, **options):
 
 def applied(core, *qkv):
     return core.apply({}, {}, qkv)
+
+
+def convolved(mask):
+    layer = tl.KeyConv(masked=True)
+    signature = shape_dtype(HEADS.shape), shape_dtype((2, 8), bool)
+    return layer.apply(layer.init(signature, jax.random.key(0))[0], {}, (HEADS, mask))
 
 
 def of_other_heads(layer):

@@ -16,6 +16,8 @@ from layercomb.layers.attention.selected.hashed import HashedAttention, HashedOp
 from layercomb.layers.attention.selected.keys import KeyConv, UnitNorm
 from layercomb.layers.core.combinator import Call, Stack
 from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.printing import set_field
+from layercomb.layers.core.wrapper import unwrapped
 
 
 class OwnKeys(MultiHead):
@@ -28,6 +30,7 @@ class OwnKeys(MultiHead):
     Attributes:
       n_heads, d_head, rotary, key_kernel, query, key, value, core, output, n_kv_heads, qkv_bias,
         out_bias, key_conv, query_norm, key_norm: as of `HashedSelfAttention`.
+      causal: of the core: a core that is given has its own.
     """
 
     n_heads: Size
@@ -49,6 +52,11 @@ class OwnKeys(MultiHead):
 
     shown_before = {'d_head': 'masked'}
     n_in = property(lambda self: 1 + self.masked)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given: Any = self  # whose core, if it was given, says whether it looks ahead
+        set_field(self, 'causal', getattr(unwrapped(given.core), 'causal', given.causal))
 
     def core_of(self, options: dict[str, Any]) -> Layer:
         """The core with the options that it shares with the layer."""
@@ -105,7 +113,8 @@ class HashedSelfAttention(HashedOptions, OwnKeys):
       d_head: K, by default D / H.
       rotary: positions applied to queries and keys, e.g. `RotaryPositions()`.
       key_kernel: how many positions the convolution of keys sees; 1 for none.
-      query, key, value, core, output: the parts, to be replaced; None for the default ones.
+      query, key, value, core, output: the parts, to be replaced; None for the default ones. With
+        another core, `causal` is what that core says.
       n_kv_heads: G, which divides H; None for H.
       qkv_bias, out_bias: whether the projections to heads, and the one from heads, have a bias.
       key_conv: the convolution; None for a `KeyConv` of `key_kernel`.
