@@ -147,7 +147,7 @@ dtype, length = sys.argv[1], gpu.TILE_LENS[{'bf16': 'bfloat16', 'fp32': 'float32
 sizes = dict.fromkeys('STQM', 4096) | {'R': 9, 'C': length, 'P': length, 'K': 64, 'D': 64}
 sizes |= {'SCALE': 0.125, 'SOFTCAP': 2.0, 'ONCE': True}
 kinds = dict.fromkeys('q k v d_out'.split(), '*' + dtype)
-kinds |= dict.fromkeys('low high query key before place number first last'.split(), '*i32')
+kinds |= dict.fromkeys('low high query key bounds place number first last'.split(), '*i32')
 for name in ('forward', 'backward_queries', 'backward_keys'):
     kernel = getattr(ranges, name)
     said = {x: 'constexpr' if x in sizes else kinds.get(x, '*fp32') for x in kernel.arg_names}

@@ -1,9 +1,8 @@
-"""Selected attention on a GPU: rows gathered in the order of a round, and one kernel over ranges.
+"""Selected attention on a GPU: a kernel adds one round after the other to the output.
 
-`ranges` has the kernels, in Triton; jax-triton calls them. A round is gathered, computed and
-put back before the next, so that memory holds one round's rows. They are used on NVIDIA GPUs of
-compute capability 8.0 and more, if jax-triton is installed and once they have given what XLA
-gives on a small input.
+`ranges` has the kernels, in Triton; jax-triton calls them. XLA sorts, and keeps a few integers a
+query and round. They are used on NVIDIA GPUs of compute capability 8.0 and more, if jax-triton is
+installed and once they have given what XLA gives on a small input.
 
 Shape letters: F folds; Q queries and M keys of a fold's heads together; S and T these with
 padding; K depth of queries and keys, D depth of values; R rounds.
@@ -156,25 +155,20 @@ def forward(
       q, k, v, buckets, segments: as of `pairs.forward`, with a leading axis F.
     """
     sets = _all_sets(plan, buckets, segments)
-    before = _before(plan, sets)
+    seen = _before(plan, sets)
+    shapes = [(*q.shape[:2], v.shape[-1]), q.shape[:2]]
 
-    def one_round(carry: Any, x: Any) -> tuple[Any, None]:
+    def one_round(before: Any, x: Any) -> tuple[Any, None]:
         number, sets = x
-        given = [*_gathered(sets, q, k, v), *before, number.reshape(1)]
-        shape = sets.query.shape
-        out_r, z_r = _call('forward', plan, given, [(*shape, v.shape[-1]), shape])
-        out_r, z_r = (_taken(y, sets.query_place) for y in (out_r, z_r[..., None]))
-        out, z = carry
-        both = jnp.logaddexp(z, z_r)
-        return (jnp.exp(z - both) * out + jnp.exp(z_r - both) * out_r, both), None
+        order = sets.low, sets.high, sets.query, sets.key
+        given = [q, k, v, *order, *seen, number.reshape(1), *before]
+        return _call('forward', plan, given, shapes, plan.n_tiles), None
 
-    start = (
-        jnp.zeros((*q.shape[:2], v.shape[-1]), jnp.float32),
-        jnp.full((*q.shape[:2], 1), -tiles.FAR, jnp.float32),
-    )
+    start = jnp.zeros(shapes[0], jnp.float32), jnp.full(shapes[1], -tiles.FAR, jnp.float32)
     (out, z), _ = lax.scan(one_round, start, (_numbers(plan), sets))
     blind = z < -tiles.FAR / 2
-    return jnp.where(blind, 0.0, out).astype(v.dtype), jnp.where(blind, tiles.FAR, z)[..., 0]
+    out = jnp.where(blind[..., None], 0.0, out).astype(v.dtype)
+    return out, jnp.where(blind, tiles.FAR, z)
 
 
 def backward(
@@ -195,20 +189,19 @@ def backward(
       z, d_out, dot_out: as of `pairs.backward`, with a leading axis F.
     """
     sets = _all_sets(plan, buckets, segments)
-    before = _before(plan, sets)
-    numbers = z[..., None], dot_out[..., None]
+    seen = _before(plan, sets)
+    cotangents = z, d_out.astype(v.dtype), dot_out
 
-    def one_round(carry: Any, x: Any) -> tuple[Any, None]:
+    def one_round(before: Any, x: Any) -> tuple[Any, None]:
         number, sets = x
-        given = [*_gathered(sets, q, k, v), *before, number.reshape(1)]
-        z_i, dot_i = (_taken(y, sets.query)[..., 0] for y in numbers)
-        given += [z_i, _taken(d_out.astype(v.dtype), sets.query), dot_i]
-        (d_q,) = _call('backward_queries', plan, given, [(*sets.query.shape, q.shape[-1])])
-        shapes = [(*sets.key.shape, x.shape[-1]) for x in (k, v)]
-        d_k, d_v = _call('backward_keys', plan, [*given, *_seen_by(plan, sets)], shapes)
-        places = sets.query_place, sets.key_rank, sets.key_rank
-        parts = (_taken(d, at) for d, at in zip((d_q, d_k, d_v), places, strict=True))
-        return tuple(x + y for x, y in zip(carry, parts, strict=True)), None
+        order = sets.low, sets.high, sets.query, sets.key
+        given = [q, k, v, *order, *seen, number.reshape(1), *cotangents]
+        d_q, *of_keys = before
+        of_queries = _call('backward_queries', plan, [*given, d_q], [q.shape], plan.n_tiles)
+        n_tiles = sets.key.shape[-1] // plan.piece_len
+        given += [*_seen_by(plan, sets), *of_keys]
+        of_keys = _call('backward_keys', plan, given, [k.shape, v.shape], n_tiles)
+        return (*of_queries, *of_keys), None
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     (d_q, d_k, d_v), _ = lax.scan(one_round, start, (_numbers(plan), sets))
@@ -235,17 +228,6 @@ def _all_sets(plan: Plan, buckets: Any, segments: Any) -> Sets:
     return sets._replace(key=jnp.pad(sets.key, ((0, 0), (0, 0), (0, spare))))
 
 
-def _gathered(sets: Sets, q: Any, k: Any, v: Any) -> list[jax.Array]:
-    """What every kernel is given of a round: rows in its order, bounds and numbers."""
-    sorted_rows = _taken(q, sets.query), _taken(k, sets.key), _taken(v, sets.key)
-    return [*sorted_rows, sets.low, sets.high, sets.query, sets.key]
-
-
-def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
-    """Rows at (F, N) of x (F, M, …)."""
-    return jax.vmap(rows)(x, at)
-
-
 def _before(plan: Plan, sets: Sets) -> tuple[jax.Array, jax.Array]:
     """Bounds (F, Q, R, 2) of each query and ranks (F, M, R) of each key in all rounds."""
     if not plan.once:
@@ -268,13 +250,13 @@ def _seen_by(plan: Plan, sets: Sets) -> tuple[jax.Array, jax.Array]:
 
 
 def _call(
-    name: str, plan: Plan, given: Sequence[jax.Array], shapes: Sequence[Any]
+    name: str, plan: Plan, given: Sequence[jax.Array], shapes: Sequence[Any], n_programs: int
 ) -> tuple[jax.Array, ...]:
-    """Calls a kernel of `ranges`, with a program for each tile of each fold of its outputs."""
-    q, k, v = given[:3]
+    """Calls a kernel of `ranges`, with some programs for each fold."""
+    q, _, v, low, _, _, key = given[:7]
     sizes: dict[str, Any] = {
-        'S': q.shape[1],
-        'T': k.shape[1],
+        'S': low.shape[1],
+        'T': key.shape[1],
         'Q': plan.n_q,
         'M': plan.n_k,
         'R': len(plan.windows),
@@ -287,8 +269,7 @@ def _call(
         'ONCE': plan.once,
     }
     out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    grid = shapes[0][1] // plan.tile_len, shapes[0][0]
-    return launch()(name, given, out, grid, sizes)
+    return tuple(launch()(name, given, out, (n_programs, len(q)), sizes))
 
 
 @functools.cache
