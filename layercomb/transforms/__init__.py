@@ -18,6 +18,7 @@ from layercomb.transforms.reversing import reversible
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.segments import Segmented, segmented
 from layercomb.transforms.selecting import sparse_attention
+from layercomb.transforms.stretching import stretch
 from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.unstacking import unstack, unstack_state
@@ -50,6 +51,7 @@ __all__ = [
     'rewrite',
     'segmented',
     'sparse_attention',
+    'stretch',
     'unstack',
     'unstack_state',
     'with_adapter',
