@@ -17,8 +17,11 @@ from jax import lax
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.lsh.torch_normal import torch_normal
 
-# Positions and heads hashed at a time: a full (H, L, R·buckets) array would be too large.
-CPU_TOGETHER, TOGETHER = (1024, 1), (8192, 8)
+# Positions and heads hashed at a time: a full (H, L, R·buckets) array would be too large. A CPU
+# reads each score four times, and from a cache if a piece has so few; but products of a few rows
+# read the rotations too often.
+CPU_SCORES, CPU_LEAST, CPU_MOST = 96 * 1024, 64, 1024
+TOGETHER = 8192, 8
 # Cost per position: n / 2 products for one hash of n buckets, about √n for two factors.
 FACTORED_FROM = 256
 
@@ -193,7 +196,7 @@ def rotated_buckets(
         x, head = piece  # (T, K), ()
         return choose(jnp.einsum('tk,rfk->rtf', x, rotations[head]))  # (R, T)
 
-    together, n_heads = CPU_TOGETHER if jax.default_backend() == 'cpu' else TOGETHER
+    together, n_heads = _together(n_hashes * rotations.shape[2])
     t = min(length, together)
     n = -(-length // t)
     x = jnp.pad(x, [(0, 0), (0, 0), (0, n * t - length), (0, 0)])
@@ -202,6 +205,13 @@ def rotated_buckets(
     pieces = lax.map(hash_piece, (x, heads), batch_size=n_heads if n_heads > 1 else None)
     buckets = pieces.reshape(b, h, n, n_hashes, t).swapaxes(2, 3)  # (B, H, R, n, T)
     return buckets.reshape(b, h, n_hashes, n * t)[..., :length]
+
+
+def _together(n_scores: int) -> tuple[int, int]:
+    """How many positions and heads are hashed at a time, with so many scores of each."""
+    if jax.default_backend() != 'cpu':
+        return TOGETHER
+    return min(max(CPU_SCORES // max(n_scores, 1), CPU_LEAST), CPU_MOST), 1
 
 
 def nearest(y: jax.Array) -> jax.Array:

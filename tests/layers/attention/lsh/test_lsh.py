@@ -323,6 +323,15 @@ def test_buckets_are_the_argmax_of_the_rotation_and_its_negative():
         assert (got[0, 0, r] == expected).mean() > 0.999
 
 
+def test_many_buckets_are_hashed_in_pieces_that_fit_a_cache():
+    q, _, _ = case(300, 1, 4, heads=2)
+    rotations = jax.random.normal(jax.random.key(3), (2, 8, 96, 4))  # pieces of 128 positions
+    got = rotated_buckets(q, rotations, n_buckets=(128, 64))
+    y = np.einsum('bhtk,hrfk->bhrtf', q, rotations)
+    high, low = (np.concatenate([x, -x], -1).argmax(-1) for x in (y[..., :64], y[..., 64:]))
+    assert (got == 64 * high + low).mean() > 0.999
+
+
 def test_automatic_buckets_are_even_and_enough():
     for length in (1, 64, 1000, 4096, 65536, 1 << 20):
         factors = automatic_buckets(length, 64)
