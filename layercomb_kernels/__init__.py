@@ -45,6 +45,7 @@ _NAMES = (
     'query_attention',
     'gathered_cosines',
     'gathered_means',
+    'placed_attention',
     'flash_forward',
     'flash_backward',
     'selected_forward',
@@ -313,6 +314,69 @@ def gathered_means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
     _check(p.shape == at.shape and n == m * (n // max(m, 1)) and length > 0, p, at, values)
     _check_dtypes(values, p, values)
     return _call('gathered_means', (n, d), p, at.astype(jnp.int32), values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a query of `placed_attention` sees beside what it has found, and how scores are made.
+
+    Attributes:
+      local_len, n_sinks: how many of the last real keys it sees, and how many of the first.
+      once: whether a key that is found several times counts once.
+      scale: factor of the scores.
+      softcap: c, which makes scores c·tanh(scores / c); None for no cap.
+    """
+
+    local_len: int
+    n_sinks: int
+    once: bool
+    scale: float
+    softcap: float | None = None
+
+
+def placed_attention(
+    reading: Reading,
+    q: jax.Array,
+    found: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    at: jax.Array,
+    n_real: jax.Array,
+    real: jax.Array,
+) -> jax.Array:
+    """Softmax attention of one query a head to keys of a cache, of which no others are read.
+
+    Args:
+      reading: the static part.
+      q: (N, K) float32, for N = B rows · heads.
+      found: (N, J) int32, positions; negative where there is none.
+      keys: (M, L, K) float32; M divides N, and neighbouring heads share keys and values.
+      values: (M, L, D) float32.
+      at: (B, L) int32, the position of each real key in turn.
+      n_real: (B,) int32, how many real keys there are.
+      real: (B,) bool, which rows have a query.
+
+    Returns:
+      (N, D) float32; zero where a query sees no key, or a row has none.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+      TypeError: for other dtypes.
+    """
+    args = q, found, keys, values, at, n_real, real
+    _check_ranks(q=(q, 2), found=(found, 2), keys=(keys, 3), values=(values, 3), at=(at, 2))
+    (n, d), (m, length, _), b = q.shape, keys.shape, len(at)
+    whole = m > 0 and n % m == 0 and b > 0 and m % b == 0 and length > 0
+    fits = keys.shape == (m, length, d) and values.shape[:2] == (m, length) and len(found) == n
+    _check(whole and fits and at.shape == (b, length), *args)
+    _check(n_real.shape == real.shape == (b,), *args)
+    _check_dtypes(keys, q, keys, values)
+    for x, dtype in ((found, jnp.int32), (at, jnp.int32), (n_real, jnp.int32), (real, jnp.bool_)):
+        if x.dtype != dtype:
+            raise TypeError(f'expected {jnp.dtype(dtype).name}, got {x.dtype}')
+    factors = jnp.asarray([reading.scale, reading.softcap or 0], jnp.float32)
+    limits = jnp.asarray([reading.local_len, reading.n_sinks, reading.once], jnp.int32)
+    return _call('placed_attention', (n, values.shape[2]), *args, factors, limits)
 
 
 @dataclasses.dataclass(frozen=True)

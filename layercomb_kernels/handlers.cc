@@ -158,6 +158,37 @@ ffi::Error GatheredMeans(ffi::ThreadPool threads, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
+// A query (N, K), what it has found (N, J), keys (M, L, K), values (M, L, D), the positions of real
+// keys (B, L), how many there are (B), and which rows are real (B); scale and softcap; and how many
+// near keys are seen, and first ones, and whether keys count once.
+ffi::Error PlacedAttention(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                           ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  const float* factors = call.floats(7);
+  const int32_t* limits = call.indices(8);
+  const layercomb::Placed a{call.size(4, 0),
+                            call.size(0, 0),
+                            call.size(2, 0),
+                            call.size(1, 1),
+                            call.size(2, 1),
+                            call.size(2, 2),
+                            call.size(3, 2),
+                            call.floats(0),
+                            call.floats(2),
+                            call.floats(3),
+                            call.indices(1),
+                            call.indices(4),
+                            call.indices(5),
+                            static_cast<const bool*>(call.array(6).untyped_data()),
+                            factors[0],
+                            factors[1],
+                            limits[0],
+                            limits[1],
+                            limits[2] != 0};
+  layercomb::PlacedAttention(call.pool(), a, call.y());
+  return ffi::Error::Success();
+}
+
 // A query (B, H, Lq, K), keys (B, G, Lk, K), values (B, G, Lk, D), mask (B, Lk), offset (B,),
 // segments (B, L), each of these three perhaps empty; scale and softcap; and whether it is causal,
 // and its window.
@@ -234,6 +265,7 @@ LAYERCOMB_HANDLER(layercomb_normalize, Normalize);
 LAYERCOMB_HANDLER(layercomb_query_attention, QueryAttention);
 LAYERCOMB_HANDLER(layercomb_gathered_cosines, GatheredCosines);
 LAYERCOMB_HANDLER(layercomb_gathered_means, GatheredMeans);
+LAYERCOMB_HANDLER(layercomb_placed_attention, PlacedAttention);
 LAYERCOMB_HANDLER(layercomb_selected_forward, SelectedForward);
 LAYERCOMB_HANDLER(layercomb_selected_backward, SelectedBackward);
 LAYERCOMB_HANDLER(layercomb_flash_forward, FlashForward);

@@ -88,6 +88,30 @@ void GatheredCosines(const Pool& pool, const Some& sizes, const float* x, const 
 void GatheredMeans(const Pool& pool, const Some& sizes, const float* p, const int32_t* at,
                    const float* values, float* y);
 
+// Attention of n_queries queries, those of n_rows rows after each other, to the keys that each has
+// found, and to the last and the first real ones of its row. Neighbours share one of n_keyed rooms of
+// n_keys keys and values.
+struct Placed {
+  int64_t n_rows, n_queries, n_keyed, n_found, n_keys, d_key, d_value;
+  const float *query, *keys, *values;
+  const int32_t* found;        // (n_queries, n_found) positions; negative where there is none
+  const int32_t *at, *n_real;  // (n_rows, n_keys), the position of each real key, and (n_rows)
+  const bool* real;            // (n_rows): which rows have a query
+  float scale, softcap;        // no cap if 0
+  int64_t local_len, n_sinks;
+  bool once;  // whether a key that is found several times counts once
+
+  int64_t group() const { return n_keyed ? n_queries / n_keyed : 1; }
+  // How many keys a query sees at most.
+  int64_t most() const {
+    return n_found + std::min(local_len, n_keys) + std::min(n_sinks, n_keys);
+  }
+};
+
+// y[n] = Σ_c p[c] values[g, c], with p the softmax of scale · query[n] · keys[g, c] over what n sees;
+// zeros where that is nothing.
+void PlacedAttention(const Pool& pool, const Placed& a, float* y);
+
 // Attention of n_queries queries for each of n_rows rows and n_heads heads, of which neighbours share
 // one of n_keyed heads of keys and values. Depths are multiples of kLanes. Query t of a row is at
 // position offset[row] + t, the keys are at 0, 1 …

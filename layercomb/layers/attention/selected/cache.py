@@ -73,17 +73,6 @@ class PlacedCache(KVCache):
         at = self.at.at[row, self.n_real].set(position, mode='drop')
         return self.replace(at=at, n_real=self.n_real + real.astype(jnp.int32))
 
-    def near(self, n: int) -> jax.Array:
-        """The positions of the last n real keys, (B, n) int32; negative where there is none."""
-        n = min(n, self.room)
-        return self.of_places(self.n_real[:, None] - 1 - jnp.arange(n, dtype=jnp.int32)[None])
-
-    def first(self, n: int) -> jax.Array:
-        """The positions of the first n real keys, (B, n) int32; negative where there is none."""
-        n = min(n, self.room)
-        places = jnp.arange(n, dtype=jnp.int32)[None]
-        return self.of_places(jnp.broadcast_to(places, (len(self.n_real), n)))
-
     def of_places(self, places: jax.Array) -> jax.Array:
         """The positions of the real keys of given numbers; negative where there is none.
 
@@ -93,11 +82,23 @@ class PlacedCache(KVCache):
         Returns:
           (B, …) int32.
         """
-        b = len(places)
-        flat = places.reshape(b, -1)
-        there = (flat >= 0) & (flat < self.n_real[:, None])
-        at = jnp.take_along_axis(self.at, jnp.clip(flat, 0, self.room - 1), axis=1)
-        return jnp.where(there, at, -1).reshape(places.shape)
+        return of_places(self.at, self.n_real, places)
+
+
+def of_places(at: jax.Array, n_real: jax.Array, places: jax.Array) -> jax.Array:
+    """The positions of the real keys of given numbers; negative where there is none.
+
+    Args:
+      at, n_real: as of `PlacedCache`.
+      places: (B, …) int32, counted from 0.
+
+    Returns:
+      (B, …) int32.
+    """
+    flat = places.reshape(len(places), -1)
+    there = (flat >= 0) & (flat < n_real[:, None])
+    found = jnp.take_along_axis(at, jnp.clip(flat, 0, at.shape[1] - 1), axis=1)
+    return jnp.where(there, found, -1).reshape(places.shape)
 
 
 def once(at: jax.Array) -> jax.Array:

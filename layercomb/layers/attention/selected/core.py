@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.checks import Positive, Rate, Size
-from layercomb.layers.attention import tiles
-from layercomb.layers.attention.lsh import rings
 from layercomb.layers.attention.multihead import dropout_arguments
 from layercomb.layers.attention.selected.arrays import check_arrays
-from layercomb.layers.attention.selected.cache import PlacedCache, once, placed
+from layercomb.layers.attention.selected.cache import PlacedCache, placed
 from layercomb.layers.attention.selected.function import selected_attention
+from layercomb.layers.attention.selected.reading import next_attention
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import poison_overflow, refuse_overflow
@@ -28,6 +27,7 @@ from layercomb.layers.state.decisions import decide
 from layercomb.layers.state.segments import segments_of
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
+from layercomb_kernels import Reading
 
 
 class SelectingOptions(Layer):
@@ -221,14 +221,12 @@ class Selecting(SelectingOptions):
         """Attention of one position of each row, (B, H, 1, D)."""
         b, h, _, depth = q.shape
         q = q.reshape(b, h, depth)
-        others = cache.near(self.local_len), cache.first(self.n_sinks)
-        found = [self.found(cache, q), *(jnp.repeat(x, h, 0) for x in others)]
-        at = jnp.concatenate(found, 1)  # (N, J)
-        there = jnp.clip(at, 0, cache.room - 1)
-        scale = depth**-0.5 if self.scale is None else self.scale
-        s = rings.products(q.reshape(b * h, depth), there, cache.k) * scale
-        seen = once(at) if self.duplicates == 'once' else at >= 0
-        seen = seen & jnp.repeat(real, h)[:, None]
-        p = tiles.softmax_of(seen, tiles.capped(s, self.softcap))
-        y = rings.means(p, there, cache.v)
+        reading = Reading(
+            local_len=self.local_len,
+            n_sinks=self.n_sinks,
+            once=self.duplicates == 'once',
+            scale=depth**-0.5 if self.scale is None else self.scale,
+            softcap=self.softcap,
+        )
+        y = next_attention(reading, q.reshape(b * h, depth), self.found(cache, q), cache, real)
         return y.reshape(b, h, 1, -1).astype(cache.v.dtype)

@@ -1,0 +1,143 @@
+"""The next position's attention to a cache: the kernel, XLA's way, and the definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import layercomb_kernels as kernels
+from layercomb import tl
+from layercomb.layers.attention.selected.cache import PlacedCache
+from layercomb.layers.attention.selected.reading import next_attention
+from layercomb.layers.core.mode import Mode
+from layercomb_kernels import Reading
+
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason='no kernels here')
+READING = Reading(local_len=5, n_sinks=2, once=True, scale=0.7)
+READINGS = {
+    'once': READING,
+    'counted': dataclasses.replace(READING, once=False),
+    'capped': dataclasses.replace(READING, softcap=2.0),
+    'found alone': dataclasses.replace(READING, local_len=0, n_sinks=0),
+    'more near than there are': dataclasses.replace(READING, local_len=99, n_sinks=99),
+}
+
+
+def case(n_found=12, group=1, depth=24, width=20, room=40, dtype=jnp.float32):
+    """Three rows of two heads: one with padding, one without a new position, one that is empty."""
+    rng = np.random.default_rng(n_found)
+    q, keys, values = (
+        jnp.asarray(rng.normal(size=shape), dtype)
+        for shape in ((6 * group, depth), (6, room, depth), (6, room, width))
+    )
+    found = rng.integers(-3, room, (6 * group, n_found)).astype(np.int32)
+    found[:, : n_found // 3] = found[:, n_found // 3 : n_found // 3 * 2]  # many of them twice
+    found[4 * group :] = -1
+    n_real = jnp.asarray([room // 2, 3, 0], jnp.int32)
+    at = np.tile(np.arange(room, dtype=np.int32), (3, 1))
+    at[0, : room // 2] *= 2
+    cache = PlacedCache.unfilled(*(jax.ShapeDtypeStruct((3, 2, room, 1), dtype),) * 2)
+    cache = cache.replace(k=keys, v=values, at=jnp.asarray(at), n_real=n_real)
+    return q, jnp.asarray(found), cache, jnp.asarray([True, n_found % 2 == 0, True])
+
+
+def by_definition(reading, q, found, cache, real):
+    """A query at a time, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, cache.k, cache.v))
+    at, n_real = np.asarray(cache.at), np.asarray(cache.n_real)
+    y = np.zeros((len(q), v.shape[2]))
+    for n, its_found in enumerate(np.asarray(found)):
+        row, head = n * len(at) // len(q), n * len(k) // len(q)
+        places = list(at[row, : n_real[row]])
+        near = places[-reading.local_len :] if reading.local_len else []
+        seen = [*its_found[its_found >= 0], *near, *places[: reading.n_sinks]]
+        seen = sorted(set(seen)) if reading.once else seen
+        if not real[row] or not seen:
+            continue
+        s = reading.scale * k[head, seen] @ q[n]
+        s = reading.softcap * np.tanh(s / reading.softcap) if reading.softcap else s
+        p = np.exp(s - s.max())
+        y[n] = p / p.sum() @ v[head, seen]
+    return y
+
+
+@pytest.mark.parametrize('reading', READINGS.values(), ids=READINGS.keys())
+@pytest.mark.parametrize(
+    ('n_found', 'group', 'depth', 'width'),
+    [(12, 1, 24, 20), (7, 3, 64, 64), (300, 2, 16, 136), (1, 1, 1, 1), (2, 1, 8, 8)],
+)
+@pytest.mark.parametrize('off', [False, True], ids=['kernels', 'without'])
+def test_the_next_position_reads_what_it_finds_and_what_is_near(
+    reading, n_found, group, depth, width, off
+):
+    given = case(n_found, group, depth, width)
+    attend = functools.partial(next_attention, reading)
+    if off:
+        with kernels.off():
+            y = jax.jit(attend)(*given)
+    else:
+        y = jax.jit(attend)(*given)
+    np.testing.assert_allclose(y, by_definition(reading, *given), rtol=1e-5, atol=2e-5)
+
+
+@needs_kernels
+def test_rows_that_are_not_seen_are_not_read():
+    q, found, cache, real = case()
+    k = np.asarray(cache.k).copy()
+    read = np.zeros(k.shape[:2], bool)
+    for n, its in enumerate(np.asarray(found)):
+        read[n, its[its >= 0]] = True
+    k[~read] = np.nan
+    reading = READINGS['found alone']
+    y = next_attention(reading, q, found, cache.replace(k=jnp.asarray(k)), real)
+    assert np.array_equal(y, next_attention(reading, q, found, cache, real))
+    k[:] = np.nan  # and what is seen shows
+    y = next_attention(reading, q, found, cache.replace(k=jnp.asarray(k)), real)
+    assert np.isnan(y[:2]).all() and not np.any(y[4:])
+
+
+@needs_kernels
+def test_derivatives_are_those_of_xla():
+    q, *given = case()
+    with kernels.off():
+        wanted = jax.grad(lambda q: next_attention(READING, q, *given).sum())(q)
+    got = jax.grad(lambda q: next_attention(READING, q, *given).sum())(q)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize('make', [tl.HashedAttention, tl.BlockAttention])
+def test_a_token_copies_no_array_of_the_room(make):
+    room = 1237
+    core = make(max_len=room)
+    q = jax.ShapeDtypeStruct((1, 2, room, 16), jnp.float32)
+    _, state = core.init((q, q, q), jax.random.key(0), Mode.PREDICT)
+    one = jnp.ones((1, 2, 1, 16))
+
+    def step(state):
+        return core.apply({}, state, (one,) * 3, mode=Mode.PREDICT)
+
+    program = jax.jit(step, donate_argnums=0).lower(state).compile().as_text()
+    copies = [line for line in program.splitlines() if ' copy(' in line and f'{room}' in line]
+    assert not copies
+
+
+@needs_kernels
+def test_what_does_not_fit_is_refused():
+    q, found, cache, real = case()
+    rest = cache.k, cache.v, cache.at, cache.n_real, real
+    with pytest.raises(ValueError, match='shapes do not fit together'):
+        kernels.placed_attention(READING, q, found[:-1], *rest)
+    with pytest.raises(ValueError, match='shapes do not fit together'):
+        kernels.placed_attention(READING, q, found, *rest[:-1], real[:-1])
+    with pytest.raises(ValueError, match='found must have 2 axes'):
+        kernels.placed_attention(READING, q, found[0], *rest)
+    with pytest.raises(TypeError, match='expected int32, got uint8'):
+        kernels.placed_attention(READING, q, found.astype(jnp.uint8), *rest)
+    with pytest.raises(TypeError, match='the kernels take float32, got bfloat16'):
+        kernels.placed_attention(READING, q.astype(jnp.bfloat16), found, *rest)
