@@ -45,6 +45,7 @@ _NAMES = (
     'query_attention',
     'gathered_cosines',
     'gathered_means',
+    'nearest_rotations',
     'placed_attention',
     'flash_forward',
     'flash_backward',
@@ -314,6 +315,30 @@ def gathered_means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
     _check(p.shape == at.shape and n == m * (n // max(m, 1)) and length > 0, p, at, values)
     _check_dtypes(values, p, values)
     return _call('gathered_means', (n, d), p, at.astype(jnp.int32), values)
+
+
+def nearest_rotations(factors: tuple[int, ...], x: jax.Array, rotations: jax.Array) -> jax.Array:
+    """The bucket of each vector in each round: the rotation, or its negative, that is nearest.
+
+    Args:
+      factors: of the number of buckets, each 1 or even; a later one counts faster.
+      x: (M, H, K) float32.
+      rotations: (H, R, F, K) float32, for F half the sum of the factors that are not 1.
+
+    Returns:
+      (M, H, R) int32, from 0 to the product of the factors − 1.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+      TypeError: for other dtypes.
+    """
+    _check_ranks(x=(x, 3), rotations=(rotations, 4))
+    (h, rounds, width, _), halves = rotations.shape, [f // 2 for f in factors if f != 1]
+    fits = x.shape[1:] == (h, rotations.shape[3]) and sum(halves) == width
+    _check(fits and all(n > 0 for n in halves), x, rotations)
+    _check_dtypes(rotations, x, rotations)
+    args = x, rotations, jnp.asarray(factors, jnp.int32)
+    return _call('nearest_rotations', (len(x), h, rounds), *args, dtype=jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,39 +11,6 @@
 namespace layercomb {
 namespace {
 
-float Dot(const float* a, const float* b, int64_t n) {
-  Floats sums[2] = {};  // an addition waits for the last
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    sums[0] += Load<Floats>(a + i) * Load<Floats>(b + i);
-    sums[1] += Load<Floats>(a + i + kLanes) * Load<Floats>(b + i + kLanes);
-  }
-  float total = Sum(sums[0] + sums[1]);
-  for (; i < n; ++i) total += a[i] * b[i];
-  return total;
-}
-
-// out[r] = a[r] · b for R rows a of n; b is read once.
-template <int R>
-void Dots(const float* a, const float* b, int64_t n, float* out) {
-  if constexpr (R == 1) {
-    *out = Dot(a, b, n);
-    return;
-  }
-  Floats sums[R] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Floats its = Load<Floats>(b + i);
-    LAYERCOMB_UNROLL
-    for (int r = 0; r < R; ++r) sums[r] += Load<Floats>(a + r * n + i) * its;
-  }
-  LAYERCOMB_UNROLL
-  for (int r = 0; r < R; ++r) {
-    out[r] = Sum(sums[r]);
-    for (int64_t j = i; j < n; ++j) out[r] += a[r * n + j] * b[j];
-  }
-}
-
 // y[r] = Σ_c p[r][c] rows[c · n + j] for V vectors of columns; every row is read once for R sums.
 template <int R, int V>
 void AddColumns(const float* p, int64_t n_p, const float* rows, int64_t n_rows, int64_t n, float* y,

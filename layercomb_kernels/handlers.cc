@@ -158,6 +158,16 @@ ffi::Error GatheredMeans(ffi::ThreadPool threads, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
+// x (M, H, K), rotations (H, R, F, K) and factors.
+ffi::Error NearestRotations(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                            ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  const layercomb::Rotations a{call.size(1, 0), call.size(1, 1), call.size(1, 2), call.size(1, 3),
+                               call.size(2, 0), call.floats(1),  call.indices(2)};
+  layercomb::NearestRotations(call.pool(), a, call.floats(0), call.size(0, 0), call.y<int32_t>());
+  return ffi::Error::Success();
+}
+
 // A query (N, K), what it has found (N, J), keys (M, L, K), values (M, L, D), the positions of real
 // keys (B, L), how many there are (B), and which rows are real (B); scale and softcap; and how many
 // near keys are seen, and first ones, and whether keys count once.
@@ -265,6 +275,7 @@ LAYERCOMB_HANDLER(layercomb_normalize, Normalize);
 LAYERCOMB_HANDLER(layercomb_query_attention, QueryAttention);
 LAYERCOMB_HANDLER(layercomb_gathered_cosines, GatheredCosines);
 LAYERCOMB_HANDLER(layercomb_gathered_means, GatheredMeans);
+LAYERCOMB_HANDLER(layercomb_nearest_rotations, NearestRotations);
 LAYERCOMB_HANDLER(layercomb_placed_attention, PlacedAttention);
 LAYERCOMB_HANDLER(layercomb_selected_forward, SelectedForward);
 LAYERCOMB_HANDLER(layercomb_selected_backward, SelectedBackward);

@@ -88,6 +88,19 @@ void GatheredCosines(const Pool& pool, const Some& sizes, const float* x, const 
 void GatheredMeans(const Pool& pool, const Some& sizes, const float* p, const int32_t* at,
                    const float* values, float* y);
 
+// Rotations (n_heads, n_rounds, width, d), and the factors of the number of buckets: width is half of
+// the sum of those that are not 1.
+struct Rotations {
+  int64_t n_heads, n_rounds, width, d, n_factors;
+  const float* rotations;
+  const int32_t* factors;
+};
+
+// y[m, h, r] = the bucket of x[m, h]: for each factor the rotation of the round with the largest
+// product, or behind these its negative.
+void NearestRotations(const Pool& pool, const Rotations& a, const float* x, int64_t n_x,
+                      int32_t* y);
+
 // Attention of n_queries queries, those of n_rows rows after each other, to the keys that each has
 // found, and to the last and the first real ones of its row. Neighbours share one of n_keyed rooms of
 // n_keys keys and values.

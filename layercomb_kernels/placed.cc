@@ -45,18 +45,6 @@ void Fetch(const float* row, int64_t n) {
   for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(row + j, 0, 3);
 }
 
-float Dot(const float* a, const float* b, int64_t n) {
-  Floats sums[2] = {};  // an addition waits for the last
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    sums[0] += Load<Floats>(a + i) * Load<Floats>(b + i);
-    sums[1] += Load<Floats>(a + i + kLanes) * Load<Floats>(b + i + kLanes);
-  }
-  float total = Sum(sums[0] + sums[1]);
-  for (; i < n; ++i) total += a[i] * b[i];
-  return total;
-}
-
 // One query after the other.
 class Reader {
  public:

@@ -64,6 +64,40 @@ inline Floats NeighboursSwapped(Floats v) {
   return reinterpret_cast<Floats>(pairs << 32 | pairs >> 32);
 }
 
+// a · b of n numbers.
+inline float Dot(const float* a, const float* b, int64_t n) {
+  Floats sums[2] = {};  // an addition waits for the last
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    sums[0] += Load<Floats>(a + i) * Load<Floats>(b + i);
+    sums[1] += Load<Floats>(a + i + kLanes) * Load<Floats>(b + i + kLanes);
+  }
+  float total = Sum(sums[0] + sums[1]);
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
+// out[r] = a[r] · b for R rows a of n; b is read once.
+template <int R>
+void Dots(const float* a, const float* b, int64_t n, float* out) {
+  if constexpr (R == 1) {
+    *out = Dot(a, b, n);
+    return;
+  }
+  Floats sums[R] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats its = Load<Floats>(b + i);
+    LAYERCOMB_UNROLL
+    for (int r = 0; r < R; ++r) sums[r] += Load<Floats>(a + r * n + i) * its;
+  }
+  LAYERCOMB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    out[r] = Sum(sums[r]);
+    for (int64_t j = i; j < n; ++j) out[r] += a[r * n + j] * b[j];
+  }
+}
+
 // e^x for x ≤ 0 to 3 units in the last place: 2^k times a polynomial in what is left of x, at most
 // half a binary place; 0 where that is below the smallest normal number, NaN for NaN.
 inline Floats Exp(Floats x) {

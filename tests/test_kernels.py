@@ -269,6 +269,8 @@ def test_shapes_are_checked():
     ):
         with pytest.raises(ValueError, match=r'\w+ must have \d axes, got \('):
             call()
+    with pytest.raises(ValueError, match='shapes do not fit together'):
+        kernels.nearest_rotations((4, 2), np.ones((1, 2, 8), np.float32), np.ones((2, 3, 4, 8)))
     with pytest.raises(TypeError, match='seen must be bool, got float32'):
         kernels.query_attention(x, x[:, None], x[:, None], np.ones((2, 1), np.float32))
     with pytest.raises(TypeError, match='the kernels take float32, got float16'):

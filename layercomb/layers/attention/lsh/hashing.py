@@ -6,6 +6,7 @@ half the sum of the factors of the number of buckets.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import layercomb_kernels
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.lsh.torch_normal import torch_normal
+from layercomb.layers.quantized.native import has_kernels, with_kernel
 
 # Positions and heads hashed at a time: a full (H, L, R·buckets) array would be too large. A CPU
 # reads each score four times, and from a cache if a piece has so few; but products of a few rows
@@ -180,21 +183,12 @@ def rotated_buckets(
         raise ValueError(f'LSH attention needs one position at least, got the shape {x.shape}')
     x = lax.stop_gradient(x).astype(jnp.float32)
 
-    def choose(y: jax.Array) -> jax.Array:
-        """(…, F) → (…)."""
-        bucket, start = jnp.zeros(y.shape[:-1], jnp.int32), 0
-        for factor in factors:
-            if factor > 1:
-                bucket = bucket * factor + nearest(y[..., start : start + factor // 2])
-                start += factor // 2
-        return bucket
-
     if length == 1:
-        return choose(jnp.einsum('bhtk,hrfk->bhrtf', x, rotations))
+        return _of_one(factors, x[:, :, 0], rotations)[..., None]
 
     def hash_piece(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, head = piece  # (T, K), ()
-        return choose(jnp.einsum('tk,rfk->rtf', x, rotations[head]))  # (R, T)
+        return _chosen(factors, jnp.einsum('tk,rfk->rtf', x, rotations[head]))  # (R, T)
 
     together, n_heads = _together(n_hashes * rotations.shape[2])
     t = min(length, together)
@@ -205,6 +199,28 @@ def rotated_buckets(
     pieces = lax.map(hash_piece, (x, heads), batch_size=n_heads if n_heads > 1 else None)
     buckets = pieces.reshape(b, h, n, n_hashes, t).swapaxes(2, 3)  # (B, H, R, n, T)
     return buckets.reshape(b, h, n_hashes, n * t)[..., :length]
+
+
+def _of_one(factors: tuple[int, ...], x: jax.Array, rotations: jax.Array) -> jax.Array:
+    """The buckets (B, H, R) of one position (B, H, K)."""
+
+    def plain(x: jax.Array, rotations: jax.Array) -> jax.Array:
+        return _chosen(factors, jnp.einsum('bhk,hrfk->bhrf', x, rotations))
+
+    if not has_kernels(len(x), x, rotations):
+        return plain(x, rotations)
+    by_kernel = functools.partial(layercomb_kernels.nearest_rotations, factors)
+    return with_kernel(plain, by_kernel)(x, rotations)
+
+
+def _chosen(factors: tuple[int, ...], y: jax.Array) -> jax.Array:
+    """Buckets from scores: (…, F) → (…)."""
+    bucket, start = jnp.zeros(y.shape[:-1], jnp.int32), 0
+    for factor in factors:
+        if factor > 1:
+            bucket = bucket * factor + nearest(y[..., start : start + factor // 2])
+            start += factor // 2
+    return bucket
 
 
 def _together(n_scores: int) -> tuple[int, int]:

@@ -332,6 +332,30 @@ def test_many_buckets_are_hashed_in_pieces_that_fit_a_cache():
     assert (got == 64 * high + low).mean() > 0.999
 
 
+@pytest.mark.parametrize('factors', [(128, 64), (6,), (1,), (2, 1, 4)])
+@pytest.mark.parametrize('depth', [64, 13])
+def test_one_position_is_hashed_as_many_are(factors, depth):
+    q = jax.random.normal(jax.random.key(0), (3, 2, 1, depth))
+    rotations = jax.random.normal(jax.random.key(1), (2, 5, sum(f // 2 for f in factors), depth))
+    got = jax.jit(functools.partial(rotated_buckets, n_buckets=factors))(q, rotations)
+    with layercomb_kernels.off():
+        plain = rotated_buckets(q, rotations, n_buckets=factors)
+    many = rotated_buckets(
+        jnp.pad(q, [(0, 0)] * 2 + [(0, 1), (0, 0)]), rotations, n_buckets=factors
+    )
+    np.testing.assert_array_equal(got, plain)
+    np.testing.assert_array_equal(got, many[..., :1])
+
+
+def test_one_position_takes_equal_and_unknown_scores_as_many_do():
+    q = jnp.asarray([[[[1.0, 0.0]]], [[[0.0, 0.0]]], [[[jnp.nan, 0.0]]], [[[-1.0, 0.0]]]])
+    rotations = jnp.asarray([[1.0, 0.0], [-1.0, 2.0], [1.0, 3.0]])[None, None]
+    got = jax.jit(functools.partial(rotated_buckets, n_buckets=6))(q, rotations)
+    with layercomb_kernels.off():
+        np.testing.assert_array_equal(got, rotated_buckets(q, rotations, n_buckets=6))
+    np.testing.assert_array_equal(got[:, 0, 0, 0], [0, 0, 5, 1])
+
+
 def test_automatic_buckets_are_even_and_enough():
     for length in (1, 64, 1000, 4096, 65536, 1 << 20):
         factors = automatic_buckets(length, 64)
