@@ -7,6 +7,8 @@ queries and keys, D depth of values, J keys that one query finds.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ def next_attention(
     Returns:
       (N, D).
     """
-    attend = functools.partial(_plain, reading)
+    attend: Callable[..., Any] = functools.partial(_plain, reading)
     if has_kernels(1, q, cache.k, cache.v):
         by_kernel = functools.partial(layercomb_kernels.placed_attention, reading)
         attend = with_kernel(attend, by_kernel)
