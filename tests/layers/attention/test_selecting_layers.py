@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from layercomb import init_state, models, shape_dtype, tl, transforms
 from layercomb.layers.attention.selected import choice
@@ -274,6 +275,38 @@ def test_decoding_without_a_number_of_buckets_is_refused():
         tl.HashedSelfAttention(2).init(signature, jax.random.key(0), Mode.PREDICT)
     with pytest.raises(ValueError, match='max_len'):
         tl.BlockSelfAttention(2, max_len=4).init(signature, jax.random.key(0))
+
+
+@over_layers
+def test_a_prompt_in_pieces_in_a_large_room(net):
+    """Each piece reads as short a part of the cache as holds it."""
+    x = stream(length=29)
+    weights = weights_of(net, x)
+    wanted = whole(net, weights, x)
+    outs, state = [], init_state(net, (shape_dtype((B, 200, D)),), Mode.PREDICT)
+    step = jax.jit(functools.partial(net.apply, mode=Mode.PREDICT))
+    for begin, end in ((0, 3), (3, 12), (12, 15), (15, 16), (16, 29)):
+        (y,), state = step(weights, state, (x[:, begin:end],))
+        outs.append(y)
+    np.testing.assert_allclose(jnp.concatenate(outs, 1), wanted, atol=2e-5)
+
+
+def test_a_short_prompt_does_not_pay_for_the_room():
+    signature = (shape_dtype((1, 4096, D)),)
+    state = init_state(BLOCKS, signature, Mode.PREDICT)
+    weights, _ = BLOCKS.init(signature, jax.random.key(0))
+    step = functools.partial(BLOCKS.apply, weights, mode=Mode.PREDICT)
+    jaxpr = jax.make_jaxpr(step)(state, (jnp.zeros((1, 16, D)),)).jaxpr
+    (switch,) = (e for e in _equations(jaxpr) if e.primitive.name == 'cond')
+    assert len(switch.params['branches']) == 5  # 16, 64, 256, 1,024 and 4,096 positions
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            if equation.primitive.name != 'cond':
+                yield from _equations(inner)
 
 
 def test_training_without_a_key_is_refused():

@@ -108,7 +108,7 @@ class BlockAttention(BlockOptions, Selecting):
     The choice is a decision: ``RECORD`` keeps it, ``REPLAY`` takes it. In ``PREDICT`` a causal
     layer keeps keys, values and the sums of blocks, with room for the length of the signature given
     to `init`; a new position compares L/C means, and reads (J + 1)·C + `local_len` + `n_sinks`
-    keys, those of ``EVAL``. Several positions at once take as long as the whole room.
+    keys, those of ``EVAL``.
 
     Attributes:
       n_chosen: J; may be changed after training.

@@ -56,6 +56,15 @@ class PlacedCache(KVCache):
         at = jnp.argsort(~there, axis=1, stable=True).astype(jnp.int32)
         return self.replace(at=at, n_real=there.sum(1, dtype=jnp.int32))
 
+    def cut(self, n: int) -> Self:
+        """The first n positions, for `Selecting.chosen_in`; what counts more is as it was.
+
+        Args:
+          n: how many.
+        """
+        names = ('k', 'v', 'mask', 'at')
+        return self.replace(**{name: getattr(self, name)[:, :n] for name in names})
+
     def there(self) -> jax.Array:
         """Which positions are taken and real, (B, L) bool."""
         where = jnp.arange(self.room, dtype=jnp.int32)[None]
@@ -112,6 +121,22 @@ def once(at: jax.Array) -> jax.Array:
     first = found != jnp.pad(found[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     row = jnp.arange(len(at), dtype=jnp.int32)[:, None]
     return jnp.zeros(at.shape, bool).at[row, order].set(first & (found >= 0))
+
+
+def parts(length: int, room: int) -> tuple[int, ...]:
+    """Lengths of the first part of a cache that may hold new positions, from few to all.
+
+    Args:
+      length: T, how many there are.
+      room: L.
+
+    >>> parts(16, 1000)
+    (16, 64, 256, 1000)
+    """
+    made = [length]
+    while 4 * made[-1] < room:
+        made.append(4 * made[-1])
+    return (*made, room) if made[-1] < room else (room,)
 
 
 def placed(x: jax.Array, position: jax.Array, room: int) -> jax.Array:

@@ -6,16 +6,18 @@ queries and keys, D depth of values, J keys that one query finds.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import KW_ONLY
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layercomb.checks import Positive, Rate, Size
 from layercomb.layers.attention.multihead import dropout_arguments
 from layercomb.layers.attention.selected.arrays import check_arrays
-from layercomb.layers.attention.selected.cache import PlacedCache, placed
+from layercomb.layers.attention.selected.cache import PlacedCache, parts, placed
 from layercomb.layers.attention.selected.function import selected_attention
 from layercomb.layers.attention.selected.reading import next_attention
 from layercomb.layers.core.layer import Arrays, Key, Layer
@@ -121,8 +123,8 @@ class Selecting(SelectingOptions):
           weights: ``{}``.
           state: in ``PREDICT``, if causal, a cache; in ``REPLAY`` the recorded buckets.
           inputs: q (B, H, L, K), k (B, G, L, K), v (B, G, L, D) and, if masked, mask (B, L) bool.
-            With a cache all of them hold the next T positions; more than one take as long as all
-            that there is room for.
+            With a cache all of them hold the next T positions; several take as long as a sequence
+            that ends with them, or up to four times that.
           rng: a typed key, or one for every head (H,); needed in training if anything is drawn.
           mode: see `Mode`.
 
@@ -210,12 +212,22 @@ class Selecting(SelectingOptions):
             cache = cache.pushed(position, real[:, 0], **new)
             y = self._next(cache, q, real[:, 0])
         else:
-            queries, there = placed(q, position, room), cache.there()
-            keys, values = cache.by_row(cache.k), cache.by_row(cache.v)
-            y = self._attend(queries, keys, values, self.chosen_in(cache, queries), there)
-            y = jax.vmap(lambda y, at: jax.lax.dynamic_slice_in_dim(y, at, length, 1))(y, position)
+            lengths = parts(length, room)
+            which = (position.max() + length > np.array(lengths[:-1], np.int32)).sum()
+            among = [functools.partial(self._among, n) for n in lengths]
+            y = jax.lax.switch(which.astype(jnp.int32), among, cache, q, position)
             cache = cache.refilled()
         return (poison_overflow(y, position, length, room),), cache
+
+    def _among(self, n: int, cache: Any, q: jax.Array, position: jax.Array) -> jax.Array:
+        """Attention of T positions of each row, which are among the first n: (B, H, T, D)."""
+        cache = cache.cut(n)
+        queries, there = placed(q, position, n), cache.there()
+        keys, values = cache.by_row(cache.k), cache.by_row(cache.v)
+        y = self._attend(queries, keys, values, self.chosen_in(cache, queries), there)
+        return jax.vmap(lambda y, at: jax.lax.dynamic_slice_in_dim(y, at, q.shape[2], 1))(
+            y, position
+        )
 
     def _next(self, cache: Any, q: jax.Array, real: jax.Array) -> jax.Array:
         """Attention of one position of each row, (B, H, 1, D)."""

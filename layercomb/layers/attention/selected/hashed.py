@@ -60,6 +60,14 @@ class HashedCache(PlacedCache):
         ring = rings.filled(self.by_bucket, self.buckets, self.mask, self.position.rows)
         return super().refilled().replace(by_bucket=ring, total=_totals(self.k, self.there()))
 
+    def cut(self, n: int) -> HashedCache:
+        """As of `PlacedCache`, with the buckets of these positions.
+
+        Args:
+          n: how many.
+        """
+        return super().cut(n).replace(buckets=self.buckets[:, :n])
+
     def pushed(self, position: jax.Array, real: jax.Array, **new: jax.Array) -> HashedCache:
         """The cache with the next position of each row in its rings.
 
