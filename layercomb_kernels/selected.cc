@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "vectors.h"
+#include "tiles.h"
 
 namespace layercomb {
 namespace {
@@ -233,8 +233,6 @@ void Spread(const float* p, const float* x, const int32_t* at, int64_t n, float*
     }
   }
 }
-
-int64_t Whole(int64_t n) { return CeilDiv(n, kLanes) * kLanes; }
 
 // The attention of one head, whose queries, keys and values are V vectors each.
 template <int V>
