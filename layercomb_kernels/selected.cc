@@ -25,16 +25,17 @@ constexpr int kPart = 64;      // neighbours that are in one part
 constexpr int64_t kAtATime = 1 << 17;  // keys seen by the queries of a block, all together
 constexpr int64_t kTogether = 32;      // queries of a task
 
-// The first rank that each position sees in one round, and the one after the last; and the key of
-// each rank. Keys are ranked by bucket and position.
-struct Round {
+// Rounds whose keys are in the same buckets: the key of each rank, and the first rank that each
+// position sees in each round, and the one after the last. Keys are ranked by bucket and position.
+struct Rounds {
+  int64_t n;
   std::vector<int32_t> key, low, high;
 };
 
-// What the queries of a round are told.
+// What the queries of some rounds are told.
 struct Window {
-  const int32_t *of_queries, *of_keys;  // buckets; null where there is one
-  int64_t n_buckets, n;
+  const int32_t *of_queries, *of_keys;  // buckets, those of keys the same in all; null for one
+  int64_t n_rounds, n_buckets, n;
   bool first;  // whether the first n are seen instead of the last n
 };
 
@@ -45,12 +46,13 @@ class Finder {
         mask_(a.mask ? a.mask + b * a.length : nullptr),
         segments_(a.segments ? a.segments + b * a.length : nullptr) {}
 
-  Round Find(const Window& w) const {
+  Rounds Find(const Window& w) const {
     const int64_t n = a_.length;
-    Round round{std::vector<int32_t>(n), std::vector<int32_t>(n), std::vector<int32_t>(n)};
+    Rounds found{w.n_rounds, std::vector<int32_t>(n), std::vector<int32_t>(n * w.n_rounds),
+                 std::vector<int32_t>(n * w.n_rounds)};
     std::vector<int32_t> starts(w.n_buckets + 1), next, begin, document(w.n_buckets, -1);
     for (int64_t t = 0; t < n; ++t) {
-      if (Real(t)) ++starts[Of(w.of_keys, t) + 1];
+      if (Real(t)) ++starts[OfKey(w, t) + 1];
     }
     for (int64_t i = 0; i < w.n_buckets; ++i) starts[i + 1] += starts[i];
     next.assign(starts.begin(), starts.end() - 1);
@@ -58,41 +60,51 @@ class Finder {
     // Where its own document begins in the bucket of a query, and how many keys come up to it.
     for (int64_t t = 0; t < n; ++t) {
       if (!Real(t)) continue;
-      const int32_t k = Of(w.of_keys, t), q = Of(w.of_queries, t);
+      const int32_t k = OfKey(w, t);
       if (document[k] != Document(t)) {
         document[k] = Document(t);
         begin[k] = next[k];
       }
-      round.key[next[k]++] = int32_t(t);
-      round.low[t] = document[q] == Document(t) ? begin[q] : next[q];
-      round.high[t] = next[q];
+      found.key[next[k]++] = int32_t(t);
+      for (int64_t r = 0; r < w.n_rounds; ++r) {
+        const int32_t q = OfQuery(w, r, t), here = next[q];
+        int32_t &low = found.low[t * w.n_rounds + r], &high = found.high[t * w.n_rounds + r];
+        low = document[q] == Document(t) ? begin[q] : here;
+        high = here;
+        if (a_.causal) Cut(w, here, here, low, high);
+      }
     }
-    if (a_.causal) {
-      for (int64_t t = 0; t < n; ++t) Cut(w, round.high[t], round.high[t], round.low[t], round.high[t]);
-      return round;
-    }
-    document.assign(w.n_buckets, -1);
-    std::vector<int32_t> end(w.n_buckets);
-    for (int64_t t = n - 1; t >= 0; --t) {
+    if (!a_.causal) CutBothSides(w, next, found);
+    return found;
+  }
+
+ private:
+  // The same for what is seen behind queries too; `next` has the ends of buckets.
+  void CutBothSides(const Window& w, std::vector<int32_t> next, Rounds& found) const {
+    std::vector<int32_t> document(w.n_buckets, -1), end(w.n_buckets);
+    for (int64_t t = a_.length - 1; t >= 0; --t) {
       if (!Real(t)) continue;
-      const int32_t k = Of(w.of_keys, t), q = Of(w.of_queries, t);
-      const int32_t here = round.high[t];
-      const int32_t last = document[q] == Document(t) ? end[q] : here;
-      Cut(w, here, last, round.low[t], round.high[t]);
+      for (int64_t r = 0; r < w.n_rounds; ++r) {
+        const int32_t q = OfQuery(w, r, t);
+        int32_t &low = found.low[t * w.n_rounds + r], &high = found.high[t * w.n_rounds + r];
+        Cut(w, high, document[q] == Document(t) ? end[q] : high, low, high);
+      }
       // A key stands before the query of its position, and is counted behind earlier ones.
+      const int32_t k = OfKey(w, t);
       if (document[k] != Document(t)) {
         document[k] = Document(t);
         end[k] = next[k];
       }
       --next[k];
     }
-    return round;
   }
 
- private:
   bool Real(int64_t t) const { return !mask_ || mask_[t]; }
   int32_t Document(int64_t t) const { return segments_ ? segments_[t] : 0; }
-  static int32_t Of(const int32_t* buckets, int64_t t) { return buckets ? buckets[t] : 0; }
+  int32_t OfQuery(const Window& w, int64_t r, int64_t t) const {
+    return w.of_queries ? w.of_queries[r * a_.length + t] : 0;
+  }
+  static int32_t OfKey(const Window& w, int64_t t) { return w.of_keys ? w.of_keys[t] : 0; }
 
   // From where its document begins in the bucket, the ranks up to the query, and where it ends: what
   // is seen.
@@ -112,16 +124,20 @@ class Finder {
   const int32_t* segments_;
 };
 
-std::vector<Round> Rounds(const Selection& a, int64_t h) {
+std::vector<Rounds> AllRounds(const Selection& a, int64_t h) {
   const int64_t b = h / a.n_heads, g = h / a.group(), n = a.n_rounds * a.length;
+  const int32_t *of_queries = a.of_queries + h * n, *of_keys = a.of_keys + g * n;
   const Finder finder(a, b);
-  std::vector<Round> rounds;
-  for (int64_t r = 0; r < a.n_rounds; ++r) {
-    rounds.push_back(finder.Find({a.of_queries + h * n + r * a.length,
-                                  a.of_keys + g * n + r * a.length, a.n_buckets, a.n_keys, false}));
+  std::vector<Rounds> rounds;
+  for (int64_t r = 0, last; r < a.n_rounds; r = last) {
+    const int32_t* its = of_keys + r * a.length;
+    for (last = r + 1; last < a.n_rounds; ++last) {
+      if (!std::equal(its, its + a.length, of_keys + last * a.length)) break;
+    }
+    rounds.push_back(finder.Find({of_queries + r * a.length, its, last - r, a.n_buckets, a.n_keys, false}));
   }
-  if (a.local_len) rounds.push_back(finder.Find({nullptr, nullptr, 1, a.local_len, false}));
-  if (a.n_sinks) rounds.push_back(finder.Find({nullptr, nullptr, 1, a.n_sinks, true}));
+  if (a.local_len) rounds.push_back(finder.Find({nullptr, nullptr, 1, 1, a.local_len, false}));
+  if (a.n_sinks) rounds.push_back(finder.Find({nullptr, nullptr, 1, 1, a.n_sinks, true}));
   return rounds;
 }
 
@@ -140,42 +156,47 @@ struct Marks {
   bool Found(int32_t key) { return std::exchange(stamps[key], stamp) == stamp; }
 };
 
-// The keys of one query after the other, those of a part together.
+// The keys of one query after the other.
 class List {
  public:
-  List(const Selection& a, const std::vector<Round>& rounds)
-      : a_(a), rounds_(rounds), room_(a.most()), parts_(kParts * room_) {}
+  List(const Selection& a, const std::vector<Rounds>& rounds, const float* keys, const float* values)
+      : a_(a), rounds_(rounds), keys_(keys), values_(values) {}
 
-  // Writes the keys of query t to `at`, and to `ends` how many there are up to the end of each part.
-  int64_t Make(int64_t t, const float* keys, const float* values, int32_t* at, int32_t* ends) {
+  // Writes the keys of query t to `at`, and returns how many there are; there is room for one more.
+  int64_t Make(int64_t t, int32_t* at) const {
     static thread_local Marks marks;
     if (a_.once) marks.Next(a_.length);
-    int64_t n[kParts] = {};
-    for (const Round& round : rounds_) {
-      for (int32_t i = round.low[t]; i < round.high[t]; ++i) {
-        const int32_t key = round.key[i];
-        if (a_.once && marks.Found(key)) continue;
-        __builtin_prefetch(keys + key * a_.depth, 0, 2);
-        __builtin_prefetch(values + key * a_.depth, 0, 2);
-        const int part = key / kPart % kParts;
-        parts_[part * room_ + n[part]++] = key;
-      }
-    }
     int64_t total = 0;
-    for (int i = 0; i < kParts; ++i) {
-      std::copy_n(&parts_[i * room_], n[i], at + total);
-      total += n[i];
-      ends[i] = int32_t(total);
+    for (const Rounds& its : rounds_) {
+      for (int64_t r = t * its.n; r < (t + 1) * its.n; ++r) {
+        for (int32_t i = its.low[r]; i < its.high[r]; ++i) {
+          const int32_t key = its.key[i];
+          __builtin_prefetch(keys_ + key * a_.depth, 0, 2);
+          __builtin_prefetch(values_ + key * a_.depth, 0, 2);
+          at[total] = key;
+          total += !a_.once || !marks.Found(key);
+        }
+      }
     }
     return total;
   }
 
  private:
   const Selection& a_;
-  const std::vector<Round>& rounds_;
-  const int64_t room_;
-  std::vector<int32_t> parts_;
+  const std::vector<Rounds>& rounds_;
+  const float *keys_, *values_;
 };
+
+// Puts the keys of a part together, and writes to `ends` how many there are up to the end of each.
+void Part(int64_t n, int32_t* at, int32_t* ends) {
+  const auto part = [](int32_t key) { return key / kPart % kParts; };
+  static thread_local std::vector<int32_t> all;
+  all.assign(at, at + n);
+  int32_t next[kParts + 1] = {};
+  for (const int32_t key : all) ++next[part(key) + 1];
+  for (int i = 0; i < kParts; ++i) ends[i] = next[i + 1] += next[i];
+  for (const int32_t key : all) at[next[part(key)]++] = key;
+}
 
 // y[i] = x · rows[at[i]] for rows of V vectors.
 template <int V>
@@ -244,20 +265,19 @@ class Head {
         query_(a.query + h * a.length * a.depth),
         keys_(a.keys + h / a.group() * a.length * a.depth),
         values_(a.values + h / a.group() * a.length * a.depth),
-        rounds_(Rounds(a, h)) {}
+        rounds_(AllRounds(a, h)) {}
 
   void Forward(const Pool& pool, float* y, float* z) const {
     y += h_ * a_.length * a_.depth;
     z += h_ * a_.length;
-    const int64_t room = Whole(a_.most());
+    const int64_t room = Whole(a_.most() + 1);
     InParallel(pool, pool.n_threads, CeilDiv(a_.length, kTogether), [&](int64_t task) {
-      List list(a_, rounds_);
+      const List list(a_, rounds_, keys_, values_);
       std::vector<int32_t> at(room);
       std::vector<float> p(room);
-      int32_t ends[kParts];
       const int64_t last = std::min(a_.length, (task + 1) * kTogether);
       for (int64_t t = task * kTogether; t < last; ++t) {
-        const int64_t n = list.Make(t, keys_, values_, at.data(), ends);
+        const int64_t n = list.Make(t, at.data());
         Scores(t, at.data(), n, p.data());
         z[t] = n ? Softmax(n, p.data()) : kFar;
         Sums<V>(p.data(), values_, at.data(), n, y + t * a_.depth);
@@ -267,7 +287,7 @@ class Head {
 
   // Adds to the gradients of keys and values, and writes those of queries.
   void Backward(const Pool& pool, const float* y, const Cotangents& ct) const {
-    const int64_t room = Whole(a_.most()), at_a_time = std::max(4 * kTogether, kAtATime / std::max<int64_t>(1, room));
+    const int64_t room = Whole(a_.most() + 1), at_a_time = std::max(4 * kTogether, kAtATime / std::max<int64_t>(1, room));
     y += h_ * a_.length * a_.depth;
     const float *d_y = ct.out + h_ * a_.length * a_.depth, *z = ct.z + h_ * a_.length;
     float* d_query = ct.query + h_ * a_.length * a_.depth;
@@ -279,12 +299,13 @@ class Head {
     for (int64_t first = 0; first < a_.length; first += n_block) {
       const int64_t n_here = std::min(n_block, a_.length - first);
       InParallel(pool, pool.n_threads, CeilDiv(n_here, kTogether), [&](int64_t task) {
-        List list(a_, rounds_);
+        const List list(a_, rounds_, keys_, values_);
         const int64_t last = std::min(n_here, (task + 1) * kTogether);
         for (int64_t i = task * kTogether; i < last; ++i) {
           const int64_t t = first + i;
-          const int32_t* its = &at[i * room];
-          const int64_t n = list.Make(t, keys_, values_, &at[i * room], &ends[i * kParts]);
+          int32_t* its = &at[i * room];
+          const int64_t n = list.Make(t, its);
+          Part(n, its, &ends[i * kParts]);
           Scores(t, its, n, &p[i * room]);
           Products<V>(d_y + t * a_.depth, values_, its, n, &d_s[i * room]);
           Cotangent(n, z[t], Dot(y + t * a_.depth, d_y + t * a_.depth), &p[i * room], &d_s[i * room]);
@@ -351,7 +372,7 @@ class Head {
   const Selection& a_;
   const int64_t h_;
   const float *query_, *keys_, *values_;
-  const std::vector<Round> rounds_;
+  const std::vector<Rounds> rounds_;
 };
 
 // Calls work(head, pool) for each head: heads that share keys one after the other, others at once
