@@ -49,6 +49,7 @@ _NAMES = (
     'placed_attention',
     'flash_forward',
     'flash_backward',
+    'best_blocks',
     'selected_forward',
     'selected_backward',
 )
@@ -608,6 +609,54 @@ def _selected_arguments(
     sizes = [s.n_buckets, s.n_keys, s.local_len, s.n_sinks, s.causal, s.once]
     limits = jnp.asarray(sizes, jnp.int32)
     return q, k, v, of_queries, of_keys, *empty, factors, limits
+
+
+def best_blocks(
+    q: jax.Array,
+    means: jax.Array,
+    document: jax.Array,
+    ids: jax.Array,
+    own: jax.Array,
+    n: int,
+    causal: bool,
+    nothing: int,
+) -> jax.Array:
+    """The numbers of the blocks of its document that each query likes best, its own left out.
+
+    These have the greatest products q · mean, the greatest first; of equal ones the first comes
+    first. They are what sorting all products would give: nothing is approximate. What is NaN or −∞
+    is not chosen. The result depends on neither other queries nor the number of threads. Memory is
+    linear in P and in N.
+
+    Args:
+      q: (B, H, P, K) float32.
+      means: (B, G, N, K) float32; G divides H, and neighbouring heads share means.
+      document: (B, N) int32, of each block, from 0 and not decreasing; −1 behind the last one for
+        what is no block. In a document blocks are numbered 0, 1 …
+      ids: (B, P) int32, the document of each query.
+      own: (B, P) int32, the number of its block there.
+      n: how many to choose, at least 1.
+      causal: whether only blocks before its own can be chosen.
+      nothing: what stands for a missing block.
+
+    Returns:
+      (B, H, n, P) int32.
+
+    Raises:
+      ValueError: if shapes do not fit together.
+      TypeError: if dtypes are others.
+    """
+    _check_ranks(q=(q, 4), means=(means, 4))
+    _check_dtypes(means, q, means)
+    (b, h, p, depth), (g, n_blocks) = q.shape, means.shape[1:3]
+    fits = means.shape == (b, g, n_blocks, depth) and h == g * (h // max(g, 1)) and n > 0
+    shapes = (document.shape, ids.shape, own.shape) == ((b, n_blocks), (b, p), (b, p))
+    _check(fits and shapes, q, means, document, ids, own)
+    if any(x.dtype != jnp.int32 for x in (document, ids, own)):
+        raise TypeError(f'expected int32, got {document.dtype}, {ids.dtype} and {own.dtype}')
+    limits = jnp.asarray([causal, nothing], jnp.int32)
+    args = q, means, document, ids, own, limits
+    return _call('best_blocks', (b, h, n, p), *args, dtype=jnp.int32)
 
 
 def _columns(words: jax.Array) -> int:

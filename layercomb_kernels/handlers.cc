@@ -258,6 +258,20 @@ ffi::Error SelectedBackward(ffi::ThreadPool threads, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
+// A query (B, H, P, K), means (B, G, N, K) and their document (B, N), the document and the block of
+// each query (B, P); and whether it is causal, and the number of what is missing.
+ffi::Error BestBlocks(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                      ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  const int32_t* limits = call.indices(5);
+  const layercomb::Choice choice{
+      call.size(0, 0), call.size(0, 1),     call.size(1, 1), call.size(0, 2), call.size(1, 2),
+      call.size(0, 3), call.result_size(2), call.floats(0),  call.floats(1),  call.indices(2),
+      call.indices(3), call.indices(4),     limits[0] != 0,  limits[1]};
+  layercomb::BestBlocks(call.pool(), choice, call.y<int32_t>());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 // One signature for all of them: what decodes it takes a second to compile.
@@ -277,6 +291,7 @@ LAYERCOMB_HANDLER(layercomb_gathered_cosines, GatheredCosines);
 LAYERCOMB_HANDLER(layercomb_gathered_means, GatheredMeans);
 LAYERCOMB_HANDLER(layercomb_nearest_rotations, NearestRotations);
 LAYERCOMB_HANDLER(layercomb_placed_attention, PlacedAttention);
+LAYERCOMB_HANDLER(layercomb_best_blocks, BestBlocks);
 LAYERCOMB_HANDLER(layercomb_selected_forward, SelectedForward);
 LAYERCOMB_HANDLER(layercomb_selected_backward, SelectedBackward);
 LAYERCOMB_HANDLER(layercomb_flash_forward, FlashForward);

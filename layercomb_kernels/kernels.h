@@ -183,6 +183,24 @@ void SelectedForward(const Pool& pool, const Selection& a, float* y, float* z);
 // The gradients of query, keys and values, from y, z and the cotangent of y; `dots` are not read.
 void SelectedBackward(const Pool& pool, const Selection& a, const float* y, const Cotangents& ct);
 
+// Queries of n_rows rows and n_heads heads, of which neighbours share one of n_keyed heads of means,
+// and the blocks that have these means. Blocks of a document stand together, numbered 0, 1 …;
+// documents, from 0, do not decrease, and −1 for what is no block stands behind them.
+struct Choice {
+  int64_t n_rows, n_heads, n_keyed, n_queries, n_blocks, depth, n_chosen;
+  const float *query, *means;
+  const int32_t* document;     // (n_rows, n_blocks)
+  const int32_t *ids, *own;    // (n_rows, n_queries): the document of a query, and its block there
+  bool causal;                 // only blocks before its own; else all others of the document
+  int32_t nothing;             // the number of what is missing
+
+  int64_t group() const { return n_keyed ? n_heads / n_keyed : 1; }
+};
+
+// y[h, j, t] = the number, in its document, of the block whose mean has the j-th greatest product with
+// query[h, t]; of equal ones the first comes first. A product that is NaN or −∞ is not chosen.
+void BestBlocks(const Pool& pool, const Choice& a, int32_t* y);
+
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls `work(i)` for each i below n, on threads of XLA's pool and on this one. Whoever is free

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -97,6 +97,36 @@ void Dots(const float* a, const float* b, int64_t n, float* out) {
     for (int64_t j = i; j < n; ++j) out[r] += a[r * n + j] * b[j];
   }
 }
+
+// A bit for each lane that is set, all of whose bits are.
+inline uint32_t Bits(Ints lanes) {
+#if defined(LAYERCOMB_WIDE)
+  const __m512i its = reinterpret_cast<__m512i>(lanes);
+  return _mm512_test_epi32_mask(its, its);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(lanes));
+#else
+  uint32_t bits = 0;
+  LAYERCOMB_UNROLL
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(lanes[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// Writes the lanes of v with a bit one after the other, and may write a whole vector.
+inline void Compress(uint32_t bits, Ints v, int32_t* to) {
+#if defined(LAYERCOMB_WIDE)
+  const __m512i its = _mm512_maskz_compress_epi32(bits, reinterpret_cast<__m512i>(v));
+  std::memcpy(to, &its, sizeof its);
+#else
+  int32_t values[kLanes];
+  std::memcpy(values, &v, sizeof v);
+  for (; bits; bits &= bits - 1) *to++ = values[__builtin_ctz(bits)];
+#endif
+}
+
+// The bits of floats as integers in their order, where none is NaN; and back.
+inline Ints Ordered(Ints bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
 // e^x for x ≤ 0 to 3 units in the last place: 2^k times a polynomial in what is left of x, at most
 // half a binary place; 0 where that is below the smallest normal number, NaN for NaN.

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import layercomb_kernels
 from layercomb.layers.attention import tiles
+from layercomb.layers.attention.selected import native
 from layercomb.layers.attention.selected.arrays import check_arrays
 from layercomb.layers.state import segments as documents
 
@@ -79,12 +81,23 @@ def chosen_blocks(
     check_arrays(q, k, k, mask, segments)
     if block_len < 1 or n_chosen < 1:
         raise ValueError(f'block_len={block_len} and n_chosen={n_chosen} are at least 1')
-    b, h, length, _ = q.shape
+    b, length = q.shape[0], q.shape[2]
     real = jnp.ones((b, length), bool) if mask is None else mask
     ids = jnp.zeros((b, length), jnp.int32) if segments is None else documents.runs(segments)
     own = block_numbers(b, length, block_len, mask, segments)
     blocks = _blocks(lax.stop_gradient(k), real, ids, own, block_len)
     nothing, j = -(-length // block_len), min(n_chosen, blocks.number.shape[1])
+    choose = best_blocks if native.chooses(q, blocks.means) else _in_pieces
+    found = choose(lax.stop_gradient(q), blocks, ids, own, j, causal, nothing)  # (B, H, J, L)
+    missing = [(0, 0), (0, 0), (0, n_chosen - j), (0, 0)]
+    return jnp.pad(found, missing, constant_values=nothing)
+
+
+def _in_pieces(
+    q: jax.Array, blocks: Blocks, ids: Any, own: Any, n: int, causal: bool, nothing: int
+) -> jax.Array:
+    """`best_blocks`, of some queries at a time."""
+    b, h, length, _ = q.shape
     n_at_a_time = max(1, _SCORES_AT_A_TIME // max(1, b * h * blocks.number.shape[1]))
     pieces = -(-length // min(length, n_at_a_time))
     piece = -(-length // pieces)
@@ -96,12 +109,10 @@ def chosen_blocks(
 
     def of_piece(x: Any) -> jax.Array:
         q, ids, own = x  # (B, H, P, K), (B, P), (B, P)
-        return best_blocks(q, blocks, ids, own, j, causal, nothing)
+        return best_blocks(q, blocks, ids, own, n, causal, nothing)
 
-    found = lax.map(of_piece, (cut(lax.stop_gradient(q), 2), cut(ids, 1), cut(own, 1)))
-    found = jnp.moveaxis(found, 0, 3).reshape(b, h, j, -1)[..., :length]  # (B, H, J, L)
-    missing = [(0, 0), (0, 0), (0, n_chosen - j), (0, 0)]
-    return jnp.pad(found, missing, constant_values=nothing)
+    found = lax.map(of_piece, (cut(q, 2), cut(ids, 1), cut(own, 1)))
+    return jnp.moveaxis(found, 0, 3).reshape(b, h, n, -1)[..., :length]
 
 
 def block_numbers(b: int, length: int, block_len: int, mask: Any, segments: Any) -> jax.Array:
@@ -132,6 +143,10 @@ def best_blocks(
       causal: whether only those before its own can be chosen.
       nothing: the number of what is missing.
     """
+    if native.chooses(q, blocks.means):
+        q, means = lax.stop_gradient((q, blocks.means))
+        document = jnp.where(blocks.number < 0, -1, blocks.document)
+        return layercomb_kernels.best_blocks(q, means, document, ids, own, n, causal, nothing)
     b, h, p, depth = q.shape
     g, number = blocks.means.shape[1], blocks.number
     grouped = q.reshape(b, g, h // g, p, depth)

@@ -63,6 +63,16 @@ def backward(
     )
 
 
+def chooses(q: jax.Array, means: jax.Array) -> bool:
+    """Whether the kernels choose blocks: XLA sorts all products of a query with means.
+
+    Args:
+      q: (B, H, P, K).
+      means: (B, G, N, K), or the keys that they are made of.
+    """
+    return runs_natively(q, means)
+
+
 def _said(plan: Plan) -> layercomb_kernels.Selection:
     return layercomb_kernels.Selection(
         n_buckets=plan.n_buckets,
