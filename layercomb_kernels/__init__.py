@@ -6,7 +6,7 @@ and it copies the factors of sparse layers to another layout. These kernels read
 per position. Small operations such as a norm are included, since XLA makes about six loops of one,
 each of which costs a few microseconds. And it computes attention of many queries on one thread;
 `flash_forward`, `flash_backward` and those of `selected` attention take all, and are for training,
-too.
+too. To choose blocks it sorts all products; `best_blocks` sorts the best alone.
 
 The kernels are compiled at first use with the machine's own compiler. Without a compiler, or with
 ``LAYERCOMB_KERNELS=0``, `available` is false and the library uses XLA. ``python -m

@@ -52,7 +52,9 @@ def chosen_blocks(
     causal of those that end before its own begins, else of all others. No gradient goes through the
     choice.
 
-    Time is L²·K / C. Scores are compared some queries at a time, so that memory is linear in L.
+    Time is L²·K / C. Scores are compared some queries at a time, so that memory is linear in L. The
+    best come first, and of equal ones the first block. On a CPU native kernels choose for float32.
+    They choose what XLA does, in the same order, but where two products are as near as rounding.
 
     Args:
       q: (B, H, L, K).
@@ -133,6 +135,8 @@ def best_blocks(
     q: jax.Array, blocks: Blocks, ids: Any, own: Any, n: int, causal: bool, nothing: int
 ) -> jax.Array:
     """The numbers of the n blocks that queries like best, their own left out: (B, H, n, P) int32.
+
+    The best come first, and of equal ones the first. A query that is NaN chooses nothing.
 
     Args:
       q: (B, H, P, K).
