@@ -23,8 +23,10 @@ from layercomb.layers.state import segments as documents
 # Short sequences of a row's heads are computed as one, so that a loop has something to do. Rows
 # stay apart: what is not finite in one must not reach another.
 _CPU_KEYS = 4096
-_TOGETHER = 8  # pairs of tiles and pieces; on a CPU 8 at a time take two thirds of the time of 1
-_TILE_LEN = 64
+# Queries and keys of a tile of XLA's, and pairs of tiles at a time. On a CPU 8 pairs take two
+# thirds of the time of 1; others need more to be busy, and a TPU multiplies 128 rows at a time.
+_TILES = {'cpu': (64, 8), 'tpu': (128, 64)}
+_TILES_ELSEWHERE = 64, 64
 
 
 def selected_attention(
@@ -80,9 +82,9 @@ def selected_attention(
       softcap: as of `dot_product_attention`.
       dropout_rate: share of the probabilities set to zero, in [0, 1).
       rng: a typed key, or one for every head (H,); needed for dropout.
-      tile_len: queries, and keys, that XLA computes together; None for 64. Native kernels have no
-        tiles, and are used on a CPU where they know the call and the windows are narrow; those of a
-        GPU, see `selected.gpu`, have their own.
+      tile_len: queries, and keys, that XLA computes together; None for 64, on a TPU 128. Native
+        kernels have no tiles, and are used on a CPU where they know the call and the windows are
+        narrow; those of a GPU, see `selected.gpu`, have their own.
       heads_together: heads of keys of a row that XLA computes as one sequence: the largest divisor
         of G up to this. None: on a CPU as many as have 4,096 positions, all elsewhere. With dropout
         each is alone.
@@ -105,7 +107,7 @@ def selected_attention(
     if dropout_rate:  # each head of queries drops by its own key, alone
         k, v, k_buckets = (jnp.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v, k_buckets))
     g, length, depth = k.shape[1:]
-    c = min(tile_len or _TILE_LEN, -(-length // 8) * 8)
+    c, together = _tiles(tile_len, length)
     plan = Plan(
         length=length,
         n_heads=_together(g, length, heads_together, alone=bool(dropout_rate)),
@@ -122,7 +124,7 @@ def selected_attention(
         dropout_rate=dropout_rate,
         tile_len=c,
         piece_len=c,
-        together=_TOGETHER,
+        together=together,
     )
     buckets = _within(q_buckets, n_buckets), _within(k_buckets, n_buckets)
     segments = None if segments is None else documents.runs(segments)
@@ -171,6 +173,12 @@ def _attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _tiles(tile_len: int | None, length: int) -> tuple[int, int]:
+    """The length of XLA's tiles, and how many pairs are computed at a time."""
+    usual, together = _TILES.get(jax.default_backend(), _TILES_ELSEWHERE)
+    return min(tile_len or usual, -(-length // 8) * 8), together
 
 
 def _together(n: int, length: int, most: int | None, alone: bool) -> int:
