@@ -30,7 +30,7 @@ import machine
 import layercomb as lc
 from layercomb import losses, models, tl
 from layercomb.layers.attention.lsh.hashing import automatic_buckets
-from layercomb.layers.attention.selected import gpu
+from layercomb.layers.attention.selected.backends import gpu
 from layercomb.supervised import decoding
 
 HEADS, DEPTH, TOKENS = 8, 64, 65_536

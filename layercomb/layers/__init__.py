@@ -18,7 +18,12 @@ from layercomb.layers.attention.selected.choice import chosen_blocks
 from layercomb.layers.attention.selected.function import selected_attention
 from layercomb.layers.attention.selected.hashed import HashedAttention
 from layercomb.layers.attention.selected.keys import KeyConv, UnitNorm
-from layercomb.layers.attention.selected.multihead import BlockSelfAttention, HashedSelfAttention
+from layercomb.layers.attention.selected.mixed import MixedAttention
+from layercomb.layers.attention.selected.multihead import (
+    BlockSelfAttention,
+    HashedSelfAttention,
+    MixedSelfAttention,
+)
 from layercomb.layers.basic.activations import (
     Activation,
     Elu,
@@ -213,6 +218,8 @@ __all__ = [
     'Mean',
     'MergeHeads',
     'Metric',
+    'MixedAttention',
+    'MixedSelfAttention',
     'Mode',
     'MultiplicativeDense',
     'MultiplicativeHead',

@@ -25,7 +25,8 @@ def sparse_attention(net: Layer, core: Selecting, where: str | None = None) -> L
 
     Args:
       net: any layer.
-      core: a `BlockAttention` or a `HashedAttention`; of it is taken which keys are seen.
+      core: a `BlockAttention`, `HashedAttention` or `MixedAttention`; of it is taken which keys are
+        seen.
       where: a regular expression; only layers whose path it matches somewhere are changed. None
         changes all.
 

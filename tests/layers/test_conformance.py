@@ -164,6 +164,28 @@ ROWS: dict[str, Row] = {
         ),
         draws=True,
     ),
+    'MixedAttention': Row(
+        lambda: tl.MixedAttention(
+            n_hashes=1, n_chosen=1, chunk_len=1, n_buckets=2, local_len=0, masked=True
+        ),
+        (*QKV, mask()),
+        (2, 2, 2, 1),
+        2,
+        draws=True,
+    ),
+    'MixedSelfAttention': Row(
+        lambda: tl.MixedSelfAttention(
+            4,
+            n_kv_heads=2,
+            n_hashes=1,
+            n_chosen=1,
+            chunk_len=2,
+            max_len=L,
+            local_len=1,
+            dropout=0.1,
+        ),
+        draws=True,
+    ),
     'KeyConv': Row(lambda: tl.KeyConv(3), (heads(),), (2,), 2),
     'LSHAttention': Row(
         lambda: tl.LSHAttention(n_hashes=2, chunk_len=2, n_buckets=2, masked=True),

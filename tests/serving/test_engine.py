@@ -137,6 +137,7 @@ KINDS = {
     ),
     'hashed': lambda: lm(tl.HashedSelfAttention(2, n_hashes=2, max_len=MAX_LEN)),
     'blocks': lambda: lm(tl.BlockSelfAttention(2, n_chosen=2, block_len=3, local_len=4)),
+    'mixed': lambda: lm(tl.MixedSelfAttention(2, n_hashes=2, n_chosen=1, max_len=MAX_LEN)),
     'recurrent': lambda: lc.Model(
         tl.Serial(tl.Embedding(V, 16), tl.Repeat(tl.SRU(), 2), tl.Dense(V))
     ).init(lc.shape_dtype((1, 8), 'int32')),

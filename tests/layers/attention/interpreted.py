@@ -50,7 +50,7 @@ class Pointer:
 
 def launch() -> Callable[..., Any]:
     """A function in the place of `gpu.launch`, which interprets the kernels."""
-    from layercomb.layers.attention.selected import ranges
+    from layercomb.layers.attention.selected.backends import ranges
 
     def call(name: str, given: Any, out: Any, grid: Any, sizes: Any) -> Any:
         def run(*arrays: Any) -> Any:

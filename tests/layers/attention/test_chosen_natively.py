@@ -7,7 +7,7 @@ import pytest
 
 import layercomb_kernels as kernels
 from layercomb import tl
-from layercomb.layers.attention.selected import native
+from layercomb.layers.attention.selected.backends import native
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason='no kernels here')
 

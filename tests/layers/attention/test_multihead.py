@@ -76,6 +76,17 @@ LAYERS = {
     'blocks': lambda: tl.BlockSelfAttention(
         4, n_kv_heads=2, n_chosen=1, block_len=3, local_len=2, masked=True, scale=0.8, softcap=2.0
     ),
+    'hashed and blocks': lambda: tl.MixedSelfAttention(
+        4,
+        n_kv_heads=2,
+        n_hashes=1,
+        n_chosen=1,
+        chunk_len=3,
+        n_buckets=2,
+        local_len=2,
+        masked=True,
+        dropout=0.2,
+    ),
     'an output that reads the stream': lambda: tl.SelfAttention(2, masked=True, output=Gated()),
 }
 

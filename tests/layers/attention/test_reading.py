@@ -111,7 +111,7 @@ def test_derivatives_are_those_of_xla():
 
 
 @needs_kernels
-@pytest.mark.parametrize('make', [tl.HashedAttention, tl.BlockAttention])
+@pytest.mark.parametrize('make', [tl.HashedAttention, tl.BlockAttention, tl.MixedAttention])
 def test_a_token_copies_no_array_of_the_room(make):
     room = 1237
     core = make(max_len=room)

@@ -14,7 +14,7 @@ import pytest
 from test_selected import BASE, CASES, KINDS, arrays, counts, reference, simple
 
 import layercomb_kernels
-from layercomb.layers.attention.selected import gpu
+from layercomb.layers.attention.selected.backends import gpu
 from layercomb.layers.attention.selected.function import selected_attention
 
 pytest.importorskip('triton')
@@ -141,7 +141,7 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from layercomb.layers.attention.selected import gpu, ranges
+from layercomb.layers.attention.selected.backends import gpu, ranges
 
 dtype, length = sys.argv[1], gpu.TILE_LENS[{'bf16': 'bfloat16', 'fp32': 'float32'}[sys.argv[1]]]
 sizes = dict.fromkeys('STQM', 4096) | {'R': 9, 'C': length, 'P': length, 'K': 64, 'D': 64}

@@ -20,6 +20,9 @@ from layercomb.layers.state.decisions import take_decisions
 B, L, D = 2, 37, 16
 HASHED = tl.HashedSelfAttention(4, n_hashes=3, n_buckets=4, chunk_len=6, local_len=4, n_sinks=2)
 BLOCKS = tl.BlockSelfAttention(4, n_chosen=2, block_len=4, local_len=3, n_sinks=1)
+MIXED = tl.MixedSelfAttention(
+    4, n_hashes=2, n_chosen=2, n_buckets=4, chunk_len=5, local_len=3, n_sinks=1
+)
 LAYERS = {
     'hashed': HASHED,
     'hashed, shared heads': HASHED.replace(n_kv_heads=2, rotary=tl.RotaryPositions()),
@@ -27,6 +30,9 @@ LAYERS = {
     'hashed, centred': HASHED.replace(n_kv_heads=2, centred=True),
     'blocks': BLOCKS,
     'blocks, wide window': BLOCKS.replace(local_len=9, n_kv_heads=1, rotary=tl.RotaryPositions()),
+    'both': MIXED,
+    'both, counted': MIXED.replace(duplicates='count', n_kv_heads=2, local_len=0),
+    'both, wide window': MIXED.replace(local_len=7, rotary=tl.RotaryPositions(), centred=True),
     'blocks, counted': BLOCKS.replace(duplicates='count', n_kv_heads=2, scale=0.7, n_sinks=0),
 }
 over_layers = pytest.mark.parametrize('net', LAYERS.values(), ids=LAYERS.keys())

@@ -40,6 +40,9 @@ ATTENTION = {
         tl.HashedSelfAttention(2, n_hashes=2, n_buckets=2, chunk_len=4, local_len=2),
         tl.BlockSelfAttention(2, n_chosen=1, block_len=3, local_len=2, n_sinks=1),
     ),
+    'mixed': tl.MixedSelfAttention(
+        2, n_hashes=1, n_chosen=1, n_buckets=2, chunk_len=3, local_len=2
+    ),
     'both': (tl.LocalSelfAttention(2, 4, look_back=2), tl.SelfAttention(2, d_head=4)),
 }
 

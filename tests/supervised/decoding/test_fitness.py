@@ -182,6 +182,7 @@ FIT = {
     'LSH attention': tl.LSHSelfAttention(2, n_buckets=2, chunk_len=2),
     'hashed attention': tl.HashedSelfAttention(2, n_buckets=2),
     'attention to blocks': tl.BlockSelfAttention(2),
+    'both': tl.MixedSelfAttention(2, n_buckets=2),
     'sparse attention': tl.SparseQKVAttention(2, 2),
     'what runs once': tl.Once(tl.SelfAttention(2, causal=False)),
 }

@@ -7,7 +7,7 @@ and keys, D depth of values, C block, N whole blocks that there can be, J chosen
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class BlockCache(PlacedCache):
     sums: jax.Array
     block_len: jax.Array
 
-    def refilled(self) -> BlockCache:
+    def refilled(self) -> Self:
         """The cache with sums made again from its keys, mask and positions."""
         there = self.there()
         place = jnp.cumsum(there, axis=1, dtype=jnp.int32) - 1
@@ -62,7 +62,7 @@ class BlockCache(PlacedCache):
         sums = jax.vmap(added)(self.k, to).reshape(self.sums.shape)
         return super().refilled().replace(sums=sums)
 
-    def pushed(self, position: jax.Array, real: jax.Array, **new: jax.Array) -> BlockCache:
+    def pushed(self, position: jax.Array, real: jax.Array, **new: jax.Array) -> Self:
         """The cache with the next key of each row in the sum of its block.
 
         Args:
@@ -76,7 +76,7 @@ class BlockCache(PlacedCache):
         row = jnp.arange(len(to), dtype=jnp.int32)[:, None]
         flat = self.sums.reshape(len(to), -1)  # (B·G, L·w)
         flat = flat.at[row, at].add(new['k'].astype(jnp.float32), mode='drop')
-        made = super().pushed(position, real)
+        made = super().pushed(position, real, **new)
         return made.replace(sums=flat.reshape(self.sums.shape))
 
     def _starts(self, block: jax.Array) -> jax.Array:
@@ -172,10 +172,13 @@ class BlockAttention(BlockOptions, Selecting):
 
     def new_cache(self, q: Any, k: Any, v: Any) -> BlockCache:
         """An empty cache for signatures of q, k and v."""
+        return BlockCache.unfilled(k, v, **self.empty_fields(k))
+
+    def empty_fields(self, k: Any) -> dict[str, jax.Array]:
+        """What an empty cache has beside a `PlacedCache`, for the signature of the keys."""
         b, g, length, depth = k.shape
         sums = jnp.zeros((b * g, length, -(-depth // self.block_len)), jnp.float32)
-        block_len = jnp.full(b, self.block_len, jnp.int32)
-        return BlockCache.unfilled(k, v, sums=sums, block_len=block_len)
+        return {'sums': sums, 'block_len': jnp.full(b, self.block_len, jnp.int32)}
 
     def kept(self, cache: BlockCache, k: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
         """Nothing beside keys."""

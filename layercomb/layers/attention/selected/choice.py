@@ -14,8 +14,8 @@ from jax import lax
 
 import layercomb_kernels
 from layercomb.layers.attention import tiles
-from layercomb.layers.attention.selected import native
 from layercomb.layers.attention.selected.arrays import check_arrays
+from layercomb.layers.attention.selected.backends import native
 from layercomb.layers.state import segments as documents
 
 _SCORES_AT_A_TIME = 2**22

@@ -15,9 +15,9 @@ from jax import lax
 
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.functions import check_softcap
-from layercomb.layers.attention.selected import gpu, native, pairs
 from layercomb.layers.attention.selected.arrays import check_arrays
-from layercomb.layers.attention.selected.sets import Plan
+from layercomb.layers.attention.selected.backends import gpu, native, pairs
+from layercomb.layers.attention.selected.backends.sets import Plan
 from layercomb.layers.state import segments as documents
 
 # Short sequences of a row's heads are computed as one, so that a loop has something to do. Rows
@@ -84,7 +84,7 @@ def selected_attention(
       rng: a typed key, or one for every head (H,); needed for dropout.
       tile_len: queries, and keys, that XLA computes together; None for 64, on a TPU 128. Native
         kernels have no tiles, and are used on a CPU where they know the call and the windows are
-        narrow; those of a GPU, see `selected.gpu`, have their own.
+        narrow; those of a GPU, see `backends.gpu`, have their own.
       heads_together: heads of keys of a row that XLA computes as one sequence: the largest divisor
         of G up to this. None: on a CPU as many as have 4,096 positions, all elsewhere. With dropout
         each is alone.

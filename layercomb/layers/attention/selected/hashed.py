@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +55,12 @@ class HashedCache(PlacedCache):
     by_bucket: jax.Array
     total: jax.Array
 
-    def refilled(self) -> HashedCache:
+    def refilled(self) -> Self:
         """The cache with rings made again from its buckets, mask and positions."""
         ring = rings.filled(self.by_bucket, self.buckets, self.mask, self.position.rows)
         return super().refilled().replace(by_bucket=ring, total=_totals(self.k, self.there()))
 
-    def cut(self, n: int) -> HashedCache:
+    def cut(self, n: int) -> Self:
         """As of `PlacedCache`, with the buckets of these positions.
 
         Args:
@@ -68,7 +68,7 @@ class HashedCache(PlacedCache):
         """
         return super().cut(n).replace(buckets=self.buckets[:, :n])
 
-    def pushed(self, position: jax.Array, real: jax.Array, **new: jax.Array) -> HashedCache:
+    def pushed(self, position: jax.Array, real: jax.Array, **new: jax.Array) -> Self:
         """The cache with the next position of each row in its rings.
 
         Args:
@@ -80,7 +80,8 @@ class HashedCache(PlacedCache):
         repeated = (jnp.repeat(x, n) for x in (position, real))
         by_bucket, _ = rings.push(self.by_bucket, new['buckets'], *repeated)
         total = self.total + _totals(new['k'][:, None], real[:, None])
-        return super().pushed(position, real).replace(by_bucket=by_bucket, total=total)
+        made = super().pushed(position, real, **new)
+        return made.replace(by_bucket=by_bucket, total=total)
 
 
 class HashedAttention(HashedOptions, Selecting):
@@ -188,17 +189,23 @@ class HashedAttention(HashedOptions, Selecting):
         Raises:
           ValueError: without `n_buckets` and `max_len`.
         """
+        return HashedCache.unfilled(k, v, **self.empty_fields(q, k))
+
+    def empty_fields(self, q: Any, k: Any) -> dict[str, jax.Array]:
+        """What an empty cache has beside a `PlacedCache`, for signatures of queries and keys.
+
+        Raises:
+          ValueError: without `n_buckets` and `max_len`.
+        """
         self.check_decoding()
         b, h, length, depth = q.shape
-        n_buckets = self.n_buckets_of(length)
-        return HashedCache.unfilled(
-            k,
-            v,
-            buckets=jnp.zeros((b * h, length, self.n_hashes), self.bucket_dtype(length)),
-            rotations=self.drawn(None, h, depth, length),
-            by_bucket=rings.empty(b * h, self.n_hashes, n_buckets, self.chunk_len),
-            total=jnp.zeros((b * k.shape[1], depth), jnp.float32),
-        )
+        n_buckets = math.prod(self.factors(length))
+        return {
+            'buckets': jnp.zeros((b * h, length, self.n_hashes), self.bucket_dtype(length)),
+            'rotations': self.drawn(None, h, depth, length),
+            'by_bucket': rings.empty(b * h, self.n_hashes, n_buckets, self.chunk_len),
+            'total': jnp.zeros((b * k.shape[1], depth), jnp.float32),
+        }
 
     def kept(self, cache: HashedCache, k: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
         """The buckets of new keys, (B, H, T, R).

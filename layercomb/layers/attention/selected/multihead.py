@@ -1,4 +1,4 @@
-"""`HashedSelfAttention` and `BlockSelfAttention`: projections around cores that select their keys.
+"""Multi-head layers around cores that select their keys, by hashing, by blocks, or by both.
 
 Shape letters: B batch, L length, D d_model, H heads, G heads of keys and values, K head depth.
 """
@@ -14,6 +14,7 @@ from layercomb.layers.attention.multihead import MultiHead, heads
 from layercomb.layers.attention.selected.blocks import BlockAttention, BlockOptions
 from layercomb.layers.attention.selected.hashed import HashedAttention, HashedOptions
 from layercomb.layers.attention.selected.keys import KeyConv, UnitNorm
+from layercomb.layers.attention.selected.mixed import MixedAttention, MixedOptions
 from layercomb.layers.core.combinator import Call, Stack
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.printing import set_field
@@ -159,3 +160,29 @@ class BlockSelfAttention(BlockOptions, OwnKeys):
     def core_of(self, options: dict[str, Any]) -> Layer:
         """A `BlockAttention`."""
         return BlockAttention(**options)
+
+
+class MixedSelfAttention(MixedOptions, OwnKeys):
+    """Multi-head attention of a sequence to itself by hashing and blocks: (B, L, D) → (B, L, D).
+
+    q, k and v are projections of x. Keys go through a short causal convolution; queries and keys
+    get length 1, and queries a learned scale a head; then positions are rotated, and a
+    `MixedAttention` attends: to the last keys of a query's buckets, to the blocks whose mean key it
+    likes best, and in the same softmax to the keys near by. It is exactly causal; choosing blocks
+    takes L² / C products.
+
+    Attributes:
+      n_heads: H.
+      n_hashes, n_chosen, chunk_len, n_buckets, max_len, local_len, n_sinks, causal, dropout,
+        duplicates, seed, centred, scale, softcap, heads_together: as of `MixedAttention`; the scale
+        as of `HashedSelfAttention`.
+      masked, d_head, rotary, key_kernel, query, key, value, core, output, n_kv_heads, qkv_bias,
+        out_bias, key_conv, query_norm, key_norm: as of `HashedSelfAttention`.
+
+    Raises:
+      ValueError: if G does not divide H, or as of `HashedAttention`.
+    """
+
+    def core_of(self, options: dict[str, Any]) -> Layer:
+        """A `MixedAttention`."""
+        return MixedAttention(**options)

@@ -23,8 +23,8 @@ import numpy as np
 from jax import lax
 
 from layercomb.layers.attention import tiles
-from layercomb.layers.attention.selected import pairs
-from layercomb.layers.attention.selected.sets import Plan, Sets, make_sets
+from layercomb.layers.attention.selected.backends import pairs
+from layercomb.layers.attention.selected.backends.sets import Plan, Sets, make_sets
 from layercomb.layers.quantized.rows import rows
 
 DEPTHS = (16, 32, 64, 128)
@@ -277,7 +277,7 @@ def launch() -> Callable[..., Any]:
     """The function that calls a kernel, see `_call`; jax-triton is imported at first use."""
     import jax_triton
 
-    from layercomb.layers.attention.selected import ranges
+    from layercomb.layers.attention.selected.backends import ranges
 
     def call(name: str, given: Any, out: Any, grid: Any, sizes: Any) -> Any:
         kernel = getattr(ranges, name)

@@ -23,7 +23,13 @@ import numpy as np
 from jax import lax
 
 from layercomb.layers.attention import tiles
-from layercomb.layers.attention.selected.sets import Pairs, Plan, Sets, make_pairs, make_sets
+from layercomb.layers.attention.selected.backends.sets import (
+    Pairs,
+    Plan,
+    Sets,
+    make_pairs,
+    make_sets,
+)
 from layercomb.layers.quantized.rows import IN_BOUNDS, rows
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 import layercomb_kernels
-from layercomb.layers.attention.selected.sets import Plan
+from layercomb.layers.attention.selected.backends.sets import Plan
 from layercomb.layers.quantized.native import runs_natively
 
 NARROW = 256  # keys of a window

@@ -1,0 +1,1 @@
+"""How selected attention is computed: sets of ranks, and XLA, a CPU or a GPU that reads them."""
