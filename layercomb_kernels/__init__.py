@@ -70,6 +70,11 @@ def why_not() -> str | None:
     return 'switched off by layercomb_kernels.off()' if _off.value else _register()
 
 
+def are_off() -> bool:
+    """Whether this is inside `off`."""
+    return _off.value
+
+
 @contextlib.contextmanager
 def off() -> Iterator[None]:
     """A context without kernels, for programs that leave this process, such as exported ones.

@@ -287,15 +287,19 @@ def _text(layer: Layer) -> str:
 
 
 def _but_for_pieces(text: str, other: str) -> bool:
-    """Whether models are alike but for pieces of automatic length, which have any in the other.
+    """Whether models are alike but for the lengths of pieces, where one of both is automatic.
 
     Pieces change how it is computed, as `loss_chunk_len` does, and not what.
 
     >>> _but_for_pieces("Chunk(Dense(4), 'auto')", 'Chunk(Dense(4), 1024)')
     True
+    >>> _but_for_pieces('Chunk(Dense(4), 512)', 'Chunk(Dense(4), 1024)')
+    False
     """
-    pattern = re.escape(text).replace("'auto'", r"(?:'auto'|\d+)")
-    return re.fullmatch(pattern, other) is not None
+    words, others = (re.split(r"(, (?:'auto'|\d+))(?=[,)])", x) for x in (text, other))
+    return len(words) == len(others) and all(
+        a == b or ", 'auto'" in (a, b) for a, b in zip(words, others, strict=True)
+    )
 
 
 def _no_addresses(text: str) -> str:

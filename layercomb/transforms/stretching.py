@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from layercomb.checks import Size, checked
+from layercomb.layers.attention.lsh.buckets import Hashing
+from layercomb.layers.attention.lsh.layer import LSHAttention
+from layercomb.layers.attention.selected.core import Selecting
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.layers.positions.rotary import RotaryPositions
@@ -15,8 +18,10 @@ def stretch(net: Layer, max_len: Size, scaling: RotaryScaling | None = None) -> 
     """The same model, for sequences of up to `max_len` positions.
 
     Every `RotaryPositions` with a limit gets another one, and turns as the scaling says: positions
-    beyond those that the model was trained on would be unknown to it. Weights and their paths stay.
-    Some quality is lost, at short lengths too, unless the model is trained on with it.
+    beyond those that the model was trained on would be unknown to it. So does one of a layer with a
+    window. Attention that selects its keys gets the limit too, and keeps its number of buckets.
+    Weights and their paths stay. Some quality is lost, at short lengths too, unless the model is
+    trained on with it.
 
     Args:
       net: any layer.
@@ -43,6 +48,10 @@ def stretch(net: Layer, max_len: Size, scaling: RotaryScaling | None = None) -> 
         )
 
     def one(layer: Layer) -> Layer:
+        its_len = getattr(layer, 'max_len', None)
+        if isinstance(layer, (Selecting, LSHAttention)) and its_len is not None:
+            kept = {'n_buckets': layer.factors(its_len)} if isinstance(layer, Hashing) else {}
+            return layer.replace(max_len=max(max_len, its_len), **kept)
         if not isinstance(layer, RotaryPositions) or layer.max_len is None:
             return layer
         if layer.max_len >= max_len:

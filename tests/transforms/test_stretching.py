@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layercomb import init_state, models, shape_dtype, tl, transforms
+from layercomb import init_state, models, shape_dtype, tl, transforms, walk
 from layercomb.layers.core.mode import Mode
 
 SIZES = {'d_model': 16, 'd_ff': 32, 'n_layers': 2, 'n_heads': 4}
@@ -44,6 +46,31 @@ def test_a_model_that_selects_its_keys_is_stretched_too():
     core = tl.BlockAttention(n_chosen=2, block_len=4, n_sinks=1)
     both = transforms.stretch(transforms.sparse_attention(llama(16), core), 48)
     assert both == transforms.sparse_attention(transforms.stretch(llama(16), 48), core)
+
+
+@pytest.mark.parametrize(
+    'attention',
+    [
+        tl.HashedSelfAttention(4, chunk_len=2),
+        tl.MixedSelfAttention(4, chunk_len=2),
+        tl.BlockSelfAttention(4, block_len=2),
+        tl.LSHSelfAttention(4, chunk_len=4),
+    ],
+)
+def test_models_made_with_attention_that_selects_keep_their_buckets(attention):
+    make = functools.partial(
+        models.TransformerLM, 13, **SIZES, max_len=16, positions='rotary', attention=attention
+    )
+    net = transforms.stretch(make(), 48)
+    weights, _ = make().init((shape_dtype((2, 16), 'int32'),), jax.random.key(1))
+    (y,), _ = net.apply(weights, {}, (IDS,))
+    assert y.shape == (2, 48, 13)
+    short, long = (
+        [x for _, x in walk(n) if hasattr(x, 'bucket_dtype') and not hasattr(x, 'core')]
+        for n in (make(), net)
+    )
+    for a, b in zip(short, long, strict=True):
+        assert a.factors(16) == b.factors(48)
 
 
 @pytest.mark.parametrize(

@@ -50,14 +50,17 @@ class Pointer:
 
 def launch() -> Callable[..., Any]:
     """A function in the place of `gpu.launch`, which interprets the kernels."""
-    from layercomb.layers.attention.selected.backends import ranges
+    from layercomb.layers.attention.selected.backends import gpu, ranges
 
-    def call(name: str, given: Any, out: Any, grid: Any, sizes: Any) -> Any:
+    def call(name: str, given: Any, lengths: Any, out: Any, grid: Any, sizes: Any) -> Any:
+        n = gpu.N_BEFORE_LENGTHS
+
         def run(*arrays: Any) -> Any:
             read = [np.ascontiguousarray(x) for x in arrays]
             # A kernel that leaves something out shows.
             made = [np.full(x.shape, np.nan, x.dtype) for x in out]
-            getattr(ranges, name)[grid](*map(Pointer, (*read, *made)), **sizes)
+            pointers = [Pointer(x) for x in (*read, *made)]
+            getattr(ranges, name)[grid](*pointers[:n], *lengths, *pointers[n:], **sizes)
             return made
 
         return jax.pure_callback(run, out, *given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def on_gpu(monkeypatch):
     """`selected_attention` takes the kernels of a GPU, interpreted."""
     monkeypatch.setattr(gpu, 'launch', interpreted.launch)
     monkeypatch.setattr(gpu, 'applies', lambda plan, *_: not plan.dropout_rate)
+    monkeypatch.setattr(gpu, 'PLATFORM', jax.default_backend())
     jax.clear_caches()
     with layercomb_kernels.off():
         yield
@@ -73,6 +75,34 @@ def test_what_is_not_finite_stays_in_its_row(on_gpu):
     np.testing.assert_array_equal(f(q, k, spoilt)[1], f(q, k, v)[1])
 
 
+def test_nan_of_an_early_round_stays(on_gpu):
+    """Also where later rounds see nothing."""
+    length = 40
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 1, length, 16))
+    k = k.at[0, 0, 0].set(jnp.nan)
+    bq = jnp.zeros((1, 1, 2, length), jnp.int32)
+    bk = bq.at[:, :, 1].set(1)
+    y = selected_attention(q, k, v, bq, bk, n_buckets=2, n_keys=length, duplicates='count')
+    assert jnp.isnan(y).all()
+
+
+def test_under_vmap_it_is_computed_one_by_one(on_gpu):
+    f, args, _ = simple({'b': 1, 'r': 1, 'length': 20})
+    both = [jnp.stack([x, x[..., ::-1, :]]) for x in args]
+    got = jax.vmap(f)(*both)
+    for i in range(2):
+        np.testing.assert_allclose(got[i], f(*(x[i] for x in both)), atol=1e-6)
+
+
+def test_a_program_for_another_platform_has_tiles(on_gpu, monkeypatch):
+    f, args, _ = simple({'b': 1, 'r': 1, 'length': 20})
+    wanted = f(*args)
+    monkeypatch.setattr(gpu, 'PLATFORM', 'cuda')
+    monkeypatch.setattr(gpu, 'launch', lambda: lambda *_: [jnp.zeros(x.shape) for x in _[3]])
+    jax.clear_caches()
+    np.testing.assert_allclose(f(*args), wanted, atol=1e-6)
+
+
 class Device:
     device_kind = 'a card'
     compute_capability = '9.0'
@@ -91,11 +121,13 @@ def a_card(monkeypatch):
 
 def test_kernels_that_differ_are_left_out_with_a_warning(a_card):
     a_card.setattr(gpu, 'difference', lambda *_: 0.5)
-    with pytest.warns(UserWarning, match=r'differ from it by 5.0e-01 .* for bfloat16 on a card'):
-        assert not gpu.available('bfloat16', 64, 64)
+    with pytest.warns(
+        UserWarning, match=r'on a card and for bfloat16 their results differ by 5.0e-01.*report'
+    ):
+        assert not gpu.available('bfloat16', 64, 64, False, True)
     a_card.setattr(gpu, 'difference', lambda *_: float('nan'))
-    with pytest.warns(UserWarning, match='differ from it by nan'):
-        assert not gpu.available('float16', 64, 64)
+    with pytest.warns(UserWarning, match='differ by nan'):
+        assert not gpu.available('float16', 64, 64, False, True)
 
 
 def test_kernels_that_do_not_run_are_left_out_with_a_warning(a_card):
@@ -103,22 +135,60 @@ def test_kernels_that_do_not_run_are_left_out_with_a_warning(a_card):
         raise RuntimeError('no image for this device')
 
     a_card.setattr(gpu, 'difference', broken)
-    with pytest.warns(UserWarning, match='do not run here: no image for this device'):
-        assert not gpu.available('bfloat16', 64, 64)
+    with pytest.warns(UserWarning, match=r'do not run here \(no image for this device\)'):
+        assert not gpu.available('bfloat16', 64, 64, False, True)
 
 
 def test_kernels_that_agree_are_taken(a_card):
     a_card.setattr(gpu, 'difference', lambda *_: 1e-5)
-    assert gpu.available('float32', 64, 64)
+    assert gpu.available('float32', 64, 64, False, True)
     a_card.setattr(Device, 'compute_capability', '7.5')
     gpu.available.cache_clear()
-    assert not gpu.available('float32', 64, 64)
+    assert not gpu.available('float32', 64, 64, False, True)
+
+
+def test_several_cards_are_told_of(a_card):
+    a_card.setattr(jax, 'device_count', lambda: 2)
+    with pytest.warns(UserWarning, match='JAX sees 2: set CUDA_VISIBLE_DEVICES=0'):
+        assert not gpu.available('float32', 64, 64, False, True)
+
+
+@pytest.mark.parametrize(
+    ('change', 'applies'),
+    [
+        ({}, True),
+        ({'depth': 48}, False),
+        ({'depth_v': 256}, False),
+        ({'depth_v': 16}, True),
+        ({'dtype': 'float8_e4m3fn'}, False),
+        ({'dtype_v': 'float16'}, False),
+        ({'dropout_rate': 0.1}, False),
+        ({'b': 0}, False),
+        ({'b': 70_000}, False),
+        ({'off': True}, False),
+        ({'backend': 'tpu'}, False),
+    ],
+)
+def test_what_the_kernels_take(monkeypatch, change, applies):
+    case = {'depth': 64, 'depth_v': 64, 'dtype': 'bfloat16', 'b': 2, 'backend': 'gpu'} | change
+    monkeypatch.setattr(jax, 'default_backend', lambda: case['backend'])
+    monkeypatch.setattr(gpu, 'available', lambda *_: True)
+    plan = gpu.Plan(
+        length=8, n_heads=1, group=1, n_buckets=1, n_rounds=1, n_keys=1, local_len=0, n_sinks=0,
+        causal=True, once=True, scale=1.0, softcap=None, tile_len=64, piece_len=64, together=8,
+        dropout_rate=case.get('dropout_rate', 0.0),
+    )  # fmt: skip
+    shape, dtype = (case['b'], 1, 8), case['dtype']
+    q = jax.ShapeDtypeStruct((*shape, case['depth']), dtype)
+    v = jax.ShapeDtypeStruct((*shape, case['depth_v']), case.get('dtype_v', dtype))
+    with layercomb_kernels.off() if case.get('off') else contextlib.nullcontext():
+        assert gpu.applies(plan, q, q, v) is applies
 
 
 def test_a_gpu_without_the_extra_is_told_of_it(a_card):
     a_card.setattr(gpu, 'is_installed', lambda: False)
     with pytest.warns(UserWarning, match=r"pip install 'layercomb\[gpu\]'"):
-        assert not gpu.available('float32', 64, 64)
+        assert not gpu.available('float32', 64, 64, False, True)
 
 
 def test_the_check_runs_while_a_program_is_traced(monkeypatch):
@@ -129,7 +199,7 @@ def test_the_check_runs_while_a_program_is_traced(monkeypatch):
     @jax.jit
     def program(x):
         with jax.ensure_compile_time_eval():
-            found.append(gpu.difference('float16', 16, 16, 40))
+            found.append(gpu.difference('float16', 16, 16, True, True, 40))
         return x
 
     program(jnp.ones(3))
@@ -143,17 +213,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from layercomb.layers.attention.selected.backends import gpu, ranges
 
-dtype, length = sys.argv[1], gpu.TILE_LENS[{'bf16': 'bfloat16', 'fp32': 'float32'}[sys.argv[1]]]
-sizes = dict.fromkeys('STQM', 4096) | {'R': 9, 'C': length, 'P': length, 'K': 64, 'D': 64}
-sizes |= {'SCALE': 0.125, 'SOFTCAP': 2.0, 'ONCE': True}
+dtype, depth, plain = sys.argv[1], int(sys.argv[2]), sys.argv[3] == 'plain'
+length = gpu.TILE_LENS[{'bf16': 'bfloat16', 'fp32': 'float32'}[dtype]]
+sizes = {'R': 9, 'C': length, 'P': length, 'K': depth, 'D': depth}
+sizes |= {'SCALE': 0.125, 'SOFTCAP': 0.0 if plain else 2.0, 'ONCE': not plain}
 kinds = dict.fromkeys('q k v d_out'.split(), '*' + dtype)
+kinds |= dict.fromkeys('STQM', 'i32')
 kinds |= dict.fromkeys('low high query key bounds place number first last'.split(), '*i32')
 for name in ('forward', 'backward_queries', 'backward_keys'):
     kernel = getattr(ranges, name)
     said = {x: 'constexpr' if x in sizes else kinds.get(x, '*fp32') for x in kernel.arg_names}
     at = {(i,): sizes[x] for i, x in enumerate(kernel.arg_names) if x in sizes}
-    even = {(i,): [['tt.divisibility', 16]] for i in range(len(said)) if (i,) not in at}
-    for capability in map(int, sys.argv[2:]):
+    arrays = [i for i, x in enumerate(said) if x not in sizes and x not in 'STQM']
+    even = {(i,): [['tt.divisibility', 16]] for i in arrays}
+    for capability in map(int, sys.argv[4:]):
         source = ASTSource(kernel, said, at, even)
         target, options = GPUTarget('cuda', capability, 32), {'num_warps': gpu.N_WARPS}
         made = compile(source, target=target, options=options)
@@ -162,9 +235,10 @@ for name in ('forward', 'backward_queries', 'backward_keys'):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dtype', ['bf16', 'fp32'])
-def test_kernels_compile_for_cards(dtype):
+@pytest.mark.parametrize('plain', ['plain', 'all'])
+@pytest.mark.parametrize(('dtype', 'depth'), [('bf16', 64), ('bf16', 128), ('fp32', 64)])
+def test_kernels_compile_for_cards(dtype, depth, plain):
     """By Triton's own compiler and assembler, which need no card."""
-    args = [sys.executable, '-c', COMPILE, dtype, '80', '90', '100']
+    args = [sys.executable, '-c', COMPILE, dtype, str(depth), plain, '80', '90', '100']
     done = subprocess.run(args, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -57,7 +57,9 @@ class PlacedCache(KVCache):
         return self.replace(at=at, n_real=there.sum(1, dtype=jnp.int32))
 
     def cut(self, n: int) -> Self:
-        """The first n positions, for `Selecting.chosen_in`; what counts more is as it was.
+        """The first n positions, for `Selecting.chosen_in` alone.
+
+        Sums, rings and counts stay those of the whole cache.
 
         Args:
           n: how many.
@@ -123,6 +125,9 @@ def once(at: jax.Array) -> jax.Array:
     return jnp.zeros(at.shape, bool).at[row, order].set(first & (found >= 0))
 
 
+SHORTEST, STEP = 512, 8  # of parts: each is compiled, and shorter ones would save little
+
+
 def parts(length: int, room: int) -> tuple[int, ...]:
     """Lengths of the first part of a cache that may hold new positions, from few to all.
 
@@ -130,13 +135,13 @@ def parts(length: int, room: int) -> tuple[int, ...]:
       length: T, how many there are.
       room: L.
 
-    >>> parts(16, 1000)
-    (16, 64, 256, 1000)
+    >>> parts(16, 20_000), parts(600, 20_000), parts(16, 300)
+    ((512, 4096, 20000), (4096, 20000), (300,))
     """
-    made = [length]
-    while 4 * made[-1] < room:
-        made.append(4 * made[-1])
-    return (*made, room) if made[-1] < room else (room,)
+    made = [SHORTEST]
+    while made[-1] * STEP < room:
+        made.append(made[-1] * STEP)
+    return (*(n for n in made if length <= n < room), room)
 
 
 def placed(x: jax.Array, position: jax.Array, room: int) -> jax.Array:

@@ -123,8 +123,8 @@ class Selecting(SelectingOptions):
           weights: ``{}``.
           state: in ``PREDICT``, if causal, a cache; in ``REPLAY`` the recorded buckets.
           inputs: q (B, H, L, K), k (B, G, L, K), v (B, G, L, D) and, if masked, mask (B, L) bool.
-            With a cache all of them hold the next T positions; several take as long as a sequence
-            that ends with them, or up to four times that.
+            With a cache all of them hold the next T positions; several take as long as all that
+            came before them, in steps of 512, 4,096, 32,768 … positions.
           rng: a typed key, or one for every head (H,); needed in training if anything is drawn.
           mode: see `Mode`.
 

@@ -120,7 +120,7 @@ def selected_attention(
         causal=causal,
         once=duplicates == 'once',
         scale=depth**-0.5 if scale is None else float(scale),
-        softcap=softcap,
+        softcap=None if softcap is None else float(softcap),
         dropout_rate=dropout_rate,
         tile_len=c,
         piece_len=c,
@@ -144,13 +144,10 @@ def _attend_forward(
 ) -> Any:
     if native.applies(plan, q, k, v):
         out, z = native.forward(plan, q, k, v, buckets, mask, segments)
-    elif gpu.applies(plan, q, k, v):
-        *given, _ = _folded(plan, q, k, v, buckets, mask, segments, rng)
-        out, z = gpu.forward(gpu.planned(plan, q.dtype), *given)
-        out, z = out.reshape(*q.shape[:3], -1), z.reshape(q.shape[:3])
     else:
         folded = _folded(plan, q, k, v, buckets, mask, segments, rng)
-        out, z = _over_folds(functools.partial(pairs.forward, plan), folded)
+        by_tiles = functools.partial(_over_folds, functools.partial(pairs.forward, plan))
+        out, z = _computed(gpu.forward, by_tiles, (plan, q, k, v), folded, ())
         out, z = out.reshape(*q.shape[:3], -1), z.reshape(q.shape[:3])
     return out, (q, k, v, buckets, mask, segments, rng, out, z)
 
@@ -163,16 +160,30 @@ def _attend_backward(plan: Plan, kept: Any, d_out: Any) -> Any:
         return (*grads, None, None, None, None)
     dot_out = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     folded = _folded(plan, q, k, v, buckets, mask, segments, rng)
-    further = [_fold(plan.n_q, x) for x in (z, d_out, dot_out)]
-    if gpu.applies(plan, q, k, v):
-        made = gpu.backward(gpu.planned(plan, q.dtype), *folded[:-1], *further)
-    else:
-        made = _over_folds(functools.partial(pairs.backward, plan), (*folded, *further))
+    further = tuple(_fold(plan.n_q, x) for x in (z, d_out, dot_out))
+    by_tiles = functools.partial(_over_folds, functools.partial(pairs.backward, plan))
+    made = _computed(gpu.backward, by_tiles, (plan, q, k, v), folded, further)
     shaped = (d.reshape(x.shape).astype(x.dtype) for d, x in zip(made, (q, k, v), strict=True))
     return (*shaped, None, None, None, None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _computed(by_kernel: Any, by_tiles: Any, call: Any, folded: Any, further: Any) -> Any:
+    """Of folds, by the kernels of a GPU in programs for one, else by tiles of XLA's."""
+    if not gpu.applies(*call):
+        return by_tiles((*folded, *further))
+    *given, rng = folded
+    plan = gpu.planned(call[0], call[1].dtype)
+
+    def kernel(given: Any, further: Any) -> Any:
+        return by_kernel(plan, *given, *further)
+
+    def plain(given: Any, further: Any) -> Any:
+        return by_tiles((*given, rng, *further))
+
+    return lax.platform_dependent(given, further, default=plain, **{gpu.PLATFORM: kernel})
 
 
 def _tiles(tile_len: int | None, length: int) -> tuple[int, int]:

@@ -31,7 +31,7 @@ class OwnKeys(MultiHead):
     Attributes:
       n_heads, d_head, rotary, key_kernel, query, key, value, core, output, n_kv_heads, qkv_bias,
         out_bias, key_conv, query_norm, key_norm: as of `HashedSelfAttention`.
-      causal: of the core: a core that is given has its own.
+      causal: whether position t sees positions up to t only; with another core, what that says.
     """
 
     n_heads: Size

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import layercomb_kernels
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.selected.backends import pairs
 from layercomb.layers.attention.selected.backends.sets import Plan, Sets, make_sets
@@ -31,6 +32,9 @@ DEPTHS = (16, 32, 64, 128)
 # Queries, and keys, of a program: what its registers and shared memory hold.
 TILE_LENS = {'bfloat16': 64, 'float16': 64, 'float32': 32}
 N_WARPS = 8  # with 4, ptxas spills registers
+N_BEFORE_LENGTHS = 10  # arrays that a kernel takes before S, T, Q and M
+MOST_FOLDS = 65535  # programs along the second axis of a CUDA grid
+PLATFORM = 'cuda'  # of programs that have the kernels
 
 
 def planned(plan: Plan, dtype: Any) -> Plan:
@@ -46,48 +50,61 @@ def applies(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
       plan: the static description.
       q, k, v: (B, H, L, K), (B, G, L, K) and (B, G, L, D).
     """
-    if jax.default_backend() != 'gpu' or not q.size or plan.dropout_rate:
+    if jax.default_backend() != 'gpu' or layercomb_kernels.are_off():
+        return False
+    if not q.size or plan.dropout_rate or len(k) * k.shape[1] // plan.n_heads > MOST_FOLDS:
         return False
     fits = q.shape[-1] in DEPTHS and v.shape[-1] in DEPTHS
     if not fits or not q.dtype == k.dtype == v.dtype or q.dtype.name not in TILE_LENS:
         return False
-    return available(q.dtype.name, q.shape[-1], v.shape[-1])
+    return available(q.dtype.name, q.shape[-1], v.shape[-1], plan.softcap is not None, plan.once)
 
 
 @functools.cache
-def available(dtype: str, depth: int, depth_v: int) -> bool:
+def available(dtype: str, depth: int, depth_v: int, capped: bool, once: bool) -> bool:
     """Whether this machine's GPU computes what XLA does; a warning where it should and does not.
 
     Args:
       dtype: of queries, keys and values.
       depth: K.
       depth_v: D.
+      capped: whether scores have a cap.
+      once: whether a key that is found several times counts once.
     """
     device = jax.devices()[0]
-    capability = getattr(device, 'compute_capability', '0')
-    if jax.device_count() > 1 or not _is_new(capability):
+    if not _is_new(getattr(device, 'compute_capability', '0')):
         return False
-    if not is_installed():
-        warnings.warn(
-            'attention that selects its keys has faster kernels for this GPU: '
-            "pip install 'layercomb[gpu]'",
-            stacklevel=2,
+    if jax.device_count() > 1:
+        return _without(
+            f'they work on one GPU, and JAX sees {jax.device_count()}: set CUDA_VISIBLE_DEVICES=0 '
+            'if one is enough'
         )
-        return False
+    if not is_installed():
+        return _without("pip install 'layercomb[gpu]'")
     try:
         with jax.ensure_compile_time_eval(), jax.default_matmul_precision('highest'):
-            apart = difference(dtype, depth, depth_v)
+            apart = difference(dtype, depth, depth_v, capped, once)
     except Exception as e:  # whatever a driver or a compiler throws: XLA's path is always there
-        warnings.warn(f"XLA's path is taken: the GPU kernels do not run here: {e}", stacklevel=2)
-        return False
+        return _without(f'they do not run here ({e}). {_CURE}')
     if not apart <= (2e-2 if dtype != 'float32' else 1e-3):
-        warnings.warn(
-            f"XLA's path is taken: the GPU kernels differ from it by {apart:.1e} of the largest "
-            f'value for {dtype} on {device.device_kind}',
-            stacklevel=2,
+        return _without(
+            f'on {device.device_kind} and for {dtype} their results differ by {apart:.1e} of the '
+            f'largest value. {_CURE}'
         )
-        return False
     return True
+
+
+_CURE = (
+    "Try pip install -U 'layercomb[gpu]' and a new process; if it stays so, please report it with "
+    'the versions of jax, jax-triton, triton and the driver'
+)
+
+
+def _without(why: str) -> bool:
+    warnings.warn(
+        f'attention that selects its keys is computed without its GPU kernels: {why}', stacklevel=3
+    )
+    return False
 
 
 def is_installed() -> bool:
@@ -99,18 +116,19 @@ def _is_new(capability: str) -> bool:
     return capability.split('.')[0].isdigit() and int(capability.split('.')[0]) >= 8
 
 
-def difference(dtype: str, depth: int, depth_v: int, length: int = 200) -> float:
+def difference(
+    dtype: str, depth: int, depth_v: int, capped: bool, once: bool, length: int = 200
+) -> float:
     """How far kernels and XLA are apart on a small input, as a share of the largest value.
 
     Args:
-      dtype: of queries, keys and values.
-      depth: K.
-      depth_v: D.
+      dtype, depth, depth_v, capped, once: as of `available`.
       length: of the sequence.
     """
     plan = Plan(
         length=length, n_heads=1, group=2, n_buckets=3, n_rounds=2, n_keys=40, local_len=16,
-        n_sinks=0, causal=True, once=True, scale=depth**-0.5, softcap=None, dropout_rate=0.0,
+        n_sinks=0, causal=True, once=once, scale=depth**-0.5, softcap=2.0 if capped else None,
+        dropout_rate=0.0,
         tile_len=64, piece_len=64, together=8,
     )  # fmt: skip
     draw = np.random.default_rng(0)
@@ -254,11 +272,9 @@ def _call(
 ) -> tuple[jax.Array, ...]:
     """Calls a kernel of `ranges`, with some programs for each fold."""
     q, _, v, low, _, _, key = given[:7]
+    grid = n_programs, len(q)
+    lengths = low.shape[1], key.shape[1], plan.n_q, plan.n_k
     sizes: dict[str, Any] = {
-        'S': low.shape[1],
-        'T': key.shape[1],
-        'Q': plan.n_q,
-        'M': plan.n_k,
         'R': len(plan.windows),
         'C': plan.tile_len,
         'P': plan.piece_len,
@@ -269,7 +285,12 @@ def _call(
         'ONCE': plan.once,
     }
     out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return tuple(launch()(name, given, out, (n_programs, len(q)), sizes))
+
+    @jax.custom_batching.sequential_vmap
+    def call(*given: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(launch()(name, given, lengths, out, grid, sizes))
+
+    return call(*given)
 
 
 @functools.cache
@@ -279,10 +300,11 @@ def launch() -> Callable[..., Any]:
 
     from layercomb.layers.attention.selected.backends import ranges
 
-    def call(name: str, given: Any, out: Any, grid: Any, sizes: Any) -> Any:
-        kernel = getattr(ranges, name)
+    def call(name: str, given: Any, lengths: Any, out: Any, grid: Any, sizes: Any) -> Any:
+        kernel, n = getattr(ranges, name), N_BEFORE_LENGTHS
         return jax_triton.triton_call(
-            *given, kernel=kernel, out_shape=out, grid=grid, num_warps=N_WARPS, **sizes
-        )
+            *given[:n], *lengths, *given[n:],
+            kernel=kernel, out_shape=out, grid=grid, num_warps=N_WARPS, **sizes,
+        )  # fmt: skip
 
     return call

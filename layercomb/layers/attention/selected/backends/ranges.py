@@ -55,10 +55,9 @@ def places(at, DEPTH: tl.constexpr):
 
 @triton.jit
 def forward(
-    q, k, v, low, high, query, key, bounds, place, number, out_before, z_before, out, z,
-    S: tl.constexpr, T: tl.constexpr, Q: tl.constexpr, M: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, P: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr, ONCE: tl.constexpr
+    q, k, v, low, high, query, key, bounds, place, number, S, T, Q, M, out_before, z_before, out, z,
+    R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ONCE: tl.constexpr
 ):  # fmt: skip
     """The output (F, Q, D) and the logsumexp (F, Q), float32, with one round more."""
     fold, r = tl.program_id(1).to(tl.int64), tl.load(number)
@@ -67,7 +66,7 @@ def forward(
     query_i = fold * Q + tl.load(query + fold * S + at)
     q_i = tl.load(q + places(query_i, K))
     m, mean = tl.load(z_before + query_i), tl.load(out_before + places(query_i, D))
-    total = tl.where(m > -FAR / 2, 1.0, 0.0)
+    total = tl.where(m <= -FAR / 2, 0.0, 1.0)  # 1 for NaN: it stays
     first = tl.min(tl.where(begin < end, begin, M))
     last = tl.max(tl.where(begin < end, end, 0))
     for start in range(first, last, P):
@@ -106,10 +105,9 @@ def slopes(p, d_p, s, is_seen, dot_out, SCALE: tl.constexpr, SOFTCAP: tl.constex
 
 @triton.jit
 def backward_queries(
-    q, k, v, low, high, query, key, bounds, place, number, z, d_out, dot_out, d_q_before, d_q,
-    S: tl.constexpr, T: tl.constexpr, Q: tl.constexpr, M: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, P: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr, ONCE: tl.constexpr
+    q, k, v, low, high, query, key, bounds, place, number, S, T, Q, M, z, d_out, dot_out,
+    d_q_before, d_q, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ONCE: tl.constexpr
 ):  # fmt: skip
     """The gradient of the queries (F, Q, K), float32, with one round more."""
     fold, r = tl.program_id(1).to(tl.int64), tl.load(number)
@@ -136,10 +134,10 @@ def backward_queries(
 
 @triton.jit
 def backward_keys(
-    q, k, v, low, high, query, key, bounds, place, number, z, d_out, dot_out, first, last,
-    d_k_before, d_v_before, d_k, d_v, S: tl.constexpr, T: tl.constexpr, Q: tl.constexpr,
-    M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
-    D: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ONCE: tl.constexpr
+    q, k, v, low, high, query, key, bounds, place, number, S, T, Q, M, z, d_out, dot_out, first,
+    last, d_k_before, d_v_before, d_k, d_v, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    ONCE: tl.constexpr
 ):  # fmt: skip
     """The gradients of keys (F, M, K) and values (F, M, D), float32, with one round more.
 
