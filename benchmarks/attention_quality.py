@@ -26,7 +26,7 @@ import quality
 from layercomb import models, tl
 
 SIZES = {'vocab_size': 256, 'd_model': 128, 'd_ff': 512, 'n_layers': 4, 'n_heads': 2}
-DEFAULT = 'hashed 8 x 8 + local 32'
+DEFAULT = 'mixed 5 + 3 x 8 + local 32'
 
 
 def model(kind: str, options: argparse.Namespace) -> tl.Layer:

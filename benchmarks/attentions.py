@@ -75,6 +75,18 @@ def blocks(n_chosen: int, block_len: int, local_len: int, kernel: int = 3, **mor
     return Kind(make, n_chosen * block_len + local_len + own)
 
 
+def mixed(n_hashes: int, n_chosen: int, chunk_len: int, local_len: int) -> Kind:
+    """Hashing and blocks of as many keys, beside those near by."""
+
+    def make(n_heads: int, length: int) -> tl.Layer:
+        return tl.MixedSelfAttention(
+            n_heads, n_hashes=n_hashes, n_chosen=n_chosen, chunk_len=chunk_len,
+            local_len=local_len, n_buckets=automatic_buckets(length, 2 * chunk_len),
+        )  # fmt: skip
+
+    return Kind(make, (n_hashes + n_chosen) * chunk_len + local_len)
+
+
 KINDS: dict[str, Kind] = {
     'full': Kind(_full, None),
     'full, normalized, convolved': Kind(_full_own, None),
@@ -86,7 +98,10 @@ KINDS: dict[str, Kind] = {
     'hashed 4 x 16 + local 32': hashed(4, 16, 32),
     'hashed 8 x 8 + local 32': hashed(8, 8, 32),
     'hashed 4 x 64 + local 64': hashed(4, 64, 64),
+    'hashed 8 x 4 + local 64': hashed(8, 4, 64),
     'blocks 4 x 16 + local 32': blocks(4, 16, 32),
     'blocks 8 x 8 + local 32': blocks(8, 8, 32),
     'blocks 4 x 16 + local 32, plain keys': blocks(4, 16, 32, kernel=1),
+    'mixed 5 + 3 x 8 + local 32': mixed(5, 3, 8, 32),
+    'mixed 2 + 2 x 16 + local 32': mixed(2, 2, 16, 32),
 }

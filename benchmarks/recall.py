@@ -34,6 +34,7 @@ FIRST = (
     'full, normalized, convolved',
     'local 96',
     'shared LSH 4 x 64',
+    'mixed 5 + 3 x 8 + local 32',
     'hashed 8 x 8 + local 32',
     'hashed 4 x 16 + local 32',
     'blocks 8 x 8 + local 32',
