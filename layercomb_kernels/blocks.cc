@@ -99,7 +99,7 @@ class Liked {
   void Cut(int64_t most) {
     Pad();
     // Too many scores are beyond low, too few beyond high.
-    int32_t low = Ordered(reinterpret_cast<Ints>(Floats{} + bound_))[0], high = Greatest();
+    int32_t low = kLeast, high = Greatest();  // what equals bound_ counts, too
     while (int64_t(high) - low > 1) {
       const int32_t bound = int32_t((int64_t(low) + high) >> 1);
       const int64_t n = Beyond(bound);

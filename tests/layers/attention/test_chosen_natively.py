@@ -7,6 +7,7 @@ import pytest
 
 import layercomb_kernels as kernels
 from layercomb import tl
+from layercomb.layers.attention.selected import choice
 from layercomb.layers.attention.selected.backends import native
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason='no kernels here')
@@ -56,17 +57,45 @@ def test_the_kernel_chooses_as_xla_does(case, causal, masked):
     np.testing.assert_array_equal(got, wanted)
 
 
-@pytest.mark.parametrize('order', ['rising', 'falling', 'equal', 'opposite', 'huge'])
-def test_the_order_of_products_does_not_matter(order):
-    keys = {
-        'rising': np.arange(1000),
-        'falling': -np.arange(1000),
-        'equal': np.zeros(1000),
-        'opposite': np.arange(1000) * np.where(np.arange(1000) % 2, 1, -1),
-        'huge': 10.0 ** (np.arange(1000) % 60 - 30),
-    }[order]
+ORDERS = {
+    'rising': np.arange(1000),
+    'falling': -np.arange(1000),
+    'equal': np.zeros(1000),
+    'opposite': np.arange(1000) * np.where(np.arange(1000) % 2, 1, -1),
+    'huge': 10.0 ** (np.arange(1000) % 60 - 30),
+    'a few at the end': np.repeat([0, 1], [990, 10]),
+    'steps': (np.arange(1000) + 4) // 100,  # the last one of 4
+}
+
+
+@pytest.mark.parametrize('n', [9, 30, 300])
+@pytest.mark.parametrize('keys', ORDERS.values(), ids=ORDERS)
+def test_the_order_of_products_does_not_matter(keys, n):
     q, k = jnp.ones((1, 1, 1000, 1)), jnp.asarray(keys, jnp.float32).reshape(1, 1, 1000, 1)
-    np.testing.assert_array_equal(*both(q, k, block_len=1, n_chosen=9, causal=False))
+    np.testing.assert_array_equal(*both(q, k, block_len=1, n_chosen=n, causal=False))
+
+
+@pytest.mark.parametrize('step', [1, 7, 500, 4000])
+def test_many_of_many_equal_products(step):
+    n_blocks, number = 4096, jnp.arange(4096, dtype=jnp.int32)[None]
+    means = jnp.asarray(np.arange(n_blocks) // step, jnp.float32).reshape(1, 1, -1, 1)
+    q, own = jnp.array([1.0, -1.0, 0.0]), jnp.array([[4000, 50, 700]], jnp.int32)
+    blocks = choice.Blocks(means, jnp.zeros_like(number), number)
+
+    def best():
+        ids = jnp.zeros_like(own)
+        return choice.best_blocks(q[None, None, :, None], blocks, ids, own, 300, False, n_blocks)
+
+    with kernels.off():
+        wanted = best()
+    np.testing.assert_array_equal(best(), wanted)
+
+
+def test_equal_products_are_not_lost_where_greater_ones_follow():
+    k = jnp.zeros((1, 1, 400, 1)).at[:, :, 300:].set(1)
+    got, wanted = both(jnp.ones_like(k), k, block_len=1, n_chosen=4)
+    np.testing.assert_array_equal(got, wanted)
+    assert got[0, 0, :, 303].tolist() == [300, 301, 302, 0]
 
 
 def test_products_are_the_greatest_where_they_are_rounded():
