@@ -68,7 +68,7 @@ class Liked {
   // behind them up to a whole vector can be read.
   void Take(const float* s, int64_t n, int64_t first) {
     for (int64_t i = 0; i < n; i += kLanes) {
-      const Floats its = Load<Floats>(s + i);
+      const Floats its = Load<Floats>(s + i) + 0.0f;  // −0, which equals 0, becomes it
       uint32_t bits = Bits(its > bound_);
       if (n - i < kLanes) bits &= (1u << (n - i)) - 1;
       if (bits) Put(bits, Ordered(reinterpret_cast<Ints>(its)), Counted() + int32_t(first + i));

@@ -98,6 +98,16 @@ def test_equal_products_are_not_lost_where_greater_ones_follow():
     assert got[0, 0, :, 303].tolist() == [300, 301, 302, 0]
 
 
+@pytest.mark.parametrize(('n_less', 'n_more'), [(30, 10), (300, 100)])
+def test_zeros_of_both_signs_are_equal(n_less, n_more):
+    n = n_less + n_more
+    k = jnp.asarray(np.repeat([-1e-30, 0], [n_less, n_more]), jnp.float32).reshape(1, 1, n, 1)
+    q = jnp.full((1, 1, n, 1), 1e-30)  # some products are −10⁻⁶⁰, which is −0
+    got, wanted = both(q, k, block_len=1, n_chosen=4, causal=False)
+    np.testing.assert_array_equal(got, wanted)
+    assert got[0, 0, :, -1].tolist() == [0, 1, 2, 3]
+
+
 def test_products_are_the_greatest_where_they_are_rounded():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 2, 500, 64))
     got, wanted = both(q, k, block_len=2, n_chosen=8)
@@ -130,11 +140,12 @@ def test_what_is_not_a_number_stays_where_it_is():
     assert (got[0, 0, :, 250] == 150).all()  # it chooses nothing
     got[0, 0, :, 250] = clean[0, 0, :, 250]
     np.testing.assert_array_equal(got, clean)
-    got, _ = both(q, k.at[0, 1, 100].set(jnp.nan), block_len=2, n_chosen=4)
+    got, wanted = both(q, k.at[0, 1, 100].set(jnp.nan), block_len=2, n_chosen=4)
+    np.testing.assert_array_equal(got, wanted)
     np.testing.assert_array_equal(got[1], clean[1])
     assert not (got[0, 1] == 50).any()
-    nothing, _ = both(jnp.full_like(q, jnp.nan), k, block_len=2, n_chosen=4)
-    assert (nothing == 150).all()
+    for nothing in both(jnp.full_like(q, jnp.nan), k, block_len=2, n_chosen=4):
+        assert (nothing == 150).all()
 
 
 def test_numbers_that_do_not_fit_harm_nothing():

@@ -53,8 +53,9 @@ def chosen_blocks(
     choice.
 
     Time is L²·K / C. Scores are compared some queries at a time, so that memory is linear in L. The
-    best come first, and of equal ones the first block. On a CPU native kernels choose for float32.
-    They choose what XLA does, in the same order, but where two products are as near as rounding.
+    best come first, and of equal ones the first block. What is NaN or −∞ is not chosen. On a CPU
+    native kernels choose for float32. They choose what XLA does, in the same order, but where two
+    products are as near as rounding.
 
     Args:
       q: (B, H, L, K).
@@ -136,7 +137,8 @@ def best_blocks(
 ) -> jax.Array:
     """The numbers of the n blocks that queries like best, their own left out: (B, H, n, P) int32.
 
-    The best come first, and of equal ones the first. A query that is NaN chooses nothing.
+    The best come first, and of equal ones the first. A block whose product is NaN or −∞ is not
+    chosen.
 
     Args:
       q: (B, H, P, K).
@@ -155,9 +157,10 @@ def best_blocks(
     g, number = blocks.means.shape[1], blocks.number
     grouped = q.reshape(b, g, h // g, p, depth)
     s = tiles.dot('bgrpk,bgnk->bgrpn', grouped, blocks.means).reshape(b, h, p, -1)
+    s = jnp.where(s == 0, 0.0, s)  # `top_k` would put −0 behind 0, and NaN first
     allowed = (number[:, None] >= 0) & (blocks.document[:, None] == ids[..., None])
     other = number[:, None] < own[..., None] if causal else number[:, None] != own[..., None]
-    s = jnp.where((allowed & other)[:, None], s, -jnp.inf)
+    s = jnp.where((allowed & other)[:, None] & ~jnp.isnan(s), s, -jnp.inf)
     best, at = lax.top_k(s, n)  # (B, H, P, n)
     flat = jnp.take_along_axis(number, at.reshape(b, -1), axis=1).reshape(at.shape)
     return jnp.where(best > -jnp.inf, flat, nothing).swapaxes(2, 3)
