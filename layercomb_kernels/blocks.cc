@@ -18,9 +18,9 @@ namespace {
 
 constexpr int64_t kQueries = 60, kMeans = 256;  // of a tile, the former a multiple of kRows
 constexpr int64_t kPanel = 64;                  // means that are packed together
-// Candidates of a query that it has, beside twice its best, before they are cut; that are then left
-// beside its best, at least, so that a bound is found soon; and that are ranked by counting.
-constexpr int64_t kSpare = 64, kLeeway = 8, kRanked = 512;
+constexpr int64_t kSpare = 64;    // room for candidates beyond 2 n_chosen before a cut
+constexpr int64_t kLeeway = 8;    // a cut may leave max(this, n_chosen / 4) more than n_chosen
+constexpr int64_t kRanked = 512;  // so many are ranked by counting, more are sorted
 constexpr int32_t kLeast = std::numeric_limits<int32_t>::min();
 
 // The blocks that a query can choose: of the row, from `low` to `high`, `skipped` left out.
@@ -29,12 +29,12 @@ struct Range {
 };
 
 // The blocks of a row, and what its queries can choose of them.
-class Sight {
+class RowBlocks {
  public:
-  Sight(const Choice& a, int64_t b)
+  RowBlocks(const Choice& a, int64_t b)
       : a_(a),
         first_(a.document + b * a.n_blocks),
-        last_(std::partition_point(first_, first_ + a.n_blocks, Some)),
+        last_(std::partition_point(first_, first_ + a.n_blocks, IsBlock)),
         ids_(a.ids + b * a.n_queries),
         own_(a.own + b * a.n_queries) {}
 
@@ -46,7 +46,7 @@ class Sight {
   }
 
  private:
-  static bool Some(int32_t document) { return document >= 0; }
+  static bool IsBlock(int32_t document) { return document >= 0; }
 
   const Choice& a_;
   const int32_t *first_, *last_, *ids_, *own_;
@@ -103,10 +103,10 @@ class Liked {
     while (int64_t(high) - low > 1) {
       const int32_t bound = int32_t((int64_t(low) + high) >> 1);
       const int64_t n = Beyond(bound);
-      if (n_chosen_ <= n && n <= most) return Keep(bound, 0);
+      if (n_chosen_ <= n && n <= most) return Retain(bound, 0);
       (n > most ? low : high) = bound;
     }
-    Keep(high, n_chosen_ - Beyond(high));
+    Retain(high, n_chosen_ - Beyond(high));
   }
 
   int32_t Greatest() const {
@@ -129,7 +129,7 @@ class Liked {
   }
 
   // Leaves the scores beyond the bound, and the first `n_equal` that are equal to it.
-  void Keep(int32_t bound, int64_t n_equal) {
+  void Retain(int32_t bound, int64_t n_equal) {
     const int64_t n = n_;
     n_ = 0;
     for (int64_t i = 0; i < n; i += kLanes) {
@@ -212,13 +212,13 @@ class Chooser {
         room_(new int32_t[kQueries * Liked::Room(a.n_chosen)]) {}
 
   // Queries from `first` on, of those of head g, which is counted over all rows.
-  void Run(const Sight& sight, int64_t g, int64_t first, int64_t n, int32_t* y) {
+  void Run(const RowBlocks& blocks, int64_t g, int64_t first, int64_t n, int32_t* y) {
     const int64_t at = g * a_.group() * a_.n_queries + first;
     std::vector<Liked> liked;
     Range ranges[kQueries];
     int64_t low = a_.n_blocks, high = 0;
     for (int64_t q = 0; q < n; ++q) {
-      ranges[q] = sight.Of((first + q) % a_.n_queries);
+      ranges[q] = blocks.Of((first + q) % a_.n_queries);
       low = std::min(low, ranges[q].low), high = std::max(high, ranges[q].high);
       liked.emplace_back(a_.n_chosen, &room_[q * Liked::Room(a_.n_chosen)]);
     }
@@ -285,12 +285,12 @@ void BestBlocks(const Pool& pool, const Choice& a, int32_t* y) {
   const int64_t n_threads = std::clamp<int64_t>(n_shared * n * a.n_blocks * a.depth / kWorthwhile, 1,
                                                 std::max<int64_t>(1, pool.n_threads));
   const auto panels = n > kLanes ? std::make_unique<Panels>(pool, a) : nullptr;
-  std::vector<Sight> sights;
-  for (int64_t b = 0; b < a.n_rows; ++b) sights.emplace_back(a, b);
+  std::vector<RowBlocks> rows;
+  for (int64_t b = 0; b < a.n_rows; ++b) rows.emplace_back(a, b);
   const int64_t n_tiles = CeilDiv(n, kQueries);
   InParallel(pool, n_threads, n_shared * n_tiles, [&](int64_t i) {
     const int64_t g = i / n_tiles, first = i % n_tiles * kQueries;
-    Chooser(a, panels.get()).Run(sights[g / a.n_keyed], g, first, std::min(kQueries, n - first), y);
+    Chooser(a, panels.get()).Run(rows[g / a.n_keyed], g, first, std::min(kQueries, n - first), y);
   });
 }
 

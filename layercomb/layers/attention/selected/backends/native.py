@@ -68,7 +68,7 @@ def chooses(q: jax.Array, means: jax.Array) -> bool:
 
     Args:
       q: (B, H, P, K).
-      means: (B, G, N, K), or the keys that they are made of.
+      means: (B, G, N, K).
     """
     return runs_natively(q, means)
 
