@@ -16,15 +16,15 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Positions that have been found: a table of hashes, which stays in the nearest cache.
-class Known {
+// A hash table of positions.
+class Seen {
  public:
-  explicit Known(int64_t most) {
+  explicit Seen(int64_t most) {
     while ((int64_t(1) << bits_) < 2 * most) ++bits_;
     table_.resize(int64_t(1) << bits_);
   }
   void Clear() { std::fill(table_.begin(), table_.end(), -1); }
-  // Whether it is the first time that this position is found.
+  // Whether this position was not there yet.
   bool Add(int32_t position) {
     size_t i = uint32_t(position) * 2654435769u >> (32 - bits_);
     while (table_[i] >= 0) {
@@ -49,7 +49,7 @@ void Fetch(const float* row, int64_t n) {
 class Reader {
  public:
   explicit Reader(const Placed& a)
-      : a_(a), known_(a.most()), at_(a.most()), p_(a.most() + kLanes) {}
+      : a_(a), seen_(a.most()), at_(a.most()), p_(a.most() + kLanes) {}
 
   void Attend(int64_t i, float* y) {
     const int64_t first = i / a_.group() * a_.n_keys;  // of its keys
@@ -77,11 +77,11 @@ class Reader {
     const int32_t *found = a_.found + i * a_.n_found, *at = a_.at + b * a_.n_keys;
     n_ = 0;
     if (!a_.real[b]) return;
-    if (a_.once) known_.Clear();
+    if (a_.once) seen_.Clear();
     const auto add = [&](int32_t position) {
       if (position < 0) return;
       position = std::min(position, int32_t(a_.n_keys - 1));
-      if (a_.once && !known_.Add(position)) return;
+      if (a_.once && !seen_.Add(position)) return;
       Fetch(keys + position * a_.d_key, a_.d_key);
       at_[n_++] = position;
     };
@@ -122,7 +122,7 @@ class Reader {
   }
 
   const Placed& a_;
-  Known known_;
+  Seen seen_;
   std::vector<int64_t> at_;
   std::vector<float> p_;
   int64_t n_ = 0;
