@@ -391,7 +391,7 @@ def placed_attention(
       (N, D) float32; zero where a query sees no key, or a row has none.
 
     Raises:
-      ValueError: if the shapes do not fit together.
+      ValueError: if the shapes do not fit together, or a size is negative.
       TypeError: for other dtypes.
     """
     args = q, found, keys, values, at, n_real, real
@@ -406,7 +406,8 @@ def placed_attention(
         if x.dtype != dtype:
             raise TypeError(f'expected {jnp.dtype(dtype).name}, got {x.dtype}')
     factors = jnp.asarray([reading.scale, reading.softcap or 0], jnp.float32)
-    limits = jnp.asarray([reading.local_len, reading.n_sinks, reading.once], jnp.int32)
+    sizes = _sizes(length, local_len=reading.local_len, n_sinks=reading.n_sinks)
+    limits = jnp.asarray([*sizes, reading.once], jnp.int32)
     return _call('placed_attention', (n, values.shape[2]), *args, factors, limits)
 
 
@@ -611,8 +612,9 @@ def _selected_arguments(
     of_queries, of_keys = (jnp.clip(x.astype(jnp.int32), 0, last) for x in buckets)
     empty = (jnp.zeros(0, dtype) if x is None else x for x, dtype in given)
     factors = jnp.asarray([s.scale, s.softcap or 0], jnp.float32)
-    sizes = [s.n_buckets, s.n_keys, s.local_len, s.n_sinks, s.causal, s.once]
-    limits = jnp.asarray(sizes, jnp.int32)
+    # Twice the length, since half of the keys may be on each side; sums of more could overflow.
+    sizes = _sizes(2 * length, n_keys=s.n_keys, local_len=s.local_len, n_sinks=s.n_sinks)
+    limits = jnp.asarray([s.n_buckets, *sizes, s.causal, s.once], jnp.int32)
     return q, k, v, of_queries, of_keys, *empty, factors, limits
 
 
@@ -679,6 +681,14 @@ def _check(fits: bool, *args: jax.Array) -> None:
     if not fits:
         shapes = ', '.join(str(tuple(x.shape)) for x in args)
         raise ValueError(f'the shapes do not fit together: {shapes}')
+
+
+def _sizes(most: int, **sizes: int) -> list[int]:
+    """Sizes of what is seen, which kernels take for how much they write: `most` at most."""
+    for name, size in sizes.items():
+        if size < 0:
+            raise ValueError(f'{name}={size} must not be negative')
+    return [min(size, most) for size in sizes.values()]
 
 
 def _check_matrix(words: jax.Array, scales: jax.Array, x: jax.Array) -> None:

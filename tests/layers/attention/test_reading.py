@@ -101,6 +101,25 @@ def test_rows_that_are_not_seen_are_not_read():
     assert np.isnan(y[:2]).all() and not np.any(y[4:])
 
 
+def both(*args):
+    """What the kernel makes of it, and what XLA does."""
+    with kernels.off():
+        wanted = next_attention(*args)
+    return np.asarray(next_attention(*args)), np.asarray(wanted)
+
+
+@pytest.mark.parametrize('size', [2**31 - 1, 2**31, 10**30])
+def test_sizes_may_be_as_large_as_one_likes(size):
+    given = case()
+    reading = dataclasses.replace(READING, local_len=size, n_sinks=size)
+    for y in both(reading, *given):
+        np.testing.assert_allclose(y, by_definition(reading, *given), rtol=1e-5, atol=2e-5)
+    core, x = tl.BlockAttention(max_len=64, local_len=2**31), jnp.ones((1, 2, 1, 16))
+    _, state = core.init((x,) * 3, jax.random.key(0), Mode.PREDICT)
+    y, _ = core.apply({}, state, (x,) * 3, mode=Mode.PREDICT)
+    np.testing.assert_allclose(jax.tree.leaves(y)[0], x, rtol=1e-5)
+
+
 @needs_kernels
 def test_derivatives_are_those_of_xla():
     q, *given = case()
@@ -137,6 +156,9 @@ def test_what_does_not_fit_is_refused():
         kernels.placed_attention(READING, q, found, *rest[:-1], real[:-1])
     with pytest.raises(ValueError, match='found must have 2 axes'):
         kernels.placed_attention(READING, q, found[0], *rest)
+    for negative in ({'local_len': -1}, {'n_sinks': -50}):
+        with pytest.raises(ValueError, match='must not be negative'):
+            kernels.placed_attention(dataclasses.replace(READING, **negative), q, found, *rest)
     with pytest.raises(TypeError, match='expected int32, got uint8'):
         kernels.placed_attention(READING, q, found.astype(jnp.uint8), *rest)
     with pytest.raises(TypeError, match='the kernels take float32, got bfloat16'):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -189,6 +190,29 @@ def test_a_window_of_everything_takes_no_more_room_than_there_is():
     f, args, _ = simple(local_len=2**30, n_keys=2**30, n_sinks=2**30)
     wanted, _, _ = simple(local_len=37)
     np.testing.assert_allclose(f(*args), wanted(*args), atol=1e-6)
+
+
+@pytest.mark.skipif(not layercomb_kernels.available(), reason='no kernels here')
+@pytest.mark.parametrize('causal', [True, False])
+def test_kernels_take_any_size(causal):
+    q, k, v, bq, bk = arrays('random', BASE, 0)[0]
+    selection = layercomb_kernels.Selection(
+        n_buckets=6, n_keys=37, local_len=0, n_sinks=0, causal=causal, once=True, scale=0.25
+    )
+
+    def both_ways(**sizes):
+        its = dataclasses.replace(selection, **sizes)
+        kept = layercomb_kernels.selected_forward(its, q, k, v, (bq, bk))
+        gradients = layercomb_kernels.selected_backward(its, q, k, v, (bq, bk), kept, q)
+        return (*kept, *gradients)
+
+    for name in ('n_keys', 'local_len', 'n_sinks'):
+        wanted = both_ways(**{name: 2 * 37})
+        for size in (2**31 - 1, 2**40):
+            for x, y in zip(both_ways(**{name: size}), wanted, strict=True):
+                np.testing.assert_array_equal(x, y)
+        with pytest.raises(ValueError, match=f'{name}=-1 must not be negative'):
+            both_ways(**{name: -1})
 
 
 @pytest.mark.parametrize(
