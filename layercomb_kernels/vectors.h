@@ -145,11 +145,13 @@ inline Floats Exp(Floats x) {
   return x < low ? Floats{} : y * reinterpret_cast<Floats>(power);
 }
 
-// cap · tanh(s / cap)
+// cap · tanh(s / cap). Near 0 it is Taylor's series: 1 − e would have few digits left.
 inline Floats Capped(Floats s, float cap) {
+  const Floats r = s * (1 / cap), square = r * r;
+  const Floats near = s * (1 - square * (1.0f / 3) + square * square * (2.0f / 15));
   const Floats e = Exp((s < 0 ? s : -s) * (2 / cap));
   const Floats y = cap * (1 - e) / (1 + e);
-  return s < 0 ? -y : y;
+  return square < 0.0025f ? near : s < 0 ? -y : y;
 }
 
 // As many bytes, or pairs of bytes, as there are lanes.

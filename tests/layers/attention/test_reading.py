@@ -108,6 +108,14 @@ def both(*args):
     return np.asarray(next_attention(*args)), np.asarray(wanted)
 
 
+@pytest.mark.parametrize('softcap', [1e3, 1e6])
+def test_a_cap_far_above_the_scores_changes_little(softcap):
+    given = case()
+    reading = dataclasses.replace(READING, softcap=softcap)
+    for y in both(reading, *given):
+        np.testing.assert_allclose(y, by_definition(reading, *given), rtol=1e-5, atol=5e-6)
+
+
 @pytest.mark.parametrize('size', [2**31 - 1, 2**31, 10**30])
 def test_sizes_may_be_as_large_as_one_likes(size):
     given = case()
