@@ -91,11 +91,12 @@ class Reader {
     for (int64_t j = 0; j < std::min(a_.n_sinks, n); ++j) add(at[j]);
   }
 
-  // Scores become probabilities.
+  // Scores become probabilities; zeros where all are −∞.
   void Normalize() {
     float most = -kInfinity;
     for (int64_t c = 0; c < n_; ++c) most = p_[c] > most ? p_[c] : most;
     if (a_.softcap) most = Capped(Floats{} + most, a_.softcap)[0];
+    if (most == -kInfinity) most = 0;  // −∞ − 0 counts nothing, −∞ + ∞ would be NaN
     Floats totals = {};
     for (int64_t c = 0; c < n_; c += kLanes) {
       Floats s = Load<Floats>(&p_[c]);

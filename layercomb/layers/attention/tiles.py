@@ -40,13 +40,14 @@ def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def softmax_of(seen: jax.Array, s: jax.Array) -> jax.Array:
-    """Probabilities over what is seen, zeros where nothing is: (N, J) float32.
+    """Probabilities over what is seen, zeros where nothing is or all is −∞: (N, J) float32.
 
     Args:
       seen: (N, J) bool.
-      s: scores (N, J) float32.
+      s: scores (N, J) float32; NaN among those seen makes all of them NaN.
     """
-    s = jnp.where(seen, s, -FAR)
+    seen = seen & (s != -jnp.inf)  # −∞ counts nothing, and −∞ − −∞ would be NaN
+    s = jnp.where(seen, s, jnp.finfo(jnp.float32).min)
     p = jnp.where(seen, jnp.exp(s - s.max(-1, keepdims=True)), 0.0)
     total = p.sum(-1, keepdims=True)
     return p / jnp.where(total > 0, total, 1.0)

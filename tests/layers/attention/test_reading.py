@@ -116,6 +116,22 @@ def test_a_cap_far_above_the_scores_changes_little(softcap):
         np.testing.assert_allclose(y, by_definition(reading, *given), rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.parametrize('key', [-np.inf, -1e20, -1e35])
+def test_scores_may_be_as_small_as_floats_are(key):
+    """Of −∞ alone nothing is made; among others it counts nothing."""
+    _, found, cache, real = case()
+    q = jnp.ones((len(found), cache.k.shape[2])).at[:, 1:].set(0)
+    k = jnp.zeros_like(cache.k).at[..., 0].set(key)
+    for some in (k, k.at[0, :, 0].set(-1).at[:2, 0, 0].set(key)):
+        got, wanted = both(READING, q, found, cache.replace(k=some), real)
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-5)
+        assert (got[1] == 0).all() == (key == -np.inf)
+    k = k.at[0, :, 0].set(jnp.nan)  # what is no number still shows
+    for y in both(READING, q, found, cache.replace(k=k), real):
+        assert np.isnan(y[0]).all() and np.isfinite(y[1:]).all()
+
+
 @pytest.mark.parametrize('size', [2**31 - 1, 2**31, 10**30])
 def test_sizes_may_be_as_large_as_one_likes(size):
     given = case()
