@@ -86,19 +86,11 @@ def test_the_next_position_reads_what_it_finds_and_what_is_near(
 
 
 @needs_kernels
-def test_rows_that_are_not_seen_are_not_read():
-    q, found, cache, real = case()
-    k = np.asarray(cache.k).copy()
-    read = np.zeros(k.shape[:2], bool)
-    for n, its in enumerate(np.asarray(found)):
-        read[n, its[its >= 0]] = True
-    k[~read] = np.nan
-    reading = READINGS['found alone']
-    y = next_attention(reading, q, found, cache.replace(k=jnp.asarray(k)), real)
-    assert np.array_equal(y, next_attention(reading, q, found, cache, real))
-    k[:] = np.nan  # and what is seen shows
-    y = next_attention(reading, q, found, cache.replace(k=jnp.asarray(k)), real)
-    assert np.isnan(y[:2]).all() and not np.any(y[4:])
+def test_the_kernel_is_used_where_it_applies():
+    attend = jax.jit(functools.partial(next_attention, READING))
+    assert 'layercomb_placed_attention' in attend.lower(*case()).as_text()
+    with kernels.off():
+        assert 'layercomb' not in attend.lower(*case()).as_text()
 
 
 def both(*args):
@@ -106,6 +98,38 @@ def both(*args):
     with kernels.off():
         wanted = next_attention(*args)
     return np.asarray(next_attention(*args)), np.asarray(wanted)
+
+
+def test_what_is_not_seen_does_not_show():
+    q, found, cache, real = case()
+    k, v = np.array(cache.k), np.array(cache.v)
+    read = np.zeros(k.shape[:2], bool)
+    for n, its in enumerate(np.asarray(found)):
+        read[n, its[its >= 0]] = True
+    k[~read] = v[~read] = np.nan
+    reading = READINGS['found alone']
+    poisoned = cache.replace(k=jnp.asarray(k), v=jnp.asarray(v))
+    clean = both(reading, q, found, cache, real)
+    for y, wanted in zip(both(reading, q, found, poisoned, real), clean, strict=True):
+        np.testing.assert_array_equal(y, wanted)
+    k[:] = np.nan  # and what is seen shows
+    for y in both(reading, q, found, poisoned.replace(k=jnp.asarray(k)), real):
+        assert np.isnan(y[:2]).all() and not np.any(y[4:])
+
+
+@pytest.mark.parametrize('once', [True, False])
+def test_what_is_out_of_range_is_the_last(once):
+    q, found, cache, real = case()
+    room = cache.k.shape[1]
+    found = found.at[:2, :4].set(jnp.array([room - 1, room, room + 7, 2**31 - 1]))
+    at = cache.at.at[0, -2:].set(jnp.array([room + 1, room + 2]))
+    cache = cache.replace(at=at, n_real=jnp.array([room + 3, room, 0], jnp.int32))
+    reading = dataclasses.replace(READING, once=once)
+    got, wanted = both(reading, q, found, cache, real)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-5)
+    within = cache.replace(at=jnp.minimum(at, room - 1), n_real=jnp.minimum(cache.n_real, room))
+    defined = by_definition(reading, q, jnp.minimum(found, room - 1), within, real)
+    np.testing.assert_allclose(got, defined, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize('softcap', [1e3, 1e6])

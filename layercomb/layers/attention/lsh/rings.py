@@ -86,7 +86,7 @@ def products(q: jax.Array, at: jax.Array, keys: jax.Array) -> jax.Array:
       (N, J) float32.
     """
     if not has_kernels(1, q, keys):
-        return tiles.dot('nk,njk->nj', q, _taken(keys, at))
+        return tiles.dot('nk,njk->nj', q, taken(keys, at))
     # Beside this ε the lengths of keys vanish in float32: cosines are products, over its root.
     return cosines(q, at, keys, _DROWNING) * jnp.float32(_DROWNING**0.5)
 
@@ -105,8 +105,16 @@ def means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
     return (_fast_means if has_kernels(1, p, values) else _means)(p, at, values)
 
 
-def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
-    """(M, L, D), (N, J) → (N, J, D)."""
+def taken(x: jax.Array, at: jax.Array) -> jax.Array:
+    """Chosen rows of each of N queries, of which N/M neighbours share some.
+
+    Args:
+      x: (M, L, D); M divides N.
+      at: (N, J) int32, within bounds.
+
+    Returns:
+      (N, J, D).
+    """
     (m, length, d), n = x.shape, len(at)
     of_row = jnp.arange(n, dtype=jnp.int32)[:, None]
     of_row = of_row if m == n else of_row // (n // m)
@@ -114,11 +122,11 @@ def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
 
 
 def _cosines(q: jax.Array, at: jax.Array, keys: jax.Array, epsilon: jax.Array) -> jax.Array:
-    return tiles.dot('nk,njk->nj', q, unit(_taken(keys, at), epsilon))
+    return tiles.dot('nk,njk->nj', q, unit(taken(keys, at), epsilon))
 
 
 def _means(p: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
-    return tiles.dot('nj,njd->nd', p, _taken(values, at))
+    return tiles.dot('nj,njd->nd', p, taken(values, at))
 
 
 def _cosines_by_kernel(

@@ -53,15 +53,19 @@ def _plain(
     n_real: jax.Array,
     real: jax.Array,
 ) -> jax.Array:
+    """The same by XLA. Positions behind the room are its last one; no more are real than fit."""
     room, h = keys.shape[1], len(q) // len(real)
+    n_real = jnp.minimum(n_real, room)
     last = jnp.arange(min(reading.local_len, room), dtype=jnp.int32)[None]
     first = jnp.arange(min(reading.n_sinks, room), dtype=jnp.int32)[None]
     places = n_real[:, None] - 1 - last, jnp.broadcast_to(first, (len(real), first.size))
     others = [jnp.repeat(of_places(at, n_real, x), h, 0) for x in places]
-    where = jnp.concatenate([found, *others], 1)  # (N, J')
-    there = jnp.clip(where, 0, room - 1)
+    where = jnp.minimum(jnp.concatenate([found, *others], 1), room - 1)  # (N, J')
+    there = jnp.maximum(where, 0)
     s = rings.products(q, there, keys) * reading.scale
     seen = once(where) if reading.once else where >= 0
     seen = seen & jnp.repeat(real, h)[:, None]
     p = tiles.softmax_of(seen, tiles.capped(s, reading.softcap))
-    return rings.means(p, there, values)
+    # NaN that is not seen would show even in a product with 0.
+    its = jnp.where(seen[..., None], rings.taken(values, there), 0)
+    return tiles.dot('nj,njd->nd', p, its)
