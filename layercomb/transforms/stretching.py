@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from layercomb.checks import Size, checked
 from layercomb.layers.attention.lsh.buckets import Hashing
-from layercomb.layers.attention.lsh.layer import LSHAttention
-from layercomb.layers.attention.selected.core import Selecting
+from layercomb.layers.attention.selected.core import SelectingOptions
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.layers.positions.rotary import RotaryPositions
@@ -49,7 +48,7 @@ def stretch(net: Layer, max_len: Size, scaling: RotaryScaling | None = None) -> 
 
     def one(layer: Layer) -> Layer:
         its_len = getattr(layer, 'max_len', None)
-        if isinstance(layer, (Selecting, LSHAttention)) and its_len is not None:
+        if isinstance(layer, (SelectingOptions, Hashing)) and its_len is not None:
             kept = {'n_buckets': layer.factors(its_len)} if isinstance(layer, Hashing) else {}
             return layer.replace(max_len=max(max_len, its_len), **kept)
         if not isinstance(layer, RotaryPositions) or layer.max_len is None:

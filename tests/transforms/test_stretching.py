@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layercomb import init_state, models, shape_dtype, tl, transforms, walk
+from layercomb import Model, init_state, models, shape_dtype, tl, transforms, walk
 from layercomb.layers.core.mode import Mode
+from layercomb.supervised import decoding
 
 SIZES = {'d_model': 16, 'd_ff': 32, 'n_layers': 2, 'n_heads': 4}
 IDS = jax.random.randint(jax.random.key(0), (2, 48), 0, 13)
@@ -65,10 +66,9 @@ def test_models_made_with_attention_that_selects_keep_their_buckets(attention):
     weights, _ = make().init((shape_dtype((2, 16), 'int32'),), jax.random.key(1))
     (y,), _ = net.apply(weights, {}, (IDS,))
     assert y.shape == (2, 48, 13)
-    short, long = (
-        [x for _, x in walk(n) if hasattr(x, 'bucket_dtype') and not hasattr(x, 'core')]
-        for n in (make(), net)
-    )
+    assert decoding.max_len(net) == 48
+    assert np.asarray(decoding.generate(Model(net, weights), IDS[:1, :20], 4)).size in (4, 24)
+    short, long = ([x for _, x in walk(n) if hasattr(x, 'bucket_dtype')] for n in (make(), net))
     for a, b in zip(short, long, strict=True):
         assert a.factors(16) == b.factors(48)
 

@@ -262,6 +262,7 @@ def test_reversible_stacks_decide_once():
     ('make', 'message'),
     [
         (lambda: tl.HashedSelfAttention(4, n_buckets=7), 'n_buckets'),
+        (lambda: tl.MixedSelfAttention(4, chunk_len=1, causal=False), 'chunk_len=1 leaves no key'),
         (lambda: tl.HashedSelfAttention(4, n_kv_heads=3), 'does not divide n_heads'),
         (lambda: tl.HashedSelfAttention(4, local_len=-1), 'local_len=-1'),
         (lambda: tl.BlockSelfAttention(4, n_sinks=-2), 'n_sinks=-2'),

@@ -60,19 +60,27 @@ class MixedAttention(MixedOptions, HashedAttention):
         heads_together, seed, centred: as of `HashedAttention`.
 
     Raises:
-      ValueError: as of `HashedAttention`.
+      ValueError: for a `chunk_len` of 1 that is not causal, or as of `HashedAttention`.
 
     References:
       Reformer (Kitaev et al. 2020), https://arxiv.org/abs/2001.04451
       MoBA, Lu et al. 2025, https://arxiv.org/abs/2502.13189
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.causal and self.chunk_len < 2:
+            raise ValueError(
+                f'MixedAttention: chunk_len={self.chunk_len} leaves no key behind a query: give 2 '
+                'or more where causal is False'
+            )
+
     @property
     def blocks(self) -> BlockAttention:
         """What chooses blocks."""
         return BlockAttention(
             n_chosen=self.n_chosen,
-            block_len=self.chunk_len if self.causal else max(1, self.chunk_len // 2),
+            block_len=self.chunk_len if self.causal else self.chunk_len // 2,
             local_len=self.local_len,
             causal=self.causal,
             duplicates=self.duplicates,

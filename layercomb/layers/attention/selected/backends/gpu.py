@@ -80,7 +80,7 @@ def available(dtype: str, depth: int, depth_v: int, capped: bool, once: bool) ->
             'if one is enough'
         )
     if not is_installed():
-        return _without("pip install 'layercomb[gpu]'")
+        return _without("jax-triton is missing: pip install 'layercomb[gpu]'")
     try:
         with jax.ensure_compile_time_eval(), jax.default_matmul_precision('highest'):
             apart = difference(dtype, depth, depth_v, capped, once)
