@@ -83,6 +83,7 @@ def classes(of: type = Layer) -> Iterator[type]:
 SILENT = {
     'Wrapper', 'Activation', 'Rearrange', 'Metric', 'Elementwise', 'Reversible', 'Fn',
     'Hashing', 'LSHOptions', 'SelectingOptions', 'HashedOptions', 'BlockOptions',
+    'MixedOptions',
 }  # fmt: skip
 
 
