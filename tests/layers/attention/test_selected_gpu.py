@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import subprocess
 import sys
 
@@ -230,7 +231,8 @@ for name in ('forward', 'backward_queries', 'backward_keys'):
         source = ASTSource(kernel, said, at, even)
         target, options = GPUTarget('cuda', capability, 32), {'num_warps': gpu.N_WARPS}
         made = compile(source, target=target, options=options)
-        assert 'mma' in made.asm['ptx'] and made.metadata.shared < 99 * 1024, made.metadata
+        room = 1024 * {86: 99, 90: 227, 100: 227}[capability]  # of a program's shared memory
+        assert 'mma' in made.asm['ptx'] and made.metadata.shared <= room, made.metadata
 """
 
 
@@ -239,6 +241,7 @@ for name in ('forward', 'backward_queries', 'backward_keys'):
 @pytest.mark.parametrize(('dtype', 'depth'), [('bf16', 64), ('bf16', 128), ('fp32', 64)])
 def test_kernels_compile_for_cards(dtype, depth, plain):
     """By Triton's own compiler and assembler, which need no card."""
-    args = [sys.executable, '-c', COMPILE, dtype, str(depth), plain, '80', '90', '100']
-    done = subprocess.run(args, capture_output=True, text=True, timeout=600)
+    args = [sys.executable, '-c', COMPILE, dtype, str(depth), plain, '86', '90', '100']
+    env = {name: x for name, x in os.environ.items() if name != 'TRITON_INTERPRET'}
+    done = subprocess.run(args, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
