@@ -63,6 +63,21 @@ ffi::Error RowProducts(ffi::ThreadPool threads, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
+// x (M, D), words (F, C), scales (F, G), and how many bytes of x count.
+ffi::Error PanelProducts(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                         ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  const layercomb::PanelWeights w{static_cast<int>(32 * call.size(1, 1) / call.size(0, 1)),
+                                  call.array(1).untyped_data(),
+                                  call.floats(2),
+                                  call.size(1, 0),
+                                  call.size(1, 1),
+                                  call.size(2, 1)};
+  layercomb::PanelProducts(call.pool(), w, call.floats(0), call.size(0, 0), *call.indices(3),
+                           call.y());
+  return ffi::Error::Success();
+}
+
 ffi::Error GatheredProducts(ffi::ThreadPool threads, ffi::RemainingArgs args,
                             ffi::RemainingRets results) {
   Call call(threads, args, results);
@@ -280,6 +295,7 @@ ffi::Error BestBlocks(ffi::ThreadPool threads, ffi::RemainingArgs args,
       name, function, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets())
 
 LAYERCOMB_HANDLER(layercomb_row_products, RowProducts);
+LAYERCOMB_HANDLER(layercomb_panel_products, PanelProducts);
 LAYERCOMB_HANDLER(layercomb_gathered_products, GatheredProducts);
 LAYERCOMB_HANDLER(layercomb_gathered_sums, GatheredSums);
 LAYERCOMB_HANDLER(layercomb_factored_products, FactoredProducts);

@@ -35,6 +35,21 @@ struct Weights {
 // y[m, f] = Σ_d x[m, d] w[f, d].
 void RowProducts(const Pool& pool, const Weights& w, const float* x, int64_t n_x, float* y);
 
+// Integers in panels of 16 rows: n_words words of 32 bits a row, a word of each of the 16 rows after
+// the other; the scales of a group of each likewise. Rows that make no panel stand behind them, one
+// after the other. A word holds four columns of int8 or eight of int4, of which the first four are
+// in the low halves of bytes; 128 or 8 is added to each.
+struct PanelWeights {
+  int bits;  // 8 or 4
+  const void* words;
+  const float* scales;  // (n_rows, n_groups)
+  int64_t n_rows, n_words, n_groups;
+};
+
+// y[m, f] = Σ_d x[m, d] w[f, d], with x rounded to n_bytes bytes, 2 or 1.
+void PanelProducts(const Pool& pool, const PanelWeights& w, const float* x, int64_t n_x,
+                   int n_bytes, float* y);
+
 // y[m, k] = Σ_d x[m, d] w[at[m, k], d].
 void GatheredProducts(const Pool& pool, const Weights& w, const float* x, const int32_t* at,
                       int64_t n_x, int64_t n_k, float* y);

@@ -71,6 +71,93 @@ def test_row_products(kind, m, d, f, groups):
     assert_same(jax.jit(kernels.row_products)(x, words, scales), x @ wide.T, kind)
 
 
+def panels(bits, rows, columns, groups):
+    """Words and scales in panels, laid out by loops, and the wide weights."""
+    scales = rng().normal(size=(rows, groups)).astype(np.float32)
+    low, high, line = {8: (-128, 128, 4), 4: (-8, 8, 8)}[bits]
+    q = rng().integers(low, high, (rows, columns))
+    words = np.zeros((rows * columns // line,), np.uint32)
+    laid = np.zeros((rows * groups,), np.float32)
+    for r in range(rows):
+        first, step = (r // 16 * 16, 16) if r < rows // 16 * 16 else (r, 1)
+        start = r % 16 if step == 16 else 0
+        for c in range(columns // line):
+            its = [int(n) - low for n in q[r, c * line : (c + 1) * line]]
+            half = its[4:] or [0] * 4
+            word = sum((its[k] | half[k] << 4) << 8 * k for k in range(4))
+            words[first * (columns // line) + start + step * c] = word
+        for g in range(groups):
+            laid[first * groups + start + step * g] = scales[r, g]
+    wide = q.astype(np.float32) * np.repeat(scales, columns // groups, 1)
+    return words.reshape(rows, -1), laid.reshape(rows, -1), wide
+
+
+@needs_kernels
+@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize(
+    ('m', 'd', 'f', 'groups'),
+    [
+        (1, 128, 64, 2),
+        (1, 64, 3, 2),  # no panel
+        (2, 24, 16, 1),  # no whole vector
+        (3, 280, 51, 5),
+        (5, 1024, 33, 2),  # groups of several pieces
+        (16, 96, 203, 3),
+        (7, 2720, 40, 2),  # 1360 is cut into pieces of 8 · 17
+        (70, 256, 100, 4),
+    ],
+)
+def test_panel_products(bits, m, d, f, groups):
+    words, scales, wide = panels(bits, f, d, groups)
+    x = rng().normal(size=(m, d)).astype(np.float32)
+    multiply = jax.jit(kernels.panel_products, static_argnums=3)
+    assert_same(multiply(x, words, scales, 2), x @ wide.T, 'int')
+    roughly, exact = multiply(x, words, scales, 1), x @ wide.T
+    assert np.linalg.norm(roughly - exact) < 0.012 * np.linalg.norm(exact)
+    # A row does not depend on the others, nor on how many there are.
+    np.testing.assert_array_equal(multiply(x[-1:], words, scales, 2)[0].shape, (f,))
+    assert_same(multiply(x[-1:], words, scales, 2), multiply(x, words, scales, 2)[-1:], 'float32')
+
+
+@needs_kernels
+@pytest.mark.parametrize('bits', [8, 4])
+def test_the_largest_integers_do_not_overflow_in_panels(bits):
+    d = 4096
+    words, scales, _ = panels(bits, 16, d, 1)
+    for word, value in ((0xFFFFFFFF, 127 if bits == 8 else 7), (0, -128 if bits == 8 else -8)):
+        words[:] = np.uint32(word)
+        for sign in (1, -1):
+            x = np.full((5, d), sign, np.float32)
+            y = kernels.panel_products(x, words, np.ones_like(scales))
+            np.testing.assert_allclose(y, sign * value * d, rtol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize('m', [1, 6])
+def test_what_is_not_finite_or_all_zero_stays_so_in_panels(m):
+    words, scales, _ = panels(8, 20, 128, 2)
+    x = np.zeros((3 * m, 128), np.float32)
+    x[1::3, 100], x[2::3, 0] = np.nan, np.inf
+    for part in (x, x[:1], x[1:2], x[2:3]):
+        y = np.asarray(kernels.panel_products(part, words, scales))
+        for its, row in zip(part, y, strict=True):
+            assert (row == 0).all() if (its == 0).all() else not np.isfinite(row).any()
+
+
+@needs_kernels
+def test_panels_that_do_not_fit_are_refused():
+    words, scales, _ = panels(8, 20, 128, 2)
+    x = np.zeros((1, 128), np.float32)
+    with pytest.raises(ValueError, match='do not fit together'):
+        kernels.panel_products(x[:, :64], words[:, :20], scales)
+    with pytest.raises(ValueError, match='do not fit together'):
+        kernels.panel_products(x, words, scales[:10])
+    with pytest.raises(ValueError, match='n_bytes=3: 1 or 2 bytes'):
+        kernels.panel_products(x, words, scales, 3)
+    with pytest.raises(TypeError, match='weights in panels are uint32, got int32'):
+        kernels.panel_products(x, words.astype(np.int32), scales)
+
+
 @needs_kernels
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(('m', 'd', 'k', 'groups'), [(1, 128, 9, 4), (3, 44, 5, 2), (2, 300, 1, 6)])

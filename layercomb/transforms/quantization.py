@@ -25,7 +25,14 @@ from layercomb.layers.facts.axes import UNKNOWN, Axes
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.adapted import Adapted
 from layercomb.layers.quantized.constants import constant
-from layercomb.layers.quantized.matrix import BITS, SCALES, Narrow, can_narrow, narrow
+from layercomb.layers.quantized.matrix import (
+    BITS,
+    SCALES,
+    Narrow,
+    can_narrow,
+    in_panels,
+    narrow,
+)
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.shapes import Signature, is_float
@@ -141,10 +148,23 @@ class Quantized(Wrapper):
             if math.prod(shape) < self.smallest or not can_narrow(shape, axes, self.bits):
                 continue
             values, scales = narrow(wide, axes, self.bits, self.group_size)
+            values, scales = self.stored(path, values, scales)
             weights = trees.put(trees.drop(weights, path), path, values)
             if scales is not None:
                 weights = trees.put(weights, path + SCALES, scales)
         return weights
+
+    def stored(self, path: str, values: Any, scales: Any) -> tuple[Any, Any]:
+        """Values and scales as the leaf keeps them: in panels, unless rows are chosen one by one.
+
+        Args:
+          path: of the weight, in the leaf.
+          values, scales: of rows, as `narrow` makes them; possibly stacked on leading axes.
+        """
+        layer = bare(self.layer)
+        if Axes(layer.weight_axes[path]).has_chosen_rows:
+            return values, scales
+        return in_panels(values, scales, narrow_axes(layer)[path], self.bits)
 
     def seen(self, weights: Tree) -> Tree:
         """The weights as the leaf sees them, each narrow matrix as one `Narrow`.
@@ -223,6 +243,13 @@ def _rows(wide: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return wide.given, wide.summed
 
 
+def bits_of(layer: Layer) -> int:
+    """In how many bits a leaf keeps its large matrices; 32 if it is not `Quantized`."""
+    if isinstance(layer, Quantized):
+        return layer.bits
+    return bits_of(layer.layer) if isinstance(layer, Wrapper) else 32
+
+
 def bare(layer: Layer) -> Layer:
     """The layer inside `Cast` and `Quantized`; any other layer is returned as it is."""
     return bare(layer.layer) if isinstance(layer, (Cast, Quantized)) else layer
@@ -259,7 +286,7 @@ def quantize(
     >>> from layercomb import tl, transforms
     >>> net, weights = transforms.quantize(tl.Dense(64), {'kernel': jnp.ones((64, 64))})
     >>> net, weights['kernel'].dtype, weights['kernel_scales'].shape
-    (Quantized(Dense(64)), dtype('int8'), (64, 1))
+    (Quantized(Dense(64)), dtype('uint32'), (64, 1))
     """
     if isinstance(net, Tied):
         inner, whole = quantize(net.layer, net.untied(weights), bits, group_size, smallest=smallest)

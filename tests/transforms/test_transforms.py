@@ -500,7 +500,7 @@ def test_quantize_keeps_names_stacked_and_unstacked(small):
     kept, made = trees.flatten(weights), trees.flatten(narrow)
     assert set(kept) <= set(made) and all('_scales' in path for path in set(made) - set(kept))
     kernel = 'block/residual/self_attention/query/kernel'
-    assert made[kernel].dtype == jnp.uint8
+    assert made[kernel].dtype == jnp.uint32
     assert made[f'{kernel}_scales'].shape == (2, 2, 16, 2)
     assert made['norm/scale'] is kept['norm/scale']
     assert trees.n_bytes(narrow) < trees.n_bytes(weights) / 3
@@ -522,7 +522,7 @@ def test_quantize_leaves_what_is_small(small):
     net, weights, _ = small
     assert transforms.quantize(net, weights) == (net, weights)
     quantized, narrow = transforms.quantize(net, weights, smallest=2048)
-    assert sum(w.dtype == jnp.int8 for w in jax.tree.leaves(narrow)) == 2  # of the feed-forward
+    assert sum(w.dtype == jnp.uint32 for w in jax.tree.leaves(narrow)) == 2  # of the feed-forward
     assert repr(quantized).count('Quantized') == 2
 
 
@@ -535,7 +535,7 @@ def test_quantize_keeps_one_array_for_a_table_and_the_head_that_is_its_transpose
     scales = {} if bits == 16 else {'embedding/table_scales': (11, 2)}
     shapes = {path: x.shape for path, x in trees.flatten(narrow).items()}
     assert shapes == {
-        'embedding/table': (11, 16 if bits == 4 else 32),
+        'embedding/table': (11, 32 if bits == 16 else bits),  # words of 32 bits
         'head/bias': (11,),
         **scales,
     }
@@ -564,7 +564,7 @@ def test_quantize_unties_what_it_stores_otherwise():
 def test_quantize_keeps_a_tie_of_layers_and_of_what_stays_wide():
     layer = transforms.Tied(blocks(), 'first', 'last')
     narrow = quantize(layer, init(layer)[0], 8)[1]
-    assert 'last' not in narrow and narrow['first']['dense']['kernel'].dtype == jnp.int8
+    assert 'last' not in narrow and narrow['first']['dense']['kernel'].dtype == jnp.uint32
     net = tied()[1]
     weights, _ = init(net)
     assert transforms.quantize(net, weights) == (net, weights)  # all are small
@@ -583,7 +583,7 @@ def test_quantized_models_decode(kind):
     for i in range(6):
         inputs = (tokens()[:, i : i + 1],)
         (y,), cache = apply(net, weights, cache, inputs, Mode.PREDICT)
-        assert_close(y[:, 0], logits[:, i], 1e-4)
+        assert_close(y[:, 0], logits[:, i], 2e-4)  # activations of both are rounded
 
 
 class Mine(Layer):
@@ -603,7 +603,7 @@ def test_a_layer_of_ones_own_joins_in_by_a_rule_and_its_axes():
     try:
         weights, _ = init(Joined(), STREAM)
         net, narrow = quantize(Joined(), weights, 8)
-        assert narrow['w'].shape == (5, WIDTH) and narrow['w'].dtype == jnp.int8
+        assert narrow['w'].shape == (5, WIDTH // 4) and narrow['w'].dtype == jnp.uint32
         x = example(STREAM)
         assert_close(net.apply(narrow, {}, x)[0], Joined().apply(weights, {}, x)[0], 0.02)
         with pytest.raises(TypeError, match=r"Mine: 'w' is declared as '\?', and a narrow"):

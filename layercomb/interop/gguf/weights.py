@@ -26,8 +26,9 @@ from layercomb.interop.tensors import fill as fill_wide
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.layers.quantized.matrix import SCALES
+from layercomb.layers.quantized.panels import as_rows
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
-from layercomb.transforms.quantization import bare, narrow_axes
+from layercomb.transforms.quantization import Quantized, bare, bits_of, narrow_axes
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.weight_axes import axes, holder
 from layercomb.trees import Tree
@@ -133,6 +134,7 @@ def load_narrow(
     kinds = _one_kind_a_leaf(net, matrices)
     check_fits(sum(_n_bytes(flat[e.ours], matrices.get(e.ours), kinds) for e in entries), what)
     made: dict[str, Any] = {}
+    narrow = hold_narrow(net, kinds)
     for entry in entries:
         matrix, shape = matrices.get(entry.ours), flat[entry.ours].shape
         if matrix is None:
@@ -147,10 +149,15 @@ def load_narrow(
             continue
         (blocks,) = matrix.blocks
         parts = [integers(blocks, rows) for rows in stack]
-        for which, path in enumerate((entry.ours, entry.ours + SCALES)):
-            joined = np.stack([each[which] for each in parts])
-            made[path] = jnp.asarray(joined.reshape(*lead, *matrix.shape[:-1], -1))
-    return hold_narrow(net, kinds), trees.unflatten(made)
+        rows = (
+            np.stack(each).reshape(*lead, *matrix.shape[:-1], -1)
+            for each in zip(*parts, strict=True)
+        )
+        layer, rest, _ = holder(narrow, entry.ours)
+        assert isinstance(layer, Quantized)
+        stored = layer.stored(rest, *rows)
+        made[entry.ours], made[entry.ours + SCALES] = (jnp.asarray(each) for each in stored)
+    return narrow, trees.unflatten(made)
 
 
 def load_wide(
@@ -199,6 +206,8 @@ def stored(
         lead = 1 if entry.layers is None else len(entry.names)
         values = values.reshape(lead, -1, values.shape[-1])
         every = None if scales is None else np.asarray(scales).reshape(*values.shape[:2], -1)
+        if values.dtype == np.uint32:
+            values, every = as_rows(values, every, 1, bits_of(holder(net, entry.ours)[0]))
         for i, name in enumerate(entry.names):
             made = plain(values[i]) if every is None else packed(values[i], every[i])
             length = made[1].shape[-1] // made[0].n_bytes * made[0].size

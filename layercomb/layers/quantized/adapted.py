@@ -103,7 +103,7 @@ class Adapted(Matrix):
     def _rows(self) -> Any:
         """W as a matrix: an array (D, F), or `Narrow` rows."""
         if isinstance(self.base, Narrow):
-            return self.base.as_rows()
+            return self.base.in_rows().as_rows()
         return self.base.reshape(math.prod(self.a.shape[:-1]), -1)
 
     def _is_merged(self, x: jax.Array) -> bool:

@@ -2,9 +2,12 @@
 
 Integers are symmetric and share scales in groups along the summed axis, ŵ = scale · q, so that a
 product is a sum over groups. For few rows on a CPU, as in decoding, `layercomb_kernels` reads the
-narrow weights directly. It may round activations to 16 bits, a relative error of 2e-5. For many
+narrow weights directly. It may round activations to 16 bits, a relative error of 3e-5. For many
 rows, as in training, some rows of the matrix at a time are widened, backwards too, so that no wide
 matrix exists.
+
+Kernels multiply many rows, too, where integers are stored in `panels`, sixteen rows interleaved.
+Matrices whose rows are looked up one by one are stored as rows.
 
 Axes are written in letters: ``i`` for the axes that a product sums over, along which groups run,
 and ``o`` for the others. ``'io'`` is a kernel (D, F), ``'iio'`` one from heads (H, K, D), ``'oi'``
@@ -26,8 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 
 import layercomb_kernels
-from layercomb.layers.quantized import pieces
-from layercomb.layers.quantized.native import FEW, has_kernels, with_kernel
+from layercomb.layers.quantized import panels, pieces
+from layercomb.layers.quantized.native import FEW, has_kernels, runs_natively, with_kernel
 from layercomb.layers.quantized.rows import IN_BOUNDS
 from layercomb.shapes import is_float
 
@@ -56,29 +59,39 @@ class Matrix:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=['values', 'scales'],
-    meta_fields=['axes', 'bits'],
+    meta_fields=['axes', 'bits', 'activation_bits'],
 )
 @dataclasses.dataclass(frozen=True)
 class Narrow(Matrix):
     """A matrix of narrow weights, with the products that layers need.
 
     Attributes:
-      values: (*o, i) int8 or bfloat16, or (*o, i / 2) uint8 of two int4 each.
-      scales: (*o, G) float32, one for each group of a row; None for bfloat16.
+      values: (*o, i) int8 or bfloat16, or (*o, i / 2) uint8 of two int4 each; or in `panels`,
+        (*o, words) uint32.
+      scales: (*o, G) float32, one for each group of a row, in panels if the values are; None for
+        bfloat16.
       axes: letters ``i`` and ``o`` of the wide matrix, see the module.
       bits: 8, 4 or 16; 32 for a float table wrapped by `rows_of`.
+      activation_bits: to how many bits a kernel may round x in products: 16, or 8, which is quicker
+        where there are many rows, and less exact (5e-3).
     """
 
     values: jax.Array
     scales: jax.Array | None
     axes: str
     bits: int
+    activation_bits: int = 16
+
+    @property
+    def in_panels(self) -> bool:
+        """Whether the values are in `panels`."""
+        return self.values.dtype == jnp.uint32
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the wide matrix, with its ``i`` axes merged."""
-        *o, n = self.values.shape
-        n *= 2 if self.bits == 4 else 1
+        *o, _ = self.values.shape
+        n = n_columns(self.values, self.bits)
         return (*o, n) if self.axes == 'oi' else (n, *o)
 
     def wide(self) -> jax.Array:
@@ -88,11 +101,20 @@ class Narrow(Matrix):
 
     def wide_rows(self) -> jax.Array:
         """The weights in float32, in storage order: (*o, i)."""
+        if self.in_panels:
+            return self.in_rows().wide_rows()
         if self.scales is None:
             return self.values.astype(jnp.float32)
         q = _integers(self.values, self.bits)
         groups = q.reshape(*self.scales.shape, -1)  # (…, D) → (…, G, g)
         return (groups * self.scales[..., None]).reshape(q.shape)
+
+    def in_rows(self) -> Narrow:
+        """The same matrix with its values stored as rows."""
+        if not self.in_panels:
+            return self
+        values, scales = panels.as_rows(self.values, self.scales, self.values.ndim - 1, self.bits)
+        return dataclasses.replace(self, values=values, scales=scales)
 
     def take(self, rows: jax.Array) -> jax.Array:
         """Rows of a table (``'oi'``); NaN for rows that do not exist.
@@ -106,8 +128,14 @@ class Narrow(Matrix):
         known: Any = {'mode': 'fill', 'fill_value': jnp.nan}
         if self.scales is None:
             return jnp.take(self.values, rows, axis=0, **known).astype(jnp.float32)
-        values = jnp.take(self.values, rows, axis=0, mode='clip')
-        scales = jnp.take(self.scales, rows, axis=0, **known)
+        if self.in_panels:
+            n = len(self.values)
+            at = jnp.clip(rows, 0, n - 1)
+            values, scales = panels.rows_at(self.values, self.scales, at, self.bits)
+            scales = jnp.where(((rows < 0) | (rows >= n))[..., None], jnp.nan, scales)
+        else:
+            values = jnp.take(self.values, rows, axis=0, mode='clip')
+            scales = jnp.take(self.scales, rows, axis=0, **known)
         return dataclasses.replace(self, values=values, scales=scales).wide()
 
     def product(self, x: jax.Array, dtype: Any = None) -> jax.Array:
@@ -123,13 +151,12 @@ class Narrow(Matrix):
         n_i = self.axes.count('i')
         lead = x.shape[: x.ndim - n_i]
         x = x.reshape(math.prod(lead), math.prod(x.shape[len(lead) :]))  # (…, *i) → (M, D)
-        product = _by_pieces if len(x) > FEW else _plain_product
-        product = _product if self._has_kernels(len(x)) else product
-        return (
-            product(x, self.as_rows())
-            .reshape(lead + self.values.shape[:-1])
-            .astype(dtype or x.dtype)
-        )
+        if self._has_kernels(len(x)):
+            product = _product if len(x) <= FEW else _long_product
+        else:
+            product = _plain_product if len(x) <= FEW else _by_pieces
+        y = product(x, self.as_rows()).reshape(lead + self.values.shape[:-1])
+        return y.astype(dtype or x.dtype)
 
     def as_rows(self) -> Narrow:
         """The same weights as a matrix (F, D) of rows, its ``o`` axes merged."""
@@ -147,6 +174,9 @@ class Narrow(Matrix):
         Returns:
           (M, S, F), in the dtype of x.
         """
+        if self.in_panels:
+            scaled = x[:, None] * modules.astype(x.dtype)[None]  # (M, S, D)
+            return self.product(scaled)
         product = _factored_product if self._has_kernels(len(x)) else _plain_factored_product
         return product(x, modules, self).astype(x.dtype)
 
@@ -175,6 +205,8 @@ class Narrow(Matrix):
         return self._gathered(_gathered_sum, _plain_gathered_sum, x, rows)
 
     def _gathered(self, fast: Any, plain: Any, x: jax.Array, rows: jax.Array) -> jax.Array:
+        if self.in_panels:
+            return self.in_rows()._gathered(fast, plain, x, rows)
         lead, d = x.shape[:-1], x.shape[-1]
         x = x.reshape(math.prod(lead), d)  # (…, D) → (M, D)
         rows = rows.reshape(len(x), rows.shape[-1])  # (…, K) → (M, K)
@@ -182,6 +214,8 @@ class Narrow(Matrix):
         return y.reshape(*lead, y.shape[-1]).astype(x.dtype)
 
     def _has_kernels(self, n_rows: int) -> bool:
+        if self.in_panels:
+            return self.values.size > 0 and n_rows > 0 and runs_natively()
         known = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8)
         return self.values.dtype in known and self.values.size > 0 and has_kernels(n_rows)
 
@@ -191,6 +225,28 @@ class Narrow(Matrix):
         if self.scales is None:
             return words, jnp.zeros((0, 0), jnp.float32)
         return words, self.scales.reshape(len(words), -1)
+
+
+def n_columns(values: Any, bits: int) -> int:
+    """How many weights are in a row of `values`, which are as of `Narrow`."""
+    width: int = values.shape[-1] * values.dtype.itemsize * 8
+    return width // bits
+
+
+def in_panels(values: Any, scales: Any, axes: str, bits: int) -> tuple[Any, Any]:
+    """Values and scales in panels, where rows and groups are whole words; else as they are.
+
+    Args:
+      values, scales: as of `Narrow`, of rows; axes that `axes` does not name come first.
+      axes: letters ``i`` and ``o``, see the module.
+      bits: 4, 8 or 16.
+    """
+    if bits == 16:
+        return values, scales
+    columns = n_columns(values, bits)
+    if not panels.fit(columns, columns // scales.shape[-1], bits):
+        return values, scales
+    return panels.of_rows(values, scales, axes.count('o'))
 
 
 def rows_of(table: jax.Array | Narrow) -> Narrow:
@@ -308,17 +364,28 @@ def _plain_product(x: jax.Array, w: Narrow) -> jax.Array:
 @jax.custom_vjp
 def _by_pieces(x: jax.Array, w: Narrow) -> jax.Array:
     """The product by rows that are widened a piece at a time: (M, D) → (M, F) float32."""
-    return pieces.product(x, w, Narrow.wide_rows)
+    return pieces.product(x, w.in_rows(), Narrow.wide_rows)
 
 
 def _by_pieces_back(kept: Any, ct: jax.Array) -> tuple[jax.Array, None]:
     like, w = kept
-    return pieces.product_back(ct, w, Narrow.wide_rows, like), None
+    return pieces.product_back(ct, w.in_rows(), Narrow.wide_rows, like), None
 
 
-_by_pieces.defvjp(
-    lambda x, w: (_by_pieces(x, w), (jnp.zeros((0, *x.shape[1:]), x.dtype), w)), _by_pieces_back
-)
+def _with_like(product: Any) -> Any:
+    return lambda x, w: (product(x, w), (jnp.zeros((0, *x.shape[1:]), x.dtype), w))
+
+
+_by_pieces.defvjp(_with_like(_by_pieces), _by_pieces_back)
+
+
+@jax.custom_vjp
+def _long_product(x: jax.Array, w: Narrow) -> jax.Array:
+    """The product of many rows and panels, by a kernel: (M, D) → (M, F) float32."""
+    return lax.platform_dependent(x, w, cpu=_by_kernel, default=_by_pieces)
+
+
+_long_product.defvjp(_with_like(_long_product), _by_pieces_back)
 
 
 def _plain_factored_product(x: jax.Array, modules: jax.Array, w: Narrow) -> jax.Array:
@@ -353,7 +420,15 @@ def _with_kernel(plain: Any, kernel: Any) -> Any:
     return with_kernel(plain, by_kernel)
 
 
-_product = _with_kernel(_plain_product, layercomb_kernels.row_products)
+def _by_kernel(x: jax.Array, w: Narrow) -> jax.Array:
+    words, scales = w._matrix()
+    x = x.astype(jnp.float32)
+    if not w.in_panels:
+        return layercomb_kernels.row_products(x, words, scales)
+    return layercomb_kernels.panel_products(x, words, scales, w.activation_bits // 8)
+
+
+_product = with_kernel(_plain_product, _by_kernel)
 _factored_product = _with_kernel(_plain_factored_product, layercomb_kernels.factored_products)
 _gathered_product = _with_kernel(_plain_gathered_product, layercomb_kernels.gathered_products)
 _gathered_sum = _with_kernel(_plain_gathered_sum, layercomb_kernels.gathered_sums)

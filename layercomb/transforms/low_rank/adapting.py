@@ -19,8 +19,9 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import joined, walk
 from layercomb.layers.core.wrapper import Wrapper, wrapped
 from layercomb.layers.facts.axes import Axes
+from layercomb.layers.quantized.matrix import n_columns
 from layercomb.transforms.low_rank.layer import LowRank, lora_paths
-from layercomb.transforms.quantization import Quantized, bare
+from layercomb.transforms.quantization import Quantized, bare, bits_of
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
@@ -219,8 +220,8 @@ def _shapes(net: Layer, weights: Tree, path: str, heads: Heads) -> dict[str, tup
         if stored.dtype == jnp.float32:
             made[name] = tuple(stored.shape[stored.ndim - axes.ndim :])
             continue
-        *rows, length = stored.shape
-        summed: tuple[int, ...] = (length * (2 if stored.dtype == jnp.uint8 else 1),)
+        rows = stored.shape[:-1]
+        summed: tuple[int, ...] = (n_columns(stored, bits_of(net)),)
         if len(axes.summed) > 1:
             if heads is None or math.prod(heads) != summed[0]:
                 raise ValueError(

@@ -21,11 +21,12 @@ from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.seek import Seekable, held
 from layercomb.layers.facts.axes import Axes
 from layercomb.layers.facts.positionwise import of_sublayers
+from layercomb.layers.quantized.matrix import n_columns
 from layercomb.shapes import Signature
 from layercomb.transforms.leaves import rewrite_leaves
 from layercomb.transforms.low_rank.layer import LowRank, is_lora
 from layercomb.transforms.low_rank.products import LEAVES, outputs_with
-from layercomb.transforms.quantization import bare, narrow_axes
+from layercomb.transforms.quantization import bare, bits_of, narrow_axes
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.weight_axes import holder
 from layercomb.trees import Tree
@@ -313,7 +314,8 @@ def _check_fits(
     """Raises a ValueError if factors are for a matrix of another shape than the base's."""
     if at not in base:  # one that is tied has the shape of its source
         return
-    leaf = bare(holder(net, at)[0])
+    held = holder(net, at)[0]
+    leaf = bare(held)
     _, matrix = at.rpartition('/')[::2]
     lead = len(b) - 1 - len(Axes(leaf.weight_axes[matrix]).second)
     given = (a[:lead], math.prod(a[lead:-1]), math.prod(b[lead + 1 :]))
@@ -321,9 +323,8 @@ def _check_fits(
     if x.dtype == jnp.float32:
         summed, results = _sides(leaf, matrix, x.shape[lead:])
         own = (x.shape[:lead], math.prod(summed), math.prod(results))
-    else:  # rows (*o, i), of which two int4 share a byte
-        length = x.shape[-1] * (2 if x.dtype == jnp.uint8 else 1)
-        own = (x.shape[:lead], length, math.prod(x.shape[lead:-1]))
+    else:  # rows (*o, i)
+        own = (x.shape[:lead], n_columns(x, bits_of(held)), math.prod(x.shape[lead:-1]))
     if given != own:
         shapes = ('×'.join(map(str, (*each[0], *each[1:]))) for each in (given, own))
         theirs, ours = shapes

@@ -162,7 +162,7 @@ def test_gpt2_comes_in(kind, path):
     if kind == 'F32':
         assert same(wide.weights, lc.trees.unflatten(w))
     else:
-        assert lc.trees.flatten(narrow.weights)[f'{at}/query/kernel'].dtype == jnp.int8
+        assert lc.trees.flatten(narrow.weights)[f'{at}/query/kernel'].dtype == jnp.uint32
         np.testing.assert_allclose(narrow(IDS), wide(IDS), atol=2e-3)
 
 
@@ -203,7 +203,7 @@ def test_narrow_weights_stay_as_they_are_in_the_file(dtype, tied, path):
     ours.save(path, llama(tied=tied), dtype=dtype)
     narrow, _ = ours.load(path)
     wide, _ = ours.load(path, dtype='float32')
-    kinds = {'q8_0': jnp.int8, 'q4_0': jnp.uint8}
+    kinds = {'q8_0': jnp.uint32, 'q4_0': jnp.uint32}
     w = lc.trees.flatten(narrow.weights)
     gate = w['block/feed_forward/gated_dense/gate']
     assert gate.dtype == kinds.get(dtype, jnp.bfloat16)
@@ -211,7 +211,7 @@ def test_narrow_weights_stay_as_they_are_in_the_file(dtype, tied, path):
     assert w['norm/scale'].dtype == jnp.float32
     assert ('head/kernel' in w) is not tied  # one table for both ends
     table = w['embedding/table']
-    assert table.dtype == (jnp.int8 if dtype in kinds else jnp.bfloat16)
+    assert table.dtype == (jnp.uint32 if dtype in kinds else jnp.bfloat16)
     if dtype == 'float16':  # bfloat16 has fewer digits
         wide = lc.Model(wide.layer, lc.trees.map_with_path(
             lambda p, x: x if p.endswith('scale') else x.astype(jnp.bfloat16).astype(jnp.float32),
@@ -278,7 +278,7 @@ def test_several_types_in_one_leaf_become_bfloat16(path):
     at = 'block/feed_forward/'
     assert flat[f'{at}gated_dense/gate'].dtype == jnp.bfloat16
     assert flat[f'{at}gated_dense/up'].dtype == jnp.bfloat16  # the same leaf
-    assert flat[f'{at}dense/kernel'].dtype == jnp.int8
+    assert flat[f'{at}dense/kernel'].dtype == jnp.uint32
     found = np.asarray(flat[f'{at}gated_dense/gate'][1].astype(jnp.float32))
     kind = gguf.GGMLQuantizationType.Q4_1
     want = gguf.quants.dequantize(gguf.quants.quantize(numbers, kind), kind)
@@ -303,7 +303,9 @@ def test_a_narrow_tied_model_decodes_and_trains_no_more(path):
 
 def test_the_ends_of_tied_rows_must_be_alike():
     net = transforms.hold_narrow(llama().layer, {'embedding': (8, 32)})
-    with pytest.raises(ValueError, match=r"'embedding/table' is int8\[96, 64\] and 'head/kernel'"):
+    with pytest.raises(
+        ValueError, match=r"'embedding/table' is uint32\[96, 16\] and 'head/kernel'"
+    ):
         net.init((lc.shape_dtype((1, 8), 'int32'),), jax.random.key(0))
 
 
@@ -463,7 +465,7 @@ def test_smollm2_answers():
     whole = jnp.asarray([*ids, *ANSWER[:-1]], jnp.int32)[None]
     assert model(whole)[0, len(ids) - 1 :].argmax(-1).tolist() == ANSWER
     assert tokenizer.stop_ids == (2, 0) and tokenizer.decode(ANSWER).endswith('Paris.')
-    assert lc.trees.flatten(model.weights)['embedding/table'].dtype == jnp.int8
+    assert lc.trees.flatten(model.weights)['embedding/table'].dtype == jnp.uint32
 
 
 @pytest.mark.slow

@@ -1,0 +1,407 @@
+// Products of rows of activations with integer weights in panels, from one row to a long prompt.
+//
+// A panel is 16 rows of weights, a word of 32 bits of each after the other: four columns of int8, or
+// eight of int4. One load brings a word of each of 16 rows, and one word of activations meets it in
+// every lane; so nothing is widened, no sum goes across lanes, and the same loop serves any number
+// of rows. Weights are stored with a bias that makes them unsigned, which is what instructions for
+// products of bytes take; the sum of the activations, times the bias, is subtracted again.
+//
+// Activations are rounded to 16 bits with a scale for each piece of a group. Where bytes are
+// multiplied, they are two signed bytes, high and low, each with a sum of its own.
+
+#include <memory>
+
+#include "kernels.h"
+#include "vectors.h"
+
+namespace layercomb {
+namespace {
+
+constexpr int kRows = 16;          // of a panel
+constexpr int64_t kLongest = 128;  // columns of a piece, for sums of int32
+constexpr int64_t kAhead = 8192;   // bytes between what is read and what is fetched for later
+
+// What one vector has: a lane for a row, four bytes of weights to a lane.
+using Bytes = uint8_t __attribute__((vector_size(4 * kLanes)));
+constexpr int kVectors = kRows / kLanes;  // of a line: a word of each row of a panel
+
+// Adds to each lane the product of its four bytes and those of x, or of two columns of four and x.
+#if defined(__AVX512VNNI__) && defined(LAYERCOMB_WIDE)
+#define LAYERCOMB_BYTES 1
+inline void AddDot(Ints& sums, const Bytes& w, int32_t x) {
+  sums = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums),
+                                                    reinterpret_cast<__m512i>(w),
+                                                    _mm512_set1_epi32(x)));
+}
+#elif defined(__AVXVNNI__)
+#define LAYERCOMB_BYTES 1
+inline void AddDot(Ints& sums, const Bytes& w, int32_t x) {
+  sums = reinterpret_cast<Ints>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(sums),
+                                                        reinterpret_cast<__m256i>(w),
+                                                        _mm256_set1_epi32(x)));
+}
+#else
+// The even columns, or the odd ones, as int16.
+template <int odd>
+inline void AddPairs(Ints& sums, const Bytes& w, int32_t x) {
+  using Pairs = uint16_t __attribute__((vector_size(4 * kLanes)));
+  const auto words = reinterpret_cast<Pairs>(w);
+  const Pairs half = odd ? words >> 8 : words & 255;
+#if defined(LAYERCOMB_SHORTS)
+  sums += SumOfPairs(reinterpret_cast<Shorts>(half), reinterpret_cast<Shorts>(Ints{} + x));
+#elif defined(__SSE2__)
+  sums += reinterpret_cast<Ints>(
+      _mm_madd_epi16(reinterpret_cast<__m128i>(half), _mm_set1_epi32(x)));
+#else
+  const auto both = reinterpret_cast<Ints>(half);
+  sums += (both & 0xffff) * static_cast<int16_t>(x) + (both >> 16) * (x >> 16);
+#endif
+}
+#endif
+
+// Vectors and rows of activations that are multiplied at once: as many sums as registers hold.
+constexpr int kAtOnce = kVectors > 1 ? kVectors : 2;
+template <int N>
+constexpr int kBlock = kLanes == 16 ? 4 : kLanes == 8 ? 2 : 1;
+
+// How many sums a product has, and how it is made of words of four columns of activations: with
+// bytes, the high ones and the low ones, of which N count; else columns 0 and 2, and 1 and 3, as
+// int16. `Keep` makes the words of kLanes columns, and adds them to the sums.
+template <int N>
+struct Dot {
+#if defined(LAYERCOMB_BYTES)
+  static constexpr int n_sums = N, n_words = N;
+  static void Add(Ints (&sums)[n_sums], const Bytes& w, const int32_t (&x)[n_words]) {
+    LAYERCOMB_UNROLL
+    for (int i = 0; i < N; ++i) AddDot(sums[i], w, x[i]);
+  }
+  static void Keep(Ints x, int32_t* (&to)[n_words], Ints (&sums)[n_sums]) {
+    using Narrow = int8_t __attribute__((vector_size(kLanes)));
+    const Ints high = N == 1 ? x : (x + 128) >> 8, low = x - (high << 8);
+    const Ints parts[] = {high, low};
+    LAYERCOMB_UNROLL
+    for (int i = 0; i < N; ++i) {
+      const Narrow bytes = __builtin_convertvector(parts[i], Narrow);
+      std::memcpy(to[i], &bytes, sizeof bytes);
+      sums[i] += parts[i];
+    }
+  }
+  static Ints Total(const Ints (&sums)[n_sums]) {
+    return N == 1 ? sums[0] : (sums[0] << 8) + sums[N - 1];
+  }
+#else
+  static constexpr int n_sums = 1, n_words = 2;
+  static void Add(Ints (&sums)[n_sums], const Bytes& w, const int32_t (&x)[n_words]) {
+    AddPairs<0>(sums[0], w, x[0]);
+    AddPairs<1>(sums[0], w, x[1]);
+  }
+  static void Keep(Ints x, int32_t* (&to)[n_words], Ints (&sums)[n_sums]) {
+    sums[0] += x;
+    LAYERCOMB_UNROLL
+    for (int i = 0; i < kLanes / 4; ++i) {
+      LAYERCOMB_UNROLL
+      for (int odd = 0; odd < 2; ++odd) {
+        to[odd][i] = (x[4 * i + odd] & 0xffff) | x[4 * i + odd + 2] << 16;
+      }
+    }
+  }
+  static Ints Total(const Ints (&sums)[n_sums]) { return sums[0]; }
+#endif
+};
+
+inline int32_t Sum(Ints v) {
+  int32_t sum = 0;
+  LAYERCOMB_UNROLL
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// How a vector of words is taken apart: one vector for every four columns.
+struct Panels8 {
+  static constexpr int bits = 8, bias = 128;
+  static void Split(const Bytes& line, Bytes (&to)[1]) { to[0] = line; }
+};
+
+struct Panels4 {
+  static constexpr int bits = 4, bias = 8;
+  static void Split(const Bytes& line, Bytes (&to)[2]) {
+    to[0] = line & 15;
+    to[1] = line >> 4;
+  }
+};
+
+// Columns of a word.
+template <typename W>
+constexpr int kColumns = 32 / W::bits;
+
+// Rows of activations, rounded to N bytes a value, in pieces that share a scale.
+template <typename W, int N>
+class Rounded {
+ public:
+  static constexpr int kSums = Dot<N>::n_sums, kWords = Dot<N>::n_words;
+
+  Rounded(const Pool& pool, const float* x, int64_t n_x, int64_t d, int64_t group)
+      : piece_(PieceOf(group)), n_pieces_(d / piece_), words_(new int32_t[n_x * kWords * (d / 4)]),
+        scales_(new float[n_x * n_pieces_]), biases_(new int32_t[n_x * n_pieces_ * kSums]) {
+    InPieces(pool, n_x * d * 2, n_x, 1, [&](int64_t first, int64_t n) {
+      for (int64_t m = first; m < first + n; ++m) {
+        for (int64_t i = 0; i < n_pieces_; ++i) Round(x + (m * n_pieces_ + i) * piece_, m, i);
+      }
+    });
+  }
+
+  int64_t piece() const { return piece_; }
+  int64_t n_pieces() const { return n_pieces_; }
+  // How many words of four columns a row has, of each kind.
+  int64_t n_words() const { return n_pieces_ * piece_ / 4; }
+  const int32_t* words(int64_t m) const { return &words_[m * kWords * n_words()]; }
+  const float* scales(int64_t m) const { return &scales_[m * n_pieces_]; }
+  const int32_t* biases(int64_t m) const { return &biases_[m * n_pieces_ * kSums]; }
+
+ private:
+  // The longest piece of a group that is a whole number of words, and not too long for sums.
+  static int64_t PieceOf(int64_t group) {
+    for (int64_t n = CeilDiv(group, kLongest);; ++n) {
+      if (group % n == 0 && group / n % kColumns<W> == 0) return group / n;
+    }
+  }
+
+  void Round(const float* x, int64_t m, int64_t i) {
+    constexpr float kMost = N == 1 ? 127 : 32512;  // 127 · 256: a high byte is 127 at most
+    constexpr float kNearest = 3 << 22;  // the sum's last bits are then the nearest integer
+    const auto load = [&](int64_t j) {
+      return j + kLanes <= piece_ ? Load<Floats>(x + j)
+                                  : Load<Floats>(Padded<float>(x + j, piece_ - j).values);
+    };
+    Floats most = {}, unknown = {};
+    for (int64_t j = 0; j < piece_; j += kLanes) {
+      const Floats its = load(j);
+      most = Larger(its < 0 ? -its : its, most);
+      unknown += 0 * its;  // NaN where there is NaN, or infinity
+    }
+    float largest = 0;
+    LAYERCOMB_UNROLL
+    for (int k = 0; k < kLanes; ++k) largest = std::max(largest, most[k]);
+    const float inverse = largest > 0 ? kMost / largest : 0;
+    Ints sums[kSums] = {};
+    for (int64_t j = 0; j < piece_; j += kLanes) {
+      const Ints bits = reinterpret_cast<Ints>(load(j) * inverse + kNearest);
+      const Ints values = (bits << 10) >> 10;  // of the 22 bits behind the point
+      int32_t ends[kWords][kLanes / 4], *to[kWords];
+      const bool whole = j + kLanes <= piece_;
+      for (int k = 0; k < kWords; ++k) {
+        to[k] = whole ? At(m, k, i) + j / 4 : ends[k];
+      }
+      Dot<N>::Keep(values, to, sums);
+      for (int k = 0; k < kWords && !whole; ++k) {
+        std::copy_n(ends[k], (piece_ - j) / 4, At(m, k, i) + j / 4);
+      }
+    }
+    scales_[m * n_pieces_ + i] = largest / kMost + layercomb::Sum(unknown);
+    for (int s = 0; s < kSums; ++s) {
+      biases_[(m * n_pieces_ + i) * kSums + s] = -W::bias * Sum(sums[s]);
+    }
+  }
+
+  int32_t* At(int64_t m, int k, int64_t i) {
+    return &words_[(m * kWords + k) * n_words() + i * piece_ / 4];
+  }
+
+  const int64_t piece_, n_pieces_;
+  const std::unique_ptr<int32_t[]> words_;
+  const std::unique_ptr<float[]> scales_;
+  const std::unique_ptr<int32_t[]> biases_;
+};
+
+// y[m][r] of M rows of x, from m on, and the rows of V vectors of panels.
+template <typename W, int N, int V, int M>
+void Multiply(const Rounded<W, N>& x, int64_t m, const uint8_t* words, const float* scales,
+              int64_t n_lines, int64_t n_groups, float* y, int64_t n_y) {
+  constexpr int kSums = Dot<N>::n_sums, kWords = Dot<N>::n_words, kFours = kColumns<W> / 4;
+  const int64_t lines = x.piece() / kColumns<W>, n_pieces = x.n_pieces();
+  const int64_t pieces_a_group = n_pieces / n_groups;
+  const int32_t* x_words = x.words(m);
+  const int64_t n = x.n_words();
+  const uint8_t* at[V];
+  LAYERCOMB_UNROLL
+  for (int v = 0; v < V; ++v) at[v] = words + (v / kVectors * n_lines * kRows + v % kVectors * kLanes) * 4;
+  Floats totals[M][V] = {};
+  for (int64_t piece = 0; piece < n_pieces; ++piece) {
+    Ints sums[M][V][kSums];
+    LAYERCOMB_UNROLL
+    for (int k = 0; k < M; ++k) {
+      LAYERCOMB_UNROLL
+      for (int s = 0; s < kSums; ++s) {
+        const int32_t bias = x.biases(m + k)[piece * kSums + s];
+        LAYERCOMB_UNROLL
+        for (int v = 0; v < V; ++v) sums[k][v][s] = Ints{} + bias;
+      }
+    }
+    for (int64_t line = piece * lines; line < (piece + 1) * lines; ++line) {
+      Bytes w[V][kFours];
+      LAYERCOMB_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const uint8_t* from = at[v] + line * kRows * 4;
+        W::Split(Load<Bytes>(from), w[v]);
+      }
+      LAYERCOMB_UNROLL
+      for (int i = 0; i < kFours; ++i) {
+        LAYERCOMB_UNROLL
+        for (int k = 0; k < M; ++k) {
+          int32_t its[kWords];
+          LAYERCOMB_UNROLL
+          for (int j = 0; j < kWords; ++j) its[j] = x_words[(k * kWords + j) * n + line * kFours + i];
+          LAYERCOMB_UNROLL
+          for (int v = 0; v < V; ++v) Dot<N>::Add(sums[k][v], w[v][i], its);
+        }
+      }
+    }
+    LAYERCOMB_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const int64_t panel = v / kVectors, within = v % kVectors;
+      const auto scale = Load<Floats>(
+          scales + (panel * n_groups + piece / pieces_a_group) * kRows + within * kLanes);
+      LAYERCOMB_UNROLL
+      for (int k = 0; k < M; ++k) {
+        totals[k][v] += scale * x.scales(m + k)[piece] *
+                        __builtin_convertvector(Dot<N>::Total(sums[k][v]), Floats);
+      }
+    }
+  }
+  LAYERCOMB_UNROLL
+  for (int k = 0; k < M; ++k) std::memcpy(y + k * n_y, totals[k], sizeof totals[k]);
+}
+
+// y[r] of one row of x and a panel, which is read once, in order. A sum waits for the last: there are
+// two of each.
+template <typename W, int N>
+void MultiplyOne(const Rounded<W, N>& x, const uint8_t* words, const float* scales,
+                 int64_t n_groups, float* y) {
+  constexpr int kSums = Dot<N>::n_sums, kWords = Dot<N>::n_words;
+  constexpr int kFours = kColumns<W> / 4, kLines = 2 / kFours;
+  const int64_t lines = x.piece() / kColumns<W>, n_pieces = x.n_pieces();
+  const int64_t pieces_a_group = n_pieces / n_groups;
+  const int32_t* x_words = x.words(0);
+  const int64_t n = x.n_words();
+  Floats totals[kVectors] = {};
+  for (int64_t piece = 0; piece < n_pieces; ++piece) {
+    Ints sums[2][kVectors][kSums] = {};
+    LAYERCOMB_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      LAYERCOMB_UNROLL
+      for (int s = 0; s < kSums; ++s) sums[0][v][s] += x.biases(0)[piece * kSums + s];
+    }
+    const auto add = [&](int64_t line, int first) {
+      const uint8_t* from = words + line * kRows * 4;
+      if (W::bits == 4) __builtin_prefetch(from + kAhead, 0, 2);  // int8 is slower with it
+      LAYERCOMB_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        Bytes w[kFours];
+        W::Split(Load<Bytes>(from + v * sizeof(Bytes)), w);
+        LAYERCOMB_UNROLL
+        for (int i = 0; i < kFours; ++i) {
+          int32_t its[kWords];
+          LAYERCOMB_UNROLL
+          for (int j = 0; j < kWords; ++j) its[j] = x_words[j * n + line * kFours + i];
+          Dot<N>::Add(sums[first + i][v], w[i], its);
+        }
+      }
+    };
+    int64_t line = piece * lines;
+    const int64_t end = line + lines;
+    for (; line + kLines <= end; line += kLines) {
+      LAYERCOMB_UNROLL
+      for (int i = 0; i < kLines; ++i) add(line + i, i);
+    }
+    if (line < end) add(line, 0);
+    LAYERCOMB_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const auto scale =
+          Load<Floats>(scales + (piece / pieces_a_group) * kRows + v * kLanes);
+      LAYERCOMB_UNROLL
+      for (int s = 0; s < kSums; ++s) sums[0][v][s] += sums[1][v][s];
+      totals[v] += scale * x.scales(0)[piece] *
+                   __builtin_convertvector(Dot<N>::Total(sums[0][v]), Floats);
+    }
+  }
+  std::memcpy(y, totals, sizeof totals);
+}
+
+template <typename W, int N>
+void Products(const Pool& pool, const PanelWeights& w, const float* x, int64_t n_x, float* y) {
+  const int64_t d = w.n_words * kColumns<W>, n_lines = w.n_words;
+  const Rounded<W, N> rounded(pool, x, n_x, d, d / w.n_groups);
+  const auto* words = static_cast<const uint8_t*>(w.words);
+  const int64_t n_panels = w.n_rows / kRows;
+  // Rows from `first` to `last` by V vectors.
+  const auto rows = [&](auto n_v, const uint8_t* its, const float* scales, float* to, int64_t n_y,
+                        int64_t first, int64_t last) {
+    constexpr int V = n_v.value;
+    int64_t m = first;
+    for (; m + kBlock<N> <= last; m += kBlock<N>) {
+      Multiply<W, N, V, kBlock<N>>(rounded, m, its, scales, n_lines, w.n_groups, to + m * n_y, n_y);
+    }
+    for (; m < last; ++m) {
+      Multiply<W, N, V, 1>(rounded, m, its, scales, n_lines, w.n_groups, to + m * n_y, n_y);
+    }
+  };
+  constexpr int kPanels = kAtOnce / kVectors;
+  // The panels that stay in the cache while the activations pass.
+  const int64_t stay = n_x < kBlock<N> ? n_panels : 8;
+  const int64_t bytes =
+      std::max(w.n_rows * n_lines * 4, n_x * w.n_rows * d / (4 * kProductsToAByte));
+  InPieces(pool, bytes, n_panels, 2 * kPanels, [&](int64_t first, int64_t n) {
+    if (n_x == 1) {
+      for (int64_t p = first; p < first + n; ++p) {
+        MultiplyOne<W, N>(rounded, words + p * kRows * n_lines * 4,
+                          w.scales + p * kRows * w.n_groups, w.n_groups, y + p * kRows);
+      }
+      return;
+    }
+    for (int64_t begin = first; begin < first + n; begin += stay) {
+      const int64_t end = std::min(begin + stay, first + n);
+      for (int64_t m = 0; m < n_x; m += kBlock<N>) {
+        const int64_t last = std::min<int64_t>(m + kBlock<N>, n_x);
+        int64_t p = begin;
+        const auto at = [&](auto n_v) {
+          rows(n_v, words + p * kRows * n_lines * 4, w.scales + p * kRows * w.n_groups,
+               y + p * kRows, w.n_rows, m, last);
+          p += n_v.value / kVectors;
+        };
+        while (p + kPanels <= end) at(std::integral_constant<int, kAtOnce>());
+        while (p < end) at(std::integral_constant<int, kVectors>());
+      }
+    }
+  });
+  // The last rows are no panel: they make one with rows of zeros.
+  const int64_t rest = w.n_rows % kRows, before = w.n_rows - rest;
+  if (!rest) return;
+  const std::unique_ptr<uint32_t[]> panel(new uint32_t[kRows * n_lines]());
+  const std::unique_ptr<float[]> scales(new float[kRows * w.n_groups]());
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(words) + before * n_lines;
+  for (int64_t r = 0; r < rest; ++r) {
+    for (int64_t c = 0; c < n_lines; ++c) panel[c * kRows + r] = from[r * n_lines + c];
+    for (int64_t g = 0; g < w.n_groups; ++g) {
+      scales[g * kRows + r] = w.scales[(before + r) * w.n_groups + g];
+    }
+  }
+  const auto* its = reinterpret_cast<const uint8_t*>(panel.get());
+  for (int64_t m = 0; m < n_x; ++m) {
+    float made[kRows];
+    Multiply<W, N, kVectors, 1>(rounded, m, its, scales.get(), n_lines, w.n_groups, made, kRows);
+    std::copy_n(made, rest, y + m * w.n_rows + before);
+  }
+}
+
+}  // namespace
+
+void PanelProducts(const Pool& pool, const PanelWeights& w, const float* x, int64_t n_x,
+                   int n_bytes, float* y) {
+  const auto call = [&](auto kind) {
+    using W = decltype(kind);
+    n_bytes == 1 ? Products<W, 1>(pool, w, x, n_x, y) : Products<W, 2>(pool, w, x, n_x, y);
+  };
+  w.bits == 8 ? call(Panels8()) : call(Panels4());
+}
+
+}  // namespace layercomb
