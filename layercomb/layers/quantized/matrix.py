@@ -30,7 +30,7 @@ from jax import lax
 
 import layercomb_kernels
 from layercomb.layers.quantized import panels, pieces
-from layercomb.layers.quantized.native import FEW, has_kernels, runs_natively, with_kernel
+from layercomb.layers.quantized.native import FEW, has_kernels, with_kernel
 from layercomb.layers.quantized.rows import IN_BOUNDS
 from layercomb.shapes import is_float
 
@@ -151,7 +151,7 @@ class Narrow(Matrix):
         n_i = self.axes.count('i')
         lead = x.shape[: x.ndim - n_i]
         x = x.reshape(math.prod(lead), math.prod(x.shape[len(lead) :]))  # (…, *i) → (M, D)
-        if self._has_kernels(len(x)):
+        if self._has_kernels(min(len(x), FEW) if self._multiplies_many else len(x)):
             product = _product if len(x) <= FEW else _long_product
         else:
             product = _plain_product if len(x) <= FEW else _by_pieces
@@ -213,10 +213,13 @@ class Narrow(Matrix):
         y = (fast if self._has_kernels(len(x)) else plain)(x, rows, self)
         return y.reshape(*lead, y.shape[-1]).astype(x.dtype)
 
+    @property
+    def _multiplies_many(self) -> bool:
+        """Whether kernels multiply many rows as quickly as XLA."""
+        return self.in_panels or self.values.dtype == jnp.bfloat16
+
     def _has_kernels(self, n_rows: int) -> bool:
-        if self.in_panels:
-            return self.values.size > 0 and n_rows > 0 and runs_natively()
-        known = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8)
+        known = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8, jnp.uint32)
         return self.values.dtype in known and self.values.size > 0 and has_kernels(n_rows)
 
     def _matrix(self) -> tuple[jax.Array, jax.Array]:
@@ -381,7 +384,7 @@ _by_pieces.defvjp(_with_like(_by_pieces), _by_pieces_back)
 
 @jax.custom_vjp
 def _long_product(x: jax.Array, w: Narrow) -> jax.Array:
-    """The product of many rows and panels, by a kernel: (M, D) → (M, F) float32."""
+    """The product of many rows by a kernel: (M, D) → (M, F) float32."""
     return lax.platform_dependent(x, w, cpu=_by_kernel, default=_by_pieces)
 
 
