@@ -118,7 +118,7 @@ def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array
 
 
 def panel_products(
-    x: jax.Array, words: jax.Array, scales: jax.Array, n_bytes: int = 2
+    x: jax.Array, words: jax.Array, scales: jax.Array, n_bytes: int = 2, minima: bool = False
 ) -> jax.Array:
     """y[m, f] = Σ_d x[m, d] W[f, d], for any number of rows; nothing is widened.
 
@@ -128,9 +128,12 @@ def panel_products(
         rows are interleaved: in memory, word c of row r of a panel is at 16c + r. The last F mod 16
         rows are as they are. Byte k of a word of int8 is column k plus 128; of int4 its low half is
         column k plus 8, and its high half column k + 4 plus 8.
-      scales: (F, G) float32, for groups of D / G weights, interleaved alike.
+      scales: (F, G) float32, for groups of D / G weights, interleaved alike; with minima (F, 2G).
       n_bytes: of each activation that count: 2, for an error of 3e-5, or 1, for 5e-3, which makes
         products of many rows up to twice as fast on processors with dot products of bytes.
+      minima: whether the second half of the scales are minima. A weight is then
+        scale · u + minimum, with the integer u as it is stored, from 0; else scale · (u − 128), or
+        for int4 scale · (u − 8).
 
     Returns:
       (M, F) float32.
@@ -139,13 +142,15 @@ def panel_products(
     _check_dtypes(x, x, scales)
     if words.dtype != jnp.uint32:
         raise TypeError(f'weights in panels are uint32, got {words.dtype}')
-    (f, c), d, n_groups = words.shape, x.shape[1], scales.shape[1]
+    (f, c), d, n_groups = words.shape, x.shape[1], scales.shape[1] // (1 + minima)
     line = d // max(c, 1)  # columns of a word
-    fits = line in (4, 8) and d == c * line and scales.shape == (f, n_groups) and n_groups > 0
+    fits = line in (4, 8) and d == c * line and n_groups > 0
+    fits = fits and scales.shape == (f, n_groups * (1 + minima))
     _check(fits and d % (n_groups * line) == 0, x, words, scales)
     if n_bytes not in (1, 2):
         raise ValueError(f'n_bytes={n_bytes}: 1 or 2 bytes of an activation count')
-    return _call('panel_products', (len(x), f), x, words, scales, jnp.asarray([n_bytes], jnp.int32))
+    options = jnp.asarray([n_bytes, minima], jnp.int32)
+    return _call('panel_products', (len(x), f), x, words, scales, options)
 
 
 def gathered_products(

@@ -63,17 +63,20 @@ ffi::Error RowProducts(ffi::ThreadPool threads, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
-// x (M, D), words (F, C), scales (F, G), and how many bytes of x count.
+// x (M, D), words (F, C), scales (F, G), how many bytes of x count, and whether half of the scales
+// are minima.
 ffi::Error PanelProducts(ffi::ThreadPool threads, ffi::RemainingArgs args,
                          ffi::RemainingRets results) {
   Call call(threads, args, results);
+  const bool minima = call.indices(3)[1] != 0;
   const layercomb::PanelWeights w{static_cast<int>(32 * call.size(1, 1) / call.size(0, 1)),
                                   call.array(1).untyped_data(),
                                   call.floats(2),
                                   call.size(1, 0),
                                   call.size(1, 1),
-                                  call.size(2, 1)};
-  layercomb::PanelProducts(call.pool(), w, call.floats(0), call.size(0, 0), *call.indices(3),
+                                  minima ? call.size(2, 1) / 2 : call.size(2, 1),
+                                  minima};
+  layercomb::PanelProducts(call.pool(), w, call.floats(0), call.size(0, 0), call.indices(3)[0],
                            call.y());
   return ffi::Error::Success();
 }

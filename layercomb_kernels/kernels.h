@@ -38,12 +38,17 @@ void RowProducts(const Pool& pool, const Weights& w, const float* x, int64_t n_x
 // Integers in panels of 16 rows: n_words words of 32 bits a row, a word of each of the 16 rows after
 // the other; the scales of a group of each likewise. Rows that make no panel stand behind them, one
 // after the other. A word holds four columns of int8 or eight of int4, of which the first four are
-// in the low halves of bytes; 128 or 8 is added to each.
+// in the low halves of bytes; 128 or 8 is added to each. With minima the integers count from 0, so a
+// weight is its scale times what is stored, plus its minimum; minima stand behind the scales.
 struct PanelWeights {
   int bits;  // 8 or 4
   const void* words;
-  const float* scales;  // (n_rows, n_groups)
+  const float* scales;  // (n_rows, n_groups), or twice as many
   int64_t n_rows, n_words, n_groups;
+  bool minima;
+
+  // Floats of a row: scales, and minima if there are any.
+  int64_t n_scales() const { return minima ? 2 * n_groups : n_groups; }
 };
 
 // y[m, f] = Σ_d x[m, d] w[f, d], with x rounded to n_bytes bytes, 2 or 1.

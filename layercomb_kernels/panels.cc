@@ -140,9 +140,11 @@ class Rounded {
  public:
   static constexpr int kSums = Dot<N>::n_sums, kWords = Dot<N>::n_words;
 
-  Rounded(const Pool& pool, const float* x, int64_t n_x, int64_t d, int64_t group)
+  // Without a bias, weights are what is stored, and the sums of pieces are kept instead.
+  Rounded(const Pool& pool, const float* x, int64_t n_x, int64_t d, int64_t group, bool biased)
       : piece_(PieceOf(group)), n_pieces_(d / piece_), words_(new int32_t[n_x * kWords * (d / 4)]),
-        scales_(new float[n_x * n_pieces_]), biases_(new int32_t[n_x * n_pieces_ * kSums]) {
+        scales_(new float[n_x * n_pieces_]), biases_(new int32_t[n_x * n_pieces_ * kSums]),
+        sums_(biased ? nullptr : new float[n_x * n_pieces_]) {
     InPieces(pool, n_x * d * 2, n_x, 1, [&](int64_t first, int64_t n) {
       for (int64_t m = first; m < first + n; ++m) {
         for (int64_t i = 0; i < n_pieces_; ++i) Round(x + (m * n_pieces_ + i) * piece_, m, i);
@@ -157,6 +159,8 @@ class Rounded {
   const int32_t* words(int64_t m) const { return &words_[m * kWords * n_words()]; }
   const float* scales(int64_t m) const { return &scales_[m * n_pieces_]; }
   const int32_t* biases(int64_t m) const { return &biases_[m * n_pieces_ * kSums]; }
+  // What each minimum is multiplied by, if there is no bias.
+  const float* sums(int64_t m) const { return &sums_[m * n_pieces_]; }
 
  private:
   // The longest piece of a group that is a whole number of words, and not too long for sums.
@@ -197,10 +201,10 @@ class Rounded {
         std::copy_n(ends[k], (piece_ - j) / 4, At(m, k, i) + j / 4);
       }
     }
-    scales_[m * n_pieces_ + i] = largest / kMost + layercomb::Sum(unknown);
-    for (int s = 0; s < kSums; ++s) {
-      biases_[(m * n_pieces_ + i) * kSums + s] = -W::bias * Sum(sums[s]);
-    }
+    const int64_t at = m * n_pieces_ + i;
+    scales_[at] = largest / kMost + layercomb::Sum(unknown);
+    for (int s = 0; s < kSums; ++s) biases_[at * kSums + s] = sums_ ? 0 : -W::bias * Sum(sums[s]);
+    if (sums_) sums_[at] = scales_[at] * Sum(Dot<N>::Total(sums));
   }
 
   int32_t* At(int64_t m, int k, int64_t i) {
@@ -211,12 +215,14 @@ class Rounded {
   const std::unique_ptr<int32_t[]> words_;
   const std::unique_ptr<float[]> scales_;
   const std::unique_ptr<int32_t[]> biases_;
+  const std::unique_ptr<float[]> sums_;
 };
 
 // y[m][r] of M rows of x, from m on, and the rows of V vectors of panels.
 template <typename W, int N, int V, int M>
 void Multiply(const Rounded<W, N>& x, int64_t m, const uint8_t* words, const float* scales,
-              int64_t n_lines, int64_t n_groups, float* y, int64_t n_y) {
+              const PanelWeights& of, float* y, int64_t n_y) {
+  const int64_t n_lines = of.n_words, n_groups = of.n_groups;
   constexpr int kSums = Dot<N>::n_sums, kWords = Dot<N>::n_words, kFours = kColumns<W> / 4;
   const int64_t lines = x.piece() / kColumns<W>, n_pieces = x.n_pieces();
   const int64_t pieces_a_group = n_pieces / n_groups;
@@ -259,12 +265,18 @@ void Multiply(const Rounded<W, N>& x, int64_t m, const uint8_t* words, const flo
     LAYERCOMB_UNROLL
     for (int v = 0; v < V; ++v) {
       const int64_t panel = v / kVectors, within = v % kVectors;
-      const auto scale = Load<Floats>(
-          scales + (panel * n_groups + piece / pieces_a_group) * kRows + within * kLanes);
+      const float* its = scales + panel * kRows * of.n_scales() +
+                         piece / pieces_a_group * kRows + within * kLanes;
+      const auto scale = Load<Floats>(its);
       LAYERCOMB_UNROLL
       for (int k = 0; k < M; ++k) {
         totals[k][v] += scale * x.scales(m + k)[piece] *
                         __builtin_convertvector(Dot<N>::Total(sums[k][v]), Floats);
+      }
+      if (of.minima) {
+        const auto minimum = Load<Floats>(its + kRows * n_groups);
+        LAYERCOMB_UNROLL
+        for (int k = 0; k < M; ++k) totals[k][v] += minimum * x.sums(m + k)[piece];
       }
     }
   }
@@ -276,11 +288,11 @@ void Multiply(const Rounded<W, N>& x, int64_t m, const uint8_t* words, const flo
 // two of each.
 template <typename W, int N>
 void MultiplyOne(const Rounded<W, N>& x, const uint8_t* words, const float* scales,
-                 int64_t n_groups, float* y) {
+                 const PanelWeights& of, float* y) {
   constexpr int kSums = Dot<N>::n_sums, kWords = Dot<N>::n_words;
   constexpr int kFours = kColumns<W> / 4, kLines = 2 / kFours;
   const int64_t lines = x.piece() / kColumns<W>, n_pieces = x.n_pieces();
-  const int64_t pieces_a_group = n_pieces / n_groups;
+  const int64_t pieces_a_group = n_pieces / of.n_groups;
   const int32_t* x_words = x.words(0);
   const int64_t n = x.n_words();
   Floats totals[kVectors] = {};
@@ -316,12 +328,13 @@ void MultiplyOne(const Rounded<W, N>& x, const uint8_t* words, const float* scal
     if (line < end) add(line, 0);
     LAYERCOMB_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const auto scale =
-          Load<Floats>(scales + (piece / pieces_a_group) * kRows + v * kLanes);
+      const float* its = scales + piece / pieces_a_group * kRows + v * kLanes;
+      const auto scale = Load<Floats>(its);
       LAYERCOMB_UNROLL
       for (int s = 0; s < kSums; ++s) sums[0][v][s] += sums[1][v][s];
       totals[v] += scale * x.scales(0)[piece] *
                    __builtin_convertvector(Dot<N>::Total(sums[0][v]), Floats);
+      if (of.minima) totals[v] += Load<Floats>(its + kRows * of.n_groups) * x.sums(0)[piece];
     }
   }
   std::memcpy(y, totals, sizeof totals);
@@ -330,7 +343,7 @@ void MultiplyOne(const Rounded<W, N>& x, const uint8_t* words, const float* scal
 template <typename W, int N>
 void Products(const Pool& pool, const PanelWeights& w, const float* x, int64_t n_x, float* y) {
   const int64_t d = w.n_words * kColumns<W>, n_lines = w.n_words;
-  const Rounded<W, N> rounded(pool, x, n_x, d, d / w.n_groups);
+  const Rounded<W, N> rounded(pool, x, n_x, d, d / w.n_groups, !w.minima);
   const auto* words = static_cast<const uint8_t*>(w.words);
   const int64_t n_panels = w.n_rows / kRows;
   // Rows from `first` to `last` by V vectors.
@@ -339,10 +352,10 @@ void Products(const Pool& pool, const PanelWeights& w, const float* x, int64_t n
     constexpr int V = n_v.value;
     int64_t m = first;
     for (; m + kBlock<N> <= last; m += kBlock<N>) {
-      Multiply<W, N, V, kBlock<N>>(rounded, m, its, scales, n_lines, w.n_groups, to + m * n_y, n_y);
+      Multiply<W, N, V, kBlock<N>>(rounded, m, its, scales, w, to + m * n_y, n_y);
     }
     for (; m < last; ++m) {
-      Multiply<W, N, V, 1>(rounded, m, its, scales, n_lines, w.n_groups, to + m * n_y, n_y);
+      Multiply<W, N, V, 1>(rounded, m, its, scales, w, to + m * n_y, n_y);
     }
   };
   constexpr int kPanels = kAtOnce / kVectors;
@@ -354,7 +367,7 @@ void Products(const Pool& pool, const PanelWeights& w, const float* x, int64_t n
     if (n_x == 1) {
       for (int64_t p = first; p < first + n; ++p) {
         MultiplyOne<W, N>(rounded, words + p * kRows * n_lines * 4,
-                          w.scales + p * kRows * w.n_groups, w.n_groups, y + p * kRows);
+                          w.scales + p * kRows * w.n_scales(), w, y + p * kRows);
       }
       return;
     }
@@ -364,7 +377,7 @@ void Products(const Pool& pool, const PanelWeights& w, const float* x, int64_t n
         const int64_t last = std::min<int64_t>(m + kBlock<N>, n_x);
         int64_t p = begin;
         const auto at = [&](auto n_v) {
-          rows(n_v, words + p * kRows * n_lines * 4, w.scales + p * kRows * w.n_groups,
+          rows(n_v, words + p * kRows * n_lines * 4, w.scales + p * kRows * w.n_scales(),
                y + p * kRows, w.n_rows, m, last);
           p += n_v.value / kVectors;
         };
@@ -377,18 +390,19 @@ void Products(const Pool& pool, const PanelWeights& w, const float* x, int64_t n
   const int64_t rest = w.n_rows % kRows, before = w.n_rows - rest;
   if (!rest) return;
   const std::unique_ptr<uint32_t[]> panel(new uint32_t[kRows * n_lines]());
-  const std::unique_ptr<float[]> scales(new float[kRows * w.n_groups]());
+  const int64_t n_scales = w.n_scales();
+  const std::unique_ptr<float[]> scales(new float[kRows * n_scales]());
   const uint32_t* from = reinterpret_cast<const uint32_t*>(words) + before * n_lines;
   for (int64_t r = 0; r < rest; ++r) {
     for (int64_t c = 0; c < n_lines; ++c) panel[c * kRows + r] = from[r * n_lines + c];
-    for (int64_t g = 0; g < w.n_groups; ++g) {
-      scales[g * kRows + r] = w.scales[(before + r) * w.n_groups + g];
+    for (int64_t g = 0; g < n_scales; ++g) {
+      scales[g * kRows + r] = w.scales[(before + r) * n_scales + g];
     }
   }
   const auto* its = reinterpret_cast<const uint8_t*>(panel.get());
   for (int64_t m = 0; m < n_x; ++m) {
     float made[kRows];
-    Multiply<W, N, kVectors, 1>(rounded, m, its, scales.get(), n_lines, w.n_groups, made, kRows);
+    Multiply<W, N, kVectors, 1>(rounded, m, its, scales.get(), w, made, kRows);
     std::copy_n(made, rest, y + m * w.n_rows + before);
   }
 }

@@ -2,9 +2,9 @@
 //
 // Products of few rows are bound by the memory that weights are read from: each is read once, in
 // order, and widened in registers. Products of many rows of floats read a block of weights for every
-// few of them. Floats are multiplied as such. Integers are multiplied with activations
-// rounded to int16, which takes half of the instructions: a sum over pairs of products at once, no
-// conversion of a weight, and a scale for each lane of each piece of a group.
+// few of them. Floats are multiplied as such. Integers are multiplied with activations rounded to
+// int16, which takes half of the instructions: a sum over pairs of products at once, no conversion
+// of a weight, and a scale for each lane of each piece of a group.
 
 #include <vector>
 

@@ -121,6 +121,30 @@ def test_panel_products(bits, m, d, f, groups):
 
 @needs_kernels
 @pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize(('m', 'd', 'f', 'groups'), [(1, 128, 64, 2), (6, 96, 51, 3)])
+def test_panels_with_minima(bits, m, d, f, groups):
+    words, scales, wide = panels(bits, f, d, groups)
+    _, least, _ = panels(bits, f, d, groups)
+    least = least[::-1].copy()
+    # What `panels` laid out for groups stands behind the scales of each panel, or of each row.
+    whole = f // 16 * 16
+    parts = [x[:whole].reshape(-1, groups * 16) for x in (scales, least)]
+    laid = np.concatenate(parts, -1).reshape(whole, 2 * groups)
+    laid = np.concatenate([laid, np.concatenate([scales[whole:], least[whole:]], -1)])
+    rows = [
+        x[:whole].reshape(-1, groups, 16).swapaxes(1, 2).reshape(whole, groups)
+        for x in (scales, least)
+    ]
+    rows = [np.concatenate([x, y[whole:]]) for x, y in zip(rows, (scales, least), strict=True)]
+    first, its = (np.repeat(x, d // groups, -1) for x in rows)
+    exact = wide + first * (128 if bits == 8 else 8) + its
+    x = rng().normal(size=(m, d)).astype(np.float32)
+    y = kernels.panel_products(x, words, laid, minima=True)
+    assert_same(y, x @ exact.T, 'int')
+
+
+@needs_kernels
+@pytest.mark.parametrize('bits', [8, 4])
 def test_the_largest_integers_do_not_overflow_in_panels(bits):
     d = 4096
     words, scales, _ = panels(bits, 16, d, 1)

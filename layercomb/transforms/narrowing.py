@@ -17,14 +17,17 @@ from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 
+Kind = tuple[int, int] | tuple[int, int, bool]
 
-def hold_narrow(net: Layer, stored: Mapping[str, tuple[int, int]]) -> Layer:
+
+def hold_narrow(net: Layer, stored: Mapping[str, Kind]) -> Layer:
     """The same model with layers that hold narrow weights.
 
     Args:
       net: any layer.
-      stored: for each leaf to change, by its path, how many bits (8, 4, or 16 for bfloat16) and
-        how many weights share a scale. Both ends of a `Tied` model, or neither.
+      stored: for each leaf to change, by its path, how many bits (8, 4, or 16 for bfloat16), how
+        many weights share a scale, and perhaps whether groups have minima. Both ends of a `Tied`
+        model, or neither.
 
     Returns:
       A layer whose weights have the shapes that `quantize` gives them.
@@ -36,12 +39,12 @@ def hold_narrow(net: Layer, stored: Mapping[str, tuple[int, int]]) -> Layer:
     return _wrapped(net, '', stored)
 
 
-def _wrapped(net: Layer, path: str, stored: Mapping[str, tuple[int, int]]) -> Layer:
+def _wrapped(net: Layer, path: str, stored: Mapping[str, Kind]) -> Layer:
     if narrow_axes(bare(net)):
         if path not in stored:
             return net
-        bits, group_size = stored[path]
-        return Quantized(net, bits, group_size, smallest=1)
+        bits, group_size, *minima = stored[path]
+        return Quantized(net, bits, group_size, smallest=1, minima=any(minima))
     children = [_wrapped(layer, joined(path, key), stored) for key, layer in net.children]
     if isinstance(net, (Combinator, Wrapper)) and children:
         net = net.with_sublayers(tuple(children))

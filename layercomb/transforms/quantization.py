@@ -100,6 +100,9 @@ class Quantized(Wrapper):
       bits: 8, 4, or 16 for bfloat16.
       group_size: about how many weights share a scale: see `quantize`.
       smallest: matrices with fewer weights stay as they are.
+      minima: whether each group has a minimum beside its scale, in the second half of the scales.
+      activation_bits: to how many bits a CPU's kernels may round inputs: 16, or 8, which is quicker
+        for prompts and less exact.
 
     Raises:
       ValueError: for other bits.
@@ -112,9 +115,16 @@ class Quantized(Wrapper):
     bits: int = 8
     group_size: Size = 64
     smallest: Size = 4096
+    minima: bool = False
+    activation_bits: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.activation_bits not in (8, 16):
+            raise ValueError(
+                f'Quantized: activation_bits={self.activation_bits} is not to be had: choose 16, '
+                'or 8, which is quicker for prompts and less exact'
+            )
         if self.bits not in BITS:
             raise ValueError(
                 f'Quantized: bits={self.bits} is not to be had: choose 8 or 4, or 16 for bfloat16'
@@ -147,7 +157,7 @@ class Quantized(Wrapper):
             shape = wide.shape[wide.ndim - len(axes) :]
             if math.prod(shape) < self.smallest or not can_narrow(shape, axes, self.bits):
                 continue
-            values, scales = narrow(wide, axes, self.bits, self.group_size)
+            values, scales = narrow(wide, axes, self.bits, self.group_size, self.minima)
             values, scales = self.stored(path, values, scales)
             weights = trees.put(trees.drop(weights, path), path, values)
             if scales is not None:
@@ -164,7 +174,8 @@ class Quantized(Wrapper):
         layer = bare(self.layer)
         if Axes(layer.weight_axes[path]).has_chosen_rows:
             return values, scales
-        return in_panels(values, scales, narrow_axes(layer)[path], self.bits)
+        axes = narrow_axes(layer)[path]
+        return in_panels(values, scales, axes, self.bits, self.minima)
 
     def seen(self, weights: Tree) -> Tree:
         """The weights as the leaf sees them, each narrow matrix as one `Narrow`.
@@ -182,7 +193,14 @@ class Quantized(Wrapper):
             else:
                 scales = constant(trees.get(weights, path + SCALES))
                 weights = trees.drop(weights, path + SCALES)
-            matrix: Any = Narrow(values, scales, axes, self.bits)
+            matrix: Any = Narrow(
+                values,
+                scales,
+                axes,
+                self.bits,
+                self.activation_bits,
+                self.minima and scales is not None,
+            )
             if isinstance(given, Adapted):
                 matrix = dataclasses.replace(given, base=matrix)
             weights = trees.put(trees.drop(weights, path), path, matrix)

@@ -1,9 +1,9 @@
 """`Blocks`: how GGUF stores numbers, and what becomes of them here.
 
 A row is cut into blocks of 32 or 256 numbers that share scales. `Blocks.numbers` gives all types as
-float32, exactly as ``gguf.quants.dequantize``. The two types that our own narrow weights can hold,
-Q8_0 and Q4_0, symmetric in groups of 32, go in and out without a change of any bit: `integers` and
-`packed`.
+float32, exactly as ``gguf.quants.dequantize``. The types of 8 bits or fewer become our own narrow
+weights, without a change of any number: `integers`. Q8_0 and Q4_0, symmetric in groups of 32, go
+out again as they came: `packed`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Blocks:
       kind: its number in the file.
       size: how many numbers are in a block.
       n_bytes: how many bytes a block takes.
-      bits: of the narrow weights that hold it as it is, 8 or 4; None for other types.
+      bits: of the narrow weights that hold it as it is, 8 or 4; None for floats.
+      group: how many numbers share a scale.
+      minima: whether they share a minimum, too.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Blocks:
     size: int
     n_bytes: int
     bits: int | None = None
+    group: int = 32
+    minima: bool = False
 
     def row_bytes(self, length: int) -> int:
         """How many bytes a row takes.
@@ -77,39 +81,90 @@ class Blocks:
 
 
 def integers(blocks: Blocks, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of Q8_0 or Q4_0 as narrow weights (see `layers.quantized.matrix`), the same numbers.
+    """Rows as integers, their scales and, if the type has any, minima; the same numbers.
 
     Args:
-      blocks: the type.
+      blocks: the type, one with `bits`.
       data: (M, bytes) uint8.
 
     Returns:
-      Values (M, N) int8, or (M, N / 2) uint8 of two int4 each, and scales (M, G) float32.
+      q (M, N) int8, and scales (M, G) float32, or (M, 2G) with minima behind them. A number is
+      scale · q, or scale · (q + 2^(bits − 1)) + minimum.
     """
-    parts = data.reshape(len(data), -1, blocks.n_bytes)  # (M, G, bytes of a block)
-    scales = np.ascontiguousarray(parts[..., :2]).view('<f2')[..., 0].astype(np.float32)
-    if blocks.bits == 8:
-        return np.ascontiguousarray(parts[..., 2:]).view(np.int8).reshape(len(data), -1), scales
-    halves = parts[..., 2:]
-    q = np.concatenate([halves & 15, halves >> 4], -1)  # (M, G, 32): 0 … 15, which mean −8 … 7
-    return pack4(q.reshape(len(data), -1) ^ 8), np.repeat(scales, _repeats(q.shape[1]), -1)
+    parts = data.reshape(len(data), -1, blocks.n_bytes)  # (M, blocks, bytes of a block)
+    q, scales, minima = _READ[blocks.name](parts)
+    q, scales = q.reshape(len(data), -1), scales.reshape(len(data), -1)
+    if not blocks.minima:
+        return q, scales
+    half = np.uint8(1 << (blocks.bits or 0) - 1)
+    return (q - half).view(np.int8), np.concatenate([scales, minima.reshape(len(data), -1)], -1)
 
 
-def group_size(blocks: Blocks, length: int) -> int:
-    """How many weights share a scale in the narrow weights that `integers` makes.
-
-    A group of int4 lies within one half of its row, so where half a row is no multiple of 32 each
-    scale is there twice.
-
-    Args:
-      blocks: the type.
-      length: of a row.
-    """
-    return GROUP // _repeats(length // GROUP) if blocks.bits == 4 else GROUP
+Read = tuple[np.ndarray, np.ndarray, np.ndarray]  # integers, scales and minima of blocks
 
 
-def _repeats(n_groups: int) -> int:
-    return 1 if n_groups % 2 == 0 else 2
+def _floats(parts: np.ndarray, first: int) -> np.ndarray:
+    """The float16 at a byte of each block: (M, B, bytes) → (M, B, 1) float32."""
+    halves = np.ascontiguousarray(parts[..., first : first + 2]).view('<f2')
+    return halves.astype(np.float32)
+
+
+def _nibbles(data: np.ndarray, size: int) -> np.ndarray:
+    """Low halves of `size` bytes, then their high ones: (M, B, n) uint8 → (M, B, 2n)."""
+    data = data.reshape(*data.shape[:2], -1, 1, size)
+    return np.concatenate([data & 15, data >> 4], -2).reshape(*data.shape[:2], -1)
+
+
+def _q8_0(parts: np.ndarray) -> Read:
+    q = np.ascontiguousarray(parts[..., 2:]).view(np.int8)
+    return q, _floats(parts, 0), q[..., :0]
+
+
+def _q4_0(parts: np.ndarray) -> Read:
+    q = (_nibbles(parts[..., 2:], 16) - np.uint8(8)).view(np.int8)
+    return q, _floats(parts, 0), q[..., :0]
+
+
+def _q4_1(parts: np.ndarray) -> Read:
+    return _nibbles(parts[..., 4:], 16), _floats(parts, 0), _floats(parts, 2)
+
+
+def _shared(parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and minima of the eight groups of a block of Q4_K or Q5_K, in 6 bits each."""
+    its = parts[..., 4:16]
+    first, second, third = its[..., :4], its[..., 4:8], its[..., 8:]
+    scales = np.concatenate([first & 63, (third & 15) | (first >> 6 << 4)], -1)
+    minima = np.concatenate([second & 63, (third >> 4) | (second >> 6 << 4)], -1)
+    return _floats(parts, 0) * scales, -(_floats(parts, 2) * minima)
+
+
+def _q4_k(parts: np.ndarray) -> Read:
+    return _nibbles(parts[..., 16:], 32), *_shared(parts)
+
+
+def _q5_k(parts: np.ndarray) -> Read:
+    low = _nibbles(parts[..., 48:], 32).reshape(*parts.shape[:2], 8, 32)
+    high = parts[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # a bit a group
+    return low | high << 4, *_shared(parts)
+
+
+def _q6_k(parts: np.ndarray) -> Read:
+    low = _nibbles(parts[..., :128], 64).reshape(*parts.shape[:2], 8, 32)
+    twos = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    high = parts[..., 128:192].reshape(*parts.shape[:2], 2, 1, 32) >> twos & 3
+    q = (low | high.reshape(low.shape) << 4) - np.uint8(32)
+    scales = np.ascontiguousarray(parts[..., 192:208]).view(np.int8).astype(np.float32)
+    return q.view(np.int8), _floats(parts, 208) * scales, q[..., :0]
+
+
+_READ = {
+    'Q8_0': _q8_0,
+    'Q4_0': _q4_0,
+    'Q4_1': _q4_1,
+    'Q4_K': _q4_k,
+    'Q5_K': _q5_k,
+    'Q6_K': _q6_k,
+}
 
 
 def pack4(q: np.ndarray) -> np.ndarray:
@@ -150,7 +205,7 @@ def packed(values: np.ndarray, scales: np.ndarray) -> tuple[Blocks, np.ndarray]:
     if length % GROUP or group % GROUP:
         raise UsageError(
             f'a matrix with rows of {length} has groups of {group} weights, and GGUF has blocks of '
-            '32: quantize the model with group_size=32'
+            "32: quantize the model with group_size=32, or save it with dtype='float16'"
         )
     with np.errstate(over='ignore'):
         halved = np.repeat(scales, group // GROUP, -1).astype('<f2')
@@ -165,6 +220,38 @@ def packed(values: np.ndarray, scales: np.ndarray) -> tuple[Blocks, np.ndarray]:
     found = _NAMED['Q4_0' if narrow else 'Q8_0']
     data = np.concatenate([halved[..., None].view(np.uint8), blocks], -1)
     return found, data.reshape(rows, -1)
+
+
+def with_minima(values: np.ndarray, scales: np.ndarray) -> tuple[Blocks, np.ndarray]:
+    """Narrow weights with minima as rows of Q4_1.
+
+    Args:
+      values: (M, N / 2) uint8 of two int4 each; int8 is refused.
+      scales: (M, 2G) float32, minima behind the scales.
+
+    Returns:
+      The type, and (M, bytes) uint8.
+
+    Raises:
+      UsageError: if they are no blocks of 32 int4 with a float16 scale and minimum.
+    """
+    first, least = np.split(scales, 2, axis=-1)
+    bits = 4 if values.dtype == np.uint8 else 8
+    length = values.shape[-1] * 8 // bits
+    group = length // first.shape[-1]
+    if bits == 4 and GROUP % group == 0 and length % GROUP == 0:
+        parts = [part.reshape(len(values), -1, GROUP // group) for part in (first, least)]
+        with np.errstate(over='ignore'):
+            halves = [part[..., :1].astype('<f2') for part in parts]
+        if all((half == part).all() for half, part in zip(halves, parts, strict=True)):
+            q = unpack4(values).reshape(len(values), -1, GROUP) ^ 8
+            q = q[..., : GROUP // 2] | (q[..., GROUP // 2 :] << 4)
+            data = np.concatenate([*(half.view(np.uint8) for half in halves), q], -1)
+            return _NAMED['Q4_1'], data.reshape(len(values), -1)
+    raise UsageError(
+        f'GGUF has no blocks like those of a matrix in {bits} bits, with minima of {group} weights '
+        "each, that was read from another type: save the model with dtype='float16'"
+    )
 
 
 def plain(values: np.ndarray) -> tuple[Blocks, np.ndarray]:
@@ -217,10 +304,10 @@ _NAMED = {
         Blocks('BF16', 30, 1, 2),
         Blocks('Q8_0', 8, 32, 34, bits=8),
         Blocks('Q4_0', 2, 32, 18, bits=4),
-        Blocks('Q4_1', 3, 32, 20),
-        Blocks('Q4_K', 12, 256, 144),
-        Blocks('Q5_K', 13, 256, 176),
-        Blocks('Q6_K', 14, 256, 210),
+        Blocks('Q4_1', 3, 32, 20, bits=4, minima=True),
+        Blocks('Q4_K', 12, 256, 144, bits=4, minima=True),
+        Blocks('Q5_K', 13, 256, 176, bits=8, minima=True),
+        Blocks('Q6_K', 14, 256, 210, bits=8, group=16),
     )
 }
 BLOCKS = {blocks.kind: blocks for blocks in _NAMED.values()}

@@ -36,10 +36,9 @@ def load(path: str | Path, *, dtype: str | None = None) -> tuple[Model, Any]:
 
     Args:
       path: of the file.
-      dtype: None keeps weights narrow: Q8_0 and Q4_0 become int8 and int4 in groups of 32, with the
-        same integers and scales, and matrices of other types bfloat16. The matrices of one leaf, in
-        all layers of the model, are of one kind: where the file has several, they are bfloat16.
-        'float32' widens all, without loss.
+      dtype: None keeps weights narrow: integers become int8 and int4 with the same numbers, and
+        floats bfloat16. The matrices of one leaf, in all layers of the model, are of one kind,
+        which holds all that the file has there. 'float32' widens all, without loss.
 
     Returns:
       (model, tokenizer); the tokenizer is None if the file has none.

@@ -88,7 +88,9 @@ def save(
     entries = [architecture.renamed(entry) for entry in family.entries(Config(config))]
     tensors = (
         _Out(name, *_in_their_order(architecture, config, name, shape, blocks, rows))
-        for name, shape, blocks, rows in stored(model.layer, model.weights, entries)
+        for name, shape, blocks, rows in stored(
+            model.layer, model.weights, entries, as_they_are=dtype is None
+        )
     )
     made = [each if dtype is None else _in_dtype(each, dtype) for each in tensors]
     made += _rope_factors(config)

@@ -1,9 +1,9 @@
 """Weights from the tensors of a .gguf file, narrow where the file is, and tensors from weights.
 
-A matrix is Q8_0 or Q4_0 in the file and int8 or int4 here, with the same integers and scales. Of
-other types, it becomes bfloat16, some rows at a time. The matrices of one leaf, in all the layers
-that `Repeat` stacks, are of one kind: where the file has several, they are bfloat16. Norms, biases
-and what else is no large matrix become float32.
+A matrix of integers in the file is int8 or int4 here, with the same numbers. Floats become
+bfloat16, some rows at a time. The matrices of one leaf, in all the layers that `Repeat` stacks, are
+of one kind, which holds all that the file has: the most bits, the smallest groups, and minima if
+any has some. Norms, biases and what else is no large matrix become float32.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from layercomb import trees
-from layercomb.interop.gguf.blocks import Blocks, group_size, integers, packed, plain
+from layercomb.interop.gguf.blocks import (
+    Blocks,
+    integers,
+    pack4,
+    packed,
+    plain,
+    with_minima,
+)
 from layercomb.interop.gguf.file import Stored
 from layercomb.interop.memory import check_fits
 from layercomb.interop.tensors import Entry, check, spill
 from layercomb.interop.tensors import fill as fill_wide
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
-from layercomb.layers.quantized.matrix import SCALES
+from layercomb.layers.quantized.matrix import SCALES, Narrow
 from layercomb.layers.quantized.panels import as_rows
 from layercomb.transforms.narrowing import hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, bits_of, narrow_axes
@@ -77,6 +84,23 @@ class Tensor:
         return values + np.float32(self.shift) if self.shift else values
 
 
+class Kind(NamedTuple):
+    """How a leaf keeps its matrices.
+
+    Attributes:
+      bits: 8, 4, or 16 for bfloat16.
+      group: how many weights share a scale.
+      minima: whether they share a minimum, too.
+    """
+
+    bits: int
+    group: int
+    minima: bool = False
+
+
+_BFLOAT16 = Kind(16, 64)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Matrix:
     """A weight that will be narrow.
@@ -92,12 +116,17 @@ class _Matrix:
     blocks: frozenset[Blocks]
 
     @property
-    def kind(self) -> tuple[int, int]:
-        """Bits, and how many weights share a scale."""
-        (first, *others) = self.blocks
-        if others or first.bits is None:
-            return 16, 64
-        return first.bits, group_size(first, self.shape[-1])
+    def kind(self) -> Kind:
+        """What holds all of the types."""
+        bits = [each.bits or 16 for each in self.blocks]
+        if max(bits) == 16:
+            return _BFLOAT16
+        group = min(each.group for each in self.blocks)
+        # A group of int4 lies within one half of its row: else each scale is there twice.
+        twice = max(bits) == 4 and self.shape[-1] // group % 2
+        return Kind(
+            max(bits), group // 2 if twice else group, any(each.minima for each in self.blocks)
+        )
 
 
 def load_narrow(
@@ -140,15 +169,17 @@ def load_narrow(
         if matrix is None:
             made[entry.ours] = jnp.asarray(_vectors(entry, tensors).reshape(shape))
             continue
-        bits, _ = kinds[matrix.leaf]
+        kind = kinds[matrix.leaf]
         stack = [tensors[name].rows(entry.part) for name in entry.names]
         lead = () if entry.layers is None else (len(stack),)
-        if bits == 16:
+        if kind.bits == 16:
             values = _bfloat16([tensors[name].stored.blocks for name in entry.names], stack)
             made[entry.ours] = jnp.asarray(values.reshape(*lead, *matrix.shape))
             continue
-        (blocks,) = matrix.blocks
-        parts = [integers(blocks, rows) for rows in stack]
+        each_type = [tensors[name].stored.blocks for name in entry.names]
+        parts = [
+            _integers(blocks, rows, kind) for blocks, rows in zip(each_type, stack, strict=True)
+        ]
         rows = (
             np.stack(each).reshape(*lead, *matrix.shape[:-1], -1)
             for each in zip(*parts, strict=True)
@@ -176,7 +207,7 @@ def load_wide(
 
 
 def stored(
-    net: Layer, weights: Tree, entries: Sequence[Entry]
+    net: Layer, weights: Tree, entries: Sequence[Entry], *, as_they_are: bool
 ) -> Iterator[tuple[str, tuple[int, ...], Blocks, np.ndarray]]:
     """The tensors of a model: the inverse of `load_narrow` and `load_wide`.
 
@@ -184,12 +215,13 @@ def stored(
       net: the model, wide or narrow.
       weights: its weights.
       entries: one for each weight.
+      as_they_are: whether integers stay such; else they come as float32.
 
     Yields:
       The name of each tensor, its shape, its type and its rows (M, bytes) uint8.
 
     Raises:
-      UsageError: for narrow weights that GGUF cannot hold.
+      UsageError: for integers that GGUF cannot hold.
     """
     flat = dict(trees.flatten(weights))
     wide = hold_wide(net)
@@ -206,10 +238,18 @@ def stored(
         lead = 1 if entry.layers is None else len(entry.names)
         values = values.reshape(lead, -1, values.shape[-1])
         every = None if scales is None else np.asarray(scales).reshape(*values.shape[:2], -1)
+        kept, _, _ = holder(net, entry.ours)
         if values.dtype == np.uint32:
-            values, every = as_rows(values, every, 1, bits_of(holder(net, entry.ours)[0]))
+            values, every = as_rows(values, every, 1, bits_of(kept))
+        bits, minima = bits_of(kept), isinstance(kept, Quantized) and kept.minima
         for i, name in enumerate(entry.names):
-            made = plain(values[i]) if every is None else packed(values[i], every[i])
+            if every is None:
+                made = plain(values[i])
+            elif not as_they_are:
+                matrix = Narrow(values[i], every[i], 'oi', bits, minima=minima)
+                made = plain(np.asarray(matrix.wide()))
+            else:
+                made = (with_minima if minima else packed)(values[i], every[i])
             length = made[1].shape[-1] // made[0].n_bytes * made[0].size
             yield name, (len(values[i]), length), *made
 
@@ -229,12 +269,15 @@ def _matrix(
     return _Matrix(leaf, (*o, math.prod(i)), blocks)
 
 
-def _one_kind_a_leaf(net: Layer, matrices: Mapping[str, _Matrix]) -> dict[str, tuple[int, int]]:
-    """Bits and group size by the path of the leaf; both ends of a tie are alike."""
-    kinds: dict[str, tuple[int, int]] = {}
+def _one_kind_a_leaf(net: Layer, matrices: Mapping[str, _Matrix]) -> dict[str, Kind]:
+    """The kind by the path of the leaf; both ends of a tie are alike."""
+    kinds: dict[str, Kind] = {}
     for matrix in matrices.values():
-        before = kinds.setdefault(matrix.leaf, matrix.kind)
-        kinds[matrix.leaf] = before if before == matrix.kind else (16, 64)
+        before, here = kinds.setdefault(matrix.leaf, matrix.kind), matrix.kind
+        most = Kind(
+            max(before.bits, here.bits), min(before.group, here.group), before.minima or here.minima
+        )
+        kinds[matrix.leaf] = _BFLOAT16 if most.bits == 16 else most
     for _, layer in walk(net):
         if isinstance(layer, Tied):
             source, target = (path.rpartition('/')[0] for path in (layer.source, layer.target))
@@ -243,13 +286,34 @@ def _one_kind_a_leaf(net: Layer, matrices: Mapping[str, _Matrix]) -> dict[str, t
     return kinds
 
 
-def _n_bytes(like: Any, matrix: _Matrix | None, kinds: Mapping[str, tuple[int, int]]) -> int:
+def _n_bytes(like: Any, matrix: _Matrix | None, kinds: Mapping[str, Kind]) -> int:
     """How many bytes a weight will take, with its scales."""
     n = math.prod(like.shape)
     if matrix is None:
         return 4 * n
-    bits, group = kinds[matrix.leaf]
-    return n * bits // 8 + (0 if bits == 16 else 4 * n // group)
+    bits, group, minima = kinds[matrix.leaf]
+    return n * bits // 8 + (0 if bits == 16 else (1 + minima) * 4 * n // group)
+
+
+def _integers(blocks: Blocks, data: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as values and scales of narrow weights, see `layers.quantized.matrix`.
+
+    Args:
+      blocks: the type, one with bits.
+      data: (M, bytes) uint8.
+      kind: what it becomes, with as many bits at least, and groups that are no larger.
+    """
+    q, scales = integers(blocks, data)
+    parts = list(np.split(scales, 1 + blocks.minima, axis=-1))
+    if kind.minima:
+        half, more = 1 << (kind.bits - 1), 1 << ((blocks.bits or 0) - 1)
+        if blocks.minima:  # integers count from 0, whatever the bits
+            q = (q.astype(np.int16) + (more - half)).astype(np.int8)
+        else:
+            parts.append(-half * parts[0])
+    repeats = blocks.group // kind.group
+    scales = np.concatenate([np.repeat(part, repeats, -1) for part in parts], -1)
+    return (pack4(q.view(np.uint8)) if kind.bits == 4 else q), scales
 
 
 def _vectors(entry: Entry, tensors: Mapping[str, Tensor]) -> np.ndarray:

@@ -59,7 +59,7 @@ class Matrix:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=['values', 'scales'],
-    meta_fields=['axes', 'bits', 'activation_bits'],
+    meta_fields=['axes', 'bits', 'activation_bits', 'minima'],
 )
 @dataclasses.dataclass(frozen=True)
 class Narrow(Matrix):
@@ -68,12 +68,13 @@ class Narrow(Matrix):
     Attributes:
       values: (*o, i) int8 or bfloat16, or (*o, i / 2) uint8 of two int4 each; or in `panels`,
         (*o, words) uint32.
-      scales: (*o, G) float32, one for each group of a row, in panels if the values are; None for
-        bfloat16.
+      scales: (*o, G) float32, one for each group of a row, in panels if the values are; (*o, 2G)
+        with minima, which stand behind the scales; None for bfloat16.
       axes: letters ``i`` and ``o`` of the wide matrix, see the module.
       bits: 8, 4 or 16; 32 for a float table wrapped by `rows_of`.
       activation_bits: to how many bits a kernel may round x in products: 16, or 8, which is quicker
         where there are many rows, and less exact (5e-3).
+      minima: whether each group has a minimum: ŵ = scale · (q + 2^(bits − 1)) + minimum.
     """
 
     values: jax.Array
@@ -81,6 +82,7 @@ class Narrow(Matrix):
     axes: str
     bits: int
     activation_bits: int = 16
+    minima: bool = False
 
     @property
     def in_panels(self) -> bool:
@@ -106,8 +108,12 @@ class Narrow(Matrix):
         if self.scales is None:
             return self.values.astype(jnp.float32)
         q = _integers(self.values, self.bits)
-        groups = q.reshape(*self.scales.shape, -1)  # (…, D) → (…, G, g)
-        return (groups * self.scales[..., None]).reshape(q.shape)
+        parts = jnp.split(self.scales, 1 + self.minima, axis=-1)
+        groups = q.reshape(*parts[0].shape, -1)  # (…, D) → (…, G, g)
+        if not self.minima:
+            return (groups * self.scales[..., None]).reshape(q.shape)
+        scales, least = (part[..., None] for part in parts)
+        return ((groups + 2 ** (self.bits - 1)) * scales + least).reshape(q.shape)
 
     def in_rows(self) -> Narrow:
         """The same matrix with its values stored as rows."""
@@ -219,6 +225,8 @@ class Narrow(Matrix):
         return self.in_panels or self.values.dtype == jnp.bfloat16
 
     def _has_kernels(self, n_rows: int) -> bool:
+        if self.minima and not self.in_panels:
+            return False
         known = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8, jnp.uint32)
         return self.values.dtype in known and self.values.size > 0 and has_kernels(n_rows)
 
@@ -236,18 +244,21 @@ def n_columns(values: Any, bits: int) -> int:
     return width // bits
 
 
-def in_panels(values: Any, scales: Any, axes: str, bits: int) -> tuple[Any, Any]:
+def in_panels(
+    values: Any, scales: Any, axes: str, bits: int, minima: bool = False
+) -> tuple[Any, Any]:
     """Values and scales in panels, where rows and groups are whole words; else as they are.
 
     Args:
       values, scales: as of `Narrow`, of rows; axes that `axes` does not name come first.
       axes: letters ``i`` and ``o``, see the module.
       bits: 4, 8 or 16.
+      minima: whether half of the scales are minima.
     """
     if bits == 16:
         return values, scales
     columns = n_columns(values, bits)
-    if not panels.fit(columns, columns // scales.shape[-1], bits):
+    if not panels.fit(columns, columns * (1 + minima) // scales.shape[-1], bits):
         return values, scales
     return panels.of_rows(values, scales, axes.count('o'))
 
@@ -257,9 +268,9 @@ def rows_of(table: jax.Array | Narrow) -> Narrow:
     return table if isinstance(table, Narrow) else Narrow(table, None, 'oi', 32)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def narrow(
-    wide: jax.Array, axes: str, bits: int, group_size: int
+    wide: jax.Array, axes: str, bits: int, group_size: int, minima: bool = False
 ) -> tuple[jax.Array, jax.Array | None]:
     """Rounds a matrix, or a stack of them, to narrow weights.
 
@@ -273,6 +284,8 @@ def narrow(
       bits: 4, 8 or 16.
       group_size: wanted number of weights that share a scale; the nearest divisor of the row's
         length is taken (of half of it for int4), by ratio.
+      minima: whether a group has a minimum, too: q is the nearest to (w − minimum) / scale, and the
+        scale what makes the largest weight the largest integer.
 
     Returns:
       Values and scales, as of `Narrow`; scales are None for 16 bits.
@@ -289,9 +302,9 @@ def narrow(
     length = wide.shape[-1]
     size = group_of(length // 2 if bits == 4 else length, group_size)  # a group is within one half
     groups = wide.astype(jnp.float32).reshape(*lead, *o, -1, size)  # (…, G, g)
-    q, scales = _nearest(groups, bits)
+    q, scales = _from_least(groups, bits) if minima else _nearest(groups, bits)
     q = q.reshape(wide.shape)
-    return (_pack(q) if bits == 4 else q), scales.squeeze(-1)
+    return (_pack(q) if bits == 4 else q), scales
 
 
 def can_narrow(shape: tuple[int, ...], axes: str, bits: int) -> bool:
@@ -316,11 +329,19 @@ def group_of(length: int, group_size: int) -> int:
     return min(divisors, key=lambda n: abs(math.log(n / group_size)))
 
 
+def _from_least(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """int8 values of groups (…, G, g), and their scales and minima, (…, 2G)."""
+    least, half = groups.min(-1, keepdims=True), 2 ** (bits - 1)
+    scales = (groups.max(-1, keepdims=True) - least) / (2 * half - 1)
+    q = _rounded(groups - least - half * scales, scales, -half, half - 1)
+    return q, jnp.concatenate([scales, least], -2).squeeze(-1)
+
+
 def _nearest(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """int8 values of groups (…, g), and the scale of each group, (…, 1)."""
+    """int8 values of groups (…, G, g), and their scales, (…, G)."""
     if bits == 8:
         scales = jnp.abs(groups).max(-1, keepdims=True) / 127
-        return _rounded(groups, scales, -127, 127), scales
+        return _rounded(groups, scales, -127, 127), scales.squeeze(-1)
     low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
     extreme = jnp.where(-low > high, low, high)
 
@@ -335,7 +356,7 @@ def _nearest(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
         tried = attempt(parts)
         better = tried[0] < best[0]
         best = tuple(jnp.where(better, a, b) for a, b in zip(tried, best, strict=True))
-    return best[1], best[2]
+    return best[1], best[2].squeeze(-1)
 
 
 def _rounded(groups: jax.Array, scales: jax.Array, low: int, high: int) -> jax.Array:
@@ -428,7 +449,7 @@ def _by_kernel(x: jax.Array, w: Narrow) -> jax.Array:
     x = x.astype(jnp.float32)
     if not w.in_panels:
         return layercomb_kernels.row_products(x, words, scales)
-    return layercomb_kernels.panel_products(x, words, scales, w.activation_bits // 8)
+    return layercomb_kernels.panel_products(x, words, scales, w.activation_bits // 8, w.minima)
 
 
 _product = with_kernel(_plain_product, _by_kernel)

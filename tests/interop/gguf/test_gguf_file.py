@@ -77,22 +77,42 @@ def test_rows_are_dequantized_piece_by_piece(whole, monkeypatch):
             np.testing.assert_array_equal(x, whole_tensor[rows])
 
 
-@pytest.mark.parametrize('kind', ['Q8_0', 'Q4_0'])
-@pytest.mark.parametrize('length', [64, 96, 256])
-def test_symmetric_blocks_stay_as_they_are(kind, length):
-    from layercomb.layers.quantized.matrix import Narrow
-
-    kinds = {b.name: b for b in blocks_module.BLOCKS.values()}
+@pytest.mark.parametrize('kind', ['Q8_0', 'Q4_0', 'Q4_1', 'Q4_K', 'Q5_K', 'Q6_K'])
+@pytest.mark.parametrize('length', [256, 512])
+def test_integers_are_the_same_numbers(kind, length):
+    blocks = {b.name: b for b in blocks_module.BLOCKS.values()}[kind]
     data = random_rows(kind, 5, length, seed=length)
-    values, scales = blocks_module.integers(kinds[kind], data)
-    assert scales.shape[1] * blocks_module.group_size(kinds[kind], length) == length
-    if kind == 'Q4_0':  # a group of int4 does not reach over the middle of its row
-        assert length // 2 % blocks_module.group_size(kinds[kind], length) == 0
-    wide = Narrow(values, scales, 'oi', kinds[kind].bits).wide()
-    np.testing.assert_array_equal(np.asarray(wide), kinds[kind].numbers(data))
-    back, stored = blocks_module.packed(values, scales)
-    assert back.name == kind
-    np.testing.assert_array_equal(stored, data)
+    q, scales = blocks_module.integers(blocks, data)
+    assert q.dtype == np.int8 and q.shape == (5, length)
+    parts = [np.repeat(x, blocks.group, -1) for x in np.split(scales, 1 + blocks.minima, -1)]
+    assert blocks.bits is not None
+    if blocks.minima:
+        made = (q.astype(np.float32) + 2 ** (blocks.bits - 1)) * parts[0] + parts[1]
+    else:
+        made = q.astype(np.float32) * parts[0]
+    np.testing.assert_array_equal(made, blocks.numbers(data))
+
+
+@pytest.mark.parametrize('kind', ['Q8_0', 'Q4_0', 'Q4_1'])
+@pytest.mark.parametrize('length', [64, 96, 256])
+def test_blocks_of_32_go_out_as_they_came(kind, length):
+    blocks = {b.name: b for b in blocks_module.BLOCKS.values()}[kind]
+    data = random_rows(kind, 5, length, seed=length)
+    q, scales = blocks_module.integers(blocks, data)
+    values = blocks_module.pack4(q.view(np.uint8)) if blocks.bits == 4 else q
+    pack = blocks_module.with_minima if blocks.minima else blocks_module.packed
+    for its in (scales, np.repeat(scales, 2, -1) if not blocks.minima else scales):
+        back, stored = pack(values, its)
+        assert back.name == kind
+        np.testing.assert_array_equal(stored, data)
+
+
+def test_minima_that_gguf_does_not_know_are_refused():
+    values, scales = np.zeros((2, 32), np.uint8), np.ones((2, 4), np.float32)
+    assert blocks_module.with_minima(values, scales)[0].name == 'Q4_1'
+    for wrong in ((values, scales + 1e-6), (values.view(np.int8), scales), (values, scales * 1e9)):
+        with pytest.raises(UsageError, match="another type: save the model with dtype='float16'"):
+            blocks_module.with_minima(*wrong)
 
 
 def test_wider_groups_become_several_blocks_and_others_are_refused():

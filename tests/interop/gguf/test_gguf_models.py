@@ -22,6 +22,7 @@ from layercomb.interop.gguf import architectures, rope, saving
 from layercomb.interop.gguf import file as gguf_file
 from layercomb.interop.gguf.vocabulary import vocabulary
 from layercomb.interop.tokenizer import PretrainedTokenizer
+from layercomb.layers.quantized.matrix import Narrow
 from layercomb.supervised import decoding
 
 IDS = jnp.array([[1, 5, 60, 33, 7, 2, 2, 90]], jnp.int32)
@@ -52,7 +53,7 @@ def same(a, b):
 
 
 def rewritten(path, entries=(), tensors=(), **keys):
-    """Another file: metadata changed (None leaves out), tensors changed to (values, type)."""
+    """Another file: metadata changed (None leaves out), tensors to (values or bytes, type)."""
     file, entries, tensors = gguf_file.read(path), dict(entries), dict(tensors)
     out = path.with_name(f'{path.stem}-changed.gguf')
     known = file.metadata['general.architecture']
@@ -67,7 +68,9 @@ def rewritten(path, entries=(), tensors=(), **keys):
         if value is not None:
             numbers, kind = value
             kind = gguf.GGMLQuantizationType[kind]
-            w.add_tensor(name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+            as_bytes = numbers.dtype == np.uint8
+            data = numbers if as_bytes else gguf.quants.quantize(numbers, kind)
+            w.add_tensor(name, data, raw_dtype=kind)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -268,21 +271,46 @@ def test_quantized_weights_go_out_with_scales_in_float16(path):
     assert ours.load(path)[0].layer == back.layer  # the file from before is still there
 
 
-def test_several_types_in_one_leaf_become_bfloat16(path):
-    ours.save(path, llama(), dtype='q8_0')
+@pytest.mark.parametrize('kind', ['Q4_1', 'Q4_K', 'Q5_K', 'Q6_K'])
+def test_several_types_in_one_leaf_become_what_holds_all(kind, path):
+    ours.save(path, llama(d_model=256, d_ff=256), dtype='q4_0')
+    size, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    data = np.random.default_rng(0).integers(0, 256, (256, 256 // size, n_bytes), np.uint8)
+    for first in {'Q6_K': [208]}.get(kind, [0, 2]):
+        data[..., first : first + 2] = np.float16([0.01]).view(np.uint8)
     file = gguf_file.read(path)
-    gate = file.tensors['blk.1.ffn_gate.weight']
-    numbers = gate.blocks.numbers(gate.data)
-    changed = rewritten(path, tensors={'blk.1.ffn_gate.weight': (numbers, 'Q4_1')})
-    flat = lc.trees.flatten(ours.load(changed)[0].weights)
-    at = 'block/feed_forward/'
-    assert flat[f'{at}gated_dense/gate'].dtype == jnp.bfloat16
-    assert flat[f'{at}gated_dense/up'].dtype == jnp.bfloat16  # the same leaf
-    assert flat[f'{at}dense/kernel'].dtype == jnp.uint32
-    found = np.asarray(flat[f'{at}gated_dense/gate'][1].astype(jnp.float32))
-    kind = gguf.GGMLQuantizationType.Q4_1
-    want = gguf.quants.dequantize(gguf.quants.quantize(numbers, kind), kind)
-    np.testing.assert_array_equal(found, np.asarray(jnp.asarray(want, jnp.bfloat16), np.float32))
+    data = data.reshape(256, -1), kind
+    kept = {
+        name: (tensor.data, tensor.blocks.name)
+        for name, tensor in file.tensors.items()
+        if tensor.blocks.name == 'Q4_0'
+    }
+    odd = {f'blk.{i}.ffn_gate.weight': data for i in (0, 2)}  # of three layers
+    changed = rewritten(path, tensors=kept | odd)
+    narrow, wide = ours.load(changed)[0], ours.load(changed, dtype='float32')[0]
+    flat, at = lc.trees.flatten(narrow.weights), 'block/feed_forward/'
+    gate = flat[f'{at}gated_dense/gate']
+    assert gate.dtype == flat[f'{at}dense/kernel'].dtype == jnp.uint32
+    assert gate.shape == (3, 256, 64 if kind in ('Q5_K', 'Q6_K') else 32)
+    made = np.asarray(jax.vmap(lambda x, s: Narrow(
+        x, s, 'io', 32 * gate.shape[-1] // 256, 16, kind != 'Q6_K').wide())(
+            gate, flat[f'{at}gated_dense/gate_scales']))  # fmt: skip
+    wanted = np.asarray(lc.trees.flatten(wide.weights)[f'{at}gated_dense/gate'])
+    np.testing.assert_array_equal(made[0], wanted[0])
+    np.testing.assert_array_equal(made[1], wanted[1])
+    np.testing.assert_allclose(narrow(IDS), wide(IDS), atol=0.02 * abs(np.asarray(wide(IDS))).max())
+    init, _ = narrow.layer.init((lc.shape_dtype((1, 8), 'int32'),), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, init) == jax.tree.map(jnp.shape, narrow.weights)
+    again = path.with_name('again.gguf')
+    if kind == 'Q4_1':
+        ours.save(again, narrow)
+        assert gguf_file.read(again).tensors['blk.0.ffn_gate.weight'].blocks.name == 'Q4_1'
+        assert same(ours.load(again)[0].weights, narrow.weights)
+    else:
+        with pytest.raises(UsageError, match="dtype='float16'"):
+            ours.save(again, narrow)
+    ours.save(again, narrow, dtype='float32')
+    assert same(ours.load(again, dtype='float32')[0].weights, wide.weights)
 
 
 def test_a_narrow_tied_model_decodes_and_trains_no_more(path):

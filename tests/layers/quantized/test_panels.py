@@ -94,3 +94,21 @@ def test_what_is_no_whole_number_of_words_stays_rows():
     wide = jnp.ones((30, 8))
     values, scales = narrow(wide, 'io', 8, 15)
     assert in_panels(values, scales, 'io', 8)[0] is values
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_minima_make_weights_that_are_not_symmetric_nearer(bits):
+    wide = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (64, 40)), jnp.float32)
+    values, scales = narrow(wide, 'io', bits, 16, True)
+    rows = Narrow(values, scales, 'io', bits, minima=True)
+    made = Narrow(*in_panels(values, scales, 'io', bits, True), 'io', bits, minima=True)
+    assert made.in_panels and scales.shape == (40, 8)
+    np.testing.assert_array_equal(made.wide(), rows.wide())
+    steps = (2**bits - 1) * 2
+    assert jnp.abs(rows.wide() - wide).max() <= 1.0001 / steps
+    for m in (1, 40):
+        x = jnp.asarray(np.random.default_rng(m).normal(size=(m, 64)), jnp.float32)
+        np.testing.assert_allclose(made.product(x), x @ rows.wide(), atol=2e-3)
+        np.testing.assert_allclose(rows.product(x), x @ rows.wide(), atol=2e-3)
+    zeros = narrow(jnp.zeros((64, 16)), 'io', bits, 16, True)
+    assert (Narrow(*zeros, 'io', bits, minima=True).wide() == 0).all()
