@@ -5,6 +5,7 @@ path. Those that need only the description use `rewrite`, which reaches every la
 combinators and wrappers too.
 """
 
+from layercomb.transforms.calibration.inputs import multiplied
 from layercomb.transforms.casting import Cast, cast
 from layercomb.transforms.classifying import classifier
 from layercomb.transforms.low_rank.adapting import lora, without_lora
@@ -44,6 +45,7 @@ __all__ = [
     'lora',
     'lora_paths',
     'merge',
+    'multiplied',
     'narrow_paths',
     'quantize',
     'remat',

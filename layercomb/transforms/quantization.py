@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -40,6 +42,8 @@ from layercomb.transforms.casting import Cast
 from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
+
+_NO_GRAMS: Mapping[str, jax.Array] = MappingProxyType({})
 
 
 @functools.singledispatch
@@ -146,18 +150,18 @@ class Quantized(Wrapper):
     ) -> tuple[Arrays, Tree]:
         return self.layer.apply(self.seen(weights), state, inputs, rng=rng, mode=mode)
 
-    def narrow(self, weights: Tree) -> Tree:
+    def narrow(self, weights: Tree, grams: Mapping[str, jax.Array] = _NO_GRAMS) -> Tree:
         """The leaf's weights with its large matrices narrow.
 
         Args:
           weights: the leaf's, possibly stacked on leading axes.
+          grams: X Xᵀ of the inputs that a matrix is rounded for, by its path: see `narrow`.
         """
-        for path, axes in narrow_axes(bare(self.layer)).items():
+        for path, axes in self.chosen(weights).items():
             wide = trees.get(weights, path)
-            shape = wide.shape[wide.ndim - len(axes) :]
-            if math.prod(shape) < self.smallest or not can_narrow(shape, axes, self.bits):
-                continue
-            values, scales = narrow(wide, axes, self.bits, self.group_size, self.minima)
+            values, scales = narrow(
+                wide, axes, self.bits, self.group_size, self.minima, grams.get(path)
+            )
             values, scales = self.stored(path, values, scales)
             weights = trees.put(trees.drop(weights, path), path, values)
             if scales is not None:
@@ -176,6 +180,16 @@ class Quantized(Wrapper):
             return values, scales
         axes = narrow_axes(layer)[path]
         return in_panels(values, scales, axes, self.bits, self.minima)
+
+    def chosen(self, weights: Tree) -> dict[str, str]:
+        """Which of the leaf's wide matrices become narrow, and their axes as of `narrow_axes`."""
+        found = {}
+        for path, axes in narrow_axes(bare(self.layer)).items():
+            wide = trees.get(weights, path)
+            shape = wide.shape[wide.ndim - len(axes) :]
+            if math.prod(shape) >= self.smallest and can_narrow(shape, axes, self.bits):
+                found[path] = axes
+        return found
 
     def seen(self, weights: Tree) -> Tree:
         """The weights as the leaf sees them, each narrow matrix as one `Narrow`.
@@ -274,7 +288,14 @@ def bare(layer: Layer) -> Layer:
 
 
 def quantize(
-    net: Layer, weights: Tree, bits: int = 8, group_size: int = 64, *, smallest: int = 4096
+    net: Layer,
+    weights: Tree,
+    bits: int = 8,
+    group_size: int = 64,
+    *,
+    smallest: int = 4096,
+    calibrate: Any = None,
+    state: Tree | None = None,
 ) -> tuple[Layer, Tree]:
     """The same model with its large matrices in few bits, for decoding or evaluation.
 
@@ -293,12 +314,22 @@ def quantize(
       group_size: how many weights share a scale. If it does not divide the length of a row, the
         nearest divisor, by ratio, is used.
       smallest: matrices with fewer weights stay as they are.
+      calibrate: batches of what the model reads, a few thousand tokens without padding: an iterable
+        of arrays such as token ids (B, L), or of tuples if the model takes several inputs. Each
+        matrix of a dense layer or projection is then rounded for the inputs that it gets from them,
+        through what is rounded before it, so that its products change least. Tables that are looked
+        up, sparse feed-forwards and multiplicative layers are rounded to the nearest, as all are
+        without `calibrate`. A warning names what it does not reach. It runs the model once, or
+        twice if weights are tied or shared, and the result is the same each time.
+      state: of the model, with `calibrate`; it is needed if there are running statistics.
 
     Returns:
       (layer, weights).
 
     Raises:
-      ValueError: for other bits; and when the gradient for a quantized weight is asked for.
+      TypeError: for batches that the model does not take.
+      ValueError: for other bits; if values that come from `calibrate` are not finite; and when the
+        gradient for a quantized weight is asked for.
 
     >>> import jax.numpy as jnp
     >>> from layercomb import tl, transforms
@@ -306,9 +337,13 @@ def quantize(
     >>> net, weights['kernel'].dtype, weights['kernel_scales'].shape
     (Quantized(Dense(64)), dtype('uint32'), (64, 1))
     """
+    if calibrate is not None:
+        from layercomb.transforms.calibration.calibrating import calibrated  # which rounds by this
+
+        return calibrated(net, weights, (bits, group_size, smallest), calibrate, state)
     if isinstance(net, Tied):
         inner, whole = quantize(net.layer, net.untied(weights), bits, group_size, smallest=smallest)
-        return _tied_again(net, inner, whole)
+        return tied_again(net, inner, whole)
     if isinstance(net, Quantized):
         raise ValueError('the model is quantized already: quantize the one that it was made from')
     if narrow_axes(bare(net)):
@@ -329,7 +364,7 @@ def quantize(
     return net, weights
 
 
-def _tied_again(net: Tied, inner: Layer, whole: Tree) -> tuple[Layer, Tree]:
+def tied_again(net: Tied, inner: Layer, whole: Tree) -> tuple[Layer, Tree]:
     """A quantized model with one array for both ends of a tie, if they are stored alike.
 
     Args:
@@ -338,7 +373,7 @@ def _tied_again(net: Tied, inner: Layer, whole: Tree) -> tuple[Layer, Tree]:
       whole: its weights.
     """
     source, target = (_layouts(inner, whole, path) for path in (net.source, net.target))
-    turned = net.via is jnp.transpose and (source, target) in _TRANSPOSED
+    turned = net.via is jnp.transpose and (source, target) in TRANSPOSED
     is_narrow = set(source.values()) != {''}
     if not turned and (source != target or (net.via and is_narrow)):
         return inner, whole
@@ -350,7 +385,7 @@ def _tied_again(net: Tied, inner: Layer, whole: Tree) -> tuple[Layer, Tree]:
 
 
 # A table of rows and the kernel that is its transpose: both are kept as rows.
-_TRANSPOSED = (({'': 'oi'}, {'': 'io'}), ({'': 'io'}, {'': 'oi'}))
+TRANSPOSED = (({'': 'oi'}, {'': 'io'}), ({'': 'io'}, {'': 'oi'}))
 
 
 def _layouts(net: Layer, weights: Tree, at: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import layercomb_kernels
-from layercomb.layers.quantized import panels, pieces
+from layercomb.layers.quantized import panels, pieces, rounding
 from layercomb.layers.quantized.native import FEW, has_kernels, with_kernel
 from layercomb.layers.quantized.rows import IN_BOUNDS
 from layercomb.shapes import is_float
@@ -270,13 +270,17 @@ def rows_of(table: jax.Array | Narrow) -> Narrow:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def narrow(
-    wide: jax.Array, axes: str, bits: int, group_size: int, minima: bool = False
+    wide: jax.Array,
+    axes: str,
+    bits: int,
+    group_size: int,
+    minima: bool = False,
+    gram: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Rounds a matrix, or a stack of them, to narrow weights.
 
-    8 bits: scale = max |w| / 127 in the group and q = round(w / scale), so that no weight is off by
-    more than half a scale. 4 bits: of a few scales, the one with the least squared error in the
-    group.
+    See `rounding`: to the nearest or, if it is known what the matrix multiplies, so that products
+    with that change least.
 
     Args:
       wide: floating, with the axes that `axes` names; any others come first.
@@ -284,8 +288,9 @@ def narrow(
       bits: 4, 8 or 16.
       group_size: wanted number of weights that share a scale; the nearest divisor of the row's
         length is taken (of half of it for int4), by ratio.
-      minima: whether a group has a minimum, too: q is the nearest to (w − minimum) / scale, and the
-        scale what makes the largest weight the largest integer.
+      minima: whether a group has a minimum, too: see `rounding.from_least`.
+      gram: X Xᵀ (n, n) float32 of the inputs X (n, N) of a matrix that is not stacked, whose rows
+        have n weights; None if they are not known.
 
     Returns:
       Values and scales, as of `Narrow`; scales are None for 16 bits.
@@ -301,9 +306,11 @@ def narrow(
         return wide.astype(jnp.bfloat16), None
     length = wide.shape[-1]
     size = group_of(length // 2 if bits == 4 else length, group_size)  # a group is within one half
-    groups = wide.astype(jnp.float32).reshape(*lead, *o, -1, size)  # (…, G, g)
-    q, scales = _from_least(groups, bits) if minima else _nearest(groups, bits)
-    q = q.reshape(wide.shape)
+    wide = wide.astype(jnp.float32)
+    if minima:
+        q, scales = rounding.from_least(wide, bits, size)
+    else:
+        q, scales = rounding.integers(wide, bits, size, gram)
     return (_pack(q) if bits == 4 else q), scales
 
 
@@ -327,41 +334,6 @@ def group_of(length: int, group_size: int) -> int:
     """
     divisors = (n for n in range(1, length + 1) if length % n == 0)
     return min(divisors, key=lambda n: abs(math.log(n / group_size)))
-
-
-def _from_least(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """int8 values of groups (…, G, g), and their scales and minima, (…, 2G)."""
-    least, half = groups.min(-1, keepdims=True), 2 ** (bits - 1)
-    scales = (groups.max(-1, keepdims=True) - least) / (2 * half - 1)
-    q = _rounded(groups - least - half * scales, scales, -half, half - 1)
-    return q, jnp.concatenate([scales, least], -2).squeeze(-1)
-
-
-def _nearest(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """int8 values of groups (…, G, g), and their scales, (…, G)."""
-    if bits == 8:
-        scales = jnp.abs(groups).max(-1, keepdims=True) / 127
-        return _rounded(groups, scales, -127, 127), scales.squeeze(-1)
-    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
-    extreme = jnp.where(-low > high, low, high)
-
-    def attempt(parts: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scales = extreme / -parts  # the extreme becomes −8; there is no +8
-        q = _rounded(groups, scales, -8, 7)
-        error = jnp.square(q.astype(jnp.float32) * scales - groups).sum(-1, keepdims=True)
-        return error, q, scales
-
-    best: tuple[jax.Array, ...] = attempt(8.0)
-    for parts in (7.0, 7.5, 8.5, 9.0, 10.0):
-        tried = attempt(parts)
-        better = tried[0] < best[0]
-        best = tuple(jnp.where(better, a, b) for a, b in zip(tried, best, strict=True))
-    return best[1], best[2].squeeze(-1)
-
-
-def _rounded(groups: jax.Array, scales: jax.Array, low: int, high: int) -> jax.Array:
-    divisors = jnp.where(scales == 0, 1, scales)  # a group of zeros stays zero
-    return jnp.clip(jnp.round(groups / divisors), low, high).astype(jnp.int8)
 
 
 def _pack(q: jax.Array) -> jax.Array:

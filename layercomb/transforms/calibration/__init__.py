@@ -1,0 +1,1 @@
+"""Rounding for the inputs that a model's matrices get: `transforms.quantize(calibrate=…)`."""

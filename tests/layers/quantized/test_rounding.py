@@ -1,0 +1,140 @@
+"""Rounding: near the best scales, and errors made up for as a slow reference does."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layercomb.layers.quantized import rounding as lib
+
+
+def problem(seed, rows=5, n=24, samples=200):
+    """Weights (R, n), and X Xᵀ of inputs whose features go together."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(n, n)) * np.exp(-np.arange(n) / 6)
+    x = mixed @ rng.normal(size=(n, samples)) + 0.3 * rng.normal(size=(n, samples))
+    return np.float32(rng.normal(size=(rows, n))), np.float32(x @ x.T)
+
+
+def values(q, scales):
+    groups = np.float64(q).reshape(*scales.shape, -1)
+    return (groups * np.float64(scales)[..., None]).reshape(q.shape)
+
+
+def loss(weights, q, scales, gram):
+    """|(W − Ŵ) X|² of each row."""
+    left = np.float64(weights) - values(q, scales)
+    return np.einsum('rn,nm,rm->r', left, np.float64(gram), left)
+
+
+def damped(gram):
+    gram = np.float64(gram)
+    return gram + 0.01 * np.trace(gram) / len(gram) * np.eye(len(gram))
+
+
+def fed_forward(weights, gram, size, bits):
+    """Each error is made up for by all later weights, through the inverse of what is left of H."""
+    w, h = np.float64(weights).copy(), damped(gram)
+    q, scales = np.zeros(w.shape), np.zeros((len(w), w.shape[1] // size))
+    low, high = (-8, 7) if bits == 4 else (-127, 127)
+    for i in range(w.shape[1]):
+        if i % size == 0:
+            group = jnp.asarray(w[:, i : i + size], jnp.float32)
+            scales[:, i // size] = lib.nearest(group, bits)[1][:, 0]
+        scale = scales[:, i // size]
+        q[:, i] = np.clip(np.round(w[:, i] / scale), low, high)
+        inverse = np.linalg.inv(h[i:, i:])
+        error = (w[:, i] - q[:, i] * scale) / inverse[0, 0]
+        w[:, i:] -= error[:, None] * inverse[0]
+    return q, scales
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_errors_are_fed_forward_as_by_the_inverse_of_what_is_left(bits, monkeypatch):
+    monkeypatch.setattr(lib, '_SWEEPS', 0)
+    weights, gram = problem(0)
+    q, scales = lib.integers(jnp.asarray(weights), bits, 6, jnp.asarray(gram))
+    wanted, wanted_scales = fed_forward(weights, gram, 6, bits)
+    assert q.dtype == jnp.int8 and scales.shape == (5, 4)
+    q = np.asarray(q)
+    np.testing.assert_allclose(scales, wanted_scales, rtol=1e-3)
+    assert (np.abs(q - wanted) <= 1).all() and (q == wanted).mean() > 0.9  # ties of float32
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([4, 8]), st.sampled_from([4, 8, 24]))
+def test_no_sweep_makes_a_row_worse(seed, bits, size):
+    weights, gram = problem(seed)
+    groups = jnp.asarray(weights).reshape(5, -1, size)
+    gram = np.float32(damped(gram))
+    q, scales = lib.nearest(groups, bits)
+    made = q.astype(jnp.float32), scales.squeeze(-1)
+    before = loss(weights, np.asarray(made[0]).reshape(weights.shape), made[1], gram)
+    sweep = jax.vmap(lambda w, q, s: lib._descended(w, q, s, bits, jnp.asarray(gram)))
+    for _ in range(3):
+        made = sweep(groups, *made)
+        after = loss(weights, np.asarray(made[0]).reshape(weights.shape), made[1], gram)
+        assert (after <= before * (1 + 1e-4) + 1e-4).all()
+        before = after
+    low, high = (-8, 7) if bits == 4 else (-127, 127)
+    assert made[0].min() >= low and made[0].max() <= high
+    np.testing.assert_array_equal(made[0], np.round(made[0]))
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_for_inputs_products_are_nearer(bits):
+    weights, gram = problem(1, rows=64, n=64, samples=500)
+    by_weights = loss(weights, *lib.integers(jnp.asarray(weights), bits, 16), gram)
+    made = lib.integers(jnp.asarray(weights), bits, 16, jnp.asarray(gram))
+    assert loss(weights, *made, gram).sum() < 0.4 * by_weights.sum()
+
+
+def test_uncorrelated_inputs_leave_little_to_make_up_for():
+    weights, _ = problem(2)
+    eye = np.eye(24, dtype=np.float32)
+    by_weights = loss(weights, *lib.integers(jnp.asarray(weights), 4, 6), eye)
+    made = lib.integers(jnp.asarray(weights), 4, 6, jnp.asarray(eye))
+    assert (loss(weights, *made, eye) <= by_weights * (1 + 1e-5)).all()
+
+
+def test_rows_are_rounded_alike_alone_and_among_many(monkeypatch):
+    weights, gram = map(jnp.asarray, problem(3, rows=7))
+    q, scales = lib.integers(weights, 4, 8, gram)
+    monkeypatch.setattr(lib, '_TOGETHER', 3)
+    again = lib.integers(weights.reshape(7, 1, 24), 4, 8, gram)
+    assert again[0].shape == (7, 1, 24) and again[1].shape == (7, 1, 3)
+    same = (again[0][:, 0] == q).all(-1)
+    assert same.sum() >= 4  # a tie of float32 goes on to all weights after it in its row
+    np.testing.assert_allclose(again[1][:, 0][same], scales[same], rtol=1e-3)
+
+
+def test_inputs_of_zeros_and_weights_of_zeros():
+    weights, gram = map(jnp.asarray, problem(4))
+    q, scales = lib.integers(weights, 4, 6, jnp.zeros_like(gram))
+    assert loss(weights, q, scales, np.eye(24)).sum() < 0.02 * np.square(weights).sum()
+    q, scales = lib.integers(weights * 0.0, 4, 6, gram)
+    assert (values(q, scales) == 0).all() and np.isfinite(scales).all()
+    some = weights.at[:, 6:12].set(0.0)
+    dead = gram.at[3].set(0).at[:, 3].set(0)  # a feature that is always 0
+    assert np.isfinite(values(*lib.integers(some, 4, 6, dead))).all()
+
+
+def test_scales_are_nearly_the_best():
+    """Of all scales on a fine grid, none is much better than the one that was found."""
+    groups = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    _, scales = lib.nearest(jnp.asarray(groups), 4)
+
+    def errors(scales):
+        q = np.clip(np.round(groups / scales), -8, 7)
+        return np.square(q * scales - groups).sum(-1)
+
+    best = np.inf
+    for parts in np.linspace(5, 14, 400):
+        for sign in (-1, 1):
+            scale = sign * np.abs(groups).max(-1, keepdims=True) / parts
+            best = np.minimum(best, errors(scale))
+    assert errors(np.asarray(scales)).sum() <= 1.02 * best.sum()
