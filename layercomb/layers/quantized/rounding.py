@@ -141,10 +141,12 @@ def for_inputs(groups: jax.Array, bits: int, gram: jax.Array) -> tuple[jax.Array
 def _row(groups: jax.Array, *, bits: int, gram: jax.Array, upper: jax.Array) -> Any:
     """q (G, g), as floats, and scales (G,) of a row (G, g)."""
 
-    def sweep(_: Any, made: Any) -> Any:
-        return _descended(groups, *made, bits, gram)
+    def sweep(_: Any, made: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        q, scales = made
+        return _descended(groups, q, scales, bits, gram)
 
-    return lax.fori_loop(0, _SWEEPS, sweep, _fed_forward(groups, bits, upper))
+    made: Any = lax.fori_loop(0, _SWEEPS, sweep, _fed_forward(groups, bits, upper))
+    return made
 
 
 def _fed_forward(groups: jax.Array, bits: int, upper: jax.Array) -> tuple[jax.Array, jax.Array]:
