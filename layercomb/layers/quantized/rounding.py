@@ -67,16 +67,18 @@ def from_least(rows: jax.Array, bits: int, size: int) -> tuple[jax.Array, jax.Ar
     return q.reshape(rows.shape), jnp.concatenate([scales, least], -2).squeeze(-1)
 
 
-def nearest(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+def nearest(groups: jax.Array, bits: int, refined: bool = False) -> tuple[jax.Array, jax.Array]:
     """Rounds groups for the least squared error of their weights.
 
     8 bits: scale = max |w| / 127, so that no weight is off by more than half a scale. 4 bits: the
-    best of a few scales that are parts of the group's extreme w, and of those that are the least
-    squares ⟨w, q⟩ / ⟨q, q⟩ after each.
+    best of a few scales that are parts of the group's extreme w. Refined, also of those that are
+    the least squares ⟨w, q⟩ / ⟨q, q⟩ after each: that makes the error of Gaussian weights 1.2 per
+    cent less, and did not make a model better by itself.
 
     Args:
       groups: w (…, g) float32.
       bits: 4 or 8.
+      refined: of 4 bits, whether to try these too.
 
     Returns:
       q (…, g) int8 and scales (…, 1) float32.
@@ -90,6 +92,8 @@ def nearest(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     for parts in _PARTS:
         scales = extreme / -parts  # the extreme becomes −8; there is no +8
         best = _better(best, groups, scales, bits)
+        if not refined:
+            continue
         q = _rounded(groups, scales, bits).astype(jnp.float32)
         scales = _ratio((groups * q).sum(-1, keepdims=True), (q * q).sum(-1, keepdims=True))
         best = _better(best, groups, scales, bits)
@@ -157,7 +161,7 @@ def _fed_forward(groups: jax.Array, bits: int, upper: jax.Array) -> tuple[jax.Ar
         at = i * size
         block = lax.dynamic_slice(upper, (at, at), (size, size))
         weights = lax.dynamic_slice(row, (at,), (size,))
-        scale = nearest(weights, bits)[1][0]
+        scale = nearest(weights, bits, refined=True)[1][0]
 
         def weight(j: Any, carry: Any) -> Any:
             weights, q, errors = carry
