@@ -39,6 +39,7 @@ from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.shapes import Signature, is_float
 from layercomb.transforms.casting import Cast
+from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
@@ -294,6 +295,7 @@ def quantize(
     group_size: int = 64,
     *,
     smallest: int = 4096,
+    activation_bits: int = 16,
     calibrate: Any = None,
     state: Tree | None = None,
 ) -> tuple[Layer, Tree]:
@@ -314,6 +316,8 @@ def quantize(
       group_size: how many weights share a scale. If it does not divide the length of a row, the
         nearest divisor, by ratio, is used.
       smallest: matrices with fewer weights stay as they are.
+      activation_bits: to how many bits a CPU's kernels may round what they multiply: 16, an error
+        of 3e-5 of a product; or 8, of 5e-3, with which prompts are read up to twice as fast.
       calibrate: batches of what the model reads, a few thousand tokens without padding: an iterable
         of arrays such as token ids (B, L), or of tuples if the model takes several inputs. Each
         matrix of a dense layer or projection is then rounded for the inputs that it gets from them,
@@ -337,6 +341,11 @@ def quantize(
     >>> net, weights['kernel'].dtype, weights['kernel_scales'].shape
     (Quantized(Dense(64)), dtype('uint32'), (64, 1))
     """
+    if activation_bits != 16:
+        net, weights = quantize(
+            net, weights, bits, group_size, smallest=smallest, calibrate=calibrate, state=state
+        )
+        return rewrite(net, functools.partial(_rounding_inputs, activation_bits)), weights
     if calibrate is not None:
         from layercomb.transforms.calibration.calibrating import calibrated  # which rounds by this
 
@@ -362,6 +371,11 @@ def quantize(
         inner, weights = quantize(net.layer, weights, bits, group_size, smallest=smallest)
         return net.with_sublayers((inner, *net.sublayers[1:])), weights
     return net, weights
+
+
+def _rounding_inputs(bits: int, layer: Layer) -> Layer:
+    is_narrow = isinstance(layer, Quantized)
+    return dataclasses.replace(layer, activation_bits=bits) if is_narrow else layer
 
 
 def tied_again(net: Tied, inner: Layer, whole: Tree) -> tuple[Layer, Tree]:

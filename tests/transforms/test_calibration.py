@@ -140,7 +140,7 @@ def test_tied_ends_stay_one_array():
     weights, _ = made(net)
     layer, narrow = quantize(net, weights)
     assert isinstance(layer, transforms.TiedRows)
-    assert 'head' not in narrow and narrow['embedding']['table'].dtype == jnp.uint8
+    assert 'head' not in narrow and narrow['embedding']['table'].dtype == jnp.uint32
 
 
 class Around(tl.Wrapper):

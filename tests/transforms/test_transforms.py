@@ -447,8 +447,8 @@ def example(signature):
     )
 
 
-def quantize(net, weights, bits, group_size=16):
-    return transforms.quantize(net, weights, bits, group_size, smallest=1)
+def quantize(net, weights, bits, group_size=16, **options):
+    return transforms.quantize(net, weights, bits, group_size, smallest=1, **options)
 
 
 def widened(net, weights, like):
@@ -516,6 +516,20 @@ def test_quantize_keeps_names_stacked_and_unstacked(small):
     cache = init_state(after, TOKENS)
     y = apply(after, after_weights, cache, (tokens(),), Mode.PREDICT)[0]
     assert_close(y, wanted, tolerance=1e-4)
+
+
+def test_quantize_rounds_inputs_to_a_byte_if_asked(small):
+    net, weights, state = small
+    plain, same = quantize(net, weights, 8)
+    rough, narrow = quantize(net, weights, 8, activation_bits=8)
+    jax.tree.map(np.testing.assert_array_equal, same, narrow)
+    exact, y = (apply(each, same, state, (tokens(),), Mode.EVAL)[0] for each in (plain, rough))
+    error = jnp.linalg.norm(y[0] - exact[0]) / jnp.linalg.norm(exact[0])
+    assert error < 0.03
+    if layercomb_kernels.available():
+        assert error > 1e-4
+    with pytest.raises(ValueError, match='activation_bits=7 is not to be had: choose 16'):
+        quantize(net, weights, 8, activation_bits=7)
 
 
 def test_quantize_leaves_what_is_small(small):
