@@ -12,7 +12,7 @@ import pytest
 from layercomb import init_state, models, tl, transforms, trees
 from layercomb.errors import UsageWarning
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.quantized.matrix import Narrow
+from layercomb.layers.quantized.matrix import Narrow, in_panels
 from layercomb.layers.quantized.matrix import narrow as narrowed
 from layercomb.shapes import shape_dtype
 from layercomb.transforms.calibration.calibrating import _Observing
@@ -112,15 +112,20 @@ def test_the_same_batches_give_the_same_weights():
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+def nearest_for(kernel, x):
+    """What a kernel becomes that is rounded for inputs x."""
+    return in_panels(*narrowed(kernel, 'io', 4, 16, gram=x.T @ x), 'io', 4)
+
+
 def test_each_matrix_is_rounded_behind_those_before_it():
     """By hand: the second layer's inputs come through the first one as it was rounded."""
     net = tl.Serial(tl.Dense(24, name='a'), tl.Relu(), tl.Dense(8, name='b'))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(40, 16)), jnp.float32)
     weights, _ = net.init((shape_dtype((40, 16)),), jax.random.key(0))
     _, narrow = quantize(net, weights, calibrate=[x])
-    values, scales = narrowed(weights['a']['kernel'], 'io', 4, 16, x.T @ x)
+    values, scales = nearest_for(weights['a']['kernel'], x)
     h = jax.nn.relu(x @ Narrow(values, scales, 'io', 4).wide() + weights['a']['bias'])
-    wanted = narrowed(weights['b']['kernel'], 'io', 4, 16, h.T @ h)
+    wanted = nearest_for(weights['b']['kernel'], h)
     np.testing.assert_array_equal(narrow['a']['kernel'], values)
     np.testing.assert_array_equal(narrow['b']['kernel'], wanted[0])
     np.testing.assert_allclose(narrow['b']['kernel_scales'], wanted[1], rtol=1e-4)
