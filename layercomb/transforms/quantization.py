@@ -169,18 +169,21 @@ class Quantized(Wrapper):
                 weights = trees.put(weights, path + SCALES, scales)
         return weights
 
-    def stored(self, path: str, values: Any, scales: Any) -> tuple[Any, Any]:
+    def stored(
+        self, path: str, values: Any, scales: Any, n_o: int | None = None
+    ) -> tuple[Any, Any]:
         """Values and scales as the leaf keeps them: in panels, unless rows are chosen one by one.
 
         Args:
           path: of the weight, in the leaf.
           values, scales: of rows, as `narrow` makes them; possibly stacked on leading axes.
+          n_o: how many axes count rows; None for as many as the matrix has.
         """
         layer = bare(self.layer)
         if Axes(layer.weight_axes[path]).has_chosen_rows:
             return values, scales
-        axes = narrow_axes(layer)[path]
-        return in_panels(values, scales, axes, self.bits, self.minima)
+        n_o = narrow_axes(layer)[path].count('o') if n_o is None else n_o
+        return in_panels(values, scales, n_o, self.bits, self.minima)
 
     def chosen(self, weights: Tree) -> dict[str, str]:
         """Which of the leaf's wide matrices become narrow, and their axes as of `narrow_axes`."""

@@ -114,7 +114,7 @@ def test_the_same_batches_give_the_same_weights():
 
 def nearest_for(kernel, x):
     """What a kernel becomes that is rounded for inputs x."""
-    return in_panels(*narrowed(kernel, 'io', 4, 16, gram=x.T @ x), 'io', 4)
+    return in_panels(*narrowed(kernel, 'io', 4, 16, gram=x.T @ x), 1, 4)
 
 
 def test_each_matrix_is_rounded_behind_those_before_it():

@@ -49,6 +49,15 @@ class Stored:
     blocks: Blocks
     data: np.ndarray
 
+    def forget(self) -> None:
+        """Gives back the memory of what was read of the file; it is read again if it is needed."""
+        mapped: Any = self.data
+        while isinstance(mapped, np.ndarray):
+            mapped = mapped.base
+        mapped = getattr(mapped, 'obj', mapped)  # of a memoryview
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, 'MADV_DONTNEED'):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class File:

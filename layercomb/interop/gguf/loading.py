@@ -14,6 +14,7 @@ from layercomb.interop.gguf.file import File, read
 from layercomb.interop.gguf.rope import FACTORS
 from layercomb.interop.gguf.vocabulary import vocabulary
 from layercomb.interop.gguf.weights import load_narrow, load_wide
+from layercomb.interop.memory import give_back
 from layercomb.interop.tensors import shapes_of
 from layercomb.interop.tokenizer import PretrainedTokenizer, sampling_advice
 from layercomb.layers.core.layer import Layer
@@ -68,6 +69,7 @@ def load(path: str | Path, *, dtype: str | None = None) -> tuple[Model, Any]:
     ignored = (FACTORS.replace('.', r'\.'),)
     fill = load_narrow if dtype is None else load_wide
     net, weights = fill(net, shapes, entries, tensors, ignored, repr(str(file.path)))
+    give_back()
     return Model(net, weights), tokenizer
 
 

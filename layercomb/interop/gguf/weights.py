@@ -99,6 +99,7 @@ class Kind(NamedTuple):
 
 
 _BFLOAT16 = Kind(16, 64)
+_ROWS = 4096  # that are laid out at a time: whole panels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,17 +178,13 @@ def load_narrow(
             made[entry.ours] = jnp.asarray(values.reshape(*lead, *matrix.shape))
             continue
         each_type = [tensors[name].stored.blocks for name in entry.names]
-        parts = [
-            _integers(blocks, rows, kind) for blocks, rows in zip(each_type, stack, strict=True)
-        ]
-        rows = (
-            np.stack(each).reshape(*lead, *matrix.shape[:-1], -1)
-            for each in zip(*parts, strict=True)
-        )
         layer, rest, _ = holder(narrow, entry.ours)
         assert isinstance(layer, Quantized)
-        stored = layer.stored(rest, *rows)
-        made[entry.ours], made[entry.ours + SCALES] = (jnp.asarray(each) for each in stored)
+        stored = _laid_out(layer, rest, each_type, stack, kind)
+        for path, each in zip((entry.ours, entry.ours + SCALES), stored, strict=True):
+            made[path] = jnp.asarray(each.reshape(*lead, *matrix.shape[:-1], -1))
+        for name in entry.names:
+            tensors[name].stored.forget()
     return narrow, trees.unflatten(made)
 
 
@@ -293,6 +290,31 @@ def _n_bytes(like: Any, matrix: _Matrix | None, kinds: Mapping[str, Kind]) -> in
         return 4 * n
     bits, group, minima = kinds[matrix.leaf]
     return n * bits // 8 + (0 if bits == 16 else (1 + minima) * 4 * n // group)
+
+
+def _laid_out(
+    layer: Quantized, path: str, types: Sequence[Blocks], stack: Sequence[np.ndarray], kind: Kind
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values and scales as the leaf keeps them, (layers, M, …), made of some rows at a time.
+
+    Args:
+      layer: the leaf.
+      path: of the weight in it.
+      types: of each layer's rows.
+      stack: the rows of each layer, (M, bytes) uint8.
+      kind: of the leaf.
+    """
+    made: list[np.ndarray] = []
+    for i, (blocks, data) in enumerate(zip(types, stack, strict=True)):
+        for first in range(0, len(data), _ROWS):
+            rows = slice(first, first + _ROWS)
+            parts = layer.stored(path, *_integers(blocks, data[rows], kind), n_o=1)
+            if not made:
+                shape = len(stack), len(data)
+                made = [np.empty((*shape, x.shape[-1]), x.dtype) for x in parts]
+            for whole, part in zip(made, parts, strict=True):
+                whole[i, rows] = part
+    return made[0], made[1]
 
 
 def _integers(blocks: Blocks, data: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray]:

@@ -245,13 +245,13 @@ def n_columns(values: Any, bits: int) -> int:
 
 
 def in_panels(
-    values: Any, scales: Any, axes: str, bits: int, minima: bool = False
+    values: Any, scales: Any, n_o: int, bits: int, minima: bool = False
 ) -> tuple[Any, Any]:
     """Values and scales in panels, where rows and groups are whole words; else as they are.
 
     Args:
-      values, scales: as of `Narrow`, of rows; axes that `axes` does not name come first.
-      axes: letters ``i`` and ``o``, see the module.
+      values, scales: as of `Narrow`, of rows, (…, *o, n) and (…, *o, G).
+      n_o: how many ``o`` axes there are.
       bits: 4, 8 or 16.
       minima: whether half of the scales are minima.
     """
@@ -260,7 +260,7 @@ def in_panels(
     columns = n_columns(values, bits)
     if not panels.fit(columns, columns * (1 + minima) // scales.shape[-1], bits):
         return values, scales
-    return panels.of_rows(values, scales, axes.count('o'))
+    return panels.of_rows(values, scales, n_o)
 
 
 def rows_of(table: jax.Array | Narrow) -> Narrow:
