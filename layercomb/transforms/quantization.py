@@ -377,8 +377,7 @@ def quantize(
 
 
 def _rounding_inputs(bits: int, layer: Layer) -> Layer:
-    is_narrow = isinstance(layer, Quantized)
-    return dataclasses.replace(layer, activation_bits=bits) if is_narrow else layer
+    return layer.replace(activation_bits=bits) if isinstance(layer, Quantized) else layer
 
 
 def tied_again(net: Tied, inner: Layer, whole: Tree) -> tuple[Layer, Tree]:
