@@ -116,7 +116,7 @@ class Bench:
 
     def llama_cpp(self, path, **request):
         """What llama.cpp answers about a file."""
-        return peer(self.python, HERE / 'llama_cpp.py', path, n_ctx=WINDOW, **request)
+        return peer(self.python, HERE / 'llama_library.py', path, n_ctx=WINDOW, **request)
 
     def tokens(self):
         texts = json.loads((HERE.parent / 'tests/data/gguf/vocabularies.json').read_text())['texts']

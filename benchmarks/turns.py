@@ -16,6 +16,7 @@ import time
 # The allocators that a contestant is given; the best of them counts.
 KEEP_PAGES = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '100000000000'}
 HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+UNDISTURBED = 0.15  # of a CPU, that other processes take during a turn
 # Threads of torch that wait without spinning: what they burn would count as work.
 TORCH = {'OMP_WAIT_POLICY': 'PASSIVE'}
 
@@ -61,7 +62,7 @@ class Worker:
             text=True,
             env={**os.environ, **environment},
         )
-        self.temporaries = self.read()['temporaries']
+        self.said = self.read()  # when it was ready
         self.steps = []
 
     def read(self):
@@ -70,10 +71,15 @@ class Worker:
             sys.exit('a worker stopped: what it wrote stands above')
         return json.loads(line)
 
-    def run(self):
-        self.process.stdin.write('step\n')
+    @property
+    def temporaries(self):
+        return self.said['temporaries']
+
+    def run(self, job='step'):
+        self.process.stdin.write(f'{job}\n')
         self.process.stdin.flush()
         self.steps.append(self.read())
+        return self.steps[-1]
 
     def best(self, what):
         return min(step[what] for step in self.steps)
@@ -104,3 +110,30 @@ def take_turns(contestants, repeats, *arguments):
     for worker in workers.values():
         worker.close()
     return workers
+
+
+def busy_seconds():
+    """CPU seconds that all processes of the machine have had."""
+    with open('/proc/stat') as f:
+        user, nice, system, _, _, *interrupts = map(int, f.readline().split()[1:9])
+    return (user + nice + system + sum(interrupts)) / os.sysconf('SC_CLK_TCK')
+
+
+def take_quiet_turn(worker, job, seconds):
+    """Does a job when nobody else computes, or after so many seconds; says what others took."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        busy, wall = busy_seconds(), time.perf_counter()
+        time.sleep(0.15)
+        if busy_seconds() - busy < 0.2 * (time.perf_counter() - wall):
+            break
+    busy, wall = busy_seconds(), time.perf_counter()
+    answer = worker.run(job)
+    answer['others'] = busy_seconds() - busy - answer['cpu']
+    answer['others'] /= time.perf_counter() - wall
+
+
+def counted(turns):
+    """The turns that nobody disturbed, or else the half that was disturbed less."""
+    quiet = [turn for turn in turns if turn['others'] < UNDISTURBED]
+    return quiet or sorted(turns, key=lambda turn: turn['others'])[: (len(turns) + 1) // 2]

@@ -16,7 +16,7 @@ import tokenizers
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[2] / 'benchmarks'))
-from llama_cpp import Llama  # noqa: E402
+from llama_library import Llama  # noqa: E402
 
 TEXTS = [
     'Hello, world! It\'s 12345 and WE\'LL see: "quotes", (brackets) [and] {braces}...',

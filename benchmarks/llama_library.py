@@ -3,7 +3,7 @@
 The wheel's own interface is a server, which does not tell the scores of a prompt. Run by a Python
 that has xllamacpp; nothing of layercomb is imported.
 
-    python llama_cpp.py FILE.gguf REQUEST.json ANSWER.npz
+    python llama_library.py FILE.gguf REQUEST.json ANSWER.npz
 
 REQUEST holds one of ``texts`` (to tokenize), ``windows`` (ids; the log-likelihood of each token
 after the first), ``prompt`` and ``n_tokens`` (greedy, timed).
