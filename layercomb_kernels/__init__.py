@@ -8,9 +8,10 @@ each of which costs a few microseconds. And it computes attention of many querie
 `flash_forward`, `flash_backward` and those of `selected` attention take all, and are for training,
 too. To choose blocks it sorts all products; `best_blocks` sorts the best alone.
 
-The kernels are compiled at first use with the machine's own compiler. Without a compiler, or with
-``LAYERCOMB_KERNELS=0``, `available` is false and the library uses XLA. ``python -m
-layercomb_kernels`` compiles them ahead and reports whether they work.
+The kernels are compiled at first use with the machine's own compiler; without one, those are taken
+that a wheel may bring (`packaged`). Where there are none, or with ``LAYERCOMB_KERNELS=0``,
+`available` is false and the library uses XLA. ``python -m layercomb_kernels`` compiles them ahead
+and reports whether they work, and which they are.
 
 Weights are float32, bfloat16, int8, or two int4 in a byte (uint8): in a row of n bytes, byte j
 holds column j in its low half and column j + n in its high half. Scales are float32, one for each
@@ -33,7 +34,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb_kernels import build
+from layercomb_kernels import build, library
 
 _NAMES = (
     'row_products',
@@ -90,12 +91,14 @@ def off() -> Iterator[None]:
 @functools.cache
 def _register() -> str | None:
     try:
-        library = build.load()
+        handlers = library.load().handlers
         for name in _NAMES:
-            handler = jax.ffi.pycapsule(getattr(library, f'layercomb_{name}'))
+            handler = jax.ffi.pycapsule(getattr(handlers, f'layercomb_{name}'))
             jax.ffi.register_ffi_target(f'layercomb_{name}', handler, platform='cpu')
     except build.Unavailable as e:
         return str(e)
+    except jax.errors.JaxRuntimeError as e:  # a version of the interface that it has given up
+        return f'jaxlib refuses them: {str(e).strip().splitlines()[0]}'
     return None
 
 

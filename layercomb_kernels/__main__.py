@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import layercomb_kernels
-from layercomb_kernels import build
+from layercomb_kernels import library
 
 
 def main() -> int:
@@ -14,7 +14,8 @@ def main() -> int:
     if reason is not None:
         print(f"no kernels, products are XLA's: {reason}")
         return 1
-    print(f'kernels ready: {build.library_path()}')
+    found = library.load()
+    print(f'kernels ready: {found.path}, {found.origin}')
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Compiles the kernels once per machine, into the user's cache.
+"""Compiles the kernels once per machine, into the user's cache, for its own processor.
 
 The file name contains a hash of everything the result depends on: source, flags, compiler, jaxlib
 and processor. The file is written under a temporary name and then moved, so that processes that
@@ -13,16 +13,18 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = sorted(Path(__file__).parent.glob('*.cc'))
 HEADERS = sorted(Path(__file__).parent.glob('*.h'))
 SWITCH = 'LAYERCOMB_KERNELS'  # 0 turns the kernels off
+FLAGS = 'LAYERCOMB_KERNELS_FLAGS'  # more flags for the compiler, such as -fsanitize=address
 
 _COMPILERS = ('c++', 'g++', 'clang++')
 _SECONDS = 300
@@ -38,17 +40,22 @@ def load() -> ctypes.CDLL:
     Raises:
       Unavailable: if they are switched off, there is no compiler, or it fails.
     """
-    if os.environ.get(SWITCH, '1') == '0':
-        raise Unavailable(f'switched off by {SWITCH}=0')
+    check_switch()
     path = library_path()
     if _is_intact(path):
         with contextlib.suppress(OSError):  # perhaps of another machine: compile again, once
             return ctypes.CDLL(str(path))
-    _compile(path)
+    _compile_once(path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as e:
         raise Unavailable(f'the compiled kernels cannot be loaded: {e}') from None
+
+
+def check_switch() -> None:
+    """Raises `Unavailable` if the kernels are switched off."""
+    if os.environ.get(SWITCH, '1') == '0':
+        raise Unavailable(f'switched off by {SWITCH}=0')
 
 
 def library_path() -> Path:
@@ -59,7 +66,7 @@ def library_path() -> Path:
     """
     parts = [
         *(path.read_text(encoding='utf-8') for path in [*SOURCES, *HEADERS]),
-        *_command(),
+        *_command(tuned()),
         importlib.metadata.version('jaxlib'),
         _processor(),
     ]
@@ -92,13 +99,26 @@ def _is_intact(path: Path) -> bool:
         return False
 
 
-def _command() -> list[str]:
-    """The compiler and its flags."""
+def tuned() -> tuple[str, ...]:
+    """Flags of the compiler for the processor of this machine."""
+    is_arm = platform.machine() in ('arm64', 'aarch64')
+    return ('-mcpu=native' if is_arm else '-march=native',)
+
+
+def _command(processor: Sequence[str]) -> list[str]:
+    """The compiler and its flags.
+
+    Args:
+      processor: the flags that say for which one.
+    """
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise Unavailable(f'no C++ compiler: none of {", ".join(_COMPILERS)} is on the PATH')
-    tuned = '-mcpu=native' if platform.machine() in ('arm64', 'aarch64') else '-march=native'
-    flags = ['-O2', tuned, '-std=c++17', '-ffp-contract=fast', '-fPIC', '-pthread']
+    try:
+        more = shlex.split(os.environ.get(FLAGS, ''))
+    except ValueError as e:
+        raise Unavailable(f'{FLAGS} cannot be read: {e}') from None
+    flags = ['-O2', *processor, '-std=c++17', '-ffp-contract=fast', '-fPIC', '-pthread', *more]
     return [compiler, *flags]
 
 
@@ -112,26 +132,42 @@ def _processor() -> str:
     return '\n'.join([platform.machine(), platform.processor(), *sorted(lines)])
 
 
-def _compile(path: Path) -> None:
-    import jax
-
+def _compile_once(path: Path) -> None:
+    """Makes the library in the cache, where it appears when it is complete."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-            objects = [Path(directory) / f'{source.stem}.o' for source in SOURCES]
             made = Path(directory) / path.name
-            compiler = [*_command(), f'-I{jax.ffi.include_dir()}', '-c']
-            _run(
-                [*compiler, str(source), '-o', str(object_)]
-                for source, object_ in zip(SOURCES, objects, strict=True)
-            )
-            _run([[*_command(), '-shared', *map(str, objects), '-o', str(made)]])
+            make(made, tuned())
             digest = _digest(made.read_bytes())
             os.replace(made, path)
             made.write_text(digest, encoding='utf-8')
             os.replace(made, _seal(path))
     except (OSError, subprocess.SubprocessError) as e:
         raise Unavailable(f'the kernels cannot be compiled: {e}') from None
+
+
+def make(path: Path, processor: Sequence[str], linking: Sequence[str] = ()) -> None:
+    """Compiles a library, with its parts beside it.
+
+    Args:
+      path: of the library.
+      processor: the compiler's flags that say for which one.
+      linking: more of its flags, to put the parts together.
+
+    Raises:
+      Unavailable: if there is no compiler, or it fails.
+      OSError, subprocess.SubprocessError: if it cannot be run.
+    """
+    import jax
+
+    compiler = _command(processor)
+    objects = [path.parent / f'{source.stem}.o' for source in SOURCES]
+    _run(
+        [*compiler, f'-I{jax.ffi.include_dir()}', '-c', str(source), '-o', str(object_)]
+        for source, object_ in zip(SOURCES, objects, strict=True)
+    )
+    _run([[*compiler, '-shared', *map(str, objects), *linking, '-o', str(path)]])
 
 
 def _run(commands: Iterable[list[str]]) -> None:

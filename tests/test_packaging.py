@@ -51,3 +51,11 @@ def test_data_is_declared(setup):
     assert set(folders) == {ROOT / 'layercomb/gin_configs'}, (
         'the pattern *.gin reaches no folder below'
     )
+
+
+def test_kernels_are_compiled_into_wheels_only_if_asked(setup):
+    text = (ROOT / 'setup.py').read_text()
+    assert "os.environ.get('LAYERCOMB_WHEEL_KERNELS', '0') == '1'" in text
+    assert not (ROOT / 'layercomb_kernels' / 'built').exists()  # they are in the wheel alone
+    jax = next(line for line in setup['options']['install_requires'].split('\n') if 'jax' in line)
+    assert f"setup_requires=['{jax}']" in text
