@@ -1,0 +1,316 @@
+// Calls every kernel on threads of its own, for sanitizers: arrays are as large as they must be and
+// no larger, and what many threads have written is what one writes.
+//
+// Compiled by `test_sanitizers.py` with the kernels, but without the handlers of XLA.
+
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <random>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+using namespace layercomb;
+
+// Threads that take tasks from a queue.
+class Threads {
+ public:
+  explicit Threads(int n) {
+    for (int i = 0; i < n; ++i) threads_.emplace_back([this] { Work(); });
+  }
+  ~Threads() {
+    Give(nullptr);
+    for (auto& thread : threads_) thread.join();
+  }
+  Pool pool() {
+    return {[this](std::function<void()> task) { Give(std::move(task)); },
+            static_cast<int64_t>(threads_.size())};
+  }
+
+ private:
+  void Give(std::function<void()> task) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    tasks_.push_back(std::move(task));
+    some_.notify_all();
+  }
+  void Work() {
+    for (;;) {
+      std::function<void()> task;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        some_.wait(lock, [this] { return !tasks_.empty(); });
+        if (!tasks_.front()) return;  // the end, which stays for the others
+        task = std::move(tasks_.front());
+        tasks_.pop_front();
+      }
+      task();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable some_;
+  std::deque<std::function<void()>> tasks_;
+  std::vector<std::thread> threads_;
+};
+
+std::minstd_rand drawn(1);
+
+int Below(int64_t n) { return static_cast<int>(drawn() % n); }
+
+std::vector<float> Floats(int64_t n) {
+  std::vector<float> x(n);
+  for (auto& value : x) value = std::normal_distribution<float>()(drawn);
+  return x;
+}
+
+// Numbers from `low` to `high` − 1.
+std::vector<int32_t> Numbers(int64_t n, int32_t low, int32_t high) {
+  std::vector<int32_t> x(n);
+  for (auto& value : x) value = low + Below(high - low);
+  return x;
+}
+
+// n_rows times n bits, of which the first of a row is set.
+std::unique_ptr<bool[]> Bits(int64_t n_rows, int64_t n) {
+  std::unique_ptr<bool[]> x(new bool[n_rows * n]);
+  for (int64_t i = 0; i < n_rows * n; ++i) x[i] = i % n == 0 || Below(3);
+  return x;
+}
+
+// n_rows times n numbers of documents, not decreasing.
+std::vector<int32_t> Documents(int64_t n_rows, int64_t n) {
+  std::vector<int32_t> x(n_rows * n);
+  for (int64_t i = 0; i < n_rows * n; ++i) x[i] = i % n == 0 ? 0 : x[i - 1] + !Below(n / 3 + 1);
+  return x;
+}
+
+// What a kernel writes into arrays of these sizes: `call(pool, y)` on no other thread, and on some,
+// which must be the same.
+template <typename T = float, typename Call>
+std::vector<std::vector<T>> Same(const char* name, Threads& threads,
+                                 std::initializer_list<int64_t> sizes, const Call& call) {
+  std::vector<std::vector<T>> alone, together;
+  std::vector<T*> its, theirs;
+  for (const int64_t n : sizes) alone.emplace_back(n), together.emplace_back(n);
+  for (auto& y : alone) its.push_back(y.data());
+  for (auto& y : together) theirs.push_back(y.data());
+  call(Pool{[](std::function<void()> task) { task(); }, 1}, its.data());
+  for (int i = 0; i < 3; ++i) call(threads.pool(), theirs.data());
+  for (size_t i = 0; i < alone.size(); ++i) {
+    if (std::memcmp(its[i], theirs[i], alone[i].size() * sizeof(T))) {
+      std::printf("%s: several threads write something else\n", name);
+      std::exit(1);
+    }
+  }
+  return alone;
+}
+
+// A random matrix, and the arrays that it is in.
+struct Matrix {
+  std::vector<char> words;
+  std::vector<float> scales;
+  Weights weights;
+
+  Matrix(Kind kind, int64_t n_rows, int64_t n_columns, int64_t n_groups) {
+    const bool integer = kind == Kind::kInt8 || kind == Kind::kInt4;
+    const int64_t n = kind == Kind::kInt4 ? n_columns / 2 : n_columns;
+    const int64_t size = kind == Kind::kFloat32 ? 4 : kind == Kind::kBfloat16 ? 2 : 1;
+    words.resize(n_rows * n * size);
+    const std::vector<float> values = Floats(n_rows * n);
+    for (int64_t i = 0; i < n_rows * n; ++i) {  // bfloat16 is the upper half of a float
+      const char* value = reinterpret_cast<const char*>(&values[i]) + (size == 2 ? 2 : 0);
+      std::memcpy(&words[i * size], value, size);
+    }
+    scales = Floats(integer ? n_rows * n_groups : 0);
+    weights = {kind, words.data(), scales.data(), n_rows, n, integer ? n_groups : 0,
+               static_cast<int64_t>(words.size())};
+  }
+};
+
+void Products(Threads& threads) {
+  constexpr int64_t kSizes[][4] = {  // rows of x, columns, rows of the matrix, groups
+      {1, 128, 640, 2}, {3, 280, 51, 4}, {16, 96, 203, 2}, {5, 44, 3, 2},    {2, 40, 2000, 2},
+      {1, 5000, 40, 2}, {70, 256, 5, 4}, {33, 768, 99, 24}, {8, 520, 777, 2}, {1, 2, 1, 2}};
+  for (const auto [n_x, d, n_rows, n_groups] : kSizes) {
+    for (const Kind kind : {Kind::kFloat32, Kind::kBfloat16, Kind::kInt8, Kind::kInt4}) {
+      const Matrix m(kind, n_rows, d, n_groups);
+      const auto x = Floats(n_x * d), modules = Floats(3 * d);
+      const int64_t n_k = n_rows + 2;
+      const auto h = Floats(n_x * n_k);
+      const auto at = Numbers(n_x * n_k, -3, n_rows + 3);  // what lies outside takes the nearest
+      Same("RowProducts", threads, {n_x * n_rows}, [&, n_x = n_x](const Pool& pool, float** y) {
+        RowProducts(pool, m.weights, x.data(), n_x, *y);
+      });
+      Same("GatheredProducts", threads, {n_x * n_k}, [&, n_x = n_x](const Pool& pool, float** y) {
+        GatheredProducts(pool, m.weights, x.data(), at.data(), n_x, n_k, *y);
+      });
+      Same("GatheredSums", threads, {n_x * d}, [&, n_x = n_x](const Pool& pool, float** y) {
+        GatheredSums(pool, m.weights, h.data(), at.data(), n_x, n_k, *y);
+      });
+      Same("FactoredProducts", threads, {3 * n_x * n_rows},
+           [&, n_x = n_x](const Pool& pool, float** y) {
+             FactoredProducts(pool, m.weights, x.data(), modules.data(), n_x, 3, *y);
+           });
+    }
+  }
+}
+
+void Modules(Threads& threads) {
+  for (const int64_t n_f : {1, 35, 192, 1000}) {
+    const int64_t n_x = 2, n_p = 3, n_s = 16, n_j = 3, step = 5;
+    const auto x = Floats(n_x * n_p * (n_s + n_j - 1) * step);
+    const auto kernel = Floats(n_p * n_j * step * n_f);
+    Same("ModuleConvolution", threads, {n_x * n_s * n_f}, [&](const Pool& pool, float** y) {
+      ModuleConvolution(pool, x.data(), kernel.data(), n_x, n_p, (n_s + n_j - 1) * step, n_s, step,
+                        n_j * step, n_f, *y);
+    });
+    const int64_t d = 21, rank = 5, n_block = 7;
+    const auto first = Floats(d * rank), second = Floats(rank * n_f * n_block), its = Floats(2 * d);
+    Same<int32_t>("ChosenUnits", threads, {2 * n_f}, [&](const Pool& pool, int32_t** y) {
+      ChosenUnits(pool, its.data(), first.data(), second.data(), 2, d, rank, n_f * n_block, n_block,
+                  *y);
+    });
+    const auto scale = Floats(n_f), bias = Floats(n_f), rows = Floats(3 * n_f);
+    for (const float* b : {bias.data(), static_cast<const float*>(nullptr)}) {
+      Same("Normalize", threads, {3 * n_f}, [&](const Pool&, float** y) {
+        Normalize(rows.data(), scale.data(), b, 0.1f, 3, n_f, *y);
+      });
+    }
+  }
+}
+
+void Decoding(Threads& threads) {
+  constexpr int64_t kSizes[][4] = {  // heads of keys, how many share one, keys, depth
+      {12, 1, 900, 64}, {2, 3, 17, 5}, {1, 4, 1, 1}, {3, 7, 400, 24}};
+  for (const auto [n_keyed, group, n_keys, d] : kSizes) {
+    const int64_t n_rows = 3, n = n_rows * n_keyed * group, d_value = d + 3;
+    const auto query = Floats(n * d), keys = Floats(n_rows * n_keyed * n_keys * d);
+    const auto values = Floats(n_rows * n_keyed * n_keys * d_value), p = Floats(n * 9);
+    const auto seen = Bits(n_rows, n_keys), real = Bits(n_rows, 2);
+    const auto at = Numbers(n * 9, -1, n_keys + 1);
+    const Heads heads{n_rows, n_keyed * group, group, n_keys, d, d_value};
+    for (const float softcap : {0.0f, 2.5f}) {
+      Same("QueryAttention", threads, {n * d_value}, [&](const Pool& pool, float** y) {
+        QueryAttention(pool, heads, query.data(), keys.data(), values.data(), seen.get(), softcap,
+                       *y);
+      });
+    }
+    const Some some{n, group, 9, n_keys, d};
+    Same("GatheredCosines", threads, {n * 9}, [&](const Pool& pool, float** y) {
+      GatheredCosines(pool, some, query.data(), at.data(), keys.data(), 0.1f, *y);
+    });
+    Same("GatheredMeans", threads, {n * d}, [&](const Pool& pool, float** y) {
+      GatheredMeans(pool, some, p.data(), at.data(), keys.data(), *y);
+    });
+    std::vector<int32_t> positions(n_rows * n_keys);
+    for (size_t i = 0; i < positions.size(); ++i) positions[i] = i % n_keys;
+    const auto n_real = Numbers(n_rows, 0, n_keys + 1), found = Numbers(n * 9, -1, n_keys);
+    for (const bool once : {false, true}) {
+      const Placed placed{n_rows,        n,          n_rows * n_keyed, 9,            n_keys,
+                          d,             d_value,    query.data(),     keys.data(),  values.data(),
+                          found.data(),  positions.data(), n_real.data(), real.get(), 0.3f,
+                          once ? 2.5f : 0, 6,        2,                once};
+      Same("PlacedAttention", threads, {n * d_value},
+           [&](const Pool& pool, float** y) { PlacedAttention(pool, placed, *y); });
+    }
+    const std::vector<int32_t> factors{4, 1, 6};
+    const auto rotations = Floats(n_keyed * 3 * 5 * d);
+    const Rotations a{n_keyed, 3, 5, d, 3, rotations.data(), factors.data()};
+    Same<int32_t>("NearestRotations", threads, {n_rows * n_keyed * 3},
+                  [&](const Pool& pool, int32_t** y) {
+                    NearestRotations(pool, a, query.data(), n_rows, *y);
+                  });
+  }
+}
+
+void Flash(Threads& threads) {
+  constexpr int64_t kSizes[][4] = {  // how many heads share keys, queries, keys, depth
+      {2, 70, 70, 16}, {1, 200, 333, 32}, {3, 1, 9, 64}, {2, 5, 1, 16}};
+  for (const auto [group, n_queries, n_keys, d] : kSizes) {
+    const int64_t n_keyed = 2, n = 2 * n_keyed * group * n_queries, n_k = 2 * n_keyed * n_keys;
+    const int64_t d_value = d + 16;
+    const auto query = Floats(n * d), keys = Floats(n_k * d), values = Floats(n_k * d_value);
+    const auto d_y = Floats(n * d_value);
+    const auto mask = Bits(2, n_keys);
+    const auto offset = Numbers(2, 0, 40), segments = Documents(2, n_keys);
+    const bool same = n_queries == n_keys;
+    for (int i = 0; i < 8; ++i) {
+      const Attention a{2, n_keyed * group, n_keyed, n_queries, n_keys, d, d_value, query.data(),
+                        keys.data(), values.data(), i & 1 ? mask.get() : nullptr,
+                        same ? nullptr : offset.data(), same && i & 2 ? segments.data() : nullptr,
+                        0.2f, i & 4 ? 3.0f : 0, i != 0, i & 2 ? 7 : 0};
+      const auto y = Same("FlashForward", threads, {n * d_value, n},
+                          [&](const Pool& pool, float** y) { FlashForward(pool, a, y[0], y[1]); });
+      Same("FlashBackward", threads, {n * d, n_k * d, n_k * d_value},
+           [&](const Pool& pool, float** g) {
+             FlashBackward(pool, a, y[0].data(), y[1].data(), d_y.data(), g[0], g[1], g[2]);
+           });
+    }
+  }
+}
+
+void Selected(Threads& threads) {
+  constexpr int64_t kSizes[][3] = {  // depth, length, how many heads share keys
+      {16, 70, 1}, {64, 150, 3}, {32, 1, 2}, {128, 40, 1}};
+  for (const auto [d, length, group] : kSizes) {
+    const int64_t n_keyed = 2, n = 2 * n_keyed * group * length, n_k = 2 * n_keyed * length;
+    const int32_t n_buckets = 5;
+    const auto query = Floats(n * d), keys = Floats(n_k * d), values = Floats(n_k * d);
+    const auto d_y = Floats(n * d);
+    const auto of_queries = Numbers(2 * n, 0, n_buckets), of_keys = Numbers(2 * n_k, 0, n_buckets);
+    const auto mask = Bits(2, length);
+    const auto segments = Documents(2, length);
+    for (int i = 0; i < 8; ++i) {
+      const Selection a{2, n_keyed * group, n_keyed, length, 2, d, query.data(), keys.data(),
+                        values.data(), of_queries.data(), of_keys.data(),
+                        i & 1 ? mask.get() : nullptr, i & 2 ? segments.data() : nullptr, 0.2f,
+                        i & 4 ? 3.0f : 0, n_buckets, i == 5 ? 2 * length : 8, i & 4 ? 0 : 5, i & 2,
+                        !(i & 1), !(i & 2)};
+      const auto y = Same("SelectedForward", threads, {n * d, n}, [&](const Pool& pool, float** y) {
+        SelectedForward(pool, a, y[0], y[1]);
+      });
+      Same("SelectedBackward", threads, {n * d, n_k * d, n_k * d},
+           [&](const Pool& pool, float** g) {
+             const Cotangents ct{d_y.data(), y[1].data(), nullptr, g[0], g[1], g[2]};
+             SelectedBackward(pool, a, y[0].data(), ct);
+           });
+    }
+  }
+}
+
+void Blocks(Threads& threads) {
+  constexpr int64_t kSizes[][4] = {  // queries, blocks, depth, how many to choose
+      {300, 90, 64, 5}, {40, 7, 21, 9}, {1, 1, 1, 1}, {500, 300, 16, 3}};
+  for (const auto [n_queries, n_blocks, d, n_chosen] : kSizes) {
+    const int64_t n_keyed = 2, group = 3, n = 2 * n_keyed * group * n_queries;
+    const auto query = Floats(n * d), means = Floats(2 * n_keyed * n_blocks * d);
+    auto document = Documents(2, n_blocks);
+    document.back() = n_blocks > 1 ? -1 : 0;  // no block
+    const auto ids = Documents(2, n_queries), own = Numbers(2 * n_queries, 0, n_blocks + 1);
+    for (const bool causal : {false, true}) {
+      const Choice a{2, n_keyed * group, n_keyed, n_queries, n_blocks, d, n_chosen, query.data(),
+                     means.data(), document.data(), ids.data(), own.data(), causal, -7};
+      Same<int32_t>("BestBlocks", threads, {n * n_chosen},
+                    [&](const Pool& pool, int32_t** y) { BestBlocks(pool, a, *y); });
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  Threads threads(4);
+  Products(threads);
+  Modules(threads);
+  Decoding(threads);
+  Flash(threads);
+  Selected(threads);
+  Blocks(threads);
+  std::puts("all kernels ran");
+}
