@@ -2,6 +2,7 @@
 
 from layercomb.supervised.decoding.beams import Beams, beam_search
 from layercomb.supervised.decoding.classifying import Classified, classify
+from layercomb.supervised.decoding.drafts import Draft, Lookup
 from layercomb.supervised.decoding.embedding import embed
 from layercomb.supervised.decoding.generate import generate, stream
 from layercomb.supervised.decoding.likelihood import likelihood
@@ -12,6 +13,8 @@ from layercomb.supervised.decoding.scoring import Scores, score
 __all__ = [
     'Beams',
     'Classified',
+    'Draft',
+    'Lookup',
     'Sampler',
     'Scores',
     'beam_search',

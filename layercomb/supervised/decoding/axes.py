@@ -65,6 +65,20 @@ class Axes:
     leaves: tuple[Leaf, ...]
     can_seek: bool
 
+    def memory(self) -> str | None:
+        """The path of something that a row remembers whole, so that it cannot go back; or None."""
+        return self._path(_is_rest)
+
+    def made_again(self) -> str | None:
+        """The path of a cache of which a part is made again wherever a row goes; or None."""
+        return self._path(lambda leaf: leaf.is_made_again and leaf.length is not None)
+
+    def _path(self, is_meant: Callable[[Leaf], bool]) -> str | None:
+        named = jax.tree_util.tree_leaves_with_path(self.tree(self.leaves))  # type: ignore[arg-type]
+        paths = (path for path, leaf in named if is_meant(leaf))
+        found = next(paths, None)
+        return None if found is None else jax.tree_util.keystr(found, simple=True, separator='/')
+
     def tree(self, leaves: Sequence[jax.Array]) -> Tree:
         """The state as a tree, from its leaves."""
         made: Tree = jax.tree.unflatten(self.structure, leaves)
@@ -179,25 +193,44 @@ def begun(net: Layer, trained: Tree) -> tuple[Axes, Leaves]:
       trained: the state that training left.
 
     Raises:
+      UsageError: as `axes_of`.
+    """
+    axes, (room, _) = axes_of(net, trained), _lengths(net)
+    fresh = jax.tree.leaves(jax.jit(_fresh(net, 1, room))(trained))
+    return axes, fresh
+
+
+def axes_of(net: Layer, trained: Tree) -> Axes:
+    """The axes of a model's decoding state; nothing is computed.
+
+    Args:
+      net: as of `begun`.
+      trained: the state that training left, or its shapes.
+
+    Raises:
       UsageError: as `fresh_state`; if the model counts something for all rows together, or if an
         axis of its state depends on both the number of rows and the length.
     """
-    limit = longest(net)
-    room = BLOCK if limit is None else min(BLOCK, limit)
-    other = 2 * room if limit is None or 2 * room <= limit else max(1, room // 2)
-
-    def state(n_rows: int, length: int) -> Callable[[], Tree]:
-        return lambda: fresh_state(net, trained, (shape_dtype((n_rows, length), 'int32'),))
-
+    room, other = _lengths(net)
     sizes = (1, room), (2, room), (1, other)
-    one, *others = (jax.eval_shape(state(*size)) for size in sizes)
+    one, *others = (jax.eval_shape(_fresh(net, *size), trained) for size in sizes)
     _check_counts(net, one, others[0])
     shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (one, *others)]
     found = zip(*shapes, _owners(one), strict=True)
     leaves = tuple(_leaf(a, b, c, (room, other), owner) for a, b, c, owner in found)
-    fresh = jax.tree.leaves(jax.jit(state(1, room))())
-    can_seek = not any(map(_is_rest, leaves))
-    return Axes(jax.tree.structure(one), leaves, can_seek), fresh
+    return Axes(jax.tree.structure(one), leaves, not any(map(_is_rest, leaves)))
+
+
+def _lengths(net: Layer) -> tuple[int, int]:
+    """Two lengths that a state may have."""
+    limit = longest(net)
+    room = BLOCK if limit is None else min(BLOCK, limit)
+    return room, 2 * room if limit is None or 2 * room <= limit else max(1, room // 2)
+
+
+def _fresh(net: Layer, n_rows: int, length: int) -> Callable[[Tree], Tree]:
+    """From the state that training left to a fresh one, for so many rows and positions."""
+    return lambda trained: fresh_state(net, trained, (shape_dtype((n_rows, length), 'int32'),))
 
 
 def _leaf(

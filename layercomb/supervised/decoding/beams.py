@@ -165,7 +165,7 @@ def _run(start: Start, search: _Search) -> tuple[jax.Array, ...]:
         chosen, carry = _choose(search, carry)
         state = _copied(carry.state, per_row, chosen)
         newest = carry.tokens[:, :, carry.length - 1].reshape(b * k)
-        logits, state = advance(start, state, newest)
+        logits, state = advance(start, state, newest[:, None])
         logits = logits.reshape(b, k, -1).astype(jnp.float32)
         return carry._replace(logits=logits, state=state)
 

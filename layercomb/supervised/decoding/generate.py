@@ -9,6 +9,8 @@ likelihood of given texts.
 All numbers are arguments of the programs. A new program is compiled for another model, another
 number of rows, and each length that `round_up` gives. LSH attention with neighbourhood='chunk'
 or 'circle' would see padding, so there a program is compiled for every prompt length.
+
+With `speculate` several tokens are drafted and then checked in one pass, see `speculating`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.model import Model
+from layercomb.supervised.decoding import speculating
 from layercomb.supervised.decoding.beams import Beams, beam_search
+from layercomb.supervised.decoding.drafts import Draft, Lookup, Speculation
 from layercomb.supervised.decoding.keys import fold_each, row_keys
 from layercomb.supervised.decoding.prompts import (
     Sequences,
@@ -40,6 +44,8 @@ from layercomb.trees import Tree
 
 __all__ = [
     'Beams',
+    'Draft',
+    'Lookup',
     'Sampler',
     'Scores',
     'beam_search',
@@ -65,6 +71,7 @@ def generate(
     logit_bias: tuple[tuple[int, float], ...] = (),
     rng: jax.Array | int = 0,
     eos_id: int | None = None,
+    speculate: Speculation | None = None,
 ) -> np.ndarray:
     """Continues each prompt by `n_tokens` tokens, in one compiled program.
 
@@ -81,6 +88,8 @@ def generate(
       rng: a typed key, or a seed.
       eos_id: the token that ends a row; the rest of the row is filled with it. It must be in the
         vocabulary. None ends no row.
+      speculate: a `Lookup` or a `Draft`, to make several tokens in one pass of the model where
+        they could be guessed. The tokens are the same, up to rounding.
 
     Returns:
       (B, n_tokens) int32, without the prompts.
@@ -90,7 +99,8 @@ def generate(
       ValueError: if a number is out of its range, or `rng` is neither a key nor a seed.
       UsageError: if a prompt is empty or holds ids outside the vocabulary; if prompt and `n_tokens`
         together exceed the model's `max_len`; if the model sees later positions; if `inputs` do not
-        fit the model and the prompts; or if logits are NaN, naming the token.
+        fit the model and the prompts; if it cannot speculate, see `drafts.check_can_go_back`; or if
+        logits are NaN, naming the token.
     """
     sampler = Sampler(
         temperature,
@@ -103,8 +113,11 @@ def generate(
     )
     start = begin(model, prompts, n_tokens, inputs, eos_id)
     check_bias(start.net, sampler)
-    keys = row_keys(rng, len(start.tokens))
-    made = _generate(start, sampler, np.int32(n_tokens), as_id(eos_id), keys)
+    keys, limits = row_keys(rng, len(start.tokens)), (np.int32(n_tokens), as_id(eos_id))
+    if speculate is None:
+        made = _generate(start, sampler, *limits, keys)
+    else:
+        made = _speculate(speculating.job(speculate, prompts, start, sampler, keys, *limits))
     tokens = np.asarray(made)[:, : int(n_tokens)]
     check_drawn(tokens, 0)
     return tokens
@@ -125,6 +138,7 @@ def stream(
     logit_bias: tuple[tuple[int, float], ...] = (),
     rng: jax.Array | int = 0,
     eos_id: int | None = None,
+    speculate: Speculation | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields tokens (B,) int32 as they are made: the columns of what `generate` returns.
 
@@ -143,7 +157,11 @@ def stream(
     )
     start = begin(model, prompts, n_tokens, inputs, eos_id)
     check_bias(start.net, sampler)
-    return _stream(start, sampler, int(n_tokens), as_id(eos_id), row_keys(rng, len(start.tokens)))
+    keys = row_keys(rng, len(start.tokens))
+    if speculate is None:
+        return _stream(start, sampler, int(n_tokens), as_id(eos_id), keys)
+    limits = np.int32(n_tokens), as_id(eos_id)
+    return _stream_checked(speculating.job(speculate, prompts, start, sampler, keys, *limits))
 
 
 class _Kept(NamedTuple):
@@ -166,8 +184,8 @@ def _first(start: Start, sampler: Sampler, keys: jax.Array) -> tuple[jax.Array, 
 def _step(
     start: Start, sampler: Sampler, kept: _Kept, token: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, _Kept]:
-    logits, state = advance(start, kept.state, token)
-    token = sampler(logits, fold_each(keys, kept.i), kept.held)
+    logits, state = advance(start, kept.state, token[:, None])
+    token = sampler(logits[:, 0], fold_each(keys, kept.i), kept.held)
     return token, _Kept(state, sampler.add(kept.held, token), kept.i + 1)
 
 
@@ -227,4 +245,59 @@ def _stream(
         done = done | (shown == eos_id)
         yield shown
         if done.all():
+            return
+
+
+@jax.jit
+def _speculate(job: speculating.Job) -> jax.Array:
+    """(B, room) tokens, as of `_generate`."""
+    texts = _begin_speculating(job)
+
+    def step(texts: speculating.Texts) -> speculating.Texts:
+        return speculating.continued(job, texts)
+
+    return speculating.made(job, jax.lax.while_loop(speculating.unfinished, step, texts))
+
+
+@jax.jit
+def _begin_speculating(job: speculating.Job) -> speculating.Texts:
+    token, kept = _first(job.start, job.sampler, job.keys)
+    return speculating.begun(job, token, kept.held, kept.state)
+
+
+@functools.lru_cache(maxsize=16)
+def _next_checked(structure: Any) -> Any:
+    """The compiled step: (leaves of the job, rows) → (new tokens (B, T), how many (B,), rows)."""
+
+    def step(leaves: list[jax.Array], texts: speculating.Texts) -> Any:
+        job = jax.tree.unflatten(structure, leaves)
+        new = speculating.continued(job, texts)
+        return *speculating.since(job, texts.lengths, new), new
+
+    return jax.jit(step, donate_argnums=1)
+
+
+def _stream_checked(job: speculating.Job) -> Iterator[np.ndarray]:
+    """Yields columns as soon as every row has one."""
+    eos_id, n_tokens = int(job.eos_id), int(job.n_tokens)
+    leaves, structure = jax.tree.flatten(jax.device_put(job))
+    step = _next_checked(structure)
+    texts = _begin_speculating(job)
+    new, n_new = texts.last[:, None], np.ones(len(texts.done), np.int32)
+    rows: list[list[int]] = [[] for _ in texts.done]
+    shown = 0
+    while True:
+        for row, tokens, n in zip(rows, np.asarray(new), np.asarray(n_new), strict=True):
+            row += tokens[:n].tolist()
+        is_over = [len(row) == n_tokens or row[-1] in (eos_id, NO_TOKEN) for row in rows]
+        goes_on = not all(is_over) and all(row[-1] != NO_TOKEN for row in rows)
+        if goes_on:  # dispatches the next tokens before these are used
+            new, n_new, texts = step(leaves, texts)
+        ends = [len(row) for row, over in zip(rows, is_over, strict=True) if not over]
+        for i in range(shown, min(ends, default=max(map(len, rows)))):
+            column = np.array([row[i] if i < len(row) else eos_id for row in rows], np.int32)
+            check_drawn(column[:, None], i)
+            yield column
+        shown = max(shown, min(ends, default=shown))
+        if not goes_on:
             return

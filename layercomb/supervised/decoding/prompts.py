@@ -480,20 +480,20 @@ def _grown(state: Tree, whole: Tree) -> Tree:
     return jax.tree.map(grow, state, whole)
 
 
-def advance(start: Start, state: Tree, token: jax.Array) -> tuple[jax.Array, Tree]:
-    """Runs one position.
+def advance(start: Start, state: Tree, tokens: jax.Array) -> tuple[jax.Array, Tree]:
+    """Runs the next positions.
 
     Args:
       start: what decoding starts from.
       state: in ``PREDICT``.
-      token: (B,) int32, each row's next token.
+      tokens: (B, T) int32, each row's next tokens.
 
     Returns:
-      (logits, state): (B, V) after the token, and the new state.
+      (logits, state): (B, T, V) after each of the tokens, and the new state.
     """
-    inputs = start.inputs(token[:, None])
+    inputs = start.inputs(tokens)
     (logits,), state = start.net.apply(start.weights, state, inputs, mode=Mode.PREDICT)
-    return logits[:, 0], state
+    return logits, state
 
 
 class _AtPosition(Wrapper):
