@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
-from layercomb.checks import Size, take_fields
+from layercomb.checks import Bound, Size, take_fields
 from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
@@ -20,6 +20,7 @@ from layercomb.supervised.decoding.axes import axes_of
 from layercomb.supervised.decoding.prompts import Start, reads_whole_prompts
 from layercomb.trees import Tree
 
+DraftLen = Annotated[int, Bound(1, high=64)]
 NO_DRAFT = -2  # in the place of a draft that there is not; equal to no token, nor to `NO_TOKEN`
 
 
@@ -34,17 +35,17 @@ class Lookup:
     quotations.
 
     Attributes:
-      n_draft: k, how many tokens are drafted.
+      n_draft: k, how many tokens are drafted, at most 64.
       ngram: N, how many tokens must be the same.
 
     Raises:
-      TypeError, ValueError: if one is no number, or below 1.
+      TypeError, ValueError: if one is no number, or out of its range.
 
     References:
       Yang et al., inference with reference, 2023, https://arxiv.org/abs/2304.04487
     """
 
-    n_draft: Size = 7
+    n_draft: DraftLen = 7
     ngram: Size = 3
 
     def __post_init__(self) -> None:
@@ -84,12 +85,15 @@ class Lookup:
 class Draft:
     """Drafts that a smaller model makes: the tokens that it would draw with the same numbers.
 
+    It draws with the same random numbers as the model, so drafts of samples are accepted too, where
+    the two agree.
+
     Attributes:
       model: a language model with weights, of the same vocabulary.
-      n_draft: k, how many tokens are drafted.
+      n_draft: k, how many tokens are drafted, at most 64.
 
     Raises:
-      TypeError, ValueError: if `n_draft` is no number, or below 1, or `model` is no model.
+      TypeError, ValueError: if `n_draft` is no number or out of its range, or `model` is no model.
 
     References:
       Leviathan et al. 2022, https://arxiv.org/abs/2211.17192
@@ -97,7 +101,7 @@ class Draft:
     """
 
     model: Model
-    n_draft: Size = 4
+    n_draft: DraftLen = 4
 
     def __post_init__(self) -> None:
         take_fields(self)

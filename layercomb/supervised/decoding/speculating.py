@@ -195,7 +195,7 @@ class Texts(NamedTuple):
     """
 
     state: Tree
-    draft: Tree
+    draft: Any
     held: jax.Array
     tokens: jax.Array
     lengths: jax.Array
@@ -251,7 +251,7 @@ def continued(job: Job, texts: Texts) -> Texts:
             return _checked(job, texts, drafts)
         return _checked(job, *_drafted(job, texts))
 
-    return run_once(~checks, run_once(checks, texts, one), many)  # type: ignore[no-any-return]
+    return run_once(~checks, run_once(checks, texts, one), many)
 
 
 def made(job: Job, texts: Texts) -> jax.Array:
