@@ -16,6 +16,7 @@ from layercomb.model import Model
 from layercomb.serving.engine import Engine
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal, Request
+from layercomb.supervised.decoding.drafts import Speculation
 from layercomb.supervised.decoding.prompts import checked
 from layercomb.supervised.decoding.sampling import Sampler
 
@@ -35,15 +36,19 @@ class Conversation:
       model: a language model with weights.
       tokenizer: one with a chat template, see `interop.tokenizer.PretrainedTokenizer`.
       n_tokens: the most tokens of an answer.
+      speculate: how its tokens are drafted, as of `Engine`; None for no drafts.
 
     Attributes:
       messages: dicts of ``role`` (``system``, ``user``, ``assistant``) and ``content``.
 
     Raises:
-      UsageError: if the model is no language model, or the tokenizer has no chat template.
+      UsageError: if the model is no language model or cannot speculate, or the tokenizer has no
+        chat template.
     """
 
-    def __init__(self, model: Model, tokenizer: Any, n_tokens: int) -> None:
+    def __init__(
+        self, model: Model, tokenizer: Any, n_tokens: int, speculate: Speculation | None = None
+    ) -> None:
         checked(model)
         if getattr(tokenizer, 'chat', None) is None:
             raise UsageError(
@@ -53,7 +58,8 @@ class Conversation:
         if n_tokens < 1:
             raise UsageError(f'--n_tokens {n_tokens} leaves no room for an answer: give at least 1')
         self._tokenizer, self._n_tokens = tokenizer, n_tokens
-        self._engine = Engine(model, tokenizer, Limits(max_tokens=n_tokens, max_concurrent=1))
+        limits = Limits(max_tokens=n_tokens, max_concurrent=1)
+        self._engine = Engine(model, tokenizer, limits, speculate)
         self.messages: list[Message] = []
 
     def reset(self, system: str | None = None) -> None:
@@ -140,6 +146,7 @@ def talk(
     n_tokens: int,
     sampling: Mapping[str, Any],
     read: Callable[[str], str] = input,
+    speculate: Speculation | None = None,
 ) -> None:
     """Talks until the input ends.
 
@@ -150,11 +157,12 @@ def talk(
       n_tokens: the most tokens of an answer.
       sampling: see `Conversation.answer`.
       read: reads a line after showing a prompt; it raises EOFError at the end.
+      speculate: as of `Conversation`.
 
     Raises:
       UsageError: if the model cannot talk.
     """
-    conversation = Conversation(model, tokenizer, n_tokens)
+    conversation = Conversation(model, tokenizer, n_tokens, speculate)
     conversation.reset(system)
     with contextlib.closing(conversation):
         _converse(conversation, system, sampling, read)

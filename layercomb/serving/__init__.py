@@ -23,6 +23,7 @@ from layercomb.model import Model
 from layercomb.serving.access import checked_key
 from layercomb.serving.hosts import allowed
 from layercomb.serving.limits import Limits
+from layercomb.supervised.decoding.drafts import Speculation
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -39,6 +40,7 @@ def app(
     limits: Limits = Limits(),
     hosts: str | Sequence[str] | None = None,
     api_key: str | None = None,
+    speculate: Speculation | None = None,
 ) -> Starlette:
     """Makes the ASGI application, and compiles the programs that most requests need.
 
@@ -68,6 +70,8 @@ def app(
         request without a Host header is answered; browsers always send one.
       api_key: what requests must send as ``Authorization: Bearer KEY``, except for the page and
         ``/healthz``; None if anybody may ask.
+      speculate: how tokens of a choice that is alone are drafted, as of `Engine`; None for no
+        drafts.
 
     Returns:
       An ASGI application; its `state.engine` makes the completions.
@@ -76,7 +80,7 @@ def app(
       TypeError, ValueError: if the tokenizer does not offer what `data.Tokenizer` names, a host
         is no host name, or the key is none that a header can hold.
       UsageError: if starlette is not installed, or the model is no language model or cannot be
-        decoded, or one of its adapters is called as the model is.
+        decoded, or cannot speculate; or if one of its adapters is called as the model is.
     """
     require('starlette', 'serve')
     if model.layer.n_in != 1:
@@ -90,7 +94,7 @@ def app(
     checked_key(api_key)  # before anything is compiled
     if name in transforms.adapter_names(model.layer):
         raise UsageError(f'{name!r} is the model itself: give the adapter another name')
-    engine = Engine(model, tokenizer, limits)
+    engine = Engine(model, tokenizer, limits, speculate)
     engine.warm_up()
     return build(engine, tokenizer, name, limits, hosts, api_key)
 
@@ -136,6 +140,7 @@ def run(
     listener: socket.socket,
     allowed_hosts: str | Sequence[str] = (),
     api_key: str | None = None,
+    speculate: Speculation | None = None,
 ) -> None:
     """Serves until it is interrupted, and prints a line when it is ready.
 
@@ -147,7 +152,7 @@ def run(
         machine that passes the Host header on; ``'*'`` for any. If other machines can reach the
         listener, it answers under any name by default; with `allowed_hosts`, only under these and
         those of the loopback.
-      api_key: as for `app`.
+      api_key, speculate: as for `app`.
 
     Raises:
       TypeError, ValueError, UsageError: as `app`.
@@ -160,7 +165,7 @@ def run(
     hosts = (*_LOOPBACK, own, *further) if here or further else None
     print(f'{name}: compiling', flush=True)
     started = time.perf_counter()
-    application = app(model, tokenizer, name, limits, hosts, api_key)
+    application = app(model, tokenizer, name, limits, hosts, api_key, speculate)
     logging.basicConfig(level=logging.WARNING)
     config = uvicorn.Config(
         application,

@@ -18,11 +18,13 @@ import numpy as np
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError
 from layercomb.model import Model, embeddings
+from layercomb.serving.batching.drafting import drafter
 from layercomb.serving.batching.scheduler import Scheduler, busy
 from layercomb.serving.batching.slots import Decodable
 from layercomb.serving.limits import Limits
 from layercomb.serving.protocol import Refusal, Request, unknown_model
 from layercomb.serving.running import Piece, Running, TokenScore
+from layercomb.supervised.decoding.drafts import Speculation
 from layercomb.supervised.decoding.prompts import check_bias, check_ids, max_len
 
 __all__ = ['Engine', 'Piece', 'Running', 'TokenScore']
@@ -36,6 +38,10 @@ class Engine:
       tokenizer: see `data.Tokenizer`; it must decode. Tokens named by its `stop_ids`, if it has
         them, end a choice as its `eos_id` does.
       limits: how many completions are made at once, and how many wait.
+      speculate: a `decoding.Lookup` or `decoding.Draft`: while one choice is decoded alone, several
+        of its tokens are drafted and checked in one pass; choices whose scores are asked for, and
+        those that are decoded together, are made a token at a time. The tokens are the same, up to
+        rounding.
 
     Attributes:
       model: ready to be decoded.
@@ -43,14 +49,28 @@ class Engine:
 
     Raises:
       TypeError, ValueError: if the tokenizer is refused, see `adapted`.
-      UsageError: if the model cannot be decoded, see `axes.begun`.
+      UsageError: if the model cannot be decoded, see `axes.begun`, or cannot speculate, see
+        `drafting.drafter`; or if it is to, and `limits` ask for the same program always.
     """
 
-    def __init__(self, model: Model, tokenizer: Any, limits: Limits = Limits()) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Any,
+        limits: Limits = Limits(),
+        speculate: Speculation | None = None,
+    ) -> None:
         self._tokenizer = adapted(tokenizer, 'serving.app', must_decode=True)
+        if speculate is not None and limits.same_program:
+            raise UsageError(
+                'same_program decodes any number of choices by one program, and drafts are checked '
+                'by another one where a choice is alone: leave out one of the two'
+            )
         self.model = Decodable.of(model)
         self._limits = limits
-        self.scheduler = Scheduler(self.model, self._tokenizer, limits)
+        self._speculates = speculate is not None
+        made = None if speculate is None else drafter(self.model, speculate)
+        self.scheduler = Scheduler(self.model, self._tokenizer, limits, made)
         known = [embedding.vocab_size for _, embedding in embeddings(self.model.net)]
         self.vocab_size = min([*known, self._tokenizer.vocab_size])
 
@@ -92,7 +112,8 @@ class Engine:
           UsageError: if the model makes no tokens, e.g. since its weights diverged.
         """
         for n in self.scheduler.slots.sizes:
-            running = Running(Request(((self._tokenizer.eos_id,),) * n, 2), silent=True)
+            n_tokens = 3 if self._speculates and n == 1 else 2  # one of them by a check
+            running = Running(Request(((self._tokenizer.eos_id,),) * n, n_tokens), silent=True)
             self.scheduler.submit(running)
             try:
                 for _ in running:

@@ -20,6 +20,7 @@ from layercomb.supervised.decoding.keys import fold_each
 from layercomb.supervised.decoding.prompts import at_one_position, logits_of
 from layercomb.supervised.decoding.sampling import NO_TOKEN, Sampler
 from layercomb.supervised.decoding.scoring import Alternatives, alternatives
+from layercomb.supervised.decoding.speculating import drafted, judged
 from layercomb.transforms.low_rank.many import put_adapters
 
 
@@ -71,6 +72,8 @@ class Programs:
         self.read_scored = jax.jit(self._read_scored, donate_argnums=1)
         self.step = jax.jit(self._step, donate_argnums=1)
         self.first = jax.jit(self._first)
+        self.check = jax.jit(self._check, donate_argnums=1)
+        self.draft = jax.jit(self._draft, donate_argnums=1, static_argnums=5)
         self.place = jax.jit(self._place, donate_argnums=0)
         self.moved = jax.jit(self._moved, static_argnums=2)
         self.moved_leaves = jax.jit(axes.moved, static_argnums=2)
@@ -121,6 +124,67 @@ class Programs:
             held=rows.sampler.add(rows.held, drawn.token),
             step=rows.step + 1,
         )
+
+    def _check(
+        self, weights: Leaves, rows: Rows, drafts: jax.Array, taken: jax.Array, most: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Rows]:
+        """What is accepted of the drafts of rows, all of them in use, and one token more.
+
+        Args:
+          weights: of the model.
+          rows: B rows.
+          drafts: (B, k) int32.
+          taken: (B,) int32, how many positions each row has taken.
+          most: (B,) int32, the most tokens that each may get.
+
+        Returns:
+          (tokens, n_made, rows): (B, 1 + k) int32, (B,) int32, see `speculating.Judged`.
+        """
+        state = self._axes.tree(rows.leaves)
+        read = jnp.maximum(jnp.concatenate([rows.token[:, None], drafts], 1), 0)
+        logits, state = self._apply(weights, state, read)
+        keys = jax.random.wrap_key_data(rows.keys)
+        drawn = rows.sampler, logits, keys, rows.step, rows.held
+        found = judged(*drawn, drafts, most, jnp.int32(-1))
+        last = jnp.take_along_axis(found.tokens, found.n_made[:, None] - 1, 1)[:, 0]
+        rows = rows._replace(
+            leaves=self._axes.sought(jax.tree.leaves(state), taken + found.n_made),
+            token=last,
+            held=found.held,
+            step=rows.step + found.n_made,
+        )
+        return found.tokens, found.n_made, rows
+
+    def _draft(
+        self,
+        weights: Leaves,
+        leaves: Leaves,
+        pair: jax.Array,
+        taken: jax.Array,
+        rows: Rows,
+        n_draft: int,
+    ) -> tuple[jax.Array, Leaves]:
+        """What this model drafts for rows of another one, whose leaves are left out.
+
+        Args:
+          weights: of this model.
+          leaves: of B rows, which have taken `taken` (B,) positions.
+          pair: (B, 2) int32, the tokens that come next.
+          taken: how many positions rows have taken.
+          rows: of the other model.
+          n_draft: k.
+
+        Returns:
+          (B, k) int32 and the leaves; see `speculating.drafted`.
+        """
+
+        def run(state: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
+            return self._apply(weights, state, tokens)
+
+        state = self._axes.tree(self._axes.sought(leaves, taken))
+        drawn = rows.sampler, jax.random.wrap_key_data(rows.keys), rows.step, rows.held
+        drafts, state = drafted(run, state, pair, n_draft, *drawn)
+        return drafts, jax.tree.leaves(state)
 
     def _first(
         self, logits: jax.Array, held: jax.Array, keys: jax.Array, sampler: Sampler, wants: Any

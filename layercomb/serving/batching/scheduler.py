@@ -21,6 +21,7 @@ import numpy as np
 
 from layercomb.data.adapted import Adapted
 from layercomb.errors import UsageError
+from layercomb.serving.batching.drafting import Drafter, no_draft
 from layercomb.serving.batching.prefixes import Block, Prefixes
 from layercomb.serving.batching.programs import NO_TOKEN, Drawn
 from layercomb.serving.batching.slots import Chosen, Decodable, Desk, Reading, Slots
@@ -147,10 +148,18 @@ class Scheduler:
       model: what decodes.
       tokenizer: what makes texts.
       limits: see `Limits`.
+      drafter: what makes drafts while a row is alone; None for none.
     """
 
-    def __init__(self, model: Decodable, tokenizer: Adapted, limits: Limits) -> None:
+    def __init__(
+        self,
+        model: Decodable,
+        tokenizer: Adapted,
+        limits: Limits,
+        drafter: Drafter | None = None,
+    ) -> None:
         self._model, self._tokenizer, self._limits = model, tokenizer, limits
+        self._drafter = drafter
         stop_ids = getattr(tokenizer.tokenizer, 'stop_ids', (tokenizer.eos_id,))
         self._stop_ids = frozenset(map(int, stop_ids)) | {tokenizer.eos_id}
         self.prefixes = Prefixes(limits.prefix_cache)
@@ -247,9 +256,46 @@ class Scheduler:
         self._begin_readings()
         self._read_piece()
         self._place()
+        if self._drafter is not None and self.slots.alone is not None:
+            self._speculate(self._drafter)
+            return
         before = self._ask()
         for asked in before:
             self._hear(asked)
+
+    def _speculate(self, drafter: Drafter) -> None:
+        """Makes tokens of a row that is alone: checks a draft, or asks for one token.
+
+        What was asked for is heard first, since a draft continues it.
+        """
+        asked, self._asked = self._asked, []
+        for each in asked:
+            self._hear(each)
+        row = next((row for row in self.slots.taken if row is not None), None)
+        if row is None:
+            return
+        draft = self._draft(row, drafter)
+        if draft is None:
+            self._ask()
+            return
+        most = row.running.request.max_tokens - row.n_asked
+        made = self.slots.check(draft, len(row.prompt) + len(row.made) - 1, most)
+        row.n_asked += len(made)
+        for token in made:
+            if not row.is_done and row.running in self._alive:
+                self._guarded(row.running, self._add, row, token, None, 0)
+
+    def _draft(self, row: Row, drafter: Drafter) -> jax.Array | None:
+        """The draft of a row that is alone; None if it has none, or may not have one."""
+        alone, limit = self.slots.alone, self._model.max_len
+        n_read = len(row.prompt) + len(row.made) + drafter.n_draft
+        is_last = row.n_asked + 1 >= row.running.request.max_tokens
+        too_long = limit is not None and n_read > limit
+        if alone is None or is_last or too_long or row.wants_scores:
+            return None
+        draft = drafter.draft((*row.prompt, *row.made), alone)
+        # What is silent compiles all programs: that which checks, and that for one token.
+        return no_draft(drafter.n_draft) if row.running.silent else draft
 
     def _drop_cancelled(self) -> None:
         for row in [row for row in self.slots.taken if row is not None]:
@@ -359,12 +405,14 @@ class Scheduler:
         if group is not None and group.reading is not None and token[0] != NO_TOKEN:
             self._desk.end(group.reading)
 
-    def _add(self, row: Row, token: Any, scores: Alternatives, i: int) -> None:
+    def _add(self, row: Row, token: Any, scores: Alternatives | None, i: int) -> None:
         if token == NO_TOKEN:
             self.slots.free(row, spoilt=True)
             raise diverged(f'at token {len(row.made)} of row {row.index}')
         stops = int(token) in self._stop_ids
-        told = (self._told(row, int(token), scores, i),) if row.wants_scores else ()
+        told: tuple[TokenScore, ...] = ()
+        if row.wants_scores and scores is not None:
+            told = (self._told(row, int(token), scores, i),)
         row.add(self._tokenizer.eos_id if stops else int(token), told)
         if row.is_done:
             self._keep(row)
@@ -447,6 +495,8 @@ class Scheduler:
         self._asked, self._piece = [], None
         self.slots.clear()
         self._desk.clear()
+        if self._drafter is not None:
+            self._drafter.clear()
         self.prefixes.clear()  # what failed may be among what is kept
         for running in list(self._alive):
             self._finish(running, refusal)

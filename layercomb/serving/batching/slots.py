@@ -343,6 +343,31 @@ class Slots:
         )
         return drawn
 
+    @property
+    def alone(self) -> Rows | None:
+        """What the device holds of a row that is alone, but its state; None if others may be."""
+        rows = self._rows if len(self.taken) == 1 and self.n_taken else None
+        return None if rows is None else rows._replace(leaves=[])
+
+    def check(self, drafts: jax.Array, taken: int, most: int) -> list[int]:
+        """The new tokens of the row that is alone: of its draft what is accepted, and one more.
+
+        Args:
+          drafts: (1, k) int32; all k fit into the model.
+          taken: how many positions the row has taken.
+          most: the most tokens that it may get.
+        """
+        needed = taken + 1 + drafts.shape[1]
+        if needed > self._room:
+            self._fit(1, self._model.room(needed))
+        assert self._rows is not None
+        limits = np.full(1, taken, np.int32), np.full(1, most, np.int32)
+        tokens, n_made, self._rows = self._model.programs.check(
+            self._model.weights, self._rows, drafts, *limits
+        )
+        made: list[int] = np.asarray(tokens)[0, : int(n_made[0])].tolist()
+        return made
+
     def clear(self) -> None:
         """Drops all rows, and their memory."""
         self._rows, self.taken, self._room = None, [], 0

@@ -16,8 +16,9 @@ from layercomb.checks import Bound, Size, take_fields
 from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
+from layercomb.shapes import shape_dtype
 from layercomb.supervised.decoding.axes import axes_of
-from layercomb.supervised.decoding.prompts import Start, reads_whole_prompts
+from layercomb.supervised.decoding.prompts import reads_whole_prompts
 from layercomb.trees import Tree
 
 DraftLen = Annotated[int, Bound(1, high=64)]
@@ -118,26 +119,22 @@ def check_speculation(given: Any) -> None:
         )
 
 
-def check_can_go_back(start: Start, whose: str = 'the model') -> None:
+def check_can_go_back(net: Layer, trained: Tree, whose: str = 'the model') -> None:
     """Refuses a model whose rows cannot go back to before a draft that was refused.
 
     Args:
-      start: what decoding starts from.
+      net: the model, unstacked.
+      trained: the state that training left.
       whose: what messages call the model.
 
     Raises:
       UsageError: if it is an encoder-decoder; if a layer sees later positions; if a row remembers
         something whole; or if going back costs as much as reading the text again.
     """
-    check_net_can_go_back(start.net, start.trained, whose)
-
-
-def check_net_can_go_back(net: Layer, trained: Tree, whose: str = 'the model') -> None:
-    """As `check_can_go_back`, for a model that is unstacked, and the state that training left."""
     shapes, structure = jax.tree.flatten(jax.eval_shape(lambda: trained))
     said = _why_not(net, tuple(shapes), structure)
     if said is not None:
-        raise UsageError(f'{whose} cannot speculate: {said}; leave out speculate=')
+        raise UsageError(f'{whose} cannot speculate: {said}; decode it without')
 
 
 @functools.lru_cache(maxsize=32)
@@ -158,17 +155,16 @@ def _why_not(net: Layer, shapes: tuple[Any, ...], structure: Any) -> str | None:
     return None
 
 
-def check_vocabulary(start: Start, of_draft: Start) -> None:
-    """Raises a UsageError if a draft's model has other logits than the model itself."""
-    sizes = [size_of_logits(each) for each in (start, of_draft)]
-    if sizes[0] != sizes[1]:
+def check_vocabulary(size: int, of_draft: int) -> None:
+    """Raises a UsageError if a draft's model has another number of tokens than the model itself."""
+    if size != of_draft:
         raise UsageError(
-            f'the draft model has {sizes[1]} tokens and the model {sizes[0]}: a draft needs a '
-            'model with the same vocabulary'
+            f'the draft model has {of_draft} tokens and the model {size}: a draft needs a model '
+            'with the same vocabulary'
         )
 
 
-def size_of_logits(start: Start) -> int:
-    """V, the width of a model's logits."""
-    (shape,) = start.net.output_signature(start.signature(1, 1))
-    return int(shape.shape[-1])
+def size_of_logits(net: Layer) -> int:
+    """V, the width of a language model's logits."""
+    (logits,) = net.output_signature((shape_dtype((1, 1), 'int32'),))
+    return int(logits.shape[-1])

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ from layercomb.supervised.decoding.drafts import (
     check_can_go_back,
     check_speculation,
     check_vocabulary,
+    size_of_logits,
 )
 from layercomb.supervised.decoding.keys import fold_each
 from layercomb.supervised.decoding.prompts import Sequences, Start, advance, begin, ingest
@@ -169,7 +171,7 @@ def job(
         vocabulary, or does not reach as far.
     """
     check_speculation(given)
-    check_can_go_back(start)
+    check_can_go_back(start.net, start.trained)
     drawn = start, sampler, keys, n_tokens, eos_id
     if isinstance(given, Lookup):
         return Job(*drawn, draft=None, n_draft=given.n_draft, lookup=given)
@@ -177,8 +179,8 @@ def job(
         draft = begin(given.model, prompts, int(n_tokens))
     except UsageError as e:
         raise UsageError(f'the draft model: {e}') from None
-    check_can_go_back(draft, 'the draft model')
-    check_vocabulary(start, draft)
+    check_can_go_back(draft.net, draft.trained, 'the draft model')
+    check_vocabulary(*(size_of_logits(each.net) for each in (start, draft)))
     return Job(*drawn, draft=draft, n_draft=given.n_draft, lookup=None)
 
 
@@ -294,32 +296,57 @@ def _checked(job: Job, texts: Texts, drafts: jax.Array) -> Texts:
 
 
 def _drafted(job: Job, texts: Texts) -> tuple[Texts, jax.Array]:
-    """The rows, of which the draft's model has read more, and its drafts (B, k).
-
-    It begins with the last two tokens, because the last but one may never have been read: after a
-    draft that was accepted whole there is a further token.
-    """
+    """The rows, of which the draft's model has read more, and its drafts (B, k)."""
     assert job.draft is not None
     start, n_made = job.draft, texts.lengths - job.start.lengths
     at = texts.lengths[:, None] + jnp.array([-2, -1], jnp.int32)
     pair = jnp.take_along_axis(texts.tokens, at, 1)
-    logits, state = advance(start, seek(texts.draft, texts.lengths - 2), jnp.maximum(pair, 0))
+    state = seek(texts.draft, texts.lengths - 2)
+    drawn = job.sampler, job.keys, n_made, texts.held
+    drafts, state = drafted(functools.partial(advance, start), state, pair, job.n_draft, *drawn)
+    return texts._replace(draft=state), drafts
+
+
+def drafted(
+    run: Callable[[Tree, jax.Array], tuple[jax.Array, Tree]],
+    state: Tree,
+    pair: jax.Array,
+    n_draft: int,
+    sampler: Sampler,
+    keys: jax.Array,
+    step: jax.Array,
+    held: jax.Array,
+) -> tuple[jax.Array, Tree]:
+    """The tokens that a draft's model would draw next.
+
+    Args:
+      run: reads tokens (B, T): (state, tokens) → (logits (B, T, V), state).
+      state: of the draft's model, which has read all of each row but its last two tokens. It may
+        never have read the last but one: after a draft that was accepted whole there is one more.
+      pair: (B, 2) int32, the last two tokens.
+      n_draft: k.
+      sampler, keys, step, held: as of `judged`.
+
+    Returns:
+      (B, k) int32, `NO_DRAFT` where logits have no probabilities; and the new state.
+    """
 
     def draw(j: Any, logits: jax.Array, held: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token = job.sampler(logits[:, -1], fold_each(job.keys, n_made + j), held)
-        return token, job.sampler.add(held, token)
+        token = sampler(logits[:, -1], fold_each(keys, step + j), held)
+        return token, sampler.add(held, token)
 
     def one(j: jax.Array, carry: Any) -> Any:
         state, held, drafts, token = carry
-        logits, state = advance(start, state, jnp.maximum(token, 0)[:, None])
+        logits, state = run(state, jnp.maximum(token, 0)[:, None])
         token, held = draw(j, logits, held)
         return state, held, jax.lax.dynamic_update_slice_in_dim(drafts, token[:, None], j, 1), token
 
-    token, held = draw(0, logits, texts.held)
-    drafts = jnp.zeros((len(token), job.n_draft), jnp.int32).at[:, 0].set(token)
+    logits, state = run(state, jnp.maximum(pair, 0))
+    token, held = draw(0, logits, held)
+    drafts = jnp.zeros((len(token), n_draft), jnp.int32).at[:, 0].set(token)
     carry = state, held, drafts, token
-    state, _, drafts, _ = jax.lax.fori_loop(jnp.int32(1), jnp.int32(job.n_draft), one, carry)
-    return texts._replace(draft=state), jnp.where(drafts < 0, NO_DRAFT, drafts)
+    state, _, drafts, _ = jax.lax.fori_loop(jnp.int32(1), jnp.int32(n_draft), one, carry)
+    return jnp.where(drafts < 0, NO_DRAFT, drafts), state
 
 
 def _done(job: Job, texts: Texts) -> jax.Array:

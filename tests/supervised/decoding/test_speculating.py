@@ -247,7 +247,7 @@ REFUSED = {
         lambda: make(
             attention=tl.HashedSelfAttention(2, n_hashes=2, n_buckets=2, chunk_len=4, local_len=2)
         ),
-        'so that a check takes longer than the tokens it could save; leave out speculate=',
+        'so that a check takes longer than the tokens it could save; decode it without',
     ),
     'neighbourhood': (
         lambda: make(
