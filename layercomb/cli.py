@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layercomb import paths
 from layercomb.errors import UsageError, machine_errors, one_line, require, usage_errors
@@ -41,6 +41,9 @@ from layercomb.launcher.pretrained import (
 )
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
+
+if TYPE_CHECKING:
+    from layercomb.supervised.decoding.drafts import Speculation
 
 __all__ = [
     'configured',
@@ -175,6 +178,7 @@ def run_generate(options: argparse.Namespace) -> None:
         options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
     )
     sampling = arguments.sampling(options, getattr(tokenizer, 'generation', None))
+    drafts = _speculation(options)
     with usage_errors():
         given = prompts.given(model, prompt, tokenizer)
         given |= {'n_tokens': options.n_tokens, 'eos_id': tokenizer.eos_id}
@@ -184,7 +188,8 @@ def run_generate(options: argparse.Namespace) -> None:
             terminal.write_text(shown, found.tokens[0, 0], tokenizer)
             return
         ends = frozenset(getattr(tokenizer, 'stop_ids', ()))
-        tokens = terminal.until(decoding.stream(model, **given, **sampling), ends)
+        made = decoding.stream(model, **given, **sampling, speculate=drafts)
+        tokens = terminal.until(made, ends)
     terminal.write_stream(shown, tokens, tokenizer)
 
 
@@ -196,8 +201,18 @@ def run_chat(options: argparse.Namespace) -> None:
         options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
     )
     sampling = arguments.sampling(options, getattr(tokenizer, 'generation', None))
+    drafts = _speculation(options)
     with usage_errors():
-        chat.talk(model, tokenizer, options.system, options.n_tokens, sampling)
+        chat.talk(model, tokenizer, options.system, options.n_tokens, sampling, speculate=drafts)
+
+
+def _speculation(options: argparse.Namespace) -> Speculation | None:
+    """How tokens are drafted, as the options say; a draft's model is as narrow as the model."""
+
+    def load(name: str) -> Model:
+        return trained(name, bits=options.bits, text=False)[0]
+
+    return arguments.speculation(options, load)
 
 
 def run_inspect(options: argparse.Namespace) -> None:
@@ -251,7 +266,8 @@ def run_serve(options: argparse.Namespace) -> None:
         model = adapters.with_adapters(
             model, named, lambda run: trained(run, text=False, merge=False)[0]
         )
-        serving.run(model, tokenizer, name, limits, socket, names, key)
+        drafts = _speculation(options)
+        serving.run(model, tokenizer, name, limits, socket, names, key, drafts)
 
 
 def run_export(options: argparse.Namespace) -> None:

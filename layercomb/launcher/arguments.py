@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from layercomb import paths
 from layercomb.errors import UsageError
 from layercomb.launcher import compile_cache
 from layercomb.launcher.finetuning import options as finetuning
 from layercomb.version import __version__
+
+if TYPE_CHECKING:
+    from layercomb.model import Model
+    from layercomb.supervised.decoding.drafts import Speculation
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,6 +71,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     add('--system', help='what the model is told before the first turn')
     add('--n_tokens', type=int, default=512, help='of an answer, at most (%(default)s)')
     _sampling_options(add, 'what its makers advise, else ')
+    _draft_options(add)
     _serve_options(of_model('serve'))
     add = of_model('export')
     add('out', help='a directory, new or empty')
@@ -150,15 +155,39 @@ def sampling(
       'temperature', 'top_k', 'top_p', 'repetition_penalty' and 'rng', a seed.
 
     Raises:
-      UsageError: if a sampling option is given together with ``--beams``, which draws nothing.
+      UsageError: if an option of sampling or of drafts is given together with ``--beams``, which
+        draws nothing.
     """
     given = {name: getattr(options, name) for name in _SAMPLING}
-    said = sorted(name for name, value in given.items() if value is not None)
+    drafts = {name: getattr(options, name, None) for name in ('draft', 'speculate')}
+    said = sorted(name for name, value in {**given, **drafts}.items() if value is not None)
     if said and getattr(options, 'beams', None) is not None:
         raise UsageError(f'--beams searches and draws nothing: leave out --{" and --".join(said)}')
     defaults = {**_SAMPLING, **(advised or {})}
     chosen = {name: defaults[name] if x is None else x for name, x in given.items()}
     return {'rng' if name == 'seed' else name: x for name, x in chosen.items()}
+
+
+def speculation(options: argparse.Namespace, load: Callable[[str], Model]) -> Speculation | None:
+    """How tokens are drafted; None if nothing was said of it.
+
+    Args:
+      options: of the command ``generate``, ``chat`` or ``serve``.
+      load: makes the draft's model from what was given as ``--draft``.
+    """
+    from layercomb.supervised import decoding
+
+    n_draft = {} if options.speculate is None else {'n_draft': options.speculate}
+    if options.draft is not None:
+        return decoding.Draft(load(options.draft), **n_draft)
+    return decoding.Lookup(**n_draft) if n_draft else None
+
+
+def _n_draft(given: str) -> int:
+    """The number of tokens of a draft, within the bounds of `decoding.Lookup`."""
+    if not given.isdigit() or not 1 <= int(given) <= 64:
+        raise argparse.ArgumentTypeError(f'a draft has 1 to 64 tokens, got {given!r}')
+    return int(given)
 
 
 def api_key(options: argparse.Namespace, environment: Mapping[str, str]) -> str | None:
@@ -217,6 +246,7 @@ def _generate_options(add: Any) -> None:
     add('--prompt_file', help='a file in UTF-8 to continue, or to read and answer')
     add('--n_tokens', type=int, default=300, help='how many tokens to make (%(default)s)')
     _sampling_options(add, 'what its makers advise, else ')
+    _draft_options(add)
     add('--beams', type=int, help='search for the likeliest text among so many, instead of drawing')
 
 
@@ -236,6 +266,22 @@ def _sampling_options(add: Any, advised: str = '') -> None:
     )
     add('--seed', type=int, help=f'of the sample ({_SAMPLING["seed"]})')
     _bits_option(add)
+
+
+def _draft_options(add: Any, when: str = '') -> None:
+    add(
+        '--speculate',
+        type=_n_draft,
+        metavar='N',
+        help='draft N tokens and check them in one pass of the model, for the same text sooner '
+        f'where it repeats what was there{when}; 3 is a good number',
+    )
+    add(
+        '--draft',
+        metavar='MODEL',
+        help='a smaller model with the same vocabulary that makes the drafts; else they are '
+        'looked up in the text',
+    )
 
 
 def _changes_option(add: Any) -> None:
@@ -290,4 +336,5 @@ def _serve_options(add: Any) -> None:
         default=64,
         help='requests that may wait for their turn (%(default)s)',
     )
+    _draft_options(add, ', while one choice is decoded alone')
     add('--bits', type=int, choices=(16, 8, 4), help='narrow weights, of so many bits')

@@ -47,6 +47,15 @@ def talk(model, *given, **options):
     chat.talk(model, Talking(), **options, read=lines(*given))
 
 
+def test_answers_are_the_same_with_drafts(model, capsys):
+    for sampling in ({'temperature': 0.0}, {'temperature': 0.5, 'rng': 3}):
+        said = []
+        for speculate in (None, decoding.Lookup(2, 1), decoding.Draft(model, 3)):
+            talk(model, 'hi', 'hi', n_tokens=9, sampling=sampling, speculate=speculate)
+            said.append(capsys.readouterr().out)
+        assert said == said[:1] * 3
+
+
 def test_answers_are_printed_and_remembered(model, capsys, monkeypatch):
     asked = []
     answers = (iter([f'answer {i}', '!']) for i in itertools.count())

@@ -218,6 +218,18 @@ def test_generate_searches_with_beams_and_penalises_repetitions(files, capsys):
     assert capsys.readouterr().out != said[0]
 
 
+def test_generate_with_drafts_says_the_same(files, capsys):
+    how = ['generate', str(files[2]), '--prompt', 'cat cat', '--n_tokens', '12']
+    assert cli.main(how) == 0
+    said = capsys.readouterr().out
+    for option in (['--speculate', '3'], ['--draft', str(files[2]), '--speculate', '2']):
+        assert cli.main([*how, *option]) == 0
+        assert capsys.readouterr().out == said
+    assert 'draws nothing: leave out --speculate' in refused(
+        capsys, *how, '--beams', '2', '--speculate', '3'
+    )
+
+
 def test_generate_refuses_to_search_and_to_draw(files, capsys):
     how = ('generate', files[2], '--prompt', 'cat', '--beams', '2')
     said = refused(capsys, *how, '--top_k', '3', '--temperature', '0.8')
@@ -359,6 +371,8 @@ OUT_OF_RANGE = {
     ('--gin_param', "train.tokenizer='bytes'"): 'tokenizer must have encode',
     ('--n_tokens', 'few'): "argument --n_tokens: invalid int value: 'few': see layercomb generate",
     ('--bits', '5'): 'argument --bits: invalid choice',
+    ('--speculate', '65'): "argument --speculate: a draft has 1 to 64 tokens, got '65'",
+    ('--speculate', 'few'): "a draft has 1 to 64 tokens, got 'few': see layercomb generate",
     ('-',): 'give one of --prompt TEXT',
     ('no-dash',): 'unrecognized arguments: no-dash',
 }
