@@ -8,6 +8,8 @@ to be invented, in which little repeats. `decoding.stream` makes the answers, on
 `Lookup` of each kind and without; in float32 also with a `Draft`, the same model in 4 bits. They
 take turns, and the fastest turn of each counts, in wall time and in CPU seconds of all threads.
 
+* rows: what a pass over 4 positions of so many rows costs, in passes over one position of each; it
+  can make 4 tokens a row at most, so it pays where that is well below 4.
 * a pass: how many tokens a pass of the model makes, after the first.
 * drafted: the share of passes that check a draft; accepted: the share of drafted tokens that are.
 """
@@ -111,10 +113,51 @@ def passes(model, ids, n_tokens, temperature, eos_id, speculate):
     return np.array(made)
 
 
+def cost(model, n_rows, n_positions, turns):
+    """Seconds of a pass after 128 positions, wall and CPU."""
+    import jax
+    import jax.numpy as jnp
+
+    import layercomb as lc
+    from layercomb import Mode, tl
+
+    state = lc.init_state(model.layer, lc.shape_dtype((n_rows, 512), 'int32'), Mode.PREDICT)
+    at, tokens = jnp.full(n_rows, 128), jnp.ones((n_rows, n_positions), jnp.int32)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def run(weights, state):
+        (logits,), state = model.layer.apply(
+            weights, tl.seek(state, at), (tokens,), mode=Mode.PREDICT
+        )
+        return logits, state
+
+    best = np.full(2, np.inf)
+    state = jax.tree.map(jnp.copy, state)  # equal arrays are one buffer, which is donated once
+    for _ in range(turns * 4 + 1):
+        started = np.array([time.perf_counter(), time.process_time()])
+        logits, state = run(model.weights, state)
+        logits.block_until_ready()
+        best = np.minimum(best, [time.perf_counter(), time.process_time()] - started)
+    return best
+
+
+def rows(model, bits, turns):
+    """Prints what checks of several rows cost."""
+    for n in (1, 2, 4, 8):
+        one, four = (cost(model, n, length, turns) for length in (1, 4))
+        wall, cpu = four / one
+        print(
+            f'{bits:>2} bits, {n} rows: 1 position {one[0] * 1e3:6.1f} ms, 4 positions '
+            f'{four[0] * 1e3:6.1f} ms: {wall:.2f}x, in CPU seconds {cpu:.2f}x',
+            flush=True,
+        )
+
+
 def measure(options, bits):
     from layercomb.supervised import decoding
 
     model, tokenizer, narrow = models_of(bits)
+    rows(model, bits, options.turns)
     kinds = {'one at a time': None}
     for k in options.n_draft:
         kinds |= {f'Lookup({k}, {n})': decoding.Lookup(k, n) for n in options.ngram}

@@ -9,8 +9,10 @@ there.
 So the tokens are those of ordinary decoding with the same seed, greedy or drawn, up to rounding,
 and whatever the draft is. A `Lookup`'s draft d is accepted with the probability p(d), and else the
 token has the distribution p(x) / (1 − p(d)) over x ≠ d, as by the rule of Leviathan et al. for a
-draft without alternatives. A `Draft`'s model draws with the same Gumbel noise as the model, so both
-often draw the same token although each is distributed as it should be.
+draft without alternatives. A `Draft`'s model draws with the same Gumbel noise as the model: where the
+distributions of the two are δ apart (in total variation), they draw the same token with probability
+(1 − δ) / (1 + δ) at least. Resampling accepts 1 − δ, but what it makes depends on the draft, and not
+on the seed alone.
 
 Shape letters: B rows, L room for tokens, T = 1 + k positions, k drafted tokens, V vocabulary.
 
@@ -236,7 +238,8 @@ def unfinished(texts: Texts) -> jax.Array:
 def continued(job: Job, texts: Texts) -> Texts:
     """The rows with at least one more token for each that is not done: a draft is checked.
 
-    Where no row has a draft, or the caches have no room to check one, each gets one token.
+    Where no row has a draft, or the caches have no room to check one, each gets one token. Each of
+    the two is a loop of at most one round, see `run_once`, so that caches are updated in place.
     """
     drafts, has_draft = None, ~texts.done
     if job.lookup is not None:
