@@ -79,37 +79,24 @@ def turn(model, ids, n_tokens, temperature, eos_id, speculate):
     return (len(tokens) - 1) / taken, tokens
 
 
-def passes(model, ids, n_tokens, temperature, eos_id, speculate):
-    """For each pass after the first token, how many tokens were drafted, and how many made."""
+def passes(ids, tokens, lookup):
+    """For each pass after the first token, how many tokens were drafted, and how many made.
+
+    The text is the same whatever is drafted, and with it what a lookup finds.
+    """
     import jax
 
-    from layercomb.supervised import decoding
-    from layercomb.supervised.decoding import drafts, keys, prompts, speculating
+    from layercomb.supervised.decoding.drafts import NO_DRAFT
 
-    start, numbers = prompts.begin(model, [ids], n_tokens), (np.int32(n_tokens), np.int32(eos_id))
-    sampler, drawn = decoding.Sampler(temperature), keys.row_keys(0, 1)
-    job = speculating.job(speculate, [ids], start, sampler, drawn, *numbers)
-
-    @jax.jit
-    def first(job):
-        logits, state = prompts.ingest(job.start)
-        held = sampler.held(job.start.tokens, job.start.lengths, logits.shape[-1])
-        token = sampler(logits, keys.fold_each(job.keys, 0), held)
-        return speculating.begun(job, token, sampler.add(held, token), state)
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def step(job, texts):
-        n_drafted = speculate.n_draft
-        if job.lookup is not None:
-            found = job.lookup.drafts(texts.tokens, texts.lengths) != drafts.NO_DRAFT
-            n_drafted = found.sum()
-        new = speculating.continued(job, texts)
-        return n_drafted, new.lengths[0] - texts.lengths[0], new
-
-    texts, made = first(job), []
-    while speculating.unfinished(texts):
-        n_drafted, n_made, texts = step(job, texts)
-        made.append((int(n_drafted), int(n_made)))
+    draft, made, at = jax.jit(lookup.drafts), [], 1
+    text = np.zeros((1, len(ids) + len(tokens)), np.int32)
+    text[0] = [*ids, *tokens]
+    while at < len(tokens):
+        drafted = np.asarray(draft(text, np.full(1, len(ids) + at, np.int32)))[0]
+        same = np.equal(drafted[: len(tokens) - at], tokens[at : at + len(drafted)])
+        n = min(int(np.argmin(np.append(same, False))) + 1, len(tokens) - at)
+        made.append((int((drafted != NO_DRAFT).sum()), n))
+        at += n
     return np.array(made)
 
 
@@ -178,8 +165,8 @@ def measure(options, bits):
             pairs = zip(tokens[kind], tokens['one at a time'], strict=False)
             off = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
             said = f'; {len(tokens[kind])} tokens' if off is None else f'; others from {off} on'
-            if speculate is not None:
-                drafted, made = passes(*given, speculate).T
+            if isinstance(speculate, decoding.Lookup):
+                drafted, made = passes(ids, tokens[kind], speculate).T
                 accepted = (made - 1)[drafted > 0].sum() / max(drafted.sum(), 1)
                 shares = f'{(drafted > 0).mean():4.0%} drafted, {accepted:4.0%} accepted'
                 said += f'; {made.mean():.2f} a pass, {shares}'

@@ -274,7 +274,7 @@ def _draft_options(add: Any, when: str = '') -> None:
         type=_n_draft,
         metavar='N',
         help='draft N tokens and check them in one pass of the model, for the same text sooner '
-        f'where it repeats what was there{when}; 3 is a good number',
+        f'where it repeats what was there{when}; 7 suits most of it',
     )
     add(
         '--draft',

@@ -259,10 +259,20 @@ def _speculate(job: speculating.Job) -> jax.Array:
     return speculating.made(job, jax.lax.while_loop(speculating.unfinished, step, texts))
 
 
-@jax.jit
 def _begin_speculating(job: speculating.Job) -> speculating.Texts:
+    """The rows after their first token, by programs that do not depend on what drafts."""
     token, kept = _first(job.start, job.sampler, job.keys)
-    return speculating.begun(job, token, kept.held, kept.state)
+    draft = None if job.draft is None else _read(job.draft)
+    return _begun(job, token, kept.held, kept.state, draft)
+
+
+@jax.jit
+def _read(start: Start) -> Tree:
+    """The state after the prompts."""
+    return ingest(start)[1]
+
+
+_begun = jax.jit(speculating.begun, donate_argnums=(2, 3, 4))
 
 
 @functools.lru_cache(maxsize=16)

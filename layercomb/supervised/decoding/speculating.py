@@ -9,10 +9,10 @@ there.
 So the tokens are those of ordinary decoding with the same seed, greedy or drawn, up to rounding,
 and whatever the draft is. A `Lookup`'s draft d is accepted with the probability p(d), and else the
 token has the distribution p(x) / (1 − p(d)) over x ≠ d, as by the rule of Leviathan et al. for a
-draft without alternatives. A `Draft`'s model draws with the same Gumbel noise as the model: where the
-distributions of the two are δ apart (in total variation), they draw the same token with probability
-(1 − δ) / (1 + δ) at least. Resampling accepts 1 − δ, but what it makes depends on the draft, and not
-on the seed alone.
+draft without alternatives. A `Draft`'s model draws with the same Gumbel noise as the model: where
+the distributions of the two are δ apart (in total variation), they draw the same token with the
+probability (1 − δ) / (1 + δ) at least. Resampling accepts 1 − δ, but what it makes depends on the
+draft, and not on the seed alone.
 
 Shape letters: B rows, L room for tokens, T = 1 + k positions, k drafted tokens, V vocabulary.
 
@@ -46,7 +46,7 @@ from layercomb.supervised.decoding.drafts import (
     size_of_logits,
 )
 from layercomb.supervised.decoding.keys import fold_each
-from layercomb.supervised.decoding.prompts import Sequences, Start, advance, begin, ingest
+from layercomb.supervised.decoding.prompts import Sequences, Start, advance, begin
 from layercomb.supervised.decoding.sampling import NO_TOKEN, Sampler
 from layercomb.trees import Tree
 
@@ -211,7 +211,7 @@ class Texts(NamedTuple):
         return jnp.take_along_axis(self.tokens, self.lengths[:, None] - 1, 1)[:, 0]
 
 
-def begun(job: Job, token: jax.Array, held: jax.Array, state: Tree) -> Texts:
+def begun(job: Job, token: jax.Array, held: jax.Array, state: Tree, draft: Any) -> Texts:
     """The rows after their first token.
 
     Args:
@@ -219,12 +219,12 @@ def begun(job: Job, token: jax.Array, held: jax.Array, state: Tree) -> Texts:
       token: (B,) int32, the first token that was made for each row.
       held: (B, V) int32, see `Sampler`.
       state: of the model, which has read the prompts.
+      draft: that of the draft's model, which has read them too; None for a lookup.
     """
     start = job.start
     padding = start.room - start.tokens.shape[1]
     tokens = jnp.pad(start.tokens, ((0, 0), (0, padding)))
     tokens = _written(tokens, start.lengths, token[:, None])
-    draft = None if job.draft is None else ingest(job.draft)[1]
     lengths = start.lengths + 1
     texts = Texts(state, draft, held, tokens, lengths, jnp.zeros(len(token), bool))
     return texts._replace(done=_done(job, texts))
