@@ -131,7 +131,8 @@ def panel_products(
         rows are interleaved: in memory, word c of row r of a panel is at 16c + r. The last F mod 16
         rows are as they are. Byte k of a word of int8 is column k plus 128; of int4 its low half is
         column k plus 8, and its high half column k + 4 plus 8.
-      scales: (F, G) float32, for groups of D / G weights, interleaved alike; with minima (F, 2G).
+      scales: (F, G) float32 or float16, for groups of D / G weights, interleaved alike; with minima
+        (F, 2G).
       n_bytes: of each activation that count: 2, for an error of 3e-5, or 1, for 5e-3, which makes
         products of many rows up to twice as fast on processors with dot products of bytes.
       minima: whether the second half of the scales are minima. A weight is then
@@ -142,7 +143,9 @@ def panel_products(
       (M, F) float32.
     """
     _check_ranks(x=(x, 2), words=(words, 2), scales=(scales, 2))
-    _check_dtypes(x, x, scales)
+    _check_dtypes(x, x)
+    if scales.dtype not in (jnp.float32, jnp.float16):
+        raise TypeError(f'scales of panels are float32 or float16, got {scales.dtype}')
     if words.dtype != jnp.uint32:
         raise TypeError(f'weights in panels are uint32, got {words.dtype}')
     (f, c), d, n_groups = words.shape, x.shape[1], scales.shape[1] // (1 + minima)

@@ -71,11 +71,12 @@ ffi::Error PanelProducts(ffi::ThreadPool threads, ffi::RemainingArgs args,
   const bool minima = call.indices(3)[1] != 0;
   const layercomb::PanelWeights w{static_cast<int>(32 * call.size(1, 1) / call.size(0, 1)),
                                   call.array(1).untyped_data(),
-                                  call.floats(2),
+                                  call.array(2).untyped_data(),
                                   call.size(1, 0),
                                   call.size(1, 1),
                                   minima ? call.size(2, 1) / 2 : call.size(2, 1),
-                                  minima};
+                                  minima,
+                                  call.array(2).element_type() == ffi::F16};
   layercomb::PanelProducts(call.pool(), w, call.floats(0), call.size(0, 0), call.indices(3)[0],
                            call.y());
   return ffi::Error::Success();

@@ -43,11 +43,11 @@ void RowProducts(const Pool& pool, const Weights& w, const float* x, int64_t n_x
 struct PanelWeights {
   int bits;  // 8 or 4
   const void* words;
-  const float* scales;  // (n_rows, n_groups), or twice as many
+  const void* scales;  // (n_rows, n_groups), or twice as many; float32, or float16 if `half`
   int64_t n_rows, n_words, n_groups;
-  bool minima;
+  bool minima, half;
 
-  // Floats of a row: scales, and minima if there are any.
+  // Scales of a row, and minima if there are any.
   int64_t n_scales() const { return minima ? 2 * n_groups : n_groups; }
 };
 

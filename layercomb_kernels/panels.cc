@@ -49,7 +49,7 @@ inline void AddPairs(Ints& sums, const Bytes& w, int32_t x) {
   const Pairs half = odd ? words >> 8 : words & 255;
 #if defined(LAYERCOMB_SHORTS)
   sums += SumOfPairs(reinterpret_cast<Shorts>(half), reinterpret_cast<Shorts>(Ints{} + x));
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(__AVX__)
   sums += reinterpret_cast<Ints>(
       _mm_madd_epi16(reinterpret_cast<__m128i>(half), _mm_set1_epi32(x)));
 #else
@@ -101,7 +101,8 @@ struct Dot {
     for (int i = 0; i < kLanes / 4; ++i) {
       LAYERCOMB_UNROLL
       for (int odd = 0; odd < 2; ++odd) {
-        to[odd][i] = (x[4 * i + odd] & 0xffff) | x[4 * i + odd + 2] << 16;
+        const uint32_t second = x[4 * i + odd + 2];
+        to[odd][i] = static_cast<int32_t>((x[4 * i + odd] & 0xffff) | second << 16);
       }
     }
   }
@@ -189,7 +190,8 @@ class Rounded {
     const float inverse = largest > 0 ? kMost / largest : 0;
     Ints sums[kSums] = {};
     for (int64_t j = 0; j < piece_; j += kLanes) {
-      const Ints bits = reinterpret_cast<Ints>(load(j) * inverse + kNearest);
+      const Floats its = load(j) * inverse;
+      const Ints bits = reinterpret_cast<Ints>((its == its ? its : Floats{}) + kNearest);
       const Ints values = (bits << 10) >> 10;  // of the 22 bits behind the point
       int32_t ends[kWords][kLanes / 4], *to[kWords];
       const bool whole = j + kLanes <= piece_;
@@ -218,9 +220,19 @@ class Rounded {
   const std::unique_ptr<float[]> sums_;
 };
 
+inline Floats LoadScales(const float* from) { return Load<Floats>(from); }
+
+// float16: the bits of a float32 that is 2^112 times too small, but where all of the exponent is set.
+inline Floats LoadScales(const uint16_t* from) {
+  const Ints bits = Unsigned16(from), size = (bits & 0x7fff) << 13;
+  const Ints scaled = reinterpret_cast<Ints>(reinterpret_cast<Floats>(size) * 0x1p112f);
+  const Ints right = (bits & 0x7c00) == 0x7c00 ? size | 0x7f800000 : scaled;
+  return reinterpret_cast<Floats>(right | (bits & 0x8000) << 16);
+}
+
 // y[m][r] of M rows of x, from m on, and the rows of V vectors of panels.
-template <typename W, int N, int V, int M>
-void Multiply(const Rounded<W, N>& x, int64_t m, const uint8_t* words, const float* scales,
+template <typename W, typename S, int N, int V, int M>
+void Multiply(const Rounded<W, N>& x, int64_t m, const uint8_t* words, const S* scales,
               const PanelWeights& of, float* y, int64_t n_y) {
   const int64_t n_lines = of.n_words, n_groups = of.n_groups;
   constexpr int kSums = Dot<N>::n_sums, kWords = Dot<N>::n_words, kFours = kColumns<W> / 4;
@@ -265,16 +277,16 @@ void Multiply(const Rounded<W, N>& x, int64_t m, const uint8_t* words, const flo
     LAYERCOMB_UNROLL
     for (int v = 0; v < V; ++v) {
       const int64_t panel = v / kVectors, within = v % kVectors;
-      const float* its = scales + panel * kRows * of.n_scales() +
+      const S* its = scales + panel * kRows * of.n_scales() +
                          piece / pieces_a_group * kRows + within * kLanes;
-      const auto scale = Load<Floats>(its);
+      const Floats scale = LoadScales(its);
       LAYERCOMB_UNROLL
       for (int k = 0; k < M; ++k) {
         totals[k][v] += scale * x.scales(m + k)[piece] *
                         __builtin_convertvector(Dot<N>::Total(sums[k][v]), Floats);
       }
       if (of.minima) {
-        const auto minimum = Load<Floats>(its + kRows * n_groups);
+        const Floats minimum = LoadScales(its + kRows * n_groups);
         LAYERCOMB_UNROLL
         for (int k = 0; k < M; ++k) totals[k][v] += minimum * x.sums(m + k)[piece];
       }
@@ -286,8 +298,8 @@ void Multiply(const Rounded<W, N>& x, int64_t m, const uint8_t* words, const flo
 
 // y[r] of one row of x and a panel, which is read once, in order. A sum waits for the last: there are
 // two of each.
-template <typename W, int N>
-void MultiplyOne(const Rounded<W, N>& x, const uint8_t* words, const float* scales,
+template <typename W, typename S, int N>
+void MultiplyOne(const Rounded<W, N>& x, const uint8_t* words, const S* scales,
                  const PanelWeights& of, float* y) {
   constexpr int kSums = Dot<N>::n_sums, kWords = Dot<N>::n_words;
   constexpr int kFours = kColumns<W> / 4, kLines = 2 / kFours;
@@ -328,34 +340,35 @@ void MultiplyOne(const Rounded<W, N>& x, const uint8_t* words, const float* scal
     if (line < end) add(line, 0);
     LAYERCOMB_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const float* its = scales + piece / pieces_a_group * kRows + v * kLanes;
-      const auto scale = Load<Floats>(its);
+      const S* its = scales + piece / pieces_a_group * kRows + v * kLanes;
+      const Floats scale = LoadScales(its);
       LAYERCOMB_UNROLL
       for (int s = 0; s < kSums; ++s) sums[0][v][s] += sums[1][v][s];
       totals[v] += scale * x.scales(0)[piece] *
                    __builtin_convertvector(Dot<N>::Total(sums[0][v]), Floats);
-      if (of.minima) totals[v] += Load<Floats>(its + kRows * of.n_groups) * x.sums(0)[piece];
+      if (of.minima) totals[v] += LoadScales(its + kRows * of.n_groups) * x.sums(0)[piece];
     }
   }
   std::memcpy(y, totals, sizeof totals);
 }
 
-template <typename W, int N>
+template <typename W, typename S, int N>
 void Products(const Pool& pool, const PanelWeights& w, const float* x, int64_t n_x, float* y) {
   const int64_t d = w.n_words * kColumns<W>, n_lines = w.n_words;
   const Rounded<W, N> rounded(pool, x, n_x, d, d / w.n_groups, !w.minima);
   const auto* words = static_cast<const uint8_t*>(w.words);
+  const auto* all_scales = static_cast<const S*>(w.scales);
   const int64_t n_panels = w.n_rows / kRows;
   // Rows from `first` to `last` by V vectors.
-  const auto rows = [&](auto n_v, const uint8_t* its, const float* scales, float* to, int64_t n_y,
+  const auto rows = [&](auto n_v, const uint8_t* its, const S* scales, float* to, int64_t n_y,
                         int64_t first, int64_t last) {
     constexpr int V = n_v.value;
     int64_t m = first;
     for (; m + kBlock<N> <= last; m += kBlock<N>) {
-      Multiply<W, N, V, kBlock<N>>(rounded, m, its, scales, w, to + m * n_y, n_y);
+      Multiply<W, S, N, V, kBlock<N>>(rounded, m, its, scales, w, to + m * n_y, n_y);
     }
     for (; m < last; ++m) {
-      Multiply<W, N, V, 1>(rounded, m, its, scales, w, to + m * n_y, n_y);
+      Multiply<W, S, N, V, 1>(rounded, m, its, scales, w, to + m * n_y, n_y);
     }
   };
   constexpr int kPanels = kAtOnce / kVectors;
@@ -366,8 +379,8 @@ void Products(const Pool& pool, const PanelWeights& w, const float* x, int64_t n
   InPieces(pool, bytes, n_panels, 2 * kPanels, [&](int64_t first, int64_t n) {
     if (n_x == 1) {
       for (int64_t p = first; p < first + n; ++p) {
-        MultiplyOne<W, N>(rounded, words + p * kRows * n_lines * 4,
-                          w.scales + p * kRows * w.n_scales(), w, y + p * kRows);
+        MultiplyOne<W, S, N>(rounded, words + p * kRows * n_lines * 4,
+                          all_scales + p * kRows * w.n_scales(), w, y + p * kRows);
       }
       return;
     }
@@ -377,7 +390,7 @@ void Products(const Pool& pool, const PanelWeights& w, const float* x, int64_t n
         const int64_t last = std::min<int64_t>(m + kBlock<N>, n_x);
         int64_t p = begin;
         const auto at = [&](auto n_v) {
-          rows(n_v, words + p * kRows * n_lines * 4, w.scales + p * kRows * w.n_scales(),
+          rows(n_v, words + p * kRows * n_lines * 4, all_scales + p * kRows * w.n_scales(),
                y + p * kRows, w.n_rows, m, last);
           p += n_v.value / kVectors;
         };
@@ -391,18 +404,18 @@ void Products(const Pool& pool, const PanelWeights& w, const float* x, int64_t n
   if (!rest) return;
   const std::unique_ptr<uint32_t[]> panel(new uint32_t[kRows * n_lines]());
   const int64_t n_scales = w.n_scales();
-  const std::unique_ptr<float[]> scales(new float[kRows * n_scales]());
+  const std::unique_ptr<S[]> scales(new S[kRows * n_scales]());
   const uint32_t* from = reinterpret_cast<const uint32_t*>(words) + before * n_lines;
   for (int64_t r = 0; r < rest; ++r) {
     for (int64_t c = 0; c < n_lines; ++c) panel[c * kRows + r] = from[r * n_lines + c];
     for (int64_t g = 0; g < n_scales; ++g) {
-      scales[g * kRows + r] = w.scales[(before + r) * n_scales + g];
+      scales[g * kRows + r] = all_scales[(before + r) * n_scales + g];
     }
   }
   const auto* its = reinterpret_cast<const uint8_t*>(panel.get());
   for (int64_t m = 0; m < n_x; ++m) {
     float made[kRows];
-    Multiply<W, N, kVectors, 1>(rounded, m, its, scales.get(), w, made, kRows);
+    Multiply<W, S, N, kVectors, 1>(rounded, m, its, scales.get(), w, made, kRows);
     std::copy_n(made, rest, y + m * w.n_rows + before);
   }
 }
@@ -411,11 +424,15 @@ void Products(const Pool& pool, const PanelWeights& w, const float* x, int64_t n
 
 void PanelProducts(const Pool& pool, const PanelWeights& w, const float* x, int64_t n_x,
                    int n_bytes, float* y) {
-  const auto call = [&](auto kind) {
+  const auto call = [&](auto kind, auto scale) {
     using W = decltype(kind);
-    n_bytes == 1 ? Products<W, 1>(pool, w, x, n_x, y) : Products<W, 2>(pool, w, x, n_x, y);
+    using S = decltype(scale);
+    n_bytes == 1 ? Products<W, S, 1>(pool, w, x, n_x, y) : Products<W, S, 2>(pool, w, x, n_x, y);
   };
-  w.bits == 8 ? call(Panels8()) : call(Panels4());
+  const auto with = [&](auto scale) {
+    w.bits == 8 ? call(Panels8(), scale) : call(Panels4(), scale);
+  };
+  w.half ? with(uint16_t()) : with(float());
 }
 
 }  // namespace layercomb

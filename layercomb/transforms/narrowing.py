@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
@@ -17,17 +18,30 @@ from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 
-Kind = tuple[int, int] | tuple[int, int, bool]
+
+class Kind(NamedTuple):
+    """How a leaf keeps its matrices.
+
+    Attributes:
+      bits: 8, 4, or 16 for bfloat16.
+      group_size: how many weights share a scale.
+      minima: whether they share a minimum, too.
+      half_scales: whether scales and minima are float16.
+    """
+
+    bits: int
+    group_size: int
+    minima: bool = False
+    half_scales: bool = False
 
 
-def hold_narrow(net: Layer, stored: Mapping[str, Kind]) -> Layer:
+def hold_narrow(net: Layer, stored: Mapping[str, Kind | tuple[int, int]]) -> Layer:
     """The same model with layers that hold narrow weights.
 
     Args:
       net: any layer.
-      stored: for each leaf to change, by its path, how many bits (8, 4, or 16 for bfloat16), how
-        many weights share a scale, and perhaps whether groups have minima. Both ends of a `Tied`
-        model, or neither.
+      stored: for each leaf to change, by its path, its kind, or bits and group size alone. Both
+        ends of a `Tied` model, or neither.
 
     Returns:
       A layer whose weights have the shapes that `quantize` gives them.
@@ -39,12 +53,11 @@ def hold_narrow(net: Layer, stored: Mapping[str, Kind]) -> Layer:
     return _wrapped(net, '', stored)
 
 
-def _wrapped(net: Layer, path: str, stored: Mapping[str, Kind]) -> Layer:
+def _wrapped(net: Layer, path: str, stored: Mapping[str, Kind | tuple[int, int]]) -> Layer:
     if narrow_axes(bare(net)):
         if path not in stored:
             return net
-        bits, group_size, *minima = stored[path]
-        return Quantized(net, bits, group_size, smallest=1, minima=any(minima))
+        return Quantized(net, smallest=1, **Kind(*stored[path])._asdict())
     children = [_wrapped(layer, joined(path, key), stored) for key, layer in net.children]
     if isinstance(net, (Combinator, Wrapper)) and children:
         net = net.with_sublayers(tuple(children))

@@ -108,6 +108,7 @@ class Quantized(Wrapper):
       minima: whether each group has a minimum beside its scale, in the second half of the scales.
       activation_bits: to how many bits a CPU's kernels may round inputs: 16, or 8, which is quicker
         for prompts and less exact.
+      half_scales: whether scales are float16, as those of files are.
 
     Raises:
       ValueError: for other bits.
@@ -122,6 +123,7 @@ class Quantized(Wrapper):
     smallest: Size = 4096
     minima: bool = False
     activation_bits: int = 16
+    half_scales: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,6 +165,8 @@ class Quantized(Wrapper):
             values, scales = narrow(
                 wide, axes, self.bits, self.group_size, self.minima, grams.get(path)
             )
+            if scales is not None and self.half_scales:
+                scales = scales.astype(jnp.float16)
             values, scales = self.stored(path, values, scales)
             weights = trees.put(trees.drop(weights, path), path, values)
             if scales is not None:
@@ -211,18 +215,21 @@ class Quantized(Wrapper):
             else:
                 scales = constant(trees.get(weights, path + SCALES))
                 weights = trees.drop(weights, path + SCALES)
-            matrix: Any = Narrow(
-                values,
-                scales,
-                axes,
-                self.bits,
-                self.activation_bits,
-                self.minima and scales is not None,
-            )
+            matrix: Any = self.matrix(values, scales, axes)
             if isinstance(given, Adapted):
                 matrix = dataclasses.replace(given, base=matrix)
             weights = trees.put(trees.drop(weights, path), path, matrix)
         return weights
+
+    def matrix(self, values: Any, scales: Any, axes: str) -> Narrow:
+        """A narrow matrix of the leaf.
+
+        Args:
+          values, scales: as of `Narrow`; scales are None for bfloat16.
+          axes: letters ``i`` and ``o``.
+        """
+        has_minima = self.minima and scales is not None
+        return Narrow(values, scales, axes, self.bits, self.activation_bits, has_minima)
 
     def narrow_spec(self, path: str, leaf: Any) -> str | None:
         """The axes of a narrow matrix or of its scales, as `facts.axes` writes them.
@@ -344,6 +351,11 @@ def quantize(
     >>> net, weights['kernel'].dtype, weights['kernel_scales'].shape
     (Quantized(Dense(64)), dtype('uint32'), (64, 1))
     """
+    if activation_bits not in (8, 16) or (activation_bits == 8 and bits == 16):
+        raise ValueError(
+            f'quantize: activation_bits={activation_bits} with bits={bits} is not to be had: '
+            'inputs are rounded to 16 bits or, for weights of 8 or 4 bits, to 8'
+        )
     if activation_bits != 16:
         net, weights = quantize(
             net, weights, bits, group_size, smallest=smallest, calibrate=calibrate, state=state

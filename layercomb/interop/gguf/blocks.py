@@ -32,6 +32,7 @@ class Blocks:
       bits: of the narrow weights that hold it as it is, 8 or 4; None for floats.
       group: how many numbers share a scale.
       minima: whether they share a minimum, too.
+      half: whether these are float16.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Blocks:
     bits: int | None = None
     group: int = 32
     minima: bool = False
+    half: bool = False
 
     def row_bytes(self, length: int) -> int:
         """How many bytes a row takes.
@@ -249,8 +251,8 @@ def with_minima(values: np.ndarray, scales: np.ndarray) -> tuple[Blocks, np.ndar
             data = np.concatenate([*(half.view(np.uint8) for half in halves), q], -1)
             return _NAMED['Q4_1'], data.reshape(len(values), -1)
     raise UsageError(
-        f'GGUF has no blocks like those of a matrix in {bits} bits, with minima of {group} weights '
-        "each, that was read from another type: save the model with dtype='float16'"
+        f'GGUF cannot hold {bits} bits with a minimum for each {group} weights, as this model has '
+        "them from a file of another type: save it with dtype='q8_0', or 'float16'"
     )
 
 
@@ -302,9 +304,9 @@ _NAMED = {
         Blocks('F32', 0, 1, 4),
         Blocks('F16', 1, 1, 2),
         Blocks('BF16', 30, 1, 2),
-        Blocks('Q8_0', 8, 32, 34, bits=8),
-        Blocks('Q4_0', 2, 32, 18, bits=4),
-        Blocks('Q4_1', 3, 32, 20, bits=4, minima=True),
+        Blocks('Q8_0', 8, 32, 34, bits=8, half=True),
+        Blocks('Q4_0', 2, 32, 18, bits=4, half=True),
+        Blocks('Q4_1', 3, 32, 20, bits=4, minima=True, half=True),
         Blocks('Q4_K', 12, 256, 144, bits=4, minima=True),
         Blocks('Q5_K', 13, 256, 176, bits=8, minima=True),
         Blocks('Q6_K', 14, 256, 210, bits=8, group=16),

@@ -151,7 +151,7 @@ def _file_type(tensors: list[_Out]) -> int:
     """What general.file_type says: the type of most matrices."""
     kinds = collections.Counter(each.blocks.name for each in tensors if len(each.shape) > 1)
     ((most, _),) = kinds.most_common(1)
-    return dict(_TYPES.values())[most]
+    return dict([*_TYPES.values(), ('Q4_1', 3)])[most]
 
 
 def _rope_factors(config: Mapping[str, Any]) -> list[_Out]:

@@ -1,6 +1,7 @@
 """Weights from the tensors of a .gguf file, narrow where the file is, and tensors from weights.
 
-A matrix of integers in the file is int8 or int4 here, with the same numbers. Floats become
+A matrix of integers in the file is int8 or int4 here, with the same numbers, but for float32's
+rounding where a symmetric type is kept with minima, beside one that has some. Floats become
 bfloat16, some rows at a time. The matrices of one leaf, in all the layers that `Repeat` stacks, are
 of one kind, which holds all that the file has: the most bits, the smallest groups, and minima if
 any has some. Norms, biases and what else is no large matrix become float32.
@@ -11,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from layercomb import trees
+from layercomb.errors import UsageError
 from layercomb.interop.gguf.blocks import (
     Blocks,
     integers,
@@ -34,7 +36,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.layers.quantized.matrix import SCALES, Narrow
 from layercomb.layers.quantized.panels import as_rows
-from layercomb.transforms.narrowing import hold_narrow, hold_wide
+from layercomb.transforms.narrowing import Kind, hold_narrow, hold_wide
 from layercomb.transforms.quantization import Quantized, bare, bits_of, narrow_axes
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.weight_axes import axes, holder
@@ -84,20 +86,6 @@ class Tensor:
         return values + np.float32(self.shift) if self.shift else values
 
 
-class Kind(NamedTuple):
-    """How a leaf keeps its matrices.
-
-    Attributes:
-      bits: 8, 4, or 16 for bfloat16.
-      group: how many weights share a scale.
-      minima: whether they share a minimum, too.
-    """
-
-    bits: int
-    group: int
-    minima: bool = False
-
-
 _BFLOAT16 = Kind(16, 64)
 _ROWS = 4096  # that are laid out at a time: whole panels
 
@@ -125,9 +113,9 @@ class _Matrix:
         group = min(each.group for each in self.blocks)
         # A group of int4 lies within one half of its row: else each scale is there twice.
         twice = max(bits) == 4 and self.shape[-1] // group % 2
-        return Kind(
-            max(bits), group // 2 if twice else group, any(each.minima for each in self.blocks)
-        )
+        minima = {each.minima for each in self.blocks}
+        half = len(minima) == 1 and all(each.half for each in self.blocks)
+        return Kind(max(bits), group // 2 if twice else group, any(minima), half)
 
 
 def load_narrow(
@@ -165,7 +153,11 @@ def load_narrow(
     check_fits(sum(_n_bytes(flat[e.ours], matrices.get(e.ours), kinds) for e in entries), what)
     made: dict[str, Any] = {}
     narrow = hold_narrow(net, kinds)
+    before: Sequence[str] = ()
     for entry in entries:
+        for name in before:
+            tensors[name].stored.forget()
+        before = entry.names
         matrix, shape = matrices.get(entry.ours), flat[entry.ours].shape
         if matrix is None:
             made[entry.ours] = jnp.asarray(_vectors(entry, tensors).reshape(shape))
@@ -183,8 +175,6 @@ def load_narrow(
         stored = _laid_out(layer, rest, each_type, stack, kind)
         for path, each in zip((entry.ours, entry.ours + SCALES), stored, strict=True):
             made[path] = jnp.asarray(each.reshape(*lead, *matrix.shape[:-1], -1))
-        for name in entry.names:
-            tensors[name].stored.forget()
     return narrow, trees.unflatten(made)
 
 
@@ -212,7 +202,8 @@ def stored(
       net: the model, wide or narrow.
       weights: its weights.
       entries: one for each weight.
-      as_they_are: whether integers stay such; else they come as float32.
+      as_they_are: whether integers for which GGUF has no blocks are refused; else they come as
+        float32.
 
     Yields:
       The name of each tensor, its shape, its type and its rows (M, bytes) uint8.
@@ -234,7 +225,9 @@ def stored(
         scales = flat.get(entry.ours + SCALES)
         lead = 1 if entry.layers is None else len(entry.names)
         values = values.reshape(lead, -1, values.shape[-1])
-        every = None if scales is None else np.asarray(scales).reshape(*values.shape[:2], -1)
+        every = None
+        if scales is not None:
+            every = np.asarray(scales, np.float32).reshape(*values.shape[:2], -1)
         kept, _, _ = holder(net, entry.ours)
         if values.dtype == np.uint32:
             values, every = as_rows(values, every, 1, bits_of(kept))
@@ -242,11 +235,14 @@ def stored(
         for i, name in enumerate(entry.names):
             if every is None:
                 made = plain(values[i])
-            elif not as_they_are:
-                matrix = Narrow(values[i], every[i], 'oi', bits, minima=minima)
-                made = plain(np.asarray(matrix.wide()))
             else:
-                made = (with_minima if minima else packed)(values[i], every[i])
+                try:
+                    made = (with_minima if minima else packed)(values[i], every[i])
+                except UsageError:
+                    if as_they_are:
+                        raise
+                    matrix = Narrow(values[i], every[i], 'oi', bits, minima=minima)
+                    made = plain(np.asarray(matrix.wide()))
             length = made[1].shape[-1] // made[0].n_bytes * made[0].size
             yield name, (len(values[i]), length), *made
 
@@ -272,7 +268,10 @@ def _one_kind_a_leaf(net: Layer, matrices: Mapping[str, _Matrix]) -> dict[str, K
     for matrix in matrices.values():
         before, here = kinds.setdefault(matrix.leaf, matrix.kind), matrix.kind
         most = Kind(
-            max(before.bits, here.bits), min(before.group, here.group), before.minima or here.minima
+            max(before.bits, here.bits),
+            min(before.group_size, here.group_size),
+            before.minima or here.minima,
+            before.half_scales and here.half_scales and before.minima == here.minima,
         )
         kinds[matrix.leaf] = _BFLOAT16 if most.bits == 16 else most
     for _, layer in walk(net):
@@ -288,8 +287,8 @@ def _n_bytes(like: Any, matrix: _Matrix | None, kinds: Mapping[str, Kind]) -> in
     n = math.prod(like.shape)
     if matrix is None:
         return 4 * n
-    bits, group, minima = kinds[matrix.leaf]
-    return n * bits // 8 + (0 if bits == 16 else (1 + minima) * 4 * n // group)
+    bits, group, minima, half = kinds[matrix.leaf]
+    return n * bits // 8 + (0 if bits == 16 else (1 + minima) * (2 if half else 4) * n // group)
 
 
 def _laid_out(
@@ -333,8 +332,9 @@ def _integers(blocks: Blocks, data: np.ndarray, kind: Kind) -> tuple[np.ndarray,
             q = (q.astype(np.int16) + (more - half)).astype(np.int8)
         else:
             parts.append(-half * parts[0])
-    repeats = blocks.group // kind.group
+    repeats = blocks.group // kind.group_size
     scales = np.concatenate([np.repeat(part, repeats, -1) for part in parts], -1)
+    scales = scales.astype(np.float16 if kind.half_scales else np.float32)
     return (pack4(q.view(np.uint8)) if kind.bits == 4 else q), scales
 
 

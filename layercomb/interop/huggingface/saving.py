@@ -33,7 +33,7 @@ from layercomb.interop.tokenizer import PretrainedTokenizer
 from layercomb.interop.vocabularies import Subwords, byte_letters
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import joined, walk
-from layercomb.layers.quantized.matrix import SCALES, Narrow
+from layercomb.layers.quantized.matrix import SCALES
 from layercomb.model import Model
 from layercomb.transforms.narrowing import hold_wide
 from layercomb.transforms.quantization import Quantized, bare, narrow_axes
@@ -141,7 +141,7 @@ def widened(net: Layer, wide: Layer, weights: Tree, signature: Any) -> Tree:
             if path not in flat or flat[path].dtype == jnp.float32:
                 continue
             values, scales = flat[path], flat.pop(path + SCALES, None)
-            flat[path] = Widened(shapes[path].shape, values, scales, letters, layer.bits)
+            flat[path] = Widened(shapes[path].shape, values, scales, letters, layer)
     return trees.unflatten(flat)
 
 
@@ -153,19 +153,19 @@ class Widened:
       shape: of the wide weight.
       values, scales: as of `Narrow`, possibly stacked on leading axes.
       letters: its axes.
-      bits: 8, 4, or 16 for bfloat16.
+      kept: the layer that holds it.
     """
 
     shape: tuple[int, ...]
     values: jax.Array
     scales: jax.Array | None
     letters: str
-    bits: int
+    kept: Quantized
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """bfloat16 for 16 bits, else float32."""
-        return jnp.dtype('bfloat16' if self.bits == 16 else 'float32')
+        return jnp.dtype('bfloat16' if self.kept.bits == 16 else 'float32')
 
     @property
     def ndim(self) -> int:
@@ -181,7 +181,7 @@ class Widened:
         return made if dtype is None else made.astype(dtype)
 
     def _wide(self, values: jax.Array, scales: jax.Array | None) -> jax.Array:
-        return Narrow(values, scales, self.letters, self.bits).wide().astype(self.dtype)
+        return self.kept.matrix(values, scales, self.letters).wide().astype(self.dtype)
 
 
 def _as(x: np.ndarray, dtype: str | None) -> np.ndarray:

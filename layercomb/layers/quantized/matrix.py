@@ -68,8 +68,8 @@ class Narrow(Matrix):
     Attributes:
       values: (*o, i) int8 or bfloat16, or (*o, i / 2) uint8 of two int4 each; or in `panels`,
         (*o, words) uint32.
-      scales: (*o, G) float32, one for each group of a row, in panels if the values are; (*o, 2G)
-        with minima, which stand behind the scales; None for bfloat16.
+      scales: (*o, G) float32 or float16, one for each group of a row, in panels if the values are;
+        (*o, 2G) with minima, which stand behind the scales; None for bfloat16.
       axes: letters ``i`` and ``o`` of the wide matrix, see the module.
       bits: 8, 4 or 16; 32 for a float table wrapped by `rows_of`.
       activation_bits: to how many bits a kernel may round x in products: 16, or 8, which is quicker
@@ -108,10 +108,11 @@ class Narrow(Matrix):
         if self.scales is None:
             return self.values.astype(jnp.float32)
         q = _integers(self.values, self.bits)
-        parts = jnp.split(self.scales, 1 + self.minima, axis=-1)
+        every = self.scales.astype(jnp.float32)
+        parts = jnp.split(every, 1 + self.minima, axis=-1)
         groups = q.reshape(*parts[0].shape, -1)  # (…, D) → (…, G, g)
         if not self.minima:
-            return (groups * self.scales[..., None]).reshape(q.shape)
+            return (groups * every[..., None]).reshape(q.shape)
         scales, least = (part[..., None] for part in parts)
         return ((groups + 2 ** (self.bits - 1)) * scales + least).reshape(q.shape)
 
@@ -132,6 +133,8 @@ class Narrow(Matrix):
           (…, D) float32.
         """
         known: Any = {'mode': 'fill', 'fill_value': jnp.nan}
+        if rows.dtype.itemsize <= 4:
+            rows = rows.astype(jnp.int32)  # bytes cannot number the words of a table
         if self.scales is None:
             return jnp.take(self.values, rows, axis=0, **known).astype(jnp.float32)
         if self.in_panels:
@@ -157,7 +160,7 @@ class Narrow(Matrix):
         n_i = self.axes.count('i')
         lead = x.shape[: x.ndim - n_i]
         x = x.reshape(math.prod(lead), math.prod(x.shape[len(lead) :]))  # (…, *i) → (M, D)
-        if self._has_kernels(min(len(x), FEW) if self._multiplies_many else len(x)):
+        if self._has_kernels(min(len(x), FEW) if self._multiplies_many(x) else len(x)):
             product = _product if len(x) <= FEW else _long_product
         else:
             product = _plain_product if len(x) <= FEW else _by_pieces
@@ -220,12 +223,16 @@ class Narrow(Matrix):
         return y.reshape(*lead, y.shape[-1]).astype(x.dtype)
 
     @property
-    def _multiplies_many(self) -> bool:
-        """Whether kernels multiply many rows as quickly as XLA."""
-        return self.in_panels or self.values.dtype == jnp.bfloat16
+    def _has_halves(self) -> bool:
+        return self.scales is not None and self.scales.dtype == jnp.float16
+
+    def _multiplies_many(self, x: jax.Array) -> bool:
+        """Whether a kernel multiplies many rows of x, which spares a wide copy of the matrix."""
+        is_half = self.values.dtype == jnp.bfloat16 and x.dtype == jnp.float32
+        return self.in_panels or is_half
 
     def _has_kernels(self, n_rows: int) -> bool:
-        if self.minima and not self.in_panels:
+        if not self.in_panels and (self.minima or self._has_halves):
             return False
         known = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8, jnp.uint32)
         return self.values.dtype in known and self.values.size > 0 and has_kernels(n_rows)

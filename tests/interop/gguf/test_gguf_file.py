@@ -111,7 +111,9 @@ def test_minima_that_gguf_does_not_know_are_refused():
     values, scales = np.zeros((2, 32), np.uint8), np.ones((2, 4), np.float32)
     assert blocks_module.with_minima(values, scales)[0].name == 'Q4_1'
     for wrong in ((values, scales + 1e-6), (values.view(np.int8), scales), (values, scales * 1e9)):
-        with pytest.raises(UsageError, match="another type: save the model with dtype='float16'"):
+        with pytest.raises(
+            UsageError, match="another type: save it with dtype='q8_0', or 'float16'"
+        ):
             blocks_module.with_minima(*wrong)
 
 

@@ -82,6 +82,8 @@ def test_rows_of_a_table_in_panels(bits):
     at = jnp.asarray([[0, 15, 16], [31, 32, 36]])
     np.testing.assert_array_equal(made.take(at), rows.take(at))
     assert jnp.isnan(made.take(jnp.asarray([37, -1]))).all()
+    for dtype in ('uint8', 'int8', 'uint16', 'int16', 'uint32'):  # which hold no index of the table
+        np.testing.assert_array_equal(made.take(at.astype(dtype)), rows.take(at))
     x = jnp.ones((2, 64))
     np.testing.assert_allclose(
         made.gathered_product(x, at), rows.gathered_product(x, at), atol=1e-3
