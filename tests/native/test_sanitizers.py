@@ -24,7 +24,7 @@ SANITIZERS = {
     'threads': ('-fsanitize=thread',),
 }
 PLANTED = {
-    'addresses': 'int main(int n, char**) { int* x = new int[n]; return x[n] & 0; }',
+    'addresses': 'int main(int n, char**) { int* x = new int[n]; return x[n]; }',
     'threads': """#include <thread>
         int x;
         int main() { std::thread other([] { ++x; }); ++x; other.join(); }""",
