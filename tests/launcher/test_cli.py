@@ -17,6 +17,7 @@ from layercomb.data import ByteTokenizer
 from layercomb.errors import UsageError, usage_errors
 from layercomb.interop.safetensors import load_weights
 from layercomb.launcher import runs
+from layercomb.supervised import decoding
 
 TINY = """
 from __gin__ import dynamic_registration
@@ -410,9 +411,17 @@ def test_mistakes_of_serving(files, capsys):
         assert 'choose another --port' in refused(capsys, 'serve', run, '--port', port)
 
 
+def test_drafts_of_a_server(files, monkeypatch):
+    got = []
+    monkeypatch.setattr(serving, 'run', lambda *given: got.append(given[7]))
+    for options in ([], ['--speculate', '3'], ['--draft', str(files[2])]):
+        assert cli.main(['serve', str(files[2]), '--port', '0', *options]) == 0
+    assert got[:2] == [None, decoding.Lookup(3)] and isinstance(got[2], decoding.Draft)
+
+
 def test_the_key_of_a_server_comes_from_an_option_or_the_environment(files, capsys, monkeypatch):
     run, keys = files[2], []
-    monkeypatch.setattr(serving, 'run', lambda *given: keys.append(given[-1]))
+    monkeypatch.setattr(serving, 'run', lambda *given: keys.append(given[6]))
     for options, variable in [((), None), ((), 'b'), (('--api_key', 'a'), 'b')]:
         monkeypatch.delenv('LAYERCOMB_API_KEY', raising=False)
         if variable is not None:
