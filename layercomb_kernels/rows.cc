@@ -51,7 +51,7 @@ class AsFloats {
     Floats totals[M][R] = {};
     for (int64_t group = 0; group < n_groups; ++group) {
       Floats sums[kChains][M][R][P] = {};  // an addition waits for the last
-      auto add = [](auto& sums, const auto& row, const auto& its_x) {
+      auto add = [&](auto& sums, const auto& row, const auto& its_x) {
         Floats values[M][P];
         LAYERCOMB_UNROLL
         for (int k = 0; k < M; ++k) {
