@@ -161,6 +161,32 @@ void Products(Threads& threads) {
   }
 }
 
+void Panels(Threads& threads) {
+  constexpr int64_t kSizes[][4] = {  // rows of x, words of a row, rows of the matrix, groups
+      {1, 32, 640, 2}, {3, 70, 51, 5}, {9, 24, 203, 3}, {5, 11, 3, 1},
+      {2, 10, 2000, 2}, {1, 340, 40, 2}, {70, 64, 37, 4}, {33, 192, 99, 24}};
+  for (const auto [n_x, n_words, n_rows, n_groups] : kSizes) {
+    for (const int bits : {8, 4}) {
+      const int64_t d = n_words * 32 / bits;
+      const auto words = Numbers(n_rows * n_words, -1000000000, 1000000000);
+      const auto x = Floats(n_x * d), scales = Floats(2 * n_rows * n_groups);
+      const std::vector<uint16_t> halves(2 * n_rows * n_groups, 0x2c00);
+      for (const bool half : {false, true}) {
+        for (const bool minima : {false, true}) {
+          const void* its = half ? static_cast<const void*>(halves.data()) : scales.data();
+          const PanelWeights w{bits, words.data(), its, n_rows, n_words, n_groups, minima, half};
+          for (const int n_bytes : {1, 2}) {
+            Same("PanelProducts", threads, {n_x * n_rows},
+                 [&, n_x = n_x](const Pool& pool, float** y) {
+                   PanelProducts(pool, w, x.data(), n_x, n_bytes, *y);
+                 });
+          }
+        }
+      }
+    }
+  }
+}
+
 void Modules(Threads& threads) {
   for (const int64_t n_f : {1, 35, 192, 1000}) {
     const int64_t n_x = 2, n_p = 3, n_s = 16, n_j = 3, step = 5;
@@ -307,6 +333,7 @@ void Blocks(Threads& threads) {
 int main() {
   Threads threads(4);
   Products(threads);
+  Panels(threads);
   Modules(threads);
   Decoding(threads);
   Flash(threads);

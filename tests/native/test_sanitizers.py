@@ -7,6 +7,7 @@ the kernels run under sanitizers, too, in `.ci/nightly`.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from layercomb_kernels import build, packaged
 
 DRIVER = Path(__file__).parent / 'drive.cc'
 PROCESSORS = {'this': build.tuned(), 'v3': ('-march=x86-64-v3',), 'oldest': ()}
+if platform.machine() == 'x86_64':
+    PROCESSORS['AVX alone'] = ('-march=sandybridge',)
 SANITIZERS = {
     'no sanitizer': (),
     'addresses': ('-fsanitize=address,undefined', '-fno-sanitize-recover=all'),
