@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb import trees
 from layercomb.errors import UsageError
 from layercomb.layers.basic.assert_shape import AssertShape
 from layercomb.layers.basic.embedding import check_ids
@@ -23,6 +22,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.seek import with_known_positions
 from layercomb.shapes import is_float, signature_of
+from layercomb.transforms.quantization import n_weights
 from layercomb.trees import Tree
 
 
@@ -124,8 +124,8 @@ class Model:
 
     @property
     def n_weights(self) -> int:
-        """How many numbers the weights hold."""
-        return trees.count(self.weights or {})
+        """How many weights there are; narrow ones count as the wide ones, without scales."""
+        return n_weights(self.layer, self.weights or {})
 
     def save(self, directory: str | Path) -> None:
         """Writes weights and state into a new directory, whole or not at all.

@@ -33,6 +33,7 @@ from layercomb.layers.quantized.matrix import (
     Narrow,
     can_narrow,
     in_panels,
+    n_columns,
     narrow,
 )
 from layercomb.layers.sparse.feed_forward import SparseFF
@@ -284,6 +285,25 @@ def _rows(wide: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if wide.is_table or wide.has_chosen_rows:
         return wide.first, wide.second
     return wide.given, wide.summed
+
+
+def n_weights(net: Layer, weights: Tree) -> int:
+    """How many weights a model has; narrow ones count as what they stand for, without scales.
+
+    Args:
+      net: any layer.
+      weights: of it, arrays or `jax.ShapeDtypeStruct`.
+    """
+    flat = dict(trees.flatten(weights))
+    n = 0
+    for leaf, layer in walk(net):
+        if isinstance(layer, Quantized):
+            for path in (joined(leaf, name) for name in narrow_axes(bare(layer))):
+                if path in flat and flat[path].dtype != jnp.float32:
+                    values = flat.pop(path)
+                    n += math.prod(values.shape[:-1]) * n_columns(values, layer.bits)
+                    flat.pop(path + SCALES, None)
+    return n + trees.count(trees.unflatten(flat))
 
 
 def bits_of(layer: Layer) -> int:

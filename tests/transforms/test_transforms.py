@@ -518,6 +518,21 @@ def test_quantize_keeps_names_stacked_and_unstacked(small):
     assert_close(y, wanted, tolerance=1e-4)
 
 
+@pytest.mark.parametrize('bits', [16, 8, 4])
+def test_narrow_weights_count_as_what_they_stand_for(small, bits):
+    net, weights, state = small
+    made = Model(*quantize(net, weights, bits), state)
+    assert made.n_weights == Model(net, weights, state).n_weights == trees.count(weights)
+    tied = transforms.Tied(
+        tl.Serial(tl.Embedding(11, 32), tl.Dense(11, name='head')),
+        'embedding/table',
+        'head/kernel',
+        jnp.transpose,
+    )
+    weights, _ = init(tied)
+    assert Model(*quantize(tied, weights, bits)).n_weights == trees.count(weights) == 11 * 33
+
+
 def test_quantize_rounds_inputs_to_a_byte_if_asked(small):
     net, weights, state = small
     plain, same = quantize(net, weights, 8)
