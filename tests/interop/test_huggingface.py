@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import layercomb_kernels
 from layercomb import Model, data, interop, models, tl, transforms
 from layercomb.errors import UsageError
 from layercomb.interop import huggingface
@@ -129,7 +130,8 @@ def test_narrow_weights_are_widened(loaded, tmp_path, bits, expected):
     net, weights = transforms.quantize(loaded[0].layer, loaded[0].weights, bits, 16, smallest=1)
     huggingface.save(tmp_path / 'a', Model(net, weights))
     model, _ = huggingface.load(tmp_path / 'a')
-    np.testing.assert_allclose(model(ids), Model(net, weights)(ids), atol=1e-4)
+    with layercomb_kernels.off():  # which round activations to 16 bits
+        np.testing.assert_allclose(model(ids), Model(net, weights)(ids), atol=1e-4)
 
 
 def test_a_model_of_bytes(tmp_path):
