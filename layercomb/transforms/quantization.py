@@ -32,6 +32,7 @@ from layercomb.layers.quantized.matrix import (
     SCALES,
     Narrow,
     can_narrow,
+    group_of,
     in_panels,
     n_columns,
     narrow,
@@ -167,7 +168,7 @@ class Quantized(Wrapper):
                 wide, axes, self.bits, self.group_size, self.minima, grams.get(path)
             )
             if scales is not None and self.half_scales:
-                scales = scales.astype(jnp.float16)
+                scales = _halved(scales)
             values, scales = self.stored(path, values, scales)
             weights = trees.put(trees.drop(weights, path), path, values)
             if scales is not None:
@@ -228,9 +229,22 @@ class Quantized(Wrapper):
         Args:
           values, scales: as of `Narrow`; scales are None for bfloat16.
           axes: letters ``i`` and ``o``.
+
+        Raises:
+          ValueError: if there are other scales than the bits and groups of the leaf have.
         """
-        has_minima = self.minima and scales is not None
-        return Narrow(values, scales, axes, self.bits, self.activation_bits, has_minima)
+        if scales is None:
+            return Narrow(values, None, axes, self.bits, self.activation_bits)
+        n = n_columns(values, self.bits)
+        group = group_of(n // 2 if self.bits == 4 else n, self.group_size)
+        n_scales, wanted = scales.shape[-1], n // group * (1 + self.minima)
+        if n_scales != wanted:  # as of weights of other bits, which may have the same shape
+            raise ValueError(
+                f'Quantized: rows of {n} weights have {n_scales} scales, and {self.bits} bits in '
+                f'groups of {group}{" with minima" * self.minima} have {wanted}: these weights are '
+                'of a model that was quantized otherwise'
+            )
+        return Narrow(values, scales, axes, self.bits, self.activation_bits, self.minima)
 
     def narrow_spec(self, path: str, leaf: Any) -> str | None:
         """The axes of a narrow matrix or of its scales, as `facts.axes` writes them.
@@ -253,6 +267,22 @@ class Quantized(Wrapper):
         if wide.is_table or wide.has_chosen_rows:
             return wide.spec
         return f'{first}<-{second if len(second) == 1 else f"({second})"}'
+
+
+def _halved(scales: jax.Array) -> jax.Array:
+    """Scales in float16.
+
+    Raises:
+      ValueError: if they are known, and do not fit.
+    """
+    made = scales.astype(jnp.float16)
+    if not isinstance(scales, jax.core.Tracer):
+        lost = ~jnp.isfinite(made) | ((made == 0) & (scales != 0))
+        if bool(lost.any()):
+            raise ValueError(
+                'Quantized: a scale is too large or too small for float16: leave half_scales out'
+            )
+    return made
 
 
 def narrow_axes(layer: Layer) -> dict[str, str]:

@@ -533,6 +533,42 @@ def test_narrow_weights_count_as_what_they_stand_for(small, bits):
     assert Model(*quantize(tied, weights, bits)).n_weights == trees.count(weights) == 11 * 33
 
 
+def test_weights_that_were_quantized_otherwise_are_refused():
+    table, kernel = weights_of((96, 64)), {'kernel': weights_of((64, 96))}
+    for layer, weights, x in (
+        (tl.Embedding(96, 64), {'table': table}, jnp.arange(8)[None]),
+        (tl.Dense(96, use_bias=False), kernel, jnp.ones((1, 64))),
+    ):
+        kinds = [
+            transforms.Quantized(layer, bits, 32, smallest=1, minima=minima)
+            for bits in (8, 4)
+            for minima in (False, True)
+        ]
+        for made in kinds:
+            for given in kinds:
+                narrow = given.narrow(weights)
+                if made == given:
+                    made.apply(narrow, {}, (x,))
+                    continue
+                with pytest.raises(ValueError):
+                    made.apply(narrow, {}, (x,))
+    with pytest.raises(ValueError, match='rows of 32 weights have 2 scales, and 8 bits in groups'):
+        kinds[0].apply(kinds[2].narrow(kernel), {}, (jnp.ones((1, 32)),))
+
+
+def weights_of(shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize('factor', [1e9, 1e-9])
+def test_scales_that_float16_cannot_hold_are_refused(factor):
+    layer = transforms.Quantized(tl.Dense(64, use_bias=False), 8, 32, smallest=1, half_scales=True)
+    layer.narrow({'kernel': weights_of((64, 64))})
+    layer.narrow({'kernel': jnp.zeros((64, 64))})
+    with pytest.raises(ValueError, match='too large or too small for float16: leave half_scales'):
+        layer.narrow({'kernel': weights_of((64, 64)) * factor})
+
+
 def test_quantize_rounds_inputs_to_a_byte_if_asked(small):
     net, weights, state = small
     plain, same = quantize(net, weights, 8)

@@ -31,7 +31,8 @@ class Embedding(Layer):
 
     Raises:
       TypeError: for inputs that are no integers.
-      ValueError: when applied, outside `jit`, to an id outside the vocabulary.
+      ValueError: when applied, outside `jit`, to an id outside the vocabulary; for a narrow table of
+        another width.
     """
 
     vocab_size: Size
@@ -61,6 +62,11 @@ class Embedding(Layer):
         ids = jnp.where(ids < 0, self.vocab_size, ids)  # or −1 would take the last row
         table = weights['table']
         if isinstance(table, Narrow):
+            if table.shape[1] != self.d_model:  # as where bits are read that are others
+                raise ValueError(
+                    f'Embedding({self.vocab_size}, {self.d_model}) has narrow rows of '
+                    f'{table.shape[1]}: these weights are of another model'
+                )
             rows = table.take(ids)
         else:
             rows = jnp.take(table, ids, axis=0, mode='fill', fill_value=jnp.nan)
