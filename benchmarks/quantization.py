@@ -102,6 +102,7 @@ def cases(read: list[Any]) -> list[tuple[str, dict[str, Any]]]:
             options = {'bits': bits, 'group_size': group}
             name = f'int{bits}, groups of {group}'
             made += [(name, options), (f'{name}, for inputs', {**options, 'calibrate': read})]
+    made.append(('int8, inputs of 8 bits', {'bits': 8, 'activation_bits': 8}))
     return made
 
 
@@ -187,7 +188,8 @@ def product(kind: str, shape: tuple[int, int], rows: int) -> tuple[float, int]:
     import jax.numpy as jnp
 
     import layercomb_kernels
-    from layercomb.layers.quantized.matrix import Narrow, narrow
+    from layercomb.layers.quantized.matrix import Narrow
+    from layercomb.layers.quantized.rounding import narrow
 
     wide = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     bits = {'bfloat16': 16, 'int4': 4}.get(kind, 8)

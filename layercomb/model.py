@@ -22,7 +22,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.seek import with_known_positions
 from layercomb.shapes import is_float, signature_of
-from layercomb.transforms.quantization import n_weights
+from layercomb.transforms.quantization.layer import n_weights
 from layercomb.trees import Tree
 
 

@@ -15,10 +15,10 @@ and reports whether they work, and which they are.
 
 Weights are float32, bfloat16, int8, or two int4 in a byte (uint8): in a row of n bytes, byte j
 holds column j in its low half and column j + n in its high half. Scales are float32, one for each
-group of integers along a row; float weights have none, (0, 0). On processors with an integer dot
-product, activations are rounded to 16 bits, with a scale for every few values. The typical
-relative error of a product is then 3e-5; rounding weights to int8 costs 4e-3. Integers may be in
-panels, too: see `panel_products`.
+group of integers along a row; float weights have none, (0, 0). Integers may be in
+panels, too: see `panel_products`. Products by panels round activations to 16 bits, with a scale for
+every few values, as do those by other integers on processors with an integer dot product. The
+typical relative error of a product is then 3e-5; rounding weights to int8 costs 4e-3.
 
 Letters: M rows of activations, D their width, F outputs, K gathered rows, G groups, S modules.
 """

@@ -64,9 +64,10 @@ constexpr int kAtOnce = kVectors > 1 ? kVectors : 2;
 template <int N>
 constexpr int kBlock = kLanes == 16 ? 4 : kLanes == 8 ? 2 : 1;
 
-// How many sums a product has, and how it is made of words of four columns of activations: with
-// bytes, the high ones and the low ones, of which N count; else columns 0 and 2, and 1 and 3, as
-// int16. `Keep` makes the words of kLanes columns, and adds them to the sums.
+// How four columns of activations are kept as words of 32 bits, and multiplied. Where bytes are
+// multiplied, one word has the high bytes, and another the low ones; if N is 1 there is one word of
+// bytes. Elsewhere values are int16: one word has columns 0 and 2, the other 1 and 3. `Keep` makes the
+// words of kLanes columns, and adds the values to the sums.
 template <int N>
 struct Dot {
 #if defined(LAYERCOMB_BYTES)
@@ -296,8 +297,8 @@ void Multiply(const Rounded<W, N>& x, int64_t m, const uint8_t* words, const S* 
   for (int k = 0; k < M; ++k) std::memcpy(y + k * n_y, totals[k], sizeof totals[k]);
 }
 
-// y[r] of one row of x and a panel, which is read once, in order. A sum waits for the last: there are
-// two of each.
+// y[r] of one row of x and a panel, which is read once, in order. Each sum is kept in two parts, since
+// an addition waits for the one before.
 template <typename W, typename S, int N>
 void MultiplyOne(const Rounded<W, N>& x, const uint8_t* words, const S* scales,
                  const PanelWeights& of, float* y) {

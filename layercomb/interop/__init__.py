@@ -83,7 +83,7 @@ def signature(model: Model) -> Signature:
     """
     from layercomb.interop.families import config_of
     from layercomb.transforms.low_rank.adapting import without_lora
-    from layercomb.transforms.narrowing import hold_wide
+    from layercomb.transforms.quantization.holding import hold_wide
 
     net = hold_wide(without_lora(model.layer))
     return config_of(net)[0].signature(net)

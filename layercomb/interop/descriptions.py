@@ -14,7 +14,7 @@ from layercomb import paths
 from layercomb.errors import UsageError, machine_errors
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
-from layercomb.transforms.narrowing import hold_wide
+from layercomb.transforms.quantization.holding import hold_wide
 
 
 def keep(source: Path, directory: Path, model: Model, tokenizer: Any) -> None:

@@ -5,22 +5,23 @@ path. Those that need only the description use `rewrite`, which reaches every la
 combinators and wrappers too.
 """
 
-from layercomb.transforms.calibration.inputs import multiplied
 from layercomb.transforms.casting import Cast, cast
 from layercomb.transforms.classifying import classifier
 from layercomb.transforms.low_rank.adapting import lora, without_lora
 from layercomb.transforms.low_rank.layer import LowRank, is_lora, lora_paths
 from layercomb.transforms.low_rank.many import ManyLowRank, adapter_names, adapters, with_adapter
 from layercomb.transforms.low_rank.merging import merge
-from layercomb.transforms.narrowing import hold_narrow, hold_wide
-from layercomb.transforms.quantization import Quantized, bare, narrow_paths, quantize
+from layercomb.transforms.quantization.calibration.inputs import multiplied
+from layercomb.transforms.quantization.holding import hold_narrow, hold_wide
+from layercomb.transforms.quantization.layer import Quantized, bare, narrow_paths
+from layercomb.transforms.quantization.quantizing import quantize
+from layercomb.transforms.quantization.tied_rows import TiedRows
 from layercomb.transforms.rematerializing import remat
 from layercomb.transforms.reversing import reversible
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.segments import Segmented, segmented
 from layercomb.transforms.selecting import sparse_attention
 from layercomb.transforms.stretching import stretch
-from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.unstacking import unstack, unstack_state
 from layercomb.transforms.weight_axes import axes

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import joined
-from layercomb.transforms.quantization import bare, narrow_axes
+from layercomb.transforms.quantization.layer import bare, narrow_axes
 
 
 def rewrite_leaves(net: Layer, fn: Callable[[str, Layer], Layer]) -> Layer:

@@ -11,7 +11,7 @@ from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.facts.axes import Axes, undeclared
-from layercomb.transforms.quantization import Quantized
+from layercomb.transforms.quantization.layer import Quantized
 from layercomb.trees import Tree
 
 

@@ -24,7 +24,7 @@ from layercomb.interop.families import config_of
 from layercomb.interop.huggingface import saving
 from layercomb.interop.tensors import spill
 from layercomb.supervised import decoding
-from layercomb.transforms.narrowing import hold_wide
+from layercomb.transforms.quantization.holding import hold_wide
 
 GPT2 = Path(__file__).parents[1] / 'data' / 'pretrained' / 'gpt2'  # see make_gpt2.py
 LARGE = ('pytorch_model.bin', 'expected.npz', 'messages.json')

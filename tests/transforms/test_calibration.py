@@ -13,10 +13,10 @@ from layercomb import init_state, models, tl, transforms, trees
 from layercomb.errors import UsageWarning
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.matrix import Narrow, in_panels
-from layercomb.layers.quantized.matrix import narrow as narrowed
+from layercomb.layers.quantized.rounding import narrow as narrowed
 from layercomb.shapes import shape_dtype
-from layercomb.transforms.calibration.calibrating import _Observing
-from layercomb.transforms.calibration.values import run, stack_of
+from layercomb.transforms.quantization.calibration.calibrating import _Observing
+from layercomb.transforms.quantization.calibration.values import run, stack_of
 
 TOKENS = (shape_dtype((2, 12), 'int32'),)
 

@@ -29,7 +29,7 @@ from layercomb.interop.gguf.weights import stored
 from layercomb.interop.merged import merged
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
-from layercomb.transforms.narrowing import hold_wide
+from layercomb.transforms.quantization.holding import hold_wide
 
 # Types of matrices by the name that `dtype` gives them, and the number of general.file_type.
 _TYPES = {

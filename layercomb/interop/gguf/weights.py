@@ -36,8 +36,8 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.layers.quantized.matrix import SCALES, Narrow
 from layercomb.layers.quantized.panels import as_rows
-from layercomb.transforms.narrowing import Kind, hold_narrow, hold_wide
-from layercomb.transforms.quantization import Quantized, bare, bits_of, narrow_axes
+from layercomb.transforms.quantization.holding import Kind, hold_narrow, hold_wide
+from layercomb.transforms.quantization.layer import Quantized, bare, bits_of, narrow_axes
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.weight_axes import axes, holder
 from layercomb.trees import Tree

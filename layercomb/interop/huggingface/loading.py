@@ -22,10 +22,10 @@ from layercomb.interop.tensors import Entry, fill, shapes_of
 from layercomb.interop.tokenizer import PretrainedTokenizer
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
-from layercomb.layers.quantized.matrix import narrow
+from layercomb.layers.quantized.rounding import narrow
 from layercomb.model import Model, embeddings
-from layercomb.transforms.narrowing import hold_narrow
-from layercomb.transforms.quantization import bare, narrow_axes
+from layercomb.transforms.quantization.holding import hold_narrow
+from layercomb.transforms.quantization.layer import bare, narrow_axes
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.weight_axes import holder
 from layercomb.trees import Tree

@@ -35,8 +35,8 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import joined, walk
 from layercomb.layers.quantized.matrix import SCALES
 from layercomb.model import Model
-from layercomb.transforms.narrowing import hold_wide
-from layercomb.transforms.quantization import Quantized, bare, narrow_axes
+from layercomb.transforms.quantization.holding import hold_wide
+from layercomb.transforms.quantization.layer import Quantized, bare, narrow_axes
 from layercomb.trees import Tree
 
 DTYPES = (None, 'float32', 'bfloat16', 'float16')

@@ -25,7 +25,7 @@ from layercomb.layers.core.walk import walk
 from layercomb.model import Model
 from layercomb.transforms.leaves import rewrite_leaves
 from layercomb.transforms.low_rank.layer import LowRank
-from layercomb.transforms.narrowing import hold_wide
+from layercomb.transforms.quantization.holding import hold_wide
 
 _SHOWN = 4  # names in a message
 

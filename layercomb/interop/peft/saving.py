@@ -25,7 +25,7 @@ from layercomb.layers.core.walk import walk
 from layercomb.model import Model
 from layercomb.transforms.low_rank.adapting import without_lora
 from layercomb.transforms.low_rank.layer import LowRank, is_lora
-from layercomb.transforms.narrowing import hold_wide
+from layercomb.transforms.quantization.holding import hold_wide
 from layercomb.trees import Tree
 
 _TASKS = {

@@ -31,8 +31,8 @@ class Embedding(Layer):
 
     Raises:
       TypeError: for inputs that are no integers.
-      ValueError: when applied, outside `jit`, to an id outside the vocabulary; for a narrow table of
-        another width.
+      ValueError: for a narrow table of another width; and when applied, outside `jit`, to an id
+        outside the vocabulary.
     """
 
     vocab_size: Size

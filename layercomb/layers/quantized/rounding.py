@@ -9,6 +9,7 @@ Shape letters: R rows, G groups in a row, g weights in a group, n = G · g.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,6 +21,81 @@ _PARTS = (8.0, 7.0, 7.5, 8.5, 9.0, 10.0)  # into which the extreme of a group is
 _DAMPING = 0.01  # of the mean square of the features, added to that of each
 _SWEEPS = 3
 _TOGETHER = 8192  # rows
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def narrow(
+    wide: jax.Array,
+    axes: str,
+    bits: int,
+    group_size: int,
+    minima: bool = False,
+    gram: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Rounds a matrix, or a stack of them, to narrow weights.
+
+    To the nearest or, if it is known what the matrix multiplies, so that products with that change
+    least.
+
+    Args:
+      wide: floating, with the axes that `axes` names; any others come first.
+      axes: letters ``i`` and ``o``, see `matrix`.
+      bits: 4, 8 or 16.
+      group_size: wanted number of weights that share a scale; the nearest divisor of the row's
+        length is taken (of half of it for int4), by ratio.
+      minima: whether a group has a minimum, too: see `from_least`.
+      gram: X Xᵀ (n, n) float32 of the inputs X (n, N) of a matrix that is not stacked, whose rows
+        have n weights; None if they are not known.
+
+    Returns:
+      Values and scales, as of `Narrow`; scales are None for 16 bits.
+    """
+    n_lead, n_i = wide.ndim - len(axes), axes.count('i')
+    lead, shape = wide.shape[:n_lead], wide.shape[n_lead:]
+    if axes == 'oi':
+        o = shape[:-1]
+    else:
+        o = shape[n_i:]
+        wide = jnp.moveaxis(wide.reshape(*lead, math.prod(shape[:n_i]), *o), n_lead, -1)
+    if bits == 16:
+        return wide.astype(jnp.bfloat16), None
+    length = wide.shape[-1]
+    size = group_of(length // 2 if bits == 4 else length, group_size)  # a group is within one half
+    wide = wide.astype(jnp.float32)
+    if minima:
+        q, scales = from_least(wide, bits, size)
+    else:
+        q, scales = integers(wide, bits, size, gram)
+    return (_pack(q) if bits == 4 else q), scales
+
+
+def can_narrow(shape: tuple[int, ...], axes: str, bits: int) -> bool:
+    """Whether a matrix can be stored in so many bits: int4 needs rows of even length.
+
+    Args:
+      shape: of the wide matrix.
+      axes: letters ``i`` and ``o``, one for each axis.
+      bits: 4, 8 or 16.
+    """
+    length = math.prod(n for n, axis in zip(shape, axes, strict=True) if axis == 'i')
+    return bits != 4 or length % 2 == 0
+
+
+def group_of(length: int, group_size: int) -> int:
+    """The divisor of `length` nearest to `group_size`, by ratio.
+
+    >>> group_of(768, 64), group_of(100, 64), group_of(48, 64)
+    (64, 50, 48)
+    """
+    divisors = (n for n in range(1, length + 1) if length % n == 0)
+    return min(divisors, key=lambda n: abs(math.log(n / group_size)))
+
+
+def _pack(q: jax.Array) -> jax.Array:
+    """int8 from −8 to 7, (…, n) → two int4 per byte, (…, n / 2) uint8."""
+    n = q.shape[-1] // 2
+    q = lax.bitcast_convert_type(q, jnp.uint8)
+    return (q[..., :n] & 15) | (q[..., n:] << 4)
 
 
 def integers(
@@ -71,9 +147,9 @@ def nearest(groups: jax.Array, bits: int, refined: bool = False) -> tuple[jax.Ar
     """Rounds groups for the least squared error of their weights.
 
     8 bits: scale = max |w| / 127, so that no weight is off by more than half a scale. 4 bits: the
-    best of a few scales that are parts of the group's extreme w. Refined, also of those that are
-    the least squares ⟨w, q⟩ / ⟨q, q⟩ after each: that makes the error of Gaussian weights 1.2 per
-    cent less, and did not make a model better by itself.
+    best of a few scales that are parts of the group's extreme w. If `refined`, each of these is
+    followed by the scale ⟨w, q⟩ / ⟨q, q⟩, the best for its q, and that is tried too. The error of
+    Gaussian weights is then 1.2 per cent less; a model was no better for it alone.
 
     Args:
       groups: w (…, g) float32.

@@ -33,7 +33,7 @@ from layercomb.model import Model, check_tokens
 from layercomb.shapes import Signature, is_float, shape_dtype
 from layercomb.supervised.decoding.fitness import judged_init
 from layercomb.supervised.decoding.sampling import Sampler
-from layercomb.transforms.quantization import bare
+from layercomb.transforms.quantization.layer import bare
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.unstacking import unstack, unstack_state
 from layercomb.trees import Tree

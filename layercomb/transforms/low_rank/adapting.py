@@ -21,7 +21,7 @@ from layercomb.layers.core.wrapper import Wrapper, wrapped
 from layercomb.layers.facts.axes import Axes
 from layercomb.layers.quantized.matrix import n_columns
 from layercomb.transforms.low_rank.layer import LowRank, lora_paths
-from layercomb.transforms.quantization import Quantized, bare, bits_of
+from layercomb.transforms.quantization.layer import Quantized, bare, bits_of
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree

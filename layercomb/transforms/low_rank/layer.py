@@ -23,7 +23,7 @@ from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.adapted import PRODUCT, Adapted
 from layercomb.layers.quantized.matrix import SCALES
 from layercomb.shapes import Signature
-from layercomb.transforms.quantization import Quantized, bare
+from layercomb.transforms.quantization.layer import Quantized, bare
 from layercomb.trees import Tree
 
 A, B, MAGNITUDE = '_lora_a', '_lora_b', trees.MAGNITUDE  # after the path of the matrix

@@ -26,7 +26,7 @@ from layercomb.shapes import Signature
 from layercomb.transforms.leaves import rewrite_leaves
 from layercomb.transforms.low_rank.layer import LowRank, is_lora
 from layercomb.transforms.low_rank.products import LEAVES, outputs_with
-from layercomb.transforms.quantization import bare, bits_of, narrow_axes
+from layercomb.transforms.quantization.layer import bare, bits_of, narrow_axes
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.weight_axes import holder
 from layercomb.trees import Tree

@@ -9,8 +9,8 @@ from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper, wrapped
 from layercomb.layers.quantized.adapted import Adapted
 from layercomb.transforms.low_rank.layer import LowRank
-from layercomb.transforms.narrowing import hold_wide
-from layercomb.transforms.quantization import Quantized
+from layercomb.transforms.quantization.holding import hold_wide
+from layercomb.transforms.quantization.layer import Quantized
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 

@@ -17,7 +17,7 @@ from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.gated import GatedDense
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.quantized.matrix import SCALES
-from layercomb.transforms.quantization import bare
+from layercomb.transforms.quantization.layer import bare
 from layercomb.transforms.rewriting import rewrite
 from layercomb.trees import Tree
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import layercomb_kernels
 from layercomb.layers.quantized import matrix as lib
-from layercomb.layers.quantized import native, pieces
+from layercomb.layers.quantized import native, pieces, rounding
 from layercomb.layers.quantized.matrix import Narrow
 
 # A kernel multiplies integers by activations of 16 bits: 2e-5 of products, which are up to 15 here.
@@ -45,7 +45,7 @@ def weights(shape):
 
 def made(axes, shape, bits, group_size=8):
     wide = weights(shape)
-    return wide, Narrow(*lib.narrow(wide, axes, bits, group_size), axes, bits)
+    return wide, Narrow(*rounding.narrow(wide, axes, bits, group_size), axes, bits)
 
 
 def joined(axes, shape):
@@ -63,7 +63,7 @@ def matrix(x, axes):
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_packing_is_exact(n, rows, seed):
     q = np.random.default_rng(seed).integers(-8, 8, (rows, 2 * n)).astype(np.int8)
-    packed = lib._pack(jnp.asarray(q))
+    packed = rounding._pack(jnp.asarray(q))
     assert packed.shape == (rows, n) and packed.dtype == jnp.uint8
     np.testing.assert_array_equal(lib._integers(packed, 4), q)
 
@@ -90,7 +90,7 @@ def test_int4_and_bfloat16_are_near(axes, shape):
 
 def test_a_group_of_zeros_stays_one():
     for bits in (4, 8):
-        narrow = Narrow(*lib.narrow(jnp.zeros((8, 4)), 'io', bits, 8), 'io', bits)
+        narrow = Narrow(*rounding.narrow(jnp.zeros((8, 4)), 'io', bits, 8), 'io', bits)
         assert (narrow.wide() == 0).all()
 
 
@@ -181,11 +181,11 @@ def test_a_program_for_elsewhere_calls_no_kernel():
 
 
 def test_groups_divide_what_they_run_along():
-    assert [lib.group_of(n, 64) for n in (768, 96, 100, 257, 3)] == [64, 48, 50, 257, 3]
+    assert [rounding.group_of(n, 64) for n in (768, 96, 100, 257, 3)] == [64, 48, 50, 257, 3]
     _, narrow = made('io', (26, 4), 8, 8)
     assert narrow.scales.shape == (4, 2)
-    assert lib.can_narrow((10, 24), 'oi', 4) and not lib.can_narrow((10, 25), 'oi', 4)
-    assert lib.can_narrow((24, 9), 'io', 4) and not lib.can_narrow((3, 5, 2), 'iio', 4)
+    assert rounding.can_narrow((10, 24), 'oi', 4) and not rounding.can_narrow((10, 25), 'oi', 4)
+    assert rounding.can_narrow((24, 9), 'io', 4) and not rounding.can_narrow((3, 5, 2), 'iio', 4)
 
 
 def test_where_kernels_are_of_no_use_xla_multiplies(monkeypatch):

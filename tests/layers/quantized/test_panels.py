@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import layercomb_kernels
 from layercomb.layers.quantized import panels
-from layercomb.layers.quantized.matrix import Narrow, in_panels, narrow
+from layercomb.layers.quantized.matrix import Narrow, in_panels
+from layercomb.layers.quantized.rounding import narrow
 
 CASES = [
     ('io', (64, 50)),

@@ -15,8 +15,8 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import joined
 from layercomb.layers.decoding.once import Once
 from layercomb.layers.reversible.stack import ReversibleStack
-from layercomb.transforms.calibration.values import Stack, run
-from layercomb.transforms.quantization import bare, narrow_axes
+from layercomb.transforms.quantization.calibration.values import Stack, run
+from layercomb.transforms.quantization.layer import bare, narrow_axes
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 

@@ -13,9 +13,9 @@ from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import joined
 from layercomb.layers.core.wrapper import Wrapper
-from layercomb.transforms.quantization import Quantized, bare, narrow_axes
+from layercomb.transforms.quantization.layer import Quantized, bare, narrow_axes
+from layercomb.transforms.quantization.tied_rows import TiedRows
 from layercomb.transforms.rewriting import rewrite
-from layercomb.transforms.tied_rows import TiedRows
 from layercomb.transforms.tying import Tied
 
 

@@ -1,4 +1,4 @@
-"""`quantize`: matrices of weights in few bits."""
+"""`Quantized`: a leaf whose matrices are kept in few bits, and which of its weights may be."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from layercomb.layers.attention.projections import MergeHeads, SplitHeads
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.embedding import Embedding
 from layercomb.layers.basic.gated import GatedDense
-from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import joined, walk
@@ -27,23 +26,12 @@ from layercomb.layers.facts.axes import UNKNOWN, Axes
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.adapted import Adapted
 from layercomb.layers.quantized.constants import constant
-from layercomb.layers.quantized.matrix import (
-    BITS,
-    SCALES,
-    Narrow,
-    can_narrow,
-    group_of,
-    in_panels,
-    n_columns,
-    narrow,
-)
+from layercomb.layers.quantized.matrix import BITS, SCALES, Narrow, in_panels, n_columns
+from layercomb.layers.quantized.rounding import can_narrow, group_of, narrow
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.shapes import Signature, is_float
 from layercomb.transforms.casting import Cast
-from layercomb.transforms.rewriting import rewrite
-from layercomb.transforms.tied_rows import TiedRows
-from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
 _NO_GRAMS: Mapping[str, jax.Array] = MappingProxyType({})
@@ -346,137 +334,3 @@ def bits_of(layer: Layer) -> int:
 def bare(layer: Layer) -> Layer:
     """The layer inside `Cast` and `Quantized`; any other layer is returned as it is."""
     return bare(layer.layer) if isinstance(layer, (Cast, Quantized)) else layer
-
-
-def quantize(
-    net: Layer,
-    weights: Tree,
-    bits: int = 8,
-    group_size: int = 64,
-    *,
-    smallest: int = 4096,
-    activation_bits: int = 16,
-    calibrate: Any = None,
-    state: Tree | None = None,
-) -> tuple[Layer, Tree]:
-    """The same model with its large matrices in few bits, for decoding or evaluation.
-
-    Kernels of dense layers and projections, tables of embeddings, units of sparse feed-forwards and
-    features of multiplicative layers become int8, int4 or bfloat16. Biases, norms, positions,
-    controllers and small weights stay as they are. A narrow matrix is stored with the summed axis
-    last, so a kernel (D, F) becomes (F, D). Integers have a float32 scale for each group of a row,
-    at ``…_scales``. All names are kept. The ends of a `Tied` model stay tied if both are stored
-    alike, as the table of an embedding and a head that is its transpose. If not, they are quantized
-    separately, and are no longer tied.
-
-    Args:
-      net: any layer, stacked or `unstack`ed.
-      weights: its weights, which are not changed.
-      bits: 8, 4, or 16 for bfloat16, which has no scales.
-      group_size: how many weights share a scale. If it does not divide the length of a row, the
-        nearest divisor, by ratio, is used.
-      smallest: matrices with fewer weights stay as they are.
-      activation_bits: to how many bits a CPU's kernels may round what they multiply: 16, an error
-        of 3e-5 of a product; or 8, of 5e-3, with which prompts are read up to twice as fast.
-      calibrate: batches of what the model reads, a few thousand tokens without padding: an iterable
-        of arrays such as token ids (B, L), or of tuples if the model takes several inputs. Each
-        matrix of a dense layer or projection is then rounded for the inputs that it gets from them,
-        through what is rounded before it, so that its products change least. Tables that are looked
-        up, sparse feed-forwards and multiplicative layers are rounded to the nearest, as all are
-        without `calibrate`. A warning names what it does not reach. It runs the model once, or
-        twice if weights are tied or shared, and the result is the same each time.
-      state: of the model, with `calibrate`; it is needed if there are running statistics.
-
-    Returns:
-      (layer, weights).
-
-    Raises:
-      TypeError: for batches that the model does not take.
-      ValueError: for other bits; if values that come from `calibrate` are not finite; and when the
-        gradient for a quantized weight is asked for.
-
-    >>> import jax.numpy as jnp
-    >>> from layercomb import tl, transforms
-    >>> net, weights = transforms.quantize(tl.Dense(64), {'kernel': jnp.ones((64, 64))})
-    >>> net, weights['kernel'].dtype, weights['kernel_scales'].shape
-    (Quantized(Dense(64)), dtype('uint32'), (64, 1))
-    """
-    if activation_bits not in (8, 16) or (activation_bits == 8 and bits == 16):
-        raise ValueError(
-            f'quantize: activation_bits={activation_bits} with bits={bits} is not to be had: '
-            'inputs are rounded to 16 bits or, for weights of 8 or 4 bits, to 8'
-        )
-    if activation_bits != 16:
-        net, weights = quantize(
-            net, weights, bits, group_size, smallest=smallest, calibrate=calibrate, state=state
-        )
-        return rewrite(net, functools.partial(_rounding_inputs, activation_bits)), weights
-    if calibrate is not None:
-        from layercomb.transforms.calibration.calibrating import calibrated  # which rounds by this
-
-        return calibrated(net, weights, (bits, group_size, smallest), calibrate, state)
-    if isinstance(net, Tied):
-        inner, whole = quantize(net.layer, net.untied(weights), bits, group_size, smallest=smallest)
-        return tied_again(net, inner, whole)
-    if isinstance(net, Quantized):
-        raise ValueError('the model is quantized already: quantize the one that it was made from')
-    if narrow_axes(bare(net)):
-        quantized = Quantized(net, bits, group_size, smallest)
-        made = quantized.narrow(weights)
-        return (net, weights) if made is weights else (quantized, made)
-    if isinstance(net, Combinator):
-        children, parts = [], dict(weights)
-        for key, layer in net.children:
-            child, part = quantize(layer, weights.get(key, {}), bits, group_size, smallest=smallest)
-            children.append(child)
-            if part:
-                parts[key] = part
-        return net.with_sublayers(tuple(children)), parts
-    if isinstance(net, Wrapper):
-        inner, weights = quantize(net.layer, weights, bits, group_size, smallest=smallest)
-        return net.with_sublayers((inner, *net.sublayers[1:])), weights
-    return net, weights
-
-
-def _rounding_inputs(bits: int, layer: Layer) -> Layer:
-    return layer.replace(activation_bits=bits) if isinstance(layer, Quantized) else layer
-
-
-def tied_again(net: Tied, inner: Layer, whole: Tree) -> tuple[Layer, Tree]:
-    """A quantized model with one array for both ends of a tie, if they are stored alike.
-
-    Args:
-      net: the tied model before.
-      inner: the quantized model without the tie.
-      whole: its weights.
-    """
-    source, target = (_layouts(inner, whole, path) for path in (net.source, net.target))
-    turned = net.via is jnp.transpose and (source, target) in TRANSPOSED
-    is_narrow = set(source.values()) != {''}
-    if not turned and (source != target or (net.via and is_narrow)):
-        return inner, whole
-    made = TiedRows if is_narrow and '' in source else Tied  # rows, or a layer of several weights
-    whole = trees.drop(whole, net.target)
-    if made is TiedRows and net.source + SCALES in trees.flatten(whole):
-        whole = trees.drop(whole, net.target + SCALES)
-    return made(inner, net.source, net.target, net.via, name=net.name), whole
-
-
-# A table of rows and the kernel that is its transpose: both are kept as rows.
-TRANSPOSED = (({'': 'oi'}, {'': 'io'}), ({'': 'io'}, {'': 'oi'}))
-
-
-def _layouts(net: Layer, weights: Tree, at: str) -> dict[str, str]:
-    """The axes of each narrow weight at or below a path, as of `Narrow`; '' for a wide one."""
-    found = {
-        path.removeprefix(at): ''
-        for path in trees.flatten(weights)
-        if path == at or path.startswith(f'{at}/')
-    }
-    for where, layer in walk(net):
-        if isinstance(layer, Quantized):
-            for rest, axes in narrow_axes(bare(layer)).items():
-                below = joined(where, rest).removeprefix(at)
-                if below in found and trees.get(weights, at + below).dtype != jnp.float32:
-                    found[below] = axes
-    return found

@@ -14,9 +14,9 @@ from layercomb.layers.basic.gated import GatedDense
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
-from layercomb.transforms.calibration.values import Stack, rows_of_stack
 from layercomb.transforms.casting import Cast
-from layercomb.transforms.quantization import bare
+from layercomb.transforms.quantization.calibration.values import Stack, rows_of_stack
+from layercomb.transforms.quantization.layer import bare
 
 Grams = dict[str, jax.Array]
 

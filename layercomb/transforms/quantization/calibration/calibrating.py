@@ -22,19 +22,13 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import joined, walk
 from layercomb.layers.state.parts import AuxLoss, take_out
 from layercomb.shapes import is_float
-from layercomb.transforms.calibration import values as on_stack
-from layercomb.transforms.calibration.inputs import Grams, grams
-from layercomb.transforms.calibration.values import Stack, run
-from layercomb.transforms.calibration.walking import Made, Walk
 from layercomb.transforms.casting import Cast
-from layercomb.transforms.quantization import (
-    TRANSPOSED,
-    Quantized,
-    bare,
-    narrow_axes,
-    quantize,
-    tied_again,
-)
+from layercomb.transforms.quantization.calibration import values as on_stack
+from layercomb.transforms.quantization.calibration.inputs import Grams, grams
+from layercomb.transforms.quantization.calibration.values import Stack, run
+from layercomb.transforms.quantization.calibration.walking import Made, Walk
+from layercomb.transforms.quantization.layer import Quantized, bare, narrow_axes
+from layercomb.transforms.quantization.quantizing import TRANSPOSED, quantize, tied_again
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
