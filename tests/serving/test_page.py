@@ -30,12 +30,22 @@ def test_a_prompt_is_continued(address):
     with Page(address) as page:
         page.until(f'{TEXT.format("model")} === "tiny"')
         page.type('<b>a</b> ')  # the prompt has the focus
+        page.js("document.getElementById('seed').value = 1")  # others may end after one token
         page.js("document.getElementById('max_tokens').value = 30")
         page.press('Enter', modifiers=2)
         page.until(f'/^\\d+ tokens?, [\\d.]+ tokens.s$/.test({TEXT.format("status")})')
         assert page.js(TEXT.format('answer')).startswith('<b>a</b> ')
         assert page.js("document.querySelectorAll('#answer b').length") == 0
         assert page.js(TEXT.format('error')) == ''
+
+
+def test_tokens_that_arrive_at_once_have_no_rate(address):
+    with Page(address) as page:
+        page.until(f'{TEXT.format("model")} === "tiny"')
+        assert page.js('speed(0, 0, 0)') == '0 tokens'
+        assert page.js('speed(1, 5, 5)') == '1 token'
+        assert page.js('speed(30, 5, 5)') == '30 tokens'
+        assert page.js('speed(31, 5, 1005)') == '31 tokens, 30.0 tokens/s'
 
 
 def test_an_answer_is_stopped_with_a_key(address):
