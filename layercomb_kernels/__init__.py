@@ -28,7 +28,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ from layercomb_kernels import build, library
 _NAMES = (
     'row_products',
     'panel_products',
+    'run_program',
     'gathered_products',
     'gathered_sums',
     'factored_products',
@@ -142,21 +143,70 @@ def panel_products(
     Returns:
       (M, F) float32.
     """
-    _check_ranks(x=(x, 2), words=(words, 2), scales=(scales, 2))
+    _check_ranks(x=(x, 2))
     _check_dtypes(x, x)
-    if scales.dtype not in (jnp.float32, jnp.float16):
-        raise TypeError(f'scales of panels are float32 or float16, got {scales.dtype}')
-    if words.dtype != jnp.uint32:
-        raise TypeError(f'weights in panels are uint32, got {words.dtype}')
-    (f, c), d, n_groups = words.shape, x.shape[1], scales.shape[1] // (1 + minima)
-    line = d // max(c, 1)  # columns of a word
-    fits = line in (4, 8) and d == c * line and n_groups > 0
-    fits = fits and scales.shape == (f, n_groups * (1 + minima))
-    _check(fits and d % (n_groups * line) == 0, x, words, scales)
+    check_panels(words, scales, x.shape[1], minima)
+    f = len(words)
     if n_bytes not in (1, 2):
         raise ValueError(f'n_bytes={n_bytes}: 1 or 2 bytes of an activation count')
     options = jnp.asarray([n_bytes, minima], jnp.int32)
     return _call('panel_products', (len(x), f), x, words, scales, options)
+
+
+def check_panels(words: Any, scales: Any, d: int, minima: bool = False) -> None:
+    """Checks a matrix in panels, as of `panel_products`.
+
+    Args:
+      words, scales: of the matrix.
+      d: how many columns it must have.
+      minima: whether half of the scales are minima.
+
+    Raises:
+      ValueError: if shapes do not fit together.
+      TypeError: if dtypes are others.
+    """
+    _check_ranks(words=(words, 2), scales=(scales, 2))
+    if scales.dtype not in (jnp.float32, jnp.float16):
+        raise TypeError(f'scales of panels are float32 or float16, got {scales.dtype}')
+    if words.dtype != jnp.uint32:
+        raise TypeError(f'weights in panels are uint32, got {words.dtype}')
+    (f, c), n_groups = words.shape, scales.shape[1] // (1 + minima)
+    line = d // max(c, 1)  # columns of a word
+    fits = line in (4, 8) and d == c * line and n_groups > 0
+    fits = fits and scales.shape == (f, n_groups * (1 + minima))
+    _check(fits and d % (n_groups * line) == 0, words, scales)
+
+
+def run_program(
+    code: Any,
+    factors: Any,
+    x: jax.Array,
+    width: int,
+    operands: Sequence[jax.Array],
+    written: Sequence[int],
+) -> list[jax.Array]:
+    """Layers of a decoding step, as instructions that `transforms.fuse` makes and has checked.
+
+    Args:
+      code: int32, the number of new positions of a row, and the instructions: see program.h.
+      factors: float32, numbers that they ask for.
+      x: (M, D) float32, new positions of rows of a batch, one row after the other.
+      width: F, of the output.
+      operands: weights, positions taken (B,) int32, and caches (N, L, K) float32.
+      written: numbers of the operands that are written in place: caches get the new keys and
+        values, and positions move on.
+
+    Returns:
+      y (M, F) float32, and the operands that have been written, in their order.
+    """
+    results = [
+        jax.ShapeDtypeStruct((len(x), width), jnp.float32),
+        *(jax.ShapeDtypeStruct(operands[n].shape, operands[n].dtype) for n in written),
+    ]
+    in_place = {3 + n: 1 + i for i, n in enumerate(written)}
+    call = jax.ffi.ffi_call('layercomb_run_program', results, input_output_aliases=in_place)
+    made: list[jax.Array] = call(code, factors, x, *operands)
+    return made
 
 
 def gathered_products(

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "queries.h"
 #include "vectors.h"
 
 namespace layercomb {
@@ -81,50 +82,34 @@ float Exponents(float* p, int64_t n, float most, float softcap) {
   return Sum(totals);
 }
 
-// The work of one call: the arrays, and what R queries of neighbouring heads, from number i on,
-// which share keys, make of them.
-struct Queries {
-  const Heads& sizes;
-  const float *query, *keys, *values;
-  const bool* seen;
-  float softcap;
-  float* y;
-
-  // How many values `p` of one query there are: scores, in whole vectors.
-  int64_t room() const { return sizes.n_keys + kLanes; }
-
-  // Reads the first n keys. `p` has room for R queries.
-  template <int R>
-  void Attend(int64_t i, int64_t n, float* p) const {
-    constexpr float kFar = -std::numeric_limits<float>::infinity();
-    const int64_t d_key = sizes.d_key, d_value = sizes.d_value;
-    const int64_t first = i / sizes.group * sizes.n_keys;  // of its keys
-    const bool* its = seen + i / sizes.n_heads * sizes.n_keys;
-    float most[R];
-    std::fill_n(most, R, std::numeric_limits<float>::lowest());
-    for (int64_t c = 0; c < n; ++c) {
-      float scores[R];
-      if (its[c]) {
-        Dots<R>(query + i * d_key, keys + (first + c) * d_key, d_key, scores);
-      } else {
-        std::fill_n(scores, R, kFar);
-      }
-      LAYERCOMB_UNROLL
-      for (int r = 0; r < R; ++r) {
-        most[r] = scores[r] > most[r] ? scores[r] : most[r];
-        p[r * room() + c] = scores[r];
-      }
+// What R queries of neighbouring heads, which share keys, make of n keys; `p` has room for them.
+template <int R>
+void Attend(const Keys& its, const float* query, int64_t n, float softcap, float* p, float* y) {
+  constexpr float kFar = -std::numeric_limits<float>::infinity();
+  const int64_t room = RoomFor(n), d_value = its.d_value;
+  float most[R];
+  std::fill_n(most, R, std::numeric_limits<float>::lowest());
+  for (int64_t c = 0; c < n; ++c) {
+    float scores[R];
+    if (!its.seen || its.seen[c]) {
+      Dots<R>(query, its.keys + c * its.d_key, its.d_key, scores);
+    } else {
+      std::fill_n(scores, R, kFar);
     }
-    float totals[R];
-    for (int r = 0; r < R; ++r) totals[r] = Exponents(p + r * room(), n, most[r], softcap);
-    float* out = y + i * d_value;
-    SumOfRows<R>(p, room(), values + first * d_value, n, d_value, out);
+    LAYERCOMB_UNROLL
     for (int r = 0; r < R; ++r) {
-      const float total = totals[r] == 0 ? 1 : totals[r];
-      for (int64_t j = 0; j < d_value; ++j) out[r * d_value + j] /= total;
+      most[r] = scores[r] > most[r] ? scores[r] : most[r];
+      p[r * room + c] = scores[r];
     }
   }
-};
+  float totals[R];
+  for (int r = 0; r < R; ++r) totals[r] = Exponents(p + r * room, n, most[r], softcap);
+  SumOfRows<R>(p, room, its.values, n, d_value, y);
+  for (int r = 0; r < R; ++r) {
+    const float total = totals[r] == 0 ? 1 : totals[r];
+    for (int64_t j = 0; j < d_value; ++j) y[r * d_value + j] /= total;
+  }
+}
 
 // The rows that one query asks for, which lie anywhere: no hardware looks ahead.
 struct Rows {
@@ -157,6 +142,14 @@ void ForRows(const Pool& pool, const Some& sizes, const int32_t* at, const float
 
 }  // namespace
 
+void AttendTogether(const Keys& its, const float* query, int64_t r, int64_t n, float softcap,
+                    float* p, float* y) {
+  if (r == 1) Attend<1>(its, query, n, softcap, p, y);
+  if (r == 2) Attend<2>(its, query, n, softcap, p, y);
+  if (r == 3) Attend<3>(its, query, n, softcap, p, y);
+  if (r == 4) Attend<4>(its, query, n, softcap, p, y);
+}
+
 void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, const float* keys,
                     const float* values, const bool* seen, float softcap, float* y) {
   std::vector<int64_t> n_seen(sizes.n_x, sizes.n_keys);  // and what lies behind them is not read
@@ -165,22 +158,17 @@ void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, co
     while (n_seen[m] && !seen[m * sizes.n_keys + n_seen[m] - 1]) --n_seen[m];
     n_read += n_seen[m] * sizes.n_heads / sizes.group;
   }
-  const Queries queries{sizes, query, keys, values, seen, softcap, y};
   const int64_t bytes = 4 * n_read * (sizes.d_key + sizes.d_value);
   const int64_t n = sizes.n_x * sizes.n_heads;
-  // A group is cut only if there are fewer groups than threads, since each part reads all keys.
-  const int64_t parts = CeilDiv(std::max<int64_t>(1, pool.n_threads) * sizes.group, std::max<int64_t>(n, 1));
-  const int64_t unit = CeilDiv(sizes.group, parts);
-  InPieces(pool, bytes, n, unit, [&](int64_t first, int64_t count) {
-    constexpr int64_t kTogether = 4;
-    std::vector<float> p(std::min(kTogether, sizes.group) * queries.room());
+  InPieces(pool, bytes, n, Together(pool.n_threads, n, sizes.group), [&](int64_t first, int64_t count) {
+    std::vector<float> p(std::min(kTogether, sizes.group) * RoomFor(sizes.n_keys));
     for (int64_t i = first, r; i < first + count; i += r) {
       r = std::min({kTogether, sizes.group - i % sizes.group, first + count - i});
-      const int64_t its = n_seen[i / sizes.n_heads];
-      if (r == 1) queries.Attend<1>(i, its, p.data());
-      if (r == 2) queries.Attend<2>(i, its, p.data());
-      if (r == 3) queries.Attend<3>(i, its, p.data());
-      if (r == 4) queries.Attend<4>(i, its, p.data());
+      const int64_t m = i / sizes.n_heads, at = i / sizes.group * sizes.n_keys;
+      const Keys its{keys + at * sizes.d_key, values + at * sizes.d_value,
+                     seen + m * sizes.n_keys, sizes.d_key, sizes.d_value};
+      AttendTogether(its, query + i * sizes.d_key, r, n_seen[m], softcap, p.data(),
+                     y + i * sizes.d_value);
     }
   });
 }

@@ -1,6 +1,7 @@
 // The kernels as handlers of XLA's FFI. Shapes have been checked where they are called from.
 
 #include "kernels.h"
+#include "program.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -47,10 +48,9 @@ class Call {
   int64_t result_size(int axis) const { return result(0).dimensions()[axis]; }
   template <typename T = float>
   T* y(int i = 0) const { return static_cast<T*>(result(i).untyped_data()); }
-
- private:
   ffi::AnyBuffer result(int i) const { return **results_.get<ffi::AnyBuffer>(i); }
 
+ private:
   ffi::ThreadPool threads_;
   ffi::RemainingArgs args_;
   ffi::RemainingRets results_;
@@ -291,6 +291,40 @@ ffi::Error BestBlocks(ffi::ThreadPool threads, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
+layercomb::Operand OperandOf(const ffi::AnyBuffer& buffer) {
+  using layercomb::Type;
+  const auto type = buffer.element_type();
+  const Type kind = type == ffi::F32    ? Type::kFloat32
+                    : type == ffi::F16  ? Type::kFloat16
+                    : type == ffi::BF16 ? Type::kBfloat16
+                    : type == ffi::S32  ? Type::kInt32
+                    : type == ffi::U32  ? Type::kUint32
+                    : type == ffi::S8   ? Type::kInt8
+                                        : Type::kUint8;
+  const auto dims = buffer.dimensions();
+  const int64_t columns = dims.size() ? dims.back() : 1;
+  const int64_t n = static_cast<int64_t>(buffer.element_count());
+  return {buffer.untyped_data(), kind, columns ? n / columns : 0, columns};
+}
+
+// Code, factors, x (M, D), and operands; results are y, and caches and positions, which are operands
+// that are written in place.
+ffi::Error RunProgram(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                      ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  const int32_t* code = call.indices(0);
+  layercomb::Program program{call.size(2, 0), code[0], code + 1, call.floats(1),
+                             {},              {},      call.floats(2), call.y()};
+  for (size_t i = 3; i < args.size(); ++i) {
+    program.operands.push_back(OperandOf(call.array(static_cast<int>(i))));
+  }
+  for (size_t i = 1; i < results.size(); ++i) {
+    program.results.push_back(OperandOf(call.result(static_cast<int>(i))));
+  }
+  layercomb::RunProgram(call.pool(), program);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 // One signature for all of them: what decodes it takes a second to compile.
@@ -300,6 +334,7 @@ ffi::Error BestBlocks(ffi::ThreadPool threads, ffi::RemainingArgs args,
 
 LAYERCOMB_HANDLER(layercomb_row_products, RowProducts);
 LAYERCOMB_HANDLER(layercomb_panel_products, PanelProducts);
+LAYERCOMB_HANDLER(layercomb_run_program, RunProgram);
 LAYERCOMB_HANDLER(layercomb_gathered_products, GatheredProducts);
 LAYERCOMB_HANDLER(layercomb_gathered_sums, GatheredSums);
 LAYERCOMB_HANDLER(layercomb_factored_products, FactoredProducts);

@@ -12,6 +12,7 @@
 #include <memory>
 
 #include "kernels.h"
+#include "products.h"
 #include "vectors.h"
 
 namespace layercomb {
@@ -143,15 +144,14 @@ class Rounded {
   static constexpr int kSums = Dot<N>::n_sums, kWords = Dot<N>::n_words;
 
   // Without a bias, weights are what is stored, and the sums of pieces are kept instead.
-  Rounded(const Pool& pool, const float* x, int64_t n_x, int64_t d, int64_t group, bool biased)
+  Rounded(int64_t n_x, int64_t d, int64_t group, bool biased)
       : piece_(PieceOf(group)), n_pieces_(d / piece_), words_(new int32_t[n_x * kWords * (d / 4)]),
         scales_(new float[n_x * n_pieces_]), biases_(new int32_t[n_x * n_pieces_ * kSums]),
-        sums_(biased ? nullptr : new float[n_x * n_pieces_]) {
-    InPieces(pool, n_x * d * 2, n_x, 1, [&](int64_t first, int64_t n) {
-      for (int64_t m = first; m < first + n; ++m) {
-        for (int64_t i = 0; i < n_pieces_; ++i) Round(x + (m * n_pieces_ + i) * piece_, m, i);
-      }
-    });
+        sums_(biased ? nullptr : new float[n_x * n_pieces_]) {}
+
+  // Rounds x, row m.
+  void Prepare(const float* x, int64_t m) {
+    for (int64_t i = 0; i < n_pieces_; ++i) Round(x + i * piece_, m, i);
   }
 
   int64_t piece() const { return piece_; }
@@ -354,86 +354,104 @@ void MultiplyOne(const Rounded<W, N>& x, const uint8_t* words, const S* scales,
 }
 
 template <typename W, typename S, int N>
-void Products(const Pool& pool, const PanelWeights& w, const float* x, int64_t n_x, float* y) {
-  const int64_t d = w.n_words * kColumns<W>, n_lines = w.n_words;
-  const Rounded<W, N> rounded(pool, x, n_x, d, d / w.n_groups, !w.minima);
-  const auto* words = static_cast<const uint8_t*>(w.words);
-  const auto* all_scales = static_cast<const S*>(w.scales);
-  const int64_t n_panels = w.n_rows / kRows;
-  // Rows from `first` to `last` by V vectors.
-  const auto rows = [&](auto n_v, const uint8_t* its, const S* scales, float* to, int64_t n_y,
-                        int64_t first, int64_t last) {
-    constexpr int V = n_v.value;
-    int64_t m = first;
-    for (; m + kBlock<N> <= last; m += kBlock<N>) {
-      Multiply<W, S, N, V, kBlock<N>>(rounded, m, its, scales, w, to + m * n_y, n_y);
-    }
-    for (; m < last; ++m) {
-      Multiply<W, S, N, V, 1>(rounded, m, its, scales, w, to + m * n_y, n_y);
-    }
-  };
-  constexpr int kPanels = kAtOnce / kVectors;
-  // The panels that stay in the cache while the activations pass.
-  const int64_t stay = n_x < kBlock<N> ? n_panels : 8;
-  const int64_t bytes =
-      std::max(w.n_rows * n_lines * 4, n_x * w.n_rows * d / (4 * kProductsToAByte));
-  InPieces(pool, bytes, n_panels, 2 * kPanels, [&](int64_t first, int64_t n) {
+class PanelProduct final : public Product {
+ public:
+  PanelProduct(const PanelWeights& w, const float* x, int64_t n_x, float* y)
+      : Product(n_x, w.n_words * kColumns<W>, w.n_rows, 2 * kPanels * kRows,
+                std::max(w.n_rows * w.n_words * 4,
+                         n_x * w.n_rows * w.n_words * kColumns<W> / (4 * kProductsToAByte))),
+        w_(w), x_(x), y_(y), words_(static_cast<const uint8_t*>(w.words)),
+        scales_(static_cast<const S*>(w.scales)), rounded_(n_x, d, d / w.n_groups, !w.minima) {}
+
+  void Prepare(int64_t m) override { rounded_.Prepare(x_ + m * d, m); }
+
+  void Compute(int64_t first, int64_t n) override {
+    const int64_t last = first + n, n_panels = last / kRows;
     if (n_x == 1) {
-      for (int64_t p = first; p < first + n; ++p) {
-        MultiplyOne<W, S, N>(rounded, words + p * kRows * n_lines * 4,
-                          all_scales + p * kRows * w.n_scales(), w, y + p * kRows);
+      for (int64_t p = first / kRows; p < n_panels; ++p) {
+        MultiplyOne<W, S, N>(rounded_, Words(p), Scales(p), w_, y_ + p * kRows);
       }
+    } else {
+      // The panels that stay in the cache while the activations pass.
+      const int64_t stay = n_x < kBlock<N> ? n_panels : 8;
+      for (int64_t begin = first / kRows; begin < n_panels; begin += stay) {
+        const int64_t end = std::min(begin + stay, n_panels);
+        for (int64_t m = 0; m < n_x; m += kBlock<N>) {
+          int64_t p = begin;
+          for (; p + kPanels <= end; p += kPanels) Some<kAtOnce>(p, m);
+          for (; p < end; ++p) Some<kVectors>(p, m);
+        }
+      }
+    }
+    if (last % kRows) Rest(n_panels * kRows, last);
+  }
+
+ private:
+  static constexpr int kPanels = kAtOnce / kVectors;
+
+  const uint8_t* Words(int64_t panel) const { return words_ + panel * kRows * w_.n_words * 4; }
+  const S* Scales(int64_t panel) const { return scales_ + panel * kRows * w_.n_scales(); }
+
+  // A block of rows of x from m on, by V vectors of panels.
+  template <int V>
+  void Some(int64_t panel, int64_t m) {
+    const int64_t last = std::min<int64_t>(m + kBlock<N>, n_x), n_y = w_.n_rows;
+    float* to = y_ + m * n_y + panel * kRows;
+    if (last - m == kBlock<N>) {
+      Multiply<W, S, N, V, kBlock<N>>(rounded_, m, Words(panel), Scales(panel), w_, to, n_y);
       return;
     }
-    for (int64_t begin = first; begin < first + n; begin += stay) {
-      const int64_t end = std::min(begin + stay, first + n);
-      for (int64_t m = 0; m < n_x; m += kBlock<N>) {
-        const int64_t last = std::min<int64_t>(m + kBlock<N>, n_x);
-        int64_t p = begin;
-        const auto at = [&](auto n_v) {
-          rows(n_v, words + p * kRows * n_lines * 4, all_scales + p * kRows * w.n_scales(),
-               y + p * kRows, w.n_rows, m, last);
-          p += n_v.value / kVectors;
-        };
-        while (p + kPanels <= end) at(std::integral_constant<int, kAtOnce>());
-        while (p < end) at(std::integral_constant<int, kVectors>());
-      }
-    }
-  });
-  // The last rows are no panel: they make one with rows of zeros.
-  const int64_t rest = w.n_rows % kRows, before = w.n_rows - rest;
-  if (!rest) return;
-  const std::unique_ptr<uint32_t[]> panel(new uint32_t[kRows * n_lines]());
-  const int64_t n_scales = w.n_scales();
-  const std::unique_ptr<S[]> scales(new S[kRows * n_scales]());
-  const uint32_t* from = reinterpret_cast<const uint32_t*>(words) + before * n_lines;
-  for (int64_t r = 0; r < rest; ++r) {
-    for (int64_t c = 0; c < n_lines; ++c) panel[c * kRows + r] = from[r * n_lines + c];
-    for (int64_t g = 0; g < n_scales; ++g) {
-      scales[g * kRows + r] = all_scales[(before + r) * n_scales + g];
+    for (; m < last; ++m, to += n_y) {
+      Multiply<W, S, N, V, 1>(rounded_, m, Words(panel), Scales(panel), w_, to, n_y);
     }
   }
-  const auto* its = reinterpret_cast<const uint8_t*>(panel.get());
-  for (int64_t m = 0; m < n_x; ++m) {
-    float made[kRows];
-    Multiply<W, S, N, kVectors, 1>(rounded, m, its, scales.get(), w, made, kRows);
-    std::copy_n(made, rest, y + m * w.n_rows + before);
+
+  // The last rows of w are no panel: they make one with rows of zeros.
+  void Rest(int64_t first, int64_t last) {
+    const int64_t n_lines = w_.n_words, n_scales = w_.n_scales();
+    const std::unique_ptr<uint32_t[]> panel(new uint32_t[kRows * n_lines]());
+    const std::unique_ptr<S[]> scales(new S[kRows * n_scales]());
+    const auto* from = static_cast<const uint32_t*>(w_.words);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t r = i - first;
+      for (int64_t c = 0; c < n_lines; ++c) panel[c * kRows + r] = from[i * n_lines + c];
+      for (int64_t g = 0; g < n_scales; ++g) scales[g * kRows + r] = scales_[i * n_scales + g];
+    }
+    const auto* its = reinterpret_cast<const uint8_t*>(panel.get());
+    for (int64_t m = 0; m < n_x; ++m) {
+      float made[kRows];
+      Multiply<W, S, N, kVectors, 1>(rounded_, m, its, scales.get(), w_, made, kRows);
+      std::copy_n(made, last - first, y_ + m * w_.n_rows + first);
+    }
   }
-}
+
+  const PanelWeights w_;
+  const float* const x_;
+  float* const y_;
+  const uint8_t* const words_;
+  const S* const scales_;
+  Rounded<W, N> rounded_;
+};
 
 }  // namespace
 
-void PanelProducts(const Pool& pool, const PanelWeights& w, const float* x, int64_t n_x,
-                   int n_bytes, float* y) {
-  const auto call = [&](auto kind, auto scale) {
+std::unique_ptr<Product> OfPanels(const PanelWeights& w, const float* x, int64_t n_x, int n_bytes,
+                                  float* y) {
+  const auto made = [&](auto kind, auto scale) -> std::unique_ptr<Product> {
     using W = decltype(kind);
     using S = decltype(scale);
-    n_bytes == 1 ? Products<W, S, 1>(pool, w, x, n_x, y) : Products<W, S, 2>(pool, w, x, n_x, y);
+    if (n_bytes == 1) return std::make_unique<PanelProduct<W, S, 1>>(w, x, n_x, y);
+    return std::make_unique<PanelProduct<W, S, 2>>(w, x, n_x, y);
   };
   const auto with = [&](auto scale) {
-    w.bits == 8 ? call(Panels8(), scale) : call(Panels4(), scale);
+    return w.bits == 8 ? made(Panels8(), scale) : made(Panels4(), scale);
   };
-  w.half ? with(uint16_t()) : with(float());
+  return w.half ? with(uint16_t()) : with(float());
+}
+
+void PanelProducts(const Pool& pool, const PanelWeights& w, const float* x, int64_t n_x,
+                   int n_bytes, float* y) {
+  ComputeAll(pool, *OfPanels(w, x, n_x, n_bytes, y));
 }
 
 }  // namespace layercomb

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "matrices.h"
+#include "products.h"
 
 namespace layercomb {
 namespace {
@@ -40,6 +41,8 @@ template <typename W>
 class AsFloats {
  public:
   AsFloats(const Matrix<W>& w, const float* x, int64_t) : w_(w), x_(x) {}
+
+  void Prepare(int64_t) {}
 
   // out[k][r] = Σ_j x[m + k][j] rows[r][j] scales[r][j / g].
   template <int M>
@@ -125,16 +128,21 @@ class AsShorts {
  public:
   AsShorts(const Matrix<W>& w, const float* x, int64_t n_x)
       : w_(w),
+        x_(x),
         piece_(std::min(w.g, kMost)),
         n_pieces_(CeilDiv(w.g, piece_)),
         size_(CeilDiv(piece_, kPair) * kPair),
         row_(w.n / w.g * W::parts * n_pieces_),
         values_(n_x * row_ * size_),
-        scales_(n_x * row_ * kLanes) {
-    for (int64_t i = 0, n_groups = n_x * row_ / n_pieces_; i < n_groups; ++i) {
+        scales_(n_x * row_ * kLanes) {}
+
+  // Rounds row m.
+  void Prepare(int64_t m) {
+    const int64_t n_groups = row_ / n_pieces_;
+    for (int64_t i = m * n_groups; i < (m + 1) * n_groups; ++i) {
       for (int64_t piece = 0; piece < n_pieces_; ++piece) {
         const int64_t at = i * n_pieces_ + piece, first = piece * piece_;
-        Round(x + i * w.g + first, std::min(piece_, w.g - first), &values_[at * size_],
+        Round(x_ + i * w_.g + first, std::min(piece_, w_.g - first), &values_[at * size_],
               &scales_[at * kLanes]);
       }
     }
@@ -272,6 +280,7 @@ class AsShorts {
   }
 
   const Matrix<W>& w_;
+  const float* x_;
   const int64_t piece_, n_pieces_, size_, row_;  // row_ pieces are a row of x
   std::vector<int16_t> values_;
   std::vector<float> scales_;
@@ -435,7 +444,35 @@ void BlockOfRows(const Matrix<W>& w, const float* x, int64_t n_x, float* y, int6
   }
 }
 
+template <typename W>
+class RowProduct final : public Product {
+ public:
+  RowProduct(const Matrix<W>& w, const float* x, int64_t n_x, float* y, int64_t bytes)
+      : Product(n_x, w.n * W::parts, w.n_rows, 16, bytes), w_(w), x_(w_, x, n_x), y_(y) {}
+
+  void Prepare(int64_t m) override { x_.Prepare(m); }
+  void Compute(int64_t first, int64_t n) override {
+    Rows<W>(w_, x_, 0, n_x, nullptr, y_, w_.n_rows, first, n);
+  }
+
+ private:
+  const Matrix<W> w_;
+  Activations<W> x_;
+  float* const y_;
+};
+
 }  // namespace
+
+std::unique_ptr<Product> OfRows(const Weights& weights, const float* x, int64_t n_x, float* y) {
+  std::unique_ptr<Product> made;
+  WithMatrix(weights, [&](const auto& w) {
+    using W = typename std::decay_t<decltype(w)>::Kind;
+    const int64_t products = n_x * w.n_rows * w.n * W::parts;
+    const int64_t bytes = std::max(weights.n_bytes, products / kProductsToAByte);
+    made = std::make_unique<RowProduct<W>>(w, x, n_x, y, bytes);
+  });
+  return made;
+}
 
 void RowProducts(const Pool& pool, const Weights& weights, const float* x, int64_t n_x, float* y) {
   WithMatrix(weights, [&](const auto& w) {
@@ -450,10 +487,8 @@ void RowProducts(const Pool& pool, const Weights& weights, const float* x, int64
         return;
       }
     }
-    const Activations<W> activations(w, x, n_x);
-    InPieces(pool, bytes, w.n_rows, 16, [&](int64_t i, int64_t n) {
-      Rows<W>(w, activations, 0, n_x, nullptr, y, w.n_rows, i, n);
-    });
+    RowProduct<W> product(w, x, n_x, y, bytes);
+    ComputeAll(pool, product);
   });
 }
 
@@ -461,8 +496,9 @@ void GatheredProducts(const Pool& pool, const Weights& weights, const float* x, 
                       int64_t n_x, int64_t n_k, float* y) {
   WithMatrix(weights, [&](const auto& w) {
     using W = typename std::decay_t<decltype(w)>::Kind;
-    const Activations<W> activations(w, x, n_x);
+    Activations<W> activations(w, x, n_x);
     for (int64_t m = 0; m < n_x; ++m) {
+      activations.Prepare(m);
       const int64_t bytes = weights.n_bytes / w.n_rows * n_k;
       InPieces(pool, bytes, n_k, 4, [&](int64_t i, int64_t n) {
         Rows<W>(w, activations, m, 1, at + m * n_k, y + m * n_k, n_k, i, n);

@@ -7,6 +7,7 @@ combinators and wrappers too.
 
 from layercomb.transforms.casting import Cast, cast
 from layercomb.transforms.classifying import classifier
+from layercomb.transforms.fusing.layer import Fused, fuse
 from layercomb.transforms.low_rank.adapting import lora, without_lora
 from layercomb.transforms.low_rank.layer import LowRank, is_lora, lora_paths
 from layercomb.transforms.low_rank.many import ManyLowRank, adapter_names, adapters, with_adapter
@@ -28,6 +29,7 @@ from layercomb.transforms.weight_axes import axes
 
 __all__ = [
     'Cast',
+    'Fused',
     'LowRank',
     'ManyLowRank',
     'Quantized',
@@ -40,6 +42,7 @@ __all__ = [
     'bare',
     'cast',
     'classifier',
+    'fuse',
     'hold_narrow',
     'hold_wide',
     'is_lora',

@@ -114,14 +114,32 @@ class RotaryPositions(Layer):
         length, depth = q.shape[2:]
         ids = segments_of(state)
         where, state = next_positions(self, state, length, mode)  # (B or 1, L)
-        kept = mode is Mode.PREDICT and self._by_length
-        speed = state['frequencies'] if kept else self._frequencies(depth, length, ids)
+        speed = self.speeds(state, depth, length, ids)
         angle = angles(where, speed, self.max_len)  # (B or 1, L, n/2)
         sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]  # (B or 1, 1, L, n/2)
-        size = 1.0 if self.scaling is None else self.scaling.magnitude
-        if size != 1:
-            sin, cos = sin * size, cos * size
+        if self.magnitude != 1:
+            sin, cos = sin * self.magnitude, cos * self.magnitude
         return (self._turned(q, sin, cos), self._turned(k, sin, cos)), state
+
+    @property
+    def magnitude(self) -> float:
+        """What turned features are multiplied by."""
+        return 1.0 if self.scaling is None else self.scaling.magnitude
+
+    def speeds(
+        self, state: Tree, depth: int, length: int, ids: jax.Array | None = None
+    ) -> jax.Array:
+        """The frequencies ω_i, radians a position: (n/2,), or (B, L, n/2) if documents differ.
+
+        Args:
+          state: as of `init`; it may hold them.
+          depth: K.
+          length: of the sequence.
+          ids: the documents of packed rows (B, L); None for none.
+        """
+        return state['frequencies'] if 'frequencies' in state else self._frequencies(
+            depth, length, ids
+        )
 
     @property
     def _by_length(self) -> bool:

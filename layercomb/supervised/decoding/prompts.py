@@ -35,6 +35,7 @@ from layercomb.supervised.decoding.fitness import judged_init
 from layercomb.supervised.decoding.sampling import Sampler
 from layercomb.transforms.quantization.layer import bare
 from layercomb.transforms.tying import Tied
+from layercomb.transforms.fusing.layer import fuse
 from layercomb.transforms.unstacking import unstack, unstack_state
 from layercomb.trees import Tree
 
@@ -113,6 +114,7 @@ def begin(
     padding = min(padded_length(net, 'prompt', lengths), room) - longest
     tokens = np.pad(tokens, ((0, 0), (0, padding)))
     unstacked, weights = unstack(net, weights)
+    unstacked = fuse(unstacked)
     trained = unstack_state(net, state)
     arrays = jnp.asarray(tokens), jnp.asarray(lengths)
     return Start(unstacked, room, weights, trained, context, *arrays)

@@ -1,0 +1,1 @@
+"""Layers of a decoding step in one native call: the program, what writes it, and the layer."""

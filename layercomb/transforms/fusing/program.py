@@ -1,0 +1,384 @@
+"""`Program`: layers of a decoding step as instructions, which one native call carries out.
+
+XLA calls every layer by itself, and starts threads for each. For a small model that takes as long as
+half of reading its weights. A program is one call: `layercomb_kernels.run_program` goes through its
+phases. Instructions of a phase need nothing of each other, or go row by row.
+
+Shape letters: B batch, T new positions, M = B·T rows, D width, H heads, K head depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import layercomb_kernels
+from layercomb.layers.decoding.seek import Position
+from layercomb.layers.quantized.matrix import Narrow
+
+# The numbers of `Op` and `Activation` in program.h.
+_OPS = 'normalize', 'activate', 'add', 'multiply', 'product', 'turn', 'append', 'attend'
+ACTIVATIONS = 'relu', 'relu2', 'gelu', 'silu', 'tanh', 'sigmoid'
+
+
+class Unfit(Exception):
+    """A layer, or its weights, cannot be part of a program."""
+
+
+def need(fits: bool, why: str) -> None:
+    """Raises `Unfit` unless something holds.
+
+    Args:
+      fits: what must hold.
+      why: what is wrong if it does not.
+    """
+    if not fits:
+        raise Unfit(why)
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """What an instruction makes, float32.
+
+    Attributes:
+      number: of the value in its program.
+      shape: as layers see it, (B, T, D) or (B, H, T, K); in memory it is (M, D) or (M, H·K).
+      width: D, or H·K.
+    """
+
+    number: int
+    shape: tuple[int, ...]
+    width: int
+    dtype: Any = dataclasses.field(default=np.dtype(np.float32), compare=False)
+    ndim = property(lambda self: len(self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What stands for an operand that the call writes in place, until it is made.
+
+    Attributes:
+      number: of the operand.
+    """
+
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """Words for the kernels, in which a `Value` is one, and a `Written` the number of a result.
+
+    Attributes:
+      words: with the number of the operation in front.
+      reads, writes: whatever must not be read before it is written.
+      by_row: whether it goes row by row.
+    """
+
+    words: tuple[Any, ...]
+    reads: tuple[Hashable, ...]
+    writes: tuple[Hashable, ...]
+    by_row: bool = True
+
+
+class Program:
+    """Instructions, as rules of layers write them, from one input to one output.
+
+    Attributes:
+      batch: B.
+      length: T.
+      input: the value (B, T, D) that it begins with.
+    """
+
+    def __init__(self, shape: tuple[int, ...]):
+        """Begins a program for inputs (B, T, D)."""
+        self.batch, self.length, width = shape
+        self._values: list[Value] = []
+        self._instructions: list[_Instruction] = []
+        self._operands: list[jax.Array] = []
+        self._numbers: dict[int, int] = {}  # of operands, by identity
+        self._written: list[int] = []
+        self._factors: list[float] = []
+        self._n_products = 0
+        self.input = self._value(shape, width)
+
+    def _value(self, shape: Sequence[int], width: int) -> Value:
+        value = Value(len(self._values), tuple(shape), width)
+        self._values.append(value)
+        return value
+
+    def like(self, x: Value) -> Value:
+        """A new value of the shape of another."""
+        return self._value(x.shape, x.width)
+
+    def operand(self, array: Any) -> int:
+        """The number of an array among the operands."""
+        if id(array) not in self._numbers:
+            self._numbers[id(array)] = len(self._operands)
+            self._operands.append(array)  # which keeps it, and so its id
+        return self._numbers[id(array)]
+
+    def written(self, array: Any) -> Written:
+        """An array, as what it will be when the call has written it in place."""
+        number = self.operand(array)
+        if number not in self._written:
+            self._written.append(number)
+        return Written(number)
+
+    def moved(self, position: Position) -> Position:
+        """A position after T more, of which the call takes care."""
+        return Position(self.written(position.rows))  # type: ignore[arg-type]
+
+    def _factor(self, value: float) -> int:
+        self._factors.append(float(value))
+        return len(self._factors) - 1
+
+    def _emit(
+        self,
+        name: str,
+        words: Iterable[Any],
+        reads: Iterable[Any],
+        writes: Iterable[Any],
+        by_row: bool = True,
+    ) -> None:
+        instruction = _OPS.index(name), *words
+        self._instructions.append(_Instruction(instruction, tuple(reads), tuple(writes), by_row))
+
+    def normalize(self, x: Value, scale: Any, bias: Any, epsilon: float) -> Value:
+        """Each K or D features, normalized: with a bias as `LayerNorm`, without as `RMSNorm`.
+
+        Args:
+          x: (B, T, D) or (B, H, T, K).
+          scale: (D,) or (K,) float32.
+          bias: likewise, or None.
+          epsilon: added to the mean square.
+        """
+        for weight in (scale, bias):
+            if weight is not None:
+                need(_is(weight, (x.shape[-1],)), 'a norm of another width')
+        y, at = self.like(x), self.operand(scale)
+        words = x, y, at, at if bias is None else self.operand(bias), bias is not None
+        self._emit('normalize', (*words, self._factor(epsilon)), (x,), (y,))
+        return y
+
+    def activate(self, x: Value, kind: str) -> Value:
+        """An elementwise function, one of `ACTIVATIONS`."""
+        need(kind in ACTIVATIONS, f'there is no native {kind}')
+        y = self.like(x)
+        self._emit('activate', (x, y, ACTIVATIONS.index(kind)), (x,), (y,))
+        return y
+
+    def combine(self, how: str, a: Value, b: Value) -> Value:
+        """a + b for 'add', a · b for 'multiply'."""
+        need(a.shape == b.shape, 'values of two shapes')
+        y = self.like(a)
+        self._emit(how, (a, b, y), (a, b), (y,))
+        return y
+
+    def product(self, x: Value, kernel: Any, bias: Any, shape: Sequence[int]) -> Value:
+        """x times a matrix, plus a bias.
+
+        Args:
+          x: of width D.
+          kernel: a `Narrow`, or a float32 array (*D, *F).
+          bias: float32 of F numbers; or None.
+          shape: of the result, whose width is F.
+        """
+        width = math.prod(shape) // (self.batch * self.length)
+        words, scales, options = _matrix(kernel, x.width, width)
+        need(bias is None or _is(bias, bias.shape, width), 'a bias of another width')
+        y = self._value(shape, width)
+        n, at = self._n_products, self.operand(words)
+        self._n_products += 1
+        numbers = (at, *(at if a is None else self.operand(a) for a in (scales, bias)))
+        begin = 0, n, x, y, *numbers, *options, bias is not None
+        self._emit('product', begin, (x,), (('prepared', n),))
+        # Floats are prepared by leaving them where they are.
+        self._emit('product', (1, n, y), (x, ('prepared', n)), (y,), by_row=False)
+        return y
+
+    def turn(
+        self, q: Value, k: Value, taken: Any, speeds: Any, max_len: int | None, in_pairs: bool,
+        magnitude: float,
+    ) -> tuple[Value, Value]:  # fmt: skip
+        """Rotary positions of queries and keys.
+
+        Args:
+          q, k: (B, H, T, K); heads may differ in number.
+          taken: (B,) int32, the positions taken.
+          speeds: (n / 2,) float32, radians a position.
+          max_len: positions from there on are NaN; None for no limit.
+          in_pairs: whether features 2i and 2i + 1 make a pair; else i and i + n / 2.
+          magnitude: what the turned features are multiplied by.
+        """
+        need(speeds.ndim == 1 and 2 * speeds.size <= q.shape[-1], 'angles of each position')
+        to_q, to_k = self.like(q), self.like(k)
+        numbers = self.operand(taken), self.operand(speeds), q.shape[-1], max_len or 0, in_pairs
+        words = q, to_q, k, to_k, *numbers, self._factor(magnitude)
+        self._emit('turn', words, (q, k), (to_q, to_k))
+        return to_q, to_k
+
+    def append(self, x: Value, cache: Any, taken: Any) -> Written:
+        """Writes the new positions of x (B, H, T, K) into a cache (B·H, L, K).
+
+        Args:
+          x: keys or values.
+          cache: float32.
+          taken: (B,) int32, the positions taken.
+        """
+        n_heads, _, depth = x.shape[1:]
+        need(_is(cache, (self.batch * n_heads, cache.shape[1], depth)), 'a cache of another kind')
+        need(self.operand(cache) not in self._written, 'one cache for two kinds')
+        to = self.written(cache)
+        self._emit('append', (x, to, self.operand(taken), cache.shape[1]), (x,), (to,))
+        return to
+
+    def attend(
+        self, q: Value, caches: tuple[Written, Written], taken: Any, window: int | None,
+        scale: float, softcap: float | None,
+    ) -> Value:  # fmt: skip
+        """Attention of the new positions to a cache that holds them.
+
+        Args:
+          q: (B, H, T, K).
+          caches: of keys (B·G, L, K) and values (B·G, L, V).
+          taken: (B,) int32, the positions taken before.
+          window: how many positions one sees; None for all.
+          scale: of the scores.
+          softcap: of the scores after that; None for none.
+
+        Returns:
+          (B, H, T, V).
+        """
+        keys, values = (self._operands[cache.number] for cache in caches)
+        n_heads, group = q.shape[1], self.batch * q.shape[1] // len(keys)
+        need(keys.shape[-1] == q.shape[-1] and group * len(keys) == self.batch * n_heads, 'heads')
+        need(keys.shape[:2] == values.shape[:2], 'keys and values of two lengths')
+        depth = values.shape[-1]
+        y = self._value((*q.shape[:3], depth), n_heads * depth)
+        numbers = self.operand(taken), n_heads, group, keys.shape[1], window or 0
+        factors = self._factor(scale), self._factor(softcap or 0)
+        self._emit('attend', (q, y, *caches, *numbers, *factors), (q, *caches), (y,), by_row=False)
+        return y
+
+    def run(self, x: jax.Array, output: Value) -> tuple[jax.Array, dict[Written, jax.Array]]:
+        """Calls the program.
+
+        Args:
+          x: (B, T, D) float32, the input.
+          output: the value that is wanted.
+
+        Returns:
+          The output, in its shape (B, T, F), and what has been written.
+        """
+        need(output is not self.input, 'a program without instructions')
+        rows = x.reshape(self.batch * self.length, x.shape[-1])  # (B, T, D) → (M, D)
+        code = np.asarray([self.length, *self._code(output)], np.int32)
+        factors = np.asarray(self._factors or [0], np.float32)
+        y, *written = layercomb_kernels.run_program(
+            code, factors, rows, output.width, self._operands, self._written
+        )
+        found = {Written(n): array for n, array in zip(self._written, written, strict=True)}
+        return y.reshape(output.shape), found
+
+    def _code(self, output: Value) -> list[int]:
+        """The words that `RunProgram` reads."""
+        phases = self._phases()
+        begins, size = self._begins(phases, output)
+        results = {number: i for i, number in enumerate(self._written)}
+
+        def encoded(word: Any) -> Iterable[int]:
+            if isinstance(word, Value):
+                return word.number, word.width
+            return (results[word.number],) if isinstance(word, Written) else (int(word),)
+
+        code = [size, len(begins), *begins, len(phases)]
+        for phase in phases:
+            code += [int(phase[0].by_row), len(phase)]
+            code += itertools.chain.from_iterable(
+                encoded(word) for instruction in phase for word in instruction.words
+            )
+        return code
+
+    def _phases(self) -> list[list[_Instruction]]:
+        """The instructions, each in the first phase that it can be in.
+
+        Even phases go row by row. There an instruction may read what one before it, in the same
+        phase, has written.
+        """
+        phases: dict[int, list[_Instruction]] = {}
+        ready: dict[Hashable, int] = {self.input: 0}  # the phase in which something is written
+        for each in self._instructions:
+            at = max(ready[token] for token in each.reads)
+            odd = at % 2
+            at += odd if each.by_row else 2 * odd or 1
+            phases.setdefault(at, []).append(each)
+            ready |= dict.fromkeys(each.writes, at)
+        return [phases[at] for at in sorted(phases)]
+
+    def _begins(self, phases: Any, output: Value) -> tuple[list[int], int]:
+        """Where each value begins in the workspace, as `RunProgram` reads it, and its size.
+
+        Places are taken again in the phase after the one in which a value is read for the last
+        time: rows of a phase are at different instructions.
+        """
+        last = {each: p for p, phase in enumerate(phases) for i in phase for each in i.reads}
+        begins = [-1] * len(self._values)
+        begins[output.number] = -2
+        taken: list[tuple[int, int, int]] = []  # begin, end, and the last phase
+        size = 0
+        for p, phase in enumerate(phases):
+            taken = [place for place in taken if place[2] >= p]
+            for value in _values_made(phase):
+                if value is output:
+                    continue
+                width = -(-value.width // 16) * 16  # whole lines of a cache
+                at = 0
+                for begin, end, _ in sorted(taken):
+                    if begin - at >= width:
+                        break
+                    at = max(at, end)
+                begins[value.number] = at
+                taken.append((at, at + width, last.get(value, p)))
+                size = max(size, at + width)
+        return begins, size
+
+
+def _values_made(phase: Sequence[_Instruction]) -> list[Value]:
+    return [token for each in phase for token in each.writes if isinstance(token, Value)]
+
+
+def _is(array: Any, shape: tuple[int, ...], size: int | None = None) -> bool:
+    """Whether something is a float32 array of a shape, and perhaps of a size."""
+    shaped = isinstance(array, jax.Array | np.ndarray) and array.shape == shape
+    return shaped and array.dtype == jnp.float32 and (size is None or array.size == size)
+
+
+def _matrix(kernel: Any, d: int, f: int) -> tuple[Any, Any, tuple[int, bool]]:
+    """Words, scales or None, and how many bytes of activations count, and whether minima are there.
+
+    Args:
+      kernel: a `Narrow`, or a float32 array.
+      d, f: of which (D, F) it must be.
+    """
+    if not isinstance(kernel, Narrow):
+        need(isinstance(kernel, jax.Array | np.ndarray), 'a matrix of another kind')
+        need(kernel.dtype == jnp.float32 and kernel.size == d * f > 0, 'a matrix of another size')
+        need(math.prod(kernel.shape[:-1]) == d or kernel.shape[0] == d, 'a matrix of another size')
+        return kernel.reshape(d, f), None, (2, False)
+    need(kernel.axes != 'oi' and math.prod(kernel.shape) == d * f, 'a matrix of another size')
+    rows = kernel.as_rows()
+    need(rows.values.shape[0] == f, 'a matrix of another size')
+    if kernel.in_panels:
+        layercomb_kernels.check_panels(rows.values, rows.scales, d, kernel.minima)
+    else:
+        halves = rows.scales is not None and rows.scales.dtype != jnp.float32
+        need(not kernel.minima and not halves, 'rows with minima or short scales')
+        need(rows.values.dtype in (jnp.bfloat16, jnp.int8, jnp.uint8), 'rows of another kind')
+    return rows.values, rows.scales, (kernel.activation_bits // 8, kernel.minima)

@@ -1,0 +1,318 @@
+// The layers of a decoding step in one call: instructions in phases, which threads share.
+
+#include "program.h"
+
+#include <cmath>
+#include <limits>
+
+#include "phases.h"
+#include "products.h"
+#include "queries.h"
+#include "vectors.h"
+
+namespace layercomb {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// 1 / (1 + e^−x).
+inline Floats Sigmoid(Floats x) {
+  const Floats e = Exp(x < 0 ? x : -x), inverse = 1 / (1 + e);
+  return x < 0 ? e * inverse : inverse;
+}
+
+inline Floats Activated(Activation kind, Floats x) {
+  const Floats positive = x < 0 ? Floats{} : x;  // NaN stays
+  switch (kind) {
+    case Activation::kRelu: return positive;
+    case Activation::kRelu2: return positive * positive;
+    case Activation::kGelu: return x * Sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+    case Activation::kSilu: return x * Sigmoid(x);
+    case Activation::kTanh: return Capped(x, 1);
+    case Activation::kSigmoid: return Sigmoid(x);
+  }
+  return x;
+}
+
+// to[i] = f(from[i] …) of n floats.
+template <typename F, typename... From>
+void Map(int64_t n, const F& f, float* to, const From*... from) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats made = f(Load<Floats>(from + i)...);
+    std::memcpy(to + i, &made, sizeof made);
+  }
+  if (i == n) return;
+  const Floats made = f(Load<Floats>(Padded<float>(from + i, n - i).values)...);
+  std::memcpy(to + i, &made, (n - i) * sizeof(float));
+}
+
+// Rotates pairs of features of heads by angles, whose sines and cosines alternate.
+void Turn(const float* x, int64_t width, int64_t depth, bool in_pairs,
+          const std::vector<float>& turns, float* y) {
+  const int64_t half = turns.size() / 2, step = in_pairs ? 2 : 1, other = in_pairs ? 1 : half;
+  for (const float* end = x + width; x < end; x += depth, y += depth) {
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = x[i * step], b = x[i * step + other];
+      y[i * step] = a * turns[2 * i + 1] - b * turns[2 * i];
+      y[i * step + other] = b * turns[2 * i + 1] + a * turns[2 * i];
+    }
+    std::copy(x + 2 * half, x + depth, y + 2 * half);
+  }
+}
+
+// Reads a program, and makes its phases.
+class Reader {
+ public:
+  Reader(const Program& program, int64_t n_threads)
+      : program_(program), n_threads_(n_threads), code_(program.code) {
+    const int64_t workspace = Next(), n_values = Next();
+    workspace_.reset(new float[workspace * program.n_x]);
+    for (int64_t i = 0; i < n_values; ++i) begins_.push_back(Next());
+  }
+
+  std::vector<Phase> Phases() {
+    std::vector<Phase> phases;
+    const int64_t n_phases = Next();
+    for (int64_t p = 0; p < n_phases; ++p) {
+      const bool by_row = Next() != 0;
+      const int64_t n = Next();
+      std::vector<Phase> parts;
+      for (int64_t i = 0; i < n; ++i) parts.push_back(Instruction());
+      if (by_row) {
+        phases.push_back({program_.n_x, [parts](int64_t m) {
+                            for (const Phase& part : parts) part.work(m);
+                          }});
+        continue;
+      }
+      int64_t total = 0;
+      for (const Phase& part : parts) total += part.n;
+      phases.push_back({total, [parts](int64_t i) {
+                          size_t part = 0;
+                          while (i >= parts[part].n) i -= parts[part++].n;
+                          parts[part].work(i);
+                        }});
+    }
+    return phases;
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  // A value: its row m.
+  struct Rows {
+    float* data;
+    int64_t width;
+    float* operator()(int64_t m) const { return data + m * width; }
+  };
+
+  int64_t Next() { return *code_++; }
+  float Factor() { return program_.factors[Next()]; }
+  const Operand& Weight() { return program_.operands[Next()]; }
+  const Operand& Cache() { return program_.results[Next()]; }
+  Rows Value() {
+    const int64_t begin = begins_[Next()], width = Next();
+    if (begin == -1) return {const_cast<float*>(program_.x), width};  // is not written
+    if (begin == -2) return {program_.y, width};
+    return {workspace_.get() + begin * program_.n_x, width};
+  }
+  // The position of row m.
+  int64_t At(const int32_t* taken, int64_t m) const {
+    return int64_t{taken[m / program_.length]} + m % program_.length;
+  }
+
+  Phase Instruction() {
+    switch (static_cast<Op>(Next())) {
+      case Op::kNormalize: return Normalized();
+      case Op::kActivate: return ActivatedRows();
+      case Op::kAdd: return Combined([](Floats a, Floats b) { return a + b; });
+      case Op::kMultiply: return Combined([](Floats a, Floats b) { return a * b; });
+      case Op::kProduct: return Multiplied();
+      case Op::kTurn: return Turned();
+      case Op::kAppend: return Appended();
+      case Op::kAttend: return Attended();
+    }
+    return {0, {}};
+  }
+
+  Phase Normalized() {
+    const Rows x = Value(), y = Value();
+    const Operand &scale = Weight(), &bias = Weight();
+    const bool centered = Next() != 0;
+    const float epsilon = Factor();
+    const int64_t depth = scale.columns;  // several heads may be normalized with the same scale
+    return {0, [=](int64_t m) {
+              Normalize(x(m), scale.floats(), centered ? bias.floats() : nullptr, epsilon,
+                        x.width / depth, depth, y(m));
+            }};
+  }
+
+  Phase ActivatedRows() {
+    const Rows x = Value(), y = Value();
+    const auto kind = static_cast<Activation>(Next());
+    return {0, [=](int64_t m) {
+              Map(x.width, [kind](Floats v) { return Activated(kind, v); }, y(m), x(m));
+            }};
+  }
+
+  template <typename F>
+  Phase Combined(const F& f) {
+    const Rows a = Value(), b = Value(), y = Value();
+    return {0, [=](int64_t m) { Map(a.width, f, y(m), a(m), b(m)); }};
+  }
+
+  // Prepares its rows, as an instruction of the phase before, or computes some outputs.
+  Phase Multiplied() {
+    const bool prepares = Next() == 0;
+    const size_t number = Next();
+    if (prepares) {
+      const Rows x = Value(), y = Value();
+      const Operand &words = Weight(), &scales = Weight(), *bias = &Weight();
+      const int64_t n_bytes = Next(), minima = Next(), has_bias = Next();
+      products_.resize(std::max(products_.size(), number + 1));
+      biases_.resize(products_.size());
+      products_[number] = Made(x, y, words, scales, n_bytes, minima != 0);
+      biases_[number] = has_bias ? bias->floats() : nullptr;
+      Product* product = products_[number].get();
+      bytes_ += product->bytes;
+      return {0, [product](int64_t m) { product->Prepare(m); }};
+    }
+    Product* product = products_[number].get();
+    const float* bias = biases_[number];
+    const Rows y = Value();
+    const int64_t share = CeilDiv(product->n_outputs, 4 * n_threads_);
+    const int64_t size = CeilDiv(share, product->unit) * product->unit;
+    return {CeilDiv(product->n_outputs, size), [=](int64_t i) {
+              const int64_t first = i * size, n = std::min(size, product->n_outputs - first);
+              product->Compute(first, n);
+              for (int64_t m = 0; m < product->n_x && bias; ++m) {
+                for (int64_t j = first; j < first + n; ++j) y(m)[j] += bias[j];
+              }
+            }};
+  }
+
+  std::unique_ptr<Product> Made(const Rows& x, const Rows& y, const Operand& words,
+                                const Operand& scales, int64_t n_bytes, bool minima) {
+    const int64_t n_x = program_.n_x;
+    if (words.type == Type::kUint32) {
+      const PanelWeights w{static_cast<int>(32 * words.columns / x.width),
+                           words.data,
+                           scales.data,
+                           words.rows,
+                           words.columns,
+                           minima ? scales.columns / 2 : scales.columns,
+                           minima,
+                           scales.type == Type::kFloat16};
+      return OfPanels(w, x.data, n_x, static_cast<int>(n_bytes), y.data);
+    }
+    if (words.type == Type::kFloat32) {
+      return OfColumns(words.floats(), words.rows, words.columns, x.data, n_x, y.data);
+    }
+    const Kind kind = words.type == Type::kBfloat16 ? Kind::kBfloat16
+                      : words.type == Type::kInt8   ? Kind::kInt8
+                                                    : Kind::kInt4;
+    const int64_t n_groups = kind == Kind::kBfloat16 ? 0 : scales.columns;
+    const int64_t size = kind == Kind::kBfloat16 ? 2 : 1;
+    return OfRows({kind, words.data, scales.floats(), words.rows, words.columns, n_groups,
+                   words.rows * words.columns * size},
+                  x.data, n_x, y.data);
+  }
+
+  // Rotary positions: pairs of the first features of each head, of queries and of keys, are rotated.
+  Phase Turned() {
+    const Rows q = Value(), to_q = Value(), k = Value(), to_k = Value();
+    const Operand &taken = Weight(), &speeds = Weight();
+    const int64_t depth = Next(), max_len = Next();
+    const bool in_pairs = Next() != 0;
+    const float magnitude = Factor();
+    const int64_t half = speeds.columns;
+    return {0, [=](int64_t m) {
+              const int64_t t = At(taken.indices(), m);
+              std::vector<float> turns(2 * half);
+              for (int64_t i = 0; i < half; ++i) {
+                const float angle =
+                    max_len && t >= max_len ? kNaN : static_cast<float>(t) * speeds.floats()[i];
+                turns[2 * i] = std::sin(angle) * magnitude;
+                turns[2 * i + 1] = std::cos(angle) * magnitude;
+              }
+              Turn(q(m), q.width, depth, in_pairs, turns, to_q(m));
+              Turn(k(m), k.width, depth, in_pairs, turns, to_k(m));
+            }};
+  }
+
+  // Writes the heads of a row into a cache (batch · heads · room, depth).
+  Phase Appended() {
+    const Rows x = Value();
+    const Operand &cache = Cache(), &taken = Weight();
+    const int64_t room = Next(), depth = cache.columns, n_heads = x.width / depth;
+    return {0, [=, length = program_.length](int64_t m) {
+              const int64_t t = std::clamp<int64_t>(At(taken.indices(), m), 0, room - 1);
+              float* to = static_cast<float*>(cache.data) +
+                          (m / length * n_heads * room + t) * depth;
+              for (int64_t h = 0; h < n_heads; ++h) {
+                std::copy_n(x(m) + h * depth, depth, to + h * room * depth);
+              }
+            }};
+  }
+
+  Phase Attended() {
+    const Rows q = Value(), y = Value();
+    const Operand &keys = Cache(), &values = Cache(), &taken = Weight();
+    const int64_t n_heads = Next(), group = Next(), room = Next(), window = Next();
+    const float scale = Factor(), softcap = Factor();
+    const int64_t d_key = keys.columns, d_value = values.columns;
+    const int64_t unit = Together(n_threads_, program_.n_x * n_heads, group);
+    const int64_t parts = CeilDiv(group, unit);  // of a group of heads
+    const int64_t n_keyed = n_heads / group;
+    const auto attend = [=, length = program_.length](int64_t i) {
+      const int64_t m = i / (n_keyed * parts), g = i / parts % n_keyed;
+      const int64_t h = g * group + i % parts * unit, n = std::min(unit, (g + 1) * group - h);
+      const int64_t t = At(taken.indices(), m);
+      float* to = y(m) + h * d_value;
+      if (t >= room) {  // the cache overflows
+        std::fill_n(to, n * d_value, kNaN);
+        return;
+      }
+      const int64_t first = window ? std::max<int64_t>(0, t + 1 - window) : 0;
+      const int64_t at = (m / length * n_keyed + g) * room + first, n_keys = t + 1 - first;
+      const Keys its{keys.floats() + at * d_key, values.floats() + at * d_value, nullptr, d_key,
+                     d_value};
+      std::vector<float> scaled(kTogether * d_key), p(kTogether * RoomFor(n_keys));
+      for (int64_t j = 0; j < n; j += kTogether) {
+        const int64_t r = std::min(kTogether, n - j);
+        const float* query = q(m) + (h + j) * d_key;
+        for (int64_t k = 0; k < r * d_key; ++k) scaled[k] = query[k] * scale;
+        AttendTogether(its, scaled.data(), r, n_keys, softcap, p.data(), to + j * d_value);
+      }
+    };
+    return {program_.n_x * n_keyed * parts, attend};
+  }
+
+  const Program& program_;
+  const int64_t n_threads_;
+  const int32_t* code_;
+  std::unique_ptr<float[]> workspace_;
+  std::vector<int64_t> begins_;
+  std::vector<std::unique_ptr<Product>> products_;
+  std::vector<const float*> biases_;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace
+
+void RunProgram(const Pool& pool, const Program& program) {
+  constexpr int64_t kWorthwhile = 1 << 16;  // bytes for which a thread is worth waking
+  Reader reader(program, std::max<int64_t>(1, pool.n_threads));
+  const std::vector<Phase> phases = reader.Phases();
+  const int64_t n_threads = std::clamp<int64_t>(reader.bytes() / kWorthwhile, 1,
+                                                std::max<int64_t>(1, pool.n_threads));
+  InPhases(pool, n_threads, phases);
+  for (const Operand& result : program.results) {
+    if (result.type != Type::kInt32) continue;  // positions move on
+    for (int64_t i = 0; i < result.rows * result.columns; ++i) {
+      result.indices()[i] += static_cast<int32_t>(program.length);
+    }
+  }
+}
+
+}  // namespace layercomb
