@@ -357,7 +357,7 @@ template <typename W, typename S, int N>
 class PanelProduct final : public Product {
  public:
   PanelProduct(const PanelWeights& w, const float* x, int64_t n_x, float* y)
-      : Product(n_x, w.n_words * kColumns<W>, w.n_rows, 2 * kPanels * kRows,
+      : Product(n_x, w.n_words * kColumns<W>, w.n_rows, w.n_rows, 2 * kPanels * kRows,
                 std::max(w.n_rows * w.n_words * 4,
                          n_x * w.n_rows * w.n_words * kColumns<W> / (4 * kProductsToAByte))),
         w_(w), x_(x), y_(y), words_(static_cast<const uint8_t*>(w.words)),

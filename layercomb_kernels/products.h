@@ -1,4 +1,4 @@
-// Products of rows of activations with a matrix, in two steps that threads can share.
+// Products of rows of activations with a matrix, in steps that threads can share.
 
 #pragma once
 
@@ -8,41 +8,47 @@
 
 namespace layercomb {
 
-// y = x wᵀ. All rows of x are prepared first, for instance rounded; then outputs are computed, some
-// at a time, each for all rows. x, weights and y are the caller's, and must outlive it.
+// y = x wᵀ. All rows of x are prepared first, for instance rounded. Then parts are computed, some at
+// a time, each for all rows of x. In the end rows are finished. x, weights and y are the caller's, and
+// must outlive it.
 class Product {
  public:
   virtual ~Product() = default;
   // Prepares row m of x, which may be written until then.
   virtual void Prepare(int64_t m) = 0;
-  // Computes n outputs of each row from `first` on, a multiple of `unit`; n is one, too, but at the
-  // end.
+  // Computes n parts from `first` on, a multiple of `unit`; n is one, too, but at the end.
   virtual void Compute(int64_t first, int64_t n) = 0;
+  // Finishes row m of y.
+  virtual void Finish(int64_t) {}
 
-  int64_t n_x, d, n_outputs;
-  int64_t unit;   // outputs that are best computed together
-  int64_t bytes;  // reading so many takes as long as the product
+  const int64_t n_x, d, n_outputs;
+  const int64_t n_parts;  // outputs, or what each output is a sum of
+  const int64_t unit;     // parts that are computed together
+  const int64_t bytes;    // reading so many takes as long as the product
 
  protected:
-  Product(int64_t n_x, int64_t d, int64_t n_outputs, int64_t unit, int64_t bytes)
-      : n_x(n_x), d(d), n_outputs(n_outputs), unit(unit), bytes(bytes) {}
+  Product(int64_t n_x, int64_t d, int64_t n_outputs, int64_t n_parts, int64_t unit, int64_t bytes)
+      : n_x(n_x), d(d), n_outputs(n_outputs), n_parts(n_parts), unit(unit), bytes(bytes) {}
 };
 
 std::unique_ptr<Product> OfPanels(const PanelWeights& w, const float* x, int64_t n_x, int n_bytes,
                                   float* y);
 // Few rows of x: see `RowProducts`.
 std::unique_ptr<Product> OfRows(const Weights& w, const float* x, int64_t n_x, float* y);
-// w is (d, n) float32, not transposed.
+// w is (d, n) float32, not transposed. Each output is a sum of kParts at most, which have room at
+// `sums` (kParts, n_x, n).
+constexpr int64_t kParts = 16;
 std::unique_ptr<Product> OfColumns(const float* w, int64_t d, int64_t n, const float* x,
-                                   int64_t n_x, float* y);
+                                   int64_t n_x, float* sums, float* y);
 
 // Does all of it.
 inline void ComputeAll(const Pool& pool, Product& product) {
   InPieces(pool, product.n_x * product.d * 2, product.n_x, 1, [&](int64_t first, int64_t n) {
     for (int64_t m = first; m < first + n; ++m) product.Prepare(m);
   });
-  InPieces(pool, product.bytes, product.n_outputs, product.unit,
+  InPieces(pool, product.bytes, product.n_parts, product.unit,
            [&](int64_t first, int64_t n) { product.Compute(first, n); });
+  for (int64_t m = 0; m < product.n_x; ++m) product.Finish(m);
 }
 
 }  // namespace layercomb

@@ -161,38 +161,43 @@ class Reader {
     return {0, [=](int64_t m) { Map(a.width, f, y(m), a(m), b(m)); }};
   }
 
-  // Prepares its rows, as an instruction of the phase before, or computes some outputs.
+  // A product, in three instructions: its rows are prepared, its parts are computed, and its rows are
+  // finished, with a bias.
   Phase Multiplied() {
-    const bool prepares = Next() == 0;
+    const int64_t step = Next();
     const size_t number = Next();
-    if (prepares) {
-      const Rows x = Value(), y = Value();
-      const Operand &words = Weight(), &scales = Weight(), *bias = &Weight();
-      const int64_t n_bytes = Next(), minima = Next(), has_bias = Next();
+    if (step == 0) {
+      const Rows x = Value(), y = Value(), parts = Value();
+      const Operand &words = Weight(), &scales = Weight();
+      const int64_t n_bytes = Next();
+      const bool minima = Next() != 0;
       products_.resize(std::max(products_.size(), number + 1));
-      biases_.resize(products_.size());
-      products_[number] = Made(x, y, words, scales, n_bytes, minima != 0);
-      biases_[number] = has_bias ? bias->floats() : nullptr;
+      products_[number] = Made(x, y, parts, words, scales, n_bytes, minima);
       Product* product = products_[number].get();
       bytes_ += product->bytes;
       return {0, [product](int64_t m) { product->Prepare(m); }};
     }
     Product* product = products_[number].get();
-    const float* bias = biases_[number];
+    if (step == 1) {
+      const int64_t share = CeilDiv(product->n_parts, 4 * n_threads_);
+      const int64_t size = CeilDiv(share, product->unit) * product->unit;
+      return {CeilDiv(product->n_parts, size), [=](int64_t i) {
+                product->Compute(i * size, std::min(size, product->n_parts - i * size));
+              }};
+    }
     const Rows y = Value();
-    const int64_t share = CeilDiv(product->n_outputs, 4 * n_threads_);
-    const int64_t size = CeilDiv(share, product->unit) * product->unit;
-    return {CeilDiv(product->n_outputs, size), [=](int64_t i) {
-              const int64_t first = i * size, n = std::min(size, product->n_outputs - first);
-              product->Compute(first, n);
-              for (int64_t m = 0; m < product->n_x && bias; ++m) {
-                for (int64_t j = first; j < first + n; ++j) y(m)[j] += bias[j];
-              }
+    const Operand& bias = Weight();
+    const bool biased = Next() != 0;
+    return {0, [=](int64_t m) {
+              product->Finish(m);
+              const auto add = [](Floats a, Floats b) { return a + b; };
+              if (biased) Map(y.width, add, y(m), y(m), bias.floats());
             }};
   }
 
-  std::unique_ptr<Product> Made(const Rows& x, const Rows& y, const Operand& words,
-                                const Operand& scales, int64_t n_bytes, bool minima) {
+  std::unique_ptr<Product> Made(const Rows& x, const Rows& y, const Rows& parts,
+                                const Operand& words, const Operand& scales, int64_t n_bytes,
+                                bool minima) {
     const int64_t n_x = program_.n_x;
     if (words.type == Type::kUint32) {
       const PanelWeights w{static_cast<int>(32 * words.columns / x.width),
@@ -206,7 +211,8 @@ class Reader {
       return OfPanels(w, x.data, n_x, static_cast<int>(n_bytes), y.data);
     }
     if (words.type == Type::kFloat32) {
-      return OfColumns(words.floats(), words.rows, words.columns, x.data, n_x, y.data);
+      return OfColumns(words.floats(), words.rows, words.columns, x.data, n_x, parts.data,
+                       y.data);
     }
     const Kind kind = words.type == Type::kBfloat16 ? Kind::kBfloat16
                       : words.type == Type::kInt8   ? Kind::kInt8
@@ -294,7 +300,6 @@ class Reader {
   std::unique_ptr<float[]> workspace_;
   std::vector<int64_t> begins_;
   std::vector<std::unique_ptr<Product>> products_;
-  std::vector<const float*> biases_;
   int64_t bytes_ = 0;
 };
 

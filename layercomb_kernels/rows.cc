@@ -448,7 +448,7 @@ template <typename W>
 class RowProduct final : public Product {
  public:
   RowProduct(const Matrix<W>& w, const float* x, int64_t n_x, float* y, int64_t bytes)
-      : Product(n_x, w.n * W::parts, w.n_rows, 16, bytes), w_(w), x_(w_, x, n_x), y_(y) {}
+      : Product(n_x, w.n * W::parts, w.n_rows, w.n_rows, 16, bytes), w_(w), x_(w_, x, n_x), y_(y) {}
 
   void Prepare(int64_t m) override { x_.Prepare(m); }
   void Compute(int64_t first, int64_t n) override {

@@ -25,6 +25,7 @@ from layercomb.layers.quantized.matrix import Narrow
 
 # The numbers of `Op` and `Activation` in program.h.
 _OPS = 'normalize', 'activate', 'add', 'multiply', 'product', 'turn', 'append', 'attend'
+_PARTS = 16  # kParts in products.h
 ACTIVATIONS = 'relu', 'relu2', 'gelu', 'silu', 'tanh', 'sigmoid'
 
 
@@ -196,11 +197,14 @@ class Program:
         y = self._value(shape, width)
         n, at = self._n_products, self.operand(words)
         self._n_products += 1
-        numbers = (at, *(at if a is None else self.operand(a) for a in (scales, bias)))
-        begin = 0, n, x, y, *numbers, *options, bias is not None
-        self._emit('product', begin, (x,), (('prepared', n),))
-        # Floats are prepared by leaving them where they are.
-        self._emit('product', (1, n, y), (x, ('prepared', n)), (y,), by_row=False)
+        first, last = (at if a is None else self.operand(a) for a in (scales, bias))
+        # Where each output is a sum of parts, these have a place of their own.
+        parts = self._value(shape, _PARTS * width) if words.dtype == jnp.float32 else y
+        prepared = 'prepared', n
+        self._emit('product', (0, n, x, y, parts, at, first, *options), (x,), (prepared,))
+        # Floats are prepared by leaving them where they are, so x is read here, too.
+        self._emit('product', (1, n), (x, prepared), (y, parts), by_row=False)
+        self._emit('product', (2, n, y, last, bias is not None), (y, parts), (y,))
         return y
 
     def turn(
@@ -336,7 +340,7 @@ class Program:
         for p, phase in enumerate(phases):
             taken = [place for place in taken if place[2] >= p]
             for value in _values_made(phase):
-                if value is output:
+                if value is output or begins[value.number] >= 0:
                     continue
                 width = -(-value.width // 16) * 16  # whole lines of a cache
                 at = 0
