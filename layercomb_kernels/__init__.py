@@ -40,6 +40,7 @@ _NAMES = (
     'row_products',
     'panel_products',
     'run_program',
+    'table_rows',
     'gathered_products',
     'gathered_sums',
     'factored_products',
@@ -207,6 +208,25 @@ def run_program(
     call = jax.ffi.ffi_call('layercomb_run_program', results, input_output_aliases=in_place)
     made: list[jax.Array] = call(code, factors, x, *operands)
     return made
+
+
+def table_rows(table: jax.Array, at: jax.Array) -> jax.Array:
+    """Rows of a table, y[m] = table[at[m]], or the nearest row where there is none.
+
+    XLA would widen the whole of a bfloat16 table on a CPU, to look up a few rows.
+
+    Args:
+      table: (F, D), of any dtype, and not empty.
+      at: (M,) int32.
+
+    Returns:
+      (M, D), in the dtype of the table.
+    """
+    _check_ranks(table=(table, 2), at=(at, 1))
+    _check(table.size > 0, table)
+    if at.dtype != jnp.int32:
+        raise TypeError(f'expected int32, got {at.dtype}')
+    return _call('table_rows', (len(at), table.shape[1]), table, at, dtype=table.dtype)
 
 
 def gathered_products(

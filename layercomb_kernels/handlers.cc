@@ -1,5 +1,7 @@
 // The kernels as handlers of XLA's FFI. Shapes have been checked where they are called from.
 
+#include <cstring>
+
 #include "kernels.h"
 #include "program.h"
 #include "xla/ffi/api/ffi.h"
@@ -79,6 +81,20 @@ ffi::Error PanelProducts(ffi::ThreadPool threads, ffi::RemainingArgs args,
                                   call.array(2).element_type() == ffi::F16};
   layercomb::PanelProducts(call.pool(), w, call.floats(0), call.size(0, 0), call.indices(3)[0],
                            call.y());
+  return ffi::Error::Success();
+}
+
+// A table (F, D) of any type, and which rows to copy (M,).
+ffi::Error TableRows(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                     ffi::RemainingRets results) {
+  Call call(threads, args, results);
+  const int64_t n_rows = call.size(0, 0);
+  const int64_t bytes = static_cast<int64_t>(call.array(0).size_bytes()) / n_rows;
+  const auto* table = static_cast<const char*>(call.array(0).untyped_data());
+  for (int64_t m = 0; m < call.size(1, 0); ++m) {
+    const int64_t row = std::clamp<int64_t>(call.indices(1)[m], 0, n_rows - 1);
+    std::memcpy(call.y<char>() + m * bytes, table + row * bytes, bytes);
+  }
   return ffi::Error::Success();
 }
 
@@ -335,6 +351,7 @@ ffi::Error RunProgram(ffi::ThreadPool threads, ffi::RemainingArgs args,
 LAYERCOMB_HANDLER(layercomb_row_products, RowProducts);
 LAYERCOMB_HANDLER(layercomb_panel_products, PanelProducts);
 LAYERCOMB_HANDLER(layercomb_run_program, RunProgram);
+LAYERCOMB_HANDLER(layercomb_table_rows, TableRows);
 LAYERCOMB_HANDLER(layercomb_gathered_products, GatheredProducts);
 LAYERCOMB_HANDLER(layercomb_gathered_sums, GatheredSums);
 LAYERCOMB_HANDLER(layercomb_factored_products, FactoredProducts);

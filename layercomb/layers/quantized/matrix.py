@@ -30,7 +30,7 @@ from jax import lax
 
 import layercomb_kernels
 from layercomb.layers.quantized import panels, pieces
-from layercomb.layers.quantized.native import FEW, has_kernels, with_kernel
+from layercomb.layers.quantized.native import FEW, has_kernels, runs_natively, with_kernel
 from layercomb.layers.quantized.rows import IN_BOUNDS
 from layercomb.shapes import is_float
 
@@ -136,7 +136,9 @@ class Narrow(Matrix):
         if rows.dtype.itemsize <= 4:
             rows = rows.astype(jnp.int32)  # bytes cannot number the words of a table
         if self.scales is None:
-            return jnp.take(self.values, rows, axis=0, **known).astype(jnp.float32)
+            take = _table_rows if self.values.size and runs_natively() else _plain_table_rows
+            found = take(self.values, rows.reshape(-1)).astype(jnp.float32)  # (…) → (M,)
+            return found.reshape(*rows.shape, found.shape[-1])
         if self.in_panels:
             n = len(self.values)
             at = jnp.clip(rows, 0, n - 1)
@@ -283,6 +285,17 @@ def _integers(words: jax.Array, bits: int) -> jax.Array:
     return jnp.concatenate([low, high], -1).astype(jnp.float32)
 
 
+def _plain_table_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows of a table; NaN for those that do not exist: (F, D), (M,) → (M, D)."""
+    return jnp.take(table, rows, axis=0, mode='fill', fill_value=jnp.nan)
+
+
+def _native_table_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
+    at = jnp.clip(rows, 0, len(table) - 1).astype(jnp.int32)
+    found = layercomb_kernels.table_rows(table, at)
+    return jnp.where(((rows < 0) | (rows >= len(table)))[:, None], jnp.nan, found)
+
+
 def _plain_product(x: jax.Array, w: Narrow) -> jax.Array:
     """The product by widened weights: (M, D) → (M, F) float32."""
     wide = w.wide_rows().reshape(-1, x.shape[1]).astype(x.dtype)  # (*o, D) → (F, D)
@@ -356,6 +369,7 @@ def _by_kernel(x: jax.Array, w: Narrow) -> jax.Array:
     return layercomb_kernels.panel_products(x, words, scales, w.activation_bits // 8, w.minima)
 
 
+_table_rows = with_kernel(_plain_table_rows, _native_table_rows)
 _product = with_kernel(_plain_product, _by_kernel)
 _factored_product = _with_kernel(_plain_factored_product, layercomb_kernels.factored_products)
 _gathered_product = _with_kernel(_plain_gathered_product, layercomb_kernels.gathered_products)

@@ -16,6 +16,7 @@ With `speculate` several tokens are drafted and then checked in one pass, see `s
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -189,19 +190,43 @@ def _step(
     return token, _Kept(state, sampler.add(kept.held, token), kept.i + 1)
 
 
-@functools.lru_cache(maxsize=16)
-def _next(structure: Any) -> Any:
-    """The compiled step: (leaves of what stays the same, state, token) → (token, state).
+class _Rows(NamedTuple):
+    """Rows on their way."""
 
-    Leaves are passed flat, since flattening nested dicts and hashing a model at each token takes
-    longer than a small model does.
-    """
+    token: jax.Array  # (B,) int32, the last one
+    done: jax.Array  # (B,) bool
+    kept: _Kept
 
-    def step(leaves: list[jax.Array], kept: _Kept, token: jax.Array) -> Any:
-        start, sampler, keys = jax.tree.unflatten(structure, leaves)
-        return _step(start, sampler, kept, token, keys)
 
-    return jax.jit(step, donate_argnums=1)
+def _begin(start: Start, sampler: Sampler, eos_id: jax.Array, keys: jax.Array) -> _Rows:
+    token, kept = _first(start, sampler, keys)
+    return _Rows(token, (token == eos_id) & (eos_id >= 0), kept)
+
+
+def _several(
+    constants: tuple[Start, Sampler, jax.Array, jax.Array],
+    rows: _Rows,
+    end: jax.Array,
+    made: jax.Array,
+) -> tuple[_Rows, jax.Array]:
+    """Makes tokens until there are `end` of them, or all rows are done: columns of `made`."""
+    start, sampler, eos_id, keys = constants
+    first = rows.kept.i
+
+    def unfinished(carry: Any) -> jax.Array:
+        (token, done, kept), _ = carry
+        return (kept.i < end) & ~done.all() & (token != NO_TOKEN).all()
+
+    def step(carry: Any) -> Any:
+        (token, done, kept), made = carry
+        column = kept.i - first
+        token, kept = _step(start, sampler, kept, token, keys)
+        token = jnp.where(done, eos_id, token)
+        made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], column, 1)
+        return _Rows(token, done | (token == eos_id), kept), made
+
+    done: tuple[_Rows, jax.Array] = jax.lax.while_loop(unfinished, step, (rows, made))
+    return done
 
 
 @jax.jit
@@ -209,43 +234,64 @@ def _generate(
     start: Start, sampler: Sampler, n_tokens: jax.Array, eos_id: jax.Array, keys: jax.Array
 ) -> jax.Array:
     """(B, room) tokens, of which the first `n_tokens` are made: one program serves any number."""
-    first, kept = _first(start, sampler, keys)
-    made = jnp.full((len(first), start.room), jnp.maximum(eos_id, 0), jnp.int32)
-    made = made.at[:, 0].set(first)
+    rows = _begin(start, sampler, eos_id, keys)
+    made = jnp.full((len(rows.token), start.room - 1), jnp.maximum(eos_id, 0), jnp.int32)
+    _, made = _several((start, sampler, eos_id, keys), rows, n_tokens, made)
+    return jnp.concatenate([rows.token[:, None], made], 1)
 
-    def unfinished(carry: Any) -> jax.Array:
-        token, done, kept, _ = carry
-        return (kept.i < n_tokens) & ~done.all() & (token != NO_TOKEN).all()
 
-    def step(carry: Any) -> Any:
-        token, done, kept, made = carry
-        i = kept.i
-        token, kept = _step(start, sampler, kept, token, keys)
-        token = jnp.where(done, eos_id, token)
-        made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], i, 1)
-        return token, done | (token == eos_id), kept, made
+_BLOCK = 16  # the most tokens that are streamed by one call
+_SECONDS = 0.02  # what one call takes, about: a screen shows no more often
 
-    done = (first == eos_id) & (eos_id >= 0)
-    return jax.lax.while_loop(unfinished, step, (first, done, kept, made))[-1]
+
+@functools.lru_cache(maxsize=16)
+def _next(structure: Any) -> Any:
+    """The compiled steps: (leaves of what stays the same, rows, how many) → (rows, tokens).
+
+    Leaves are passed flat, since flattening nested dicts and hashing a model at each token takes
+    longer than a small model does.
+    """
+
+    def steps(leaves: list[jax.Array], rows: _Rows, n: jax.Array) -> Any:
+        made = jnp.zeros((len(rows.token), _BLOCK), jnp.int32)
+        return _several(jax.tree.unflatten(structure, leaves), rows, rows.kept.i + n, made)
+
+    return jax.jit(steps, donate_argnums=1)
 
 
 def _stream(
     start: Start, sampler: Sampler, n_tokens: int, eos_id: np.int32, keys: jax.Array
 ) -> Iterator[np.ndarray]:
-    leaves, structure = jax.tree.flatten((start, jax.device_put(sampler), keys))
-    step = _next(structure)
-    token, kept = _first(start, sampler, keys)
-    done = np.zeros(len(token), bool)
-    for i in range(1, n_tokens + 1):
-        made = token
-        if i < n_tokens:  # dispatches the next token before this one is read
-            token, kept = step(leaves, kept, made)
-        shown = np.where(done, eos_id, np.asarray(made))
-        check_drawn(shown[:, None], i - 1)
-        done = done | (shown == eos_id)
-        yield shown
-        if done.all():
-            return
+    """Yields columns. A call makes several where tokens are quick: each call takes time, too."""
+    leaves, structure = jax.tree.flatten(jax.device_put((start, sampler, eos_id, keys)))
+    steps = _next(structure)
+    rows = _begun_rows(start, sampler, eos_id, keys)
+    blocks = [(np.asarray(rows.token)[:, None], 1)]
+    done = np.zeros(len(rows.token), bool)
+    shown, asked, n, since = 0, 1, 1, time.perf_counter()
+    while blocks:
+        if asked < n_tokens:  # dispatches the next tokens before these are read
+            n = min(n, n_tokens - asked)
+            rows, made = steps(leaves, rows, np.int32(n))
+            blocks.append((made, n))
+            asked += n
+        made, count = blocks.pop(0)
+        columns = np.asarray(made)[:, :count]
+        now = time.perf_counter()
+        if shown:
+            n = int(np.clip(_SECONDS * count / (now - since), 1, _BLOCK))
+        since = now
+        for column in columns.T:
+            column = np.where(done, eos_id, column)
+            check_drawn(column[:, None], shown)
+            done |= column == eos_id
+            shown += 1
+            yield column
+            if done.all():
+                return
+
+
+_begun_rows = jax.jit(_begin)
 
 
 @jax.jit
