@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -92,6 +93,7 @@ def off() -> Iterator[None]:
 
 @functools.cache
 def _register() -> str | None:
+    _check_threads()
     try:
         handlers = library.load().handlers
         for name in _NAMES:
@@ -102,6 +104,16 @@ def _register() -> str | None:
     except jax.errors.JaxRuntimeError as e:  # a version of the interface that it has given up
         return f'jaxlib refuses them: {str(e).strip().splitlines()[0]}'
     return None
+
+
+def _check_threads() -> None:
+    """Raises a ValueError if the environment gives no number of threads."""
+    given = os.environ.get('LAYERCOMB_THREADS')
+    if given is not None and not (given.isascii() and given.isdigit() and int(given) > 0):
+        raise ValueError(
+            f'LAYERCOMB_THREADS={given!r} is no number of threads: give 1 or more, or leave it out '
+            'for as many as there are CPUs'
+        )
 
 
 def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array:
@@ -206,8 +218,7 @@ def run_program(
     ]
     in_place = {3 + n: 1 + i for i, n in enumerate(written)}
     call = jax.ffi.ffi_call('layercomb_run_program', results, input_output_aliases=in_place)
-    made: list[jax.Array] = call(code, factors, x, *operands)
-    return made
+    return list(call(code, factors, x, *operands))
 
 
 def table_rows(table: jax.Array, at: jax.Array) -> jax.Array:

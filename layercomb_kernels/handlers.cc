@@ -1,5 +1,6 @@
 // The kernels as handlers of XLA's FFI. Shapes have been checked where they are called from.
 
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels.h"
@@ -10,6 +11,16 @@ namespace {
 
 namespace ffi = xla::ffi;
 
+// How many threads a kernel may use, by the environment; what cannot be read is no limit.
+int64_t MostThreads() {
+  static const int64_t most = [] {
+    const char* given = std::getenv("LAYERCOMB_THREADS");
+    const int64_t n = given ? std::atoll(given) : 0;
+    return n > 0 ? n : INT64_MAX;
+  }();
+  return most;
+}
+
 // What a handler is given: float32 arrays, but for indices and words.
 class Call {
  public:
@@ -18,7 +29,7 @@ class Call {
 
   layercomb::Pool pool() {
     return {[this](std::function<void()> task) { threads_.Schedule(std::move(task)); },
-            threads_.num_threads()};
+            std::min(threads_.num_threads(), MostThreads())};
   }
   ffi::AnyBuffer array(int i) const { return *args_.get<ffi::AnyBuffer>(i); }
   int64_t size(int i, int axis) const { return array(i).dimensions()[axis]; }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "program.h"
 
 namespace {
 
@@ -328,6 +329,42 @@ void Blocks(Threads& threads) {
   }
 }
 
+// Norm, product, bias and sum; and keys and values written to a cache, to which queries attend.
+void Programs(Threads& threads) {
+  constexpr int64_t d = 48, room = 9, batch = 2, length = 3, n_x = batch * length;
+  constexpr int32_t kValue = static_cast<int32_t>(d);
+  std::vector<float> scale = Floats(d), bias = Floats(d), kernel = Floats(d * d);
+  const auto x = Floats(n_x * d), factors = std::vector<float>{1e-6f, 0.25f, 0};
+  const int32_t code[] = {
+      19 * kValue, 5, -1, 0, kValue, 2 * kValue, -2, 4,
+      1, 2, 0, 0, kValue, 1, kValue, 0, 1, 1, 0,                    // x → 1, normalized
+      4, 0, 0, 1, kValue, 2, kValue, 3, 16 * kValue, 2, 2, 2, 0,    // 1 is prepared
+      0, 1, 4, 1, 0,                                                // 1 → 3, parts
+      1, 3, 4, 2, 0, 2, kValue, 1, 1,                               // 3 → 2
+      6, 2, kValue, 0, 3, room, 6, 2, kValue, 1, 3, room,           // 2 → caches
+      0, 1, 7, 2, kValue, 4, kValue, 0, 1, 3, 6, 2, room, 4, 1, 2,  // 2 → y
+  };
+  Same("RunProgram", threads, {n_x * d, batch * 3 * room * 8, batch * 3 * room * 8},
+       [&](const Pool& pool, float** y) {
+         std::vector<int32_t> taken{2, 5};
+         const Operand positions{taken.data(), Type::kInt32, 1, batch};
+         RunProgram(pool, {n_x,
+                           length,
+                           code,
+                           factors.data(),
+                           {{scale.data(), Type::kFloat32, 1, d},
+                            {bias.data(), Type::kFloat32, 1, d},
+                            {kernel.data(), Type::kFloat32, d, d},
+                            positions},
+                           {{y[1], Type::kFloat32, batch * 3 * room, 8},
+                            {y[2], Type::kFloat32, batch * 3 * room, 8},
+                            positions},
+                           x.data(),
+                           y[0]});
+         if (taken[0] != 2 + length) std::exit(1);
+       });
+}
+
 }  // namespace
 
 int main() {
@@ -339,5 +376,6 @@ int main() {
   Flash(threads);
   Selected(threads);
   Blocks(threads);
+  Programs(threads);
   std::puts("all kernels ran");
 }

@@ -137,8 +137,10 @@ class RotaryPositions(Layer):
           length: of the sequence.
           ids: the documents of packed rows (B, L); None for none.
         """
-        return state['frequencies'] if 'frequencies' in state else self._frequencies(
-            depth, length, ids
+        return (
+            state['frequencies']
+            if 'frequencies' in state
+            else self._frequencies(depth, length, ids)
         )
 
     @property

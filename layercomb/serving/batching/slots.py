@@ -32,7 +32,6 @@ from layercomb.supervised.decoding.prompts import (
 from layercomb.supervised.decoding.sampling import Sampler, stacked
 from layercomb.supervised.decoding.scoring import Alternatives, alternatives
 from layercomb.transforms.low_rank.many import adapter_names
-from layercomb.transforms.fusing.layer import fuse
 from layercomb.transforms.unstacking import unstack, unstack_state
 
 _LEAST_ROOM = 512  # positions that caches hold at least, if the model reaches so far

@@ -33,9 +33,9 @@ from layercomb.model import Model, check_tokens
 from layercomb.shapes import Signature, is_float, shape_dtype
 from layercomb.supervised.decoding.fitness import judged_init
 from layercomb.supervised.decoding.sampling import Sampler
+from layercomb.transforms.fusing.layer import fuse
 from layercomb.transforms.quantization.layer import bare
 from layercomb.transforms.tying import Tied
-from layercomb.transforms.fusing.layer import fuse
 from layercomb.transforms.unstacking import unstack, unstack_state
 from layercomb.trees import Tree
 

@@ -13,7 +13,7 @@ from layercomb.layers.basic.gated import GatedDense
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
-from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.core.wrapper import Wrapper, unwrapped
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.native import FEW, runs_natively
 from layercomb.transforms.fusing.program import Program, Unfit, Written
@@ -89,7 +89,7 @@ def fuse(net: Layer) -> Layer:
     """
     if isinstance(net, Fused):
         return net
-    if net.sublayers and net.n_in == net.n_out == 1 and knows(net) and _multiplies(net):
+    if unwrapped(net).sublayers and net.n_in == net.n_out == 1 and knows(net) and _multiplies(net):
         return Fused(net)
     if not net.sublayers:
         return net
