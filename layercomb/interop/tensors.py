@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb import trees
+from layercomb import buffers, trees
 from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.facts.axes import Axes
@@ -148,11 +148,11 @@ def fill(
         like = flat[entry.ours]
         shape = like.shape if entry.layers is None else like.shape[1:]
         given = dtype(entry.ours) if isinstance(dtype, FunctionType) else dtype
-        stack = np.empty((len(entry.names), *shape), jnp.dtype(given))
+        stack = buffers.empty((len(entry.names), *shape), jnp.dtype(given))
         for i, names in enumerate(entry.all_names):
             tensor = entry.cut(_read(names, tensors, entry.alike))
             stack[i] = (tensor.T if entry.transposed else tensor).reshape(shape)
-        made[entry.ours] = jnp.asarray(stack[0] if entry.layers is None else stack)
+        made[entry.ours] = buffers.taken(stack[0] if entry.layers is None else stack)
     return trees.unflatten(made)
 
 

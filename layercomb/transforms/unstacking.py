@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from layercomb import trees
+from layercomb import buffers, trees
 from layercomb.layers.combinators.map import Map
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.serial import Serial
@@ -26,6 +26,7 @@ def unstack(net: Layer, weights: Tree) -> tuple[Layer, Tree]:
     """The same model with separate weights for each layer of a `Repeat` or `Map`, for decoding.
 
     Slicing stacked weights would copy them at every token, so unstack once, before the first one.
+    On a CPU the weights share the memory of the stacked ones, and no byte is copied.
     The state in ``PREDICT`` is the same for both models; `unstack_state` unstacks that of training.
 
     Args:
@@ -98,11 +99,14 @@ def unstack_state(net: Layer, state: Tree) -> Tree:
 
 
 def _block_weights(net: Repeat | Map, weights: Tree, i: int) -> Tree:
-    """The weights of block `i`; one program serves all blocks, since it is given the number.
+    """The weights of block `i`, in the memory of all blocks on a CPU.
 
-    What is no array, such as a description of one, is sliced by its own ``[i]``.
+    Elsewhere one program slices for all blocks, since it is given the number. What is no array,
+    such as a description of one, is sliced by its own ``[i]``.
     """
     leaves = jax.tree.leaves(weights)
+    if net.stacked_axes and leaves and all(map(buffers.is_shareable, leaves)):
+        return jax.tree.map(lambda x: buffers.shared_slice(x, i), weights)
     arrays = bool(leaves) and all(isinstance(x, jax.Array | np.ndarray) for x in leaves)
     slices = arrays and bool(net.stacked_axes)
     return _sliced(net, weights, np.int32(i)) if slices else net.block_weights(weights, i)

@@ -14,11 +14,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from layercomb import trees
+from layercomb import buffers, trees
 from layercomb.errors import UsageError
 from layercomb.interop.gguf.blocks import (
     Blocks,
@@ -160,21 +159,21 @@ def load_narrow(
         before = entry.names
         matrix, shape = matrices.get(entry.ours), flat[entry.ours].shape
         if matrix is None:
-            made[entry.ours] = jnp.asarray(_vectors(entry, tensors).reshape(shape))
+            made[entry.ours] = buffers.taken(_vectors(entry, tensors).reshape(shape))
             continue
         kind = kinds[matrix.leaf]
         stack = [tensors[name].rows(entry.part) for name in entry.names]
         lead = () if entry.layers is None else (len(stack),)
         if kind.bits == 16:
             values = _bfloat16([tensors[name].stored.blocks for name in entry.names], stack)
-            made[entry.ours] = jnp.asarray(values.reshape(*lead, *matrix.shape))
+            made[entry.ours] = buffers.taken(values.reshape(*lead, *matrix.shape))
             continue
         each_type = [tensors[name].stored.blocks for name in entry.names]
         layer, rest, _ = holder(narrow, entry.ours)
         assert isinstance(layer, Quantized)
         stored = _laid_out(layer, rest, each_type, stack, kind)
         for path, each in zip((entry.ours, entry.ours + SCALES), stored, strict=True):
-            made[path] = jnp.asarray(each.reshape(*lead, *matrix.shape[:-1], -1))
+            made[path] = buffers.taken(each.reshape(*lead, *matrix.shape[:-1], -1))
     return narrow, trees.unflatten(made)
 
 
@@ -310,7 +309,7 @@ def _laid_out(
             parts = layer.stored(path, *_integers(blocks, data[rows], kind), n_o=1)
             if not made:
                 shape = len(stack), len(data)
-                made = [np.empty((*shape, x.shape[-1]), x.dtype) for x in parts]
+                made = [buffers.empty((*shape, x.shape[-1]), x.dtype) for x in parts]
             for whole, part in zip(made, parts, strict=True):
                 whole[i, rows] = part
     return made[0], made[1]
@@ -341,13 +340,14 @@ def _integers(blocks: Blocks, data: np.ndarray, kind: Kind) -> tuple[np.ndarray,
 def _vectors(entry: Entry, tensors: Mapping[str, Tensor]) -> np.ndarray:
     """The float32 values of a weight that stays wide, one layer after the other."""
     found = [entry.cut(tensors[name].read()) for name in entry.names]
-    return np.stack([x.T if entry.transposed else x for x in found])
+    found = [x.T if entry.transposed else x for x in found]
+    return np.stack(found, out=buffers.empty((len(found), *found[0].shape), np.float32))
 
 
 def _bfloat16(kinds: Sequence[Blocks], stack: Sequence[np.ndarray]) -> np.ndarray:
     """Rows of any type in bfloat16, (layers, M, N)."""
     length = stack[0].shape[1] // kinds[0].n_bytes * kinds[0].size
-    values = np.empty((len(stack), len(stack[0]), length), ml_dtypes.bfloat16)
+    values = buffers.empty((len(stack), len(stack[0]), length), ml_dtypes.bfloat16)
     for i, (blocks, rows) in enumerate(zip(kinds, stack, strict=True)):
         for at, numbers in blocks.pieces(rows):
             values[i, at] = numbers
