@@ -1,4 +1,4 @@
-"""Memory that JAX takes without a copy: arrays made in place, and slices of stacked ones.
+"""Memory of the host: arrays that JAX takes without a copy, and what is given back.
 
 On a CPU, JAX uses memory of NumPy as it is if it begins at a multiple of 64 bytes, and so weights
 need not be there twice while they are read or unstacked. Elsewhere, and where the memory begins at
@@ -7,6 +7,7 @@ another place, JAX copies by itself.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -62,3 +63,11 @@ def shared_slice(x: jax.Array, i: int) -> jax.Array:
       i: from 0.
     """
     return jax.device_put(np.asarray(x)[i], x.sharding if x.committed else None)
+
+
+def give_back() -> None:
+    """Gives freed memory back to the system, where the allocator would keep it, as glibc's does."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # another system, or another allocator
+        return

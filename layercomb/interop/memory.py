@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
@@ -31,14 +30,6 @@ def check_fits(n_bytes: int, what: str) -> None:
             f'{what} takes {_gib(n_bytes)} of memory, and {_gib(free)} are free: take one of fewer '
             'weights or bits, or a larger machine'
         )
-
-
-def give_back() -> None:
-    """Gives freed memory back to the system, where the allocator would keep it, as glibc's does."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):  # another system, or another allocator
-        return
 
 
 def free_bytes() -> int | None:

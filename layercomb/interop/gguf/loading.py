@@ -14,7 +14,7 @@ from layercomb.interop.gguf.file import File, read
 from layercomb.interop.gguf.rope import FACTORS
 from layercomb.interop.gguf.vocabulary import vocabulary
 from layercomb.interop.gguf.weights import load_narrow, load_wide
-from layercomb.interop.memory import give_back
+from layercomb.buffers import give_back
 from layercomb.interop.tensors import shapes_of
 from layercomb.interop.tokenizer import PretrainedTokenizer, sampling_advice
 from layercomb.layers.core.layer import Layer

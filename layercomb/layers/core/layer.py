@@ -256,6 +256,14 @@ def _outputs(layer: Layer, mode: Mode) -> Callable[..., Arrays]:
     return outputs
 
 
+def forget_shapes() -> None:
+    """Lets go of what JAX keeps of shapes that `init` asked for, some megabytes for a large model.
+
+    Where they are asked for again, they are traced again.
+    """
+    _outputs.cache_clear()
+
+
 def is_layers(value: Any) -> bool:
     """Whether a field's value is a layer, or a tuple of layers that is not empty."""
     many = isinstance(value, tuple) and bool(value) and all(isinstance(v, Layer) for v in value)

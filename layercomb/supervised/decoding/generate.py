@@ -27,6 +27,7 @@ import numpy as np
 from layercomb.model import Model
 from layercomb.supervised.decoding import speculating
 from layercomb.supervised.decoding.beams import Beams, beam_search
+from layercomb.supervised.decoding.compiling import compile_for
 from layercomb.supervised.decoding.drafts import Draft, Lookup, Speculation
 from layercomb.supervised.decoding.keys import fold_each, row_keys
 from layercomb.supervised.decoding.prompts import (
@@ -116,6 +117,7 @@ def generate(
     check_bias(start.net, sampler)
     keys, limits = row_keys(rng, len(start.tokens)), (np.int32(n_tokens), as_id(eos_id))
     if speculate is None:
+        compile_for(_generate, start, sampler, *limits, keys)
         made = _generate(start, sampler, *limits, keys)
     else:
         made = _speculate(speculating.job(speculate, prompts, start, sampler, keys, *limits))
@@ -265,7 +267,10 @@ def _stream(
     """Yields columns. A call makes several where tokens are quick: each call takes time, too."""
     leaves, structure = jax.tree.flatten(jax.device_put((start, sampler, eos_id, keys)))
     steps = _next(structure)
+    compile_for(_begun_rows, start, sampler, eos_id, keys)
     rows = _begun_rows(start, sampler, eos_id, keys)
+    if n_tokens > 1:
+        compile_for(steps, leaves, rows, np.int32(1))
     blocks = [(np.asarray(rows.token)[:, None], 1)]
     done = np.zeros(len(rows.token), bool)
     shown, asked, n, since = 0, 1, 1, time.perf_counter()

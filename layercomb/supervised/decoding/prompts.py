@@ -15,13 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from layercomb import trees
 from layercomb.checks import Count, Size, check_value
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, one_line
 from layercomb.layers.combinators.serial import Serial
-from layercomb.layers.core.layer import Arrays, Key, Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer, forget_shapes
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
@@ -397,7 +399,7 @@ def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
       UsageError: if the decoding state has no place for a statistic, or if a layer may mix
         positions and keeps no cache.
     """
-    (_, fresh), refusal = judged_init(net, signature, jax.random.key(0))
+    fresh, refusal = _fresh_and_judged(net, signature)
     if refusal is not None and _is_of_each_position(net.output_signature(signature, Mode.PREDICT)):
         raise UsageError(refusal)  # `logits_of` refuses a model that is no language model
     statistics, _ = take_out(trained, AuxLoss)  # decoding needs no auxiliary losses
@@ -413,6 +415,27 @@ def fresh_state(net: Layer, trained: Tree, signature: Signature) -> Tree:
             'where it cannot be taken along: use a norm without running statistics there'
         )
     return trees.map_with_path(lambda path, x: kept.get(path, x), fresh)
+
+
+def _fresh_and_judged(net: Layer, signature: Signature) -> tuple[Tree, str | None]:
+    """A decoding state with empty caches, and why the model cannot decode, if so.
+
+    The random weights that `init` makes beside it are cut out of what is traced: they are some
+    thousand operations that programs would keep in memory, though none is ever carried out.
+    """
+    refusals = []
+
+    def state() -> Tree:
+        (_, fresh), refusal = judged_init(net, signature, jax.random.key(0))
+        refusals.append(refusal)
+        return fresh
+
+    traced, shapes = jax.make_jaxpr(state, return_shape=True)()
+    forget_shapes()
+    needed, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    # Constants are inputs of what is traced, of which none is cut out unless asked for.
+    leaves = jaxpr_as_fun(ClosedJaxpr(needed, traced.consts))()
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves), refusals[-1]
 
 
 def ingest(start: Start) -> tuple[jax.Array, Tree]:

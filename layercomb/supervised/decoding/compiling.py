@@ -1,0 +1,35 @@
+"""`compile_for`: compiles a program before its first call, and gives back what that took."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layercomb import buffers
+
+# What each program was compiled for. Weakly, so that programs go when nobody else has them.
+_known: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+
+
+def compile_for(program: Any, *args: Any) -> None:
+    """Compiles a program for a first call with such arguments, or reads it from JAX's cache.
+
+    Either takes tens of megabytes for a moment, which the allocator would keep beside what the
+    program itself then takes. JAX finds what is compiled here when the program is called.
+
+    Args:
+      program: what `jax.jit` made.
+      *args: of the call, of which only shapes and dtypes are looked at.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    kind = structure, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+    known = _known.setdefault(program, set())
+    if kind in known:
+        return
+    known.add(kind)
+    buffers.give_back()
+    program.lower(*args).compile()
+    buffers.give_back()
