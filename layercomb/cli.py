@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,6 +225,7 @@ def run_inspect(options: argparse.Namespace) -> None:
         model, _ = others.loaded(source)
         with usage_errors():
             print(summary(model.layer, others.signature_of(model)))
+        _print_decoding_bytes(model)
         return
     is_run, file = source.kind == sources.RUN, source.path
     with (
@@ -237,10 +238,28 @@ def run_inspect(options: argparse.Namespace) -> None:
             signature = experiment.batch_signature()
             print(summary(experiment.net, signature[: experiment.net.n_in]))
             takes = experiment.training_bytes()
+    _print_bytes(f'a training step on a batch of {signature[0].shape}', takes)
+
+
+def _print_decoding_bytes(model: Model) -> None:
+    """What decoding a row takes, for a language model."""
+    from layercomb.supervised import decoding
+
+    if model.layer.n_in > 1:
+        return
+    try:
+        length = min(1024, decoding.max_len(model.layer) or 1024)
+        takes = decoding.decoding_bytes(model, length)
+    except UsageError:  # it makes no text
+        return
+    _print_bytes(f'decoding a row of {length:,} positions', takes)
+
+
+def _print_bytes(what: str, takes: Mapping[str, int]) -> None:
     print()
-    print(f'a training step on a batch of {signature[0].shape} takes, in bytes:')
-    for what, n in takes.items():
-        print(f'  {what:<12}{n:>16,}')
+    print(f'{what} takes, in bytes:')
+    for part, n in takes.items():
+        print(f'  {part:<12}{n:>16,}')
 
 
 def run_serve(options: argparse.Namespace) -> None:

@@ -17,17 +17,7 @@ FILES = sorted(ROOT.rglob('*.py'))
 
 # Each floor may import from those below it, and from itself; a name may be a package or a module.
 FLOORS = [
-    {
-        'version',
-        'errors',
-        'paths',
-        'checks',
-        'methods',
-        'shapes',
-        'trees',
-        'buffers',
-        'gin_configs',
-    },
+    {'version', 'errors', 'paths', 'checks', 'methods', 'shapes', 'trees', 'gin_configs'},
     {'layers'},
     {'checkpoints', 'transforms'},
     {'losses'},

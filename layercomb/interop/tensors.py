@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb import buffers, trees
+from layercomb import trees
 from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.facts.axes import Axes
+from layercomb.transforms import buffers
 from layercomb.transforms.weight_axes import axes
 from layercomb.trees import Tree
 

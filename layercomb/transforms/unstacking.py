@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from layercomb import buffers, trees
+from layercomb import trees
 from layercomb.layers.combinators.map import Map
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.serial import Serial
@@ -18,6 +18,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper, default_name, given_name
 from layercomb.layers.reversible.stack import ReversibleRepeat, ReversibleSerial
+from layercomb.transforms import buffers
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 

@@ -14,11 +14,11 @@ from layercomb.interop.gguf.file import File, read
 from layercomb.interop.gguf.rope import FACTORS
 from layercomb.interop.gguf.vocabulary import vocabulary
 from layercomb.interop.gguf.weights import load_narrow, load_wide
-from layercomb.buffers import give_back
 from layercomb.interop.tensors import shapes_of
 from layercomb.interop.tokenizer import PretrainedTokenizer, sampling_advice
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
+from layercomb.transforms.buffers import give_back
 
 # What `generation` calls the makers' advice.
 _SAMPLING = {

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from layercomb import buffers, trees
+from layercomb import trees
 from layercomb.errors import UsageError
 from layercomb.interop.gguf.blocks import (
     Blocks,
@@ -35,6 +35,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.layers.quantized.matrix import SCALES, Narrow
 from layercomb.layers.quantized.panels import as_rows
+from layercomb.transforms import buffers
 from layercomb.transforms.quantization.holding import Kind, hold_narrow, hold_wide
 from layercomb.transforms.quantization.layer import Quantized, bare, bits_of, narrow_axes
 from layercomb.transforms.tying import Tied

@@ -228,7 +228,7 @@ class Layer(Declares):
         check_inputs(self, signature)
         weights, state = self.init(signature, rng, mode)
         # Shapes alone are asked for, and there is nothing to replay yet.
-        outputs = _outputs(self, Mode.TRAIN if mode is Mode.REPLAY else mode)
+        outputs = outputs_of(self, Mode.TRAIN if mode is Mode.REPLAY else mode)
         return jax.eval_shape(outputs, weights, state, signature, rng), weights, state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -247,21 +247,16 @@ class Layer(Declares):
 
 
 @functools.lru_cache(maxsize=1024)
-def _outputs(layer: Layer, mode: Mode) -> Callable[..., Arrays]:
-    """`apply` without the state; equal layers share one function, which JAX traces once."""
+def outputs_of(layer: Layer, mode: Mode) -> Callable[..., Arrays]:
+    """`apply` without the state; equal layers share one function, which JAX traces once.
+
+    What was traced is kept, some megabytes for a large model, until `outputs_of.cache_clear()`.
+    """
 
     def outputs(weights: Tree, state: Tree, inputs: Arrays, rng: Key) -> Arrays:
         return check_outputs(layer, layer.apply(weights, state, inputs, rng=rng, mode=mode)[0])
 
     return outputs
-
-
-def forget_shapes() -> None:
-    """Lets go of what JAX keeps of shapes that `init` asked for, some megabytes for a large model.
-
-    Where they are asked for again, they are traced again.
-    """
-    _outputs.cache_clear()
 
 
 def is_layers(value: Any) -> bool:

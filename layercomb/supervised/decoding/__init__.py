@@ -6,6 +6,7 @@ from layercomb.supervised.decoding.drafts import Draft, Lookup
 from layercomb.supervised.decoding.embedding import embed
 from layercomb.supervised.decoding.generate import generate, stream
 from layercomb.supervised.decoding.likelihood import likelihood
+from layercomb.supervised.decoding.memory import decoding_bytes
 from layercomb.supervised.decoding.prompts import max_len
 from layercomb.supervised.decoding.sampling import Sampler
 from layercomb.supervised.decoding.scoring import Scores, score
@@ -19,6 +20,7 @@ __all__ = [
     'Scores',
     'beam_search',
     'classify',
+    'decoding_bytes',
     'embed',
     'generate',
     'likelihood',

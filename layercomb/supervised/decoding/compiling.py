@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb import buffers
+from layercomb.transforms import buffers
 
 # What each program was compiled for. Weakly, so that programs go when nobody else has them.
 _known: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()

@@ -23,7 +23,7 @@ from layercomb.checks import Count, Size, check_value
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, one_line
 from layercomb.layers.combinators.serial import Serial
-from layercomb.layers.core.layer import Arrays, Key, Layer, forget_shapes
+from layercomb.layers.core.layer import Arrays, Key, Layer, outputs_of
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
@@ -431,9 +431,8 @@ def _fresh_and_judged(net: Layer, signature: Signature) -> tuple[Tree, str | Non
         return fresh
 
     traced, shapes = jax.make_jaxpr(state, return_shape=True)()
-    forget_shapes()
+    outputs_of.cache_clear()
     needed, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-    # Constants are inputs of what is traced, of which none is cut out unless asked for.
     leaves = jaxpr_as_fun(ClosedJaxpr(needed, traced.consts))()
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves), refusals[-1]
 

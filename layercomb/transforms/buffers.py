@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 _ALIGNMENT = 64  # bytes, of XLA's on a CPU
+_PAGES = Path('/proc/self/statm')
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -71,3 +74,12 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):  # another system, or another allocator
         return
+
+
+def resident_bytes() -> int | None:
+    """How many bytes of memory this process has now; None where the system does not tell."""
+    try:
+        pages = int(_PAGES.read_text().split()[1])
+        return pages * os.sysconf('SC_PAGE_SIZE')
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import layercomb as lc
-from layercomb import buffers, tl, trees
+from layercomb import tl, trees
+from layercomb.transforms import buffers
 
 
 def stack() -> jax.Array:
