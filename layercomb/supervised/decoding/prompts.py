@@ -462,7 +462,10 @@ def _before(start: Start, whole: Tree) -> Tree:
 
     Rotations that go by the length of the text then turn the prompt as they turn what follows.
     """
-    state = fresh_state(start.net, start.trained, start.signature(start.tokens.shape[1]))
+    length = start.tokens.shape[1]
+    if length == start.room:
+        return whole
+    state = fresh_state(start.net, start.trained, start.signature(length))
     return jax.tree.map(lambda x, there: there if x.shape == there.shape else x, state, whole)
 
 
