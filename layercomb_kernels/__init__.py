@@ -17,8 +17,10 @@ Weights are float32, bfloat16, int8, or two int4 in a byte (uint8): in a row of 
 holds column j in its low half and column j + n in its high half. Scales are float32, one for each
 group of integers along a row; float weights have none, (0, 0). Integers may be in
 panels, too: see `panel_products`. Products by panels round activations to 16 bits, with a scale for
-every few values, as do those by other integers on processors with an integer dot product. The
-typical relative error of a product is then 3e-5; rounding weights to int8 costs 4e-3.
+every few values, as do those by other integers on processors with an integer dot product. Products
+of many rows by bfloat16 keep 16 bits of each, too, on processors with dot products of bfloat16. The
+typical relative error of a product is then 3e-5; rounding weights to int8 costs 4e-3, to bfloat16
+2e-3.
 
 Letters: M rows of activations, D their width, F outputs, K gathered rows, G groups, S modules.
 """
@@ -116,7 +118,7 @@ def _check_threads() -> None:
         )
 
 
-def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array:
+def row_products(x: jax.Array, words: jax.Array, scales: jax.Array, n_bytes: int = 2) -> jax.Array:
     """y[m, f] = Σ_d x[m, d] W[f, d].
 
     Args:
@@ -124,6 +126,9 @@ def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array
       words: W (F, D), or (F, D / 2) uint8 of two int4 each.
       scales: (F, G) float32, for groups of D / G weights in a row, for int4 each within one half of
         it; (0, 0) for float weights.
+      n_bytes: of each activation that count where more than 16 rows are multiplied by bfloat16, on
+        processors with dot products of bfloat16: 2, for an error of 2e-5, or 1, for 2e-3, which is
+        half as fast again. Elsewhere float weights are multiplied by float32.
 
     Returns:
       (M, F) float32.
@@ -131,7 +136,8 @@ def row_products(x: jax.Array, words: jax.Array, scales: jax.Array) -> jax.Array
     _check_ranks(x=(x, 2), words=(words, 2), scales=(scales, 2))
     _check(x.shape[1] == _columns(words), x, words)
     _check_matrix(words, scales, x)
-    return _call('row_products', (x.shape[0], words.shape[0]), x, words, scales)
+    options = _bytes_of_x(n_bytes)
+    return _call('row_products', (x.shape[0], words.shape[0]), x, words, scales, options)
 
 
 def panel_products(
@@ -159,11 +165,8 @@ def panel_products(
     _check_ranks(x=(x, 2))
     _check_dtypes(x, x)
     check_panels(words, scales, x.shape[1], minima)
-    f = len(words)
-    if n_bytes not in (1, 2):
-        raise ValueError(f'n_bytes={n_bytes}: 1 or 2 bytes of an activation count')
-    options = jnp.asarray([n_bytes, minima], jnp.int32)
-    return _call('panel_products', (len(x), f), x, words, scales, options)
+    options = _bytes_of_x(n_bytes, minima)
+    return _call('panel_products', (len(x), len(words)), x, words, scales, options)
 
 
 def check_panels(words: Any, scales: Any, d: int, minima: bool = False) -> None:
@@ -789,6 +792,13 @@ def best_blocks(
     limits = jnp.asarray([causal, nothing], jnp.int32)
     args = q, means, document, ids, own, limits
     return _call('best_blocks', (b, h, n, p), *args, dtype=jnp.int32)
+
+
+def _bytes_of_x(n_bytes: int, *more: bool) -> jax.Array:
+    """How many bytes of an activation count, and more options, as kernels take them."""
+    if n_bytes not in (1, 2):
+        raise ValueError(f'n_bytes={n_bytes}: 1 or 2 bytes of an activation count')
+    return jnp.asarray([n_bytes, *more], jnp.int32)
 
 
 def _columns(words: jax.Array) -> int:

@@ -69,10 +69,12 @@ class Call {
   ffi::RemainingRets results_;
 };
 
+// x (M, D), words (F, C), scales (F, G), and how many bytes of x count.
 ffi::Error RowProducts(ffi::ThreadPool threads, ffi::RemainingArgs args,
                        ffi::RemainingRets results) {
   Call call(threads, args, results);
-  layercomb::RowProducts(call.pool(), call.weights(1), call.floats(0), call.size(0, 0), call.y());
+  layercomb::RowProducts(call.pool(), call.weights(1), call.floats(0), call.size(0, 0),
+                         call.indices(3)[0], call.y());
   return ffi::Error::Success();
 }
 

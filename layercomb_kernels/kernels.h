@@ -32,8 +32,10 @@ struct Weights {
   int64_t n_bytes;
 };
 
-// y[m, f] = Σ_d x[m, d] w[f, d].
-void RowProducts(const Pool& pool, const Weights& w, const float* x, int64_t n_x, float* y);
+// y[m, f] = Σ_d x[m, d] w[f, d]. Many rows of x may be rounded to n_bytes bytes, 2 or 1, to be
+// multiplied by bfloat16; no others are rounded to 1.
+void RowProducts(const Pool& pool, const Weights& w, const float* x, int64_t n_x, int n_bytes,
+                 float* y);
 
 // Integers in panels of 16 rows: n_words words of 32 bits a row, a word of each of the 16 rows after
 // the other; the scales of a group of each likewise. Rows that make no panel stand behind them, one
@@ -243,13 +245,17 @@ void InParallel(const Pool& pool, int64_t n_threads, int64_t n, const Work& work
   while (counters->done.load() < n) std::this_thread::yield();
 }
 
+// On how many threads work is done that takes as long as reading so many bytes.
+inline int64_t WorthWaking(const Pool& pool, int64_t bytes) {
+  constexpr int64_t kWorthwhile = 1 << 16;
+  return std::clamp<int64_t>(bytes / kWorthwhile, 1, std::max<int64_t>(1, pool.n_threads));
+}
+
 // Cuts n rows or columns, whose work takes as long as reading so many bytes, into tasks of a whole
 // number of units, some for each thread that is worth waking.
 template <typename Work>
 void InPieces(const Pool& pool, int64_t bytes, int64_t n, int64_t unit, const Work& work) {
-  constexpr int64_t kWorthwhile = 1 << 16;
-  const int64_t n_threads =
-      std::clamp<int64_t>(bytes / kWorthwhile, 1, std::max<int64_t>(1, pool.n_threads));
+  const int64_t n_threads = WorthWaking(pool, bytes);
   const int64_t share = n_threads == 1 ? n : CeilDiv(n, 4 * n_threads);
   const int64_t size = std::max<int64_t>(1, CeilDiv(share, unit)) * unit;
   InParallel(pool, n_threads, CeilDiv(n, size), [&](int64_t i) {

@@ -1,14 +1,15 @@
 // Products of rows of activations with rows of narrow weights.
 //
 // Products of few rows are bound by the memory that weights are read from: each is read once, in
-// order, and widened in registers. Products of many rows of floats read a block of weights for every
-// few of them. Floats are multiplied as such. Integers are multiplied with activations rounded to
-// int16, which takes half of the instructions: a sum over pairs of products at once, no conversion
-// of a weight, and a scale for each lane of each piece of a group.
+// order, and widened in registers. Floats are multiplied as such; many rows by floats are multiplied
+// in many.cc and halves.cc. Integers are multiplied with activations rounded to int16, which takes
+// half of the instructions: a sum over pairs of products at once, no conversion of a weight, and a
+// scale for each lane of each piece of a group.
 
 #include <vector>
 
-#include "matrices.h"
+#include "halves.h"
+#include "many.h"
 #include "products.h"
 
 namespace layercomb {
@@ -386,64 +387,6 @@ void SumOfRows(const Matrix<W>& w, const float* h, const int32_t* at, int64_t n_
 
 constexpr int64_t kFew = 16;  // rows of x, for which weights are read as quickly as memory gives them
 
-// y[m][r] of M rows of x and R rows of floats w.
-template <typename W, int M, int R>
-void ManyRows(const float* x, const typename W::Word* w, int64_t n, float* y, int64_t n_y) {
-  Floats sums[M][R] = {};
-  const auto add = [&](const auto& row, const auto& its_x) {
-    Floats weights[R];
-    LAYERCOMB_UNROLL
-    for (int r = 0; r < R; ++r) W::Widen(row(r), &weights[r]);
-    LAYERCOMB_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const Floats values = Load<Floats>(its_x(m));
-      LAYERCOMB_UNROLL
-      for (int r = 0; r < R; ++r) sums[m][r] += values * weights[r];
-    }
-  };
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    add([&](int r) { return w + r * n + j; }, [&](int m) { return x + m * n + j; });
-  }
-  if (const int64_t rest = n - j) {
-    Padded<typename W::Word> rows[R];
-    Padded<float> values[M];
-    LAYERCOMB_UNROLL
-    for (int r = 0; r < R; ++r) rows[r] = {w + r * n + j, rest};
-    LAYERCOMB_UNROLL
-    for (int m = 0; m < M; ++m) values[m] = {x + m * n + j, rest};
-    add([&](int r) { return rows[r].values; }, [&](int m) { return values[m].values; });
-  }
-  LAYERCOMB_UNROLL
-  for (int m = 0; m < M; ++m) {
-    LAYERCOMB_UNROLL
-    for (int r = 0; r < R; ++r) y[m * n_y + r] = Sum(sums[m][r]);
-  }
-}
-
-// y[m, i] = Σ_d x[m, d] w[i, d] of many rows of x, and n rows of floats w from `first` on.
-template <typename W>
-void BlockOfRows(const Matrix<W>& w, const float* x, int64_t n_x, float* y, int64_t first,
-                 int64_t n) {
-  constexpr int M = kLanes == 16 ? 6 : 3, R = kLanes == 16 ? 4 : 3;
-  constexpr int64_t kStay = 48;  // rows of x that stay in the cache while the weights pass
-  const auto multiply = [&](auto n_m, auto n_r, int64_t m, int64_t i) {
-    ManyRows<W, n_m.value, n_r.value>(x + m * w.n, w.Row(i), w.n, y + m * w.n_rows + i, w.n_rows);
-  };
-  using One = std::integral_constant<int, 1>;
-  for (int64_t begin = 0; begin < n_x; begin += kStay) {
-    const int64_t end = std::min(begin + kStay, n_x);
-    const auto rows = [&](auto n_r, int64_t i) {
-      int64_t m = begin;
-      for (; m + M <= end; m += M) multiply(std::integral_constant<int, M>(), n_r, m, i);
-      for (; m < end; ++m) multiply(One(), n_r, m, i);
-    };
-    int64_t i = first;
-    for (; i + R <= first + n; i += R) rows(std::integral_constant<int, R>(), i);
-    for (; i < first + n; ++i) rows(One(), i);
-  }
-}
-
 template <typename W>
 class RowProduct final : public Product {
  public:
@@ -474,17 +417,20 @@ std::unique_ptr<Product> OfRows(const Weights& weights, const float* x, int64_t 
   return made;
 }
 
-void RowProducts(const Pool& pool, const Weights& weights, const float* x, int64_t n_x, float* y) {
+void RowProducts(const Pool& pool, const Weights& weights, const float* x, int64_t n_x,
+                 [[maybe_unused]] int n_bytes, float* y) {
   WithMatrix(weights, [&](const auto& w) {
     using W = typename std::decay_t<decltype(w)>::Kind;
     const int64_t products = n_x * w.n_rows * w.n * W::parts;
     const int64_t bytes = std::max(weights.n_bytes, products / kProductsToAByte);
     if constexpr (!W::integer) {
       if (n_x > kFew) {
-        InPieces(pool, bytes, w.n_rows, 16, [&](int64_t i, int64_t n) {
-          BlockOfRows<W>(w, x, n_x, y, i, n);
-        });
-        return;
+#if defined(LAYERCOMB_HALVES)
+        if constexpr (std::is_same_v<W, Bfloat16>) {
+          return HalfProducts(pool, w, x, n_x, n_bytes, y);
+        }
+#endif
+        return ManyProducts(pool, w, x, n_x, y);
       }
     }
     RowProduct<W> product(w, x, n_x, y, bytes);

@@ -64,6 +64,38 @@ inline Floats NeighboursSwapped(Floats v) {
   return reinterpret_cast<Floats>(pairs << 32 | pairs >> 32);
 }
 
+#if defined(LAYERCOMB_WIDE)
+// Rows in the place of columns, of 16 vectors.
+inline void Transpose(Floats (&v)[16]) {
+  const auto interleaved = [](Floats a, Floats b, bool high) {
+    const auto x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
+    return reinterpret_cast<Floats>(high ? _mm512_unpackhi_ps(x, y) : _mm512_unpacklo_ps(x, y));
+  };
+  const auto pairs = [](Floats a, Floats b, bool high) {
+    const auto x = reinterpret_cast<__m512d>(a), y = reinterpret_cast<__m512d>(b);
+    return reinterpret_cast<Floats>(high ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+  };
+  const auto quarters = [](Floats a, Floats b, bool odd) {
+    const auto x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
+    return reinterpret_cast<Floats>(odd ? _mm512_shuffle_f32x4(x, y, 0xdd)
+                                        : _mm512_shuffle_f32x4(x, y, 0x88));
+  };
+  Floats u[16];
+  LAYERCOMB_UNROLL
+  for (int i = 0; i < 16; ++i) u[i] = interleaved(v[i & ~1], v[i | 1], i & 1);
+  LAYERCOMB_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    v[i] = pairs(u[(i & ~3) + i / 2 % 2], u[(i & ~3) + i / 2 % 2 + 2], i & 1);
+  }
+  LAYERCOMB_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    u[i] = quarters(v[(i & 8) + i % 4], v[(i & 8) + i % 4 + 4], i & 4);
+  }
+  LAYERCOMB_UNROLL
+  for (int i = 0; i < 16; ++i) v[i] = quarters(u[i % 8], u[i % 8 + 8], i & 8);
+}
+#endif
+
 // a · b of n numbers.
 inline float Dot(const float* a, const float* b, int64_t n) {
   Floats sums[2] = {};  // an addition waits for the last

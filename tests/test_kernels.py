@@ -46,7 +46,7 @@ def matrix(kind, rows, columns, groups=1):
 
 
 def assert_same(got, wanted, kind='float32'):
-    """Integers are multiplied by activations of 16 bits."""
+    """Integers, and many rows of bfloat16, are multiplied by activations of 16 bits."""
     tolerance = 4e-5 if kind.startswith('int') else 1e-5
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=tolerance * np.abs(wanted).max())
 
@@ -68,7 +68,77 @@ def assert_same(got, wanted, kind='float32'):
 def test_row_products(kind, m, d, f, groups):
     words, scales, wide = matrix(kind, f, d, groups)
     x = rng().normal(size=(m, d)).astype(np.float32)
-    assert_same(jax.jit(kernels.row_products)(x, words, scales), x @ wide.T, kind)
+    rounded = 'int' if m > 16 and kind == 'bfloat16' else kind
+    assert_same(jax.jit(kernels.row_products)(x, words, scales), x @ wide.T, rounded)
+
+
+@needs_kernels
+@pytest.mark.parametrize('kind', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+    ('m', 'd', 'f'),
+    [
+        (17, 1, 1),
+        (33, 7, 50),
+        (512, 130, 49),
+        (24, 1155, 64),  # deeper than a panel, by no whole vector
+        (23, 2048, 97),
+        (40, 768, 384),
+    ],
+)
+def test_products_of_many_rows(kind, m, d, f):
+    words, none, wide = matrix(kind, f, d)
+    x = rng().normal(size=(m, d)).astype(np.float32)
+    exact = x.astype(np.float64) @ wide.astype(np.float64).T
+    y = np.asarray(kernels.row_products(x, words, none))
+    assert np.linalg.norm(y - exact) < 3e-5 * np.linalg.norm(exact)
+    np.testing.assert_array_equal(kernels.row_products(x[:17], words, none), y[:17])
+    roughly = kernels.row_products(x, words, none, 1)
+    assert np.linalg.norm(roughly - exact) < 4e-3 * np.linalg.norm(exact)
+
+
+@needs_kernels
+@pytest.mark.parametrize('n_bytes', [1, 2])
+@pytest.mark.parametrize('kind', ['float32', 'bfloat16'])
+def test_among_many_rows_each_stays_what_it_is(kind, n_bytes):
+    """What is not finite, tiny or huge changes its own row, or its own output, and no other."""
+    words, none, wide = matrix(kind, 50, 300)
+    x = rng().normal(size=(40, 300)).astype(np.float32)
+    usual = np.asarray(kernels.row_products(x, words, none, n_bytes))
+    x[3, 7], x[12, 299], x[13, 0], x[20], x[21] = np.nan, np.inf, -np.inf, 0, 1e-38
+    x[22, 5] = 1e30
+    y = np.asarray(kernels.row_products(x, words, none, n_bytes))
+    assert np.isnan(y[3]).all()
+    with np.errstate(invalid='ignore'):
+        np.testing.assert_array_equal(y[12:14], x[12:14] @ wide.T)
+    assert (y[20] == 0).all() and (np.abs(y[21]) < 1e-35).all()
+    assert np.linalg.norm(y[22] / 1e30 - wide[:, 5]) < 4e-3 * np.linalg.norm(wide[:, 5])
+    others = np.setdiff1d(np.arange(40), [3, 12, 13, 20, 21, 22])
+    np.testing.assert_array_equal(y[others], usual[others])
+    words = words.at[0, 3].set(np.nan).at[1, 4].set(np.inf).at[2].set(1e-38).at[3, 9].set(1e30)
+    y = np.asarray(kernels.row_products(x[others], words, none, n_bytes))
+    assert np.isnan(y[:, 0]).all() and not np.isfinite(y[:, 1]).any()
+    assert (np.abs(y[:, 2]) < 1e-35).all() and np.isfinite(y[:, 3:]).all()
+    np.testing.assert_array_equal(y[:, 4:], usual[others, 4:])
+
+
+@needs_kernels
+@pytest.mark.parametrize('n_bytes', [1, 2])
+def test_an_outlier_leaves_others_their_bits(n_bytes):
+    """No activation loses more than rounding it to bfloat16 would, however large its neighbours."""
+    words, none, wide = matrix('bfloat16', 16, 128)
+    x = rng().normal(size=(20, 128)).astype(np.float32)
+    x[:, 5] = 1024  # which bfloat16 has
+    y = np.asarray(kernels.row_products(x, words, none, n_bytes)) - 1024 * wide[:, 5]
+    x[:, 5] = 0
+    exact = x @ wide.T
+    assert np.linalg.norm(y - exact) < 4e-3 * np.linalg.norm(exact)
+
+
+@needs_kernels
+def test_other_counts_of_bytes_are_refused():
+    x = np.ones((2, 8), np.float32)
+    with pytest.raises(ValueError, match='n_bytes=4: 1 or 2 bytes of an activation count'):
+        kernels.row_products(x, x, np.zeros((0, 0), np.float32), 4)
 
 
 def panels(bits, rows, columns, groups):

@@ -137,7 +137,8 @@ struct Matrix {
 void Products(Threads& threads) {
   constexpr int64_t kSizes[][4] = {  // rows of x, columns, rows of the matrix, groups
       {1, 128, 640, 2}, {3, 280, 51, 4}, {16, 96, 203, 2}, {5, 44, 3, 2},    {2, 40, 2000, 2},
-      {1, 5000, 40, 2}, {70, 256, 5, 4}, {33, 768, 99, 24}, {8, 520, 777, 2}, {1, 2, 1, 2}};
+      {1, 5000, 40, 2}, {70, 256, 5, 4}, {33, 768, 99, 24}, {8, 520, 777, 2}, {1, 2, 1, 2},
+      {23, 1150, 150, 2}};
   for (const auto [n_x, d, n_rows, n_groups] : kSizes) {
     for (const Kind kind : {Kind::kFloat32, Kind::kBfloat16, Kind::kInt8, Kind::kInt4}) {
       const Matrix m(kind, n_rows, d, n_groups);
@@ -146,7 +147,10 @@ void Products(Threads& threads) {
       const auto h = Floats(n_x * n_k);
       const auto at = Numbers(n_x * n_k, -3, n_rows + 3);  // what lies outside takes the nearest
       Same("RowProducts", threads, {n_x * n_rows}, [&, n_x = n_x](const Pool& pool, float** y) {
-        RowProducts(pool, m.weights, x.data(), n_x, *y);
+        RowProducts(pool, m.weights, x.data(), n_x, 2, *y);
+      });
+      Same("RowProducts", threads, {n_x * n_rows}, [&, n_x = n_x](const Pool& pool, float** y) {
+        RowProducts(pool, m.weights, x.data(), n_x, 1, *y);
       });
       Same("GatheredProducts", threads, {n_x * n_k}, [&, n_x = n_x](const Pool& pool, float** y) {
         GatheredProducts(pool, m.weights, x.data(), at.data(), n_x, n_k, *y);

@@ -579,9 +579,8 @@ def test_quantize_rounds_inputs_to_a_byte_if_asked(small):
     assert error < 0.03
     if layercomb_kernels.available():
         assert error > 1e-4
-    for bits, wrong in ((8, 7), (16, 8)):
-        with pytest.raises(ValueError, match=f'activation_bits={wrong} with bits={bits} is not'):
-            quantize(net, weights, bits, activation_bits=wrong)
+    with pytest.raises(ValueError, match='activation_bits=7 is not to be had: inputs are rounded'):
+        quantize(net, weights, 8, activation_bits=7)
     with pytest.raises(ValueError, match='activation_bits=7 is not to be had: choose 16'):
         transforms.Quantized(tl.Dense(4), activation_bits=7)
 

@@ -6,8 +6,8 @@ narrow weights directly. It may round activations to 16 bits, a relative error o
 rows, as in training, some rows of the matrix at a time are widened, backwards too, so that no wide
 matrix exists.
 
-Kernels multiply many rows, too, where integers are stored in `panels`, sixteen rows interleaved.
-Matrices whose rows are looked up one by one are stored as rows.
+Kernels multiply many rows by bfloat16, too, and where integers are stored in `panels`, sixteen rows
+interleaved. Matrices whose rows are looked up one by one are stored as rows.
 
 Axes are written in letters: ``i`` for the axes that a product sums over, along which groups run,
 and ``o`` for the others. ``'io'`` is a kernel (D, F), ``'iio'`` one from heads (H, K, D), ``'oi'``
@@ -73,7 +73,7 @@ class Narrow(Matrix):
       axes: letters ``i`` and ``o`` of the wide matrix, see the module.
       bits: 8, 4 or 16; 32 for a float table wrapped by `rows_of`.
       activation_bits: to how many bits a kernel may round x in products: 16, or 8, which is quicker
-        where there are many rows, and less exact (5e-3).
+        where there are many rows, and less exact (5e-3; for bfloat16 2e-3).
       minima: whether each group has a minimum: ŵ = scale · (q + 2^(bits − 1)) + minimum.
     """
 
@@ -365,7 +365,7 @@ def _by_kernel(x: jax.Array, w: Narrow) -> jax.Array:
     words, scales = w._matrix()
     x = x.astype(jnp.float32)
     if not w.in_panels:
-        return layercomb_kernels.row_products(x, words, scales)
+        return layercomb_kernels.row_products(x, words, scales, w.activation_bits // 8)
     return layercomb_kernels.panel_products(x, words, scales, w.activation_bits // 8, w.minima)
 
 
