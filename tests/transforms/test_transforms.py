@@ -19,6 +19,8 @@ from layercomb.layers.facts.axes import Axes
 from layercomb.layers.quantized.matrix import Narrow
 from layercomb.shapes import describe, shape_dtype, signature_of
 from layercomb.supervised import decoding
+from layercomb.supervised.decoding.prompts import at_one_position
+from layercomb.transforms.fusing.layer import Fused
 
 TOKENS = (shape_dtype((2, 6), 'int32'),)
 
@@ -794,3 +796,9 @@ def test_a_holder_whose_layers_cannot_be_replaced_refuses_a_rewrite():
     assert transforms.rewrite(holder, lambda layer: layer) == holder
     with pytest.raises(TypeError, match='Holder holds layers and cannot be given others: write wi'):
         transforms.cast(holder)
+
+
+def test_a_fused_head_is_still_one_that_prompts_need_at_one_position():
+    head = transforms.Quantized(tl.Dense(64), smallest=1)
+    assert Fused(head).makes_logits and not Fused(tl.LayerNorm()).makes_logits
+    assert at_one_position(tl.Serial(tl.LayerNorm(), Fused(head))) is not None

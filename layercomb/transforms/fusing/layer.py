@@ -18,6 +18,7 @@ from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.native import FEW, runs_natively
 from layercomb.transforms.fusing.program import Program, Unfit, Written
 from layercomb.transforms.fusing.rules import knows, write
+from layercomb.transforms.quantization.layer import bare
 from layercomb.trees import Tree
 
 
@@ -34,6 +35,7 @@ class Fused(Wrapper):
 
     carries_counted = True
     position_wise = property(of_sublayers)
+    makes_logits = property(lambda self: bare(self.layer).makes_logits)
 
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
