@@ -138,7 +138,7 @@ class Ours:
         model, _ = interop.load(path, dtype='float32' if bits else None)
         net, weights = lc.unstack(model.layer, model.weights)
         if bits and bits < 32:
-            net, weights = transforms.quantize(net, weights, bits=bits)
+            net, weights = transforms.quantize(net, weights, lambda path: bits)
         self.model, self.decoding = lc.Model(net, weights, {}), decoding
         self.n_bytes = trees.n_bytes(weights)
 

@@ -93,7 +93,7 @@ def ours(kind, bits, context, n_tokens, n_turns):
     weights, _ = jax.jit(net.init)((lc.shape_dtype((1, 8), 'int32'),), jax.random.key(0))
     net, weights = lc.unstack(net, weights)
     if bits != 32:
-        net, weights = transforms.quantize(net, weights, bits=bits)
+        net, weights = transforms.quantize(net, weights, lambda path: bits)
     size = 0
     for path, weight in trees.flatten(weights).items():
         unit = 'sparse_ff/in' in path or 'sparse_ff/out/kernel' in path

@@ -1,15 +1,18 @@
 """What narrow weights cost in quality, and how near their products come to the memory's speed.
 
     python benchmarks/quantization.py [--run_dir DIR] [--only quality | smollm2 | speed] [--rows 1]
+                                      [--case TEXT]
 
 Quality: the model of a run (by default `reformer_python`, trained here for three minutes) with
 weights of 16, 8 and 4 bits in groups of several sizes: bytes of all weights, the error of the
-logits relative to their spread, and the loss on held-out data in bits per byte. 8 and 4 bits are
-rounded to the nearest, and for the inputs that matrices get from a batch of training data.
+logits relative to their spread, and the loss on held-out data in bits per byte, with the ratio of
+perplexities of a byte. 8 and 4 bits are rounded to the nearest, and for the inputs that matrices
+get from 8 batches of training data; with 4 bits, the table is in 8.
 
 SmolLM2: the same of SmolLM2-135M, whose weights come in 4 bits and are first trained for 200 steps
-of 64 tokens: perplexity of held-out text of the kind that it was trained on and calibrated with,
-Python's documentation, and its ratio to that of the wide model.
+of 64 tokens: perplexity of 8,192 tokens of held-out text of the kind that it was trained on and
+calibrated with (16,384 tokens), Python's documentation; its ratio to that of the wide model; and
+the nats by which tokens are foretold otherwise (KL). `--case` runs rows whose name has a text.
 
 Speed: GPT-2's matrices, in microseconds a product, as many copies in turn as are larger than the
 caches, by XLA in float32 and by `layercomb_kernels`; on one thread and on two, each beside the read
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument('--run_dir', help='a run, whose model to quantize')
     parser.add_argument('--only', choices=('quality', 'smollm2', 'speed'))
     parser.add_argument('--rows', type=int, default=1, help='how many rows to multiply')
+    parser.add_argument('--case', default='', help='of smollm2: the rows whose name has this text')
     parser.add_argument('--threads', type=int, help='measure speed on so many alone')
     options = parser.parse_args()
     if options.threads:
@@ -53,7 +57,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             quality(options.run_dir or trained(directory))
     if options.only in (None, 'smollm2'):
-        smollm2()
+        smollm2(options.case)
     if options.only in (None, 'speed'):
         for threads in (1, 2):  # XLA counts its threads at the start
             command = [sys.executable, __file__, '--threads', str(threads)]
@@ -83,7 +87,9 @@ def quality(run_dir: str) -> None:
         read = [next(training)[0] for _ in range(8)]
         apply = jax.jit(lambda net, w: net.apply(w, model.state, (tokens,))[0][0], static_argnums=0)
         wide = apply(model.layer, model.weights)
-        print(f'\n{run_dir}, step {step}\n{"":<34}{"bytes":>12}{"logits":>9}{"bits per byte":>15}')
+        print(f'\n{run_dir}, step {step}')
+        print(f'{"":<34}{"bytes":>12}{"logits":>9}{"bits per byte":>15}{"ratio":>9}')
+        first = None
         for name, options in cases(read):
             net, weights = model.layer, model.weights
             if options:
@@ -91,7 +97,9 @@ def quality(run_dir: str) -> None:
             error = float(jnp.linalg.norm(apply(net, weights) - wide) / jnp.linalg.norm(wide))
             measured = evaluate(net, weights, model.state, experiment.eval_tasks)
             loss = next(v for k, v in measured.items() if k.endswith('bits_per_byte'))
-            print(f'{name:<34}{trees.n_bytes(weights):>12,}{error:>9.4f}{loss:>15.4f}')
+            first = loss if first is None else first
+            size, ratio = trees.n_bytes(weights), 2 ** (loss - first)
+            print(f'{name:<34}{size:>12,}{error:>9.4f}{loss:>15.4f}{ratio:>9.4f}', flush=True)
 
 
 def cases(read: list[Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -106,15 +114,33 @@ def cases(read: list[Any]) -> list[tuple[str, dict[str, Any]]]:
     return made
 
 
-def smollm2(window: int = 256) -> None:
+def cases_of_smollm2(read: list[Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The same for groups of 64, and more choices of which matrices have 8 bits."""
+
+    def values_in_8(path: str) -> int:
+        return 8 if path.endswith(('embedding', 'head', 'value')) else 4
+
+    every = {'int8': 8, 'int4': 4, 'int4, values int8': values_in_8, 'int4 everywhere': _four}
+    made: list[tuple[str, dict[str, Any]]] = [('bfloat16', {'bits': 16})]
+    for name, bits in every.items():
+        made += [(name, {'bits': bits}), (f'{name}, for inputs', {'bits': bits, 'calibrate': read})]
+    return made
+
+
+def _four(path: str) -> int:
+    """4 bits everywhere, the table too."""
+    del path
+    return 4
+
+
+def smollm2(case: str = '', window: int = 256) -> None:
     """What rounding costs SmolLM2-135M, trained a little so that its weights are wide."""
     import pydoc_data.topics
 
     import jax
     import jax.numpy as jnp
-    import optax
 
-    from layercomb import interop, transforms
+    from layercomb import interop, transforms, trees
     from layercomb.launcher import sources
 
     model, tokenizer = interop.load(sources.find('smollm2').path, dtype='float32')
@@ -124,23 +150,40 @@ def smollm2(window: int = 256) -> None:
     net, weights = model.layer, tuned(model.layer, model.weights, known)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def nats(net: Any, weights: Any, rows: Any) -> Any:
-        logits = net.apply(weights, {}, (rows[:, :-1],))[0][0]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
+    def logs(net: Any, weights: Any, rows: Any) -> Any:
+        return jax.nn.log_softmax(net.apply(weights, {}, (rows[:, :-1],))[0][0])
 
-    def pairs(ids: Any) -> list[Any]:
-        """Eight batches of two rows."""
-        starts = np.random.default_rng(1).permutation(len(ids) // window - 1)[:16] * window
+    @jax.jit
+    def compared(wide: Any, made: Any, rows: Any) -> tuple[Any, ...]:
+        """Nats a token of both, and KL."""
+        at = (slice(None), slice(None), None)
+        nats = (-jnp.take_along_axis(x, rows[:, 1:][at], -1).mean() for x in (wide, made))
+        return *nats, (jnp.exp(wide) * (wide - made)).sum(-1).mean()
+
+    def windows(ids: Any, n: int) -> list[Any]:
+        """So many, in batches of four."""
+        starts = np.random.default_rng(1).permutation(len(ids) // window - 1)[:n] * window
         rows = np.stack([ids[i : i + window + 1] for i in starts])
-        return list(jnp.asarray(rows.reshape(8, 2, window + 1)))
+        return list(jnp.asarray(rows.reshape(-1, 4, window + 1)))
 
-    read, wide = [rows[:, :-1] for rows in pairs(known)], None
-    print(f'\nSmolLM2-135M\n{"":<34}{"perplexity":>11}{"ratio":>9}')
-    for name, options in cases(read):
-        made, narrow = transforms.quantize(net, weights, **options) if options else (net, weights)
-        found = float(np.exp(np.mean([nats(made, narrow, rows) for rows in pairs(held)])))
-        wide = wide or found
-        print(f'{name:<34}{found:>11.3f}{found / wide:>9.4f}', flush=True)
+    read = [rows[:, :-1] for rows in windows(known, 64)]
+    texts, n = windows(held, 32), trees.count(weights)
+    print(f'\nSmolLM2-135M\n{"":<34}{"bits":>7}{"perplexity":>11}{"ratio":>9}{"KL":>9}{"s":>7}')
+    for name, options in [(name, o) for name, o in cases_of_smollm2(read) if case in name]:
+        start = time.perf_counter()
+        made, narrow = transforms.quantize(net, weights, **options)
+        jax.block_until_ready(narrow)
+        seconds = time.perf_counter() - start
+        found = [
+            compared(logs(net, weights, rows), logs(made, narrow, rows), rows) for rows in texts
+        ]
+        before, after, apart = np.mean(found, axis=0)
+        bits = 8 * trees.n_bytes(narrow) / n
+        print(
+            f'{name:<34}{bits:>7.3f}{np.exp(after):>11.3f}{np.exp(after - before):>9.4f}'
+            f'{apart:>9.4f}{seconds:>7.0f}',
+            flush=True,
+        )
 
 
 def tuned(net: Any, weights: Any, ids: Any, n_steps: int = 200, length: int = 64) -> Any:

@@ -22,6 +22,7 @@ from layercomb.errors import UsageError, machine_errors, one_line, require, usag
 from layercomb.launcher import (
     adapters,
     arguments,
+    calibration,
     compile_cache,
     configurations,
     others,
@@ -128,7 +129,7 @@ def run_eval(options: argparse.Namespace) -> None:
     if options.text is not None:
         _eval_text(options)
         return
-    for name in ('window', 'bits'):
+    for name in ('window', 'bits', 'calibrate'):
         if getattr(options, name) is not None:
             raise UsageError(f'--{name} is about a text: give --text FILE too, or leave it out')
     from layercomb.supervised import evaluate
@@ -159,9 +160,7 @@ def _eval_text(options: argparse.Namespace) -> None:
     from layercomb.supervised.decoding.likelihood import likelihood
 
     text = runs.read_text(paths.local(options.text, '--text'))
-    model, tokenizer = trained(
-        options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
-    )
+    model, tokenizer = _as_asked(options, calibration.text_of(options))
     with usage_errors():
         measured = likelihood(model, text, tokenizer, window=options.window)
     terminal.write_measured(measured)
@@ -174,9 +173,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
     arguments.sampling(options)  # what cannot be is said before a model is read
     prompt = terminal.read_prompt(options.prompt, options.prompt_file, options.stdin)
-    model, tokenizer = trained(
-        options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
-    )
+    model, tokenizer = _as_asked(options, calibration.text_of(options))
     sampling = arguments.sampling(options, getattr(tokenizer, 'generation', None))
     drafts = _speculation(options)
     with usage_errors():
@@ -197,13 +194,22 @@ def run_chat(options: argparse.Namespace) -> None:
     """``layercomb chat SOURCE``: talks with a model whose makers gave it a template for it."""
     from layercomb.launcher import chat
 
-    model, tokenizer = trained(
-        options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
-    )
+    model, tokenizer = _as_asked(options, calibration.text_of(options))
     sampling = arguments.sampling(options, getattr(tokenizer, 'generation', None))
     drafts = _speculation(options)
     with usage_errors():
         chat.talk(model, tokenizer, options.system, options.n_tokens, sampling, speculate=drafts)
+
+
+def _as_asked(options: argparse.Namespace, calibrate: str | None) -> tuple[Model, Any]:
+    """The model that a command names, as narrow as it says, and its tokenizer."""
+    return trained(
+        options.source,
+        options.gin_param,
+        options.bits,
+        checkpoint=options.checkpoint,
+        calibrate=calibrate,
+    )
 
 
 def _speculation(options: argparse.Namespace) -> Speculation | None:
@@ -278,10 +284,9 @@ def run_serve(options: argparse.Namespace) -> None:
     key = arguments.api_key(options, os.environ)
     name = sources.find(options.source).title
     named = arguments.adapters(options, name)
+    calibrate = calibration.text_of(options)
     with serving.bound(options.host, options.port) as socket:  # a taken port is known at once
-        model, tokenizer = trained(
-            options.source, options.gin_param, options.bits, checkpoint=options.checkpoint
-        )
+        model, tokenizer = _as_asked(options, calibrate)
         model = adapters.with_adapters(
             model, named, lambda run: trained(run, text=False, merge=False)[0]
         )
@@ -335,6 +340,7 @@ def trained(
     text: bool = True,
     checkpoint: str = 'last',
     merge: bool | None = None,
+    calibrate: str | None = None,
 ) -> tuple[Model, Any]:
     """A trained model of text and its tokenizer.
 
@@ -345,6 +351,7 @@ def trained(
       text: whether there must be a tokenizer.
       checkpoint: 'last', 'best' or the number of a step.
       merge: whether adapters of a run become a part of its weights, as of `Pretrained.finished`.
+      calibrate: a text to round narrow weights for.
 
     Returns:
       (model, tokenizer); the tokenizer is None if there is none.
@@ -356,7 +363,7 @@ def trained(
     source = sources.find(name)
     if source.kind != sources.RUN:
         others.check_no_run(source, bindings, checkpoint)
-        model, tokenizer = others.loaded(source, bits)
+        model, tokenizer = others.loaded(source, bits, calibrate)
         if text and tokenizer is None:
             raise UsageError(f'{name!r} has no tokenizer, so it makes no text: put one beside it')
         return model, tokenizer
@@ -376,7 +383,7 @@ def trained(
         if known:
             merge = True if bits is not None else merge
             model = made.finished(model.weights or {}, model.state, merge=merge)
-        return others.narrowed(model, bits), tokenizer
+        return others.narrowed(model, bits, calibrate, tokenizer), tokenizer
 
 
 @contextlib.contextmanager

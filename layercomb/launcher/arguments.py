@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from layercomb import paths
 from layercomb.errors import UsageError
-from layercomb.launcher import compile_cache
+from layercomb.launcher import calibration, compile_cache
 from layercomb.launcher.finetuning import options as finetuning
 from layercomb.version import __version__
 
@@ -297,6 +297,7 @@ def _changes_option(add: Any) -> None:
 
 def _bits_option(add: Any) -> None:
     add('--bits', type=int, choices=(16, 8, 4), help='narrow weights, of so many bits')
+    calibration.option(add)
 
 
 def _serve_options(add: Any) -> None:
@@ -337,4 +338,4 @@ def _serve_options(add: Any) -> None:
         help='requests that may wait for their turn (%(default)s)',
     )
     _draft_options(add, ', while one choice is decoded alone')
-    add('--bits', type=int, choices=(16, 8, 4), help='narrow weights, of so many bits')
+    _bits_option(add)

@@ -9,19 +9,25 @@ from layercomb import transforms
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, usage_errors
 from layercomb.interop.tokenizer import PretrainedTokenizer
-from layercomb.launcher import sources
+from layercomb.launcher import calibration, sources
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.metrics.class_names import class_names
 from layercomb.model import Model
 from layercomb.shapes import Signature, shape_dtype
 
 
-def loaded(source: sources.Source, bits: int | None = None) -> tuple[Model, Any]:
+def loaded(
+    source: sources.Source, bits: int | None = None, calibrate: str | None = None
+) -> tuple[Model, Any]:
     """A model of another library, and its tokenizer if it has one.
 
     Args:
       source: of a kind other than a run or a configuration.
       bits: 16, 8 or 4 narrows the weights; None leaves them as they come.
+      calibrate: a text to round them for.
+
+    Raises:
+      UsageError: if it cannot be loaded, or not be calibrated.
     """
     from layercomb import interop
 
@@ -31,7 +37,7 @@ def loaded(source: sources.Source, bits: int | None = None) -> tuple[Model, Any]
         # Narrow weights cannot be narrowed again, so they are read as wide ones; Trax's are wide.
         wide = bits is not None and source.kind != sources.TRAX
         model, tokenizer = interop.load(source.path, **({'dtype': 'float32'} if wide else {}))
-        return narrowed(model, bits), tokenizer
+        return narrowed(model, bits, calibrate, tokenizer), tokenizer
 
 
 def check_no_run(source: sources.Source, bindings: Sequence[str], checkpoint: str = 'last') -> None:
@@ -51,17 +57,28 @@ def signature_of(model: Model) -> Signature:
         return signature_of_text(model.layer)
 
 
-def narrowed(model: Model, bits: int | None) -> Model:
+def narrowed(
+    model: Model, bits: int | None, calibrate: str | None = None, tokenizer: Any = None
+) -> Model:
     """The model with narrow weights.
 
     Args:
       model: with wide weights.
       bits: 16, 8 or 4; None leaves them.
+      calibrate: a text to round them for; None rounds to the nearest.
+      tokenizer: of the text.
+
+    Raises:
+      UsageError: for a text without a tokenizer; as of `calibration.narrowed`.
     """
     if bits is None:
         return model
-    # 4 bits lose much less in small groups.
-    made = transforms.quantize(model.layer, model.weights or {}, bits, 32 if bits == 4 else 64)
+    group_size = 32 if bits == 4 else 64  # 4 bits lose much less in small groups
+    if calibrate is not None:
+        if tokenizer is None:
+            raise UsageError('--calibrate reads a text, and the model has no tokenizer for it')
+        return calibration.narrowed(model, bits, group_size, calibrate, tokenizer)
+    made = transforms.quantize(model.layer, model.weights or {}, bits, group_size)
     return Model(*made, model.state)
 
 

@@ -208,6 +208,38 @@ def test_generate_with_narrow_weights(files, capsys):
         assert capsys.readouterr().out.startswith('cat')
 
 
+def test_narrow_weights_are_rounded_for_a_text(files, capsys):
+    text = files[0] / 'read.txt'
+    text.write_text('the cat sat on the mat and saw another cat. ' * 40)
+    how = ['--bits', '4', '--calibrate', str(text)]
+    assert cli.main(['generate', str(files[2]), '--prompt', 'cat', '--n_tokens', '4', *how]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith('cat')
+    said = re.search(
+        r'4 bits, calibrated on (\d+) tokens: perplexity of (\d+) others (\S+) before, (\S+) after',
+        told.err,
+    )
+    n, held, before, after = map(float, said.groups())
+    assert n > 1000 and held > 50 and 1 < before < 300 and abs(after / before - 1) < 0.3
+    assert cli.main(['eval', str(files[2]), '--text', str(text), *how]) == 0
+    assert 'perplexity' in capsys.readouterr().out
+
+
+def test_what_cannot_be_calibrated(files, capsys, tmp_path):
+    run, text = files[2], tmp_path / 'short.txt'
+    text.write_text('a cat')
+    of_four = ('generate', run, '--prompt', 'x', '--bits', 4, '--calibrate')
+    assert 'has 5 tokens: give one of at least' in refused(capsys, *of_four, text)
+    assert 'No such file' in refused(capsys, *of_four, tmp_path / 'none.txt')
+    for bits in ((), ('--bits', 16)):
+        said = refused(capsys, 'eval', run, '--text', text, '--calibrate', text, *bits)
+        assert 'give --bits 8 or 4 too' in said
+    assert '--calibrate is about a text' in refused(capsys, 'eval', run, '--calibrate', text)
+    binary = tmp_path / 'binary'
+    binary.write_bytes(bytes([255, 254, 0]))
+    assert 'UTF-8' in refused(capsys, *of_four, binary)
+
+
 def test_generate_searches_with_beams_and_penalises_repetitions(files, capsys):
     how = ['generate', str(files[2]), '--prompt', 'cat', '--n_tokens', '6']
     said = []

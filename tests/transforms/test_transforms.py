@@ -21,6 +21,7 @@ from layercomb.shapes import describe, shape_dtype, signature_of
 from layercomb.supervised import decoding
 from layercomb.supervised.decoding.prompts import at_one_position
 from layercomb.transforms.fusing.layer import Fused
+from layercomb.transforms.quantization.choosing import vocabulary
 
 TOKENS = (shape_dtype((2, 6), 'int32'),)
 
@@ -604,7 +605,7 @@ def test_quantize_keeps_one_array_for_a_table_and_the_head_that_is_its_transpose
     scales = {} if bits == 16 else {'embedding/table_scales': (11, 2)}
     shapes = {path: x.shape for path, x in trees.flatten(narrow).items()}
     assert shapes == {
-        'embedding/table': (11, 32 if bits == 16 else bits),  # words of 32 bits
+        'embedding/table': (11, 32 if bits == 16 else 8),  # words of 32 bits
         'head/bias': (11,),
         **scales,
     }
@@ -616,6 +617,44 @@ def test_quantize_keeps_one_array_for_a_table_and_the_head_that_is_its_transpose
     assert jax.tree.map(jnp.shape, init(quantized)[0]) == jax.tree.map(jnp.shape, narrow)
     assert transforms.axes(quantized, narrow).keys() == shapes.keys()
     assert transforms.unstack(quantized, narrow)[0] == quantized
+
+
+def bits_of_leaves(net):
+    return {path: x.bits for path, x in walk(net) if isinstance(x, transforms.Quantized)}
+
+
+def test_tables_and_heads_are_of_8_bits_in_a_model_of_4():
+    body = tl.Serial(tl.Embedding(11, 32), tl.Dense(32), tl.Dense(11, name='head'))
+    wanted = {'embedding': 8, 'dense': 4, 'head': 8}
+    weights, _ = init(body)
+    assert bits_of_leaves(quantize(body, weights, 4)[0]) == wanted
+    net = transforms.Tied(body, 'embedding/table', 'head/kernel', jnp.transpose)
+    made, narrow = quantize(net, init(net)[0], 4)
+    assert isinstance(made, transforms.TiedRows) and 'kernel' not in narrow['head']
+    assert bits_of_leaves(made) == wanted
+    square = tl.Serial(tl.Embedding(32, 32), tl.Dense(), tl.Dense(name='end'))
+    net = transforms.Tied(square, 'embedding/table', 'end/kernel', jnp.transpose)
+    made, _ = quantize(net, init(net)[0], 4)
+    assert bits_of_leaves(made) == {'embedding': 8, 'dense': 4, 'end': 8}
+    layers = transforms.Tied(
+        tl.Serial(tl.Embedding(11, 32, name='a'), tl.Embedding(11, 32, name='b')), 'a', 'b'
+    )
+    assert vocabulary(layers) == {'a', 'b'}
+
+
+def test_bits_may_go_by_the_path():
+    net = tl.Serial(tl.Embedding(11, 32), tl.Dense(32, name='first'), tl.Dense(32, name='last'))
+    weights, _ = init(net)
+    made, narrow = quantize(net, weights, {'first': 4, 'last': 16}.get)
+    assert bits_of_leaves(made) == {'first': 4, 'last': 16}
+    assert narrow['embedding']['table'] is weights['embedding']['table']
+    assert narrow['last']['kernel'].dtype == jnp.bfloat16
+    made, _ = quantize(net, weights, lambda path: 4)
+    assert bits_of_leaves(made) == {'embedding': 4, 'first': 4, 'last': 4}
+    rough, _ = quantize(net, weights, {'first': 4, 'last': 16}.get, activation_bits=8)
+    assert bits_of_leaves(rough) == {'first': 4, 'last': 16}
+    with pytest.raises(ValueError, match="bits=3 is not to be had for 'last'"):
+        quantize(net, weights, {'last': 3}.get)
 
 
 def test_quantize_unties_what_it_stores_otherwise():
@@ -753,7 +792,7 @@ def test_quantized_weights_do_not_train(small):
 def test_quantize_says_what_it_takes(small):
     net, weights, _ = small
     with pytest.raises(
-        ValueError, match='bits=5 is not to be had: choose 8 or 4, or 16 for bfloat16'
+        ValueError, match="bits=5 is not to be had for 'embedding': choose 8 or 4, 16 for bfloat16"
     ):
         transforms.quantize(net, weights, 5)
     with pytest.raises(

@@ -26,6 +26,7 @@ from layercomb.layers.facts.axes import UNKNOWN, Axes
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.adapted import Adapted
 from layercomb.layers.quantized.constants import constant
+from layercomb.layers.quantized.fitting import Inputs
 from layercomb.layers.quantized.matrix import BITS, SCALES, Narrow, in_panels, n_columns
 from layercomb.layers.quantized.rounding import can_narrow, group_of, narrow
 from layercomb.layers.sparse.feed_forward import SparseFF
@@ -34,7 +35,7 @@ from layercomb.shapes import Signature, is_float
 from layercomb.transforms.casting import Cast
 from layercomb.trees import Tree
 
-_NO_GRAMS: Mapping[str, jax.Array] = MappingProxyType({})
+_UNKNOWN: Mapping[str, Inputs] = MappingProxyType({})
 
 
 @functools.singledispatch
@@ -143,17 +144,17 @@ class Quantized(Wrapper):
     ) -> tuple[Arrays, Tree]:
         return self.layer.apply(self.seen(weights), state, inputs, rng=rng, mode=mode)
 
-    def narrow(self, weights: Tree, grams: Mapping[str, jax.Array] = _NO_GRAMS) -> Tree:
+    def narrow(self, weights: Tree, inputs: Mapping[str, Inputs] = _UNKNOWN) -> Tree:
         """The leaf's weights with its large matrices narrow.
 
         Args:
           weights: the leaf's, possibly stacked on leading axes.
-          grams: X Xᵀ of the inputs that a matrix is rounded for, by its path: see `narrow`.
+          inputs: that a matrix is rounded for, by its path: see `narrow`.
         """
         for path, axes in self.chosen(weights).items():
             wide = trees.get(weights, path)
             values, scales = narrow(
-                wide, axes, self.bits, self.group_size, self.minima, grams.get(path)
+                wide, axes, self.bits, self.group_size, self.minima, inputs.get(path)
             )
             if scales is not None and self.half_scales:
                 scales = _halved(scales)

@@ -13,6 +13,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import joined, walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.quantized.matrix import SCALES
+from layercomb.transforms.quantization.choosing import Bits, Choices, choices
 from layercomb.transforms.quantization.layer import Quantized, bare, narrow_axes
 from layercomb.transforms.quantization.tied_rows import TiedRows
 from layercomb.transforms.rewriting import rewrite
@@ -23,7 +24,7 @@ from layercomb.trees import Tree
 def quantize(
     net: Layer,
     weights: Tree,
-    bits: int = 8,
+    bits: Bits = 8,
     group_size: int = 64,
     *,
     smallest: int = 4096,
@@ -44,7 +45,11 @@ def quantize(
     Args:
       net: any layer, stacked or `unstack`ed.
       weights: its weights, which are not changed.
-      bits: 8, 4, or 16 for bfloat16, which has no scales.
+      bits: 8, 4, or 16 for bfloat16, which has no scales. With 4, tables of embeddings, and heads
+        that are tied to one or have as many outputs as it has rows, are in 8 bits, as they lose
+        most: llama.cpp does so too. Or a function from the path of a layer, such as ``'head'``, to
+        its bits, None for what stays as it is. ``lambda path: 4`` is 4 bits everywhere. Give both
+        ends of a tie the same, or they are no longer tied.
       group_size: how many weights share a scale. If it does not divide the length of a row, the
         nearest divisor, by ratio, is used.
       smallest: matrices with fewer weights stay as they are.
@@ -52,12 +57,13 @@ def quantize(
         of 3e-5 of a product; or 8, of 5e-3, or 2e-3 for bfloat16, with which prompts are read up to
         twice as fast.
       calibrate: batches of what the model reads, a few thousand tokens without padding: an iterable
-        of arrays such as token ids (B, L), or of tuples if the model takes several inputs. Each
-        matrix of a dense layer or projection is then rounded for the inputs that it gets from them,
-        through what is rounded before it, so that its products change least. Tables that are looked
-        up, sparse feed-forwards and multiplicative layers are rounded to the nearest, as all are
-        without `calibrate`. A warning names what it does not reach. It runs the model once, or
-        twice if weights are tied or shared, and the result is the same each time.
+        of arrays such as token ids (B, L), or of tuples if the model takes several inputs; 16,000
+        tokens are better than 4,000. Each matrix of a dense layer or projection is then rounded for
+        the inputs that it gets from them, through what is rounded before it, so that its products
+        are nearest to what they were before anything was rounded. Tables that are looked up, sparse
+        feed-forwards and multiplicative layers are rounded to the nearest, as all are without
+        `calibrate`. A warning names what it does not reach. It runs the model twice, or three times
+        if weights are tied or shared, and the result is the same each time.
       state: of the model, with `calibrate`; it is needed if there are running statistics.
 
     Returns:
@@ -79,42 +85,62 @@ def quantize(
             f'quantize: activation_bits={activation_bits} is not to be had: inputs are rounded to '
             '16 bits, or to 8'
         )
-    if activation_bits != 16:
-        net, weights = quantize(
-            net, weights, bits, group_size, smallest=smallest, calibrate=calibrate, state=state
-        )
-        return rewrite(net, functools.partial(_rounding_inputs, activation_bits)), weights
-    if calibrate is not None:
+    chosen = choices(net, bits, group_size, smallest)
+    if calibrate is None:
+        net, weights = rounded(net, weights, chosen)
+    else:
         from layercomb.transforms.quantization.calibration.calibrating import (
             calibrated,  # which rounds by this
         )
 
-        return calibrated(net, weights, (bits, group_size, smallest), calibrate, state)
+        if bits == 16:
+            raise ValueError(
+                'quantize: bfloat16 has no scales, so calibrate= changes nothing: leave it out, or '
+                'choose 8 or 4 bits'
+            )
+        net, weights = calibrated(net, weights, chosen, calibrate, state)
+    if activation_bits == 16:
+        return net, weights
+    return rewrite(net, functools.partial(_rounding_inputs, activation_bits)), weights
+
+
+def rounded(net: Layer, weights: Tree, chosen: Choices, path: str = '') -> tuple[Layer, Tree]:
+    """The same model with matrices rounded to the nearest.
+
+    Args:
+      net, weights: of the layer at a path.
+      chosen: what becomes of each leaf, by its path.
+      path: of the layer in the whole model.
+
+    Raises:
+      ValueError: if it is quantized already.
+    """
     if isinstance(net, Tied):
-        inner, whole = quantize(net.layer, net.untied(weights), bits, group_size, smallest=smallest)
+        inner, whole = rounded(net.layer, net.untied(weights), chosen, path)
         return tied_again(net, inner, whole)
     if isinstance(net, Quantized):
         raise ValueError('the model is quantized already: quantize the one that it was made from')
     if narrow_axes(bare(net)):
-        quantized = Quantized(net, bits, group_size, smallest)
-        made = quantized.narrow(weights)
-        return (net, weights) if made is weights else (quantized, made)
+        quantized = chosen.leaf(net, path)
+        made = weights if quantized is None else quantized.narrow(weights)
+        return (net, weights) if made is weights or quantized is None else (quantized, made)
     if isinstance(net, Combinator):
         children, parts = [], dict(weights)
         for key, layer in net.children:
-            child, part = quantize(layer, weights.get(key, {}), bits, group_size, smallest=smallest)
+            child, part = rounded(layer, weights.get(key, {}), chosen, joined(path, key))
             children.append(child)
             if part:
                 parts[key] = part
         return net.with_sublayers(tuple(children)), parts
     if isinstance(net, Wrapper):
-        inner, weights = quantize(net.layer, weights, bits, group_size, smallest=smallest)
+        inner, weights = rounded(net.layer, weights, chosen, path)
         return net.with_sublayers((inner, *net.sublayers[1:])), weights
     return net, weights
 
 
 def _rounding_inputs(bits: int, layer: Layer) -> Layer:
-    return layer.replace(activation_bits=bits) if isinstance(layer, Quantized) else layer
+    is_one = isinstance(layer, Quantized) and layer.bits != 16
+    return layer.replace(activation_bits=bits) if is_one else layer
 
 
 def tied_again(net: Tied, inner: Layer, whole: Tree) -> tuple[Layer, Tree]:

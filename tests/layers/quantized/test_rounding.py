@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layercomb.layers.quantized import fitting, nearest
 from layercomb.layers.quantized import rounding as lib
+from layercomb.layers.quantized.fitting import Inputs
 
 
 def problem(seed, rows=5, n=24, samples=200):
@@ -31,6 +32,10 @@ def loss(weights, q, scales, gram):
     return np.einsum('rn,nm,rm->r', left, np.float64(gram), left)
 
 
+def known(gram, missing=None):
+    return Inputs(jnp.asarray(gram), missing)
+
+
 def damped(gram):
     gram = np.float64(gram)
     return gram + 0.01 * np.trace(gram) / len(gram) * np.eye(len(gram))
@@ -39,25 +44,24 @@ def damped(gram):
 def fed_forward(weights, gram, size, bits):
     """Each error is made up for by all later weights, through the inverse of what is left of H."""
     w, h = np.float64(weights).copy(), damped(gram)
-    q, scales = np.zeros(w.shape), np.zeros((len(w), w.shape[1] // size))
-    low, high = (-8, 7) if bits == 4 else (-127, 127)
-    for i in range(w.shape[1]):
-        if i % size == 0:
-            group = jnp.asarray(w[:, i : i + size], jnp.float32)
-            scales[:, i // size] = lib.nearest(group, bits, refined=True)[1][:, 0]
-        scale = scales[:, i // size]
+    groups = jnp.asarray(weights).reshape(len(w), -1, size)
+    scales = np.asarray(nearest.nearest(groups, bits, refined=True)[1]).squeeze(-1)
+    q, low, high = np.zeros(w.shape), *((-8, 7) if bits == 4 else (-127, 127))
+    order = np.argsort(-np.diag(h), kind='stable')  # the largest inputs first
+    for at, i in enumerate(order):
+        scale, left = scales[:, i // size], order[at:]
         q[:, i] = np.clip(np.round(w[:, i] / scale), low, high)
-        inverse = np.linalg.inv(h[i:, i:])
+        inverse = np.linalg.inv(h[np.ix_(left, left)])
         error = (w[:, i] - q[:, i] * scale) / inverse[0, 0]
-        w[:, i:] -= error[:, None] * inverse[0]
+        w[:, left] -= error[:, None] * inverse[0]
     return q, scales
 
 
 @pytest.mark.parametrize('bits', [4, 8])
 def test_errors_are_fed_forward_as_by_the_inverse_of_what_is_left(bits, monkeypatch):
-    monkeypatch.setattr(lib, '_SWEEPS', 0)
+    monkeypatch.setattr(fitting, '_SWEEPS', 0)
     weights, gram = problem(0)
-    q, scales = lib.integers(jnp.asarray(weights), bits, 6, jnp.asarray(gram))
+    q, scales = lib.integers(jnp.asarray(weights), bits, 6, known(gram))
     wanted, wanted_scales = fed_forward(weights, gram, 6, bits)
     assert q.dtype == jnp.int8 and scales.shape == (5, 4)
     q = np.asarray(q)
@@ -69,15 +73,18 @@ def test_errors_are_fed_forward_as_by_the_inverse_of_what_is_left(bits, monkeypa
 @given(st.integers(0, 2**32 - 1), st.sampled_from([4, 8]), st.sampled_from([4, 8, 24]))
 def test_no_sweep_makes_a_row_worse(seed, bits, size):
     weights, gram = problem(seed)
+    shared = fitting._problem(jnp.asarray(gram), size, bits)
     groups = jnp.asarray(weights).reshape(5, -1, size)
-    gram = np.float32(damped(gram))
-    q, scales = lib.nearest(groups, bits)
-    made = q.astype(jnp.float32), scales.squeeze(-1)
-    before = loss(weights, np.asarray(made[0]).reshape(weights.shape), made[1], gram)
-    sweep = jax.vmap(lambda w, q, s: lib._descended(w, q, s, bits, jnp.asarray(gram)))
+    q, scales = nearest.nearest(groups, bits)
+    made = q.astype(jnp.float32).reshape(5, -1).T, scales.squeeze(-1).T
+
+    def lost():
+        return loss(weights, np.asarray(made[0]).T, np.asarray(made[1]).T, damped(gram))
+
+    before = lost()
     for _ in range(3):
-        made = sweep(groups, *made)
-        after = loss(weights, np.asarray(made[0]).reshape(weights.shape), made[1], gram)
+        made = fitting._descended(shared, jnp.asarray(weights).T, *made)
+        after = lost()
         assert (after <= before * (1 + 1e-4) + 1e-4).all()
         before = after
     low, high = (-8, 7) if bits == 4 else (-127, 127)
@@ -89,23 +96,47 @@ def test_no_sweep_makes_a_row_worse(seed, bits, size):
 def test_for_inputs_products_are_nearer(bits):
     weights, gram = problem(1, rows=64, n=64, samples=500)
     by_weights = loss(weights, *lib.integers(jnp.asarray(weights), bits, 16), gram)
-    made = lib.integers(jnp.asarray(weights), bits, 16, jnp.asarray(gram))
+    made = lib.integers(jnp.asarray(weights), bits, 16, known(gram))
     assert loss(weights, *made, gram).sum() < 0.4 * by_weights.sum()
+
+
+def test_rows_make_up_for_what_is_missing_in_their_inputs():
+    """By hand: of all matrices, one has the products nearest to those wanted; that is rounded."""
+    rng = np.random.default_rng(5)
+    weights, _ = problem(5, rows=32, n=32)
+    before = rng.normal(size=(32, 500))
+    after = before + 0.3 * before[rng.permutation(32)]
+    gram, missing = np.float32(after @ after.T), np.float32(after @ (before - after).T)
+    wanted = np.float64(weights) @ before
+
+    def far(inputs):
+        return np.square(
+            wanted - values(*lib.integers(jnp.asarray(weights), 4, 16, inputs)) @ after
+        )
+
+    aware = far(known(gram, jnp.asarray(missing))).sum()
+    assert aware < 0.3 * far(known(gram)).sum()
+    best = np.linalg.solve(
+        np.float64(gram) + 0.1 * np.trace(gram) / 32 * np.eye(32), np.float64(missing)
+    )
+    moved = np.float32(weights + weights @ best.T)
+    by_hand = lib.integers(jnp.asarray(moved), 4, 16, known(gram))
+    np.testing.assert_allclose(np.square(wanted - values(*by_hand) @ after).sum(), aware, rtol=0.02)
 
 
 def test_uncorrelated_inputs_leave_little_to_make_up_for():
     weights, _ = problem(2)
     eye = np.eye(24, dtype=np.float32)
     by_weights = loss(weights, *lib.integers(jnp.asarray(weights), 4, 6), eye)
-    made = lib.integers(jnp.asarray(weights), 4, 6, jnp.asarray(eye))
+    made = lib.integers(jnp.asarray(weights), 4, 6, known(eye))
     assert (loss(weights, *made, eye) <= by_weights * (1 + 1e-5)).all()
 
 
 def test_rows_are_rounded_alike_alone_and_among_many(monkeypatch):
     weights, gram = map(jnp.asarray, problem(3, rows=7))
-    q, scales = lib.integers(weights, 4, 8, gram)
-    monkeypatch.setattr(lib, '_TOGETHER', 3)
-    again = lib.integers(weights.reshape(7, 1, 24), 4, 8, gram)
+    q, scales = lib.integers(weights, 4, 8, known(gram))
+    monkeypatch.setattr(fitting, '_TOGETHER', 3)
+    again = lib.integers(weights.reshape(7, 1, 24), 4, 8, known(gram))
     assert again[0].shape == (7, 1, 24) and again[1].shape == (7, 1, 3)
     same = (again[0][:, 0] == q).all(-1)
     assert same.sum() >= 4  # a tie of float32 goes on to all weights after it in its row
@@ -114,20 +145,20 @@ def test_rows_are_rounded_alike_alone_and_among_many(monkeypatch):
 
 def test_inputs_of_zeros_and_weights_of_zeros():
     weights, gram = map(jnp.asarray, problem(4))
-    q, scales = lib.integers(weights, 4, 6, jnp.zeros_like(gram))
+    q, scales = lib.integers(weights, 4, 6, known(jnp.zeros_like(gram)))
     assert loss(weights, q, scales, np.eye(24)).sum() < 0.02 * np.square(weights).sum()
-    q, scales = lib.integers(weights * 0.0, 4, 6, gram)
+    q, scales = lib.integers(weights * 0.0, 4, 6, known(gram))
     assert (values(q, scales) == 0).all() and np.isfinite(scales).all()
     some = weights.at[:, 6:12].set(0.0)
     dead = gram.at[3].set(0).at[:, 3].set(0)  # a feature that is always 0
-    assert np.isfinite(values(*lib.integers(some, 4, 6, dead))).all()
+    assert np.isfinite(values(*lib.integers(some, 4, 6, known(dead)))).all()
 
 
 def test_scales_are_nearly_the_best():
     """Of all scales on a fine grid, none is much better than the one that was found."""
     groups = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
-    _, plain = lib.nearest(jnp.asarray(groups), 4)
-    _, scales = lib.nearest(jnp.asarray(groups), 4, refined=True)
+    _, plain = nearest.nearest(jnp.asarray(groups), 4)
+    _, scales = nearest.nearest(jnp.asarray(groups), 4, refined=True)
 
     def errors(scales):
         q = np.clip(np.round(groups / scales), -8, 7)

@@ -1,7 +1,8 @@
 """`calibrated`: a model whose matrices are rounded for the inputs that they get.
 
 A matrix is rounded when the walk reaches it. So its inputs come through what is rounded already,
-as they will.
+as they will. Beside them go those of the model as it was, so that the matrix can make up for what
+was rounded before it.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from layercomb.layers.state.parts import AuxLoss, take_out
 from layercomb.shapes import is_float
 from layercomb.transforms.casting import Cast
 from layercomb.transforms.quantization.calibration import values as on_stack
-from layercomb.transforms.quantization.calibration.inputs import Grams, grams
-from layercomb.transforms.quantization.calibration.values import Stack, run
+from layercomb.transforms.quantization.calibration.inputs import Read, read_by, together
+from layercomb.transforms.quantization.calibration.values import Stack, apart, beside, run
 from layercomb.transforms.quantization.calibration.walking import Made, Walk
+from layercomb.transforms.quantization.choosing import Choices
 from layercomb.transforms.quantization.layer import Quantized, bare, narrow_axes
-from layercomb.transforms.quantization.quantizing import TRANSPOSED, quantize, tied_again
+from layercomb.transforms.quantization.quantizing import TRANSPOSED, rounded, tied_again
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
@@ -36,29 +38,24 @@ _SHOWN = 4  # paths in a warning
 
 
 def calibrated(
-    net: Layer, weights: Tree, options: tuple[int, int, int], batches: Any, state: Tree | None
+    net: Layer, weights: Tree, chosen: Choices, batches: Any, state: Tree | None
 ) -> tuple[Layer, Tree]:
     """The same model with its large matrices in few bits: what `quantize` does with ``calibrate=``.
 
     Args:
       net, weights, batches, state: as of `quantize`.
-      options: bits, group_size and smallest.
+      chosen: what becomes of each leaf.
 
     Returns:
       (layer, weights).
 
     Raises:
       TypeError: for batches that the model does not take.
-      ValueError: for 16 bits; without batches; if values on the way are not finite; if a state is
+      ValueError: without batches; if values on the way are not finite; if a state is
         needed.
     """
-    if options[0] == 16:
-        raise ValueError(
-            'quantize: bfloat16 has no scales, so calibrate= changes nothing: leave it out, or '
-            'choose 8 or 4 bits'
-        )
     if any(isinstance(layer, Quantized) for _, layer in walk(net)):
-        quantize(net, weights, *options[:2], smallest=options[2])  # which says what is wrong
+        rounded(net, weights, chosen)  # which says what is wrong
     given = on_stack.batches_of(net, batches)
     net.output_signature(given[0], Mode.EVAL)  # says what the model does not take
     if state is None:
@@ -68,8 +65,8 @@ def calibrated(
                 'quantize: the model has a state, such as running statistics, that calibrate= '
                 'needs: give state='
             )
-    rounding = _Rounding(options)
-    made, narrow, _ = rounding.through(net, weights, state, '', on_stack.stack_of(given))
+    rounding = _Rounding(chosen, len(given))
+    made, narrow, _ = rounding.through(net, weights, state, '', on_stack.stack_of(given + given))
     _tell(rounding.left)
     return made, narrow
 
@@ -89,7 +86,7 @@ def _tell(left: list[str]) -> None:
 
 
 class _Observing(Walk):
-    """Sums the grams of some weights, and changes nothing.
+    """Sums what some weights multiply, and changes nothing.
 
     Args:
       wanted: whether a weight is one of these, by its path.
@@ -97,14 +94,13 @@ class _Observing(Walk):
 
     def __init__(self, wanted: Callable[[str], bool]) -> None:
         self.wanted = wanted
-        self.grams: Grams = {}
+        self.read: Read = {}
 
     def leaf(self, net: Layer, weights: Tree, state: Tree, path: str, values: Stack) -> Made:
         if any(self.wanted(joined(path, rest)) for rest in narrow_axes(bare(net))):
-            for rest, gram in (_grams(net, path, values) or {}).items():
-                at = joined(path, rest)
-                if self.wanted(at):
-                    self.grams[at] = self.grams[at] + gram if at in self.grams else gram
+            found = _read(net, path, values) or {}
+            own = {joined(path, rest): inputs for rest, inputs in found.items()}
+            self.read = together(self.read, {at: x for at, x in own.items() if self.wanted(at)})
         return net, weights, run(net, weights, state, values)
 
     def tied(self, net: Tied, weights: Tree, state: Tree, path: str, values: Stack) -> Made:
@@ -134,26 +130,29 @@ class _Observing(Walk):
 class _Rounding(Walk):
     """Rounds each matrix that it reaches.
 
+    Values have every batch twice: behind what is rounded, and then as it was.
+
     Args:
-      options: bits, group_size and smallest.
+      chosen: what becomes of each leaf.
+      n: how many batches there are.
 
     Attributes:
       left: the paths of leaves that were rounded without their inputs.
     """
 
-    def __init__(self, options: tuple[int, int, int]) -> None:
-        self.options = options
+    def __init__(self, chosen: Choices, n: int) -> None:
+        self.chosen, self.n = chosen, n
         self.left: list[str] = []
-        self._given: Grams = {}  # by paths, for weights that are used several times
+        self._given: Read = {}  # by paths, for weights that are used several times
         self._last: tuple[Any, ...] = (None, None, None)
 
     def leaf(self, net: Layer, weights: Tree, state: Tree, path: str, values: Stack) -> Made:
-        made = Quantized(net, *self.options)
-        chosen = made.chosen(weights)
-        if not chosen:
+        made = self.chosen.leaf(net, path)
+        chosen = {} if made is None else made.chosen(weights)
+        if made is None or not chosen:
             return net, weights, run(net, weights, state, values)
         given = {rest: self._given.get(joined(path, rest)) for rest in chosen}
-        found: Grams | None = {rest: gram for rest, gram in given.items() if gram is not None}
+        found: Read | None = {rest: inputs for rest, inputs in given.items() if inputs is not None}
         if len(found or {}) < len(given):
             own = self._own(net, path, values)
             found = found if own is None else {**own, **(found or {})}
@@ -162,14 +161,20 @@ class _Rounding(Walk):
             if not jnp.isfinite(trees.get(weights, rest)).all():
                 raise ValueError(f'quantize: weights at {joined(path, rest)!r} are not finite')
         narrow = made.narrow(weights, found or {})
-        return made, narrow, run(made, narrow, state, values)
+        return made, narrow, self.again((made, narrow), (net, weights), state, values)
 
-    def _own(self, net: Layer, path: str, values: Stack) -> Grams | None:
-        """The grams of a leaf, once for neighbours of one kind that read the same value."""
+    def again(
+        self, made: tuple[Layer, Tree], was: tuple[Layer, Tree], state: Tree, values: Stack
+    ) -> Stack:
+        now, before = apart(values, self.n)
+        return beside(run(*made, state, now), run(*was, state, before))
+
+    def _own(self, net: Layer, path: str, values: Stack) -> Read | None:
+        """What a leaf multiplies, once for neighbours of one kind that read the same value."""
         kind = type(bare(net)), net.dtype if isinstance(net, Cast) else None
         if self._last[0] != kind or self._last[1] is not values[0]:
-            self._last = kind, values[0], _grams(net, path, values)
-        made: Grams | None = self._last[2]
+            self._last = kind, values[0], _read(net, path, *apart(values, self.n))
+        made: Read | None = self._last[2]
         return made
 
     def tied(self, net: Tied, weights: Tree, state: Tree, path: str, values: Stack) -> Made:
@@ -187,10 +192,11 @@ class _Rounding(Walk):
         """Blocks with weights of their own one after the other; shared ones for all inputs."""
         if isinstance(net, Map) or net.shared:
             self._observe((path,), net, weights, state, path, values)
+            was = net, weights
             one, its_state = values[: net.layer.n_in], net.block_state(state, 0)
             inner, weights, _ = self.through(net.layer, weights, its_state, path, one)
             made = net.with_sublayers((inner, *net.sublayers[1:]))
-            return made, weights, run(made, weights, state, values)
+            return made, weights, self.again((made, weights), was, state, values)
         parts, inner = [], net.layer
         for i in range(net.n):
             its_weights, its_state = net.block_weights(weights, i), net.block_state(state, i)
@@ -199,12 +205,20 @@ class _Rounding(Walk):
         made = net.with_sublayers((inner, *net.sublayers[1:]))
         return made, jax.tree.map(lambda *xs: jnp.stack(xs), *parts), values
 
-    def _observe(self, ends: tuple[str, ...], net: Layer, *given: Any) -> None:
-        """Sums the grams of weights at or below some paths, each for all of these paths.
+    def _observe(
+        self,
+        ends: tuple[str, ...],
+        net: Layer,
+        weights: Tree,
+        state: Tree,
+        path: str,
+        values: Stack,
+    ) -> None:
+        """Sums what weights at or below some paths multiply, each for all of these paths.
 
         Args:
           ends: the paths.
-          net, *given: as of `through`.
+          net, weights, state, path, values: as of `through`.
         """
 
         def rest(at: str) -> str | None:
@@ -212,25 +226,23 @@ class _Rounding(Walk):
             return next(below, None)
 
         seen = _Observing(lambda at: rest(at) is not None)
-        seen.through(net, *given)
-        total: Grams = {}
-        for at, gram in seen.grams.items():
-            below = rest(at) or ''
-            total[below] = total[below] + gram if below in total else gram
+        seen.through(net, weights, state, path, apart(values, self.n)[0])
+        total: Read = {}
+        for at, inputs in seen.read.items():
+            total = together(total, {rest(at) or '': inputs})
         self._given.update({end + below: total[below] for end in ends for below in total})
 
     def unreached(self, net: Layer, weights: Tree, path: str) -> tuple[Layer, Tree]:
-        bits, group_size, smallest = self.options
-        made, weights = quantize(net, weights, bits, group_size, smallest=smallest)
+        made, weights = rounded(net, weights, self.chosen, path)
         self.left += [at for at, layer in walk(made, path) if isinstance(layer, Quantized)]
         return made, weights
 
 
-def _grams(net: Layer, path: str, values: Stack) -> Grams | None:
-    """The grams of a leaf, which must be finite."""
-    made = grams(net, values)
-    for gram in (made or {}).values():
-        if not jnp.isfinite(jnp.trace(gram)):
+def _read(net: Layer, path: str, values: Stack, before: Stack | None = None) -> Read | None:
+    """What a leaf multiplies, which must be finite."""
+    made = read_by(net, values, before)
+    for inputs in (made or {}).values():
+        if not jnp.isfinite(jnp.trace(inputs.gram)):
             raise ValueError(
                 f'quantize: with the batches of calibrate=, the layer at {path!r} gets inputs that '
                 'are not finite: look for ids outside the vocabulary, and for weights that are NaN'

@@ -12,13 +12,14 @@ from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.embedding import Embedding
 from layercomb.layers.basic.gated import GatedDense
 from layercomb.layers.core.layer import Arrays, Layer
+from layercomb.layers.quantized.fitting import Inputs
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.transforms.casting import Cast
 from layercomb.transforms.quantization.calibration.values import Stack, rows_of_stack
 from layercomb.transforms.quantization.layer import bare
 
-Grams = dict[str, jax.Array]
+Read = dict[str, Inputs]  # by the paths of weights
 
 
 @functools.singledispatch
@@ -71,28 +72,53 @@ def _by_gate(layer: Layer, inputs: Arrays) -> dict[str, jax.Array]:
     return {'gate': inputs[0], 'up': inputs[0]}
 
 
-def grams(leaf: Layer, values: Stack) -> Grams | None:
-    """X Xᵀ of all positions of all batches, for each matrix that multiplies X.
+def read_by(leaf: Layer, values: Stack, before: Stack | None = None) -> Read | None:
+    """What each matrix of a leaf multiplies, at all positions of all batches.
 
     Args:
       leaf: with matrices, or a `Cast` around one.
       values: its inputs.
+      before: what they were before anything was rounded; None if that is not to be made up for.
 
     Returns:
-      (n, n) float32 by the paths of weights; None if nobody has said what the leaf multiplies.
+      By the paths of weights; None if nobody has said what the leaf multiplies.
     """
-    total: Grams | None = None
-    for inputs in rows_of_stack(values):
-        inputs = leaf.narrowed(inputs) if isinstance(leaf, Cast) else inputs
-        made = _grams(bare(leaf), inputs)
-        total = made if total is None else jax.tree.map(jnp.add, total, made)
+    total: Read | None = None
+    own = rows_of_stack(values)
+    for inputs, its in zip(
+        own, rows_of_stack(before) if before else [None] * len(own), strict=True
+    ):
+        made = _read(
+            bare(leaf), _narrowed(leaf, inputs), None if its is None else _narrowed(leaf, its)
+        )
+        total = made if total is None else together(total, made or {})
+        if total is None:
+            return None
     return total
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _grams(leaf: Layer, inputs: Arrays) -> Grams | None:
-    def one(x: jax.Array) -> jax.Array:
-        x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)  # (…, n) → (N, n)
-        return jnp.dot(x.T, x, precision='highest')
+def together(a: Read, b: Read) -> Read:
+    """The inputs of both, by paths."""
+    return {path: a[path] + b[path] if path in a and path in b else (a | b)[path] for path in a | b}
 
-    return jax.tree.map(one, multiplied(leaf, inputs))
+
+def _narrowed(leaf: Layer, inputs: Arrays) -> Arrays:
+    return leaf.narrowed(inputs) if isinstance(leaf, Cast) else inputs
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(leaf: Layer, inputs: Arrays, before: Arrays | None) -> Read | None:
+    found = multiplied(leaf, inputs)
+    if found is None:
+        return None
+    was = {} if before is None else multiplied(leaf, before) or {}
+    return {path: _inputs(x, was.get(path)) for path, x in found.items()}
+
+
+def _inputs(x: jax.Array, before: jax.Array | None) -> Inputs:
+    """x and before: (…, n)."""
+    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)  # (…, n) → (N, n)
+    product = functools.partial(jnp.dot, precision='highest')
+    if before is None:
+        return Inputs(product(x.T, x))
+    return Inputs(product(x.T, x), product(x.T, before.reshape(x.shape).astype(jnp.float32) - x))

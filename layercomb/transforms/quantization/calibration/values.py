@@ -110,3 +110,25 @@ def run(net: Layer, weights: Tree, state: Tree, values: Stack) -> Stack:
 @functools.partial(jax.jit, static_argnums=0)
 def _applied(net: Layer, weights: Tree, state: Tree, inputs: Arrays) -> Arrays:
     return net.apply(weights, state, inputs, mode=Mode.EVAL)[0]
+
+
+def beside(a: Stack, b: Stack) -> Stack:
+    """Stacks of as many values, with the batches of the one before those of the other."""
+
+    def both(x: Values, y: Values) -> list[jax.Array]:
+        return x.arrays() + y.arrays()
+
+    return tuple(Values(x, functools.partial(both, x, y)) for x, y in zip(a, b, strict=True))
+
+
+def apart(values: Stack, n: int) -> tuple[Stack, Stack]:
+    """The first n batches, and those behind them: the inverse of `beside`."""
+
+    def part(x: Values, which: slice) -> list[jax.Array]:
+        return x.arrays()[which]
+
+    first, second = (
+        tuple(Values(x, functools.partial(part, x, which)) for x in values)
+        for which in (slice(n), slice(n, None))
+    )
+    return first, second

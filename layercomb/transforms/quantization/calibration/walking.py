@@ -69,8 +69,20 @@ class Walk:
 
     def whole(self, net: Layer, weights: Tree, state: Tree, path: str, values: Stack) -> Made:
         """At a layer that is not entered: one without layers inside, or of an unknown kind."""
-        made, weights = self.unreached(net, weights, path)
-        return made, weights, run(made, weights, state, values)
+        made = self.unreached(net, weights, path)
+        return *made, self.again(made, (net, weights), state, values)
+
+    def again(
+        self, made: tuple[Layer, Tree], was: tuple[Layer, Tree], state: Tree, values: Stack
+    ) -> Stack:
+        """The outputs of a layer whose place is taken already.
+
+        Args:
+          made, was: the layer and its weights as they are now, and as they were.
+          state, values: its state and inputs.
+        """
+        del was
+        return run(*made, state, values)
 
     def unreached(self, net: Layer, weights: Tree, path: str) -> tuple[Layer, Tree]:
         """What takes the place of a layer whose inside the walk does not see."""
@@ -85,7 +97,8 @@ class Walk:
             key, layer = net.children[i]
             its_state = state.get(key, {})
             if key in made:  # a second time, with the weights of the first
-                return run(*made[key], its_state, values)
+                was = layer, weights.get(key, {})
+                return self.again(made[key], was, its_state, values)
             its_weights, at = weights.get(key, {}), joined(path, key)
             child, part, outputs = self.through(layer, its_weights, its_state, at, values)
             made[key] = child, part
