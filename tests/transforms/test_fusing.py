@@ -110,15 +110,15 @@ def test_activations_are_those_of_the_layers(kind):
     assert jnp.isnan(y[1, 2]).all() and jnp.isfinite(y[0]).all()
 
 
-@pytest.mark.parametrize('change', ['mode', 'rows', 'dtype', 'adapter', 'off', 'ranks'])
+@pytest.mark.parametrize('change', ['mode', 'rows', 'adapter', 'off', 'ranks'])
 def test_what_has_no_native_way_is_applied_by_the_layers(change):
     net = tl.Serial(tl.LayerNorm(), tl.Dense(16))
     x = jnp.ones((1, 40 if change == 'rows' else 4, 16))
     weights = net.init(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.random.key(0))[0]
     if change == 'adapter':
-        net, weights = transforms.lora(net, weights, 2, rng=jax.random.key(1))
+        net, weights = transforms.lora(net, weights, 2)
     fused = transforms.fuse(net)
-    x = x.astype(jnp.bfloat16) if change == 'dtype' else x[0] if change == 'ranks' else x
+    x = x[0] if change == 'ranks' else x
     mode = Mode.EVAL if change == 'mode' else Mode.PREDICT
 
     def run(weights, x):
@@ -131,7 +131,7 @@ def test_what_has_no_native_way_is_applied_by_the_layers(change):
         text = jax.jit(run).lower(weights, x).as_text()
     assert '@layercomb_run_program' not in text
     y, wanted = run(weights, x), net.apply(weights, {}, (x,))[0][0]
-    near(y.astype(jnp.float32), wanted.astype(jnp.float32), 1e-2 if change == 'dtype' else 1e-6)
+    near(y.astype(jnp.float32), wanted.astype(jnp.float32), 1e-6)
 
 
 def test_masks_are_left_to_the_layers():
