@@ -79,15 +79,7 @@ def fuse(net: Layer) -> Layer:
     >>> from layercomb import tl, transforms
     >>> net = tl.Serial(tl.Embedding(9, 4), tl.Residual(tl.LayerNorm(), tl.Dense(4)))
     >>> transforms.fuse(net)
-    Serial(
-      Embedding(9, 4),
-      Fused(
-        Residual(
-          LayerNorm(),
-          Dense(4)
-        )
-      )
-    )
+    Serial(Embedding(9, 4), Fused(Residual(LayerNorm(), Dense(4))))
     """
     if isinstance(net, Fused):
         return net
