@@ -1,7 +1,7 @@
 """What narrow weights cost in quality, and how near their products come to the memory's speed.
 
     python benchmarks/quantization.py [--run_dir DIR] [--only quality | smollm2 | speed] [--rows 1]
-                                      [--case TEXT]
+                                      [--case TEXT] [--windows 64]
 
 Quality: the model of a run (by default `reformer_python`, trained here for three minutes) with
 weights of 16, 8 and 4 bits in groups of several sizes: bytes of all weights, the error of the
@@ -11,8 +11,9 @@ get from 8 batches of training data; with 4 bits, the table is in 8.
 
 SmolLM2: the same of SmolLM2-135M, whose weights come in 4 bits and are first trained for 200 steps
 of 64 tokens: perplexity of 8,192 tokens of held-out text of the kind that it was trained on and
-calibrated with (16,384 tokens), Python's documentation; its ratio to that of the wide model; and
-the nats by which tokens are foretold otherwise (KL). `--case` runs rows whose name has a text.
+calibrated with (`--windows` of 256 tokens), Python's documentation; its ratio to that of the wide
+model; and the nats by which tokens are foretold otherwise (KL). `--case` runs rows whose name has a
+text, of the quality too.
 
 Speed: GPT-2's matrices, in microseconds a product, as many copies in turn as are larger than the
 caches, by XLA in float32 and by `layercomb_kernels`; on one thread and on two, each beside the read
@@ -46,7 +47,8 @@ def main() -> None:
     parser.add_argument('--run_dir', help='a run, whose model to quantize')
     parser.add_argument('--only', choices=('quality', 'smollm2', 'speed'))
     parser.add_argument('--rows', type=int, default=1, help='how many rows to multiply')
-    parser.add_argument('--case', default='', help='of smollm2: the rows whose name has this text')
+    parser.add_argument('--case', default='', help='the rows whose name has this text')
+    parser.add_argument('--windows', type=int, default=64, help='that smollm2 is calibrated with')
     parser.add_argument('--threads', type=int, help='measure speed on so many alone')
     options = parser.parse_args()
     if options.threads:
@@ -55,9 +57,9 @@ def main() -> None:
     print(machine.describe())
     if options.only in (None, 'quality'):
         with tempfile.TemporaryDirectory() as directory:
-            quality(options.run_dir or trained(directory))
+            quality(options.run_dir or trained(directory), options.case)
     if options.only in (None, 'smollm2'):
-        smollm2(options.case)
+        smollm2(options.case, options.windows)
     if options.only in (None, 'speed'):
         for threads in (1, 2):  # XLA counts its threads at the start
             command = [sys.executable, __file__, '--threads', str(threads)]
@@ -70,7 +72,7 @@ def trained(directory: str) -> str:
     return directory
 
 
-def quality(run_dir: str) -> None:
+def quality(run_dir: str, case: str) -> None:
     import jax
     import jax.numpy as jnp
 
@@ -80,8 +82,8 @@ def quality(run_dir: str) -> None:
 
     with cli.configured(runs.config_of(run_dir), (), run_dir) as config:
         experiment = config.build()
-        signature = experiment.batch_signature()[: experiment.model.n_in]
-        model, step = runs.last_model(run_dir, experiment.model, signature)
+        signature = experiment.batch_signature()[: experiment.net.n_in]
+        model, step = runs.saved_model(run_dir, experiment.net, signature, 'last')
         tokens = jnp.asarray(next(iter(experiment.eval_tasks[0].data))[0])
         training = iter(experiment.train_task.data)
         read = [next(training)[0] for _ in range(8)]
@@ -90,7 +92,7 @@ def quality(run_dir: str) -> None:
         print(f'\n{run_dir}, step {step}')
         print(f'{"":<34}{"bytes":>12}{"logits":>9}{"bits per byte":>15}{"ratio":>9}')
         first = None
-        for name, options in cases(read):
+        for name, options in [(n, o) for n, o in cases(read) if case in n or not o]:
             net, weights = model.layer, model.weights
             if options:
                 net, weights = transforms.quantize(net, weights, **options)
@@ -124,6 +126,7 @@ def cases_of_smollm2(read: list[Any]) -> list[tuple[str, dict[str, Any]]]:
     made: list[tuple[str, dict[str, Any]]] = [('bfloat16', {'bits': 16})]
     for name, bits in every.items():
         made += [(name, {'bits': bits}), (f'{name}, for inputs', {'bits': bits, 'calibrate': read})]
+    made.append(('int8, inputs of 8 bits', {'bits': 8, 'activation_bits': 8}))
     return made
 
 
@@ -133,7 +136,7 @@ def _four(path: str) -> int:
     return 4
 
 
-def smollm2(case: str = '', window: int = 256) -> None:
+def smollm2(case: str, n_windows: int, window: int = 256) -> None:
     """What rounding costs SmolLM2-135M, trained a little so that its weights are wide."""
     import pydoc_data.topics
 
@@ -166,7 +169,7 @@ def smollm2(case: str = '', window: int = 256) -> None:
         rows = np.stack([ids[i : i + window + 1] for i in starts])
         return list(jnp.asarray(rows.reshape(-1, 4, window + 1)))
 
-    read = [rows[:, :-1] for rows in windows(known, 64)]
+    read = [rows[:, :-1] for rows in windows(known, n_windows)]
     texts, n = windows(held, 32), trees.count(weights)
     print(f'\nSmolLM2-135M\n{"":<34}{"bits":>7}{"perplexity":>11}{"ratio":>9}{"KL":>9}{"s":>7}')
     for name, options in [(name, o) for name, o in cases_of_smollm2(read) if case in name]:
