@@ -1,8 +1,9 @@
 """`Program`: layers of a decoding step as instructions, which one native call carries out.
 
 XLA calls every layer by itself, and wakes threads for each. In a small model of many layers that is
-7 % of a token at the median, and a fifth at best. A program is one call: `layercomb_kernels.run_program` goes through its
-phases. Instructions of a phase need nothing of each other, or go row by row.
+7 % of a token at the median, and a fifth at best. A program is one call:
+`layercomb_kernels.run_program` goes through its phases. Instructions of a phase need nothing of each
+other, or go row by row.
 
 Shape letters: B batch, T new positions, M = B·T rows, D width, H heads, K head depth.
 """
