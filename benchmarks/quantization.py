@@ -119,10 +119,12 @@ def cases(read: list[Any]) -> list[tuple[str, dict[str, Any]]]:
 def cases_of_smollm2(read: list[Any]) -> list[tuple[str, dict[str, Any]]]:
     """The same for groups of 64, and more choices of which matrices have 8 bits."""
 
-    def values_in_8(path: str) -> int:
-        return 8 if path.endswith(('embedding', 'head', 'value')) else 4
+    more = 'embedding', 'head', 'key', 'value', 'feed_forward/dense'
 
-    every = {'int8': 8, 'int4': 4, 'int4, values int8': values_in_8, 'int4 everywhere': _four}
+    def mixed(path: str) -> int:
+        return 8 if path.endswith(more) else 4
+
+    every = {'int8': 8, 'int4': 4, 'int4; k, v, downs int8': mixed, 'int4 everywhere': _four}
     made: list[tuple[str, dict[str, Any]]] = [('bfloat16', {'bits': 16})]
     for name, bits in every.items():
         made += [(name, {'bits': bits}), (f'{name}, for inputs', {'bits': bits, 'calibrate': read})]
