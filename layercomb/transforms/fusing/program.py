@@ -2,8 +2,8 @@
 
 XLA calls every layer by itself, and wakes threads for each. In a small model of many layers that is
 7 % of a token at the median, and a fifth at best. A program is one call:
-`layercomb_kernels.run_program` goes through its phases. Instructions of a phase need nothing of each
-other, or go row by row.
+`layercomb_kernels.run_program` goes through its phases. Instructions of a phase need nothing of
+each other, or go row by row.
 
 Shape letters: B batch, T new positions, M = B·T rows, D width, H heads, K head depth.
 """
