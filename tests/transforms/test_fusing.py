@@ -134,6 +134,54 @@ def test_what_has_no_native_way_is_applied_by_the_layers(change):
     near(y.astype(jnp.float32), wanted.astype(jnp.float32), 1e-6)
 
 
+class Twice(tl.Dense):
+    """A subclass that computes something else."""
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (y,), state = super().apply(weights, state, inputs, rng=rng, mode=mode)
+        return (2 * y,), state
+
+
+class Cubed(tl.Relu):
+    function = staticmethod(lambda x: x**3)
+
+
+@pytest.mark.parametrize('layer', [Twice(16), Cubed()])
+def test_a_subclass_that_computes_something_else_is_left_alone(layer):
+    net = tl.Serial(tl.Dense(16), layer, tl.Dense(16))
+    x = jax.random.normal(jax.random.key(2), (1, 2, 16))
+    weights = net.init(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.random.key(0))[0]
+    (y,), _ = transforms.fuse(net).apply(weights, {}, (x,), mode=Mode.PREDICT)
+    near(y, net.apply(weights, {}, (x,))[0][0], 1e-6)
+
+
+@pytest.mark.parametrize(
+    'path, shape',
+    [
+        ('dense/bias', (4, 4)),
+        ('dense/kernel', (8, 16)),
+        ('self_attention/output/kernel', (4, 8, 16)),
+    ],
+)
+def test_weights_of_another_shape_are_refused_as_the_layers_refuse_them(path, shape):
+    net = tl.Serial(tl.SelfAttention(8, d_head=4), tl.Dense(16))
+    signature = jax.ShapeDtypeStruct((1, 4, 16), jnp.float32)
+    weights, state = net.init((signature,), jax.random.key(0), Mode.PREDICT)
+    weights = lc.trees.put(lc.trees.drop(weights, path), path, jnp.ones(shape))
+    with pytest.raises((TypeError, ValueError)):
+        transforms.fuse(net).apply(weights, state, (jnp.ones((1, 1, 16)),), mode=Mode.PREDICT)
+
+
+def test_a_state_of_ones_own_is_not_written_over():
+    net, weights, state = made('gpt2', None, 1)
+    kept = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    for given in (state, jax.tree.map(np.array, kept)):
+        transforms.fuse(net).apply(
+            weights, given, (jnp.ones((1, 1), jnp.int32),), mode=Mode.PREDICT
+        )
+        jax.tree.map(np.testing.assert_array_equal, given, kept)
+
+
 def test_masks_are_left_to_the_layers():
     net = tl.Residual(tl.SelfAttention(2, masked=True))
     assert not isinstance(transforms.fuse(net), transforms.Fused)

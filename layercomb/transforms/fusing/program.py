@@ -189,12 +189,13 @@ class Program:
         Args:
           x: of width D.
           kernel: a `Narrow`, or a float32 array (*D, *F).
-          bias: float32 of F numbers; or None.
+          bias: float32 (F,), or (H, K); or None.
           shape: of the result, whose width is F.
         """
         width = math.prod(shape) // (self.batch * self.length)
         words, scales, options = _matrix(kernel, x.width, width)
-        need(bias is None or _is(bias, bias.shape, width), 'a bias of another width')
+        features = (shape[1], shape[3]) if len(shape) == 4 else (shape[-1],)
+        need(bias is None or _is(bias, features), 'a bias of another shape')
         y = self._value(shape, width)
         n, at = self._n_products, self.operand(words)
         self._n_products += 1
@@ -359,10 +360,10 @@ def _values_made(phase: Sequence[_Instruction]) -> list[Value]:
     return [token for each in phase for token in each.writes if isinstance(token, Value)]
 
 
-def _is(array: Any, shape: tuple[int, ...], size: int | None = None) -> bool:
-    """Whether something is a float32 array of a shape, and perhaps of a size."""
+def _is(array: Any, shape: tuple[int, ...]) -> bool:
+    """Whether something is a float32 array of a shape."""
     shaped = isinstance(array, jax.Array | np.ndarray) and array.shape == shape
-    return shaped and array.dtype == jnp.float32 and (size is None or array.size == size)
+    return shaped and bool(array.dtype == jnp.float32)
 
 
 def _matrix(kernel: Any, d: int, f: int) -> tuple[Any, Any, tuple[int, bool]]:

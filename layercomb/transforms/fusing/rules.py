@@ -2,7 +2,8 @@
 
 Layers are found by class, as elsewhere: a rule for a layer of your own is registered with
 ``write.register``. Combinators need none: their own `route` says what goes where. What has no rule
-raises `Unfit`, and so does what a rule does not cover; the layer's own `apply` then computes it.
+raises `Unfit`, and so does what a rule does not cover; the layer's own `apply` then computes it. A
+subclass with an `apply` of its own does not inherit a rule.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.decoding.caches import KVCache, refuse_overflow
 from layercomb.layers.positions.position import check_next
 from layercomb.layers.positions.rotary import RotaryPositions
+from layercomb.layers.reversible.rules import Rules
 from layercomb.transforms.fusing.program import ACTIVATIONS, Program, Unfit, Value, need
 from layercomb.transforms.quantization.layer import Quantized
 from layercomb.trees import Tree
@@ -38,7 +40,7 @@ from layercomb.trees import Tree
 Values = tuple[Value, ...]
 
 
-@functools.singledispatch
+@Rules
 def write(
     layer: Layer, program: Program, weights: Tree, state: Any, inputs: Values
 ) -> tuple[Values, Any]:
@@ -61,14 +63,12 @@ def write(
 
 def knows(layer: Layer) -> bool:
     """Whether there are rules for a layer and all layers inside, whatever its weights are."""
-    if isinstance(layer, Combinator):
-        routes = type(layer).apply in (Combinator.apply, MultiHead.apply)
-        return routes and all(map(knows, layer.sublayers))
-    ruled = write.dispatch(type(layer)) is not write.dispatch(object)
+    ruled = write.rule(type(layer)) is not write.default
     return ruled and all(map(knows, layer.sublayers))
 
 
-@write.register(Combinator)
+@write.register(Combinator, of=('apply',))
+@write.register(MultiHead, of=('apply',))  # whose `apply` is another in training alone
 def _combinator(layer, program, weights, state, inputs):
     new_state = copy.copy(state)
 
@@ -164,7 +164,8 @@ def _merge_heads(layer, program, weights, state, inputs):
     x, like = inputs
     need(x.ndim == 4, 'values without heads')
     kernel, width = weights['kernel'], like.shape[-1]
-    need(kernel.shape[-1] == width, 'another width')
+    heads = (x.shape[1] * x.shape[3],), (x.shape[1], x.shape[3])  # a narrow matrix has them merged
+    need(kernel.shape[:-1] in heads and kernel.shape[-1] == width, 'other heads, or another width')
     shape = *like.shape[:2], width
     return (program.product(x, kernel, weights.get('bias'), shape),), state
 
@@ -190,7 +191,7 @@ def _speeds(layer: RotaryPositions, depth: int) -> Any:
         return np.asarray(layer.speeds({}, depth, 1))
 
 
-@write.register(DotProductAttention)
+@write.register(DotProductAttention, of=('apply', '_attend', '_extend'))
 def _attention(layer, program, weights, state, inputs):
     q, k, v = inputs
     need(layer.causal and not layer.masked and not layer.relative, 'attention of another kind')
