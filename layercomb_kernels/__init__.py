@@ -64,6 +64,7 @@ _NAMES = (
 DEPTH = 16  # the depths that `flash_forward` takes are multiples of it
 DEPTHS = (16, 32, 64, 128)  # those that `selected_forward` takes
 _WORDS = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8)
+_OPERANDS = (*_WORDS, jnp.float16, jnp.int32, jnp.uint32)
 
 _off = jax.make_user_context(False)
 
@@ -201,7 +202,9 @@ def run_program(
     operands: Sequence[jax.Array],
     written: Sequence[int],
 ) -> list[jax.Array]:
-    """Layers of a decoding step, as instructions that `transforms.fuse` makes and has checked.
+    """Layers of a decoding step, as instructions that `transforms.fuse` writes.
+
+    Whoever writes instructions must check the shapes of what they name: the kernels do not.
 
     Args:
       code: int32, the number of new positions of a row, and the instructions: see program.h.
@@ -215,13 +218,36 @@ def run_program(
     Returns:
       y (M, F) float32, and the operands that have been written, in their order.
     """
+    _check_registered()
+    _check_ranks(x=(x, 2))
+    _check_dtypes(x, x)
+    for operand in operands:
+        if operand.dtype not in _OPERANDS:
+            raise TypeError(f'the kernels take no operand of dtype {operand.dtype}')
     results = [
         jax.ShapeDtypeStruct((len(x), width), jnp.float32),
         *(jax.ShapeDtypeStruct(operands[n].shape, operands[n].dtype) for n in written),
     ]
     in_place = {3 + n: 1 + i for i, n in enumerate(written)}
-    call = jax.ffi.ffi_call('layercomb_run_program', results, input_output_aliases=in_place)
-    return list(call(code, factors, x, *operands))
+    call = jax.ffi.ffi_call(
+        'layercomb_run_program',
+        results,
+        input_output_aliases=in_place,
+        vmap_method='sequential',
+    )
+
+    @jax.custom_jvp
+    def run(*args: Any) -> Any:
+        return tuple(call(*args))
+
+    @run.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise ValueError(
+            'a fused decoding step has no derivative: take that of the model which transforms.fuse '
+            'was given, or of Mode.EVAL'
+        )
+
+    return list(run(code, factors, x, *operands))
 
 
 def table_rows(table: jax.Array, at: jax.Array) -> jax.Array:
@@ -854,11 +880,15 @@ def _call(
     return _call_many(name, (shape,), *args, dtype=dtype)[0]
 
 
-def _call_many(
-    name: str, shapes: tuple[tuple[int, ...], ...], *args: jax.Array, dtype: Any = jnp.float32
-) -> Any:
+def _check_registered() -> None:
     reason = _register()
     if reason is not None:
         raise RuntimeError(f'there are no kernels: {reason}')
+
+
+def _call_many(
+    name: str, shapes: tuple[tuple[int, ...], ...], *args: jax.Array, dtype: Any = jnp.float32
+) -> Any:
+    _check_registered()
     results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     return jax.ffi.ffi_call(f'layercomb_{name}', results, vmap_method='sequential')(*args)

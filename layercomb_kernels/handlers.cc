@@ -329,7 +329,7 @@ layercomb::Operand OperandOf(const ffi::AnyBuffer& buffer) {
                     : type == ffi::S32  ? Type::kInt32
                     : type == ffi::U32  ? Type::kUint32
                     : type == ffi::S8   ? Type::kInt8
-                                        : Type::kUint8;
+                                        : Type::kUint8;  // Python lets no other pass
   const auto dims = buffer.dimensions();
   const int64_t columns = dims.size() ? dims.back() : 1;
   const int64_t n = static_cast<int64_t>(buffer.element_count());

@@ -120,6 +120,11 @@ class Reader {
   int64_t At(const int32_t* taken, int64_t m) const {
     return int64_t{taken[m / program_.length]} + m % program_.length;
   }
+  // Whether a cache has room for all new positions of the row of the batch that row m is of.
+  bool Fits(const int32_t* taken, int64_t m, int64_t room) const {
+    const int64_t first = taken[m / program_.length];
+    return first >= 0 && first + program_.length <= room;
+  }
 
   Phase Instruction() {
     switch (static_cast<Op>(Next())) {
@@ -252,7 +257,8 @@ class Reader {
     const Operand &cache = Cache(), &taken = Weight();
     const int64_t room = Next(), depth = cache.columns, n_heads = x.width / depth;
     return {0, [=, length = program_.length](int64_t m) {
-              const int64_t t = std::clamp<int64_t>(At(taken.indices(), m), 0, room - 1);
+              if (!Fits(taken.indices(), m, room)) return;
+              const int64_t t = At(taken.indices(), m);
               float* to = static_cast<float*>(cache.data) +
                           (m / length * n_heads * room + t) * depth;
               for (int64_t h = 0; h < n_heads; ++h) {
@@ -275,7 +281,7 @@ class Reader {
       const int64_t h = g * group + i % parts * unit, n = std::min(unit, (g + 1) * group - h);
       const int64_t t = At(taken.indices(), m);
       float* to = y(m) + h * d_value;
-      if (t >= room) {  // the cache overflows
+      if (!Fits(taken.indices(), m, room)) {
         std::fill_n(to, n * d_value, kNaN);
         return;
       }

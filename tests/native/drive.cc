@@ -346,9 +346,9 @@ void Programs(Threads& threads) {
       0, 1, 4, 1, 0,                                                // 1 → 3, parts
       1, 3, 4, 2, 0, 2, kValue, 1, 1,                               // 3 → 2
       6, 2, kValue, 0, 3, room, 6, 2, kValue, 1, 3, room,           // 2 → caches
-      0, 1, 7, 2, kValue, 4, kValue, 0, 1, 3, 6, 2, room, 4, 1, 2,  // 2 → y
+      0, 1, 7, 2, kValue, 4, kValue, 0, 1, 3, 6, 1, room, 4, 1, 2,  // 2 → y
   };
-  Same("RunProgram", threads, {n_x * d, batch * 3 * room * 8, batch * 3 * room * 8},
+  Same("RunProgram", threads, {n_x * d, batch * 6 * room * 8, batch * 6 * room * 8},
        [&](const Pool& pool, float** y) {
          std::vector<int32_t> taken{2, 5};
          const Operand positions{taken.data(), Type::kInt32, 1, batch};
@@ -360,8 +360,8 @@ void Programs(Threads& threads) {
                             {bias.data(), Type::kFloat32, 1, d},
                             {kernel.data(), Type::kFloat32, d, d},
                             positions},
-                           {{y[1], Type::kFloat32, batch * 3 * room, 8},
-                            {y[2], Type::kFloat32, batch * 3 * room, 8},
+                           {{y[1], Type::kFloat32, batch * 6 * room, 8},
+                            {y[2], Type::kFloat32, batch * 6 * room, 8},
                             positions},
                            x.data(),
                            y[0]});

@@ -182,6 +182,95 @@ def test_a_state_of_ones_own_is_not_written_over():
         jax.tree.map(np.testing.assert_array_equal, given, kept)
 
 
+class Still(tl.RotaryPositions):
+    def _turned(self, x, sin, cos):
+        return x
+
+
+class Doubled(tl.GatedDense):
+    def _kernel_and_bias(self, weights, name):
+        return {'kernel': 2 * weights[name]}
+
+
+@pytest.mark.parametrize('part', [tl.SelfAttention(2, rotary=Still()), Doubled(16)])
+def test_what_a_subclass_overrides_inside_counts(part):
+    net = tl.Serial(tl.RMSNorm(), part)
+    x = jax.random.normal(jax.random.key(2), (1, 3, 16))
+    weights, state = net.init(
+        (jax.ShapeDtypeStruct(x.shape, x.dtype),), jax.random.key(0), Mode.PREDICT
+    )
+    (y,), _ = transforms.fuse(net).apply(weights, state, (x,), mode=Mode.PREDICT)
+    near(y, net.apply(weights, state, (x,), mode=Mode.PREDICT)[0][0], 1e-5)
+
+
+def test_fields_say_whether_there_are_biases():
+    net = tl.Serial(tl.SelfAttention(2))
+    signature = (jax.ShapeDtypeStruct((1, 4, 16), jnp.float32),)
+    weights, state = net.init(signature, jax.random.key(0), Mode.PREDICT)
+    weights = jax.tree.map(lambda x: x + 1, weights)
+    bare = tl.Serial(tl.SelfAttention(2, qkv_bias=False, out_bias=False))
+    x = jnp.ones((1, 1, 16))
+    (y,), _ = transforms.fuse(bare).apply(weights, state, (x,), mode=Mode.PREDICT)
+    near(y, bare.apply(weights, state, (x,), mode=Mode.PREDICT)[0][0], 1e-5)
+    without = lc.trees.drop(weights, 'self_attention/query/bias')
+    with pytest.raises(KeyError):
+        transforms.fuse(net).apply(without, state, (x,), mode=Mode.PREDICT)
+
+
+def test_heads_come_out_as_heads():
+    net = tl.Serial(tl.LayerNorm(), tl.SplitHeads(2))
+    x = jax.random.normal(jax.random.key(2), (2, 5, 16))
+    weights = net.init(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.random.key(0))[0]
+    (y,), _ = transforms.fuse(net).apply(weights, {}, (x,), mode=Mode.PREDICT)
+    near(y, net.apply(weights, {}, (x,))[0][0], 1e-5)
+
+
+@pytest.mark.parametrize('taken, nan', [((ROOM - 2, 3), 0), ((-5, 3), 0), ((-40, 3), 0)])
+def test_rows_whose_positions_do_not_fit_are_nan_and_write_nothing(taken, nan):
+    net, weights, state = made('llama', None, 2)
+    state = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), tl.seek(state, jnp.array([0, 0])))
+    state = tl.seek(state, jnp.array(taken))
+    fused = transforms.fuse(net)
+    run = jax.jit(lambda w, s, x: fused.apply(w, s, (x,), mode=Mode.PREDICT))
+    (y,), new = run(weights, state, jnp.zeros((2, 4), jnp.int32))
+    assert jnp.isnan(y[nan]).all() and jnp.isfinite(y[1 - nan]).all()
+    core = ('block', '0', 'attention', 'self_attention', 'core')
+    old, new = (functools.reduce(lambda tree, key: tree[key], core, s) for s in (state, new))
+    np.testing.assert_array_equal(old.by_row(old.k)[nan], new.by_row(new.k)[nan])
+
+
+@pytest.mark.parametrize('rows', [(1,), ()])
+def test_positions_of_another_shape_are_left_to_the_layers(rows):
+    net, weights, state = made('llama', None, 2)
+    bad = jax.tree.map(
+        lambda x: tl.Position(jnp.zeros(rows, jnp.int32)) if isinstance(x, tl.Position) else x,
+        state,
+        is_leaf=lambda x: isinstance(x, tl.Position),
+    )
+    outcomes = []
+    for each in (transforms.fuse(net), net):
+        try:
+            run = jax.jit(lambda w, s, x, each=each: each.apply(w, s, (x,), mode=Mode.PREDICT))
+            outcomes.append(run(weights, bad, jnp.zeros((2, 1), jnp.int32))[0][0].shape)
+        except (TypeError, ValueError, IndexError) as e:
+            outcomes.append(type(e))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_step_is_mapped_and_has_no_derivative():
+    net = tl.Serial(tl.LayerNorm(), tl.Dense(16))
+    x = jax.random.normal(jax.random.key(2), (3, 1, 2, 16))
+    weights = net.init(jax.ShapeDtypeStruct(x.shape[1:], x.dtype), jax.random.key(0))[0]
+    fused = transforms.fuse(net)
+
+    def run(x):
+        return fused.apply(weights, {}, (x,), mode=Mode.PREDICT)[0][0]
+
+    near(jax.vmap(run)(x), jax.vmap(lambda x: net.apply(weights, {}, (x,))[0][0])(x), 1e-5)
+    with pytest.raises(ValueError, match='has no derivative: take that of the model'):
+        jax.grad(lambda x: run(x).sum())(x[0])
+
+
 def test_masks_are_left_to_the_layers():
     net = tl.Residual(tl.SelfAttention(2, masked=True))
     assert not isinstance(transforms.fuse(net), transforms.Fused)

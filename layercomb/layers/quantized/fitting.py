@@ -89,6 +89,8 @@ def fitted(rows: jax.Array, bits: int, size: int, inputs: Inputs) -> tuple[jax.A
       Behdin et al. 2023, https://arxiv.org/abs/2309.01885
     """
     n_rows, n = rows.shape
+    if not n_rows:
+        return jnp.zeros((0, n), jnp.int8), jnp.zeros((0, n // size), jnp.float32)
     with jax.default_matmul_precision('highest'):
         if inputs.missing is not None:
             rows = rows + jnp.linalg.solve(_damped(inputs.gram, _TRUST), inputs.missing @ rows.T).T

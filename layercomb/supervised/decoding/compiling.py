@@ -29,7 +29,7 @@ def compile_for(program: Any, *args: Any) -> None:
     known = _known.setdefault(program, set())
     if kind in known:
         return
-    known.add(kind)
     buffers.give_back()
     program.lower(*args).compile()
     buffers.give_back()
+    known.add(kind)

@@ -284,7 +284,7 @@ def _stream(
         columns = np.asarray(made)[:, :count]
         now = time.perf_counter()
         if shown:
-            n = int(np.clip(_SECONDS * count / (now - since), 1, _BLOCK))
+            n = int(np.clip(_SECONDS * count / max(now - since, 1e-6), 1, _BLOCK))
         since = now
         for column in columns.T:
             column = np.where(done, eos_id, column)

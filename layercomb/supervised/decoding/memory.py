@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 
 from layercomb import trees
+from layercomb.checks import Size, check_value
+from layercomb.errors import UsageError
 from layercomb.model import Model
 from layercomb.shapes import shape_dtype
-from layercomb.supervised.decoding.prompts import checked, fresh_state
+from layercomb.supervised.decoding.prompts import checked, fresh_state, max_len
 from layercomb.transforms import buffers
 
 
@@ -29,6 +31,13 @@ def decoding_bytes(model: Model, n_positions: int) -> dict[str, int]:
       TypeError, UsageError: as `decoding.generate`.
     """
     net, weights, state = checked(model)
+    n_positions = check_value('decoding_bytes', 'n_positions', n_positions, Size)
+    limit = max_len(net)
+    if limit is not None and n_positions > limit:
+        raise UsageError(
+            f"{n_positions} positions were asked for, and the model's max_len is {limit}: ask for "
+            'fewer'
+        )
     signature = (shape_dtype((1, n_positions), 'int32'),)
     caches = jax.eval_shape(lambda: fresh_state(net, state, signature))
     taken = {'weights': trees.n_bytes(weights), 'caches': trees.n_bytes(caches)}

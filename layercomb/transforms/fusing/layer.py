@@ -27,7 +27,9 @@ class Fused(Wrapper):
 
     In ``PREDICT`` all layers inside are carried out by `layercomb_kernels`, for up to 32 rows of
     new positions, with results that differ from `apply` of the layer by rounding alone. Elsewhere,
-    and for weights or inputs that the kernels do not take, the layer itself is applied.
+    and for weights or inputs that the kernels do not take, the layer itself is applied. Such a step
+    has no derivative, and is traced for the platform of this process: trace what leaves it in
+    `layercomb_kernels.off()`.
 
     Attributes:
       layer: the layer, of one input and one output.

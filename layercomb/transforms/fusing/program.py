@@ -133,8 +133,13 @@ class Program:
             self._written.append(number)
         return Written(number)
 
+    def _check_taken(self, taken: Any) -> None:
+        fits = taken.shape == (self.batch,) and taken.dtype == jnp.int32
+        need(fits, 'positions of another shape or dtype')
+
     def moved(self, position: Position) -> Position:
         """A position after T more, of which the call takes care."""
+        self._check_taken(position.rows)
         return Position(self.written(position.rows))  # type: ignore[arg-type]
 
     def _factor(self, value: float) -> int:
@@ -223,7 +228,9 @@ class Program:
           in_pairs: whether features 2i and 2i + 1 make a pair; else i and i + n / 2.
           magnitude: what the turned features are multiplied by.
         """
-        need(speeds.ndim == 1 and 2 * speeds.size <= q.shape[-1], 'angles of each position')
+        self._check_taken(taken)
+        known = speeds.ndim == 1 and speeds.dtype == jnp.float32
+        need(known and 2 * speeds.size <= q.shape[-1], 'frequencies of another kind')
         to_q, to_k = self.like(q), self.like(k)
         numbers = self.operand(taken), self.operand(speeds), q.shape[-1], max_len or 0, in_pairs
         words = q, to_q, k, to_k, *numbers, self._factor(magnitude)
@@ -238,6 +245,7 @@ class Program:
           cache: float32.
           taken: (B,) int32, the positions taken.
         """
+        self._check_taken(taken)
         n_heads, _, depth = x.shape[1:]
         need(_is(cache, (self.batch * n_heads, cache.shape[1], depth)), 'a cache of another kind')
         need(self.operand(cache) not in self._written, 'one cache for two kinds')
@@ -262,6 +270,7 @@ class Program:
         Returns:
           (B, H, T, V).
         """
+        self._check_taken(taken)
         keys, values = (self._operands[cache.number] for cache in caches)
         n_heads, group = q.shape[1], self.batch * q.shape[1] // len(keys)
         need(keys.shape[-1] == q.shape[-1] and group * len(keys) == self.batch * n_heads, 'heads')
@@ -291,7 +300,11 @@ class Program:
             code, factors, rows, output.width, self._operands, self._written
         )
         found = {Written(n): array for n, array in zip(self._written, written, strict=True)}
-        return y.reshape(output.shape), found
+        if len(output.shape) == 3:
+            return y.reshape(output.shape), found
+        batch, n_heads, length, depth = output.shape
+        heads = y.reshape(batch, length, n_heads, depth)  # (M, H·K) → (B, T, H, K)
+        return heads.swapaxes(1, 2), found
 
     def _code(self, output: Value) -> list[int]:
         """The words that `RunProgram` reads."""
@@ -378,7 +391,7 @@ def _matrix(kernel: Any, d: int, f: int) -> tuple[Any, Any, tuple[int, bool]]:
         need(kernel.dtype == jnp.float32 and kernel.size == d * f > 0, 'a matrix of another size')
         need(math.prod(kernel.shape[:-1]) == d or kernel.shape[0] == d, 'a matrix of another size')
         return kernel.reshape(d, f), None, (2, False)
-    need(kernel.axes != 'oi' and math.prod(kernel.shape) == d * f, 'a matrix of another size')
+    need(kernel.axes != 'oi' and math.prod(kernel.shape) == d * f > 0, 'a matrix of another size')
     rows = kernel.as_rows()
     need(rows.values.shape[0] == f, 'a matrix of another size')
     if kernel.in_panels:

@@ -1,9 +1,8 @@
 """`write`: how each layer becomes instructions of a `Program`.
 
-Layers are found by class, as elsewhere: a rule for a layer of your own is registered with
-``write.register``. Combinators need none: their own `route` says what goes where. What has no rule
-raises `Unfit`, and so does what a rule does not cover; the layer's own `apply` then computes it. A
-subclass with an `apply` of its own does not inherit a rule.
+Layers are found by class, as elsewhere. Combinators need no rules: their own `route` says what goes
+where. What has no rule raises `Unfit`, and so does what a rule does not cover; the layer's own
+`apply` then computes it. A subclass with an `apply` of its own does not inherit a rule.
 """
 
 from __future__ import annotations
@@ -138,9 +137,8 @@ def _dense(layer, program, weights, state, inputs):
 @write.register(GatedDense)
 def _gated_dense(layer, program, weights, state, inputs):
     (x,) = inputs
-    gate, up = (
-        _product(program, x, weights[name], weights.get(f'{name}_bias')) for name in ('gate', 'up')
-    )
+    both = (layer._kernel_and_bias(weights, name) for name in ('gate', 'up'))
+    gate, up = (_product(program, x, each['kernel'], each.get('bias')) for each in both)
     return (program.combine('multiply', program.activate(gate, layer.activation), up),), state
 
 
@@ -156,7 +154,8 @@ def _split_heads(layer, program, weights, state, inputs):
     need(x.ndim == 3 and len(kernel.shape) == 3, 'heads of heads')
     batch, length, _ = x.shape
     shape = batch, kernel.shape[1], length, kernel.shape[2]
-    return (program.product(x, kernel, weights.get('bias'), shape),), state
+    bias = weights['bias'] if layer.use_bias else None
+    return (program.product(x, kernel, bias, shape),), state
 
 
 @write.register(MergeHeads)
@@ -167,10 +166,11 @@ def _merge_heads(layer, program, weights, state, inputs):
     heads = (x.shape[1] * x.shape[3],), (x.shape[1], x.shape[3])  # a narrow matrix has them merged
     need(kernel.shape[:-1] in heads and kernel.shape[-1] == width, 'other heads, or another width')
     shape = *like.shape[:2], width
-    return (program.product(x, kernel, weights.get('bias'), shape),), state
+    bias = weights['bias'] if layer.use_bias else None
+    return (program.product(x, kernel, bias, shape),), state
 
 
-@write.register(RotaryPositions)
+@write.register(RotaryPositions, of=('apply', '_turned'))
 def _rotary(layer, program, weights, state, inputs):
     q, k = inputs
     position, depth = state['position'], q.shape[-1]

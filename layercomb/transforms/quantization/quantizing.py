@@ -93,7 +93,8 @@ def quantize(
             calibrated,  # which rounds by this
         )
 
-        if bits == 16:
+        leaves = (path for path, layer in walk(net) if not layer.children and narrow_axes(layer))
+        if {chosen.bits(path) for path in leaves} <= {16, None}:
             raise ValueError(
                 'quantize: bfloat16 has no scales, so calibrate= changes nothing: leave it out, or '
                 'choose 8 or 4 bits'
