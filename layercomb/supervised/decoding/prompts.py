@@ -433,7 +433,9 @@ def _fresh_and_judged(net: Layer, signature: Signature) -> tuple[Tree, str | Non
     traced, shapes = jax.make_jaxpr(state, return_shape=True)()
     outputs_of.cache_clear()
     needed, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-    leaves = jaxpr_as_fun(ClosedJaxpr(needed, traced.consts))()
+    made = jaxpr_as_fun(ClosedJaxpr(needed, traced.consts))()
+    # Constants come back as NumPy's, which layers cannot index by what is traced.
+    leaves = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in made]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves), refusals[-1]
 
 
