@@ -1,8 +1,10 @@
 """Strict settings for every test: dtypes never promoted by accident, keys never used twice."""
 
+import gc
 import importlib.metadata
 import os
 import time
+from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # What the launcher keeps in a person's cache folder, tests would find again: each asks for it.
@@ -22,6 +24,22 @@ jax.config.update('jax_debug_key_reuse', True)
 # and .ci/nightly for all that computes.
 if 'JAX_DISABLE_MOST_OPTIMIZATIONS' not in os.environ:
     jax.config.update('jax_disable_most_optimizations', True)
+
+
+_MAPS = Path('/proc/self/maps')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _few_programs():
+    """Forgets compiled programs when there are many, between two files of tests.
+
+    A program on a CPU is in several mappings of memory, and Linux gives a process 65,530: one more,
+    and it dies.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b'\n') > 16_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
