@@ -26,8 +26,9 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.model import Model, embeddings
 from layercomb.shapes import shape_dtype
-from layercomb.supervised.decoding.prompts import checked, fresh_state, logits_of
+from layercomb.supervised.decoding.prompts import checked
 from layercomb.supervised.decoding.prompts import max_len as longest
+from layercomb.supervised.decoding.reading import fresh_state, logits_of
 from layercomb.transforms.unstacking import unstack, unstack_state
 from layercomb.version import __version__
 

@@ -23,7 +23,8 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.seek import Position, Seekable, seek
 from layercomb.shapes import is_float, shape_dtype
-from layercomb.supervised.decoding.prompts import fresh_state, longest
+from layercomb.supervised.decoding.prompts import longest
+from layercomb.supervised.decoding.reading import fresh_state
 from layercomb.trees import Tree
 
 BLOCK = 64  # positions in a block, see `Axes.block`

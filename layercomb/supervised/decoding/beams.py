@@ -15,15 +15,8 @@ import numpy as np
 
 from layercomb.checks import Bound, Size, check_value
 from layercomb.model import Model
-from layercomb.supervised.decoding.prompts import (
-    Sequences,
-    Start,
-    advance,
-    as_id,
-    begin,
-    fresh_state,
-    ingest,
-)
+from layercomb.supervised.decoding.prompts import Sequences, Start, as_id, begin
+from layercomb.supervised.decoding.reading import advance, fresh_state, ingest
 from layercomb.supervised.decoding.sampling import diverged, has_probabilities
 from layercomb.trees import Tree
 

@@ -33,13 +33,12 @@ from layercomb.supervised.decoding.keys import fold_each, row_keys
 from layercomb.supervised.decoding.prompts import (
     Sequences,
     Start,
-    advance,
     as_id,
     begin,
     check_bias,
-    ingest,
     max_len,
 )
+from layercomb.supervised.decoding.reading import advance, ingest
 from layercomb.supervised.decoding.sampling import NO_TOKEN, Sampler, check_drawn
 from layercomb.supervised.decoding.scoring import Scores, score
 from layercomb.trees import Tree

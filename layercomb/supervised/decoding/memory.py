@@ -9,7 +9,8 @@ from layercomb.checks import Size, check_value
 from layercomb.errors import UsageError
 from layercomb.model import Model
 from layercomb.shapes import shape_dtype
-from layercomb.supervised.decoding.prompts import checked, fresh_state, max_len
+from layercomb.supervised.decoding.prompts import checked, max_len
+from layercomb.supervised.decoding.reading import fresh_state
 from layercomb.transforms import buffers
 
 

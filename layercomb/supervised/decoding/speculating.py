@@ -46,7 +46,8 @@ from layercomb.supervised.decoding.drafts import (
     size_of_logits,
 )
 from layercomb.supervised.decoding.keys import fold_each
-from layercomb.supervised.decoding.prompts import Sequences, Start, advance, begin
+from layercomb.supervised.decoding.prompts import Sequences, Start, begin
+from layercomb.supervised.decoding.reading import advance
 from layercomb.supervised.decoding.sampling import NO_TOKEN, Sampler
 from layercomb.trees import Tree
 
