@@ -31,6 +31,7 @@ Key = jax.Array | None  # a typed key of random numbers, where something may be 
 L = TypeVar('L', bound='Layer')
 
 
+_HASH = '_kept_hash'  # where a layer keeps its own
 POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
 
 
@@ -79,6 +80,7 @@ class Layer(Declares):
                 setattr(cls, name, checks(vars(cls)[name]))
         forget_if_overridden(cls)
         dataclasses.dataclass(frozen=True, repr=False, init=init)(cls)
+        cls.__hash__ = _hashed_once(cls.__hash__)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -244,6 +246,20 @@ class Layer(Declares):
 
     def __repr__(self) -> str:
         return code_of(self)
+
+
+def _hashed_once(hashed: Callable[[Any], int]) -> Callable[[Any], int]:
+    """A hash that is kept: that of a deep model takes longer than some tokens."""
+
+    @functools.wraps(hashed)
+    def kept(self: Any) -> int:
+        known: int | None = vars(self).get(_HASH)
+        if known is None:
+            known = hashed(self)
+            object.__setattr__(self, _HASH, known)
+        return known
+
+    return kept
 
 
 @functools.lru_cache(maxsize=1024)

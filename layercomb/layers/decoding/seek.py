@@ -55,7 +55,7 @@ class Position(Seekable):
         Args:
           lengths: (B,) integers.
         """
-        return Position(jnp.asarray(lengths, jnp.int32))
+        return Position(jnp.array(lengths, jnp.int32))  # a copy: each may be donated
 
 
 def seek(state: T, lengths: jax.Array) -> T:

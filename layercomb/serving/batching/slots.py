@@ -37,8 +37,6 @@ _TAILS = (8, 1)  # further pieces, where padding would be seen or would not fit
 _CALM = 32  # steps after which a batch with free slots becomes smaller
 _SPARES = 2  # states of prompts that are kept for the next ones
 
-_whole = jax.jit(ingest)
-
 
 @dataclasses.dataclass(frozen=True)
 class Decodable:
@@ -232,7 +230,7 @@ class Reading:
         weights = jax.tree.unflatten(model.structure, model.weights)
         arrays = jnp.asarray(ids), jnp.asarray(lengths)
         start = Start(model.net, self.room, weights, model.trained, (), *arrays)
-        self.logits, state = _whole(start)
+        self.logits, state = ingest(start)
         self.leaves, self.taken = jax.tree.leaves(state), len(self._ids)
         if self._scored:
             targets = np.append(ids[0, 1:], np.int32(0))

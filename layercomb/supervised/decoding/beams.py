@@ -15,6 +15,7 @@ import numpy as np
 
 from layercomb.checks import Bound, Size, check_value
 from layercomb.model import Model
+from layercomb.supervised.decoding.compiling import compile_for
 from layercomb.supervised.decoding.prompts import Sequences, Start, as_id, begin
 from layercomb.supervised.decoding.reading import advance, fresh_state, ingest
 from layercomb.supervised.decoding.sampling import diverged, has_probabilities
@@ -84,7 +85,9 @@ def beam_search(
     length_penalty = check_value('beam_search', 'length_penalty', length_penalty, _PENALTY)
     start = begin(model, prompts, n_tokens, inputs, eos_id)
     search = _Search(n_beams, n_best, np.int32(n_tokens), length_penalty, as_id(eos_id))
-    found = _run(start, search)
+    logits, state = ingest(start)
+    compile_for(_run, start, search, logits, state)
+    found = _run(start, search, logits, state)
     tokens, scores, n_made, is_whole = map(np.asarray, found)
     if not is_whole:
         raise diverged(f'after {n_made} tokens')
@@ -126,10 +129,15 @@ class _Carry(NamedTuple):
 
 
 @jax.jit
-def _run(start: Start, search: _Search) -> tuple[jax.Array, ...]:
-    """Tokens, scores, how many tokens were made, and whether all logits gave probabilities."""
+def _run(start: Start, search: _Search, logits: jax.Array, state: Tree) -> tuple[jax.Array, ...]:
+    """Tokens, scores, how many tokens were made, and whether all logits gave probabilities.
+
+    Args:
+      start: with the prompts.
+      search: how.
+      logits, state: after the prompts, as of `ingest`.
+    """
     b, k, n, t = len(start.tokens), search.n_beams, search.n_best, search.n_tokens
-    logits, state = ingest(start)
     per_row = _per_row(start)
     state = _repeated(state, per_row, b, k)
     context = tuple(jnp.repeat(x, k, 0) for x in start.context)

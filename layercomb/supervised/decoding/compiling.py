@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from layercomb.transforms import buffers
 
@@ -25,7 +25,7 @@ def compile_for(program: Any, *args: Any) -> None:
       *args: of the call, of which only shapes and dtypes are looked at.
     """
     leaves, structure = jax.tree.flatten(args)
-    kind = structure, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+    kind = structure, tuple((np.shape(x), getattr(x, 'dtype', type(x))) for x in leaves)
     known = _known.setdefault(program, set())
     if kind in known:
         return

@@ -1,4 +1,4 @@
-"""Decoding: `generate` a batch in one compiled program, or `stream` it token by token.
+"""Decoding: `generate` a batch in one call, or `stream` it token by token.
 
 Both read the prompt at once, then go one position at a time in ``PREDICT``, with caches that are
 updated in place. Row b of step i draws with a key folded with b and i. So the sample of row b does
@@ -74,7 +74,7 @@ def generate(
     eos_id: int | None = None,
     speculate: Speculation | None = None,
 ) -> np.ndarray:
-    """Continues each prompt by `n_tokens` tokens, in one compiled program.
+    """Continues each prompt by `n_tokens` tokens, in one call.
 
     Args:
       model: with weights: a language model, (B, L) → (B, L, V), or an encoder-decoder, (B, S),
@@ -116,7 +116,6 @@ def generate(
     check_bias(start.net, sampler)
     keys, limits = row_keys(rng, len(start.tokens)), (np.int32(n_tokens), as_id(eos_id))
     if speculate is None:
-        compile_for(_generate, start, sampler, *limits, keys)
         made = _generate(start, sampler, *limits, keys)
     else:
         made = _speculate(speculating.job(speculate, prompts, start, sampler, keys, *limits))
@@ -174,13 +173,21 @@ class _Kept(NamedTuple):
     i: jax.Array  # how many tokens there are
 
 
-@jax.jit
 def _first(start: Start, sampler: Sampler, keys: jax.Array) -> tuple[jax.Array, _Kept]:
     """The first token of each row, (B,), and what the next one is made from."""
     logits, state = ingest(start)
-    held = sampler.held(start.tokens, start.lengths, logits.shape[-1])
+    token, held = _drawn(logits, start.tokens, start.lengths, sampler, keys)
+    return token, _Kept(state, held, jnp.int32(1))
+
+
+@jax.jit
+def _drawn(
+    logits: jax.Array, tokens: jax.Array, lengths: jax.Array, sampler: Sampler, keys: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The first token of each row, and what its row then holds, see `Sampler`."""
+    held = sampler.held(tokens, lengths, logits.shape[-1])
     token = sampler(logits, fold_each(keys, 0), held)
-    return token, _Kept(state, sampler.add(held, token), jnp.int32(1))
+    return token, sampler.add(held, token)
 
 
 def _step(
@@ -199,7 +206,7 @@ class _Rows(NamedTuple):
     kept: _Kept
 
 
-def _begin(start: Start, sampler: Sampler, eos_id: jax.Array, keys: jax.Array) -> _Rows:
+def _begin(start: Start, sampler: Sampler, eos_id: np.int32, keys: jax.Array) -> _Rows:
     token, kept = _first(start, sampler, keys)
     return _Rows(token, (token == eos_id) & (eos_id >= 0), kept)
 
@@ -230,15 +237,27 @@ def _several(
     return done
 
 
-@jax.jit
 def _generate(
-    start: Start, sampler: Sampler, n_tokens: jax.Array, eos_id: jax.Array, keys: jax.Array
+    start: Start, sampler: Sampler, n_tokens: np.int32, eos_id: np.int32, keys: jax.Array
 ) -> jax.Array:
-    """(B, room) tokens, of which the first `n_tokens` are made: one program serves any number."""
-    rows = _begin(start, sampler, eos_id, keys)
+    """(B, room) tokens, of which the first `n_tokens` are made."""
+    constants = start, sampler, eos_id, keys
+    rows = _begin(*constants)
+    compile_for(_rest, constants, rows, n_tokens)
+    return _rest(constants, rows, n_tokens)[0]
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def _rest(constants: Any, rows: _Rows, n_tokens: jax.Array) -> tuple[jax.Array, _Rows]:
+    """(B, room) tokens after the first ones are there: one program serves any number.
+
+    The rows are returned too, so that caches are written where they are.
+    """
+    start, _, eos_id, _ = constants
     made = jnp.full((len(rows.token), start.room - 1), jnp.maximum(eos_id, 0), jnp.int32)
-    _, made = _several((start, sampler, eos_id, keys), rows, n_tokens, made)
-    return jnp.concatenate([rows.token[:, None], made], 1)
+    first = rows.token[:, None]
+    rows, made = _several(constants, rows, n_tokens, made)
+    return jnp.concatenate([first, made], 1), rows
 
 
 _BLOCK = 16  # the most tokens that are streamed by one call
@@ -266,8 +285,7 @@ def _stream(
     """Yields columns. A call makes several where tokens are quick: each call takes time, too."""
     leaves, structure = jax.tree.flatten(jax.device_put((start, sampler, eos_id, keys)))
     steps = _next(structure)
-    compile_for(_begun_rows, start, sampler, eos_id, keys)
-    rows = _begun_rows(start, sampler, eos_id, keys)
+    rows = _begin(start, sampler, eos_id, keys)
     if n_tokens > 1:
         compile_for(steps, leaves, rows, np.int32(1))
     blocks = [(np.asarray(rows.token)[:, None], 1)]
@@ -295,31 +313,27 @@ def _stream(
                 return
 
 
-_begun_rows = jax.jit(_begin)
-
-
-@jax.jit
 def _speculate(job: speculating.Job) -> jax.Array:
     """(B, room) tokens, as of `_generate`."""
-    texts = _begin_speculating(job)
+    return _rest_checked(job, _begin_speculating(job))[0]
 
+
+@functools.partial(jax.jit, donate_argnums=1)
+def _rest_checked(
+    job: speculating.Job, texts: speculating.Texts
+) -> tuple[jax.Array, speculating.Texts]:
     def step(texts: speculating.Texts) -> speculating.Texts:
         return speculating.continued(job, texts)
 
-    return speculating.made(job, jax.lax.while_loop(speculating.unfinished, step, texts))
+    texts = jax.lax.while_loop(speculating.unfinished, step, texts)
+    return speculating.made(job, texts), texts
 
 
 def _begin_speculating(job: speculating.Job) -> speculating.Texts:
-    """The rows after their first token, by programs that do not depend on what drafts."""
+    """The rows after their first token."""
     token, kept = _first(job.start, job.sampler, job.keys)
-    draft = None if job.draft is None else _read(job.draft)
+    draft = None if job.draft is None else ingest(job.draft)[1]
     return _begun(job, token, kept.held, kept.state, draft)
-
-
-@jax.jit
-def _read(start: Start) -> Tree:
-    """The state after the prompts."""
-    return ingest(start)[1]
 
 
 _begun = jax.jit(speculating.begun, donate_argnums=(2, 3, 4))

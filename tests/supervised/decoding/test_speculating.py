@@ -10,7 +10,7 @@ import pytest
 import layercomb as lc
 from layercomb import UsageError, models, tl
 from layercomb.supervised import decoding
-from layercomb.supervised.decoding import drafts, keys, prompts, speculating
+from layercomb.supervised.decoding import drafts, keys, prompts, reading, speculating
 from layercomb.supervised.decoding.sampling import NO_TOKEN
 
 V = 17
@@ -177,10 +177,10 @@ def job_of(model, given, n_tokens, speculate, temperature=0.0):
 
 def passes(job):
     """How many passes of the model there are after the first token, and what they made."""
-    logits, state = prompts.ingest(job.start)
+    logits, state = reading.ingest(job.start)
     held = job.sampler.held(job.start.tokens, job.start.lengths, logits.shape[-1])
     token = job.sampler(logits, keys.fold_each(job.keys, 0), held)
-    draft = None if job.draft is None else prompts.ingest(job.draft)[1]
+    draft = None if job.draft is None else reading.ingest(job.draft)[1]
     texts, n = speculating.begun(job, token, job.sampler.add(held, token), state, draft), 0
     step = jax.jit(speculating.continued)
     while speculating.unfinished(texts):
@@ -299,11 +299,11 @@ def test_errors():
 def test_numbers_are_no_other_program():
     how = {'temperature': 0, 'speculate': decoding.Lookup(3, 1)}
     decoding.generate(make(), [[1, 2]], 5, **how)
-    from layercomb.supervised.decoding.generate import _speculate
+    from layercomb.supervised.decoding.generate import _rest_checked
 
-    before = _speculate._cache_size()
+    before = _rest_checked._cache_size()
     decoding.generate(make(8), [[3, 2, 1]], 9, **how | {'temperature': 0.5, 'top_p': 0.5})
-    assert _speculate._cache_size() == before
+    assert _rest_checked._cache_size() == before
 
 
 def test_no_token_is_accepted_as_a_draft():
