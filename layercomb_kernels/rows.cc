@@ -1,8 +1,8 @@
 // Products of rows of activations with rows of narrow weights.
 //
 // Products of few rows are bound by the memory that weights are read from: each is read once, in
-// order, and widened in registers. Floats are multiplied as such; many rows by floats are multiplied
-// in many.cc and halves.cc. Integers are multiplied with activations rounded to int16, which takes
+// order, and widened in registers. Floats are multiplied as such, or bfloat16 in pairs by instructions
+// for them; many rows by floats are multiplied in many.cc and halves.cc. Integers are multiplied with activations rounded to int16, which takes
 // half of the instructions: a sum over pairs of products at once, no conversion of a weight, and a
 // scale for each lane of each piece of a group.
 
@@ -119,6 +119,97 @@ class AsFloats {
   const Matrix<W>& w_;
   const float* x_;
 };
+
+#if defined(LAYERCOMB_HALVES)
+// Activations as the sums of two bfloat16, which keep 16 bits of them: these are multiplied with the
+// weights as they are, two columns at once.
+class AsHalves {
+ public:
+  AsHalves(const Matrix<Bfloat16>& w, const float* x, int64_t n_x)
+      : w_(w), x_(x), size_(CeilDiv(w.n, kColumns) * kColumns), values_(2 * n_x * size_) {}
+
+  // Cuts row m; behind its end are zeros. What is not finite is in the first alone.
+  void Prepare(int64_t m) {
+    uint16_t* high = &values_[2 * m * size_];
+    for (int64_t j = 0; j < size_; j += kLanes) {
+      const float* from = x_ + m * w_.n + j;
+      const int64_t count = std::clamp<int64_t>(w_.n - j, 0, kLanes);
+      const Floats its =
+          count == kLanes ? Load<Floats>(from) : Load<Floats>(Padded<float>(from, count).values);
+      const Floats left = its - Round(its, high + j);
+      Round(left - left == 0 ? left : Floats{}, high + size_ + j);
+    }
+  }
+
+  // out[k][r] = Σ_j x[m + k][j] rows[r][j].
+  template <int M>
+  void Multiply(const Block<Bfloat16, M>& block, int64_t m) const {
+    constexpr int R = Block<Bfloat16, M>::R, kChains = M == 1 ? 2 : 1;
+    const int64_t whole = w_.n / kColumns * kColumns;
+    __m512 sums[kChains][M][R];
+    LAYERCOMB_UNROLL
+    for (int c = 0; c < kChains; ++c) {
+      LAYERCOMB_UNROLL
+      for (int k = 0; k < M; ++k) {
+        LAYERCOMB_UNROLL
+        for (int r = 0; r < R; ++r) sums[c][k][r] = _mm512_setzero_ps();
+      }
+    }
+    const auto add = [&](int64_t j, const auto& row) {
+      __m512bh weights[R];
+      LAYERCOMB_UNROLL
+      for (int r = 0; r < R; ++r) weights[r] = row(r);
+      LAYERCOMB_UNROLL
+      for (int part = 0; part < 2; ++part) {
+        LAYERCOMB_UNROLL
+        for (int k = 0; k < M; ++k) {
+          const auto its = Load<__m512bh>(&values_[(2 * (m + k) + part) * size_ + j]);
+          LAYERCOMB_UNROLL
+          for (int r = 0; r < R; ++r) {
+            __m512& sum = sums[part % kChains][k][r];
+            sum = _mm512_dpbf16_ps(sum, weights[r], its);
+          }
+        }
+      }
+    };
+    for (int64_t j = 0; j < whole; j += kColumns) {
+      Prefetch<R>(block.next, j);
+      add(j, [&](int r) { return Load<__m512bh>(block.rows[r] + j); });
+    }
+    if (whole < w_.n) {
+      const auto mask = (uint32_t{1} << (w_.n - whole)) - 1;
+      add(whole, [&](int r) {
+        return (__m512bh)_mm512_maskz_loadu_epi16(mask, block.rows[r] + whole);
+      });
+    }
+    Floats totals[M][R];
+    LAYERCOMB_UNROLL
+    for (int k = 0; k < M; ++k) {
+      LAYERCOMB_UNROLL
+      for (int r = 0; r < R; ++r) {
+        totals[k][r] = reinterpret_cast<Floats>(sums[0][k][r]);
+        if (kChains > 1) totals[k][r] += reinterpret_cast<Floats>(sums[kChains - 1][k][r]);
+      }
+    }
+    Store<M, R>(totals, block.out);
+  }
+
+ private:
+  static constexpr int kColumns = 32;  // of a vector
+
+  // Writes the nearest bfloat16 of each, and returns them.
+  static Floats Round(Floats x, uint16_t* to) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+    std::memcpy(to, &rounded, sizeof rounded);
+    return reinterpret_cast<Floats>(Unsigned16(&rounded) << 16);
+  }
+
+  const Matrix<Bfloat16>& w_;
+  const float* x_;
+  const int64_t size_;
+  std::vector<uint16_t> values_;
+};
+#endif
 
 #if defined(LAYERCOMB_SHORTS)
 // Activations rounded to int16. Groups are cut into pieces, short enough for sums of int32, in
@@ -295,8 +386,8 @@ using Activations = AsFloats<W>;
 #endif
 
 // y[m, i] = Σ_d x[m, d] w[at[i], d] for n_m rows of x, and i from `first` on; without `at`, of row i.
-template <typename W>
-void Rows(const Matrix<W>& w, const Activations<W>& x, int64_t m, int64_t n_m, const int32_t* at,
+template <typename W, typename A>
+void Rows(const Matrix<W>& w, const A& x, int64_t m, int64_t n_m, const int32_t* at,
           float* y, int64_t n_y, int64_t first, int64_t n) {
   constexpr int R = kRows<W>;
   float nowhere;
@@ -387,7 +478,7 @@ void SumOfRows(const Matrix<W>& w, const float* h, const int32_t* at, int64_t n_
 
 constexpr int64_t kFew = 16;  // rows of x, for which weights are read as quickly as memory gives them
 
-template <typename W>
+template <typename W, typename A = Activations<W>>
 class RowProduct final : public Product {
  public:
   RowProduct(const Matrix<W>& w, const float* x, int64_t n_x, float* y, int64_t bytes)
@@ -400,7 +491,7 @@ class RowProduct final : public Product {
 
  private:
   const Matrix<W> w_;
-  Activations<W> x_;
+  A x_;
   float* const y_;
 };
 
@@ -412,6 +503,15 @@ std::unique_ptr<Product> OfRows(const Weights& weights, const float* x, int64_t 
     using W = typename std::decay_t<decltype(w)>::Kind;
     const int64_t products = n_x * w.n_rows * w.n * W::parts;
     const int64_t bytes = std::max(weights.n_bytes, products / kProductsToAByte);
+#if defined(LAYERCOMB_HALVES)
+    // One row takes as long as its weights take to be read, whatever multiplies them.
+    if constexpr (std::is_same_v<W, Bfloat16>) {
+      if (n_x > 1) {
+        made = std::make_unique<RowProduct<W, AsHalves>>(w, x, n_x, y, bytes);
+        return;
+      }
+    }
+#endif
     made = std::make_unique<RowProduct<W>>(w, x, n_x, y, bytes);
   });
   return made;
@@ -419,22 +519,16 @@ std::unique_ptr<Product> OfRows(const Weights& weights, const float* x, int64_t 
 
 void RowProducts(const Pool& pool, const Weights& weights, const float* x, int64_t n_x,
                  [[maybe_unused]] int n_bytes, float* y) {
+  const bool integers = weights.kind == Kind::kInt8 || weights.kind == Kind::kInt4;
+  if (integers || n_x <= kFew) return ComputeAll(pool, *OfRows(weights, x, n_x, y));
   WithMatrix(weights, [&](const auto& w) {
     using W = typename std::decay_t<decltype(w)>::Kind;
-    const int64_t products = n_x * w.n_rows * w.n * W::parts;
-    const int64_t bytes = std::max(weights.n_bytes, products / kProductsToAByte);
-    if constexpr (!W::integer) {
-      if (n_x > kFew) {
 #if defined(LAYERCOMB_HALVES)
-        if constexpr (std::is_same_v<W, Bfloat16>) {
-          return HalfProducts(pool, w, x, n_x, n_bytes, y);
-        }
-#endif
-        return ManyProducts(pool, w, x, n_x, y);
-      }
+    if constexpr (std::is_same_v<W, Bfloat16>) {
+      return HalfProducts(pool, w, x, n_x, n_bytes, y);
     }
-    RowProduct<W> product(w, x, n_x, y, bytes);
-    ComputeAll(pool, product);
+#endif
+    if constexpr (!W::integer) ManyProducts(pool, w, x, n_x, y);
   });
 }
 
