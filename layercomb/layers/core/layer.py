@@ -247,6 +247,10 @@ class Layer(Declares):
     def __repr__(self) -> str:
         return code_of(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: no hash, since those of strings are others in each process."""
+        return {name: value for name, value in vars(self).items() if name != _HASH}
+
 
 def _hashed_once(hashed: Callable[[Any], int]) -> Callable[[Any], int]:
     """A hash that is kept: that of a deep model takes longer than some tokens."""
