@@ -1,7 +1,7 @@
 """What narrow weights cost in quality, and how near their products come to the memory's speed.
 
-    python benchmarks/quantization.py [--run_dir DIR] [--only quality | smollm2 | speed] [--rows 1]
-                                      [--case TEXT] [--windows 64]
+    python benchmarks/quantization.py [--run_dir DIR] [--only quality | smollm2 | minilm | speed]
+                                      [--rows 1] [--case TEXT] [--windows 64]
 
 Quality: the model of a run (by default `reformer_python`, trained here for three minutes) with
 weights of 16, 8 and 4 bits in groups of several sizes: bytes of all weights, the error of the
@@ -14,6 +14,10 @@ of 64 tokens: perplexity of 8,192 tokens of held-out text of the kind that it wa
 calibrated with (`--windows` of 256 tokens), Python's documentation; its ratio to that of the wide
 model; and the nats by which tokens are foretold otherwise (KL). `--case` runs rows whose name has a
 text, of the quality too.
+
+MiniLM: the sentence encoder all-MiniLM-L6-v2; the cosine between embeddings by the wide weights and
+by narrow ones, the mean and the least of 256 sentences of that documentation. Other sentences of it
+calibrate.
 
 Speed: GPT-2's matrices, in microseconds a product, as many copies in turn as are larger than the
 caches, by XLA in float32 and by `layercomb_kernels`; on one thread and on two, each beside the read
@@ -45,7 +49,7 @@ GROUPS = (32, 64, 128)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--run_dir', help='a run, whose model to quantize')
-    parser.add_argument('--only', choices=('quality', 'smollm2', 'speed'))
+    parser.add_argument('--only', choices=('quality', 'smollm2', 'minilm', 'speed'))
     parser.add_argument('--rows', type=int, default=1, help='how many rows to multiply')
     parser.add_argument('--case', default='', help='the rows whose name has this text')
     parser.add_argument('--windows', type=int, default=64, help='that smollm2 is calibrated with')
@@ -60,6 +64,8 @@ def main() -> None:
             quality(options.run_dir or trained(directory), options.case)
     if options.only in (None, 'smollm2'):
         smollm2(options.case, options.windows)
+    if options.only in (None, 'minilm'):
+        minilm(options.case)
     if options.only in (None, 'speed'):
         for threads in (1, 2):  # XLA counts its threads at the start
             command = [sys.executable, __file__, '--threads', str(threads)]
@@ -189,6 +195,40 @@ def smollm2(case: str, n_windows: int, window: int = 256) -> None:
             f'{apart:>9.4f}{seconds:>7.0f}',
             flush=True,
         )
+
+
+def minilm(case: str, n_sentences: int = 256) -> None:
+    """What rounding changes of the embeddings of sentences."""
+    import pydoc_data.topics
+
+    import jax.numpy as jnp
+
+    import layercomb as lc
+    from layercomb import interop, transforms, trees
+    from layercomb.launcher import sources
+    from layercomb.supervised import decoding
+
+    model, tokenizer = interop.load(sources.find('minilm').path, dtype='float32')
+    text = ' '.join(' '.join(pydoc_data.topics.topics.values()).split())
+    sentences = [each for each in text.split('. ') if 40 < len(each) < 300]
+    judged, others = sentences[:n_sentences], sentences[n_sentences : 2 * n_sentences]
+    wide = decoding.embed(model, tokenizer, judged)
+    rows = [tokenizer.encode(each) for each in others]
+    ids = np.zeros((n_sentences, max(map(len, rows))), np.int32)
+    for row, its in zip(ids, rows, strict=True):
+        row[: len(its)] = its
+    mask = np.arange(ids.shape[1]) < np.array([[len(its)] for its in rows])
+    read = [
+        (jnp.asarray(ids[i : i + 32]), jnp.asarray(mask[i : i + 32])) for i in range(0, 256, 32)
+    ]
+    n = trees.count(model.weights)
+    print(f'\nall-MiniLM-L6-v2\n{"":<34}{"bits":>7}{"mean":>9}{"least":>9}')
+    for name, options in [(name, o) for name, o in cases_of_smollm2(read) if case in name]:
+        net, weights = transforms.quantize(model.layer, model.weights, **options)
+        made = lc.Model(net, weights, model.state)
+        cosines = (decoding.embed(made, tokenizer, judged) * wide).sum(-1)
+        bits = 8 * trees.n_bytes(weights) / n
+        print(f'{name:<34}{bits:>7.3f}{cosines.mean():>9.5f}{cosines.min():>9.5f}', flush=True)
 
 
 def tuned(net: Any, weights: Any, ids: Any, n_steps: int = 200, length: int = 64) -> Any:
