@@ -64,8 +64,8 @@ class Job:
     Attributes:
       title: of the table.
       rows, prompt, new: how many prompts of how many tokens, and how many tokens to make of each.
-      asked: ours / best peer by the width or by the peer; seconds at most, or tokens a second at
-        least.
+      asked: ours / best peer by what is ours, by the peer or by the width; seconds at most, or
+        tokens a second at least.
     """
 
     title: str
@@ -82,14 +82,17 @@ class Job:
 
 MORE = dict.fromkeys(('float32', 'bfloat16', 'int8', 'int4', 'Q4_1'), 1.0)
 LESS = {'float32': 1, 'bfloat16': 0.95, 'int8': 0.85, 'int4': 0.9, 'Q4_1': 0.9}
+BYTES = 'ours int8, inputs of a byte'  # as CTranslate2 rounds them
+PROMPTS = {**MORE, 'CTranslate2 int8': 0.6, BYTES: 1.0}
 JOBS = {
     'one': Job('1 row, ms a token', 1, 32, 128, LESS),
     'eight': Job('8 rows, tokens a second', 8, 32, 33, MORE),
-    'p512': Job('prompt of 512, tokens a second', 1, 512, 1, {**MORE, 'CTranslate2 int8': 0.6}),
-    'p1023': Job('prompt of 1,023, tokens a second', 1, 1023, 1, {**MORE, 'CTranslate2 int8': 0.6}),
+    'p512': Job('prompt of 512, tokens a second', 1, 512, 1, PROMPTS),
+    'p1023': Job('prompt of 1,023, tokens a second', 1, 1023, 1, PROMPTS),
 }
 MEMORY_ASKED = 1.5  # times llama.cpp's
-# label → (engine, file or folder, bits of ours), width. No bits: as the file has them.
+# label → (engine, file or folder, bits of ours and of its inputs), width. No bits: as the file has
+# them.
 TABLES = {
     'gpt2': {
         'llama.cpp F32': ('llama gpt2-f32.gguf', 'float32'),
@@ -100,6 +103,7 @@ TABLES = {
         'llama.cpp Q8_0': ('llama gpt2-q8_0.gguf', 'int8'),
         'CTranslate2 int8': ('ctranslate2 gpt2-int8', 'int8'),
         'ours int8': ('ours gpt2-q8_0.gguf', 'int8'),
+        BYTES: ('ours gpt2-f32.gguf 8 8', 'int8'),
         'llama.cpp Q4_0': ('llama gpt2-q4_0.gguf', 'int4'),
         'llama.cpp Q4_K_M': ('llama gpt2-q4_k_m.gguf', 'int4'),
         'ours int4': ('ours gpt2-q4_0.gguf', 'int4'),
@@ -131,7 +135,7 @@ TABLES = {
 class Ours:
     """A .gguf file in layercomb."""
 
-    def __init__(self, path, bits):
+    def __init__(self, path, bits=None, of_inputs=16):
         import layercomb as lc
         from layercomb import interop, transforms, trees
         from layercomb.supervised import decoding
@@ -139,7 +143,8 @@ class Ours:
         model, _ = interop.load(path, dtype='float32' if bits else None)
         net, weights = lc.unstack(model.layer, model.weights)
         if bits and bits < 32:
-            net, weights = transforms.quantize(net, weights, lambda path: bits)
+            options = {'bits': lambda path: bits, 'activation_bits': of_inputs}
+            net, weights = transforms.quantize(net, weights, **options)
         self.model, self.decoding = lc.Model(net, weights, {}), decoding
         self.n_bytes = trees.n_bytes(weights)
 
@@ -157,7 +162,7 @@ def engine_of(contestant, models, threads):
     who, name, *bits = contestant.split()
     path = models / name
     if who == 'ours':
-        engine = Ours(str(path), int(bits[0]) if bits else None)
+        engine = Ours(str(path), *map(int, bits))
         return engine, engine.n_bytes
     engine = {'llama': LlamaCpp, 'ctranslate2': CTranslate2}[who]
     files = path.iterdir() if path.is_dir() else [path]
@@ -300,7 +305,8 @@ class Table:
         peer = min(peers, key=peers.get)
         ratio = medians[label] / peers[peer] if job.in_seconds else peers[peer] / medians[label]
         sign = '≤' if job.in_seconds else '≥'
-        return f'{peer} | {ratio:.2f} | {sign} {job.asked.get(peer, job.asked[width]):.2f}'
+        asked = next(job.asked[each] for each in (label, peer, width) if each in job.asked)
+        return f'{peer} | {ratio:.2f} | {sign} {asked:.2f}'
 
 
 def n_alike(wanted, got):
