@@ -209,14 +209,20 @@ def _as_asked(options: argparse.Namespace, calibrate: str | None) -> tuple[Model
         options.bits,
         checkpoint=options.checkpoint,
         calibrate=calibrate,
+        cache=_weight_cache(options),
     )
+
+
+def _weight_cache(options: argparse.Namespace) -> Path | None:
+    """The folder for weights that later commands map, unless it is turned off."""
+    return compile_cache.usable_weights_folder(os.environ, not options.no_weight_cache)
 
 
 def _speculation(options: argparse.Namespace) -> Speculation | None:
     """How tokens are drafted, as the options say; a draft's model is as narrow as the model."""
 
     def load(name: str) -> Model:
-        return trained(name, bits=options.bits, text=False)[0]
+        return trained(name, bits=options.bits, text=False, cache=_weight_cache(options))[0]
 
     return arguments.speculation(options, load)
 
@@ -341,6 +347,7 @@ def trained(
     checkpoint: str = 'last',
     merge: bool | None = None,
     calibrate: str | None = None,
+    cache: Path | None = None,
 ) -> tuple[Model, Any]:
     """A trained model of text and its tokenizer.
 
@@ -352,6 +359,7 @@ def trained(
       checkpoint: 'last', 'best' or the number of a step.
       merge: whether adapters of a run become a part of its weights, as of `Pretrained.finished`.
       calibrate: a text to round narrow weights for.
+      cache: a folder for weights of models that are no runs, which later calls map; None for none.
 
     Returns:
       (model, tokenizer); the tokenizer is None if there is none.
@@ -363,7 +371,7 @@ def trained(
     source = sources.find(name)
     if source.kind != sources.RUN:
         others.check_no_run(source, bindings, checkpoint)
-        model, tokenizer = others.loaded(source, bits, calibrate)
+        model, tokenizer = others.loaded(source, bits, calibrate, cache)
         if text and tokenizer is None:
             raise UsageError(f'{name!r} has no tokenizer, so it makes no text: put one beside it')
         return model, tokenizer

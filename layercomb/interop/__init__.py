@@ -19,7 +19,8 @@ def load(path: str | Path, **options: Any) -> tuple[Model, Any]:
     Args:
       path: a directory of Hugging Face, a ``.gguf`` file, or Trax's ``model.pkl.gz`` or the
         directory that holds it.
-      **options: of the reader: `huggingface.load`, `gguf.load` or `trax.load`.
+      **options: of the reader: `huggingface.load`, `gguf.load` or `trax.load`. The first two take
+        `cache`, a folder for weights that later loads map.
 
     Returns:
       The model, and its tokenizer; None if it has none.

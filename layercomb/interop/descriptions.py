@@ -56,6 +56,23 @@ def read(directory: Path) -> tuple[Layer, Any]:
     return huggingface.describe(directory)
 
 
+def of(source: Path) -> tuple[Layer, Any]:
+    """The layers of a model, in float32, and its tokenizer. No weights are read.
+
+    Args:
+      source: a directory of Hugging Face, or a .gguf file.
+
+    Returns:
+      (net, tokenizer); the tokenizer is None if it has none.
+
+    Raises:
+      UsageError: if it cannot be read.
+    """
+    from layercomb.interop import gguf, huggingface
+
+    return huggingface.describe(source) if source.is_dir() else gguf.describe(source)
+
+
 def net_of(source: Path) -> Layer:
     """The layers of a model, in float32. No weights are read.
 

@@ -59,11 +59,16 @@ def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], about: dict[str,
     numpy = require('safetensors.numpy', 'export')
     from safetensors import SafetensorError
 
+    # Arrays may be views of the file that is replaced, so it is not written to.
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
     with machine_errors('free some space, or write elsewhere'):
         try:
-            numpy.save_file(dict(arrays), path, about)
+            numpy.save_file(dict(arrays), part, about)
+            part.replace(path)
         except SafetensorError as e:
             raise _of_the_system(e, path) from None
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def load_weights(path: str | Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from layercomb import paths
@@ -128,7 +129,11 @@ def _command(
 
 def _cache() -> str:
     """The folder of compiled programs, as help shows it."""
-    folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or compile_cache.folder(os.environ)
+    return _shown(os.environ.get('JAX_COMPILATION_CACHE_DIR') or compile_cache.folder(os.environ))
+
+
+def _shown(folder: str | Path | None) -> str:
+    """A cache folder, as help shows it."""
     return paths.shown(str(folder or 'no folder, for want of a home')).replace('%', '%%')
 
 
@@ -297,6 +302,13 @@ def _changes_option(add: Any) -> None:
 
 def _bits_option(add: Any) -> None:
     add('--bits', type=int, choices=(16, 8, 4), help='narrow weights, of so many bits')
+    folder = compile_cache.weights_folder(os.environ)
+    add(
+        '--no_weight_cache',
+        action='store_true',
+        help='read weights anew; else those that are laid out or narrowed for this machine are '
+        f'kept in {_shown(folder)}, which the next command maps',
+    )
     calibration.option(add)
 
 

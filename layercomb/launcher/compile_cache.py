@@ -1,8 +1,8 @@
-"""Keeps compiled programs in the user's cache folder, so that a command compiles only once.
+"""Keeps compiled programs, and weights, in the user's cache folder, so that each is made once.
 
-JAX stores them (its persistent compilation cache); this module chooses the folder. A program runs
-only on the machine type it was compiled for, so each folder is for one version of jaxlib and one
-set of CPU features.
+JAX stores programs (its persistent compilation cache), and `interop.weight_cache` weights; this
+module chooses the folders. A program runs only on the machine type it was compiled for, so each
+folder of programs is for one version of jaxlib and one set of CPU features.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 # JAX's variables. Values that the user has set in the environment stay.
 _ENABLED = 'jax_enable_compilation_cache'
 _DIRECTORY = 'jax_compilation_cache_dir'
+_NO = ('n', 'no', 'f', 'false', 'off', '0')  # as JAX reads its variables
 _SMALL_PROGRAMS_TOO = {
     'jax_persistent_cache_min_compile_time_secs': 0.0,
     'jax_persistent_cache_min_entry_size_bytes': -1,
@@ -64,6 +65,36 @@ def folder(environment: Mapping[str, str]) -> Path | None:
     Args:
       environment: variables by name, as `os.environ`.
     """
+    base = _base(environment)
+    name = f'jaxlib-{metadata.version("jaxlib")}-{_cpu()}'
+    return None if base is None else base / 'compiled' / name
+
+
+def weights_folder(environment: Mapping[str, str]) -> Path | None:
+    """The default folder for weights; None if the user has no home folder.
+
+    Args:
+      environment: as of `folder`.
+    """
+    base = _base(environment)
+    return None if base is None else base / 'weights'
+
+
+def usable_weights_folder(environment: Mapping[str, str], on: bool = True) -> Path | None:
+    """The folder for weights, made if it is not there; None if it is turned off or not usable.
+
+    Args:
+      environment: as of `folder`. JAX's variable that turns its cache off turns off this one, too.
+      on: False turns it off.
+    """
+    if not on or environment.get(_ENABLED.upper(), '').lower() in _NO:
+        return None
+    directory = weights_folder(environment)
+    return None if _usable(directory) is None else directory
+
+
+def _base(environment: Mapping[str, str]) -> Path | None:
+    """What is the library's in the user's cache folder; None if there is none."""
     try:
         home = Path.home()
     except RuntimeError:
@@ -76,8 +107,7 @@ def folder(environment: Mapping[str, str]) -> Path | None:
         base = Path(environment.get('LOCALAPPDATA') or home / 'AppData' / 'Local')
     else:
         base = home / '.cache'
-    name = f'jaxlib-{metadata.version("jaxlib")}-{_cpu()}'
-    return base / 'layercomb' / 'compiled' / name if base.is_absolute() else None
+    return base / 'layercomb' if base.is_absolute() else None
 
 
 def _cpu() -> str:
@@ -99,7 +129,7 @@ def _explicit(environment: Mapping[str, str]) -> str | None:
 def _usable(directory: Path | None) -> str | None:
     """Makes the folder and checks that a file can be written in it; returns its name, else None.
 
-    Programs found there are run, so only the user may read or write there.
+    Programs found there are run, and weights are believed, so only the user may write there.
     """
     if directory is None:
         return None

@@ -3,41 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from layercomb import transforms
+import jax
+
+from layercomb import transforms, trees
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, usage_errors
+from layercomb.interop.tensors import shapes_of
 from layercomb.interop.tokenizer import PretrainedTokenizer
+from layercomb.interop.weight_cache import weights_of
 from layercomb.launcher import calibration, sources
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.metrics.class_names import class_names
 from layercomb.model import Model
 from layercomb.shapes import Signature, shape_dtype
+from layercomb.trees import Tree
 
 
 def loaded(
-    source: sources.Source, bits: int | None = None, calibrate: str | None = None
+    source: sources.Source,
+    bits: int | None = None,
+    calibrate: str | None = None,
+    cache: Path | None = None,
 ) -> tuple[Model, Any]:
     """A model of another library, and its tokenizer if it has one.
 
     Args:
       source: of a kind other than a run or a configuration.
       bits: 16, 8 or 4 narrows the weights; None leaves them as they come.
-      calibrate: a text to round them for.
+      calibrate: a text to round them for; what is made so is not kept.
+      cache: a folder for weights that later commands map; None for none.
 
     Raises:
       UsageError: if it cannot be loaded, or not be calibrated.
     """
     from layercomb import interop
 
+    keeps = source.kind != sources.TRAX and cache is not None
+    options: dict[str, Any] = {'cache': cache} if keeps else {}
     with usage_errors():
         if bits == 16 and source.kind == sources.HUGGING_FACE:  # without a wide copy
-            return interop.load(source.path, dtype='bfloat16')
+            return interop.load(source.path, dtype='bfloat16', **options)
         # Narrow weights cannot be narrowed again, so they are read as wide ones; Trax's are wide.
-        wide = bits is not None and source.kind != sources.TRAX
-        model, tokenizer = interop.load(source.path, **({'dtype': 'float32'} if wide else {}))
+        if bits is not None and source.kind != sources.TRAX:
+            if cache is not None and calibrate is None:
+                return _narrowed_once(source.path, bits, cache)
+            options = {'dtype': 'float32'}
+        model, tokenizer = interop.load(source.path, **options)
         return narrowed(model, bits, calibrate, tokenizer), tokenizer
+
+
+def _narrowed_once(path: Path, bits: int, cache: Path) -> tuple[Model, Any]:
+    """As `loaded`, with narrow weights that are kept: the wide ones are read the first time."""
+    from layercomb import interop
+    from layercomb.interop import descriptions
+
+    net, tokenizer = descriptions.of(path)
+    layers: list[Layer] = []
+
+    def described(weights: Tree) -> Tree:
+        made = narrowed(Model(net, weights), bits)
+        layers.append(made.layer)
+        return made.weights or {}
+
+    def make() -> dict[str, Any]:
+        wide, _ = interop.load(path, dtype='float32')
+        return dict(trees.flatten(narrowed(wide, bits).weights or {}))
+
+    jax.eval_shape(described, shapes_of(net, interop.signature(Model(net))))
+    weights = weights_of(cache, path, {'reader': 'narrowed', 'bits': bits}, make)
+    return Model(layers[0], trees.unflatten(weights)), tokenizer
 
 
 def check_no_run(source: sources.Source, bindings: Sequence[str], checkpoint: str = 'last') -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-_ALIGNMENT = 64  # bytes, of XLA's on a CPU
+ALIGNMENT = 64  # bytes, of XLA's on a CPU
 _PAGES = Path('/proc/self/statm')
 
 
@@ -29,8 +29,8 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """
     kind = np.dtype(dtype)
     n_bytes = math.prod(shape) * kind.itemsize
-    memory = np.empty(n_bytes + _ALIGNMENT, np.uint8)
-    first = -memory.ctypes.data % _ALIGNMENT
+    memory = np.empty(n_bytes + ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT
     return memory[first : first + n_bytes].view(kind).reshape(shape)
 
 
@@ -41,6 +41,16 @@ def taken(x: np.ndarray) -> jax.Array:
       x: an array that nobody writes to any more.
     """
     return jax.device_put(x)
+
+
+def is_ready(x: np.ndarray, dtype: Any) -> bool:
+    """Whether JAX on a CPU takes the memory of an array as it is.
+
+    Args:
+      x: an array, such as a view of a mapped file.
+      dtype: that it is to have.
+    """
+    return x.dtype == dtype and x.flags.c_contiguous and x.ctypes.data % ALIGNMENT == 0
 
 
 def is_shareable(x: Any) -> bool:

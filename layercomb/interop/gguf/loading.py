@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from layercomb.interop.gguf.vocabulary import vocabulary
 from layercomb.interop.gguf.weights import load_narrow, load_wide
 from layercomb.interop.tensors import shapes_of
 from layercomb.interop.tokenizer import PretrainedTokenizer, sampling_advice
+from layercomb.interop.weight_cache import weights_of
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
 from layercomb.transforms.buffers import give_back
@@ -29,7 +31,9 @@ _SAMPLING = {
 }
 
 
-def load(path: str | Path, *, dtype: str | None = None) -> tuple[Model, Any]:
+def load(
+    path: str | Path, *, dtype: str | None = None, cache: str | Path | None = None
+) -> tuple[Model, Any]:
     """Reads a model and its tokenizer from a .gguf file.
 
     Known are the architectures llama (with Mistral), qwen2, qwen3, gemma3 and gpt2, and tensors of
@@ -40,6 +44,8 @@ def load(path: str | Path, *, dtype: str | None = None) -> tuple[Model, Any]:
       dtype: None keeps weights narrow: integers become int8 and int4 with the same numbers, and
         floats bfloat16. The matrices of one leaf, in all layers of the model, are of one kind,
         which holds all that the file has there. 'float32' widens all, without loss.
+      cache: a folder where narrow weights are kept as they are laid out here, and mapped from the
+        second load on, see `weight_cache.weights_of`; None writes nothing.
 
     Returns:
       (model, tokenizer); the tokenizer is None if the file has none.
@@ -67,10 +73,33 @@ def load(path: str | Path, *, dtype: str | None = None) -> tuple[Model, Any]:
         shapes = shapes_of(net, family.signature(net))
     tensors = {name: architecture.tensor(each, config) for name, each in file.tensors.items()}
     ignored = (FACTORS.replace('.', r'\.'),)
-    fill = load_narrow if dtype is None else load_wide
-    net, weights = fill(net, shapes, entries, tensors, ignored, repr(str(file.path)))
+    what = repr(str(file.path))
+    if dtype is None:
+        kept = partial(weights_of, cache, file.path, {'reader': 'gguf'})
+        net, weights = load_narrow(net, shapes, entries, tensors, ignored, what, kept)
+    else:
+        net, weights = load_wide(net, shapes, entries, tensors, ignored, what)
     give_back()
     return Model(net, weights), tokenizer
+
+
+def describe(path: str | Path) -> tuple[Layer, PretrainedTokenizer | None]:
+    """What a .gguf file says of a model besides its weights. No tensor is read.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      (net, tokenizer): the layers, as wide ones, and the tokenizer; None if there is none.
+
+    Raises:
+      UsageError: as of `load`.
+    """
+    file = read(path)
+    config = config_of_file(file, architecture_of(file))
+    with usage_errors():
+        net = family_of(config).net(Config(config))
+    return net, _tokenizer(file, config['vocab_size'])
 
 
 def net(path: str | Path) -> Layer:

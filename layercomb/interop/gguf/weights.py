@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -31,6 +31,7 @@ from layercomb.interop.gguf.file import Stored
 from layercomb.interop.memory import check_fits
 from layercomb.interop.tensors import Entry, check, spill
 from layercomb.interop.tensors import fill as fill_wide
+from layercomb.interop.weight_cache import Flat
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.layers.quantized.matrix import SCALES, Narrow
@@ -125,6 +126,7 @@ def load_narrow(
     tensors: Mapping[str, Tensor],
     ignored: Sequence[str],
     what: str,
+    kept: Callable[[Callable[[], Flat]], Flat],
 ) -> tuple[Layer, Tree]:
     """Makes weights of tensors, narrow where that changes nothing and bfloat16 otherwise.
 
@@ -135,6 +137,7 @@ def load_narrow(
       tensors: by name.
       ignored: patterns of names of tensors that are not needed.
       what: the name of the model, for messages.
+      kept: returns what a function makes, or what it made before.
 
     Returns:
       The model with layers that hold narrow weights, and the weights.
@@ -150,32 +153,24 @@ def load_narrow(
         if (matrix := _matrix(net, entry, flat[entry.ours].shape, tensors)) is not None
     }
     kinds = _one_kind_a_leaf(net, matrices)
-    check_fits(sum(_n_bytes(flat[e.ours], matrices.get(e.ours), kinds) for e in entries), what)
-    made: dict[str, Any] = {}
     narrow = hold_narrow(net, kinds)
-    before: Sequence[str] = ()
-    for entry in entries:
-        for name in before:
-            tensors[name].stored.forget()
-        before = entry.names
-        matrix, shape = matrices.get(entry.ours), flat[entry.ours].shape
-        if matrix is None:
-            made[entry.ours] = buffers.taken(_vectors(entry, tensors).reshape(shape))
-            continue
-        kind = kinds[matrix.leaf]
-        stack = [tensors[name].rows(entry.part) for name in entry.names]
-        lead = () if entry.layers is None else (len(stack),)
-        if kind.bits == 16:
-            values = _bfloat16([tensors[name].stored.blocks for name in entry.names], stack)
-            made[entry.ours] = buffers.taken(values.reshape(*lead, *matrix.shape))
-            continue
-        each_type = [tensors[name].stored.blocks for name in entry.names]
-        layer, rest, _ = holder(narrow, entry.ours)
-        assert isinstance(layer, Quantized)
-        stored = _laid_out(layer, rest, each_type, stack, kind)
-        for path, each in zip((entry.ours, entry.ours + SCALES), stored, strict=True):
-            made[path] = buffers.taken(each.reshape(*lead, *matrix.shape[:-1], -1))
-    return narrow, trees.unflatten(made)
+
+    def make() -> Flat:
+        check_fits(sum(_n_bytes(flat[e.ours], matrices.get(e.ours), kinds) for e in entries), what)
+        made: Flat = {}
+        before: Sequence[str] = ()
+        for entry in entries:
+            for name in before:
+                tensors[name].stored.forget()
+            before = entry.names
+            matrix, shape = matrices.get(entry.ours), flat[entry.ours].shape
+            if matrix is None:
+                made[entry.ours] = buffers.taken(_vectors(entry, tensors).reshape(shape))
+            else:
+                made |= _of_matrix(narrow, entry, matrix, tensors, kinds[matrix.leaf])
+        return made
+
+    return narrow, trees.unflatten(kept(make))
 
 
 def load_wide(
@@ -289,6 +284,33 @@ def _n_bytes(like: Any, matrix: _Matrix | None, kinds: Mapping[str, Kind]) -> in
         return 4 * n
     bits, group, minima, half = kinds[matrix.leaf]
     return n * bits // 8 + (0 if bits == 16 else (1 + minima) * (2 if half else 4) * n // group)
+
+
+def _of_matrix(
+    narrow: Layer, entry: Entry, matrix: _Matrix, tensors: Mapping[str, Tensor], kind: Kind
+) -> Flat:
+    """A narrow weight by its path, and its scales if it has some.
+
+    Args:
+      narrow: the model with layers that hold narrow weights.
+      entry: of the weight.
+      matrix: what is known of it.
+      tensors: by name.
+      kind: of the leaf.
+    """
+    stack = [tensors[name].rows(entry.part) for name in entry.names]
+    each_type = [tensors[name].stored.blocks for name in entry.names]
+    lead = () if entry.layers is None else (len(stack),)
+    if kind.bits == 16:
+        values = _bfloat16(each_type, stack)
+        return {entry.ours: buffers.taken(values.reshape(*lead, *matrix.shape))}
+    layer, rest, _ = holder(narrow, entry.ours)
+    assert isinstance(layer, Quantized)
+    stored = _laid_out(layer, rest, each_type, stack, kind)
+    return {
+        path: buffers.taken(each.reshape(*lead, *matrix.shape[:-1], -1))
+        for path, each in zip((entry.ours, entry.ours + SCALES), stored, strict=True)
+    }
 
 
 def _laid_out(

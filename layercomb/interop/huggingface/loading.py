@@ -20,6 +20,7 @@ from layercomb.interop.memory import check_fits
 from layercomb.interop.stored import read_json
 from layercomb.interop.tensors import Entry, fill, shapes_of
 from layercomb.interop.tokenizer import PretrainedTokenizer
+from layercomb.interop.weight_cache import Flat, weights_of
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.layers.quantized.rounding import narrow
@@ -38,7 +39,7 @@ _DEEPEST = 10_000
 
 
 def load(
-    directory: str | Path, *, dtype: str = 'float32'
+    directory: str | Path, *, dtype: str = 'float32', cache: str | Path | None = None
 ) -> tuple[Model, PretrainedTokenizer | None]:
     """Reads a model and its tokenizer from a directory that transformers can read.
 
@@ -52,6 +53,10 @@ def load(
       dtype: of the weights. 'float32' is for training and everything else. 'bfloat16' halves the
         large matrices, which are read without a float32 copy: `transforms.Quantized` layers hold
         them, for decoding and evaluation, and compute in float32.
+      cache: a folder where bfloat16 weights are kept as they are laid out here, and mapped from the
+        second load on, see `weight_cache.weights_of`. Float32 weights that the model's own files
+        have in this form, at multiples of 64 bytes, are mapped there: then do not write into these
+        files while the model is used, but replace them. None writes nothing, and maps nothing.
 
     Returns:
       (model, tokenizer); the tokenizer is None if the directory has none.
@@ -72,21 +77,29 @@ def load(
     net, shapes = found.net, found.shapes
     tensors = tensors_in(path)
     tokenizer = found.tokenizer(path)
-    check_fits(_peak(shapes, dtype), repr(paths.shown(path)))
     half = _halved(net, shapes) if dtype == 'bfloat16' else {}
-    weights = fill(
-        net,
-        shapes,
-        found.entries,
-        tensors,
-        ignored=found.family.ignored,
-        dtype=lambda name: 'bfloat16' if name in half else 'float32',
-    )
+
+    def make() -> Flat:
+        check_fits(_peak(shapes, dtype), repr(paths.shown(path)))
+        weights = fill(
+            net,
+            shapes,
+            found.entries,
+            tensors,
+            ignored=found.family.ignored,
+            dtype=lambda name: 'bfloat16' if name in half else 'float32',
+            mapped=cache is not None and not half,
+        )
+        flat = trees.flatten(weights)
+        del weights  # each matrix goes as soon as it has been turned
+        for name, (_, letters) in half.items():
+            flat[name], _ = narrow(flat[name], letters, 16, 1)
+        return flat
+
     if not half:
-        return Model(net, weights), tokenizer
-    flat = trees.flatten(weights)
-    del weights  # each matrix goes as soon as it has been turned
-    return Model(*_narrowed(net, flat, half)), tokenizer
+        return Model(net, trees.unflatten(make())), tokenizer
+    weights = weights_of(cache, path, {'reader': 'huggingface', 'dtype': dtype}, make)
+    return Model(_holding(net, half), trees.unflatten(weights)), tokenizer
 
 
 def describe(directory: str | Path) -> tuple[Layer, PretrainedTokenizer | None]:
@@ -207,20 +220,15 @@ def _halved(net: Layer, shapes: Tree) -> dict[str, tuple[str, str]]:
     return made
 
 
-def _narrowed(
-    net: Layer, flat: dict[str, Any], half: Mapping[str, tuple[str, str]]
-) -> tuple[Layer, Tree]:
-    """The model with layers that hold bfloat16, and its weights.
+def _holding(net: Layer, half: Mapping[str, tuple[str, str]]) -> Layer:
+    """The model with layers that hold bfloat16.
 
     Args:
       net: the model.
-      flat: its weights by path, matrices in bfloat16; each is replaced by its rows.
       half: as of `_halved`.
     """
-    for path, (_, letters) in half.items():
-        flat[path], _ = narrow(flat[path], letters, 16, 1)
     leaves = {leaf for leaf, _ in half.values()}
     for _, layer in walk(net):
         if isinstance(layer, Tied) and layer.source.rpartition('/')[0] in leaves:
             leaves.add(layer.target.rpartition('/')[0])
-    return hold_narrow(net, dict.fromkeys(leaves, (16, 1))), trees.unflatten(flat)
+    return hold_narrow(net, dict.fromkeys(leaves, (16, 1)))

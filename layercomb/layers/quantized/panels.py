@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+LAYOUT = 1  # counts changes of panels, and of what files and rounding put into them, for caches
 HEIGHT = 16  # rows of a panel
 _WORD = 32  # bits
 

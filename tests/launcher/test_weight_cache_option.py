@@ -1,0 +1,124 @@
+"""The launcher maps weights that an earlier command kept, unless it is told not to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import layercomb as lc
+from layercomb import cli, interop, models, trees
+from layercomb.interop import weight_cache
+from layercomb.launcher import compile_cache
+
+GPT2 = Path(__file__).parents[1] / 'data' / 'pretrained' / 'gpt2'
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    """A person's cache folder, with caches turned on."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'home'))
+    monkeypatch.delenv('JAX_ENABLE_COMPILATION_CACHE')
+    return tmp_path / 'home' / 'layercomb' / 'weights'
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What was made and kept: the options of each entry."""
+    written, write = [], weight_cache._write
+
+    def kept(entry, key, weights):
+        written.append(key['options'])
+        write(entry, key, weights)
+
+    monkeypatch.setattr(weight_cache, '_write', kept)
+    return written
+
+
+@pytest.fixture(scope='module')
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp('files') / 'tiny.gguf'
+    _, tokenizer = interop.load(GPT2)
+    net = models.Llama(tokenizer.vocab_size, 64, 96, 2, 4, 2, max_len=64)
+    weights, _ = net.init((lc.shape_dtype((1, 8), 'int32'),), jax.random.key(3))
+    interop.save(path, lc.Model(net, weights), tokenizer, dtype='q8_0')
+    return path
+
+
+def generated(capsys, source, *words):
+    said = ('generate', str(source), '--prompt', 'a b', '--n_tokens', '3', '--temperature', '0')
+    assert cli.main([*said, *words]) == 0
+    printed = capsys.readouterr()
+    assert 'layercomb: ' not in printed.err  # no warning
+    return printed.out
+
+
+def test_the_second_command_maps_what_the_first_has_kept(file, home, made, capsys):
+    first = generated(capsys, file)
+    assert generated(capsys, file) == first and made == [{'reader': 'gguf'}]
+    assert len(list(home.iterdir())) == 1 and home.stat().st_mode & 0o777 == 0o700
+    assert generated(capsys, file, '--bits', '4') == generated(capsys, file, '--bits', '4')
+    assert made[1:] == [{'reader': 'narrowed', 'bits': 4}]
+
+
+@pytest.mark.parametrize('source', ['directory', 'file'])
+@pytest.mark.parametrize('bits', [16, 8, 4])
+def test_narrowed_models_are_the_same(source, bits, file, tmp_path, made):
+    path = str(GPT2 if source == 'directory' else file)
+    plain, tokenizer = cli.trained(path, bits=bits)
+    for _ in range(2):
+        model, again = cli.trained(path, bits=bits, cache=tmp_path)
+        assert model.layer == plain.layer and again.vocab_size == tokenizer.vocab_size
+        one, other = trees.flatten(model.weights), trees.flatten(plain.weights)
+        assert one.keys() == other.keys()
+        for name, x in one.items():
+            np.testing.assert_array_equal(x, other[name], strict=True)
+    assert len(made) == 1
+
+
+def test_it_can_be_turned_off(file, home, made, capsys, monkeypatch):
+    generated(capsys, file, '--no_weight_cache')
+    monkeypatch.setenv('JAX_ENABLE_COMPILATION_CACHE', 'False')
+    generated(capsys, file)
+    assert not made and not home.exists()
+
+
+def test_it_does_not_depend_on_programs_that_are_kept(file, home, made, capsys):
+    generated(capsys, file, '--no_compile_cache')
+    assert len(made) == 1
+
+
+def test_a_folder_that_cannot_be_used_is_not_used(file, home, made, capsys):
+    home.parent.mkdir(parents=True)
+    home.write_text('')
+    generated(capsys, file)
+    assert not made
+
+
+def test_a_model_that_is_calibrated_or_wide_is_not_kept(home, made, tmp_path, capsys):
+    (tmp_path / 'text').write_text('a b c d ' * 80)
+    generated(capsys, GPT2)
+    generated(capsys, GPT2, '--bits', '8', '--calibrate', str(tmp_path / 'text'))
+    assert not made
+
+
+@pytest.mark.parametrize('command', ['generate', 'chat', 'serve', 'eval'])
+def test_help_says_where_weights_are(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / '100%'))
+    monkeypatch.setenv('COLUMNS', '500')
+    with pytest.raises(SystemExit):
+        cli.main([command, '--help'])
+    out = capsys.readouterr().out
+    assert '--no_weight_cache' in out and f'{tmp_path}/100%/layercomb/weights, which' in out
+
+
+def test_a_relative_folder_or_none_is_not_used(monkeypatch):
+    assert compile_cache.usable_weights_folder({'XDG_CACHE_HOME': 'relative'}) is None
+
+    def homeless():
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, 'home', homeless)
+    assert compile_cache.weights_folder({}) is None
