@@ -132,6 +132,18 @@ class _Header:
         self.at += n
         return made
 
+    def texts(self, n: int) -> list[str]:
+        """The next texts, such as the tokens of a vocabulary, quickly."""
+        made, view, length = [], self.view, struct.Struct('<Q')
+        for _ in range(n):
+            first = self.at + length.size
+            end = first + length.unpack_from(view, self.at)[0] if first <= len(view) else first
+            if end > len(view):
+                self.text()  # raises, and says what is wrong
+            made.append(str(view[first:end], 'utf-8'))
+            self.at = end
+        return made
+
     def start(self) -> tuple[int, int]:
         """Checks magic and version; returns how many tensors and entries are announced."""
         if bytes(self.view[:4]) != _MAGIC:
@@ -171,7 +183,7 @@ class _Header:
         what = f'a list of {n:,} values is announced at byte {self.at:,}'
         if kind == _STRING:
             self.room(8 * n, what)
-            return [self.text() for _ in range(n)]
+            return self.texts(n)
         if kind not in _SCALARS:
             raise self.damaged(f'a list of the unknown kind {kind}')
         code = '<' + _SCALARS[kind]
