@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.errors import UsageError, machine_errors
+from layercomb.transforms import buffers
 
 _LONGEST = 1 << 28  # bytes of a file of JSON
 
@@ -74,7 +75,7 @@ def mapped(path: Path) -> np.ndarray:
             raise UsageError(f'{str(path)!r} is not there: download the whole model')
         if not path.stat().st_size:
             return np.zeros(0, np.uint8)
-        return np.memmap(path, np.uint8, 'r').view(np.ndarray)
+        return buffers.mapped(path)
 
 
 def is_size(value: Any) -> bool:

@@ -153,7 +153,8 @@ def fill(
         given = dtype(entry.ours) if isinstance(dtype, FunctionType) else dtype
         if mapped and entry.layers is None:
             tensor = entry.cut(_read(entry.all_names[0], tensors, entry.alike))
-            if buffers.is_ready(tensor, given) and not (entry.transposed and tensor.ndim > 1):
+            turned = entry.transposed and tensor.ndim > 1
+            if not turned and buffers.is_ready(tensor, given) and buffers.is_quick(tensor):
                 made[entry.ours] = buffers.taken(tensor.reshape(shape))
                 continue
         stack = buffers.empty((len(entry.names), *shape), jnp.dtype(given))

@@ -34,6 +34,7 @@ import numpy as np
 
 from layercomb import paths
 from layercomb.errors import UsageError, UsageWarning, machine_errors
+from layercomb.interop.memory import free_bytes
 from layercomb.interop.stored import are_sizes, parse_json
 from layercomb.layers.quantized.panels import LAYOUT
 from layercomb.transforms import buffers
@@ -96,6 +97,8 @@ def weights_of(
         found = _found(entry, key)
         if found is None:  # another process has replaced or deleted it
             return made
+        made.clear()
+        buffers.give_back()
     _tidy(folder, entry)
     return found
 
@@ -121,17 +124,26 @@ def _key(source: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 def _found(entry: Path, key: Mapping[str, Any]) -> Flat | None:
     """The weights of an entry, mapped; None if it is not there, damaged, or of something else."""
     try:
-        with entry.open('rb') as opened:
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        data = buffers.mapped(entry)
     except (OSError, ValueError):  # an empty file cannot be mapped
         return None
-    data = np.frombuffer(mapped, np.uint8)
     with contextlib.suppress(UsageError, LookupError, TypeError, ValueError):
         header = _header(data)
         if header['key'] == key and header['size'] == len(data):
+            data = _quick(data)
             arrays = {name: _array(data, *it) for name, it in header['arrays'].items()}
             return {name: buffers.taken(x) for name, x in arrays.items()}
     return None
+
+
+def _quick(data: np.ndarray) -> np.ndarray:
+    """A mapped entry, or a copy in memory if that is read more quickly and there is room."""
+    free = free_bytes()
+    if buffers.is_quick(data) or free is None or free < 2 * len(data):
+        return data
+    copy = buffers.empty(data.shape, data.dtype)
+    copy[:] = data
+    return copy
 
 
 def _header(data: np.ndarray) -> dict[str, Any]:
@@ -228,6 +240,8 @@ def _part(entry: Path) -> Iterator[IO[bytes]]:
             yield opened
             opened.flush()
             os.fsync(opened.fileno())
+            if hasattr(os, 'posix_fadvise'):  # what was written in parts is cached in small pages
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.replace(name, entry)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -94,6 +94,19 @@ def test_the_first_and_the_second_load_map_the_same_numbers(file, cache, made):
     np.testing.assert_array_equal(model(ids), plain(ids))
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux tells what is mapped')
+@pytest.mark.parametrize('free', [1 << 40, 1000])
+def test_what_would_be_read_slowly_is_copied_if_there_is_room(file, cache, free, monkeypatch):
+    wanted, _ = gguf.load(file, cache=cache)
+    monkeypatch.setattr(buffers, 'is_quick', lambda data: False)
+    monkeypatch.setattr(weight_cache, 'free_bytes', lambda: free)
+    model, _ = gguf.load(file, cache=cache)
+    same(model.weights, wanted.weights)
+    entry = entry_in(cache)
+    for x in trees.flatten(model.weights).values():
+        assert is_mapped(x, entry) == (free == 1000)
+
+
 def test_an_entry_that_is_removed_is_used_on(file, cache):
     wanted, _ = gguf.load(file)
     model, _ = gguf.load(file, cache=cache)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -84,3 +86,26 @@ def test_slices_stay_on_the_device_that_the_whole_was_put_on():
     whole = jax.device_put(stack(), jax.devices()[0])
     assert buffers.shared_slice(whole, 0).committed
     assert not buffers.shared_slice(stack(), 0).committed
+
+
+@pytest.mark.parametrize('kib', [0, 4096, 12288, 16384])
+def test_an_array_is_read_quickly_in_large_pages(kib, tmp_path, monkeypatch):
+    (tmp_path / 'file').write_bytes(bytes(1 << 24))
+    data = buffers.mapped(tmp_path / 'file')
+    assert not data.flags.writeable and data.ctypes.data % mmap.PAGESIZE == 0
+    first = data.ctypes.data
+    others = 'Rss: 900 kB\nFilePmdMapped:     {} kB\n'
+    (tmp_path / 'smaps').write_text(
+        f'{first - 4096:x}-{first:x} r--p 00000000 fe:00 17 /another\n{others.format(0)}'
+        f'{first:x}-{first + (1 << 24):x} r--s 00000000 fe:00 18 /the file\n'
+        f'Size:  16384 kB\nRss:   16384 kB\nFilePmdMapped:   {kib} kB\nVmFlags: rd mr\n'
+        f'{first + (1 << 24):x}-{first + (1 << 25):x} rw-p 00000000 00:00 0\n{others.format(900)}'
+    )
+    monkeypatch.setattr(buffers, '_MAPPINGS', tmp_path / 'smaps')
+    monkeypatch.setattr(buffers, '_HUGE', tmp_path / 'huge')
+    (tmp_path / 'huge').write_text('always [madvise] never')
+    assert buffers.is_quick(data) == (kib >= 8192) and buffers.is_quick(data[:-1])
+    (tmp_path / 'huge').write_text('always madvise [never]')
+    assert buffers.is_quick(data)
+    (tmp_path / 'huge').unlink()
+    assert buffers.is_quick(data)
