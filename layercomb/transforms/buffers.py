@@ -71,7 +71,7 @@ def is_quick(x: np.ndarray) -> bool:
     """Whether a mapped array is read as quickly as memory: it is small, or in large pages.
 
     Small pages cost a decoding step a third of its speed. New memory is in large ones, and files
-    are where the file system caches them so: Linux's XFS, and its ext4 since 6.16.
+    are where the file system caches them so, as ext4 does in Linux 6.18.
 
     Args:
       x: an array in C order, of which some is read.
