@@ -28,7 +28,7 @@ from layercomb.model import Model, embeddings
 from layercomb.shapes import shape_dtype
 from layercomb.supervised.decoding.prompts import checked
 from layercomb.supervised.decoding.prompts import max_len as longest
-from layercomb.supervised.decoding.reading import fresh_state, logits_of
+from layercomb.supervised.decoding.reading.ingesting import fresh_state, logits_of
 from layercomb.transforms.unstacking import unstack, unstack_state
 from layercomb.version import __version__
 

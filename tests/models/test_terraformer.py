@@ -15,7 +15,8 @@ from layercomb.layers.core.layer import init_state
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.state.decisions import take_decisions
 from layercomb.models.terraformer import AfterMemory
-from layercomb.supervised.decoding import generate, prompts, reading
+from layercomb.supervised.decoding import generate, prompts
+from layercomb.supervised.decoding.reading import ingesting
 
 B, M, L, V, W, D, F, H, MAX = 2, 13, 10, 11, 7, 8, 16, 2, 16
 SPARSE = {'ff_block_size': 4, 'qkv_modules': 4, 'head_modules': 2}
@@ -285,7 +286,7 @@ def test_source_and_target_are_limited_each_by_itself(masked):
     weights = jax.eval_shape(lambda: net.init(signature, jax.random.key(0)))[0]
     model = lc.Model(net, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), weights), {})
     start = prompts.begin(model, [[1, 2]], 3, [[3] * MAX])
-    assert start.room == 5 and jax.eval_shape(reading.ingest, start)[0].shape == (1, W)
+    assert start.room == 5 and jax.eval_shape(ingesting.ingest, start)[0].shape == (1, W)
     with pytest.raises(lc.UsageError, match=r'2 tokens and 4 new ones make 6, and the .* is 5: '):
         prompts.begin(model, [[1, 2]], 4, [[3] * MAX])
     longer = (given[0], lc.shape_dtype((1, 6), 'int32'), *signature[2:])

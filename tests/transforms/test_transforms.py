@@ -19,7 +19,7 @@ from layercomb.layers.facts.axes import Axes
 from layercomb.layers.quantized.matrix import Narrow
 from layercomb.shapes import describe, shape_dtype, signature_of
 from layercomb.supervised import decoding
-from layercomb.supervised.decoding.reading import at_one_position
+from layercomb.supervised.decoding.reading.ingesting import at_one_position
 from layercomb.transforms.fusing.layer import Fused
 from layercomb.transforms.quantization.choosing import vocabulary
 

@@ -18,6 +18,7 @@ from layercomb.layers.core.checks import (
     checking_apply,
     checking_init,
 )
+from layercomb.layers.core.hashed import KeepsHash, frozen_dataclass
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.printing import code_of, set_field
 from layercomb.layers.facts.axes import check_declared
@@ -31,13 +32,12 @@ Key = jax.Array | None  # a typed key of random numbers, where something may be 
 L = TypeVar('L', bound='Layer')
 
 
-_HASH = '_kept_hash'  # where a layer keeps its own
 POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
 @dataclasses.dataclass(frozen=True, repr=False)
-class Layer(Declares):
+class Layer(KeepsHash, Declares):
     """An immutable, hashable, array-free description of a function with weights and state.
 
     A subclass becomes a frozen dataclass without a decorator. Annotate its fields, and write
@@ -79,8 +79,7 @@ class Layer(Declares):
             if name in vars(cls):
                 setattr(cls, name, checks(vars(cls)[name]))
         forget_if_overridden(cls)
-        dataclasses.dataclass(frozen=True, repr=False, init=init)(cls)
-        cls.__hash__ = _hashed_once(cls.__hash__)  # type: ignore[assignment]
+        frozen_dataclass(cls, init)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -244,26 +243,7 @@ class Layer(Declares):
             'lc.Model(layer).init(x)(x), or call layer.apply(weights, state, (x,))'
         )
 
-    def __repr__(self) -> str:
-        return code_of(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: no hash, since those of strings are others in each process."""
-        return {name: value for name, value in vars(self).items() if name != _HASH}
-
-
-def _hashed_once(hashed: Callable[[Any], int]) -> Callable[[Any], int]:
-    """A hash that is kept: that of a deep model takes longer than some tokens."""
-
-    @functools.wraps(hashed)
-    def kept(self: Any) -> int:
-        known: int | None = vars(self).get(_HASH)
-        if known is None:
-            known = hashed(self)
-            object.__setattr__(self, _HASH, known)
-        return known
-
-    return kept
+    __repr__ = code_of
 
 
 @functools.lru_cache(maxsize=1024)

@@ -17,7 +17,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.supervised.decoding.axes import Axes, Leaves
 from layercomb.supervised.decoding.keys import fold_each
-from layercomb.supervised.decoding.reading import at_one_position, logits_of
+from layercomb.supervised.decoding.reading.ingesting import at_one_position, logits_of
 from layercomb.supervised.decoding.sampling import NO_TOKEN, Sampler
 from layercomb.supervised.decoding.scoring import Alternatives, alternatives
 from layercomb.supervised.decoding.speculating import drafted, judged

@@ -23,7 +23,7 @@ from layercomb.serving.batching.prefixes import Block, Prefixes
 from layercomb.serving.batching.programs import Drawn, Programs, Rows, programs
 from layercomb.supervised.decoding.axes import BLOCK, Axes, Leaves, begun
 from layercomb.supervised.decoding.prompts import Start, checked, longest, reads_whole_prompts
-from layercomb.supervised.decoding.reading import ingest
+from layercomb.supervised.decoding.reading.ingesting import ingest
 from layercomb.supervised.decoding.sampling import Sampler, stacked
 from layercomb.supervised.decoding.scoring import Alternatives, alternatives
 from layercomb.transforms.low_rank.many import adapter_names

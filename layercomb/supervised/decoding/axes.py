@@ -24,7 +24,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.seek import Position, Seekable, seek
 from layercomb.shapes import is_float, shape_dtype
 from layercomb.supervised.decoding.prompts import longest
-from layercomb.supervised.decoding.reading import fresh_state
+from layercomb.supervised.decoding.reading.ingesting import fresh_state
 from layercomb.trees import Tree
 
 BLOCK = 64  # positions in a block, see `Axes.block`

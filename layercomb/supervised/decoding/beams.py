@@ -17,7 +17,7 @@ from layercomb.checks import Bound, Size, check_value
 from layercomb.model import Model
 from layercomb.supervised.decoding.compiling import compile_for
 from layercomb.supervised.decoding.prompts import Sequences, Start, as_id, begin
-from layercomb.supervised.decoding.reading import advance, fresh_state, ingest
+from layercomb.supervised.decoding.reading.ingesting import advance, fresh_state, ingest
 from layercomb.supervised.decoding.sampling import diverged, has_probabilities
 from layercomb.trees import Tree
 

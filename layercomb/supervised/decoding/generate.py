@@ -38,7 +38,7 @@ from layercomb.supervised.decoding.prompts import (
     check_bias,
     max_len,
 )
-from layercomb.supervised.decoding.reading import advance, ingest
+from layercomb.supervised.decoding.reading.ingesting import advance, ingest
 from layercomb.supervised.decoding.sampling import NO_TOKEN, Sampler, check_drawn
 from layercomb.supervised.decoding.scoring import Scores, score
 from layercomb.trees import Tree

@@ -10,7 +10,7 @@ from layercomb.errors import UsageError
 from layercomb.model import Model
 from layercomb.shapes import shape_dtype
 from layercomb.supervised.decoding.prompts import checked, max_len
-from layercomb.supervised.decoding.reading import fresh_state
+from layercomb.supervised.decoding.reading.ingesting import fresh_state
 from layercomb.transforms import buffers
 
 

@@ -47,7 +47,7 @@ from layercomb.supervised.decoding.drafts import (
 )
 from layercomb.supervised.decoding.keys import fold_each
 from layercomb.supervised.decoding.prompts import Sequences, Start, begin
-from layercomb.supervised.decoding.reading import advance
+from layercomb.supervised.decoding.reading.ingesting import advance
 from layercomb.supervised.decoding.sampling import NO_TOKEN, Sampler
 from layercomb.trees import Tree
 

@@ -11,7 +11,8 @@ import layercomb as lc
 from layercomb import Mode, UsageError, losses, models, tl
 from layercomb.model import embeddings
 from layercomb.supervised import decoding
-from layercomb.supervised.decoding import prompts, reading
+from layercomb.supervised.decoding import prompts
+from layercomb.supervised.decoding.reading import ingesting
 
 V = 13
 
@@ -96,8 +97,8 @@ def test_a_head_of_ones_own_is_asked_for_one_position():
     model = lm(tl.Residual(Mean()), tl.Dense(6))
     given = [[1, 2, 3]]
     start = prompts.begin(model, given, 4)
-    assert reading.at_one_position(start.net) is not None
-    assert f',{start.tokens.shape[1]},{V}]' not in str(jax.make_jaxpr(reading.ingest)(start))
+    assert ingesting.at_one_position(start.net) is not None
+    assert f',{start.tokens.shape[1]},{V}]' not in str(jax.make_jaxpr(ingesting.ingest)(start))
     made = decoding.generate(model, given, 4, temperature=0)[0]
     text = list(given[0])
     for _ in range(4):
@@ -122,7 +123,7 @@ def test_a_head_that_says_so_is_computed_a_piece_at_a_time():
     unsaid = tl.Serial(Table(V, 6), tl.Serial(tl.LayerNorm(), Unsaid(), name='tail'))
     made = losses.attach(unsaid, tl.CrossEntropyLoss(), 4)
     assert isinstance(made.layers[-1], tl.Serial)
-    assert reading.at_one_position(unsaid) is None
+    assert ingesting.at_one_position(unsaid) is None
 
 
 class Reading(tl.Combinator):

@@ -15,7 +15,7 @@ import layercomb as lc
 from layercomb import models
 from layercomb.supervised import decoding
 from layercomb.supervised.decoding.compiling import compile_for
-from layercomb.supervised.decoding.reading import fresh_state
+from layercomb.supervised.decoding.reading.ingesting import fresh_state
 
 
 @pytest.fixture

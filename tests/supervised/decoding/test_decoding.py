@@ -9,7 +9,8 @@ import pytest
 import layercomb as lc
 from layercomb import Mode, UsageError, models, tl
 from layercomb.supervised import decoding
-from layercomb.supervised.decoding import prompts, reading
+from layercomb.supervised.decoding import prompts
+from layercomb.supervised.decoding.reading import ingesting
 from layercomb.supervised.decoding.sampling import stacked
 
 V = 17
@@ -312,11 +313,11 @@ def test_prompts_take_logits_at_their_ends_alone(tied, monkeypatch):
     model = lc.Model(net).init(lc.shape_dtype((1, 8), 'int32'), 3)
     start = prompts.begin(model, [[1, 2, 3], [4]], 5, None)
     of_all = f'2,{start.tokens.shape[1]},{V}]'
-    assert of_all not in str(jax.make_jaxpr(reading.ingest)(start))
-    few, state = reading.ingest(start)
-    monkeypatch.setattr(reading, 'at_one_position', lambda net: None)
-    assert of_all in str(jax.make_jaxpr(lambda start: reading.ingest(start))(start))
-    whole, same_state = reading.ingest(start)
+    assert of_all not in str(jax.make_jaxpr(ingesting.ingest)(start))
+    few, state = ingesting.ingest(start)
+    monkeypatch.setattr(ingesting, 'at_one_position', lambda net: None)
+    assert of_all in str(jax.make_jaxpr(lambda start: ingesting.ingest(start))(start))
+    whole, same_state = ingesting.ingest(start)
     np.testing.assert_allclose(few, whole, rtol=1e-5, atol=1e-6)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state, same_state))
 
@@ -325,7 +326,7 @@ def test_a_model_that_does_not_end_with_a_dense_decodes():
     model = make()
     ended = lc.Model(tl.Serial(model.layer.replace(name='lm'), tl.LogSoftmax()))
     ended.weights, ended.state = {'lm': model.weights}, {}
-    assert reading.at_one_position(ended.layer) is None
+    assert ingesting.at_one_position(ended.layer) is None
     both = (decoding.generate(m, [[1, 2], [3]], 4, temperature=0) for m in (model, ended))
     np.testing.assert_array_equal(*both)
 
@@ -426,7 +427,7 @@ def test_nan_is_said_and_at_which_token():
 def test_a_chunk_neighbourhood_reads_prompts_without_padding():
     attention = tl.LSHSelfAttention(2, chunk_len=4, n_hashes=1, neighbourhood='chunk', max_len=48)
     model, text = make(attention), list(range(1, 12))
-    logits, _ = reading.ingest(prompts.begin(model, [text], 4, None))
+    logits, _ = ingesting.ingest(prompts.begin(model, [text], 4, None))
     np.testing.assert_allclose(logits[0], model(jnp.array([text]))[0, -1], rtol=1e-5, atol=1e-5)
     log_p = jax.nn.log_softmax(model(jnp.array([text[:-1]]))[0])
     wanted = [log_p[i, token] for i, token in enumerate(text[1:])]

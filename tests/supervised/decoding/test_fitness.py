@@ -17,7 +17,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.supervised import decoding
-from layercomb.supervised.decoding.fitness import judged_init
+from layercomb.supervised.decoding.reading.fitness import judged_init
 
 V, D = 11, 8
 

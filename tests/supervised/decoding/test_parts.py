@@ -13,7 +13,8 @@ import layercomb as lc
 from layercomb import models, tl, transforms
 from layercomb.layers.core.mode import Mode
 from layercomb.supervised import decoding
-from layercomb.supervised.decoding import parts, prompts, reading
+from layercomb.supervised.decoding import prompts
+from layercomb.supervised.decoding.reading import ingesting, parts
 
 V = 40
 PROMPTS = [list(range(1, 36)), [7, 8, 9]]
@@ -53,10 +54,10 @@ def model(kind):
 @pytest.mark.parametrize('kind', MODELS)
 def test_parts_compute_what_the_whole_does(kind, monkeypatch):
     start = prompts.begin(model(kind), PROMPTS, 9)
-    in_parts = reading.ingest(start)
+    in_parts = ingesting.ingest(start)
     seen = []
     monkeypatch.setattr(parts, '_row', lambda net: seen.append(net))
-    whole = reading.ingest(start)
+    whole = ingesting.ingest(start)
     assert seen
     assert jax.tree.structure(in_parts) == jax.tree.structure(whole)
     for a, b in zip(*map(jax.tree.leaves, (in_parts, whole)), strict=True):
@@ -91,7 +92,7 @@ def test_equal_blocks_have_equal_states(kind):
     net = prompts.begin(model(kind), PROMPTS, 9).net
     signature = (lc.shape_dtype((2, 16), 'int32'),)
     wanted = net.init(signature, jax.random.key(0), Mode.PREDICT)[1]
-    got = reading.fresh_state(net, {}, signature)
+    got = ingesting.fresh_state(net, {}, signature)
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     leaves = jax.tree.leaves(got)
     assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
@@ -135,15 +136,15 @@ def test_blocks_whose_states_differ_keep_their_own(layer):
     net = tl.Serial(tl.Embedding(V, 4), tl.Serial(layer, layer, layer, name='all'), tl.Dense(V))
     signature = (lc.shape_dtype((1, 8), 'int32'),)
     wanted = net.init(signature, jax.random.key(0), Mode.PREDICT)[1]
-    got = reading.fresh_state(net, {}, signature)
+    got = ingesting.fresh_state(net, {}, signature)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 def test_a_state_is_not_used_twice():
     made = model('gpt2')
     start = prompts.begin(made, PROMPTS, 9)
-    first = reading.ingest(start)
-    again = reading.ingest(start)
+    first = ingesting.ingest(start)
+    again = ingesting.ingest(start)
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 

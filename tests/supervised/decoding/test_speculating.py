@@ -10,7 +10,8 @@ import pytest
 import layercomb as lc
 from layercomb import UsageError, models, tl
 from layercomb.supervised import decoding
-from layercomb.supervised.decoding import drafts, keys, prompts, reading, speculating
+from layercomb.supervised.decoding import drafts, keys, prompts, speculating
+from layercomb.supervised.decoding.reading import ingesting
 from layercomb.supervised.decoding.sampling import NO_TOKEN
 
 V = 17
@@ -177,10 +178,10 @@ def job_of(model, given, n_tokens, speculate, temperature=0.0):
 
 def passes(job):
     """How many passes of the model there are after the first token, and what they made."""
-    logits, state = reading.ingest(job.start)
+    logits, state = ingesting.ingest(job.start)
     held = job.sampler.held(job.start.tokens, job.start.lengths, logits.shape[-1])
     token = job.sampler(logits, keys.fold_each(job.keys, 0), held)
-    draft = None if job.draft is None else reading.ingest(job.draft)[1]
+    draft = None if job.draft is None else ingesting.ingest(job.draft)[1]
     texts, n = speculating.begun(job, token, job.sampler.add(held, token), state, draft), 0
     step = jax.jit(speculating.continued)
     while speculating.unfinished(texts):

@@ -23,9 +23,13 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.state.parts import AuxLoss, take_out
 from layercomb.shapes import Signature, is_float
-from layercomb.supervised.decoding.fitness import judged_init
-from layercomb.supervised.decoding.parts import Settled, apply_in_parts, with_equal_blocks_once
 from layercomb.supervised.decoding.prompts import Start
+from layercomb.supervised.decoding.reading.fitness import judged_init
+from layercomb.supervised.decoding.reading.parts import (
+    Settled,
+    apply_in_parts,
+    with_equal_blocks_once,
+)
 from layercomb.transforms.quantization.layer import bare
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree

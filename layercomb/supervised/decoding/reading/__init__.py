@@ -1,0 +1,1 @@
+"""Reading prompts: a fresh decoding state, and the model over prompts in parts."""
