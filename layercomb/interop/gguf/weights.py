@@ -81,6 +81,7 @@ class Tensor:
         values = np.empty((len(rows), self.shape[-1]), np.float32)
         for at, numbers in self.stored.blocks.pieces(rows):
             values[at] = numbers
+        self.stored.forget()
         values = values.reshape(self.shape)
         if len(self.shape) == 1 and self.order is not None:
             values = values[self.order]
