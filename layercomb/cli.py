@@ -203,7 +203,7 @@ def run_chat(options: argparse.Namespace) -> None:
 
 def _as_asked(options: argparse.Namespace, calibrate: str | None) -> tuple[Model, Any]:
     """The model that a command names, as narrow as it says, and its tokenizer."""
-    return trained(
+    model, tokenizer = trained(
         options.source,
         options.gin_param,
         options.bits,
@@ -211,6 +211,7 @@ def _as_asked(options: argparse.Namespace, calibrate: str | None) -> tuple[Model
         calibrate=calibrate,
         cache=_weight_cache(options),
     )
+    return others.with_caches(model, getattr(options, 'cache', None)), tokenizer
 
 
 def _weight_cache(options: argparse.Namespace) -> Path | None:
@@ -222,7 +223,9 @@ def _speculation(options: argparse.Namespace) -> Speculation | None:
     """How tokens are drafted, as the options say; a draft's model is as narrow as the model."""
 
     def load(name: str) -> Model:
-        return trained(name, bits=options.bits, text=False, cache=_weight_cache(options))[0]
+        cache = _weight_cache(options)
+        model = trained(name, bits=options.bits, text=False, cache=cache)[0]
+        return others.with_caches(model, options.cache)
 
     return arguments.speculation(options, load)
 
@@ -235,10 +238,15 @@ def run_inspect(options: argparse.Namespace) -> None:
     if source.kind not in (sources.RUN, sources.CONFIG):
         others.check_no_run(source, options.gin_param)
         model, _ = others.loaded(source)
+        model = others.with_caches(model, options.cache)
         with usage_errors():
             print(summary(model.layer, others.signature_of(model)))
         _print_decoding_bytes(model)
         return
+    if options.cache is not None:
+        raise UsageError(
+            f'--cache is about decoding, and of {options.source!r} training is shown: leave it out'
+        )
     is_run, file = source.kind == sources.RUN, source.path
     with (
         of_run(options.source, options.gin_param)

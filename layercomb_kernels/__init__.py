@@ -211,7 +211,8 @@ def run_program(
       factors: float32, numbers that they ask for.
       x: (M, D) float32, new positions of rows of a batch, one row after the other.
       width: F, of the output.
-      operands: weights, positions taken (B,) int32, and caches (N, L, K) float32.
+      operands: weights, positions taken (B,) int32, and caches (N, L, K), float32, bfloat16, or
+        int8 with scales (N, L, 1) float32.
       written: numbers of the operands that are written in place: caches get the new keys and
         values, and positions move on.
 
@@ -406,33 +407,52 @@ def query_attention(
     values: jax.Array,
     seen: jax.Array,
     softcap: float | None = None,
+    scales: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """y[n] = Σ_c softmax(query[n] · keys[g, c]) values[g, c], over the seen c; 0 if none is seen.
 
     The N/G queries of neighbouring heads share keys and values: g = ⌊n·G/N⌋. Keys and values after
     the last seen key are not read. Values before it are read, and must be finite. Rows and heads
-    share one axis, as in a cache, which XLA would copy if it were reshaped.
+    share one axis, as in a cache, which XLA would copy if it were reshaped. Narrow keys and values
+    are widened as they are read.
 
     Args:
       query: (N, K) float32, for N = M rows · heads.
-      keys: (G, C, K) float32, for G = M rows · heads of keys; G divides N.
-      values: (G, C, V) float32.
+      keys: (G, C, K) float32, bfloat16 or int8, for G = M rows · heads of keys; G divides N.
+      values: (G, C, V), in the dtype of the keys.
       seen: (M, C) bool, the same for all heads of a row.
       softcap: c, which makes scores c·tanh(scores / c); None for no cap.
+      scales: of keys and of values, (G, C, 1) float32 each, if they are int8; else None.
 
     Returns:
       (N, V) float32.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+      TypeError: for other dtypes, for int8 without scales, and for scales of anything else.
     """
     args = query, keys, values, seen
     _check_ranks(query=(query, 2), keys=(keys, 3), values=(values, 3), seen=(seen, 2))
     (n, k), (m, c), g = query.shape, seen.shape, len(keys)
     whole = n == g * (n // max(g, 1)) and g == m * (g // max(m, 1))
     _check(whole and keys.shape[1:] == (c, k) and values.shape[:2] == (g, c), *args)
-    _check_dtypes(keys, query, keys, values)
+    more: tuple[jax.Array, ...] = scales or ()
+    _check_dtypes(query, query, *more)
+    _check_cached(keys, values, bool(more))
+    _check(all(x.shape == (g, c, 1) for x in more), keys, *more)
     if seen.dtype != jnp.bool_:
         raise TypeError(f'seen must be bool, got {seen.dtype}')
     cap = jnp.asarray(softcap or 0, jnp.float32)
-    return _call('query_attention', (n, values.shape[2]), *args, cap)
+    return _call('query_attention', (n, values.shape[2]), *args, cap, *more)
+
+
+def _check_cached(keys: jax.Array, values: jax.Array, scaled: bool) -> None:
+    """Checks the dtypes of keys and values of a cache."""
+    given = f'got keys {keys.dtype} and values {values.dtype}'
+    if keys.dtype != values.dtype or keys.dtype not in (jnp.float32, jnp.bfloat16, jnp.int8):
+        raise TypeError(f'keys and values are both float32, bfloat16 or int8, {given}')
+    if scaled != (keys.dtype == jnp.int8):
+        raise TypeError(f'int8 has scales, and nothing else has, {given}')
 
 
 def gathered_cosines(

@@ -12,16 +12,47 @@
 namespace layercomb {
 namespace {
 
+inline float WidenedOne(float word) { return word; }
+inline float WidenedOne(int8_t word) { return word; }
+inline float WidenedOne(uint16_t word) {
+  const uint32_t bits = uint32_t{word} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// out[r] = a[r] · b for R rows a of n, and words b, which are read once.
+template <typename W, int R>
+void DotsOf(const float* a, const typename W::Word* b, int64_t n, float* out) {
+  constexpr int kChains = R == 1 ? 2 : 1;  // an addition waits for the last
+  Floats sums[kChains][R] = {};
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
+    LAYERCOMB_UNROLL
+    for (int k = 0; k < kChains; ++k) {
+      const int64_t at = i + k * kLanes;
+      const Floats its = Widened<W>(b + at);
+      LAYERCOMB_UNROLL
+      for (int r = 0; r < R; ++r) sums[k][r] += Load<Floats>(a + r * n + at) * its;
+    }
+  }
+  LAYERCOMB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    out[r] = Sum(R == 1 ? sums[0][r] + sums[kChains - 1][r] : sums[0][r]);
+    for (int64_t j = i; j < n; ++j) out[r] += a[r * n + j] * WidenedOne(b[j]);
+  }
+}
+
 // y[r] = Σ_c p[r][c] rows[c · n + j] for V vectors of columns; every row is read once for R sums.
-template <int R, int V>
-void AddColumns(const float* p, int64_t n_p, const float* rows, int64_t n_rows, int64_t n, float* y,
-                int64_t n_y) {
+template <typename W, int R, int V>
+void AddColumns(const float* p, int64_t n_p, const typename W::Word* rows, int64_t n_rows,
+                int64_t n, float* y, int64_t n_y) {
   constexpr int kChains = R == 1 ? 2 : 1;  // an addition waits for the last
   Floats sums[kChains][R][V] = {};
   auto add = [&](int which, int64_t c) {
     LAYERCOMB_UNROLL
     for (int v = 0; v < V; ++v) {
-      const Floats row = Load<Floats>(rows + c * n + v * kLanes);
+      const Floats row = Widened<W>(rows + c * n + v * kLanes);
       LAYERCOMB_UNROLL
       for (int r = 0; r < R; ++r) sums[which][r][v] += p[r * n_p + c] * row;
     }
@@ -43,8 +74,9 @@ void AddColumns(const float* p, int64_t n_p, const float* rows, int64_t n_rows, 
 }
 
 // y[r] = Σ_c p[r][c] rows[c] for rows of n, and R of n_p values p.
-template <int R>
-void SumOfRows(const float* p, int64_t n_p, const float* rows, int64_t n_rows, int64_t n, float* y) {
+template <typename W, int R>
+void SumOfRows(const float* p, int64_t n_p, const typename W::Word* rows, int64_t n_rows, int64_t n,
+               float* y) {
 #if defined(LAYERCOMB_WIDE)
   constexpr int V = 4;  // R · V sums stay in registers
 #else
@@ -52,13 +84,13 @@ void SumOfRows(const float* p, int64_t n_p, const float* rows, int64_t n_rows, i
 #endif
   int64_t j = 0;
   for (; j + V * kLanes <= n; j += V * kLanes) {
-    AddColumns<R, V>(p, n_p, rows + j, n_rows, n, y + j, n);
+    AddColumns<W, R, V>(p, n_p, rows + j, n_rows, n, y + j, n);
   }
-  for (; j + kLanes <= n; j += kLanes) AddColumns<R, 1>(p, n_p, rows + j, n_rows, n, y + j, n);
+  for (; j + kLanes <= n; j += kLanes) AddColumns<W, R, 1>(p, n_p, rows + j, n_rows, n, y + j, n);
   for (; j < n; ++j) {
     for (int r = 0; r < R; ++r) {
       float sum = 0;
-      for (int64_t c = 0; c < n_rows; ++c) sum += p[r * n_p + c] * rows[c * n + j];
+      for (int64_t c = 0; c < n_rows; ++c) sum += p[r * n_p + c] * WidenedOne(rows[c * n + j]);
       y[r * n + j] = sum;
     }
   }
@@ -83,16 +115,22 @@ float Exponents(float* p, int64_t n, float most, float softcap) {
 }
 
 // What R queries of neighbouring heads, which share keys, make of n keys; `p` has room for them.
-template <int R>
+template <typename W, int R>
 void Attend(const Keys& its, const float* query, int64_t n, float softcap, float* p, float* y) {
+  using Word = typename W::Word;
   constexpr float kFar = -std::numeric_limits<float>::infinity();
-  const int64_t room = RoomFor(n), d_value = its.d_value;
+  const int64_t room = RoomFor(n), d_key = its.keys.d, d_value = its.values.d;
+  const Word* keys = static_cast<const Word*>(its.keys.words);
   float most[R];
   std::fill_n(most, R, std::numeric_limits<float>::lowest());
   for (int64_t c = 0; c < n; ++c) {
     float scores[R];
     if (!its.seen || its.seen[c]) {
-      Dots<R>(query, its.keys + c * its.d_key, its.d_key, scores);
+      DotsOf<W, R>(query, keys + c * d_key, d_key, scores);
+      if constexpr (W::integer) {
+        LAYERCOMB_UNROLL
+        for (int r = 0; r < R; ++r) scores[r] *= its.keys.scales[c];
+      }
     } else {
       std::fill_n(scores, R, kFar);
     }
@@ -103,12 +141,26 @@ void Attend(const Keys& its, const float* query, int64_t n, float softcap, float
     }
   }
   float totals[R];
-  for (int r = 0; r < R; ++r) totals[r] = Exponents(p + r * room, n, most[r], softcap);
-  SumOfRows<R>(p, room, its.values, n, d_value, y);
+  for (int r = 0; r < R; ++r) {
+    totals[r] = Exponents(p + r * room, n, most[r], softcap);
+    if constexpr (W::integer) {
+      for (int64_t c = 0; c < n; ++c) p[r * room + c] *= its.values.scales[c];
+    }
+  }
+  SumOfRows<W, R>(p, room, static_cast<const Word*>(its.values.words), n, d_value, y);
   for (int r = 0; r < R; ++r) {
     const float total = totals[r] == 0 ? 1 : totals[r];
     for (int64_t j = 0; j < d_value; ++j) y[r * d_value + j] /= total;
   }
+}
+
+template <typename W>
+void AttendAs(const Keys& its, const float* query, int64_t r, int64_t n, float softcap, float* p,
+              float* y) {
+  if (r == 1) Attend<W, 1>(its, query, n, softcap, p, y);
+  if (r == 2) Attend<W, 2>(its, query, n, softcap, p, y);
+  if (r == 3) Attend<W, 3>(its, query, n, softcap, p, y);
+  if (r == 4) Attend<W, 4>(its, query, n, softcap, p, y);
 }
 
 // The rows that one query asks for, which lie anywhere: no hardware looks ahead.
@@ -144,31 +196,59 @@ void ForRows(const Pool& pool, const Some& sizes, const int32_t* at, const float
 
 void AttendTogether(const Keys& its, const float* query, int64_t r, int64_t n, float softcap,
                     float* p, float* y) {
-  if (r == 1) Attend<1>(its, query, n, softcap, p, y);
-  if (r == 2) Attend<2>(its, query, n, softcap, p, y);
-  if (r == 3) Attend<3>(its, query, n, softcap, p, y);
-  if (r == 4) Attend<4>(its, query, n, softcap, p, y);
+  switch (its.keys.kind) {
+    case Kind::kBfloat16: return AttendAs<Bfloat16>(its, query, r, n, softcap, p, y);
+    case Kind::kInt8: return AttendAs<Int8>(its, query, r, n, softcap, p, y);
+    default: return AttendAs<Float32>(its, query, r, n, softcap, p, y);
+  }
 }
 
-void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, const float* keys,
-                    const float* values, const bool* seen, float softcap, float* y) {
+void Store(Kind kind, const float* x, int64_t d, void* words, float* scale) {
+  if (kind == Kind::kFloat32) {
+    std::memcpy(words, x, d * sizeof(float));
+    return;
+  }
+  if (kind == Kind::kBfloat16) {
+    for (int64_t i = 0; i < d; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, x + i, sizeof bits);
+      const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+      const uint32_t rounded = is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+      static_cast<uint16_t*>(words)[i] = static_cast<uint16_t>(rounded >> 16);
+    }
+    return;
+  }
+  float largest = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < d; ++i) {
+    largest = std::max(largest, std::abs(x[i]));
+    finite &= std::isfinite(x[i]);
+  }
+  *scale = finite ? largest / 127 : std::numeric_limits<float>::quiet_NaN();
+  const float divisor = finite && *scale > 0 ? *scale : 1;
+  for (int64_t i = 0; i < d; ++i) {
+    const float times = finite ? std::nearbyint(x[i] / divisor) : 0;
+    static_cast<int8_t*>(words)[i] = static_cast<int8_t>(std::clamp(times, -127.0f, 127.0f));
+  }
+}
+
+void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, const Vectors& keys,
+                    const Vectors& values, const bool* seen, float softcap, float* y) {
   std::vector<int64_t> n_seen(sizes.n_x, sizes.n_keys);  // and what lies behind them is not read
   int64_t n_read = 0;
   for (int64_t m = 0; m < sizes.n_x; ++m) {
     while (n_seen[m] && !seen[m * sizes.n_keys + n_seen[m] - 1]) --n_seen[m];
     n_read += n_seen[m] * sizes.n_heads / sizes.group;
   }
-  const int64_t bytes = 4 * n_read * (sizes.d_key + sizes.d_value);
+  const int64_t bytes = 4 * n_read * (keys.d + values.d);
   const int64_t n = sizes.n_x * sizes.n_heads;
   InPieces(pool, bytes, n, Together(pool.n_threads, n, sizes.group), [&](int64_t first, int64_t count) {
     std::vector<float> p(std::min(kTogether, sizes.group) * RoomFor(sizes.n_keys));
     for (int64_t i = first, r; i < first + count; i += r) {
       r = std::min({kTogether, sizes.group - i % sizes.group, first + count - i});
       const int64_t m = i / sizes.n_heads, at = i / sizes.group * sizes.n_keys;
-      const Keys its{keys + at * sizes.d_key, values + at * sizes.d_value,
-                     seen + m * sizes.n_keys, sizes.d_key, sizes.d_value};
-      AttendTogether(its, query + i * sizes.d_key, r, n_seen[m], softcap, p.data(),
-                     y + i * sizes.d_value);
+      const Keys its{keys.From(at), values.From(at), seen + m * sizes.n_keys};
+      AttendTogether(its, query + i * keys.d, r, n_seen[m], softcap, p.data(), y + i * values.d);
     }
   });
 }

@@ -165,18 +165,26 @@ ffi::Error Normalize(ffi::ThreadPool threads, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
-// A query (N, K), keys (N, C, K), values (N, C, V), N being M · H, and what is seen (M, C).
+// A query (N, K), keys (N, C, K), values (N, C, V), N being M · H, what is seen (M, C), and a cap; and
+// scales of keys and of values (N, C), if they are int8.
 ffi::Error QueryAttention(ffi::ThreadPool threads, ffi::RemainingArgs args,
                           ffi::RemainingRets results) {
+  using layercomb::Kind;
   Call call(threads, args, results);
   const int64_t n_x = call.size(3, 0), n_keyed = call.size(1, 0);
   const layercomb::Heads sizes{n_x,
                                n_x ? call.size(0, 0) / n_x : 0,
                                n_keyed ? call.size(0, 0) / n_keyed : 1,
-                               call.size(1, 1),
-                               call.size(1, 2),
-                               call.size(2, 2)};
-  layercomb::QueryAttention(call.pool(), sizes, call.floats(0), call.floats(1), call.floats(2),
+                               call.size(1, 1)};
+  const bool scaled = args.size() > 5;
+  const auto vectors = [&](int i) {
+    const auto of = call.array(i);
+    const Kind kind = scaled ? Kind::kInt8 : of.element_type() == ffi::BF16 ? Kind::kBfloat16
+                                                                            : Kind::kFloat32;
+    return layercomb::Vectors{kind, of.untyped_data(), scaled ? call.floats(4 + i) : nullptr,
+                              call.size(i, 2)};
+  };
+  layercomb::QueryAttention(call.pool(), sizes, call.floats(0), vectors(1), vectors(2),
                             static_cast<const bool*>(call.array(3).untyped_data()),
                             *call.floats(4), call.y());
   return ffi::Error::Success();

@@ -84,17 +84,32 @@ void ChosenUnits(const Pool& pool, const float* x, const float* first, const flo
 void Normalize(const float* x, const float* scale, const float* bias, float epsilon, int64_t n_x,
                int64_t d, float* y);
 
+// Vectors of d words one after the other, as a cache keeps them: float32, bfloat16, or int8 with a
+// scale for each vector.
+struct Vectors {
+  Kind kind;
+  const void* words;
+  const float* scales;  // null but for int8
+  int64_t d;
+
+  // Those from number n on.
+  Vectors From(int64_t n) const {
+    const int64_t size = kind == Kind::kFloat32 ? 4 : kind == Kind::kBfloat16 ? 2 : 1;
+    return {kind, static_cast<const char*>(words) + n * d * size, scales ? scales + n : nullptr, d};
+  }
+};
+
 // The sizes of attention of one query for each of n_x rows and n_heads heads, of which `group`
 // neighbours share a head of keys and values.
 struct Heads {
-  int64_t n_x, n_heads, group, n_keys, d_key, d_value;
+  int64_t n_x, n_heads, group, n_keys;
 };
 
 // y[m, h] = Σ_c p[c] values[m, g, c], with g = h / group and p the softmax of
 // query[m, h] · keys[m, g, c] over the c with seen[m, c]; zeros if there are none. A softcap that is
-// not 0 makes a score s softcap · tanh(s / softcap).
-void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, const float* keys,
-                    const float* values, const bool* seen, float softcap, float* y);
+// not 0 makes a score s softcap · tanh(s / softcap). Keys and values are of one kind.
+void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, const Vectors& keys,
+                    const Vectors& values, const bool* seen, float softcap, float* y);
 
 // The sizes of attention of one query for each of n_x rows to n_k of its d-vectors, of which there
 // are n_keys, and which `group` neighbours share; what lies outside takes the nearest.

@@ -251,28 +251,39 @@ class Reader {
             }};
   }
 
+  // Vectors of a cache, with the scales that int8 has.
+  Vectors CachedVectors() {
+    const Operand &words = Cache(), &scales = Cache();
+    const Kind kind = words.type == Type::kBfloat16 ? Kind::kBfloat16
+                      : words.type == Type::kInt8   ? Kind::kInt8
+                                                    : Kind::kFloat32;
+    return {kind, words.data, kind == Kind::kInt8 ? scales.floats() : nullptr, words.columns};
+  }
+
   // Writes the heads of a row into a cache (batch · heads · room, depth).
   Phase Appended() {
     const Rows x = Value();
-    const Operand &cache = Cache(), &taken = Weight();
-    const int64_t room = Next(), depth = cache.columns, n_heads = x.width / depth;
+    const Vectors cache = CachedVectors();
+    const Operand& taken = Weight();
+    const int64_t room = Next(), depth = cache.d, n_heads = x.width / depth;
     return {0, [=, length = program_.length](int64_t m) {
               if (!Fits(taken.indices(), m, room)) return;
               const int64_t t = At(taken.indices(), m);
-              float* to = static_cast<float*>(cache.data) +
-                          (m / length * n_heads * room + t) * depth;
               for (int64_t h = 0; h < n_heads; ++h) {
-                std::copy_n(x(m) + h * depth, depth, to + h * room * depth);
+                const Vectors to = cache.From((m / length * n_heads + h) * room + t);
+                Store(to.kind, x(m) + h * depth, depth, const_cast<void*>(to.words),
+                      const_cast<float*>(to.scales));  // results, which are written in place
               }
             }};
   }
 
   Phase Attended() {
     const Rows q = Value(), y = Value();
-    const Operand &keys = Cache(), &values = Cache(), &taken = Weight();
+    const Vectors keys = CachedVectors(), values = CachedVectors();
+    const Operand& taken = Weight();
     const int64_t n_heads = Next(), group = Next(), room = Next(), window = Next();
     const float scale = Factor(), softcap = Factor();
-    const int64_t d_key = keys.columns, d_value = values.columns;
+    const int64_t d_key = keys.d, d_value = values.d;
     const int64_t unit = Together(n_threads_, program_.n_x * n_heads, group);
     const int64_t parts = CeilDiv(group, unit);  // of a group of heads
     const int64_t n_keyed = n_heads / group;
@@ -287,8 +298,7 @@ class Reader {
       }
       const int64_t first = window ? std::max<int64_t>(0, t + 1 - window) : 0;
       const int64_t at = (m / length * n_keyed + g) * room + first, n_keys = t + 1 - first;
-      const Keys its{keys.floats() + at * d_key, values.floats() + at * d_value, nullptr, d_key,
-                     d_value};
+      const Keys its{keys.From(at), values.From(at), nullptr};
       std::vector<float> scaled(kTogether * d_key), p(kTogether * RoomFor(n_keys));
       for (int64_t j = 0; j < n; j += kTogether) {
         const int64_t r = std::min(kTogether, n - j);

@@ -269,6 +269,14 @@ struct Int8 {
 #endif
 };
 
+// One float of each word, of a kind with one in a word.
+template <typename W>
+inline Floats Widened(const typename W::Word* from) {
+  Floats to;
+  W::Widen(from, &to);
+  return to;
+}
+
 struct Int4 {
   using Word = uint8_t;
   static constexpr int parts = 2;

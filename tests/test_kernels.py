@@ -369,16 +369,26 @@ def softmax(scores, seen):
 )
 @pytest.mark.parametrize('group', [1, 2, 3, 4, 7])
 @pytest.mark.parametrize('softcap', [None, 2.5])
-def test_query_attention(m, h, c, k, v, group, softcap):
+@pytest.mark.parametrize('kind', ['float32', 'bfloat16', 'int8'])
+def test_query_attention(m, h, c, k, v, group, softcap, kind):
     query = 3 * rng().normal(size=(m * h * group, k)).astype(np.float32)
     keys, values = (rng().normal(size=(m * h, c, n)).astype(np.float32) for n in (k, v))
+    given, scales = (keys, values), None
+    if kind == 'bfloat16':
+        given = tuple(jnp.asarray(x, jnp.bfloat16) for x in given)
+        keys, values = (np.asarray(x, np.float32) for x in given)
+    if kind == 'int8':
+        scales = tuple(rng().random((m * h, c, 1), np.float32) for _ in given)
+        given = tuple(rng().integers(-127, 128, x.shape).astype(np.int8) for x in given)
+        keys, values = (x * scale for x, scale in zip(given, scales, strict=True))
+        query = query / 127
     seen = rng().random((m, c)) < 0.5
     seen[:, 0], seen[:, 2 * c // 3 + 1 :] = True, False
     scores = np.einsum('nk,nck->nc', query, keys.repeat(group, 0))
     scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
     p = softmax(scores, seen.repeat(h * group, 0))
     attend = jax.jit(kernels.query_attention, static_argnums=4)
-    y = attend(query, keys, values, seen, softcap)
+    y = attend(query, *given, seen, softcap, scales)
     assert_same(y, np.einsum('nc,ncv->nv', p, values.repeat(group, 0)))
 
 
@@ -471,6 +481,17 @@ def test_shapes_are_checked():
         kernels.nearest_rotations((4, 2), np.ones((1, 2, 8), np.float32), np.ones((2, 3, 4, 8)))
     with pytest.raises(TypeError, match='seen must be bool, got float32'):
         kernels.query_attention(x, x[:, None], x[:, None], np.ones((2, 1), np.float32))
+    eight, seen = np.ones((2, 1, 16), np.int8), np.ones((2, 1), bool)
+    for given in (
+        (eight, eight),
+        (eight, x[:, None]),
+        (x[:, None], x[:, None], None, (x[:, None, :1], x[:, None, :1])),
+        (x[:, None].astype(np.float16),) * 2,
+    ):
+        with pytest.raises(TypeError, match=r'are both float32|int8 has scales, and nothing'):
+            kernels.query_attention(x, *given[:2], seen, *given[2:])
+    with pytest.raises(ValueError, match='shapes do not fit together'):
+        kernels.query_attention(x, eight, eight, seen, None, (x[:, :1], x[:, :1]))
     with pytest.raises(TypeError, match='the kernels take float32, got float16'):
         kernels.row_products(np.ones((2, 16), np.float16), words, scales)
     with pytest.raises(TypeError, match='weights must be float32, bfloat16, int8 or uint8, got'):

@@ -16,10 +16,13 @@ from layercomb.interop.tokenizer import PretrainedTokenizer
 from layercomb.interop.weight_cache import weights_of
 from layercomb.launcher import calibration, sources
 from layercomb.layers.core.layer import Layer
+from layercomb.layers.decoding.narrow import CacheBits
 from layercomb.layers.metrics.class_names import class_names
 from layercomb.model import Model
 from layercomb.shapes import Signature, shape_dtype
 from layercomb.trees import Tree
+
+CACHES: dict[str, CacheBits] = {'bfloat16': 16, 'int8': 8}  # the bits of what --cache names
 
 
 def loaded(
@@ -117,6 +120,23 @@ def narrowed(
         return calibration.narrowed(model, bits, group_size, calibrate, tokenizer)
     made = transforms.quantize(model.layer, model.weights or {}, bits, group_size)
     return Model(*made, model.state)
+
+
+def with_caches(model: Model, kind: str | None) -> Model:
+    """The model with narrow decoding caches.
+
+    Args:
+      model: a language model.
+      kind: one of `CACHES`; None leaves them.
+
+    Raises:
+      UsageError: if it has none that can be narrow.
+    """
+    if kind is None:
+        return model
+    with usage_errors():
+        net = transforms.narrow_caches(model.layer, CACHES[kind])
+    return Model(net, model.weights, model.state)
 
 
 def checked_tokenizer(tokenizer: Any, must_decode: bool) -> Any:

@@ -5,6 +5,7 @@ path. Those that need only the description use `rewrite`, which reaches every la
 combinators and wrappers too.
 """
 
+from layercomb.transforms.caching import narrow_caches
 from layercomb.transforms.casting import Cast, cast
 from layercomb.transforms.classifying import classifier
 from layercomb.transforms.fusing.layer import Fused, fuse
@@ -50,6 +51,7 @@ __all__ = [
     'lora_paths',
     'merge',
     'multiplied',
+    'narrow_caches',
     'narrow_paths',
     'quantize',
     'remat',

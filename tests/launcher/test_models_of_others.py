@@ -1,5 +1,6 @@
 """Commands on models of other libraries, in the place of a run."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def test_the_directory_of_a_run_of_trax(capsys):
     assert code == 0 and 'Embedding' in printed
 
 
+def test_inspect_tells_what_narrow_caches_take(capsys):
+    takes = []
+    for cache in ((), ('--cache', 'bfloat16'), ('--cache', 'int8')):
+        code, printed = told(capsys, 'inspect', PRETRAINED / 'gpt2', *cache)
+        assert code == 0
+        found = re.search(r'caches +([\d,]+)', printed)
+        takes.append(int(found.group(1).replace(',', '')))
+    assert takes[0] > 1.9 * takes[1] > 1.9 * takes[2]
+
+
 def test_a_directory_may_be_named_like_a_file(tmp_path):
     shutil.copytree(PRETRAINED / 'gpt2', tmp_path / 'model.gguf')
     assert interop.load(tmp_path / 'model.gguf')[1] is not None
@@ -57,6 +68,10 @@ def test_a_directory_may_be_named_like_a_file(tmp_path):
         (('eval', PRETRAINED / 'gpt2', '--bits', '8'), '--bits is about a text: give --text FILE'),
         (('eval', PRETRAINED / 'gpt2'), 'is no run, and has nothing to be measured on'),
         (('chat', PRETRAINED / 'bert_hidden'), 'has no tokenizer'),
+        (
+            ('inspect', PRETRAINED / 'bert_hidden', '--cache', 'int8'),
+            'has no cache that can be narrow: causal attention',
+        ),
     ],
 )
 def test_what_would_mean_nothing_is_refused(words, said, capsys):

@@ -14,6 +14,7 @@
 
 #include "kernels.h"
 #include "program.h"
+#include "queries.h"
 
 namespace {
 
@@ -90,6 +91,23 @@ std::vector<int32_t> Documents(int64_t n_rows, int64_t n) {
   for (int64_t i = 0; i < n_rows * n; ++i) x[i] = i % n == 0 ? 0 : x[i - 1] + !Below(n / 3 + 1);
   return x;
 }
+
+// Random vectors of a cache, and the arrays that they are in.
+struct Cached {
+  std::vector<char> words;
+  std::vector<float> scales;
+  Vectors vectors;
+
+  Cached(Kind kind, int64_t n, int64_t d) {
+    const int64_t size = kind == Kind::kFloat32 ? 4 : kind == Kind::kBfloat16 ? 2 : 1;
+    words.resize(n * d * size);
+    scales.resize(kind == Kind::kInt8 ? n : 0);
+    for (int64_t i = 0; i < n; ++i) {
+      Store(kind, Floats(d).data(), d, &words[i * d * size], scales.empty() ? nullptr : &scales[i]);
+    }
+    vectors = {kind, words.data(), scales.empty() ? nullptr : scales.data(), d};
+  }
+};
 
 // What a kernel writes into arrays of these sizes: `call(pool, y)` on no other thread, and on some,
 // which must be the same.
@@ -225,12 +243,14 @@ void Decoding(Threads& threads) {
     const auto values = Floats(n_rows * n_keyed * n_keys * d_value), p = Floats(n * 9);
     const auto seen = Bits(n_rows, n_keys), real = Bits(n_rows, 2);
     const auto at = Numbers(n * 9, -1, n_keys + 1);
-    const Heads heads{n_rows, n_keyed * group, group, n_keys, d, d_value};
-    for (const float softcap : {0.0f, 2.5f}) {
-      Same("QueryAttention", threads, {n * d_value}, [&](const Pool& pool, float** y) {
-        QueryAttention(pool, heads, query.data(), keys.data(), values.data(), seen.get(), softcap,
-                       *y);
-      });
+    const Heads heads{n_rows, n_keyed * group, group, n_keys};
+    for (const Kind kind : {Kind::kFloat32, Kind::kBfloat16, Kind::kInt8}) {
+      const Cached k(kind, n_rows * n_keyed * n_keys, d), v(kind, n_rows * n_keyed * n_keys, d_value);
+      for (const float softcap : {0.0f, 2.5f}) {
+        Same("QueryAttention", threads, {n * d_value}, [&](const Pool& pool, float** y) {
+          QueryAttention(pool, heads, query.data(), k.vectors, v.vectors, seen.get(), softcap, *y);
+        });
+      }
     }
     const Some some{n, group, 9, n_keys, d};
     Same("GatheredCosines", threads, {n * 9}, [&](const Pool& pool, float** y) {
@@ -339,34 +359,44 @@ void Programs(Threads& threads) {
   constexpr int32_t kValue = static_cast<int32_t>(d);
   std::vector<float> scale = Floats(d), bias = Floats(d), kernel = Floats(d * d);
   const auto x = Floats(n_x * d), factors = std::vector<float>{1e-6f, 0.25f, 0};
-  const int32_t code[] = {
-      19 * kValue, 5, -1, 0, kValue, 2 * kValue, -2, 4,
-      1, 2, 0, 0, kValue, 1, kValue, 0, 1, 1, 0,                    // x → 1, normalized
-      4, 0, 0, 1, kValue, 2, kValue, 3, 16 * kValue, 2, 2, 2, 0,    // 1 is prepared
-      0, 1, 4, 1, 0,                                                // 1 → 3, parts
-      1, 3, 4, 2, 0, 2, kValue, 1, 1,                               // 3 → 2
-      6, 2, kValue, 0, 3, room, 6, 2, kValue, 1, 3, room,           // 2 → caches
-      0, 1, 7, 2, kValue, 4, kValue, 0, 1, 3, 6, 1, room, 4, 1, 2,  // 2 → y
-  };
-  Same("RunProgram", threads, {n_x * d, batch * 6 * room * 8, batch * 6 * room * 8},
-       [&](const Pool& pool, float** y) {
-         std::vector<int32_t> taken{2, 5};
-         const Operand positions{taken.data(), Type::kInt32, 1, batch};
-         RunProgram(pool, {n_x,
-                           length,
-                           code,
-                           factors.data(),
-                           {{scale.data(), Type::kFloat32, 1, d},
-                            {bias.data(), Type::kFloat32, 1, d},
-                            {kernel.data(), Type::kFloat32, d, d},
-                            positions},
-                           {{y[1], Type::kFloat32, batch * 6 * room, 8},
-                            {y[2], Type::kFloat32, batch * 6 * room, 8},
-                            positions},
-                           x.data(),
-                           y[0]});
-         if (taken[0] != 2 + length) std::exit(1);
-       });
+  for (const Type type : {Type::kFloat32, Type::kBfloat16, Type::kInt8}) {
+    const int32_t scales = type == Type::kInt8 ? 1 : 0;  // behind keys and behind values
+    const int32_t k = 0, v = 1 + scales, p = 2 + 2 * scales;
+    const int32_t code[] = {
+        19 * kValue, 5, -1, 0, kValue, 2 * kValue, -2, 4,
+        1, 2, 0, 0, kValue, 1, kValue, 0, 1, 1, 0,                  // x → 1, normalized
+        4, 0, 0, 1, kValue, 2, kValue, 3, 16 * kValue, 2, 2, 2, 0,  // 1 is prepared
+        0, 1, 4, 1, 0,                                              // 1 → 3, parts
+        1, 3, 4, 2, 0, 2, kValue, 1, 1,                             // 3 → 2
+        6, 2, kValue, k, k + scales, 3, room,                       // 2 → keys
+        6, 2, kValue, v, v + scales, 3, room,                       // 2 → values
+        0, 1, 7, 2, kValue, 4, kValue, k, k + scales, v, v + scales, 3, 6, 1, room, 4, 1, 2,  // 2 → y
+    };
+    const int64_t n = batch * 6 * room, size = type == Type::kFloat32 ? 4 : scales ? 1 : 2;
+    Same("RunProgram", threads, {n_x * d, n * 2 * size, n * 2 * size, n, n},
+         [&](const Pool& pool, float** y) {
+           std::vector<int32_t> taken{2, 5};
+           const Operand positions{taken.data(), Type::kInt32, 1, batch};
+           std::vector<Operand> results;
+           for (const int i : {1, 2}) {
+             results.push_back({y[i], type, n, 8});
+             if (scales) results.push_back({y[i + 2], Type::kFloat32, n, 1});
+           }
+           results.push_back(positions);
+           RunProgram(pool, {n_x,
+                             length,
+                             code,
+                             factors.data(),
+                             {{scale.data(), Type::kFloat32, 1, d},
+                              {bias.data(), Type::kFloat32, 1, d},
+                              {kernel.data(), Type::kFloat32, d, d},
+                              positions},
+                             results,
+                             x.data(),
+                             y[0]});
+           if (taken[0] != 2 + length || results[p].data != taken.data()) std::exit(1);
+         });
+  }
 }
 
 }  // namespace

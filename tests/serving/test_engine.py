@@ -129,7 +129,15 @@ def test_one_program_makes_the_same_to_the_last_bit(model):
     engine.stop()
 
 
+def cached(bits, **more):
+    """Keys and values of `lm` in fewer bits."""
+    made = lm(**more)
+    return lc.Model(transforms.narrow_caches(made.layer, bits), made.weights, made.state)
+
+
 KINDS = {
+    'bfloat16': lambda: cached(16),
+    'int8': lambda: cached(8, attention=tl.SelfAttention(4, n_kv_heads=2)),
     'local': lambda: lm(tl.LocalSelfAttention(2, 8)),
     'lsh': lambda: lm(tl.LSHSelfAttention(2, chunk_len=8, n_hashes=2, max_len=MAX_LEN)),
     'chunks': lambda: lm(

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 
 from layercomb.checks import Positive, Rate, Size
 from layercomb.layers.attention.by_head import as_it_is, by_head
+from layercomb.layers.attention.cached import cached_attention
 from layercomb.layers.attention.functions import dot_product_attention, local_attention
 from layercomb.layers.attention.multihead import dropout_arguments
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import KVCache, poison_overflow, refuse_overflow
+from layercomb.layers.decoding.narrow import CacheBits, Kept, is_narrow, widened
 from layercomb.layers.decoding.seek import held
 from layercomb.layers.state.segments import segments_of
 from layercomb.shapes import Signature
@@ -47,6 +49,8 @@ class DotProductAttention(Layer):
       window: how many positions one sees, itself included; causal only. None for all before it.
       relative: whether the fourth input is a bias (N, H) of the scores for each distance, which
         `RelativeBias` makes; a mask then comes after it.
+      cache_bits: 16 or 8, in which keys and values are cached: bfloat16, or int8 with a scale for
+        each position and head. None caches them in their dtype.
 
     Raises:
       ValueError: for a window without `causal`.
@@ -60,6 +64,7 @@ class DotProductAttention(Layer):
     softcap: Positive | None = None
     window: Size | None = None
     relative: bool = False
+    cache_bits: CacheBits | None = None
 
     position_wise = False
     sees_segments = True
@@ -86,7 +91,7 @@ class DotProductAttention(Layer):
         """
         _, k, v, *_ = signature
         decodes = mode is Mode.PREDICT and self.causal
-        return {}, KVCache.empty(k, v, self.masked) if decodes else {}
+        return {}, KVCache.empty(k, v, self.masked, bits=self.cache_bits) if decodes else {}
 
     def apply(
         self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
@@ -113,8 +118,11 @@ class DotProductAttention(Layer):
         return (self._attend(q, k, v, causal=self.causal, mask=mask, bias=bias, **further),), state
 
     def _attend(self, q: Any, k: Any, v: Any, **given: Any) -> jax.Array:
-        options: Any = {'window': self.window, 'scale': self.scale, 'softcap': self.softcap}
-        return dot_product_attention(q, k, v, **options, **given)
+        return dot_product_attention(q, k, v, **self._options, **given)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {'window': self.window, 'scale': self.scale, 'softcap': self.softcap}
 
     def _extend(self, cache: KVCache, q: Any, k: Any, v: Any, mask: Any, bias: Any) -> Any:
         position, length, room = cache.position.rows, q.shape[2], cache.room
@@ -128,15 +136,16 @@ class DotProductAttention(Layer):
             keys, values = pieces(keys, start, size), pieces(values, start, size)
             real = None if real is None else pieces(real, start, size)
             offset = position - start
-        y = self._attend(q, keys, values, causal=True, mask=real, offset=offset, bias=bias)
+        more = {'mask': real, 'offset': offset, 'bias': bias, **self._options}
+        y = cached_attention(q, keys, values, v.dtype, **more)
         return (poison_overflow(y, position, length, room),), cache
 
 
-def pieces(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+def pieces(x: Kept, start: jax.Array, size: int) -> Kept:
     """A slice of positions of each row, each from its own start.
 
     Args:
-      x: (B, H, L, K), or (B, L).
+      x: (B, H, L, K), or (B, L); or a tree of such.
       start: (B,) int32.
       size: how many positions.
 
@@ -147,7 +156,7 @@ def pieces(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
     def one(x: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, start, size, max(x.ndim - 2, 0))
 
-    return jax.vmap(one)(x, start)
+    return jax.tree.map(lambda x: jax.vmap(one)(x, start), x)
 
 
 class LocalAttention(Layer):
@@ -170,7 +179,7 @@ class LocalAttention(Layer):
       causal: whether position t sees positions up to t only.
       dropout: share of the probabilities set to zero in training, in [0, 1).
       masked: whether a fourth input (B, L) bool says which keys are real.
-      scale, softcap: as of `DotProductAttention`.
+      scale, softcap, cache_bits: as of `DotProductAttention`.
 
     Raises:
       ValueError: for a negative look_back or look_ahead, or a causal layer that looks ahead.
@@ -185,6 +194,7 @@ class LocalAttention(Layer):
     _: KW_ONLY
     scale: float | None = None
     softcap: Positive | None = None
+    cache_bits: CacheBits | None = None
 
     position_wise = False
     sees_segments = True
@@ -213,7 +223,8 @@ class LocalAttention(Layer):
         if mode is not Mode.PREDICT or not self.causal:
             return {}, {}
         front, behind = self._padding
-        return {}, KVCache.empty(k, v, masked=True, length=front + k.shape[2] + behind)
+        length = front + k.shape[2] + behind
+        return {}, KVCache.empty(k, v, masked=True, length=length, bits=self.cache_bits)
 
     def apply(
         self, weights: Tree, state: Any, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
@@ -264,6 +275,9 @@ class LocalAttention(Layer):
         size = front + (length + c - 1 + c - 1) // c * c
         whole: Any = cache.by_row(cache.k), cache.by_row(cache.v), cache.mask
         keys, values, seen = (pieces(x, start, size) for x in whole)
+        dtype = v.dtype
+        if is_narrow(keys, dtype) or is_narrow(values, dtype):
+            q, keys, values = q.astype(jnp.float32), widened(keys), widened(values)
         if length == 1:
             y = dot_product_attention(
                 q,
@@ -277,7 +291,7 @@ class LocalAttention(Layer):
             )
         else:
             y = self._attend_aligned(q, keys, values, seen, front + within)
-        return (poison_overflow(y, position, length, room),), cache
+        return (poison_overflow(y.astype(dtype), position, length, room),), cache
 
     @property
     def _padding(self) -> tuple[int, int]:

@@ -11,12 +11,14 @@ length of the cache for every token.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layercomb.layers.decoding.narrow import Kept, rounded, zeros
 from layercomb.layers.decoding.seek import Position, Seekable
 
 C = TypeVar('C', bound='KVCache')
@@ -26,14 +28,14 @@ class KVCache(Seekable):
     """Keys and values of the positions taken so far; the whole state of an attention layer.
 
     Attributes:
-      k: (B·H, L, K).
-      v: (B·H, L, V).
+      k: (B·H, L, K), an array or, in 8 bits, `Rounded`.
+      v: (B·H, L, V), likewise.
       mask: (B, L) bool, True = a real position; None if all are.
       position: how many positions each row has taken.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: Kept
+    v: Kept
     mask: jax.Array | None
     position: Position
 
@@ -44,6 +46,7 @@ class KVCache(Seekable):
         v: jax.ShapeDtypeStruct,
         masked: bool,
         length: int | None = None,
+        bits: int | None = None,
         **more: Any,
     ) -> C:
         """An empty cache for keys (B, H, L, K) and values (B, H, L, V).
@@ -53,12 +56,13 @@ class KVCache(Seekable):
           v: the signature of the values.
           masked: whether the cache has a mask.
           length: positions to keep room for; None for L.
+          bits: 16 or 8, in which keys and values are kept; None keeps their dtypes.
           **more: fields that a subclass adds.
         """
         batch, length = k.shape[0], k.shape[2] if length is None else length
 
-        def room(x: jax.ShapeDtypeStruct) -> jax.Array:
-            return jnp.zeros((x.shape[0] * x.shape[1], length, x.shape[3]), x.dtype)
+        def room(x: jax.ShapeDtypeStruct) -> Kept:
+            return zeros((x.shape[0] * x.shape[1], length, x.shape[3]), x.dtype, bits)
 
         mask = jnp.zeros((batch, length), bool) if masked else None
         return cls(k=room(k), v=room(v), mask=mask, position=Position.first(batch), **more)
@@ -66,7 +70,8 @@ class KVCache(Seekable):
     @property
     def room(self) -> int:
         """L, the number of positions that fit."""
-        return self.k.shape[1]
+        n: int = self.k.shape[1]
+        return n
 
     def append(self: C, start: jax.Array, **values: jax.Array | None) -> C:
         """The cache with the next T positions of each row written, and positions moved on by T.
@@ -80,9 +85,10 @@ class KVCache(Seekable):
         written = {name: _write(getattr(self, name), x, start) for name, x in new.items()}
         return self.replace(**written, position=self.position.moved(new['k'].shape[2]))
 
-    def by_row(self, x: jax.Array) -> jax.Array:
-        """An array of the cache with rows and heads apart: (B·H, L, …) → (B, H, L, …)."""
-        return x.reshape(len(self.position.rows), -1, *x.shape[1:])
+    def by_row(self, x: Kept) -> Kept:
+        """Something of the cache with rows and heads apart: (B·H, L, …) → (B, H, L, …)."""
+        n_rows = len(self.position.rows)
+        return jax.tree.map(lambda x: x.reshape(n_rows, -1, *x.shape[1:]), x)
 
 
 class Past(Seekable):
@@ -180,9 +186,14 @@ def poison_overflow(y: jax.Array, position: jax.Array, length: int, room: int) -
     return jnp.where(fits.reshape(-1, *[1] * (y.ndim - 1)), y, jnp.nan)
 
 
-def _write(room: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+def _write(room: Kept, new: jax.Array, start: jax.Array) -> Kept:
     """Writes (B, H, T, …) into (B·H, L, …), or (B, T) into (B, L), at `start` (B,)."""
-    new = new.astype(room.dtype).reshape(room.shape[0], -1, *room.shape[2:])  # (B·H, T, …)
+    write = functools.partial(_write_array, start=start)
+    return jax.tree.map(write, room, rounded(new, room))
+
+
+def _write_array(room: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    new = new.reshape(room.shape[0], -1, *room.shape[2:])  # (B·H, T, …)
     if len(start) == 1:
         return jax.lax.dynamic_update_slice_in_dim(room, new, start[0], 1)
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import layercomb_kernels
+from layercomb.layers.decoding.narrow import Kept, Rounded
 from layercomb.layers.decoding.seek import Position
 from layercomb.layers.quantized.matrix import Narrow
 
@@ -237,31 +238,37 @@ class Program:
         self._emit('turn', words, (q, k), (to_q, to_k))
         return to_q, to_k
 
-    def append(self, x: Value, cache: Any, taken: Any) -> Written:
+    def append(self, x: Value, cache: Kept, taken: Any) -> Kept:
         """Writes the new positions of x (B, H, T, K) into a cache (B·H, L, K).
 
         Args:
           x: keys or values.
-          cache: float32.
+          cache: float32, bfloat16 or `Rounded`.
           taken: (B,) int32, the positions taken.
+
+        Returns:
+          The cache with `Written` in the place of arrays.
         """
         self._check_taken(taken)
         n_heads, _, depth = x.shape[1:]
-        need(_is(cache, (self.batch * n_heads, cache.shape[1], depth)), 'a cache of another kind')
-        need(self.operand(cache) not in self._written, 'one cache for two kinds')
-        to = self.written(cache)
-        self._emit('append', (x, to, self.operand(taken), cache.shape[1]), (x,), (to,))
+        fits = cache.shape == (self.batch * n_heads, cache.shape[1], depth)
+        need(fits and _is_cache(cache), 'a cache of another kind')
+        arrays = jax.tree.leaves(cache)
+        need(all(self.operand(x) not in self._written for x in arrays), 'one cache for two kinds')
+        to = jax.tree.map(self.written, cache)
+        numbers = self.operand(taken), cache.shape[1]
+        self._emit('append', (x, *_words_and_scales(to), *numbers), (x,), jax.tree.leaves(to))
         return to
 
     def attend(
-        self, q: Value, caches: tuple[Written, Written], taken: Any, window: int | None,
+        self, q: Value, caches: tuple[Kept, Kept], taken: Any, window: int | None,
         scale: float, softcap: float | None,
     ) -> Value:  # fmt: skip
         """Attention of the new positions to a cache that holds them.
 
         Args:
           q: (B, H, T, K).
-          caches: of keys (B·G, L, K) and values (B·G, L, V).
+          caches: of keys (B·G, L, K) and values (B·G, L, V), as `append` returns them.
           taken: (B,) int32, the positions taken before.
           window: how many positions one sees; None for all.
           scale: of the scores.
@@ -271,15 +278,18 @@ class Program:
           (B, H, T, V).
         """
         self._check_taken(taken)
-        keys, values = (self._operands[cache.number] for cache in caches)
+        keys, values = (self._operands[_words_and_scales(each)[0].number] for each in caches)
         n_heads, group = q.shape[1], self.batch * q.shape[1] // len(keys)
         need(keys.shape[-1] == q.shape[-1] and group * len(keys) == self.batch * n_heads, 'heads')
         need(keys.shape[:2] == values.shape[:2], 'keys and values of two lengths')
+        need(keys.dtype == values.dtype, 'keys and values of two kinds')
         depth = values.shape[-1]
         y = self._value((*q.shape[:3], depth), n_heads * depth)
         numbers = self.operand(taken), n_heads, group, keys.shape[1], window or 0
         factors = self._factor(scale), self._factor(softcap or 0)
-        self._emit('attend', (q, y, *caches, *numbers, *factors), (q, *caches), (y,), by_row=False)
+        places = itertools.chain.from_iterable(map(_words_and_scales, caches))
+        reads = q, *jax.tree.leaves(caches)
+        self._emit('attend', (q, y, *places, *numbers, *factors), reads, (y,), by_row=False)
         return y
 
     def run(self, x: jax.Array, output: Value) -> tuple[jax.Array, dict[Written, jax.Array]]:
@@ -377,6 +387,19 @@ def _is(array: Any, shape: tuple[int, ...]) -> bool:
     """Whether something is a float32 array of a shape."""
     shaped = isinstance(array, jax.Array | np.ndarray) and array.shape == shape
     return shaped and bool(array.dtype == jnp.float32)
+
+
+def _is_cache(cache: Kept) -> bool:
+    """Whether the kernels can write to a cache."""
+    if isinstance(cache, Rounded):
+        return cache.scales.shape == (*cache.shape[:-1], 1)
+    return bool(cache.dtype in (jnp.float32, jnp.bfloat16))
+
+
+def _words_and_scales(written: Kept) -> tuple[Written, Written]:
+    """Where a cache and its scales are; where it has none, these are itself."""
+    places = jax.tree.leaves(written)
+    return places[0], places[-1]
 
 
 def _matrix(kernel: Any, d: int, f: int) -> tuple[Any, Any, tuple[int, bool]]:
