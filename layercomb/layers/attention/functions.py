@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 import layercomb_kernels
-from layercomb.layers.attention import distances, native, tiles
+from layercomb.layers.attention import distances, tiles
 from layercomb.layers.attention import flash as blockwise
 from layercomb.layers.attention import local as chunkwise
-from layercomb.layers.quantized.native import has_kernels, with_kernel
+from layercomb.layers.quantized.native import attends_natively, has_kernels, with_kernel
 from layercomb.shapes import check_mask, nearest_divisor
 
 
@@ -111,7 +111,7 @@ def dot_product_attention(
         softcap=softcap,
         group=q.shape[1] // max(k.shape[1], 1),
         window=window,
-        native=bias is None and rng is None and native.applies(q, k, v),
+        native=bias is None and rng is None and attends_natively(q, k, v),
     )
     if q.shape[2] == 1 and rng is None:
         return one_query(plan, q, k, v, mask, offset, bias)

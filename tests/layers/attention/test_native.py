@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import layercomb_kernels as kernels
-from layercomb.layers.attention import native
 from layercomb.layers.attention.functions import dot_product_attention
+from layercomb.layers.quantized.native import attends_natively
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason='no kernels here')
 
@@ -123,11 +123,11 @@ def test_they_are_what_xla_computes(options):
 
 def test_they_are_used_where_they_apply():
     q, k, wide = drawn((1, 2, 8, 16), (1, 1, 8, 16), (1, 1, 8, 24))
-    assert native.applies(q, k, k)
-    assert not native.applies(q, k, wide)  # its depth is no whole number of vectors
-    assert not native.applies(q.astype(jnp.bfloat16), k, k)
+    assert attends_natively(q, k, k)
+    assert not attends_natively(q, k, wide)  # its depth is no whole number of vectors
+    assert not attends_natively(q.astype(jnp.bfloat16), k, k)
     with kernels.off():
-        assert not native.applies(q, k, k)
+        assert not attends_natively(q, k, k)
     text = jax.jit(dot_product_attention).trace(q, k, k).lower(lowering_platforms=('cuda',))
     assert 'layercomb' not in text.as_text()
 
