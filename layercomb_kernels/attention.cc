@@ -43,6 +43,28 @@ void DotsOf(const float* a, const typename W::Word* b, int64_t n, float* out) {
   }
 }
 
+// out[r] = the products of a[r] with four vectors of words, one after the other.
+template <typename W, int R>
+void FourDotsOf(const float* a, const typename W::Word* b, int64_t n, Four* out) {
+  Floats sums[R][4] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    LAYERCOMB_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      const Floats its = Widened<W>(b + k * n + i);
+      LAYERCOMB_UNROLL
+      for (int r = 0; r < R; ++r) sums[r][k] += Load<Floats>(a + r * n + i) * its;
+    }
+  }
+  LAYERCOMB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    out[r] = Sums(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+    for (int64_t j = i; j < n; ++j) {
+      for (int k = 0; k < 4; ++k) out[r][k] += a[r * n + j] * WidenedOne(b[k * n + j]);
+    }
+  }
+}
+
 // y[r] = Σ_c p[r][c] rows[c · n + j] for V vectors of columns; every row is read once for R sums.
 template <typename W, int R, int V>
 void AddColumns(const float* p, int64_t n_p, const typename W::Word* rows, int64_t n_rows,
@@ -121,9 +143,29 @@ void Attend(const Keys& its, const float* query, int64_t n, float softcap, float
   constexpr float kFar = -std::numeric_limits<float>::infinity();
   const int64_t room = RoomFor(n), d_key = its.keys.d, d_value = its.values.d;
   const Word* keys = static_cast<const Word*>(its.keys.words);
-  float most[R];
-  std::fill_n(most, R, std::numeric_limits<float>::lowest());
-  for (int64_t c = 0; c < n; ++c) {
+#if defined(LAYERCOMB_WIDE)
+  constexpr bool kFours = true;
+#else
+  constexpr bool kFours = R <= 2;  // sums stay in registers
+#endif
+  Four most[R];
+  std::fill_n(most, R, Four{} + std::numeric_limits<float>::lowest());
+  const auto all_seen = [&](int64_t c) {
+    return !its.seen || (its.seen[c] & its.seen[c + 1] & its.seen[c + 2] & its.seen[c + 3]);
+  };
+  for (int64_t c = 0; c < n;) {
+    if (kFours && c + 4 <= n && all_seen(c)) {
+      Four scores[R];
+      FourDotsOf<W, R>(query, keys + c * d_key, d_key, scores);
+      LAYERCOMB_UNROLL
+      for (int r = 0; r < R; ++r) {
+        if constexpr (W::integer) scores[r] *= Load<Four>(its.keys.scales + c);
+        std::memcpy(p + r * room + c, &scores[r], sizeof scores[r]);
+        most[r] = scores[r] > most[r] ? scores[r] : most[r];
+      }
+      c += 4;
+      continue;
+    }
     float scores[R];
     if (!its.seen || its.seen[c]) {
       DotsOf<W, R>(query, keys + c * d_key, d_key, scores);
@@ -136,13 +178,15 @@ void Attend(const Keys& its, const float* query, int64_t n, float softcap, float
     }
     LAYERCOMB_UNROLL
     for (int r = 0; r < R; ++r) {
-      most[r] = scores[r] > most[r] ? scores[r] : most[r];
+      most[r][0] = scores[r] > most[r][0] ? scores[r] : most[r][0];
       p[r * room + c] = scores[r];
     }
+    ++c;
   }
   float totals[R];
   for (int r = 0; r < R; ++r) {
-    totals[r] = Exponents(p + r * room, n, most[r], softcap);
+    const float its_most = std::max({most[r][0], most[r][1], most[r][2], most[r][3]});
+    totals[r] = Exponents(p + r * room, n, its_most, softcap);
     if constexpr (W::integer) {
       for (int64_t c = 0; c < n; ++c) p[r * room + c] *= its.values.scales[c];
     }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -46,13 +47,50 @@ inline void Keep(Floats& v) {
 #endif
 }
 
+using Four = float __attribute__((vector_size(16)));
+
 inline float Sum(Floats v) {
-  using Four = float __attribute__((vector_size(16)));
   Four parts[kLanes / 4], sum = {};
   std::memcpy(parts, &v, sizeof v);
   LAYERCOMB_UNROLL
   for (const Four& part : parts) sum += part;
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+// The sums of four vectors, for less than four times the work of one.
+inline Four Sums(Floats a, Floats b, Floats c, Floats d) {
+#if defined(__AVX__)
+  // Four lanes at a time become parts of the four sums: a, b, c, d.
+  const auto mixed = [](Floats x, Floats y, auto how) {
+#if defined(LAYERCOMB_WIDE)
+    const auto u = reinterpret_cast<__m512>(x), v = reinterpret_cast<__m512>(y);
+    if constexpr (how == 0) return reinterpret_cast<Floats>(_mm512_unpacklo_ps(u, v));
+    if constexpr (how == 1) return reinterpret_cast<Floats>(_mm512_unpackhi_ps(u, v));
+    if constexpr (how == 2) return reinterpret_cast<Floats>(_mm512_shuffle_ps(u, v, 0x44));
+    if constexpr (how == 3) return reinterpret_cast<Floats>(_mm512_shuffle_ps(u, v, 0xee));
+#else
+    const auto u = reinterpret_cast<__m256>(x), v = reinterpret_cast<__m256>(y);
+    if constexpr (how == 0) return reinterpret_cast<Floats>(_mm256_unpacklo_ps(u, v));
+    if constexpr (how == 1) return reinterpret_cast<Floats>(_mm256_unpackhi_ps(u, v));
+    if constexpr (how == 2) return reinterpret_cast<Floats>(_mm256_shuffle_ps(u, v, 0x44));
+    if constexpr (how == 3) return reinterpret_cast<Floats>(_mm256_shuffle_ps(u, v, 0xee));
+#endif
+  };
+  const std::integral_constant<int, 0> low;
+  const std::integral_constant<int, 1> high;
+  const std::integral_constant<int, 2> first;
+  const std::integral_constant<int, 3> last;
+  const Floats ab = mixed(a, b, low) + mixed(a, b, high);
+  const Floats cd = mixed(c, d, low) + mixed(c, d, high);
+  const Floats all = mixed(ab, cd, first) + mixed(ab, cd, last);
+  Four parts[kLanes / 4], sum = {};
+  std::memcpy(parts, &all, sizeof all);
+  LAYERCOMB_UNROLL
+  for (const Four& part : parts) sum += part;
+  return sum;
+#else
+  return Four{Sum(a), Sum(b), Sum(c), Sum(d)};
+#endif
 }
 
 inline Floats Larger(Floats a, Floats b) { return a > b ? a : b; }
