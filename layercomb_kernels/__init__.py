@@ -197,8 +197,8 @@ def check_panels(words: Any, scales: Any, d: int, minima: bool = False) -> None:
 def run_program(
     code: Any,
     factors: Any,
-    x: jax.Array,
-    width: int,
+    inputs: Sequence[jax.Array],
+    widths: Sequence[int],
     operands: Sequence[jax.Array],
     written: Sequence[int],
 ) -> list[jax.Array]:
@@ -207,29 +207,33 @@ def run_program(
     Whoever writes instructions must check the shapes of what they name: the kernels do not.
 
     Args:
-      code: int32, the number of new positions of a row, and the instructions: see program.h.
+      code: int32, the numbers of new positions of a row, of inputs and of outputs, and the
+        instructions: see program.h.
       factors: float32, numbers that they ask for.
-      x: (M, D) float32, new positions of rows of a batch, one row after the other.
-      width: F, of the output.
+      inputs: each (M, D) float32, new positions of rows of a batch, one row after the other.
+      widths: F of each output.
       operands: weights, positions taken (B,) int32, and caches (N, L, K), float32, bfloat16, or
         int8 with scales (N, L, 1) float32.
-      written: numbers of the operands that are written in place: caches get the new keys and
-        values, and positions move on.
+      written: numbers of the operands that are written in place: caches get the new keys, values
+        or inputs, and positions move on.
 
     Returns:
-      y (M, F) float32, and the operands that have been written, in their order.
+      Outputs (M, F) float32, and the operands that have been written, in their order.
     """
     _check_registered()
-    _check_ranks(x=(x, 2))
-    _check_dtypes(x, x)
+    for x in inputs:
+        _check_ranks(x=(x, 2))
+        _check_dtypes(x, x)
+        _check(len(x) == len(inputs[0]), x, inputs[0])
     for operand in operands:
         if operand.dtype not in _OPERANDS:
             raise TypeError(f'the kernels take no operand of dtype {operand.dtype}')
     results = [
-        jax.ShapeDtypeStruct((len(x), width), jnp.float32),
+        *(jax.ShapeDtypeStruct((len(inputs[0]), width), jnp.float32) for width in widths),
         *(jax.ShapeDtypeStruct(operands[n].shape, operands[n].dtype) for n in written),
     ]
-    in_place = {3 + n: 1 + i for i, n in enumerate(written)}
+    n_inputs, n_outputs = len(inputs), len(widths)
+    in_place = {2 + n_inputs + n: n_outputs + i for i, n in enumerate(written)}
     call = jax.ffi.ffi_call(
         'layercomb_run_program',
         results,
@@ -248,7 +252,7 @@ def run_program(
             'was given, or of Mode.EVAL'
         )
 
-    return list(run(code, factors, x, *operands))
+    return list(run(code, factors, *inputs, *operands))
 
 
 def table_rows(table: jax.Array, at: jax.Array) -> jax.Array:

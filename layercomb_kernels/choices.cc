@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "kernels.h"
+#include "products.h"
 #include "vectors.h"
 
 namespace layercomb {
@@ -45,17 +45,23 @@ int64_t Largest(const float* c, int64_t n) {
 
 }  // namespace
 
+void LargestUnits(const float* x, const float* second, int64_t rank, int64_t n_units,
+                  int64_t n_block, int64_t first, int64_t n, int32_t* at) {
+  std::vector<float> logits(n * n_block);
+  Multiply(x, second + first * n_block, rank, n_units, n * n_block, logits.data());
+  for (int64_t b = 0; b < n; ++b) {
+    const int64_t best = Largest(&logits[b * n_block], n_block);
+    at[first + b] = static_cast<int32_t>((first + b) * n_block + best);
+  }
+}
+
 void ChosenUnits(const Pool& pool, const float* x, const float* first, const float* second,
                  int64_t n_x, int64_t d, int64_t rank, int64_t n, int64_t n_block, int32_t* y) {
-  std::vector<float> inner(rank), logits(n);
+  std::vector<float> inner(rank);
   for (int64_t m = 0; m < n_x; ++m, y += n / n_block) {
     Multiply(x + m * d, first, d, rank, rank, inner.data());
     InPieces(pool, 4 * rank * n, n / n_block, 8, [&](int64_t b, int64_t n_b) {
-      float* its = &logits[b * n_block];
-      Multiply(inner.data(), second + b * n_block, rank, n, n_b * n_block, its);
-      for (int64_t i = b; i < b + n_b; ++i, its += n_block) {
-        y[i] = i * n_block + Largest(its, n_block);
-      }
+      LargestUnits(inner.data(), second, rank, n, n_block, b, n_b, y);
     });
   }
 }

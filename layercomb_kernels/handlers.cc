@@ -344,19 +344,28 @@ layercomb::Operand OperandOf(const ffi::AnyBuffer& buffer) {
   return {buffer.untyped_data(), kind, columns ? n / columns : 0, columns};
 }
 
-// Code, factors, x (M, D), and operands; results are y, and caches and positions, which are operands
-// that are written in place.
+// Code, factors, inputs (M, D), and operands; results are outputs, and caches and positions, which
+// are operands that are written in place. The code begins with the number of new positions of a row, of
+// inputs and of outputs.
 ffi::Error RunProgram(ffi::ThreadPool threads, ffi::RemainingArgs args,
                       ffi::RemainingRets results) {
   Call call(threads, args, results);
   const int32_t* code = call.indices(0);
-  layercomb::Program program{call.size(2, 0), code[0], code + 1, call.floats(1),
-                             {},              {},      call.floats(2), call.y()};
-  for (size_t i = 3; i < args.size(); ++i) {
-    program.operands.push_back(OperandOf(call.array(static_cast<int>(i))));
+  layercomb::Program program{call.size(2, 0), code[0], code + 3, call.floats(1), {}, {}, {}, {}};
+  const int n_args = static_cast<int>(args.size()), n_results = static_cast<int>(results.size());
+  for (int i = 2; i < n_args; ++i) {
+    if (i < 2 + code[1]) {
+      program.inputs.push_back(call.floats(i));
+    } else {
+      program.operands.push_back(OperandOf(call.array(i)));
+    }
   }
-  for (size_t i = 1; i < results.size(); ++i) {
-    program.results.push_back(OperandOf(call.result(static_cast<int>(i))));
+  for (int i = 0; i < n_results; ++i) {
+    if (i < code[2]) {
+      program.outputs.push_back(call.y(i));
+    } else {
+      program.results.push_back(OperandOf(call.result(i)));
+    }
   }
   layercomb::RunProgram(call.pool(), program);
   return ffi::Error::Success();

@@ -41,6 +41,28 @@ constexpr int64_t kParts = 16;
 std::unique_ptr<Product> OfColumns(const float* w, int64_t d, int64_t n, const float* x,
                                    int64_t n_x, float* sums, float* y);
 
+// Products of rows of x with rows of a matrix that are chosen; x is prepared first, row by row.
+class ChosenRows {
+ public:
+  virtual ~ChosenRows() = default;
+  virtual void Prepare(int64_t m) = 0;
+  // y[k] = Σ_d x[m, d] w[at[k], d] for n of them.
+  virtual void Multiply(int64_t m, const int32_t* at, int64_t n, float* y) const = 0;
+};
+std::unique_ptr<ChosenRows> OfChosenRows(const Weights& w, const float* x, int64_t n_x);
+// y[d] = Σ_k h[k] w[at[k], d] for n words of each row from j on, whole groups.
+void SumOfChosenRows(const Weights& w, const float* h, const int32_t* at, int64_t n_k, int64_t j,
+                     int64_t n, float* y);
+// How many words of a row a task of `SumOfChosenRows` takes at least.
+inline int64_t WordsTogether(const Weights& w) {
+  return w.n_groups ? CeilDiv(w.n * (w.kind == Kind::kInt4 ? 2 : 1), w.n_groups) : 64;
+}
+// at[b] = the number of the largest of the n_block logits that begin at b · n_block, counted from 0
+// over all `n_units`, for n blocks b from `first` on; the logits are x second, with second
+// (rank, n_units).
+void LargestUnits(const float* x, const float* second, int64_t rank, int64_t n_units,
+                  int64_t n_block, int64_t first, int64_t n, int32_t* at);
+
 // Does all of it.
 inline void ComputeAll(const Pool& pool, Product& product) {
   InPieces(pool, product.n_x * product.d * 2, product.n_x, 1, [&](int64_t first, int64_t n) {

@@ -8,6 +8,7 @@
 #include "phases.h"
 #include "products.h"
 #include "queries.h"
+#include "sparse.h"
 #include "vectors.h"
 
 namespace layercomb {
@@ -112,18 +113,14 @@ class Reader {
   const Operand& Cache() { return program_.results[Next()]; }
   Rows Value() {
     const int64_t begin = begins_[Next()], width = Next();
-    if (begin == -1) return {const_cast<float*>(program_.x), width};  // is not written
-    if (begin == -2) return {program_.y, width};
+    const int64_t n_inputs = static_cast<int64_t>(program_.inputs.size());
+    if (begin < -n_inputs) return {program_.outputs[-1 - begin - n_inputs], width};
+    if (begin < 0) return {const_cast<float*>(program_.inputs[-1 - begin]), width};  // not written
     return {workspace_.get() + begin * program_.n_x, width};
   }
-  // The position of row m.
-  int64_t At(const int32_t* taken, int64_t m) const {
-    return int64_t{taken[m / program_.length]} + m % program_.length;
-  }
-  // Whether a cache has room for all new positions of the row of the batch that row m is of.
+  int64_t At(const int32_t* taken, int64_t m) const { return program_.At(taken, m); }
   bool Fits(const int32_t* taken, int64_t m, int64_t room) const {
-    const int64_t first = taken[m / program_.length];
-    return first >= 0 && first + program_.length <= room;
+    return program_.Fits(taken, m, room);
   }
 
   Phase Instruction() {
@@ -136,6 +133,10 @@ class Reader {
       case Op::kTurn: return Turned();
       case Op::kAppend: return Appended();
       case Op::kAttend: return Attended();
+      case Op::kJoin: return Joined();
+      case Op::kFactors: return Factored();
+      case Op::kConvolve: return Convolved();
+      case Op::kChoose: return Chosen();
     }
     return {0, {}};
   }
@@ -176,11 +177,12 @@ class Reader {
       const Operand &words = Weight(), &scales = Weight();
       const int64_t n_bytes = Next();
       const bool minima = Next() != 0;
-      products_.resize(std::max(products_.size(), number + 1));
-      products_[number] = Made(x, y, parts, words, scales, n_bytes, minima);
-      Product* product = products_[number].get();
-      bytes_ += product->bytes;
-      return {0, [product](int64_t m) { product->Prepare(m); }};
+      if (words.type != Type::kFloat32) {
+        return Prepared(number, Multiplier(words, scales, x.width, n_bytes, minima)(
+                                    x.data, program_.n_x, y.data));
+      }
+      return Prepared(number, OfColumns(words.floats(), words.rows, words.columns, x.data,
+                                        program_.n_x, parts.data, y.data));
     }
     Product* product = products_[number].get();
     if (step == 1) {
@@ -196,37 +198,146 @@ class Reader {
     return {0, [=](int64_t m) {
               product->Finish(m);
               const auto add = [](Floats a, Floats b) { return a + b; };
-              if (biased) Map(y.width, add, y(m), y(m), bias.floats());
+              if (biased) Map(bias.columns * bias.rows, add, y(m), y(m), bias.floats());
             }};
   }
 
-  std::unique_ptr<Product> Made(const Rows& x, const Rows& y, const Rows& parts,
-                                const Operand& words, const Operand& scales, int64_t n_bytes,
-                                bool minima) {
-    const int64_t n_x = program_.n_x;
-    if (words.type == Type::kUint32) {
-      const PanelWeights w{static_cast<int>(32 * words.columns / x.width),
-                           words.data,
-                           scales.data,
-                           words.rows,
-                           words.columns,
-                           minima ? scales.columns / 2 : scales.columns,
-                           minima,
-                           scales.type == Type::kFloat16};
-      return OfPanels(w, x.data, n_x, static_cast<int>(n_bytes), y.data);
+  // Keeps a product, whose rows a phase prepares.
+  Phase Prepared(size_t number, std::unique_ptr<Product> made) {
+    products_.resize(std::max(products_.size(), number + 1));
+    Product* product = made.get();
+    products_[number] = std::move(made);
+    bytes_ += product->bytes;
+    return {0, [product](int64_t m) { product->Prepare(m); }};
+  }
+
+  // Products with a matrix of rows of d weights.
+  static ByMatrix Multiplier(const Operand& words, const Operand& scales, int64_t d,
+                                      int64_t n_bytes, bool minima) {
+    if (words.type != Type::kUint32) {
+      const Weights w = RowsOf(words, scales);
+      return [w](const float* x, int64_t n_x, float* y) { return OfRows(w, x, n_x, y); };
     }
-    if (words.type == Type::kFloat32) {
-      return OfColumns(words.floats(), words.rows, words.columns, x.data, n_x, parts.data,
-                       y.data);
+    const PanelWeights w{static_cast<int>(32 * words.columns / d),
+                         words.data,
+                         scales.data,
+                         words.rows,
+                         words.columns,
+                         minima ? scales.columns / 2 : scales.columns,
+                         minima,
+                         scales.type == Type::kFloat16};
+    return [=](const float* x, int64_t n_x, float* y) {
+      return OfPanels(w, x, n_x, static_cast<int>(n_bytes), y);
+    };
+  }
+
+  static Weights RowsOf(const Operand& words, const Operand& scales) {
+    const Kind kind = words.type == Type::kFloat32    ? Kind::kFloat32
+                      : words.type == Type::kBfloat16 ? Kind::kBfloat16
+                      : words.type == Type::kInt8     ? Kind::kInt8
+                                                      : Kind::kInt4;
+    const int64_t size = kind == Kind::kFloat32 ? 4 : kind == Kind::kBfloat16 ? 2 : 1;
+    return {kind, words.data, scales.floats(), words.rows, words.columns,
+            size > 1 ? 0 : scales.columns, words.rows * words.columns * size};
+  }
+
+  // Values side by side, as many features of them as there is room for.
+  Phase Joined() {
+    const Rows y = Value();
+    std::vector<Rows> parts;
+    for (int64_t n = Next(); n > 0; --n) parts.push_back(Value());
+    return {0, [=](int64_t m) {
+              int64_t begin = 0;
+              for (const Rows& part : parts) {
+                const int64_t n = std::min(part.width, y.width - begin);
+                std::copy_n(part(m), n, y(m) + begin);
+                begin += n;
+              }
+            }};
+  }
+
+  // A product with factors is prepared; then it is a product as any other.
+  Phase Factored() {
+    const size_t number = Next();
+    const Rows x = Value(), y = Value(), scaled = Value();
+    const Operand &modules = Weight(), &words = Weight(), &scales = Weight();
+    const int64_t n_bytes = Next();
+    const bool minima = Next() != 0;
+    const Factors factors{modules.floats(), modules.rows, words.rows, x.width};
+    return Prepared(number, OfFactors(factors, Multiplier(words, scales, x.width, n_bytes, minima),
+                                      x.data, program_.n_x, scaled.data, y.data));
+  }
+
+  // A convolution over modules, in three instructions: its inputs are kept, its parts are computed,
+  // and these are added up.
+  Phase Convolved() {
+    const int64_t step = Next();
+    const size_t number = Next();
+    if (step == 0) {
+      const Rows x = Value(), sums = Value();
+      const Operand &past = Cache(), &taken = Weight(), &kernel = Weight(), &bias = Weight();
+      const int64_t n_p = Next(), n_j = Next(), n_s = Next(), room = Next();
+      auto made = std::make_unique<Convolution>(Convolution{
+          program_, x.data, static_cast<float*>(past.data), taken.indices(), kernel.floats(),
+          bias.floats(), n_p, n_j, n_s, x.width / n_s, room, sums.data, {}});
+      for (int64_t n = Next(); n > 0; --n) made->y.push_back(Value().data);
+      bytes_ += made->bytes();
+      const Convolution* its = made.get();
+      convolutions_.resize(std::max(convolutions_.size(), number + 1));
+      convolutions_[number] = std::move(made);
+      return {0, [its](int64_t m) { its->Keep(m); }};
     }
-    const Kind kind = words.type == Type::kBfloat16 ? Kind::kBfloat16
-                      : words.type == Type::kInt8   ? Kind::kInt8
-                                                    : Kind::kInt4;
-    const int64_t n_groups = kind == Kind::kBfloat16 ? 0 : scales.columns;
-    const int64_t size = kind == Kind::kBfloat16 ? 2 : 1;
-    return OfRows({kind, words.data, scales.floats(), words.rows, words.columns, n_groups,
-                   words.rows * words.columns * size},
-                  x.data, n_x, y.data);
+    const Convolution* its = convolutions_[number].get();
+    if (step == 1) {
+      return {program_.n_x * its->n_parts(), [its](int64_t i) { its->Compute(i); }};
+    }
+    return {0, [its](int64_t m) { its->Finish(m); }};
+  }
+
+  // A feed-forward of units that are chosen, in three instructions: its rows are prepared, units are
+  // chosen and computed, and what they make is added up.
+  Phase Chosen() {
+    const int64_t step = Next();
+    const size_t number = Next();
+    if (step == 0) {
+      const Rows x = Value();
+      const Operand &words = Weight(), &scales = Weight();
+      const int64_t n_blocks = Next();
+      const Weights in = RowsOf(words, scales);
+      units_.resize(std::max(units_.size(), number + 1));
+      units_[number] = std::make_unique<Units>(in, x.data, program_.n_x, n_blocks);
+      Units* its = units_[number].get();
+      bytes_ += in.n_bytes / in.n_rows * n_blocks;
+      return {0, [its](int64_t m) { its->Prepare(m); }};
+    }
+    return step == 1 ? Computed(units_[number].get()) : Summed(units_[number].get());
+  }
+
+  Phase Computed(Units* units) {
+    const Rows inner = Value(), h = Value();
+    const Operand &second = Weight(), &bias = Weight();
+    const bool biased = Next() != 0;
+    const Units::Choice choice{inner.data, second.floats(), biased ? bias.floats() : nullptr,
+                               inner.width, second.columns, second.columns / h.width};
+    bytes_ += 4 * second.rows * second.columns;
+    const int64_t size = CeilDiv(h.width, 4 * n_threads_), n = CeilDiv(h.width, size);
+    return {program_.n_x * n, [=](int64_t i) {
+              const int64_t first = i % n * size;
+              units->Choose(choice, i / n, first, std::min(size, h.width - first), h.data);
+            }};
+  }
+
+  Phase Summed(Units* units) {
+    const Rows h = Value(), y = Value();
+    const Operand &words = Weight(), &scales = Weight(), &bias = Weight();
+    const float* added = Next() != 0 ? bias.floats() : nullptr;
+    const Weights out = RowsOf(words, scales);
+    const int64_t unit = WordsTogether(out), share = CeilDiv(out.n, 4 * n_threads_);
+    const int64_t size = CeilDiv(share, unit) * unit, n = CeilDiv(out.n, size);
+    return {program_.n_x * n, [=](int64_t i) {
+              const int64_t j = i % n * size;
+              units->Sum(out, added, h.data, i / n, j, std::min(size, out.n - j), y.data);
+            }};
   }
 
   // Rotary positions: pairs of the first features of each head, of queries and of keys, are rotated.
@@ -316,6 +427,8 @@ class Reader {
   std::unique_ptr<float[]> workspace_;
   std::vector<int64_t> begins_;
   std::vector<std::unique_ptr<Product>> products_;
+  std::vector<std::unique_ptr<Convolution>> convolutions_;
+  std::vector<std::unique_ptr<Units>> units_;
   int64_t bytes_ = 0;
 };
 

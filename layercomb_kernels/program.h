@@ -20,7 +20,8 @@ struct Operand {
 };
 
 // What an instruction does; numbers are those that `program.py` writes.
-enum class Op { kNormalize, kActivate, kAdd, kMultiply, kProduct, kTurn, kAppend, kAttend };
+enum class Op { kNormalize, kActivate, kAdd, kMultiply, kProduct, kTurn, kAppend, kAttend, kJoin, kFactors,
+                kConvolve, kChoose };
 
 enum class Activation { kRelu, kRelu2, kGelu, kSilu, kTanh, kSigmoid };
 
@@ -28,7 +29,7 @@ enum class Activation { kRelu, kRelu2, kGelu, kSilu, kTanh, kSigmoid };
 // that have been taken, of row m / length of the batch.
 //
 // The code is: how many floats of workspace a row needs; how many values there are, and where each
-// begins, −1 for x and −2 for y; how many phases there are; and for each phase whether it goes row by
+// begins, −1, −2 … for the inputs and, counting on, for the outputs; how many phases there are; and for each phase whether it goes row by
 // row, how many instructions it has, and these. In a phase that goes row by row, an instruction may
 // read what those before made of the row.
 struct Program {
@@ -37,8 +38,18 @@ struct Program {
   const float* factors;            // numbers that instructions ask for by their index
   std::vector<Operand> operands;   // weights and positions
   std::vector<Operand> results;    // caches and positions, which are written in place
-  const float* x;
-  float* y;
+  std::vector<const float*> inputs;
+  std::vector<float*> outputs;
+
+  // The position of row m.
+  int64_t At(const int32_t* taken, int64_t m) const {
+    return int64_t{taken[m / length]} + m % length;
+  }
+  // Whether a cache has room for all new positions of the row of the batch that row m is of.
+  bool Fits(const int32_t* taken, int64_t m, int64_t room) const {
+    const int64_t first = taken[m / length];
+    return first >= 0 && first + length <= room;
+  }
 };
 
 void RunProgram(const Pool& pool, const Program& program);

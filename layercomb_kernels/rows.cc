@@ -495,6 +495,21 @@ class RowProduct final : public Product {
   float* const y_;
 };
 
+template <typename W>
+class Chosen final : public ChosenRows {
+ public:
+  Chosen(const Matrix<W>& w, const float* x, int64_t n_x) : w_(w), x_(w_, x, n_x) {}
+
+  void Prepare(int64_t m) override { x_.Prepare(m); }
+  void Multiply(int64_t m, const int32_t* at, int64_t n, float* y) const override {
+    Rows<W>(w_, x_, m, 1, at, y, n, 0, n);
+  }
+
+ private:
+  const Matrix<W> w_;
+  Activations<W> x_;
+};
+
 }  // namespace
 
 std::unique_ptr<Product> OfRows(const Weights& weights, const float* x, int64_t n_x, float* y) {
@@ -532,31 +547,39 @@ void RowProducts(const Pool& pool, const Weights& weights, const float* x, int64
   });
 }
 
+std::unique_ptr<ChosenRows> OfChosenRows(const Weights& weights, const float* x, int64_t n_x) {
+  std::unique_ptr<ChosenRows> made;
+  WithMatrix(weights, [&](const auto& w) {
+    made = std::make_unique<Chosen<typename std::decay_t<decltype(w)>::Kind>>(w, x, n_x);
+  });
+  return made;
+}
+
+void SumOfChosenRows(const Weights& weights, const float* h, const int32_t* at, int64_t n_k,
+                     int64_t j, int64_t n, float* y) {
+  WithMatrix(weights, [&](const auto& w) { SumOfRows(w, h, at, n_k, y, j, n); });
+}
+
 void GatheredProducts(const Pool& pool, const Weights& weights, const float* x, const int32_t* at,
                       int64_t n_x, int64_t n_k, float* y) {
-  WithMatrix(weights, [&](const auto& w) {
-    using W = typename std::decay_t<decltype(w)>::Kind;
-    Activations<W> activations(w, x, n_x);
-    for (int64_t m = 0; m < n_x; ++m) {
-      activations.Prepare(m);
-      const int64_t bytes = weights.n_bytes / w.n_rows * n_k;
-      InPieces(pool, bytes, n_k, 4, [&](int64_t i, int64_t n) {
-        Rows<W>(w, activations, m, 1, at + m * n_k, y + m * n_k, n_k, i, n);
-      });
-    }
-  });
+  const auto rows = OfChosenRows(weights, x, n_x);
+  for (int64_t m = 0; m < n_x; ++m) {
+    rows->Prepare(m);
+    InPieces(pool, weights.n_bytes / weights.n_rows * n_k, n_k, 4, [&](int64_t i, int64_t n) {
+      rows->Multiply(m, at + m * n_k + i, n, y + m * n_k + i);
+    });
+  }
 }
 
 void GatheredSums(const Pool& pool, const Weights& weights, const float* h, const int32_t* at,
                   int64_t n_x, int64_t n_k, float* y) {
-  WithMatrix(weights, [&](const auto& w) {
-    for (int64_t m = 0; m < n_x; ++m) {
-      const int64_t bytes = weights.n_bytes / w.n_rows * n_k;
-      InPieces(pool, bytes, w.n, w.scales ? w.g : 64, [&](int64_t j, int64_t n) {
-        SumOfRows(w, h + m * n_k, at + m * n_k, n_k, y + m * w.n * w.parts, j, n);
-      });
-    }
-  });
+  const int64_t d = weights.n * (weights.kind == Kind::kInt4 ? 2 : 1);
+  for (int64_t m = 0; m < n_x; ++m) {
+    InPieces(pool, weights.n_bytes / weights.n_rows * n_k, weights.n, WordsTogether(weights),
+             [&](int64_t j, int64_t n) {
+               SumOfChosenRows(weights, h + m * n_k, at + m * n_k, n_k, j, n, y + m * d);
+             });
+  }
 }
 
 }  // namespace layercomb

@@ -327,7 +327,7 @@ def test_fusing_again_changes_nothing_and_paths_stay():
 
 def test_values_that_are_needed_have_places_of_their_own():
     program = Program((1, 1, 20))
-    x = program.input
+    (x,) = program.inputs
     values = [program.activate(x, 'relu')]
     rng = np.random.default_rng(0)
     for _ in range(60):
@@ -337,7 +337,7 @@ def test_values_that_are_needed_have_places_of_their_own():
         else:
             values.append(program.combine('add', a, b))
     phases = program._phases()
-    begins, size = program._begins(phases, values[-1])
+    begins, size = program._begins(phases, values[-1:])
     born, last = {}, {}
     for p, phase in enumerate(phases):
         for each in phase:

@@ -16,10 +16,16 @@ from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper, unwrapped
 from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.native import FEW, runs_natively
-from layercomb.transforms.fusing.program import Program, Unfit, Written
+from layercomb.layers.reversible.stack import ReversibleStack
+from layercomb.layers.sparse.feed_forward import SparseFF
+from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
+from layercomb.transforms.fusing.program import Unfit, Written
 from layercomb.transforms.fusing.rules import knows, write
+from layercomb.transforms.fusing.sparse_program import SparseProgram
 from layercomb.transforms.quantization.layer import bare
 from layercomb.trees import Tree
+
+_WITH_MATRICES = Dense, GatedDense, SplitHeads, SparseFF, MultiplicativeDense, MultiplicativeHead
 
 
 class Fused(Wrapper):
@@ -32,7 +38,7 @@ class Fused(Wrapper):
     `layercomb_kernels.off()`.
 
     Attributes:
-      layer: the layer, of one input and one output.
+      layer: the layer; its inputs in ``PREDICT`` are (B, T, D).
     """
 
     carries_counted = True
@@ -43,10 +49,10 @@ class Fused(Wrapper):
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
     ) -> tuple[Arrays, Tree]:
         """The outputs and the new state of the layer inside."""
-        (x,) = inputs
-        if mode is Mode.PREDICT and _is_short(x) and runs_natively(x):
+        inputs = tuple(inputs)
+        if mode is Mode.PREDICT and all(map(_is_short, inputs)) and runs_natively(*inputs):
             try:
-                return _run(self.layer, weights, state, x)
+                return _run(self.layer, weights, state, inputs)
             except Unfit:
                 pass  # the layer's own way is always right
         return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
@@ -56,24 +62,25 @@ def _is_short(x: jax.Array) -> bool:
     return x.ndim == 3 and x.shape[0] * x.shape[1] <= FEW
 
 
-def _run(layer: Layer, weights: Tree, state: Tree, x: jax.Array) -> tuple[Arrays, Tree]:
-    program = Program(x.shape)
-    (output,), new_state = write(layer, program, weights, state, (program.input,))
-    y, written = program.run(x, output)
+def _run(layer: Layer, weights: Tree, state: Tree, inputs: Arrays) -> tuple[Arrays, Tree]:
+    program = SparseProgram(*(x.shape for x in inputs))
+    values, new_state = write(layer, program, weights, state, program.inputs)
+    outputs, written = program.run(inputs, values)
     put: Any = jax.tree.map(
         lambda leaf: written[leaf] if isinstance(leaf, Written) else leaf,
         new_state,
         is_leaf=lambda leaf: isinstance(leaf, Written),
     )
-    return (y,), put
+    return outputs, put
 
 
 @functools.lru_cache(maxsize=64)
 def fuse(net: Layer) -> Layer:
     """The same model with parts whose decoding steps are one native call on a CPU.
 
-    Parts are as large as they can be: the blocks of a GPT-2 or a Llama, after `unstack`, or the
-    feed-forwards where a kind of attention has no native rule. Weights, state and paths stay.
+    Parts are as large as they can be: the blocks of a GPT-2, a Llama or a Terraformer, after
+    `unstack`, or the feed-forwards where a kind of attention has no native rule. Weights, state
+    and paths stay.
 
     Args:
       net: any layer.
@@ -85,14 +92,20 @@ def fuse(net: Layer) -> Layer:
     """
     if isinstance(net, Fused):
         return net
-    if unwrapped(net).sublayers and net.n_in == net.n_out == 1 and knows(net) and _multiplies(net):
+    if unwrapped(net).sublayers and knows(net) and _multiplies(net):
         return Fused(net)
+    return _fuse_inside(net)
+
+
+def _fuse_inside(net: Layer) -> Layer:
+    """The same layer with parts inside fused; layers of a reversible one stay reversible."""
     if not net.sublayers:
         return net
-    children = tuple(fuse(child) for child in net.sublayers)
+    keeps = isinstance(net, ReversibleStack)
+    children = tuple(_fuse_inside(each) if keeps else fuse(each) for each in net.sublayers)
     return net if children == net.sublayers else net.with_sublayers(children)
 
 
 def _multiplies(net: Layer) -> bool:
     """Whether there is a matrix inside: nothing else is worth a call."""
-    return any(isinstance(layer, (Dense, GatedDense, SplitHeads)) for _, layer in walk(net))
+    return any(isinstance(layer, _WITH_MATRICES) for _, layer in walk(net))

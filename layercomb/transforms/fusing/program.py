@@ -26,7 +26,10 @@ from layercomb.layers.decoding.seek import Position
 from layercomb.layers.quantized.matrix import Narrow
 
 # The numbers of `Op` and `Activation` in program.h.
-_OPS = 'normalize', 'activate', 'add', 'multiply', 'product', 'turn', 'append', 'attend'
+_OPS = (
+    *('normalize', 'activate', 'add', 'multiply', 'product', 'turn', 'append', 'attend'),
+    *('join', 'factors', 'convolve', 'choose'),
+)
 _PARTS = 16  # kParts in products.h
 ACTIVATIONS = 'relu', 'relu2', 'gelu', 'silu', 'tanh', 'sigmoid'
 
@@ -57,7 +60,7 @@ class Value:
     """
 
     number: int
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = dataclasses.field(compare=False)
     width: int
     dtype: Any = dataclasses.field(default=np.dtype(np.float32), compare=False)
     ndim = property(lambda self: len(self.shape))
@@ -91,25 +94,26 @@ class _Instruction:
 
 
 class Program:
-    """Instructions, as rules of layers write them, from one input to one output.
+    """Instructions, as rules of layers write them, from inputs to outputs.
 
     Attributes:
       batch: B.
       length: T.
-      input: the value (B, T, D) that it begins with.
+      inputs: the values, each (B, T, D), that it begins with.
     """
 
-    def __init__(self, shape: tuple[int, ...]):
-        """Begins a program for inputs (B, T, D)."""
-        self.batch, self.length, width = shape
+    def __init__(self, *shapes: tuple[int, ...]):
+        """Begins a program for inputs of shapes (B, T, D), which may differ in D."""
+        self.batch, self.length, _ = shapes[0]
         self._values: list[Value] = []
         self._instructions: list[_Instruction] = []
         self._operands: list[jax.Array] = []
         self._numbers: dict[int, int] = {}  # of operands, by identity
         self._written: list[int] = []
         self._factors: list[float] = []
-        self._n_products = 0
-        self.input = self._value(shape, width)
+        self._n_products = self._n_convolutions = self._n_choices = 0
+        need(len({shape[:2] for shape in shapes}) == 1, 'inputs of several lengths')
+        self.inputs = tuple(self._value(shape, shape[-1]) for shape in shapes)
 
     def _value(self, shape: Sequence[int], width: int) -> Value:
         value = Value(len(self._values), tuple(shape), width)
@@ -292,34 +296,46 @@ class Program:
         self._emit('attend', (q, y, *places, *numbers, *factors), reads, (y,), by_row=False)
         return y
 
-    def run(self, x: jax.Array, output: Value) -> tuple[jax.Array, dict[Written, jax.Array]]:
+    def run(
+        self, inputs: Sequence[jax.Array], outputs: Sequence[Value]
+    ) -> tuple[tuple[jax.Array, ...], dict[Written, jax.Array]]:
         """Calls the program.
 
         Args:
-          x: (B, T, D) float32, the input.
-          output: the value that is wanted.
+          inputs: each (B, T, D) float32.
+          outputs: the values that are wanted; an input among them is returned as it is.
 
         Returns:
-          The output, in its shape (B, T, F), and what has been written.
+          The outputs, in their shapes (B, T, F), and what has been written.
         """
-        need(output is not self.input, 'a program without instructions')
-        rows = x.reshape(self.batch * self.length, x.shape[-1])  # (B, T, D) → (M, D)
-        code = np.asarray([self.length, *self._code(output)], np.int32)
-        factors = np.asarray(self._factors or [0], np.float32)
-        y, *written = layercomb_kernels.run_program(
-            code, factors, rows, output.width, self._operands, self._written
+        made = list(dict.fromkeys(y for y in outputs if y not in self.inputs))
+        need(bool(made), 'a program without instructions')
+        rows = [x.reshape(self.batch * self.length, x.shape[-1]) for x in inputs]  # → (M, D)
+        code = [self.length, len(inputs), len(made), *self._code(made)]
+        results = layercomb_kernels.run_program(
+            np.asarray(code, np.int32),
+            np.asarray(self._factors or [0], np.float32),
+            rows,
+            [y.width for y in made],
+            self._operands,
+            self._written,
         )
-        found = {Written(n): array for n, array in zip(self._written, written, strict=True)}
-        if len(output.shape) == 3:
-            return y.reshape(output.shape), found
-        batch, n_heads, length, depth = output.shape
-        heads = y.reshape(batch, length, n_heads, depth)  # (M, H·K) → (B, T, H, K)
-        return heads.swapaxes(1, 2), found
+        arrays = dict(zip((*self.inputs, *made), (*rows, *results), strict=False))
+        written = zip(self._written, results[len(made) :], strict=True)
+        put = tuple(self._in_shape(arrays[y], y.shape) for y in outputs)
+        return put, {Written(number): array for number, array in written}
 
-    def _code(self, output: Value) -> list[int]:
+    def _in_shape(self, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Rows (M, F) in the shape of their value."""
+        if len(shape) == 3:
+            return y.reshape(shape)
+        batch, n_heads, length, depth = shape
+        return y.reshape(batch, length, n_heads, depth).swapaxes(1, 2)  # (M, H·K) → (B, H, T, K)
+
+    def _code(self, outputs: Sequence[Value]) -> list[int]:
         """The words that `RunProgram` reads."""
         phases = self._phases()
-        begins, size = self._begins(phases, output)
+        begins, size = self._begins(phases, outputs)
         results = {number: i for i, number in enumerate(self._written)}
 
         def encoded(word: Any) -> Iterable[int]:
@@ -342,7 +358,7 @@ class Program:
         phase, has written.
         """
         phases: dict[int, list[_Instruction]] = {}
-        ready: dict[Hashable, int] = {self.input: 0}  # the phase in which something is written
+        ready: dict[Hashable, int] = dict.fromkeys(self.inputs, 0)  # when something is written
         for each in self._instructions:
             at = max(ready[token] for token in each.reads)
             odd = at % 2
@@ -351,22 +367,26 @@ class Program:
             ready |= dict.fromkeys(each.writes, at)
         return [phases[at] for at in sorted(phases)]
 
-    def _begins(self, phases: Any, output: Value) -> tuple[list[int], int]:
+    def _begins(self, phases: Any, outputs: Sequence[Value]) -> tuple[list[int], int]:
         """Where each value begins in the workspace, as `RunProgram` reads it, and its size.
 
         Places are taken again in the phase after the one in which a value is read for the last
         time: rows of a phase are at different instructions.
         """
         last = {each: p for p, phase in enumerate(phases) for i in phase for each in i.reads}
-        begins = [-1] * len(self._values)
-        begins[output.number] = -2
+        begins = [0] * len(self._values)
+        given = *self.inputs, *outputs
+        for i, value in enumerate(given):
+            begins[value.number] = -1 - i
+        placed = set(given)
         taken: list[tuple[int, int, int]] = []  # begin, end, and the last phase
         size = 0
         for p, phase in enumerate(phases):
             taken = [place for place in taken if place[2] >= p]
             for value in _values_made(phase):
-                if value is output or begins[value.number] >= 0:
+                if value in placed:
                     continue
+                placed.add(value)
                 width = -(-value.width // 16) * 16  # whole lines of a cache
                 at = 0
                 for begin, end, _ in sorted(taken):

@@ -61,8 +61,11 @@ def write(
 
 
 def knows(layer: Layer) -> bool:
-    """Whether there are rules for a layer and all layers inside, whatever its weights are."""
-    ruled = write.rule(type(layer)) is not write.default
+    """Whether there are rules for a layer and all layers inside, whatever its weights are.
+
+    For layers that take a mask there are none.
+    """
+    ruled = write.rule(type(layer)) is not write.default and not getattr(layer, 'masked', False)
     return ruled and all(map(knows, layer.sublayers))
 
 

@@ -1,0 +1,178 @@
+"""`SparseProgram`: a `Program` with the instructions of sparse layers, too.
+
+Shape letters: B batch, T new positions, D width, S modules, F features of a module or units, R the
+rank of a controller, P positions and J modules of a convolution, M the width of a module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import layercomb_kernels
+from layercomb.layers.quantized.matrix import Narrow, rows_of
+from layercomb.transforms.fusing.program import Program, Value, Written, need
+
+_PART = 96  # Convolution::kPart in sparse.h
+
+
+class SparseProgram(Program):
+    """Instructions of any layers, sparse ones included."""
+
+    def view(self, x: Value, shape: Sequence[int]) -> Value:
+        """The same value, as layers see it in another shape: heads, or their features."""
+        return Value(x.number, tuple(shape), x.width)
+
+    def join(self, parts: Sequence[Value], width: int) -> Value:
+        """Values (B, T, D) side by side, (B, T, width), without what is beyond the width."""
+        y = self._value((*parts[0].shape[:2], width), width)
+        self._emit('join', (y, len(parts), *parts), parts, (y,))
+        return y
+
+    def factored_product(self, x: Value, modules: Any, features: Any, bias: Any) -> Value:
+        """y[s·F + f] = Σ_d x[d] modules[s, d] features[f, d] + bias.
+
+        Args:
+          x: (B, T, D).
+          modules: (S, D) float32.
+          features: (F, D), a float32 array or `Narrow`.
+          bias: float32 of the first outputs; or None.
+
+        Returns:
+          (B, T, S·F).
+        """
+        (s, d), f = modules.shape, features.shape[0]
+        need(_is_float32(modules) and d == x.width and s * f > 0, 'modules of another kind')
+        need(bias is None or _is_float32(bias, 1), 'a bias of another kind')
+        need(bias is None or len(bias) <= s * f, 'a bias of another width')
+        words, scales, options = _table(features, f, d)
+        y, scaled = self._value((*x.shape[:2], s * f), s * f), self._value(x.shape, s * d)
+        n, at = self._n_products, self.operand(words)
+        self._n_products += 1
+        its = self.operand(modules), at, at if scales is None else self.operand(scales)
+        prepared = 'prepared', n
+        self._emit('factors', (n, x, y, scaled, *its, *options), (x,), (prepared,))
+        # A part may scale x itself, so x is read here, too.
+        self._emit('product', (1, n), (x, prepared), (y, scaled), by_row=False)
+        last = at if bias is None else self.operand(bias)
+        self._emit('product', (2, n, y, last, bias is not None), (y, scaled), (y,))
+        return y
+
+    def convolve(
+        self, x: Value, past: Any, taken: Any, kernel: Any, bias: Any
+    ) -> tuple[tuple[Value, ...], Written]:
+        """A causal convolution over positions and modules, which keeps its inputs.
+
+        Args:
+          x: (B, T, S·M).
+          past: (B, P − 1 + L, S·M) float32, what is kept.
+          taken: (B,) int32, the positions taken.
+          kernel: (P, J, M, N·M) float32.
+          bias: (N, M) float32.
+
+        Returns:
+          N values (B, T, S·M), and what is kept then.
+        """
+        self._check_taken(taken)
+        (n_p, n_j, m, f), (n, _) = kernel.shape, bias.shape
+        need(_is_float32(kernel) and kernel.size > 0, 'a kernel of another kind')
+        need(_is_float32(bias) and bias.shape == (n, m) and f == n * m, 'a bias of another kind')
+        need(_is_float32(past, 3) and len(past) == self.batch, 'past inputs of another kind')
+        need(past.shape[2] == x.width and x.width % m == 0, 'modules of another width')
+        need(self.operand(past) not in self._written, 'one past for two layers')
+        to, n_s, room = self.written(past), x.width // m, past.shape[1] - n_p + 1
+        sums = self._value(x.shape, n_p * -(-n_j * m // _PART) * n_s * f)
+        made = [self.like(x) for _ in range(n)]
+        its = [self.operand(each) for each in (taken, kernel, bias)]
+        number = self._n_convolutions
+        self._n_convolutions += 1
+        words = number, x, sums, to, *its, n_p, n_j, n_s, room, n, *made
+        self._emit('convolve', (0, *words), (x,), (to,))
+        self._emit('convolve', (1, number), (to,), (sums,), by_row=False)
+        self._emit('convolve', (2, number), (sums,), made)
+        return tuple(made), to
+
+    def chosen(
+        self, x: Value, first: Any, controller: tuple[Any, Any], bias: Any, block_size: int
+    ) -> tuple[Value, int]:
+        """The units of each block of N whose logits are largest, of a feed-forward.
+
+        Args:
+          x: (B, T, D).
+          first: W₁ (F, D), a float32 array or `Narrow`.
+          controller: (D, R) and (R, F) float32, whose product with x are the logits.
+          bias: (F,) float32, or None.
+          block_size: N.
+
+        Returns:
+          (B, T, F / N), x times their rows plus their biases; and the number of the choice.
+        """
+        down, up = controller
+        rank, f = up.shape
+        need(_is_float32(up) and f % block_size == 0, 'a controller of another kind')
+        need(bias is None or (_is_float32(bias) and bias.shape == (f,)), 'a bias of another kind')
+        words, scales, _ = _table(first, f, x.width, chosen=True)
+        inner = self.product(x, down, None, (*x.shape[:2], rank))
+        n, at, n_blocks = self._n_choices, self.operand(words), f // block_size
+        self._n_choices += 1
+        h = self._value((*x.shape[:2], n_blocks), n_blocks)
+        its = at, at if scales is None else self.operand(scales)
+        prepared, units = ('rounded', n), ('units', n)
+        self._emit('choose', (0, n, x, *its, n_blocks), (x,), (prepared,))
+        second = self.operand(up)
+        last = second if bias is None else self.operand(bias)
+        words = 1, n, inner, h, second, last, bias is not None
+        self._emit('choose', words, (x, inner, prepared), (h, units), by_row=False)
+        return h, n
+
+    def sum_chosen(self, h: Value, choice: int, second: Any, bias: Any, like: Value) -> Value:
+        """The sum of the rows of chosen units, times h.
+
+        Args:
+          h: (B, T, F / N).
+          choice: the number of their choice.
+          second: W₂ (F, D), a float32 array or `Narrow`.
+          bias: (D,) float32, or None.
+          like: a value (B, T, D).
+        """
+        d = like.width
+        need(bias is None or (_is_float32(bias) and bias.shape == (d,)), 'a bias of another kind')
+        words, scales, _ = _table(second, second.shape[0], d, chosen=True)
+        y, at = self.like(like), self.operand(words)
+        first, last = (at if a is None else self.operand(a) for a in (scales, bias))
+        code = 2, choice, h, y, at, first, last, bias is not None
+        self._emit('choose', code, (h, ('units', choice)), (y,), by_row=False)
+        return y
+
+
+def _is_float32(array: Any, ndim: int | None = None) -> bool:
+    shaped = isinstance(array, jax.Array | np.ndarray) and ndim in (None, array.ndim)
+    return shaped and bool(array.dtype == jnp.float32)
+
+
+def _table(table: Any, f: int, d: int, chosen: bool = False) -> tuple[Any, Any, tuple[int, bool]]:
+    """Words, scales or None, and how many bytes of activations count, and whether minima are there.
+
+    Args:
+      table: a float32 array (F, D), or a `Narrow`.
+      f, d: of which shape it must be.
+      chosen: whether rows are chosen, for which there are no panels.
+    """
+    need(isinstance(table, jax.Array | np.ndarray | Narrow), 'a table of another kind')
+    its = rows_of(table)
+    need(its.axes == 'oi' and its.shape == (f, d) and math.prod(its.shape) > 0, 'another table')
+    options = its.activation_bits // 8, its.minima
+    if its.in_panels:
+        need(not chosen, 'rows in panels')
+        layercomb_kernels.check_panels(its.values, its.scales, d, its.minima)
+        return its.values, its.scales, options
+    halves = its.scales is not None and its.scales.dtype != jnp.float32
+    need(not its.minima and not halves, 'rows with minima or short scales')
+    kinds = jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8
+    need(its.values.dtype in kinds, 'rows of another kind')
+    return its.values, its.scales, options

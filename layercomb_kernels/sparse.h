@@ -1,0 +1,84 @@
+// Sparse layers in steps that threads can share, as phases of a program.
+
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "products.h"
+#include "program.h"
+
+namespace layercomb {
+
+// Makes a product of n_x rows of x with a matrix.
+using ByMatrix = std::function<std::unique_ptr<Product>(const float* x, int64_t n_x, float* y)>;
+
+// y[m, s, f] = Σ_d x[m, d] modules[s, d] w[f, d], with modules (n_s, d) and w (n_f, d).
+struct Factors {
+  const float* modules;
+  int64_t n_s, n_f, d;
+};
+
+// `scaled` has room for n_s times as many rows as x.
+std::unique_ptr<Product> OfFactors(const Factors& a, const ByMatrix& by_w, const float* x,
+                                   int64_t n_x, float* scaled, float* y);
+
+// A causal convolution over n_p positions and n_j modules of n_s, each `step` wide, whose last inputs
+// are kept: y_i[m, s, k] = bias[i, k] + Σ_p Σ_j Σ_l x[m − (n_p − 1) + p, s + j − (n_j − 1) / 2, l]
+// kernel[p, j, l, i, k]. Modules beyond the first and the last are zeros.
+struct Convolution {
+  const Program& program;
+  const float* x;         // (n_x, n_s · step)
+  float* past;            // (batch, n_p − 1 + room, n_s · step)
+  const int32_t* taken;   // (batch)
+  const float *kernel, *bias;
+  int64_t n_p, n_j, n_s, step, room;
+  float* sums;            // (n_x, n_parts(), n_s · n_f())
+  std::vector<float*> y;  // each (n_x, n_s · step)
+
+  int64_t n_f() const { return static_cast<int64_t>(y.size()) * step; }
+  int64_t width() const { return n_s * step; }
+  int64_t n_parts() const { return n_p * CeilDiv(n_j * step, kPart); }
+  int64_t bytes() const { return 4 * n_p * n_j * step * n_f(); }
+
+  // Keeps row m of x, if all of its batch fit.
+  void Keep(int64_t m) const;
+  // Computes part i % n_parts() of the sums of row i / n_parts().
+  void Compute(int64_t i) const;
+  // Adds up row m, which is NaN where it does not fit.
+  void Finish(int64_t m) const;
+
+  static constexpr int64_t kPart = 96;  // rows of the kernel, whose sums are apart
+};
+
+// Units of a feed-forward, of which one of each n_block is chosen: at[m, b] is that of the largest
+// logits inner[m] second, with second (rank, n_units).
+class Units {
+ public:
+  // `in` has a row for each unit, of which n_blocks are chosen.
+  Units(const Weights& in, const float* x, int64_t n_x, int64_t n_blocks);
+  // Prepares row m of x.
+  void Prepare(int64_t m) { in_->Prepare(m); }
+
+  // What the n_units are chosen by, and biases or null.
+  struct Choice {
+    const float *inner, *second, *bias;
+    int64_t rank, n_units, n_block;
+  };
+  // Chooses a unit in each of n blocks for row m, and computes it: h[m, b].
+  void Choose(const Choice& choice, int64_t m, int64_t first, int64_t n, float* h);
+
+  // y[m, d] = bias[d] + Σ_b h[m, b] out[at[m, b], d] for n words of each row of `out` from j on.
+  void Sum(const Weights& out, const float* bias, const float* h, int64_t m, int64_t j, int64_t n,
+           float* y) const;
+
+  int64_t n_blocks() const { return n_blocks_; }
+
+ private:
+  const int64_t n_blocks_;
+  const std::unique_ptr<ChosenRows> in_;
+  std::vector<int32_t> at_;
+};
+
+}  // namespace layercomb
