@@ -112,11 +112,22 @@ struct Dot {
 #endif
 };
 
-inline int32_t Sum(Ints v) {
-  int32_t sum = 0;
+// All lanes as one, by a function of two.
+template <typename Four, typename V, typename F>
+inline auto Reduced(V v, const F& f) {
+  Four parts[kLanes / 4];
+  std::memcpy(parts, &v, sizeof v);
   LAYERCOMB_UNROLL
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
+  for (int i = 1; i < kLanes / 4; ++i) parts[0] = f(parts[0], parts[i]);
+  const Four halves = f(parts[0], Four{parts[0][2], parts[0][3], parts[0][2], parts[0][3]});
+  return f(halves, Four{halves[1], halves[1], halves[1], halves[1]})[0];
+}
+
+using FourInts = int32_t __attribute__((vector_size(16)));
+using FourFloats = float __attribute__((vector_size(16)));
+
+inline int32_t Sum(Ints v) {
+  return Reduced<FourInts>(v, [](auto a, auto b) { return a + b; });
 }
 
 // How a vector of words is taken apart: one vector for every four columns.
@@ -151,6 +162,8 @@ class Rounded {
 
   // Rounds x, row m.
   void Prepare(const float* x, int64_t m) {
+    // In two passes, in which no piece waits for another.
+    for (int64_t i = 0; i < n_pieces_; ++i) FindScale(x + i * piece_, m * n_pieces_ + i);
     for (int64_t i = 0; i < n_pieces_; ++i) Round(x + i * piece_, m, i);
   }
 
@@ -172,40 +185,48 @@ class Rounded {
     }
   }
 
-  void Round(const float* x, int64_t m, int64_t i) {
-    constexpr float kMost = N == 1 ? 127 : 32512;  // 127 · 256: a high byte is 127 at most
-    constexpr float kNearest = 3 << 22;  // the sum's last bits are then the nearest integer
-    const auto load = [&](int64_t j) {
-      return j + kLanes <= piece_ ? Load<Floats>(x + j)
-                                  : Load<Floats>(Padded<float>(x + j, piece_ - j).values);
-    };
+  static constexpr float kMost = N == 1 ? 127 : 32512;  // 127 · 256: a high byte is 127 at most
+
+  Floats At(const float* x, int64_t j) const {
+    return j + kLanes <= piece_ ? Load<Floats>(x + j)
+                                : Load<Floats>(Padded<float>(x + j, piece_ - j).values);
+  }
+
+  // The scale of piece `at`, NaN where there is NaN, or infinity.
+  void FindScale(const float* x, int64_t at) {
     Floats most = {}, unknown = {};
     for (int64_t j = 0; j < piece_; j += kLanes) {
-      const Floats its = load(j);
+      const Floats its = At(x, j);
       most = Larger(its < 0 ? -its : its, most);
-      unknown += 0 * its;  // NaN where there is NaN, or infinity
+      unknown += 0 * its;
     }
-    float largest = 0;
-    LAYERCOMB_UNROLL
-    for (int k = 0; k < kLanes; ++k) largest = std::max(largest, most[k]);
-    const float inverse = largest > 0 ? kMost / largest : 0;
-    Ints sums[kSums] = {};
-    for (int64_t j = 0; j < piece_; j += kLanes) {
-      const Floats its = load(j) * inverse;
-      const Ints bits = reinterpret_cast<Ints>((its == its ? its : Floats{}) + kNearest);
-      const Ints values = (bits << 10) >> 10;  // of the 22 bits behind the point
-      int32_t ends[kWords][kLanes / 4], *to[kWords];
-      const bool whole = j + kLanes <= piece_;
-      for (int k = 0; k < kWords; ++k) {
-        to[k] = whole ? At(m, k, i) + j / 4 : ends[k];
-      }
-      Dot<N>::Keep(values, to, sums);
-      for (int k = 0; k < kWords && !whole; ++k) {
-        std::copy_n(ends[k], (piece_ - j) / 4, At(m, k, i) + j / 4);
-      }
-    }
+    const float largest = Reduced<FourFloats>(most, [](auto a, auto b) { return a > b ? a : b; });
+    scales_[at] = largest * (1 / kMost) + layercomb::Sum(unknown);
+  }
+
+  void Round(const float* x, int64_t m, int64_t i) {
+    constexpr float kNearest = 3 << 22;  // the sum's last bits are then the nearest integer
     const int64_t at = m * n_pieces_ + i;
-    scales_[at] = largest / kMost + layercomb::Sum(unknown);
+    const float inverse = scales_[at] > 0 ? 1 / scales_[at] : 0;
+    const auto rounded = [&](Floats its) {
+      its *= inverse;
+      const Ints bits = reinterpret_cast<Ints>((its == its ? its : Floats{}) + kNearest);
+      return (bits << 10) >> 10;  // the 22 bits behind the point
+    };
+    Ints sums[kSums] = {};
+    int32_t* to[kWords];
+    for (int k = 0; k < kWords; ++k) to[k] = At(m, k, i);
+    int64_t j = 0;
+    for (; j + kLanes <= piece_; j += kLanes) {
+      Dot<N>::Keep(rounded(Load<Floats>(x + j)), to, sums);
+      for (int k = 0; k < kWords; ++k) to[k] += kLanes / 4;
+    }
+    if (j < piece_) {
+      int32_t ends[kWords][kLanes / 4], *its[kWords];
+      for (int k = 0; k < kWords; ++k) its[k] = ends[k];
+      Dot<N>::Keep(rounded(At(x, j)), its, sums);
+      for (int k = 0; k < kWords; ++k) std::copy_n(ends[k], (piece_ - j) / 4, to[k]);
+    }
     for (int s = 0; s < kSums; ++s) biases_[at * kSums + s] = sums_ ? 0 : -W::bias * Sum(sums[s]);
     if (sums_) sums_[at] = scales_[at] * Sum(Dot<N>::Total(sums));
   }

@@ -46,10 +46,21 @@ class ChosenRows {
  public:
   virtual ~ChosenRows() = default;
   virtual void Prepare(int64_t m) = 0;
+  // Asks for a row of w, which is multiplied soon.
+  virtual void Fetch(int64_t row) const = 0;
   // y[k] = Σ_d x[m, d] w[at[k], d] for n of them.
   virtual void Multiply(int64_t m, const int32_t* at, int64_t n, float* y) const = 0;
 };
 std::unique_ptr<ChosenRows> OfChosenRows(const Weights& w, const float* x, int64_t n_x);
+// Asks for a row of a matrix that is read soon.
+inline void FetchRow(const Weights& w, int64_t row) {
+  const auto fetch = [row](const void* matrix, int64_t bytes) {
+    const char* from = static_cast<const char*>(matrix) + row * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+  };
+  fetch(w.words, w.n_bytes / w.n_rows);
+  if (w.n_groups) fetch(w.scales, 4 * w.n_groups);
+}
 // y[d] = Σ_k h[k] w[at[k], d] for n words of each row from j on, whole groups.
 void SumOfChosenRows(const Weights& w, const float* h, const int32_t* at, int64_t n_k, int64_t j,
                      int64_t n, float* y);

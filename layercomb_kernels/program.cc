@@ -268,18 +268,17 @@ class Reader {
                                       x.data, program_.n_x, scaled.data, y.data));
   }
 
-  // A convolution over modules, in three instructions: its inputs are kept, its parts are computed,
-  // and these are added up.
+  // A convolution over modules, in two instructions: its inputs are kept, and it is computed.
   Phase Convolved() {
     const int64_t step = Next();
     const size_t number = Next();
     if (step == 0) {
-      const Rows x = Value(), sums = Value();
+      const Rows x = Value();
       const Operand &past = Cache(), &taken = Weight(), &kernel = Weight(), &bias = Weight();
       const int64_t n_p = Next(), n_j = Next(), n_s = Next(), room = Next();
       auto made = std::make_unique<Convolution>(Convolution{
           program_, x.data, static_cast<float*>(past.data), taken.indices(), kernel.floats(),
-          bias.floats(), n_p, n_j, n_s, x.width / n_s, room, sums.data, {}});
+          bias.floats(), n_p, n_j, n_s, x.width / n_s, room, {}});
       for (int64_t n = Next(); n > 0; --n) made->y.push_back(Value().data);
       bytes_ += made->bytes();
       const Convolution* its = made.get();
@@ -288,10 +287,7 @@ class Reader {
       return {0, [its](int64_t m) { its->Keep(m); }};
     }
     const Convolution* its = convolutions_[number].get();
-    if (step == 1) {
-      return {program_.n_x * its->n_parts(), [its](int64_t i) { its->Compute(i); }};
-    }
-    return {0, [its](int64_t m) { its->Finish(m); }};
+    return {program_.n_x * its->n_parts(), [its](int64_t i) { its->Compute(i); }};
   }
 
   // A feed-forward of units that are chosen, in three instructions: its rows are prepared, units are
@@ -317,8 +313,10 @@ class Reader {
     const Rows inner = Value(), h = Value();
     const Operand &second = Weight(), &bias = Weight();
     const bool biased = Next() != 0;
+    const Operand &words = Weight(), &scales = Weight();
     const Units::Choice choice{inner.data, second.floats(), biased ? bias.floats() : nullptr,
-                               inner.width, second.columns, second.columns / h.width};
+                               inner.width, second.columns, second.columns / h.width,
+                               RowsOf(words, scales)};
     bytes_ += 4 * second.rows * second.columns;
     const int64_t size = CeilDiv(h.width, 4 * n_threads_), n = CeilDiv(h.width, size);
     return {program_.n_x * n, [=](int64_t i) {

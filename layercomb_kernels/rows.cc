@@ -498,15 +498,18 @@ class RowProduct final : public Product {
 template <typename W>
 class Chosen final : public ChosenRows {
  public:
-  Chosen(const Matrix<W>& w, const float* x, int64_t n_x) : w_(w), x_(w_, x, n_x) {}
+  Chosen(const Matrix<W>& w, const Weights& weights, const float* x, int64_t n_x)
+      : w_(w), weights_(weights), x_(w_, x, n_x) {}
 
   void Prepare(int64_t m) override { x_.Prepare(m); }
+  void Fetch(int64_t row) const override { FetchRow(weights_, row); }
   void Multiply(int64_t m, const int32_t* at, int64_t n, float* y) const override {
     Rows<W>(w_, x_, m, 1, at, y, n, 0, n);
   }
 
  private:
   const Matrix<W> w_;
+  const Weights weights_;
   Activations<W> x_;
 };
 
@@ -550,7 +553,7 @@ void RowProducts(const Pool& pool, const Weights& weights, const float* x, int64
 std::unique_ptr<ChosenRows> OfChosenRows(const Weights& weights, const float* x, int64_t n_x) {
   std::unique_ptr<ChosenRows> made;
   WithMatrix(weights, [&](const auto& w) {
-    made = std::make_unique<Chosen<typename std::decay_t<decltype(w)>::Kind>>(w, x, n_x);
+    made = std::make_unique<Chosen<typename std::decay_t<decltype(w)>::Kind>>(w, weights, x, n_x);
   });
   return made;
 }

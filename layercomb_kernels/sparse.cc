@@ -4,17 +4,60 @@
 
 #include <limits>
 
-#include "tiles.h"
+#include "vectors.h"
 
 namespace layercomb {
 namespace {
 
-#if defined(LAYERCOMB_WIDE) || defined(__aarch64__)
-constexpr int kTall = 8;  // modules whose sums stay in registers, for two vectors of each
+#if defined(LAYERCOMB_WIDE)
+constexpr int kModules = 8, kWide = 3;  // modules, and vectors of each, whose sums stay in registers
 #else
-constexpr int kTall = 4;
+constexpr int kModules = 4, kWide = 2;
 #endif
-constexpr int64_t kSteps = 32;  // rows of a kernel that stay in the nearest cache
+constexpr int64_t kAhead = 16;  // rows of a kernel between what is read and what is fetched
+
+// to[r] += Σ_k x[r][k] w[k] for R rows of x, and n rows of V vectors of w, `row` apart.
+template <int R, int V>
+void AddTile(const float* const (&x)[R], const float* w, int64_t row, int64_t n,
+             Floats (&to)[R][V]) {
+  Floats sums[R][V];  // copies, which stay in registers
+  const float* its_x[R];
+  LAYERCOMB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    its_x[r] = x[r];
+    LAYERCOMB_UNROLL
+    for (int v = 0; v < V; ++v) sums[r][v] = to[r][v];
+  }
+  for (int64_t k = 0; k < n; ++k, w += row) {
+    Floats its[V];
+    LAYERCOMB_UNROLL
+    for (int v = 0; v < V; ++v) {
+      its[v] = Load<Floats>(w + v * kLanes);
+      __builtin_prefetch(w + kAhead * row + v * kLanes, 0, 2);
+    }
+    LAYERCOMB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const float factor = its_x[r][k];
+      LAYERCOMB_UNROLL
+      for (int v = 0; v < V; ++v) sums[r][v] += factor * its[v];
+    }
+  }
+  LAYERCOMB_UNROLL
+  for (int r = 0; r < R; ++r) {
+    LAYERCOMB_UNROLL
+    for (int v = 0; v < V; ++v) to[r][v] = sums[r][v];
+  }
+}
+
+// to[i] = a[i] · b[i] of n numbers.
+void Multiply(const float* a, const float* b, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats made = Load<Floats>(a + i) * Load<Floats>(b + i);
+    std::memcpy(to + i, &made, sizeof made);
+  }
+  for (; i < n; ++i) to[i] = a[i] * b[i];
+}
 
 class FactoredProduct final : public Product {
  public:
@@ -46,10 +89,7 @@ class FactoredProduct final : public Product {
  private:
   // Multiplies a row of x by a module, and prepares it in the piece that begins with row `begin`.
   void Scale(Product& piece, int64_t row, int64_t begin) {
-    const float* x = x_ + row / a_.n_s * d;
-    const float* module = a_.modules + row % a_.n_s * d;
-    float* to = scaled_ + row * d;
-    for (int64_t i = 0; i < d; ++i) to[i] = x[i] * module[i];
+    Multiply(x_ + row / a_.n_s * d, a_.modules + row % a_.n_s * d, d, scaled_ + row * d);
     piece.Prepare(row - begin);
   }
 
@@ -82,58 +122,65 @@ void Convolution::Keep(int64_t m) const {
 }
 
 void Convolution::Compute(int64_t i) const {
-  const int64_t m = i / n_parts(), cuts = n_parts() / n_p, n = n_f();
-  if (!program.Fits(taken, m, room)) return;
-  const int64_t p = i % n_parts() / cuts, begin = i % cuts * kPart;
-  const int64_t end = std::min(begin + kPart, n_j * step);
-  const int64_t at = m / program.length * (n_p - 1 + room) + program.At(taken, m) + p;
-  float* to = sums + i * n_s * n;
-  std::fill_n(to, n_s * n, 0.0f);
-  for (int64_t r = begin, next; r < end; r = next) {
-    next = std::min({end, r + kSteps, (r / step + 1) * step});
-    const int64_t shift = r / step - (n_j - 1) / 2;  // from a module to the one that it sees
-    const int64_t low = std::max<int64_t>(0, -shift), high = std::min(n_s, n_s - shift);
-    if (low >= high) continue;
-    const Left left{past + at * width() + (low + shift) * step + r % step, step, 1};
-    const float* rows = kernel + (p * n_j * step + r) * n;
-    int64_t f = 0;
-    for (; f + 2 * kLanes <= n; f += 2 * kLanes) {
-      for (int64_t k = 0; k < next - r; ++k) {  // what comes next
-        const float* ahead = rows + (next - r + k) * n + f;
-        __builtin_prefetch(ahead, 0, 2);
-        __builtin_prefetch(ahead + kLanes, 0, 2);
-      }
-      Rows<kTall, 2>(left, {rows + f, n}, high - low, next - r, true, to + low * n + f, n);
-    }
-    for (; f + kLanes <= n; f += kLanes) {
-      Rows<kTall, 1>(left, {rows + f, n}, high - low, next - r, true, to + low * n + f, n);
-    }
-    for (; f < n; ++f) {
-      for (int64_t s = low; s < high; ++s) {
-        const float* its = left.at + (s - low) * step;
-        for (int64_t k = 0; k < next - r; ++k) to[s * n + f] += its[k] * rows[k * n + f];
-      }
+  const int64_t m = i / n_parts(), first = i % n_parts() * kPart;
+  const int64_t n = std::min(kPart, n_f() - first);
+  std::vector<float> made(n_s * n, std::numeric_limits<float>::quiet_NaN());
+  if (program.Fits(taken, m, room)) {
+    const int64_t at = m / program.length * (n_p - 1 + room) + program.At(taken, m);
+    Columns(past + at * width(), first, n, made.data());
+  }
+  for (int64_t f = first, end; f < first + n; f = end) {
+    end = std::min(first + n, (f / step + 1) * step);
+    for (int64_t s = 0; s < n_s; ++s) {
+      const float* from = &made[s * n + f - first];
+      float* to = y[f / step] + m * width() + s * step + f % step;
+      for (int64_t k = 0; k < end - f; ++k) to[k] = from[k] + bias[f + k];
     }
   }
 }
 
-void Convolution::Finish(int64_t m) const {
-  const int64_t n = n_f();
-  const bool fits = program.Fits(taken, m, room);
-  for (size_t i = 0; i < y.size(); ++i) {
-    float* to = y[i] + m * width();
-    if (!fits) {
-      std::fill_n(to, width(), std::numeric_limits<float>::quiet_NaN());
-      continue;
-    }
-    for (int64_t s = 0; s < n_s; ++s, to += step) {
-      const float* its = sums + (m * n_parts() * n_s + s) * n + i * step;
-      for (int64_t k = 0; k < step; ++k) to[k] = bias[i * step + k] + its[k];
-      for (int64_t part = 1; part < n_parts(); ++part) {
-        its += n_s * n;
-        for (int64_t k = 0; k < step; ++k) to[k] += its[k];
+// made[s] = the sums of n columns of the kernel from f on, for all modules.
+void Convolution::Columns(const float* x, int64_t f, int64_t n, float* made) const {
+  const std::vector<float> zeros(step);
+  int64_t s = 0;
+  for (; s + kModules <= n_s; s += kModules) Modules<kModules>(x, zeros.data(), s, f, n, made);
+  for (; s < n_s; ++s) Modules<1>(x, zeros.data(), s, f, n, made);
+}
+
+template <int R>
+void Convolution::Modules(const float* x, const float* zeros, int64_t s, int64_t f, int64_t n,
+                          float* made) const {
+  const auto add = [&](auto& sums, const auto& add_to) {
+    for (int64_t i = 0; i < n_p * n_j; ++i) {
+      const float* its[R];
+      for (int r = 0; r < R; ++r) {
+        const int64_t seen = s + r + i % n_j - (n_j - 1) / 2;
+        its[r] = seen < 0 || seen >= n_s ? zeros : x + i / n_j * width() + seen * step;
       }
+      add_to(its, kernel + i * step * n_f() + f, sums);
     }
+  };
+  const auto vectors = [&](auto n_vectors, int64_t at) {
+    constexpr int V = n_vectors.value;
+    Floats sums[R][V] = {};
+    add(sums, [&](const auto& its, const float* w, auto& sums) {
+      AddTile<R, V>(its, w + at, n_f(), step, sums);
+    });
+    for (int r = 0; r < R; ++r) std::memcpy(&made[(s + r) * n + at], sums[r], sizeof sums[r]);
+  };
+  int64_t j = 0;
+  for (; j + kWide * kLanes <= n; j += kWide * kLanes) {
+    vectors(std::integral_constant<int, kWide>(), j);
+  }
+  for (; j + kLanes <= n; j += kLanes) vectors(std::integral_constant<int, 1>(), j);
+  for (; j < n; ++j) {
+    float sums[R] = {};
+    add(sums, [&](const auto& its, const float* w, auto& sums) {
+      for (int64_t k = 0; k < step; ++k) {
+        for (int r = 0; r < R; ++r) sums[r] += its[r][k] * w[k * n_f() + j];
+      }
+    });
+    for (int r = 0; r < R; ++r) made[(s + r) * n + j] = sums[r];
   }
 }
 
@@ -144,6 +191,10 @@ void Units::Choose(const Choice& choice, int64_t m, int64_t first, int64_t n, fl
   int32_t* at = &at_[m * n_blocks_];
   LargestUnits(choice.inner + m * choice.rank, choice.second, choice.rank, choice.n_units,
                choice.n_block, first, n, at);
+  for (int64_t b = first; b < first + n; ++b) {  // no other reads of memory tell it what comes
+    in_->Fetch(at[b]);
+    FetchRow(choice.out, at[b]);
+  }
   h += m * n_blocks_;
   in_->Multiply(m, at + first, n, h + first);
   for (int64_t b = first; choice.bias && b < first + n; ++b) h[b] += choice.bias[at[b]];

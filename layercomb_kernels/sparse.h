@@ -34,22 +34,25 @@ struct Convolution {
   const int32_t* taken;   // (batch)
   const float *kernel, *bias;
   int64_t n_p, n_j, n_s, step, room;
-  float* sums;            // (n_x, n_parts(), n_s · n_f())
   std::vector<float*> y;  // each (n_x, n_s · step)
 
   int64_t n_f() const { return static_cast<int64_t>(y.size()) * step; }
   int64_t width() const { return n_s * step; }
-  int64_t n_parts() const { return n_p * CeilDiv(n_j * step, kPart); }
+  int64_t n_parts() const { return CeilDiv(n_f(), kPart); }
   int64_t bytes() const { return 4 * n_p * n_j * step * n_f(); }
 
   // Keeps row m of x, if all of its batch fit.
   void Keep(int64_t m) const;
-  // Computes part i % n_parts() of the sums of row i / n_parts().
+  // Computes part i % n_parts() of row i / n_parts(), NaN where that does not fit.
   void Compute(int64_t i) const;
-  // Adds up row m, which is NaN where it does not fit.
-  void Finish(int64_t m) const;
 
-  static constexpr int64_t kPart = 96;  // rows of the kernel, whose sums are apart
+ private:
+  static constexpr int64_t kPart = 48;  // columns of the kernel
+
+  void Columns(const float* x, int64_t f, int64_t n, float* made) const;
+  template <int R>
+  void Modules(const float* x, const float* zeros, int64_t s, int64_t f, int64_t n,
+               float* made) const;
 };
 
 // Units of a feed-forward, of which one of each n_block is chosen: at[m, b] is that of the largest
@@ -61,10 +64,11 @@ class Units {
   // Prepares row m of x.
   void Prepare(int64_t m) { in_->Prepare(m); }
 
-  // What the n_units are chosen by, and biases or null.
+  // What the n_units are chosen by, biases or null, and what is summed up later.
   struct Choice {
     const float *inner, *second, *bias;
     int64_t rank, n_units, n_block;
+    Weights out;
   };
   // Chooses a unit in each of n blocks for row m, and computes it: h[m, b].
   void Choose(const Choice& choice, int64_t m, int64_t first, int64_t n, float* h);

@@ -392,11 +392,62 @@ void Programs(Threads& threads) {
                               {kernel.data(), Type::kFloat32, d, d},
                               positions},
                              results,
-                             x.data(),
-                             y[0]});
+                             {x.data()},
+                             {y[0]}});
            if (taken[0] != 2 + length || results[p].data != taken.data()) std::exit(1);
          });
   }
+}
+
+// Factors, a convolution over modules, its outputs joined as a second output, and chosen units.
+void SparsePrograms(Threads& threads) {
+  constexpr int64_t n_s = 4, step = 5, d = n_s * step, room = 9, batch = 2, length = 3;
+  constexpr int64_t n_x = batch * length, n_units = 24, n_past = batch * (room + 2) * d;
+  constexpr int32_t kValue = static_cast<int32_t>(d);
+  std::vector<float> modules = Floats(n_s * d), features = Floats(step * d), bias = Floats(d),
+                     kernel = Floats(9 * step * 2 * step), two = Floats(2 * step),
+                     down = Floats(d * 3), up = Floats(3 * n_units), units = Floats(n_units);
+  std::vector<int8_t> rows;
+  for (const int32_t i : Numbers(n_units * d, -127, 128)) rows.push_back(static_cast<int8_t>(i));
+  const auto x = Floats(n_x * d), past = Floats(n_past);
+  const int32_t code[] = {
+      256, 10, -1, 0, 80, 112, 144, -3, 176, 192, 240, -2, 9,
+      1, 1, 9, 0, 0, kValue, 2, kValue, 1, 4 * kValue, 0, 1, 1, 2, 0,  // x → 1, scaled
+      0, 1, 4, 1, 0,                                                   // 1 → 2
+      1, 2, 4, 2, 0, 2, kValue, 2, 1,                                  // 2 with its bias,
+      10, 0, 0, 2, kValue, 0, 3, 4, 5, 3, 3, n_s, room, 2, 3, kValue, 4, kValue,  // kept
+      0, 1, 10, 1, 0,                                                  // → 3, 4
+      1, 3, 8, 5, 30, 2, 3, kValue, 4, kValue,                         // 3, 4 → 5, cut
+      4, 0, 1, 3, kValue, 6, 3, 7, 48, 6, 6, 2, 0, 11, 0, 0, 3, kValue, 7, 8, 3,
+      0, 1, 4, 1, 1, 1, 1, 4, 2, 1, 6, 3, 6, 0,                        // 3 → 6, parts 7
+      0, 1, 11, 1, 0, 6, 3, 8, 3, 9, 8, 1, 7, 8,                       // → 8
+      0, 1, 11, 2, 0, 8, 3, 9, kValue, 7, 8, 2, 1,                     // → y
+  };
+  Same("RunProgram of sparse layers", threads, {n_x * d, n_x * 30, n_past},
+       [&](const Pool& pool, float** y) {
+         std::vector<int32_t> taken{2, 7};  // the second row does not fit
+         const Operand positions{taken.data(), Type::kInt32, 1, batch};
+         const auto of = [](std::vector<float>& w, int64_t n) {
+           return Operand{w.data(), Type::kFloat32, static_cast<int64_t>(w.size()) / n, n};
+         };
+         std::copy(past.begin(), past.end(), y[2]);
+         RunProgram(pool, {n_x,
+                           length,
+                           code,
+                           nullptr,
+                           {of(modules, d), of(features, d), of(bias, d), positions,
+                            of(kernel, 2 * step), of(two, step), of(down, 3),
+                            Operand{rows.data(), Type::kInt8, n_units, d}, of(units, 1),
+                            of(up, n_units)},
+                           {{y[2], Type::kFloat32, batch * (room + 2), d}, positions},
+                           {x.data()},
+                           {y[0], y[1]}});
+         for (int64_t i = 0; i < n_x; ++i) {  // NaN equals nothing
+           if ((y[0][i * d] != y[0][i * d]) != (i >= length)) std::exit(1);
+         }
+         std::fill_n(y[0] + length * d, length * d, 0.0f);
+         std::fill_n(y[1] + length * 30, length * 30, 0.0f);
+       });
 }
 
 }  // namespace
@@ -411,5 +462,6 @@ int main() {
   Selected(threads);
   Blocks(threads);
   Programs(threads);
+  SparsePrograms(threads);
   std::puts("all kernels ran");
 }

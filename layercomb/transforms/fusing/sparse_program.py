@@ -18,8 +18,6 @@ import layercomb_kernels
 from layercomb.layers.quantized.matrix import Narrow, rows_of
 from layercomb.transforms.fusing.program import Program, Value, Written, need
 
-_PART = 96  # Convolution::kPart in sparse.h
-
 
 class SparseProgram(Program):
     """Instructions of any layers, sparse ones included."""
@@ -86,68 +84,58 @@ class SparseProgram(Program):
         need(past.shape[2] == x.width and x.width % m == 0, 'modules of another width')
         need(self.operand(past) not in self._written, 'one past for two layers')
         to, n_s, room = self.written(past), x.width // m, past.shape[1] - n_p + 1
-        sums = self._value(x.shape, n_p * -(-n_j * m // _PART) * n_s * f)
         made = [self.like(x) for _ in range(n)]
         its = [self.operand(each) for each in (taken, kernel, bias)]
         number = self._n_convolutions
         self._n_convolutions += 1
-        words = number, x, sums, to, *its, n_p, n_j, n_s, room, n, *made
+        words = number, x, to, *its, n_p, n_j, n_s, room, n, *made
         self._emit('convolve', (0, *words), (x,), (to,))
-        self._emit('convolve', (1, number), (to,), (sums,), by_row=False)
-        self._emit('convolve', (2, number), (sums,), made)
+        self._emit('convolve', (1, number), (to,), made, by_row=False)
         return tuple(made), to
 
     def chosen(
-        self, x: Value, first: Any, controller: tuple[Any, Any], bias: Any, block_size: int
-    ) -> tuple[Value, int]:
-        """The units of each block of N whose logits are largest, of a feed-forward.
+        self, x: Value, kernels: tuple[Any, Any], controller: tuple[Any, Any],
+        biases: tuple[Any, Any], block_size: int, activation: str,
+    ) -> Value:  # fmt: skip
+        """A feed-forward of one unit of each block of N, that whose logits are largest.
 
         Args:
           x: (B, T, D).
-          first: W₁ (F, D), a float32 array or `Narrow`.
+          kernels: W₁ and W₂ (F, D), float32 arrays or `Narrow`.
           controller: (D, R) and (R, F) float32, whose product with x are the logits.
-          bias: (F,) float32, or None.
+          biases: (F,) and (D,) float32, or None.
           block_size: N.
+          activation: of the units, one of `ACTIVATIONS`.
 
         Returns:
-          (B, T, F / N), x times their rows plus their biases; and the number of the choice.
+          (B, T, D).
         """
         down, up = controller
         rank, f = up.shape
         need(_is_float32(up) and f % block_size == 0, 'a controller of another kind')
-        need(bias is None or (_is_float32(bias) and bias.shape == (f,)), 'a bias of another kind')
-        words, scales, _ = _table(first, f, x.width, chosen=True)
-        inner = self.product(x, down, None, (*x.shape[:2], rank))
-        n, at, n_blocks = self._n_choices, self.operand(words), f // block_size
+        for bias, width in zip(biases, (f, x.width), strict=True):
+            known = bias is None or (_is_float32(bias) and bias.shape == (width,))
+            need(known, 'a bias of another kind')
+        first, second = (self._chosen_rows(kernel, f, x.width) for kernel in kernels)
+        b1, b2 = ((first[0] if b is None else self.operand(b), b is not None) for b in biases)
+        n, lead, n_blocks = self._n_choices, x.shape[:2], f // block_size
         self._n_choices += 1
-        h = self._value((*x.shape[:2], n_blocks), n_blocks)
-        its = at, at if scales is None else self.operand(scales)
+        inner = self.product(x, down, None, (*lead, rank))
+        h, y = self._value((*lead, n_blocks), n_blocks), self.like(x)
         prepared, units = ('rounded', n), ('units', n)
-        self._emit('choose', (0, n, x, *its, n_blocks), (x,), (prepared,))
-        second = self.operand(up)
-        last = second if bias is None else self.operand(bias)
-        words = 1, n, inner, h, second, last, bias is not None
+        self._emit('choose', (0, n, x, *first, n_blocks), (x,), (prepared,))
+        words = 1, n, inner, h, self.operand(up), *b1, *second
+        # Floats are prepared by leaving them where they are, so x is read here, too.
         self._emit('choose', words, (x, inner, prepared), (h, units), by_row=False)
-        return h, n
-
-    def sum_chosen(self, h: Value, choice: int, second: Any, bias: Any, like: Value) -> Value:
-        """The sum of the rows of chosen units, times h.
-
-        Args:
-          h: (B, T, F / N).
-          choice: the number of their choice.
-          second: W₂ (F, D), a float32 array or `Narrow`.
-          bias: (D,) float32, or None.
-          like: a value (B, T, D).
-        """
-        d = like.width
-        need(bias is None or (_is_float32(bias) and bias.shape == (d,)), 'a bias of another kind')
-        words, scales, _ = _table(second, second.shape[0], d, chosen=True)
-        y, at = self.like(like), self.operand(words)
-        first, last = (at if a is None else self.operand(a) for a in (scales, bias))
-        code = 2, choice, h, y, at, first, last, bias is not None
-        self._emit('choose', code, (h, ('units', choice)), (y,), by_row=False)
+        a = self.activate(h, activation)
+        self._emit('choose', (2, n, a, y, *second, *b2), (a, units), (y,), by_row=False)
         return y
+
+    def _chosen_rows(self, table: Any, f: int, d: int) -> tuple[int, int]:
+        """The numbers of words and scales of a table whose rows are chosen."""
+        words, scales, _ = _table(table, f, d, chosen=True)
+        at = self.operand(words)
+        return at, at if scales is None else self.operand(scales)
 
 
 def _is_float32(array: Any, ndim: int | None = None) -> bool:

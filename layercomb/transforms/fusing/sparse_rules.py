@@ -83,8 +83,7 @@ def _sparse_ff(layer, program, weights, state, inputs):
     first, second, its = (weights[key] for key in ('in', 'out', 'controller'))
     controller = its['in']['kernel'], its['out']['kernel']
     need(controller[1].shape[1] == layer.d_ff, 'a controller of another width')
-    table, b = first['kernel_transposed'], first.get('bias')
-    h, choice = program.chosen(x, table, controller, b, layer.block_size)
-    h = program.activate(h, layer.activation)
-    b = second['bias'] if layer.use_bias else None
-    return (program.sum_chosen(h, choice, second['kernel'], b, x),), state
+    kernels = first['kernel_transposed'], second['kernel']
+    biases = first.get('bias'), second['bias'] if layer.use_bias else None
+    n, kind = layer.block_size, layer.activation
+    return (program.chosen(x, kernels, controller, biases, n, kind),), state

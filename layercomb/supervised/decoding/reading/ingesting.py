@@ -20,7 +20,7 @@ from layercomb.errors import UsageError
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.layer import Arrays, Key, Layer, outputs_of
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.core.wrapper import Wrapper, given_name
 from layercomb.layers.state.parts import AuxLoss, take_out
 from layercomb.shapes import Signature, is_float
 from layercomb.supervised.decoding.prompts import Start
@@ -30,6 +30,7 @@ from layercomb.supervised.decoding.reading.parts import (
     apply_in_parts,
     with_equal_blocks_once,
 )
+from layercomb.transforms.fusing.layer import Fused
 from layercomb.transforms.quantization.layer import bare
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
@@ -242,6 +243,9 @@ def at_one_position(net: Layer) -> Layer | None:
     if isinstance(net, Tied):
         inner = at_one_position(net.layer)
         return None if inner is None else net.replace(layer=inner)
+    if isinstance(net, Fused):  # prompts are too long for it
+        inner = at_one_position(net.layer)
+        return None if inner is None else inner.replace(name=given_name(net))
     if type(net) is Serial and net.layers:
         named = [layer.replace(name=key) for key, layer in zip(net.keys, net.layers, strict=True)]
         last = at_one_position(named[-1])
