@@ -261,7 +261,7 @@ def _rest(constants: Any, rows: _Rows, n_tokens: jax.Array) -> tuple[jax.Array, 
 
 
 _BLOCK = 16  # the most tokens that are streamed by one call
-_SECONDS = 0.02  # what one call takes, about: a screen shows no more often
+_SECONDS = 0.04  # what one call takes, about: 25 times a second is often enough for a screen
 
 
 @functools.lru_cache(maxsize=16)
