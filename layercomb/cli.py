@@ -211,7 +211,7 @@ def _as_asked(options: argparse.Namespace, calibrate: str | None) -> tuple[Model
         calibrate=calibrate,
         cache=_weight_cache(options),
     )
-    return others.with_caches(model, getattr(options, 'cache', None)), tokenizer
+    return others.with_kv_cache(model, getattr(options, 'kv_cache', None)), tokenizer
 
 
 def _weight_cache(options: argparse.Namespace) -> Path | None:
@@ -225,7 +225,9 @@ def _speculation(options: argparse.Namespace) -> Speculation | None:
     def load(name: str) -> Model:
         cache = _weight_cache(options)
         model = trained(name, bits=options.bits, text=False, cache=cache)[0]
-        return others.with_caches(model, options.cache)
+        with contextlib.suppress(UsageError):  # a draft may keep what it keeps
+            model = others.with_kv_cache(model, options.kv_cache)
+        return model
 
     return arguments.speculation(options, load)
 
@@ -238,14 +240,20 @@ def run_inspect(options: argparse.Namespace) -> None:
     if source.kind not in (sources.RUN, sources.CONFIG):
         others.check_no_run(source, options.gin_param)
         model, _ = others.loaded(source)
-        model = others.with_caches(model, options.cache)
+        model = others.with_kv_cache(model, options.kv_cache)
+        if options.kv_cache is not None and model.layer.n_in > 1:
+            raise UsageError(
+                'inspect tells what decoding takes of language models alone, and this one reads '
+                f'{model.layer.n_in} inputs: leave --kv_cache out'
+            )
         with usage_errors():
             print(summary(model.layer, others.signature_of(model)))
         _print_decoding_bytes(model)
         return
-    if options.cache is not None:
+    if options.kv_cache is not None:
         raise UsageError(
-            f'--cache is about decoding, and of {options.source!r} training is shown: leave it out'
+            f'inspect tells what training {options.source!r} takes, and --kv_cache is about '
+            'decoding: leave it out'
         )
     is_run, file = source.kind == sources.RUN, source.path
     with (

@@ -13,7 +13,9 @@ from layercomb.transforms.rewriting import rewrite
 
 
 def evaluated(net: Layer) -> Layer:
-    """The model without dropout, recomputing, reversing, pieces, casts; its weights are the same.
+    """The model without dropout, recomputing, reversing, pieces, casts and narrow decoding caches.
+
+    Its weights are the same.
 
     Args:
       net: any layer.
@@ -33,6 +35,8 @@ def _one(layer: Any) -> Layer:
     if isinstance(layer, tl.Serial | tl.Residual | tl.ReversibleHalfResidual):
         kept = [each for each in layer.layers if not isinstance(each, tl.Dropout)]
         return layer if len(kept) == len(layer.layers) else layer.replace(layers=tuple(kept))
+    if getattr(layer, 'cache_bits', None) is not None:
+        layer = layer.replace(cache_bits=None)
     if any(field.name == 'dropout' for field in dataclasses.fields(layer)):
         return layer.replace(dropout=0.0) if layer.dropout else layer
     return layer

@@ -66,7 +66,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     add('--text', metavar='FILE', help='a file in UTF-8 to measure the model on')
     add('--window', type=int, help='tokens of the text that are read at once (at most 1024)')
     _bits_option(add)
-    _cache_option(command('inspect', 'source', f'{a_config}, or {_A_MODEL}'))
+    _kv_cache_option(command('inspect', 'source', f'{a_config}, or {_A_MODEL}'))
     _generate_options(of_model('generate'))
     add = of_model('chat')
     add('--system', help='what the model is told before the first turn')
@@ -271,7 +271,7 @@ def _sampling_options(add: Any, advised: str = '') -> None:
     )
     add('--seed', type=int, help=f'of the sample ({_SAMPLING["seed"]})')
     _bits_option(add)
-    _cache_option(add)
+    _kv_cache_option(add)
 
 
 def _draft_options(add: Any, when: str = '') -> None:
@@ -313,12 +313,12 @@ def _bits_option(add: Any) -> None:
     calibration.option(add)
 
 
-def _cache_option(add: Any) -> None:
+def _kv_cache_option(add: Any) -> None:
     add(
-        '--cache',
-        choices=tuple(others.CACHES),
-        help='keep keys and values of the text in 16 or 8 bits, in half or almost a quarter of the '
-        'memory',
+        '--kv_cache',
+        choices=tuple(others.KV_CACHES),
+        help='keep keys and values of the text in 16 or 8 bits, in half or a bit more than a '
+        "quarter of the memory that they take without it, in the activations' dtype",
     )
 
 
@@ -361,4 +361,4 @@ def _serve_options(add: Any) -> None:
     )
     _draft_options(add, ', while one choice is decoded alone')
     _bits_option(add)
-    _cache_option(add)
+    _kv_cache_option(add)

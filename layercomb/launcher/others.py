@@ -22,7 +22,7 @@ from layercomb.model import Model
 from layercomb.shapes import Signature, shape_dtype
 from layercomb.trees import Tree
 
-CACHES: dict[str, CacheBits] = {'bfloat16': 16, 'int8': 8}  # the bits of what --cache names
+KV_CACHES: dict[str, CacheBits] = {'bfloat16': 16, 'int8': 8}  # the bits of what --kv_cache names
 
 
 def loaded(
@@ -122,20 +122,25 @@ def narrowed(
     return Model(*made, model.state)
 
 
-def with_caches(model: Model, kind: str | None) -> Model:
+def with_kv_cache(model: Model, kind: str | None) -> Model:
     """The model with narrow decoding caches.
 
     Args:
       model: a language model.
-      kind: one of `CACHES`; None leaves them.
+      kind: one of `KV_CACHES`; None leaves them.
 
     Raises:
       UsageError: if it has none that can be narrow.
     """
     if kind is None:
         return model
-    with usage_errors():
-        net = transforms.narrow_caches(model.layer, CACHES[kind])
+    try:
+        net = transforms.narrow_caches(model.layer, KV_CACHES[kind])
+    except ValueError:
+        raise UsageError(
+            '--kv_cache is for models that keep keys and values of a text, and this one keeps none '
+            'that can be narrow: leave it out'
+        ) from None
     return Model(net, model.weights, model.state)
 
 

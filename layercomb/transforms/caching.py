@@ -47,4 +47,4 @@ def narrow_caches(net: Layer, bits: CacheBits = 16) -> Layer:
 
 def _has_cache(layer: Any) -> bool:
     """Whether a layer says in how many bits it caches, and caches at all."""
-    return hasattr(layer, 'cache_bits') and layer.causal
+    return hasattr(layer, 'cache_bits') and getattr(layer, 'causal', False) is True

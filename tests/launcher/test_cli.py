@@ -210,12 +210,12 @@ def test_generate_with_narrow_weights(files, capsys):
 
 def test_generate_with_narrow_caches(files, capsys):
     how = ['--prompt', 'cat', '--n_tokens', '4', '--temperature', '0', '--speculate', '2']
-    for more in ([], ['--cache', 'bfloat16'], ['--cache', 'int8', '--bits', '8']):
+    for more in ([], ['--kv_cache', 'bfloat16'], ['--kv_cache', 'int8', '--bits', '8']):
         assert cli.main(['generate', str(files[2]), *how, *more]) == 0
         assert capsys.readouterr().out.startswith('cat')
     for what in files[1:]:
-        said = refused(capsys, 'inspect', what, '--cache', 'int8')
-        assert '--cache is about decoding' in said
+        said = refused(capsys, 'inspect', what, '--kv_cache', 'int8')
+        assert '--kv_cache is about decoding' in said
 
 
 def test_narrow_weights_are_rounded_for_a_text(files, capsys):
@@ -414,7 +414,7 @@ OUT_OF_RANGE = {
     ('--gin_param', "train.tokenizer='bytes'"): 'tokenizer must have encode',
     ('--n_tokens', 'few'): "argument --n_tokens: invalid int value: 'few': see layercomb generate",
     ('--bits', '5'): 'argument --bits: invalid choice',
-    ('--cache', 'int4'): "argument --cache: invalid choice: 'int4'",
+    ('--kv_cache', 'int4'): "argument --kv_cache: invalid choice: 'int4'",
     ('--speculate', '65'): "argument --speculate: a draft has 1 to 64 tokens, got '65'",
     ('--speculate', 'few'): "a draft has 1 to 64 tokens, got 'few': see layercomb generate",
     ('-',): 'give one of --prompt TEXT',

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layercomb import cli, interop
+import layercomb as lc
+from layercomb import cli, interop, transforms
 from layercomb.launcher import terminal
 
 DATA = Path(__file__).parents[1] / 'data'
@@ -47,7 +48,7 @@ def test_the_directory_of_a_run_of_trax(capsys):
 
 def test_inspect_tells_what_narrow_caches_take(capsys):
     takes = []
-    for cache in ((), ('--cache', 'bfloat16'), ('--cache', 'int8')):
+    for cache in ((), ('--kv_cache', 'bfloat16'), ('--kv_cache', 'int8')):
         code, printed = told(capsys, 'inspect', PRETRAINED / 'gpt2', *cache)
         assert code == 0
         found = re.search(r'caches +([\d,]+)', printed)
@@ -69,14 +70,21 @@ def test_a_directory_may_be_named_like_a_file(tmp_path):
         (('eval', PRETRAINED / 'gpt2'), 'is no run, and has nothing to be measured on'),
         (('chat', PRETRAINED / 'bert_hidden'), 'has no tokenizer'),
         (
-            ('inspect', PRETRAINED / 'bert_hidden', '--cache', 'int8'),
-            'has no cache that can be narrow: causal attention',
+            ('inspect', PRETRAINED / 'bert_hidden', '--kv_cache', 'int8'),
+            '--kv_cache is for models that keep keys and values of a text, and this one keeps none',
         ),
     ],
 )
 def test_what_would_mean_nothing_is_refused(words, said, capsys):
     code, printed = told(capsys, *words)
     assert code == 2 and said in printed and printed.count('\n') == 1
+
+
+def test_a_model_with_narrow_caches_is_saved_as_one_without(tmp_path):
+    model, tokenizer = interop.load(PRETRAINED / 'gpt2', dtype='float32')
+    narrow = lc.Model(transforms.narrow_caches(model.layer, 8), model.weights, model.state)
+    interop.save(tmp_path / 'saved', narrow, tokenizer)
+    assert interop.load(tmp_path / 'saved', dtype='float32')[0].layer == model.layer
 
 
 def test_a_text_goes_up_to_the_first_token_that_ends_it():
