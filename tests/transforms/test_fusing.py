@@ -1,7 +1,6 @@
 """Decoding steps as one native call: they are what the layers themselves compute."""
 
 import functools
-import itertools
 import os
 import subprocess
 import sys
@@ -10,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fused_places import check_places
 
 import layercomb as lc
 import layercomb_kernels
 from layercomb import Mode, models, tl, transforms
 from layercomb.supervised import decoding
-from layercomb.transforms.fusing.program import Program, Value
+from layercomb.transforms.fusing.program import Program
 
 pytestmark = pytest.mark.skipif(
     not layercomb_kernels.available(), reason='there are no native kernels here'
@@ -336,23 +336,7 @@ def test_values_that_are_needed_have_places_of_their_own():
             values.append(program.product(a, jnp.zeros((20, 20)), None, (1, 1, 20)))
         else:
             values.append(program.combine('add', a, b))
-    phases = program._phases()
-    begins, size = program._begins(phases, values[-1:])
-    born, last = {}, {}
-    for p, phase in enumerate(phases):
-        for each in phase:
-            for token in (*each.reads, *each.writes):
-                if isinstance(token, Value):
-                    born.setdefault(token, p)
-                    last[token] = p
-    placed = [v for v in born if begins[v.number] >= 0]
-    assert len(placed) > 30
-    for a, b in itertools.combinations(placed, 2):
-        meet = born[a] <= last[b] and born[b] <= last[a]
-        at_a, at_b = begins[a.number], begins[b.number]
-        apart = at_a + a.width <= at_b or at_b + b.width <= at_a
-        assert apart or not meet
-    assert all(begins[v.number] + v.width <= size for v in placed)
+    assert check_places(program, values[-1:]) > 30
 
 
 @pytest.mark.parametrize('given, wanted', [('2', 'True'), ('none', 'LAYERCOMB_THREADS=')])

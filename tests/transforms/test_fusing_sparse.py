@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fused_places import check_places
 
 import layercomb as lc
 import layercomb_kernels
 from layercomb import Mode, models, tl, transforms
 from layercomb.supervised import decoding
+from layercomb.transforms.fusing.program import _OPS, Value
+from layercomb.transforms.fusing.sparse_program import SparseProgram
 
 pytestmark = pytest.mark.skipif(
     not layercomb_kernels.available(), reason='there are no native kernels here'
@@ -190,3 +193,22 @@ def test_weights_of_another_shape_are_refused_as_the_layers_refuse_them(path, sh
         except Exception as e:
             outcomes.append(type(e))
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize('n_features', [8, 300])  # few are computed apart
+def test_values_of_sparse_instructions_have_places_of_their_own(n_features):
+    program = SparseProgram((2, 3, 32), (2, 3, 32))
+    both = program.join(program.inputs, 64)
+    ones = jnp.ones(64)
+    x = program.combine('add', both, program.normalize(both, ones, ones, 1e-6))
+    for _ in range(3):
+        y = program.factored_product(x, jnp.ones((4, 64)), jnp.ones((n_features, 64)), None)
+        y = program.product(program.activate(y, 'relu'), jnp.ones((y.width, 64)), None, (2, 3, 64))
+        kernels = (jnp.ones((32, 64)),) * 2
+        controller = jnp.ones((64, 8)), jnp.ones((8, 32))
+        chosen = program.chosen(y, kernels, controller, (None, None), 8, 'relu')
+        x = program.normalize(program.combine('add', x, chosen), ones, ones, 1e-6)
+    assert check_places(program, (x,)) > 15
+    scaling = [each for each in program._instructions if each.words[0] == _OPS.index('factors')]
+    assert len(scaling) == 3  # they write what is scaled, before the product reads it
+    assert all(any(isinstance(token, Value) for token in each.writes) for each in scaling)

@@ -54,8 +54,8 @@ class SparseProgram(Program):
         self._n_products += 1
         its = self.operand(modules), at, at if scales is None else self.operand(scales)
         prepared = 'prepared', n
-        self._emit('factors', (n, x, y, scaled, *its, *options), (x,), (prepared,))
-        # A part may scale x itself, so x is read here, too.
+        # x is scaled here, or in the parts, which then read it.
+        self._emit('factors', (n, x, y, scaled, *its, *options), (x,), (prepared, scaled))
         self._emit('product', (1, n), (x, prepared), (y, scaled), by_row=False)
         last = at if bias is None else self.operand(bias)
         self._emit('product', (2, n, y, last, bias is not None), (y, scaled), (y,))
