@@ -286,7 +286,8 @@ void QueryAttention(const Pool& pool, const Heads& sizes, const float* query, co
   }
   const int64_t bytes = 4 * n_read * (keys.d + values.d);
   const int64_t n = sizes.n_x * sizes.n_heads;
-  InPieces(pool, bytes, n, Together(pool.n_threads, n, sizes.group), [&](int64_t first, int64_t count) {
+  const int64_t unit = Together(pool.n_threads, n, sizes.group);
+  InPieces(pool, bytes, n, unit, [&](int64_t first, int64_t count) {
     std::vector<float> p(std::min(kTogether, sizes.group) * RoomFor(sizes.n_keys));
     for (int64_t i = first, r; i < first + count; i += r) {
       r = std::min({kTogether, sizes.group - i % sizes.group, first + count - i});

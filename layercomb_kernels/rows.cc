@@ -1,10 +1,10 @@
 // Products of rows of activations with rows of narrow weights.
 //
 // Products of few rows are bound by the memory that weights are read from: each is read once, in
-// order, and widened in registers. Floats are multiplied as such, or bfloat16 in pairs by instructions
-// for them; many rows by floats are multiplied in many.cc and halves.cc. Integers are multiplied with activations rounded to int16, which takes
-// half of the instructions: a sum over pairs of products at once, no conversion of a weight, and a
-// scale for each lane of each piece of a group.
+// order, and widened in registers. Floats are multiplied as such, or bfloat16 in pairs, by
+// instructions for them; many rows by floats are multiplied in many.cc and halves.cc. Integers are
+// multiplied with activations rounded to int16, which takes half of the instructions: a sum over pairs
+// of products at once, no conversion of a weight, and a scale for each lane of each piece of a group.
 
 #include <vector>
 
@@ -136,7 +136,11 @@ class AsHalves {
       const int64_t count = std::clamp<int64_t>(w_.n - j, 0, kLanes);
       const Floats its =
           count == kLanes ? Load<Floats>(from) : Load<Floats>(Padded<float>(from, count).values);
-      const Floats left = its - Round(its, high + j);
+      // What rounding would make infinite is cut instead.
+      const Ints finite = its - its == 0;
+      Floats near = finite & (its > kMost) ? Floats{} + kMost : its;
+      near = finite & (its < -kMost) ? Floats{} - kMost : near;
+      const Floats left = its - Round(near, high + j);
       Round(left - left == 0 ? left : Floats{}, high + size_ + j);
     }
   }
@@ -195,7 +199,8 @@ class AsHalves {
   }
 
  private:
-  static constexpr int kColumns = 32;  // of a vector
+  static constexpr int kColumns = 32;                // of a vector
+  static constexpr float kMost = 3.3895313892515355e38f;  // the largest bfloat16
 
   // Writes the nearest bfloat16 of each, and returns them.
   static Floats Round(Floats x, uint16_t* to) {

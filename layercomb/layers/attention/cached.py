@@ -34,7 +34,8 @@ def cached_attention(
 ) -> jax.Array:
     """Causal `dot_product_attention` to a cache. Narrow keys and values are widened to float32.
 
-    On a CPU a single position reads them as they are. Several need a copy that is float32.
+    On a CPU a single position reads them as they are. Several positions, a bias, and several
+    devices need a float32 copy of the whole cache for a moment.
 
     Args:
       q: (B, H, T, K), floating.

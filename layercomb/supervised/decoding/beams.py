@@ -85,9 +85,9 @@ def beam_search(
     length_penalty = check_value('beam_search', 'length_penalty', length_penalty, _PENALTY)
     start = begin(model, prompts, n_tokens, inputs, eos_id)
     search = _Search(n_beams, n_best, np.int32(n_tokens), length_penalty, as_id(eos_id))
-    logits, state = ingest(start)
+    logits, state = _begun(start, n_beams)
     compile_for(_run, start, search, logits, state)
-    found = _run(start, search, logits, state)
+    found, _ = _run(start, search, logits, state)
     tokens, scores, n_made, is_whole = map(np.asarray, found)
     if not is_whole:
         raise diverged(f'after {n_made} tokens')
@@ -128,18 +128,29 @@ class _Carry(NamedTuple):
     state: Tree  # of B·K rows
 
 
-@jax.jit
-def _run(start: Start, search: _Search, logits: jax.Array, state: Tree) -> tuple[jax.Array, ...]:
+def _begun(start: Start, n_beams: int) -> tuple[jax.Array, Tree]:
+    """Logits (B, V) after the prompts, and a state with each row as often as there are beams."""
+    logits, state = ingest(start)
+    leaves, structure = jax.tree.flatten(state)
+    per_row = tuple(jax.tree.leaves(_per_row(start)))
+    return logits, jax.tree.unflatten(structure, _repeated(leaves, per_row, len(logits), n_beams))
+
+
+@functools.partial(jax.jit, donate_argnums=3)
+def _run(
+    start: Start, search: _Search, logits: jax.Array, state: Tree
+) -> tuple[tuple[jax.Array, ...], Tree]:
     """Tokens, scores, how many tokens were made, and whether all logits gave probabilities.
+
+    The state is returned too, so that caches are written where they are.
 
     Args:
       start: with the prompts.
       search: how.
-      logits, state: after the prompts, as of `ingest`.
+      logits, state: as of `_begun`.
     """
     b, k, n, t = len(start.tokens), search.n_beams, search.n_best, search.n_tokens
     per_row = _per_row(start)
-    state = _repeated(state, per_row, b, k)
     context = tuple(jnp.repeat(x, k, 0) for x in start.context)
     start = dataclasses.replace(start, context=context)
     fill = jnp.maximum(search.eos_id, 0)
@@ -175,7 +186,8 @@ def _run(start: Start, search: _Search, logits: jax.Array, state: Tree) -> tuple
     is_full = carry.length == t
     full = jnp.where(is_full, search.normed(carry.totals, t), -jnp.inf)
     best = _best(search, carry, carry.tokens, full)
-    return *best, carry.length, is_full | has_probabilities(carry.logits).all()
+    is_whole = is_full | has_probabilities(carry.logits).all()
+    return (*best, carry.length, is_whole), carry.state
 
 
 def _choose(search: _Search, carry: _Carry) -> tuple[jax.Array, _Carry]:
@@ -234,16 +246,17 @@ def _per_row(start: Start) -> Tree:
     return jax.tree.map(lambda x, y: x.shape != y.shape, shapes(n), shapes(n + 1))
 
 
-def _repeated(state: Tree, per_row: Tree, n: int, k: int) -> Tree:
-    """A state of n rows with each row k times; some arrays have several lines a row."""
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _repeated(leaves: list[jax.Array], per_row: tuple[bool, ...], n: int, k: int) -> Any:
+    """Leaves of a state of n rows with each row k times; some have several lines a row."""
 
     def repeat(x: jax.Array, is_per_row: bool) -> jax.Array:
         if not is_per_row:
-            return x
+            return jnp.copy(x)  # an array of its own, which may be donated
         rows = jnp.repeat(x.reshape(n, -1, *x.shape[1:]), k, 0)
         return rows.reshape(-1, *x.shape[1:])
 
-    return jax.tree.map(repeat, state, per_row)
+    return [repeat(x, is_per_row) for x, is_per_row in zip(leaves, per_row, strict=True)]
 
 
 def _copied(state: Tree, per_row: Tree, chosen: jax.Array) -> Tree:

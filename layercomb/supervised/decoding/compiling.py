@@ -10,8 +10,9 @@ import numpy as np
 
 from layercomb.transforms import buffers
 
-# What each program was compiled for. Weakly, so that programs go when nobody else has them.
-_known: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+# Hashes of what each program was compiled for, which keep no model. Weakly, so that programs go
+# when nobody else has them.
+_known: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
 
 def compile_for(program: Any, *args: Any) -> None:
@@ -25,7 +26,7 @@ def compile_for(program: Any, *args: Any) -> None:
       *args: of the call, of which only shapes and dtypes are looked at.
     """
     leaves, structure = jax.tree.flatten(args)
-    kind = structure, tuple((np.shape(x), getattr(x, 'dtype', type(x))) for x in leaves)
+    kind = hash((structure, tuple((np.shape(x), getattr(x, 'dtype', type(x))) for x in leaves)))
     known = _known.setdefault(program, set())
     if kind in known:
         return

@@ -2,9 +2,10 @@
 
 Both read the prompt at once, then go one position at a time in ``PREDICT``, with caches that are
 updated in place. Row b of step i draws with a key folded with b and i. So the sample of row b does
-not depend on the other rows, nor on which of the two functions makes it; the same prompt in another
-row gives another sample. `beam_search` looks for the likeliest continuations, and `score` gives the
-likelihood of given texts.
+not depend on the other rows, nor on which of the two functions makes it, but for rounding, which in
+bfloat16 differs between one row and several. The same prompt in another row gives another sample.
+`beam_search` looks for the likeliest continuations, and `score` gives the likelihood of given
+texts.
 
 All numbers are arguments of the programs. A new program is compiled for another model, another
 number of rows, and each length that `round_up` gives. LSH attention with neighbourhood='chunk'
@@ -315,7 +316,9 @@ def _stream(
 
 def _speculate(job: speculating.Job) -> jax.Array:
     """(B, room) tokens, as of `_generate`."""
-    return _rest_checked(job, _begin_speculating(job))[0]
+    texts = _begin_speculating(job)
+    compile_for(_rest_checked, job, texts)
+    return _rest_checked(job, texts)[0]
 
 
 @functools.partial(jax.jit, donate_argnums=1)

@@ -47,6 +47,11 @@ class Settled(NamedTuple):
 
 def _settle(state: Tree, shapes: tuple[tuple[int, ...], ...], lengths: jax.Array) -> Tree:
     leaves, structure = jax.tree.flatten(state)
+    if len(leaves) != len(shapes):
+        raise ValueError(
+            f'in PREDICT, init of these layers makes a state of {len(shapes)} arrays, and apply '
+            f'returns one of {len(leaves)}: return as many as there were'
+        )
     grown = []
     for x, shape in zip(leaves, shapes, strict=True):
         widths = [(0, there - here) for here, there in zip(x.shape, shape, strict=True)]
@@ -66,10 +71,10 @@ def apply_in_parts(
       net: a model, unstacked.
       weights: its weights.
       state: of ``PREDICT``. It becomes the new one part by part, so that memory is free again.
-      inputs: of the model; the last axis of the first one is that of positions.
+      inputs: of the model.
       settled: what becomes of the state then.
     """
-    row = _row(net) if inputs[0].size > FEW else None
+    row = _row(net) if max(x.size for x in inputs) > FEW else None
     if row is None:
         return _call(_whole(net), *settled.part(settled.shapes), weights, state, inputs)
     key = row.key
@@ -180,8 +185,8 @@ def _named(serial: Serial) -> tuple[Layer, ...]:
 def with_equal_blocks_once(net: Layer) -> Layer:
     """A model whose `init` in ``PREDICT`` gives the same state, and traces equal blocks once.
 
-    It gives no weights of the blocks. A model whose blocks do not stand in a row is as it was, and
-    so is a reversible one, whose blocks get other inputs than the row.
+    It gives no weights of the blocks. Two kinds of models stay as they are: those whose blocks do
+    not stand in a row, and reversible ones, whose blocks get other inputs than the row.
 
     Args:
       net: a model, unstacked.
