@@ -32,6 +32,12 @@ def check_fits(n_bytes: int, what: str) -> None:
         )
 
 
+def is_cpu() -> bool:
+    """Whether the first device computes in the memory of the host."""
+    platform: str = jax.devices()[0].platform
+    return platform == 'cpu'
+
+
 def free_bytes() -> int | None:
     """The free memory of the first device, in bytes; None if it is not known."""
     device = jax.devices()[0]

@@ -125,7 +125,6 @@ def fill(
     *,
     ignored: Sequence[str] = (),
     dtype: Any = 'float32',
-    mapped: bool = False,
 ) -> Tree:
     """Makes weights of tensors.
 
@@ -136,7 +135,6 @@ def fill(
       tensors: by name.
       ignored: patterns of names that hold nothing to load, such as a table of sines.
       dtype: of the weights, or a function from a path to the dtype of that weight.
-      mapped: whether weights may be views of what tensors read, where these are as ours.
 
     Returns:
       The weights, a nested dict of JAX arrays.
@@ -151,12 +149,6 @@ def fill(
         like = flat[entry.ours]
         shape = like.shape if entry.layers is None else like.shape[1:]
         given = dtype(entry.ours) if isinstance(dtype, FunctionType) else dtype
-        if mapped and entry.layers is None:
-            tensor = entry.cut(_read(entry.all_names[0], tensors, entry.alike))
-            turned = entry.transposed and tensor.ndim > 1
-            if not turned and buffers.is_ready(tensor, given) and buffers.is_quick(tensor):
-                made[entry.ours] = buffers.taken(tensor.reshape(shape))
-                continue
         stack = buffers.empty((len(entry.names), *shape), jnp.dtype(given))
         for i, names in enumerate(entry.all_names):
             tensor = entry.cut(_read(names, tensors, entry.alike))

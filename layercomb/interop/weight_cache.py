@@ -2,13 +2,15 @@
 
 To lay out the blocks of a file, or to round a wide model, takes longer than anything else at a
 start, and its result is always the same. `weights_of` keeps it, and maps it at the next start:
-nothing is computed or copied, processes share the pages, and the system may drop those that it
-needs otherwise, since they are in the file.
+nothing is computed or copied, processes share the pages, and the system can drop these pages when
+memory is short, and read them again.
 
 An entry is a magic word, the length of a header, a digest, the header in JSON, and the arrays, each
-at a multiple of 64 bytes. It says what it was made of; if that has changed, or the entry is cut off
-or damaged, it is made anew. It is written under another name and then renamed, so it is whole or
-not there. Nothing in it is run.
+at a multiple of 64 bytes. It says what it was made of; if that has changed, if the entry is cut
+off, or if its header is damaged, it is made anew. Of the arrays themselves parts are checked, at
+most 1 MiB, or else starts would not be quick. It is written under another name and then renamed, so
+it is whole or not there. Nothing in it is run, but its numbers are believed: the folder must be
+private. One that others may write is not used, and neither is an entry of another user than root.
 """
 
 from __future__ import annotations
@@ -19,52 +21,64 @@ import hashlib
 import json
 import mmap
 import os
-import shutil
 import sys
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb import paths
-from layercomb.errors import UsageError, UsageWarning, machine_errors
-from layercomb.interop.memory import free_bytes
+from layercomb import paths, trees
+from layercomb.errors import UsageError, UsageWarning
+from layercomb.interop.kept import entries, sources
+from layercomb.interop.kept.entries import MAGIC
+from layercomb.interop.kept.sources import Seen
+from layercomb.interop.memory import free_bytes, is_cpu
 from layercomb.interop.stored import are_sizes, parse_json
 from layercomb.layers.quantized.panels import LAYOUT
 from layercomb.transforms import buffers
+from layercomb.trees import Tree
 from layercomb.version import __version__
 
-LARGEST = 20_000_000_000  # bytes of all entries of a folder
-UNUSED = 30 * 24 * 3600  # seconds after which an entry that nobody used is deleted
-_NAME, _SUFFIX, _PART = 'layercomb-', '.weights', '.part'  # no other file is ever deleted
-_ABANDONED = 24 * 3600  # seconds after which a file that was not finished is deleted
-_MAGIC = b'LCWEIGHT'
-_START = len(_MAGIC) + 8 + hashlib.sha256().digest_size  # bytes before the header
+_START = len(MAGIC) + 8 + hashlib.sha256().digest_size  # bytes before the header
 _LONGEST = 1 << 26  # bytes of a header
-_FILES = ('*.json', '*.safetensors', '*.bin', '*/*.json')  # of a directory
 _SAMPLES, _SAMPLE = 16, 1 << 16  # parts that the digest is of, besides the header, and their bytes
 
 Flat = dict[str, jax.Array]
 
 
+def look(cache: str | Path | None, path: Path) -> Seen | None:
+    """What weights will be made of, for `weights_of`: to be asked before anything of it is read.
+
+    Args:
+      cache: as of `weights_of`.
+      path: of the file or directory.
+    """
+    return None if cache is None else sources.look(path)
+
+
 def weights_of(
-    cache: str | Path | None, source: Path, options: Mapping[str, Any], make: Callable[[], Flat]
+    cache: str | Path | None,
+    source: Seen | None,
+    options: Mapping[str, Any],
+    model: Any,
+    make: Callable[[], Flat],
 ) -> Flat:
     """Weights from the cache; or made, put there, and mapped.
 
     A cache that cannot be used is no error: a warning says so, and the weights are made.
 
     Args:
-      cache: a folder, which is made if it is not there; None makes the weights and writes nothing.
-      source: the file or directory that they are made of.
+      cache: a folder, which is made if it is not there, and must be private; None makes the weights
+        and writes nothing.
+      source: what they are made of, by `look`; None makes them and writes nothing.
       options: what else they depend on, for JSON. Versions of the library and of its layout count
         by themselves.
+      model: what the model has to get, such as `described` shapes, for JSON. An entry of another
+        model is made anew.
       make: makes the weights by path.
 
     Returns:
@@ -76,53 +90,85 @@ def weights_of(
     if cache is None:
         return make()
     folder = paths.local(cache, 'cache')
-    key = _key(source, options)
-    name = hashlib.sha256(json.dumps([str(source.resolve()), dict(options)]).encode()).hexdigest()
-    entry = folder / f'{_NAME}{name[:32]}{_SUFFIX}'
+    if not entries.is_private(folder):
+        _warn(
+            f'the weights are not kept in {str(folder)!r}, where others may write, so each start '
+            'makes them anew: take that away (chmod go-w), or choose another folder, or none'
+        )
+        return make()
+    # What was read so far is of the files as they are, or nothing of the cache fits it.
+    if source is None or not source.is_unchanged():
+        return make()
+    name = json.dumps([str(source.path.resolve()), options], sort_keys=True)
+    entry = entries.entry_of(folder, name)
+    key = _key(source, options, model)
     found = _found(entry, key)
     if found is None:
-        made = make()
-        if key != _key(source, options):  # it was written to in the meantime
-            return made
-        try:
-            _write(entry, key, made)
-        except OSError as e:
-            warnings.warn(
-                f'the weights are not kept in {str(folder)!r} ({e.strerror or e}), so each start '
-                'makes them anew: free some space there, or choose another folder, or none',
-                UsageWarning,
-                stacklevel=2,
-            )
-            return made
-        found = _found(entry, key)
-        if found is None:  # another process has replaced or deleted it
-            return made
-        made.clear()
-        buffers.give_back()
-    _tidy(folder, entry)
+        return _made(entry, key, source, make)
+    entries.tidy(folder, entry)
     return found
 
 
-def _key(source: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the weights depend on, as JSON gives it back."""
-    if source.is_dir():
-        found = (x for pattern in _FILES for x in source.glob(pattern))
-        files = sorted(x for x in found if x.is_file())
-    else:
-        files = [source]
-    with machine_errors('check the path'):
-        known = [(file.resolve(), file.stat()) for file in files]
-    return {
-        'files': [[os.fsencode(x).hex(), it.st_size, it.st_mtime_ns] for x, it in known],
-        'options': dict(options),
+def described(shapes: Tree) -> dict[str, list[Any]]:
+    """Shapes and dtypes by path, for JSON.
+
+    Args:
+      shapes: arrays, or `jax.ShapeDtypeStruct`.
+    """
+    flat = trees.flatten(shapes)
+    return {path: [str(x.dtype), *x.shape] for path, x in flat.items()}
+
+
+def _key(source: Seen, options: Mapping[str, Any], model: Any) -> str:
+    """All that the weights depend on, in JSON: so tuples, and numbers that are none, are equal."""
+    known = {
+        'files': source.files,
+        'options': options,
+        'model': model,
         'version': __version__,
         'layout': LAYOUT,
         'byte order': sys.byteorder,
     }
+    return json.dumps(known, sort_keys=True)
 
 
-def _found(entry: Path, key: Mapping[str, Any]) -> Flat | None:
+def _made(entry: Path, key: str, source: Seen, make: Callable[[], Flat]) -> Flat:
+    """Makes weights, and puts them into the cache if nothing stands in the way."""
+    made = make()
+    if not source.is_unchanged():  # it was written to, replaced or deleted in the meantime
+        return made
+    try:
+        _write(entry, key, made)
+    except OSError as e:
+        if e.errno == errno.EFBIG:
+            return made  # nothing can be done about it
+        cure = 'choose another folder, or none'
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            n_bytes = 2 * sum(x.nbytes for x in made.values())  # no more than half is taken
+            cure = f'see that {n_bytes / 1e6:,.0f} MB are free there, or {cure}'
+        _warn(
+            f'the weights are not kept in {str(entry.parent)!r} ({e.strerror or e}), so each start '
+            f'makes them anew: {cure}'
+        )
+        return made
+    if not is_cpu():  # to map the entry would put all weights on the device once more
+        return made
+    found = _found(entry, key)
+    if found is None:  # another process has replaced or deleted it
+        return made
+    made.clear()
+    buffers.give_back()
+    return found
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UsageWarning, stacklevel=3)
+
+
+def _found(entry: Path, key: str) -> Flat | None:
     """The weights of an entry, mapped; None if it is not there, damaged, or of something else."""
+    if not entries.is_own(entry):
+        return None
     try:
         data = buffers.mapped(entry)
     except (OSError, ValueError):  # an empty file cannot be mapped
@@ -137,7 +183,12 @@ def _found(entry: Path, key: Mapping[str, Any]) -> Flat | None:
 
 
 def _quick(data: np.ndarray) -> np.ndarray:
-    """A mapped entry, or a copy in memory if that is read more quickly and there is room."""
+    """A mapped entry, or a copy in memory if that is read more quickly and there is room.
+
+    Off a CPU all goes to the device once, so the file is as good.
+    """
+    if not is_cpu():
+        return data
     free = free_bytes()
     if buffers.is_quick(data) or free is None or free < 2 * len(data):
         return data
@@ -153,8 +204,8 @@ def _header(data: np.ndarray) -> dict[str, Any]:
       ValueError: if it, or what is sampled of the arrays, is not as it was written.
       UsageError: if it is no JSON.
     """
-    n = int.from_bytes(bytes(data[len(_MAGIC) : len(_MAGIC) + 8]), 'little')
-    if bytes(data[: len(_MAGIC)]) != _MAGIC or n > min(_LONGEST, len(data) - _START):
+    n = int.from_bytes(bytes(data[len(MAGIC) : len(MAGIC) + 8]), 'little')
+    if bytes(data[: len(MAGIC)]) != MAGIC or n > min(_LONGEST, len(data) - _START):
         raise ValueError('no entry')
     if bytes(data[_START - hashlib.sha256().digest_size : _START]) != _digest(data, n):
         raise ValueError('damaged')
@@ -187,33 +238,33 @@ def _array(data: np.ndarray, dtype: str, shape: list[int], first: int) -> np.nda
     return data[first : first + n].view(kind).reshape(shape)
 
 
-def _write(entry: Path, key: Mapping[str, Any], weights: Flat) -> None:
+def _write(entry: Path, key: str, weights: Flat) -> None:
     """Writes an entry, whole or not at all.
 
     Raises:
       OSError: if it cannot be written, or would take more than half of what is free.
     """
     header, size = _described(key, weights)
-    if size > LARGEST:
-        raise OSError(errno.EFBIG, f'{size:,} bytes are more than the {LARGEST:,} of the folder')
-    entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if 2 * size > shutil.disk_usage(entry.parent).free:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with _part(entry) as part:
+    if size > entries.LARGEST:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    entries.make_room(entry.parent, entry, size)
+    with entries.part_of(entry) as part:
         part.seek(_START)
         part.write(header)
         for x in weights.values():
             part.seek(-part.tell() % buffers.ALIGNMENT, os.SEEK_CUR)
+            # Off a CPU, JAX would keep what it brings to the host as long as the array: of a copy.
+            x = x if is_cpu() else jnp.copy(x)
             part.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
         part.truncate(size)
         part.flush()
         with mmap.mmap(part.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             digest = _digest(np.frombuffer(mapped, np.uint8), len(header))
         part.seek(0)  # last, so that what was not finished is no entry
-        part.write(_MAGIC + len(header).to_bytes(8, 'little') + digest)
+        part.write(MAGIC + len(header).to_bytes(8, 'little') + digest)
 
 
-def _described(key: Mapping[str, Any], weights: Flat) -> tuple[bytes, int]:
+def _described(key: str, weights: Flat) -> tuple[bytes, int]:
     """The header of an entry, and the size of the whole."""
 
     def header(start: int) -> tuple[bytes, int]:
@@ -229,43 +280,3 @@ def _described(key: Mapping[str, Any], weights: Flat) -> tuple[bytes, int]:
     room = len(header(1 << 60)[0])
     made, size = header(_START + room)
     return made.ljust(room), size
-
-
-@contextlib.contextmanager
-def _part(entry: Path) -> Iterator[IO[bytes]]:
-    """A file that becomes the entry at the end, and is removed after an error."""
-    made, name = tempfile.mkstemp(_PART, _NAME, entry.parent)
-    try:
-        with os.fdopen(made, 'w+b') as opened:
-            yield opened
-            opened.flush()
-            os.fsync(opened.fileno())
-            if hasattr(os, 'posix_fadvise'):  # what was written in parts is cached in small pages
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        os.replace(name, entry)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-def _tidy(folder: Path, used: Path) -> None:
-    """Notes that an entry was used; deletes others that were not for long, and those too many."""
-    now, total = time.time(), 0
-    with contextlib.suppress(OSError):  # a folder that can only be read
-        os.utime(used)
-    known = []
-    for file in folder.glob(f'{_NAME}*'):
-        with contextlib.suppress(OSError):  # another process may have deleted it
-            known.append((file.stat().st_mtime, file.stat().st_size, file))
-    for last, size, file in sorted(known, reverse=True):
-        if file.suffix == _PART:
-            old = now - last > _ABANDONED
-        elif file.suffix == _SUFFIX:
-            total += size
-            old = file != used and (now - last > UNUSED or total > LARGEST)
-        else:
-            continue
-        if old:
-            with contextlib.suppress(OSError):
-                file.unlink()

@@ -13,7 +13,7 @@ from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, usage_errors
 from layercomb.interop.tensors import shapes_of
 from layercomb.interop.tokenizer import PretrainedTokenizer
-from layercomb.interop.weight_cache import weights_of
+from layercomb.interop.weight_cache import described, look, weights_of
 from layercomb.launcher import calibration, sources
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.decoding.narrow import CacheBits
@@ -63,21 +63,32 @@ def _narrowed_once(path: Path, bits: int, cache: Path) -> tuple[Model, Any]:
     from layercomb import interop
     from layercomb.interop import descriptions
 
+    seen = look(cache, path)  # before anything is read: files may be replaced
     net, tokenizer = descriptions.of(path)
     layers: list[Layer] = []
 
-    def described(weights: Tree) -> Tree:
+    def abstract(weights: Tree) -> Tree:
         made = narrowed(Model(net, weights), bits)
         layers.append(made.layer)
         return made.weights or {}
 
     def make() -> dict[str, Any]:
-        wide, _ = interop.load(path, dtype='float32')
-        return dict(trees.flatten(narrowed(wide, bits).weights or {}))
+        nonlocal tokenizer
+        wide, tokenizer = interop.load(path, dtype='float32')
+        made = narrowed(wide, bits)
+        layers.append(made.layer)  # of the same files as the weights
+        return dict(trees.flatten(made.weights or {}))
 
-    jax.eval_shape(described, shapes_of(net, interop.signature(Model(net))))
-    weights = weights_of(cache, path, {'reader': 'narrowed', 'bits': bits}, make)
-    return Model(layers[0], trees.unflatten(weights)), tokenizer
+    shapes = jax.eval_shape(abstract, shapes_of(net, interop.signature(Model(net))))
+    options = {'reader': 'narrowed', **_rounding(bits)}
+    weights = weights_of(cache, seen, options, described(shapes), make)
+    return Model(layers[-1], trees.unflatten(weights)), tokenizer
+
+
+def _rounding(bits: int) -> dict[str, Any]:
+    """All options of `transforms.quantize` that say what weights become."""
+    group_size = 32 if bits == 4 else 64  # 4 bits lose much less in small groups
+    return {'bits': bits, 'group_size': group_size, 'smallest': 4096, 'activation_bits': 16}
 
 
 def check_no_run(source: sources.Source, bindings: Sequence[str], checkpoint: str = 'last') -> None:
@@ -113,12 +124,12 @@ def narrowed(
     """
     if bits is None:
         return model
-    group_size = 32 if bits == 4 else 64  # 4 bits lose much less in small groups
+    options = _rounding(bits)
     if calibrate is not None:
         if tokenizer is None:
             raise UsageError('--calibrate reads a text, and the model has no tokenizer for it')
-        return calibration.narrowed(model, bits, group_size, calibrate, tokenizer)
-    made = transforms.quantize(model.layer, model.weights or {}, bits, group_size)
+        return calibration.narrowed(model, bits, options['group_size'], calibrate, tokenizer)
+    made = transforms.quantize(model.layer, model.weights or {}, **options)
     return Model(*made, model.state)
 
 

@@ -99,16 +99,6 @@ def _kib(mapping: str, name: str) -> int:
     return 0 if found is None else int(found[1])
 
 
-def is_ready(x: np.ndarray, dtype: Any) -> bool:
-    """Whether JAX on a CPU takes the memory of an array as it is.
-
-    Args:
-      x: an array, such as a view of a mapped file.
-      dtype: that it is to have.
-    """
-    return x.dtype == dtype and x.flags.c_contiguous and x.ctypes.data % ALIGNMENT == 0
-
-
 def is_shareable(x: Any) -> bool:
     """Whether slices of an array may share its memory: it is in that of a CPU, in one piece.
 

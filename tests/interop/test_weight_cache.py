@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import jax
@@ -18,11 +16,14 @@ import pytest
 
 import layercomb as lc
 from layercomb import models, tl, transforms, trees
-from layercomb.errors import UsageWarning
 from layercomb.interop import gguf, huggingface, safetensors, weight_cache
+from layercomb.interop.gguf.blocks import BLOCKS
+from layercomb.interop.gguf.weights import _integers
+from layercomb.interop.kept import entries, sources
 from layercomb.layers.quantized import panels
 from layercomb.supervised import Loop, TrainTask
 from layercomb.transforms import buffers
+from layercomb.transforms.quantization.holding import Kind
 from tests.interop.tiny import PRETRAINED
 
 SIZES = {'vocab_size': 96, 'd_model': 64, 'd_ff': 96, 'n_layers': 3, 'n_heads': 4, 'max_len': 64}
@@ -58,6 +59,12 @@ def made(monkeypatch):
 def entry_in(cache):
     (entry,) = cache.iterdir()
     return entry
+
+
+def kept(cache, source, weights, options=(), model=None):
+    """Weights by way of the cache, as of a source that is read now."""
+    seen = weight_cache.look(cache, source)
+    return weight_cache.weights_of(cache, seen, dict(options), model, lambda: dict(weights))
 
 
 def mappings(path):
@@ -123,12 +130,26 @@ def changed_file(file, entry, monkeypatch):
     os.utime(file, ns=(1, 1))
 
 
+def another_file_of_the_same_size_and_time(file, entry, monkeypatch):
+    told, other = file.stat(), file.with_name('other')
+    shutil.copy(file, other)
+    os.replace(other, file)
+    os.utime(file, ns=(told.st_atime_ns, told.st_mtime_ns))
+    assert file.stat().st_mtime_ns == told.st_mtime_ns
+
+
 def another_version(file, entry, monkeypatch):
     monkeypatch.setattr(weight_cache, '__version__', '99')
 
 
 def another_layout(file, entry, monkeypatch):
     monkeypatch.setattr(weight_cache, 'LAYOUT', 99)
+
+
+def another_owner(file, entry, monkeypatch):
+    own = entry.stat().st_ino
+    is_own = entries.is_own
+    monkeypatch.setattr(entries, 'is_own', lambda path: is_own(path) and path.stat().st_ino != own)
 
 
 def cut_off(file, entry, monkeypatch):
@@ -167,8 +188,9 @@ def nothing_but_noise(file, entry, monkeypatch):
 @pytest.mark.parametrize(
     'change',
     [
-        changed_file, another_version, another_layout, cut_off, cut_off_in_the_header, empty,
-        longer, nothing_but_noise, *(flipped(at) for at in (0, 9, 15, 20, 70, 300, 5000, -1)),
+        changed_file, another_file_of_the_same_size_and_time, another_version, another_layout,
+        another_owner, cut_off, cut_off_in_the_header, empty, longer, nothing_but_noise,
+        *(flipped(at) for at in (0, 9, 15, 20, 70, 300, 5000, -1)),
     ],
 )  # fmt: skip
 def test_what_is_stale_or_damaged_is_made_anew(change, file, cache, made, monkeypatch):
@@ -181,6 +203,90 @@ def test_what_is_stale_or_damaged_is_made_anew(change, file, cache, made, monkey
     assert made == [1, 1] and len(list(cache.iterdir())) == 1
 
 
+def replaced_after(monkeypatch, module, name, file, other):
+    """Puts another file in the place of a file when a function has read what it reads."""
+    function = getattr(module, name)
+
+    def swapping(*given):
+        read = function(*given)
+        if other.exists():
+            os.replace(other, file)
+        return read
+
+    monkeypatch.setattr(module, name, swapping)
+
+
+def test_a_gguf_file_that_is_replaced_between_its_parts_is_not_kept(file, cache, monkeypatch):
+    plain, _ = gguf.load(file)
+    other = file.with_name('other.gguf')
+    halves = jax.tree.map(lambda x: x * 0.5, gguf.load(file, dtype='float32')[0].weights)
+    gguf.save(other, lc.Model(gguf.load(file, dtype='float32')[0].layer, halves), dtype='q8_0')
+    wanted, _ = gguf.load(other)
+    replaced_after(monkeypatch, gguf.loading, 'config_of_file', file, other)
+    model, _ = gguf.load(file, cache=cache)
+    same(model.weights, plain.weights)
+    assert not cache.exists() and not other.exists()
+    for _ in range(2):
+        same(gguf.load(file, cache=cache)[0].weights, wanted.weights)
+
+
+def test_a_directory_that_changes_between_its_parts_is_not_kept(directory, cache, monkeypatch):
+    file = directory / 'model.safetensors'
+    other = shutil.copy(file, directory / 'other')
+    replaced_after(monkeypatch, huggingface.loading, 'tensors_in', file, Path(other))
+    plain, _ = huggingface.load(directory, dtype='bfloat16')
+    shutil.copy(file, other)
+    same(huggingface.load(directory, dtype='bfloat16', cache=cache)[0].weights, plain.weights)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize('at', [0, 65_535, 65_536, -1])
+def test_a_digest_tells_files_apart_that_are_alike_otherwise(tmp_path, at, monkeypatch):
+    data = bytearray(300_000)
+    (tmp_path / 'source').write_bytes(data)
+    told = (tmp_path / 'source').stat()
+    monkeypatch.setattr(sources.os, 'fstat', lambda descriptor: told)
+    seen = sources.look(tmp_path / 'source')
+    assert seen.is_unchanged()
+    data[at] = 1
+    (tmp_path / 'source').write_bytes(data)
+    assert not seen.is_unchanged()
+
+
+@pytest.mark.parametrize('options', [{'a': (1, 2)}, {'a': float('nan')}, {1: None}])
+def test_options_that_json_writes_otherwise_are_found_again(options, cache, tmp_path, made):
+    source = tmp_path / 'source'
+    source.touch()
+    for _ in range(2):
+        kept(cache, source, {'x': jnp.ones(3)}, options, options)
+    assert made == [1]
+
+
+def test_an_entry_of_another_model_or_of_other_options_is_not_used(cache, tmp_path, made):
+    source = tmp_path / 'source'
+    source.touch()
+    for i, (options, n) in enumerate([({}, 3), ({}, 4), ({'group_size': 32}, 4)]):
+        like = weight_cache.described({'a': {'b': jax.ShapeDtypeStruct((n, 2), 'int8')}})
+        assert like == {'a/b': ['int8', n, 2]}
+        for _ in range(2):
+            found = kept(cache, source, {'a/b': jnp.ones((n, 2), 'int8')}, options, like)
+            assert found['a/b'].shape == (n, 2)
+        assert len(made) == i + 1
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_off_a_cpu_weights_are_there_once(cache, tmp_path, made, monkeypatch):
+    source = tmp_path / 'source'
+    source.touch()
+    weights = {'x': jnp.arange(5)}
+    monkeypatch.setattr(weight_cache, 'is_cpu', lambda: False)
+    monkeypatch.setattr(weight_cache, 'free_bytes', lambda: pytest.fail('that of the device'))
+    first = kept(cache, source, weights)
+    assert first['x'] is weights['x'] and made == [1]
+    np.testing.assert_array_equal(kept(cache, source, weights)['x'], weights['x'], strict=True)
+    assert made == [1]
+
+
 def test_a_file_that_changes_while_it_is_read_is_not_kept(cache, tmp_path):
     source = tmp_path / 'source'
     source.write_text('before')
@@ -189,7 +295,23 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(cache, tmp_path):
         source.write_text('afterwards')
         return {'x': jnp.ones(3)}
 
-    assert weight_cache.weights_of(cache, source, {}, make)['x'].shape == (3,)
+    seen = weight_cache.look(cache, source)
+    assert weight_cache.weights_of(cache, seen, {}, None, make)['x'].shape == (3,)
+    assert not cache.exists()
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_no_error(cache, tmp_path):
+    source = tmp_path / 'source'
+    source.touch()
+    seen = weight_cache.look(cache, source)
+
+    def make():
+        source.unlink()
+        return {'x': jnp.ones(3)}
+
+    assert weight_cache.weights_of(cache, seen, {}, None, make)['x'].shape == (3,)
+    assert weight_cache.look(cache, source) is None
+    assert kept(cache, source, {'x': jnp.ones(4)})['x'].shape == (4,)
     assert not cache.exists()
 
 
@@ -202,7 +324,7 @@ def test_arrays_of_any_size_lie_at_multiples_of_64_bytes(dtype, cache, tmp_path)
         f'a/{i}': jnp.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
         for i, shape in enumerate(shapes)
     }
-    found = weight_cache.weights_of(cache, source, {}, lambda: dict(weights))
+    found = kept(cache, source, weights)
     same(trees.unflatten(found), trees.unflatten(weights))
     for x in found.values():
         assert not x.size or x.unsafe_buffer_pointer() % buffers.ALIGNMENT == 0
@@ -221,22 +343,6 @@ def test_a_donated_weight_is_copied_and_its_file_stays(file, cache):
     same(again.weights, wanted.weights)
 
 
-def aligned(directory, offset):
-    """Moves the numbers of a safetensors file to begin at an offset from a multiple of 64."""
-    path = directory / 'model.safetensors'
-    data = path.read_bytes()
-    n = int.from_bytes(data[:8], 'little')
-    header = json.loads(data[8 : 8 + n])
-    # Each tensor of these has a multiple of 64 bytes.
-    assert not any(first % 64 for first, _ in (
-        each['data_offsets'] for name, each in header.items() if name != '__metadata__'
-    ))  # fmt: skip
-    text = json.dumps(header).encode()
-    text = text.ljust(len(text) + (offset - 8 - len(text)) % 64)
-    path.unlink()
-    path.write_bytes(len(text).to_bytes(8, 'little') + text + data[8 + n :])
-
-
 @pytest.fixture
 def directory(tmp_path):
     net = models.GPT2(vocab_size=96, d_model=64, d_ff=96, n_layers=2, n_heads=4, max_len=64)
@@ -245,23 +351,21 @@ def directory(tmp_path):
     return tmp_path / 'model'
 
 
-@pytest.mark.parametrize('offset', [0, 4, 8, 32, 60])
-def test_safetensors_are_mapped_where_they_begin_at_multiples_of_64(directory, cache, offset):
-    aligned(directory, offset)
-    plain, _ = huggingface.load(directory)
-    model, _ = huggingface.load(directory, cache=cache)
-    assert not cache.exists()
-    same(model.weights, plain.weights)
-    if sys.platform == 'linux':
-        path = directory / 'model.safetensors'
-        found = {name for name, x in trees.flatten(model.weights).items() if is_mapped(x, path)}
-        assert ('embedding/table' in found) == (offset == 0), found
-        assert not any(is_mapped(x, path) for x in trees.flatten(plain.weights).values())
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux tells what is mapped')
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_no_file_of_the_user_is_mapped(directory, cache, dtype):
+    path = directory / 'model.safetensors'
+    model, _ = huggingface.load(directory, dtype=dtype, cache=cache)
+    wanted = {k: np.array(x) for k, x in trees.flatten(model.weights).items()}
+    assert cache.exists() == (dtype == 'bfloat16') and not mappings(path)
+    with path.open('r+b') as opened:
+        opened.write(bytes(path.stat().st_size))
+    os.truncate(path, 100)
+    same(trees.flatten(model.weights), wanted)
 
 
-def test_a_mapped_file_may_be_replaced_by_its_own_weights(directory, cache):
-    aligned(directory, 0)
-    model, _ = huggingface.load(directory, cache=cache)
+def test_a_file_may_be_replaced_by_its_own_weights(directory, cache):
+    model, _ = huggingface.load(directory, dtype='bfloat16', cache=cache)
     wanted = {k: np.array(x) for k, x in trees.flatten(model.weights).items()}
     safetensors.save_weights(directory / 'model.safetensors', model.weights)
     same(trees.flatten(model.weights), wanted)
@@ -278,17 +382,18 @@ def trained(net, weights, trainable=None):
     return loop.weights
 
 
-def test_training_starts_from_mapped_weights_and_leaves_their_file_alone(directory, cache):
-    aligned(directory, 0)
-    path = directory / 'model.safetensors'
-    before = path.read_bytes()
+def test_training_starts_from_mapped_weights_and_leaves_their_entry_alone(directory, cache):
     plain, _ = huggingface.load(directory)
-    model, _ = huggingface.load(directory, cache=cache)
-    made = trained(model.layer, model.weights)
+    flat = trees.flatten(plain.weights)
+    weights = trees.unflatten(kept(cache, directory, dict(flat)))
+    before = entry_in(cache).read_bytes()
+    if sys.platform == 'linux':
+        assert all(is_mapped(x, entry_in(cache)) for x in trees.flatten(weights).values())
+    made = trained(plain.layer, weights)
     same(made, trained(plain.layer, plain.weights))
     assert not np.array_equal(made['embedding']['table'], plain.weights['embedding']['table'])
-    same(model.weights, plain.weights)
-    assert path.read_bytes() == before
+    same(weights, plain.weights)
+    assert entry_in(cache).read_bytes() == before
 
 
 def test_adapters_train_over_mapped_weights(file, cache):
@@ -331,78 +436,21 @@ def test_two_processes_at_once_do_no_harm(file, cache):
     assert entry_in(cache).suffix == '.weights'
 
 
-def refuses(file, cache, why):
-    wanted, _ = gguf.load(file)
-    with pytest.warns(UsageWarning, match=why) as told:
-        model, _ = gguf.load(file, cache=cache)
-    same(model.weights, wanted.weights)
-    assert len(told) == 1 and '\n' not in str(told[0].message)
+def checksum(x):
+    """A sum that tells where each byte is; of scales in float32, of four digits."""
+    x = np.asarray(x)
+    x = np.round(x * 1e4).astype(np.int32) if x.dtype == np.float32 else x
+    data = np.ascontiguousarray(x).reshape(-1).view(np.uint8).astype(np.uint64)
+    return int((data * np.arange(1, data.size + 1, dtype=np.uint64)).sum() % 2**32)
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(file, cache, monkeypatch):
-    def refused(*given, **more):
-        raise PermissionError(13, 'Permission denied')
-
-    with monkeypatch.context() as patched:
-        patched.setattr(weight_cache.tempfile, 'mkstemp', refused)
-        refuses(file, cache, r'not kept in .*cache.* \(Permission denied\), so each start makes')
-    gguf.load(file, cache=cache)
-    with monkeypatch.context() as patched, warnings.catch_warnings():
-        warnings.simplefilter('error')
-        for name in ('utime', 'replace'):
-            patched.setattr(weight_cache.os, name, refused)
-        gguf.load(file, cache=cache)  # what is there can be read
-
-
-def test_a_file_in_the_place_of_the_folder_costs_a_warning(file, cache):
-    cache.write_text('')
-    refuses(file, cache, 'not kept')
-    assert cache.read_text() == ''
-
-
-def test_a_full_disk_costs_a_warning_and_leaves_nothing(file, cache, monkeypatch):
-    usage = shutil.disk_usage('/')
-    with monkeypatch.context() as patched:
-        patched.setattr(weight_cache.shutil, 'disk_usage', lambda path: usage._replace(free=1000))
-        refuses(file, cache, 'No space left')
-
-    def full(descriptor):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(weight_cache.os, 'fsync', full)
-    refuses(file, cache, 'No space left')
-    assert not list(cache.iterdir())
-
-
-def test_what_is_too_large_is_not_kept(file, cache, monkeypatch):
-    monkeypatch.setattr(weight_cache, 'LARGEST', 100)
-    refuses(file, cache, 'bytes are more than the 100 of the folder')
-    assert not cache.exists()
-
-
-def test_entries_are_deleted_after_a_while_or_when_they_are_many(cache, tmp_path, monkeypatch):
-    def keep(name):
-        source = tmp_path / name
-        source.touch()
-        there = set(cache.glob('*'))
-        weight_cache.weights_of(cache, source, {}, lambda: {'x': jnp.zeros(1000)})
-        return (set(cache.glob('*')) - there).pop()
-
-    first = keep('a')
-    others = [cache / name for name in ('my.weights', 'layercomb-notes.txt', 'x.part')]
-    parts = [cache / 'layercomb-1.part', cache / 'layercomb-2.part']
-    for path in (*others, *parts):
-        path.write_text('')
-    for path in (first, *others, parts[0]):
-        os.utime(path, (1e9, 1e9))
-    second = keep('b')
-    assert {second, *others, parts[1]} == set(cache.iterdir())
-    os.utime(second, (second.stat().st_mtime - 100,) * 2)
-    third = keep('c')
-    assert second.exists()
-    monkeypatch.setattr(weight_cache, 'LARGEST', third.stat().st_size * 3 // 2)
-    keep('c2')
-    assert not second.exists() and not third.exists()
+def of_blocks(name, kind):
+    """Values and scales of blocks with every byte but for their float16 numbers."""
+    blocks = next(x for x in BLOCKS.values() if x.name.lower() == name)
+    data = (np.arange(16 * 2 * blocks.n_bytes) * 7919 % 251).astype(np.uint8)
+    data = data.reshape(16, 2, blocks.n_bytes)
+    data[..., : 4 if blocks.minima else 2] = [1, 44, 2, 40][: 4 if blocks.minima else 2]
+    return _integers(blocks, data.reshape(16, -1), kind)
 
 
 def test_the_layout_is_that_of_its_number():
@@ -411,7 +459,22 @@ def test_the_layout_is_that_of_its_number():
     scales = np.arange(32 * 2, dtype=np.float32).reshape(32, 2)
     words, interleaved = panels.of_rows(values.astype(np.int8), scales, 1)
     packed, _ = panels.of_rows(values.astype(np.uint8), scales, 1)
-    at = np.arange(1, words.size + 1, dtype=np.uint64)
-    sums = [int((np.ravel(x).view(np.uint32) * at[: x.size]).sum() % 2**32)
-            for x in (words, packed, interleaved)]  # fmt: skip
-    assert (panels.LAYOUT, sums) == (1, [192598085, 107098784, 1572864000])
+    kernel = jnp.asarray(np.random.default_rng(0).standard_normal((32, 64)), jnp.float32)
+    rounded = [
+        x
+        for bits in (8, 4)
+        for x in trees.flatten(
+            transforms.quantize(tl.Dense(64), {'kernel': kernel}, bits, 32, smallest=1)[1]
+        ).values()
+    ]
+    read = [
+        x
+        for name, kind in (('q8_0', Kind(8, 32)), ('q4_1', Kind(4, 32, True, True)))
+        for x in of_blocks(name, kind)
+    ]
+    every = [words, packed, interleaved, *rounded, *read]
+    of_panels = [268433987, 267954255, 2073947]
+    of_rounding = [265462962, 1411772, 68952073, 15116076]
+    of_files = [65862112, 233920, 16996464, 180672]
+    sums = [checksum(x) for x in every]
+    assert (panels.LAYOUT, sums) == (1, [*of_panels, *of_rounding, *of_files])

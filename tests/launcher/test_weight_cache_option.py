@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,7 +13,7 @@ import pytest
 
 import layercomb as lc
 from layercomb import cli, interop, models, trees
-from layercomb.interop import weight_cache
+from layercomb.interop import descriptions, weight_cache
 from layercomb.launcher import compile_cache
 
 GPT2 = Path(__file__).parents[1] / 'data' / 'pretrained' / 'gpt2'
@@ -30,7 +33,7 @@ def made(monkeypatch):
     written, write = [], weight_cache._write
 
     def kept(entry, key, weights):
-        written.append(key['options'])
+        written.append(json.loads(key)['options'])
         write(entry, key, weights)
 
     monkeypatch.setattr(weight_cache, '_write', kept)
@@ -60,7 +63,8 @@ def test_the_second_command_maps_what_the_first_has_kept(file, home, made, capsy
     assert generated(capsys, file) == first and made == [{'reader': 'gguf'}]
     assert len(list(home.iterdir())) == 1 and home.stat().st_mode & 0o777 == 0o700
     assert generated(capsys, file, '--bits', '4') == generated(capsys, file, '--bits', '4')
-    assert made[1:] == [{'reader': 'narrowed', 'bits': 4}]
+    options = {'bits': 4, 'group_size': 32, 'smallest': 4096, 'activation_bits': 16}
+    assert made[1:] == [{'reader': 'narrowed', **options}]
 
 
 @pytest.mark.parametrize('source', ['directory', 'file'])
@@ -76,6 +80,31 @@ def test_narrowed_models_are_the_same(source, bits, file, tmp_path, made):
         for name, x in one.items():
             np.testing.assert_array_equal(x, other[name], strict=True)
     assert len(made) == 1
+
+
+def test_a_file_that_is_replaced_between_its_parts_is_not_kept(file, tmp_path, made, monkeypatch):
+    source, cache = Path(shutil.copy(file, tmp_path / 'tiny.gguf')), tmp_path / 'cache'
+    wider = models.Llama(100, 32, 48, 1, 2, 2, max_len=64)
+    weights, _ = wider.init((lc.shape_dtype((1, 8), 'int32'),), jax.random.key(3))
+    interop.save(tmp_path / 'other.gguf', lc.Model(wider, weights), dtype='q8_0')
+    plain, _ = cli.trained(str(tmp_path / 'other.gguf'), bits=4, text=False)
+    of = descriptions.of
+
+    def swapping(path):
+        read = of(path)
+        os.replace(tmp_path / 'other.gguf', source)
+        return read
+
+    with monkeypatch.context() as patched:
+        patched.setattr(descriptions, 'of', swapping)
+        model, tokenizer = cli.trained(str(source), bits=4, text=False, cache=cache)
+    assert not made and tokenizer is None and model.layer == plain.layer
+    again, _ = cli.trained(str(source), bits=4, text=False, cache=cache)
+    assert len(made) == 1
+    for each in (model, again):
+        one, other = trees.flatten(each.weights), trees.flatten(plain.weights)
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(x, other[name]) for name, x in one.items())
 
 
 def test_it_can_be_turned_off(file, home, made, capsys, monkeypatch):

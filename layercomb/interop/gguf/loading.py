@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from layercomb import paths
 from layercomb.errors import UsageError, usage_errors
 from layercomb.interop.chat_template import ChatTemplate
 from layercomb.interop.configs import Config
@@ -17,7 +18,7 @@ from layercomb.interop.gguf.vocabulary import vocabulary
 from layercomb.interop.gguf.weights import load_narrow, load_wide
 from layercomb.interop.tensors import shapes_of
 from layercomb.interop.tokenizer import PretrainedTokenizer, sampling_advice
-from layercomb.interop.weight_cache import weights_of
+from layercomb.interop.weight_cache import look, weights_of
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
 from layercomb.transforms.buffers import give_back
@@ -60,6 +61,7 @@ def load(
             f'dtype={dtype!r}: give float32, or nothing to keep weights as narrow as in the file; '
             'quantize the float32 model for other dtypes'
         )
+    seen = look(cache, paths.local(path, 'path'))  # before it is opened: it may be replaced
     file = read(path)
     architecture = architecture_of(file)
     config = config_of_file(file, architecture)
@@ -75,7 +77,7 @@ def load(
     ignored = (FACTORS.replace('.', r'\.'),)
     what = repr(str(file.path))
     if dtype is None:
-        kept = partial(weights_of, cache, file.path, {'reader': 'gguf'})
+        kept = partial(weights_of, cache, seen, {'reader': 'gguf'})
         net, weights = load_narrow(net, shapes, entries, tensors, ignored, what, kept)
     else:
         net, weights = load_wide(net, shapes, entries, tensors, ignored, what)

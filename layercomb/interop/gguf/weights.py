@@ -31,7 +31,7 @@ from layercomb.interop.gguf.file import Stored
 from layercomb.interop.memory import check_fits
 from layercomb.interop.tensors import Entry, check, spill
 from layercomb.interop.tensors import fill as fill_wide
-from layercomb.interop.weight_cache import Flat
+from layercomb.interop.weight_cache import Flat, described
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.layers.quantized.matrix import SCALES, Narrow
@@ -127,7 +127,7 @@ def load_narrow(
     tensors: Mapping[str, Tensor],
     ignored: Sequence[str],
     what: str,
-    kept: Callable[[Callable[[], Flat]], Flat],
+    kept: Callable[[Any, Callable[[], Flat]], Flat],
 ) -> tuple[Layer, Tree]:
     """Makes weights of tensors, narrow where that changes nothing and bfloat16 otherwise.
 
@@ -138,7 +138,8 @@ def load_narrow(
       tensors: by name.
       ignored: patterns of names of tensors that are not needed.
       what: the name of the model, for messages.
-      kept: returns what a function makes, or what it made before.
+      kept: returns what a function makes, or what it made before for the same model, of which it is
+        told what will be narrow, and how.
 
     Returns:
       The model with layers that hold narrow weights, and the weights.
@@ -171,7 +172,7 @@ def load_narrow(
                 made |= _of_matrix(narrow, entry, matrix, tensors, kinds[matrix.leaf])
         return made
 
-    return narrow, trees.unflatten(kept(make))
+    return narrow, trees.unflatten(kept([described(shapes), kinds], make))
 
 
 def load_wide(

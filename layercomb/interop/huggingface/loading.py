@@ -20,7 +20,7 @@ from layercomb.interop.memory import check_fits
 from layercomb.interop.stored import read_json
 from layercomb.interop.tensors import Entry, fill, shapes_of
 from layercomb.interop.tokenizer import PretrainedTokenizer
-from layercomb.interop.weight_cache import Flat, weights_of
+from layercomb.interop.weight_cache import Flat, described, look, weights_of
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.layers.quantized.rounding import narrow
@@ -54,9 +54,7 @@ def load(
         large matrices, which are read without a float32 copy: `transforms.Quantized` layers hold
         them, for decoding and evaluation, and compute in float32.
       cache: a folder where bfloat16 weights are kept as they are laid out here, and mapped from the
-        second load on, see `weight_cache.weights_of`. Float32 weights that the model's own files
-        have in this form, at multiples of 64 bytes, are mapped there: then do not write into these
-        files while the model is used, but replace them. None writes nothing, and maps nothing.
+        second load on, see `weight_cache.weights_of`; float32 ones are not. None writes nothing.
 
     Returns:
       (model, tokenizer); the tokenizer is None if the directory has none.
@@ -73,6 +71,7 @@ def load(
     if dtype not in DTYPES:
         raise UsageError(f'dtype={dtype!r}: give {" or ".join(DTYPES)}')
     path = _directory(directory)
+    seen = look(cache, path)  # before anything is read: files may be replaced
     found = _found(path)
     net, shapes = found.net, found.shapes
     tensors = tensors_in(path)
@@ -88,7 +87,6 @@ def load(
             tensors,
             ignored=found.family.ignored,
             dtype=lambda name: 'bfloat16' if name in half else 'float32',
-            mapped=cache is not None and not half,
         )
         flat = trees.flatten(weights)
         del weights  # each matrix goes as soon as it has been turned
@@ -98,7 +96,8 @@ def load(
 
     if not half:
         return Model(net, trees.unflatten(make())), tokenizer
-    weights = weights_of(cache, path, {'reader': 'huggingface', 'dtype': dtype}, make)
+    options = {'reader': 'huggingface', 'dtype': dtype}
+    weights = weights_of(cache, seen, options, [described(shapes), half], make)
     return Model(_holding(net, half), trees.unflatten(weights)), tokenizer
 
 
