@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import machine
 
@@ -44,6 +45,25 @@ def age() -> float:
 def in_mb(name: str, file: str) -> float:
     """A number that the system tells of this process, in MB."""
     return int(re.search(rf'{name}:\s*(\d+) kB', Path(f'/proc/self/{file}').read_text())[1]) / 1e3
+
+
+def fail(why: str) -> NoReturn:
+    """Ends in one line."""
+    print(f'start: {why}', file=sys.stderr)
+    sys.exit(2)
+
+
+def check(model: str) -> None:
+    """Ends if there is no such model."""
+    from layercomb.errors import UsageError
+    from layercomb.launcher import sources
+
+    try:
+        found = sources.find(model)
+    except UsageError as e:
+        fail(str(e))
+    if found.kind in (sources.RUN, sources.TRAX):
+        fail(f'of {model!r} nothing is kept: give a .gguf file or a directory of Hugging Face')
 
 
 def work(model: str, bits: int | None, cache: str) -> None:
@@ -79,7 +99,10 @@ class Process:
             env={**os.environ, **KEPT, 'JAX_COMPILATION_CACHE_DIR': programs},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self.told = json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(2)  # it has said why
+        self.told = json.loads(line)
 
     def asked(self) -> dict[str, float]:
         """What it tells, of its memory at last."""
@@ -103,8 +126,14 @@ def main() -> None:
     parser.add_argument('--cache', default='')
     options = parser.parse_args()
     if options.worker:
-        work(options.model, options.bits, options.cache)
+        from layercomb.errors import UsageError
+
+        try:
+            work(options.model, options.bits, options.cache)
+        except UsageError as e:
+            fail(str(e))
         return
+    check(options.model)
     print(machine.describe('jaxlib', 'numpy'))
     with tempfile.TemporaryDirectory() as programs, tempfile.TemporaryDirectory() as folder:
         cache = str(Path(folder, 'weights'))
@@ -126,6 +155,8 @@ def measure(options: argparse.Namespace, cache: str, programs: str) -> None:
         shutil.rmtree(cache, ignore_errors=True)
         for name, folder in zip(turns, ('', cache, cache), strict=True):
             turns[name].append(one(folder))
+            if folder and not Path(folder).is_dir():
+                fail('nothing of this model is kept: give a .gguf file, or --bits 16, 8 or 4')
     print(f'\n{options.model}, bits {options.bits}; medians of {options.rounds}, memory in MB')
     print(f'| | {" | ".join(COLUMNS.values())} |\n|---|{"---:|" * len(COLUMNS)}')
     for name, told in turns.items():

@@ -129,7 +129,7 @@ def run_eval(options: argparse.Namespace) -> None:
     if options.text is not None:
         _eval_text(options)
         return
-    for name in ('window', 'bits', 'calibrate'):
+    for name in ('window', 'bits', 'calibrate', 'no_weight_cache'):
         if getattr(options, name) is not None:
             raise UsageError(f'--{name} is about a text: give --text FILE too, or leave it out')
     from layercomb.supervised import evaluate

@@ -307,8 +307,9 @@ def _bits_option(add: Any) -> None:
     add(
         '--no_weight_cache',
         action='store_true',
+        default=None,
         help='read weights anew; else those that are laid out or narrowed for this machine are '
-        f'kept in {_shown(folder)}, which the next command maps',
+        f'kept in {_shown(folder)}, and the next command maps them from there',
     )
     calibration.option(add)
 

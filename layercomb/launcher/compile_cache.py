@@ -21,6 +21,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from layercomb import paths
+
 # JAX's variables. Values that the user has set in the environment stay.
 _ENABLED = 'jax_enable_compilation_cache'
 _DIRECTORY = 'jax_compilation_cache_dir'
@@ -81,7 +83,7 @@ def weights_folder(environment: Mapping[str, str]) -> Path | None:
 
 
 def usable_weights_folder(environment: Mapping[str, str], on: bool = True) -> Path | None:
-    """The folder for weights, made if it is not there; None if it is turned off or not usable.
+    """The folder for weights; None if it is turned off or not usable. Nothing is made.
 
     Args:
       environment: as of `folder`. JAX's variable that turns its cache off turns off this one, too.
@@ -90,7 +92,13 @@ def usable_weights_folder(environment: Mapping[str, str], on: bool = True) -> Pa
     if not on or environment.get(_ENABLED.upper(), '').lower() in _NO:
         return None
     directory = weights_folder(environment)
-    return None if _usable(directory) is None else directory
+    if directory is None or directory.is_dir():
+        return None if _usable(directory) is None else directory
+    try:
+        paths.check_can_hold(directory)
+    except OSError:
+        return None
+    return directory
 
 
 def _base(environment: Mapping[str, str]) -> Path | None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -140,7 +143,36 @@ def test_help_says_where_weights_are(command, capsys, monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         cli.main([command, '--help'])
     out = capsys.readouterr().out
-    assert '--no_weight_cache' in out and f'{tmp_path}/100%/layercomb/weights, which' in out
+    assert (
+        '--no_weight_cache' in out
+        and f'{tmp_path}/100%/layercomb/weights, and the next command maps them' in out
+    )
+
+
+def test_without_a_text_it_is_refused(capsys, tmp_path):
+    assert cli.main(['eval', str(tmp_path), '--no_weight_cache']) == 2
+    said = capsys.readouterr().err
+    assert '--no_weight_cache is about a text: give --text FILE too' in said
+
+
+def test_no_folder_is_made_before_weights_are_kept(file, home, capsys):
+    assert compile_cache.usable_weights_folder(os.environ) == home
+    generated(capsys, GPT2)
+    assert not home.exists()
+    generated(capsys, file)
+    assert compile_cache.usable_weights_folder(os.environ) == home and home.is_dir()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='modes tell nothing elsewhere')
+def test_a_folder_where_others_may_write_costs_a_line(file, home, made, capsys):
+    home.mkdir(parents=True)
+    home.chmod(0o777)
+    words = ('generate', str(file), '--prompt', 'a b', '--n_tokens', '3', '--temperature', '0')
+    with warnings.catch_warnings():
+        warnings.simplefilter('always')
+        assert cli.main([*words]) == 0
+    said = [x for x in capsys.readouterr().err.splitlines() if x.startswith('layercomb: ')]
+    assert len(said) == 1 and 'chmod go-w' in said[0] and not made
 
 
 def test_a_relative_folder_or_none_is_not_used(monkeypatch):
@@ -151,3 +183,12 @@ def test_a_relative_folder_or_none_is_not_used(monkeypatch):
 
     monkeypatch.setattr(Path, 'home', homeless)
     assert compile_cache.weights_folder({}) is None
+
+
+def test_the_benchmark_of_starts_refuses_a_model_that_is_not_there_in_one_line(tmp_path):
+    script = Path(__file__).parents[2] / 'benchmarks' / 'start.py'
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / 'nowhere'], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith('start: no model') and done.stderr.count('\n') == 1
