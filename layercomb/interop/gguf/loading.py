@@ -61,7 +61,8 @@ def load(
             f'dtype={dtype!r}: give float32, or nothing to keep weights as narrow as in the file; '
             'quantize the float32 model for other dtypes'
         )
-    seen = look(cache, paths.local(path, 'path'))  # before it is opened: it may be replaced
+    kept_in = cache if dtype is None else None
+    seen = look(kept_in, paths.local(path, 'path'))  # before it is opened: it may be replaced
     file = read(path)
     architecture = architecture_of(file)
     config = config_of_file(file, architecture)

@@ -71,7 +71,8 @@ def load(
     if dtype not in DTYPES:
         raise UsageError(f'dtype={dtype!r}: give {" or ".join(DTYPES)}')
     path = _directory(directory)
-    seen = look(cache, path)  # before anything is read: files may be replaced
+    kept_in = cache if dtype == 'bfloat16' else None
+    seen = look(kept_in, path)  # before anything is read: files may be replaced
     found = _found(path)
     net, shapes = found.net, found.shapes
     tensors = tensors_in(path)

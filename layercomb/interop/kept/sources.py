@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,18 @@ class Seen:
 
 
 def look(path: Path) -> Seen | None:
-    """What is there now; None if that cannot be read, of which the reader will say more.
+    """What is there now; None if nothing can be read, of which the reader will say more.
 
     Args:
       path: of a file, or of a directory of Hugging Face.
     """
     try:
-        files = [path]
+        found = [path]
         if path.is_dir():
-            found = {x for pattern in _PATTERNS for x in path.glob(pattern)}
-            files = sorted(x for x in found if x.is_file())
+            found = sorted({x for pattern in _PATTERNS for x in path.glob(pattern)})
+        files = [x for x in found if x.is_file()]  # to open a pipe would wait
+        if not files:
+            return None
         return Seen(path, tuple(_of_file(file) for file in files))
     except (OSError, RuntimeError):  # a loop of links is a RuntimeError of some Pythons
         return None
@@ -60,8 +61,6 @@ def _of_file(file: Path) -> tuple[Any, ...]:
     made = hashlib.sha256()
     with file.open('rb', buffering=0) as opened:
         told = os.fstat(opened.fileno())
-        if not stat.S_ISREG(told.st_mode):
-            raise OSError(f'{str(file)!r} is no plain file')
         made.update(opened.read(_START))
         for i in range(_SAMPLES):
             opened.seek(_START + i * max(told.st_size - _START - _SAMPLE, 0) // (_SAMPLES - 1))
