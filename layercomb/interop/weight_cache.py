@@ -10,7 +10,7 @@ at a multiple of 64 bytes. It says what it was made of; if that has changed, if 
 off, or if its header is damaged, it is made anew. Of the arrays themselves parts are checked, at
 most 1 MiB, or else starts would not be quick. It is written under another name and then renamed, so
 it is whole or not there. Nothing in it is run, but its numbers are believed: the folder must be
-private. One that others may write is not used, and neither is an entry of another user than root.
+private. One that others may write is not used, and entries must be owned by this user or by root.
 """
 
 from __future__ import annotations
