@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fused_places import check_places
+from fused_steps import calls, check_places, near, steps, unstacked
 
 import layercomb as lc
 import layercomb_kernels
@@ -37,35 +37,7 @@ MODELS = {
 
 @functools.cache
 def made(name, bits, batch):
-    net = MODELS[name]
-    signature = jax.ShapeDtypeStruct((batch, ROOM), jnp.int32)
-    weights = net.init((signature,), jax.random.key(0))[0]
-    weights = jax.tree.map(
-        lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), weights
-    )
-    if bits:
-        net, weights = transforms.quantize(net, weights, bits=bits, smallest=1)
-    net, weights = transforms.unstack(net, weights)
-    return net, weights, lc.init_state(net, signature, Mode.PREDICT)
-
-
-def steps(net, weights, state, length, batch, n):
-    apply = jax.jit(lambda w, s, x: net.apply(w, s, (x,), mode=Mode.PREDICT))
-    rng = np.random.default_rng(0)
-    for _ in range(n):
-        (y,), state = apply(weights, state, jnp.asarray(rng.integers(0, 100, (batch, length))))
-        yield y, state
-
-
-def calls(net, weights, state, batch, length):
-    x = jnp.zeros((batch, length), jnp.int32)
-    run = jax.jit(lambda w, s, x: net.apply(w, s, (x,), mode=Mode.PREDICT))
-    return run.lower(weights, state, x).as_text().count('@layercomb_run_program')
-
-
-def near(a, b, error):
-    scale = max(1.0, float(jnp.abs(b).max()))
-    np.testing.assert_allclose(a, b, atol=error * scale, rtol=0)
+    return unstacked(MODELS[name], bits, batch, ROOM)
 
 
 @pytest.mark.parametrize(
