@@ -136,6 +136,7 @@ from layercomb.layers.sparse.block_sparse import BlockSparseFF
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.local_conv import LocalConv
 from layercomb.layers.sparse.low_rank import LowRankDense
+from layercomb.layers.sparse.mixture import MixtureFF
 from layercomb.layers.sparse.multiplicative import (
     MultiplicativeDense,
     MultiplicativeHead,
@@ -220,6 +221,7 @@ __all__ = [
     'Metric',
     'MixedAttention',
     'MixedSelfAttention',
+    'MixtureFF',
     'Mode',
     'MultiplicativeDense',
     'MultiplicativeHead',

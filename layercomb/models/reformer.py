@@ -35,6 +35,7 @@ def ReformerLM(
     axial_depths: tuple[int, int] | None = None,
     norm: tl.Layer = tl.LayerNorm(),
     ff_chunk_len: ChunkLen | None = 'auto',
+    ff: tl.Layer | None = None,
 ) -> tl.Serial:
     """A language model of long sequences: token ids (B, L) → logits (B, L, vocab_size).
 
@@ -69,6 +70,7 @@ def ReformerLM(
       norm: the normalization.
       ff_chunk_len: positions that a feed-forward and a norm take at a time: a number, 'auto' for
         what suits the platform (see `Chunk`), or None for all.
+      ff: the feed-forward, as in `TransformerLM`.
 
     Returns:
       ``Serial(embedding, positions, Dup, ReversibleRepeat(block), head)``. The head concatenates
@@ -89,8 +91,8 @@ def ReformerLM(
     )
     pattern = attention_pattern(default if attention is None else attention, n_layers)
     pattern = with_positions(pattern, max_len, rotary_positions(positions, max_len))
-    dense = feed_forward(d_ff, d_model, activation, None)
-    feed = reversible_feed_forward(norm, dense, dropout, ff_chunk_len)
+    feed = feed_forward(d_ff, d_model, activation, None, ff)
+    feed = reversible_feed_forward(norm, feed, dropout, ff_chunk_len)
     blocks = [[reversible_half(norm, layer, dropout, ff_chunk_len), feed] for layer in pattern]
     place = reformer_positions(positions, max_len, axial_shape, axial_depths)
     return tl.Serial(

@@ -64,6 +64,7 @@ def TerraformerLM(
     axial_depths: tuple[int, int] | None = None,
     norm: tl.Layer = tl.LayerNorm(),
     ff_chunk_len: ChunkLen | None = None,
+    ff: tl.Layer | None = None,
 ) -> tl.Serial:
     """A sparse, reversible language model: token ids (B, L) → logits (B, L, vocab_size).
 
@@ -102,6 +103,8 @@ def TerraformerLM(
       norm: the normalization.
       ff_chunk_len: positions that a feed-forward and a norm take at a time: a number, 'auto' for
         what suits the platform (see `Chunk`), or None for all.
+      ff: the feed-forward, a layer (B, L, D) → (B, L, D) such as ``tl.MixtureFF(2048)``, in place
+        of `SparseFF`; `d_ff`, `ff_block_size`, `d_lowrank` and `activation` are then not used.
 
     Returns:
       ``Serial(embedding, positions, Dup, ReversibleRepeat(block), head)``.
@@ -122,7 +125,7 @@ def TerraformerLM(
     )
     pattern = sparse_projections(pattern, qkv_modules, kernel_size)
     feed = sparse_feed_forward(
-        norm, d_ff, d_model, activation, dropout, ff_chunk_len, ff_block_size, d_lowrank, d_sru
+        norm, d_ff, d_model, activation, dropout, ff_chunk_len, ff_block_size, d_lowrank, d_sru, ff
     )
     blocks = [[reversible_half(norm, layer, dropout, ff_chunk_len), feed] for layer in pattern]
     place = reformer_positions(positions, max_len, axial_shape, axial_depths)
@@ -159,6 +162,7 @@ def Terraformer(
     positions: str = 'rotary',
     norm: tl.Layer = tl.LayerNorm(),
     ff_chunk_len: ChunkLen | None = None,
+    ff: tl.Layer | None = None,
 ) -> tl.Serial:
     """From sequence to sequence: tokens (B, M) and (B, L) → logits (B, L, target_vocab_size).
 
@@ -194,7 +198,7 @@ def Terraformer(
         see, at the first real positions, that padding is there.
       ff_block_size, qkv_modules, head_modules, kernel_size, d_lowrank, d_sru: what is sparse, on
         either side; as in `TerraformerLM`.
-      activation, norm, ff_chunk_len: as in `TerraformerLM`.
+      activation, norm, ff_chunk_len, ff: as in `TerraformerLM`.
       positions: as in `TerraformerLM`. 'rotary' counts through the joined sequence; other kinds
         count source and inputs separately.
 
@@ -221,7 +225,7 @@ def Terraformer(
 
     half = functools.partial(reversible_half, norm, dropout=dropout, chunk_len=ff_chunk_len)
     feed = sparse_feed_forward(
-        norm, d_ff, d_model, activation, dropout, ff_chunk_len, ff_block_size, d_lowrank, d_sru
+        norm, d_ff, d_model, activation, dropout, ff_chunk_len, ff_block_size, d_lowrank, d_sru, ff
     )
     reading = reversible_blocks([[half(layer), feed] for layer in looks], n_encoder_layers)
     writing = reversible_blocks([[half(layer), feed] for layer in backs], n_decoder_layers)
@@ -453,6 +457,7 @@ def sparse_feed_forward(
     block_size: int | None,
     d_lowrank: int | None,
     d_sru: int | None,
+    ff: tl.Layer | None = None,
 ) -> tl.ReversibleHalfResidual:
     """The feed-forward half of a block: sparse, dense or an SRU.
 
@@ -462,12 +467,15 @@ def sparse_feed_forward(
       block_size: N of `SparseFF`; None for a dense feed-forward.
       d_lowrank: the rank of the controller; None takes `SparseFF`'s own.
       d_sru: the width of an SRU that replaces the feed-forward; None for none.
+      ff: a layer to take in its place; None for none.
     """
+    if ff is not None and d_sru is not None:
+        raise ValueError(f'd_sru={d_sru} and ff both replace the feed-forward: give one of them')
     if d_sru is not None:
         sru = tl.Serial(tl.Dense(d_sru), tl.SRU(), tl.Dense(d_model), name='sru')
         return reversible_half(norm, sru, dropout, chunk_len)
-    if block_size is None:
-        dense = feed_forward(d_ff, d_model, activation, None)
+    if block_size is None or ff is not None:
+        dense = feed_forward(d_ff, d_model, activation, None, ff)
         return reversible_feed_forward(norm, dense, dropout, chunk_len)
     sparse = tl.SparseFF(d_ff, block_size, d_lowrank=d_lowrank, activation=activation)
     return reversible_feed_forward(norm, sparse, dropout, chunk_len)

@@ -29,6 +29,7 @@ def TransformerLM(
     ff_chunk_len: ChunkLen | None = None,
     remat: bool = False,
     n_kv_heads: int | None = None,
+    ff: tl.Layer | None = None,
 ) -> tl.Serial:
     """A decoder-only language model: token ids (B, L) → logits (B, L, vocab_size).
 
@@ -57,6 +58,8 @@ def TransformerLM(
         activations.
       n_kv_heads: heads of keys and values of the default attention, which several heads of queries
         share; it must divide `n_heads`. None for as many.
+      ff: the feed-forward, a layer (B, L, D) → (B, L, D) such as ``tl.MixtureFF(2048)``, in place
+        of the dense one of width `d_ff`.
 
     Returns:
       ``Serial(embedding, positions, Repeat(block), norm, head)``.
@@ -80,10 +83,11 @@ def TransformerLM(
     default = tl.SelfAttention(n_heads, n_kv_heads=n_kv_heads, rotary=rotary)
     pattern = attention_pattern(default if attention is None else attention, n_layers)
     pattern = with_positions(pattern, max_len, rotary)
+    feed = feed_forward(d_ff, d_model, activation, ff_chunk_len, ff)
     block = [
         [
             residual(norm, layer, dropout),
-            residual(norm, feed_forward(d_ff, d_model, activation, ff_chunk_len), dropout),
+            residual(norm, feed, dropout),
         ]
         for layer in pattern
     ]
@@ -173,7 +177,11 @@ def residual(norm: tl.Layer, layer: tl.Layer, dropout: float) -> tl.Residual:
 
 
 def feed_forward(
-    d_ff: int, d_model: int, activation: str | tl.Layer, chunk_len: ChunkLen | None
+    d_ff: int,
+    d_model: int,
+    activation: str | tl.Layer,
+    chunk_len: ChunkLen | None,
+    given: tl.Layer | None = None,
 ) -> tl.Layer:
     """Dense to `d_ff`, an activation, and Dense back: (B, L, D) → (B, L, D).
 
@@ -182,10 +190,13 @@ def feed_forward(
       d_model: D.
       activation: a name or a layer.
       chunk_len: how many positions are computed at a time; None takes all.
+      given: a layer to take in its place; None for none.
     """
-    layers = tl.Serial(
-        tl.Dense(d_ff), tl.activation(activation), tl.Dense(d_model), name='feed_forward'
-    )
+    layers = given
+    if layers is None:
+        layers = tl.Serial(
+            tl.Dense(d_ff), tl.activation(activation), tl.Dense(d_model), name='feed_forward'
+        )
     return layers if chunk_len is None else tl.Chunk(layers, chunk_len)
 
 

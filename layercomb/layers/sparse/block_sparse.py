@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import KW_ONLY
 from typing import Annotated
 
@@ -15,9 +16,8 @@ from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zer
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.sparse import controllers
-from layercomb.layers.sparse.by_expert import (
-    by_expert,
-)
+from layercomb.layers.sparse.by_expert import by_expert
+from layercomb.layers.sparse.switch import feed_forward
 from layercomb.shapes import Signature, as_deep, check_float
 from layercomb.trees import Tree
 
@@ -136,12 +136,13 @@ class BlockSparseFF(Layer):
             mask, state = controllers.sample(self, c, rng, mode, state, 'blocks')
             y = self._whole(weights, x, mask)
         else:
-            flat, blocks = x.reshape(-1, x.shape[-1]), controllers.largest(c).reshape(-1)  # (T, …)
-            each = {'kernel': out['kernel']}  # the bias belongs to no block
-            y = by_expert(
-                weights['in'], each, elementwise(type(self).__name__, self.activation), flat, blocks
+            flat, blocks = x.reshape(-1, x.shape[-1]), controllers.largest(c).reshape(-1, 1)
+            parts = {'in': weights['in'], 'out': {'kernel': out['kernel']}}  # b₂ is of no block
+            block = functools.partial(
+                feed_forward, elementwise(type(self).__name__, self.activation)
             )
-            y = y.reshape(x.shape)
+            ones = jnp.ones(blocks.shape, jnp.float32)
+            y = by_expert(block, parts, flat, blocks, ones).reshape(x.shape)
         return (y + as_deep(out['bias'], y) if self.use_bias else y,), state
 
     def _whole(self, weights: Tree, x: jax.Array, mask: jax.Array) -> jax.Array:

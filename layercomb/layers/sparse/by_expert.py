@@ -1,65 +1,140 @@
-"""Products of rows with the weights of each row's expert, in sorted tiles."""
+"""Rows through the experts that each of them chose, in sorted tiles.
+
+Shape letters: T rows, K choices of a row, E experts, C places of a tile, n tiles, D width.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from layercomb.layers.quantized.matrix import Narrow
 from layercomb.layers.quantized.rows import put, rows
-from layercomb.trees import Tree
 
-Function = Callable[[jax.Array], jax.Array]
+Expert = Callable[[Any, jax.Array, jax.Array], jax.Array]
 _TILE = (8, 128)  # the fewest and the most rows of a tile
 
 
-def by_expert(w_in: Tree, w_out: Tree, f: Function, x: jax.Array, experts: jax.Array) -> jax.Array:
-    """y[t] = f(x[t] W₁[e] + b₁[e]) W₂[e] + b₂[e], where e = experts[t].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def by_expert(
+    expert: Expert, weights: Any, x: jax.Array, experts: jax.Array, gates: jax.Array
+) -> jax.Array:
+    """y[t] = Σₖ expert(weights[e], x[t], g), where e = experts[t, k] and g = gates[t, k].
 
-    Positions are sorted by expert into tiles of one expert each, whose last rows may be empty. The
+    Rows are sorted by expert into tiles of one expert each, whose last places may be empty. The
     tiles are computed one after the other, so that no expert computes rows of another, and no
-    weight is copied per position. With E positions or fewer, a tile is one position.
+    weight is copied per row. With E choices or fewer, a tile is one row. The backward pass computes
+    each tile again, so that only the arguments are kept.
 
     Args:
-      w_in: ``kernel`` W₁ (E, D, M), ``bias`` b₁ (E, M) or none.
-      w_out: ``kernel`` W₂ (E, M, D), ``bias`` b₂ (E, D) or none.
-      f: an elementwise function.
+      expert: from one expert's weights, rows (C, D) and their gates (C, 1) to rows (C, D).
+      weights: a tree of arrays with a leading axis E. There are no gradients for a `Narrow`.
       x: (T, D).
-      experts: (T,) integers, from 0 to E − 1.
+      experts: (T, K) integers, from 0 to E − 1.
+      gates: (T, K) float32.
 
     Returns:
       (T, D), in the dtype of x, summed in float32.
     """
-    tiles = _tiles(experts.astype(jnp.int32), len(w_in['kernel']))
-    h = x.at[tiles.row].get(mode='fill', fill_value=0, wrap_negative_indices=False)  # (n, C, D)
-    h = f(_dense_by_tile(w_in, h, tiles.expert))  # (n, C, M)
-    y = _dense_by_tile(w_out, h, tiles.expert)
-    return rows(y.reshape(-1, y.shape[-1]), tiles.place)  # (T, D)
+    tiles = _tiles_of(weights, experts)
+
+    x_, gates_ = _ended(x), _ended(gates.reshape(-1))
+
+    def one(_: None, tile: _Tile) -> tuple[None, jax.Array]:
+        gate = rows(gates_, tile.row)[:, None]
+        y = expert(_of(weights, tile.expert), rows(x_, tile.token), gate)
+        return None, y.astype(x.dtype)
+
+    return _gathered(jax.lax.scan(one, None, tiles.each)[1], tiles, x)
 
 
-class _Tiles(NamedTuple):
-    """Where T positions are in n tiles of C places.
+def _forward(expert: Expert, *given: Any) -> tuple[jax.Array, Any]:
+    return by_expert(expert, *given), given
+
+
+def _backward(expert: Expert, kept: Any, dy: jax.Array) -> tuple[Any, jax.Array, None, jax.Array]:
+    weights, x, experts, gates = kept
+    tiles = _tiles_of(weights, experts)
+    leaves, tree = jax.tree.flatten(weights, is_leaf=_is_narrow)
+    free = [i for i, leaf in enumerate(leaves) if not _is_narrow(leaf)]
+    x_, dy_, gates_ = _ended(x), _ended(dy), _ended(gates.reshape(-1))
+
+    def one(sums: list[jax.Array], tile: _Tile) -> tuple[list[jax.Array], Any]:
+        own = [_of(leaf, tile.expert) for leaf in leaves]
+
+        def of_free(given: list[jax.Array], x: jax.Array, gate: jax.Array) -> jax.Array:
+            all_own = own.copy()
+            for i, leaf in zip(free, given, strict=True):
+                all_own[i] = leaf
+            return expert(jax.tree.unflatten(tree, all_own), x, gate)
+
+        gate = rows(gates_, tile.row)[:, None]
+        y, pull = jax.vjp(of_free, [own[i] for i in free], rows(x_, tile.token), gate)
+        dw, dx, dg = pull(rows(dy_, tile.token).astype(y.dtype))
+        sums = [s.at[tile.expert].add(d.astype(s.dtype)) for s, d in zip(sums, dw, strict=True)]
+        return sums, (dx, dg[:, 0])
+
+    zeros = [jnp.zeros(leaves[i].shape, jnp.float32) for i in free]
+    sums, (dx, dg) = jax.lax.scan(one, zeros, tiles.each)
+    all_dw: list[Any] = [None] * len(leaves)
+    for i, total in zip(free, sums, strict=True):
+        all_dw[i] = total.astype(leaves[i].dtype)
+    d_gates = rows(dg.reshape(-1), tiles.place)  # (n, C) → (T, K)
+    return jax.tree.unflatten(tree, all_dw), _gathered(dx, tiles, x), None, d_gates
+
+
+by_expert.defvjp(_forward, _backward)
+
+
+class _Tile(NamedTuple):
+    """One of n tiles of C places, or all of them on a leading axis.
 
     Attributes:
-      expert: (n,) int32, of each tile.
-      row: (n, C) int32, the position in each place, T where there is none.
-      place: (T,) int32, of each position, counted through all tiles.
+      expert: () int32.
+      row: (C,) int32, the choice in each place, counted through (T, K); T K where there is none.
+      token: (C,) int32, the row of x in each place; T where there is none.
     """
 
     expert: jax.Array
     row: jax.Array
+    token: jax.Array
+
+
+class _Tiles(NamedTuple):
+    """Where the choices are.
+
+    Attributes:
+      each: the tiles.
+      place: (T, K) int32, of each choice, counted through all tiles.
+    """
+
+    each: _Tile
     place: jax.Array
 
 
-def _tiles(experts: jax.Array, n_experts: int) -> _Tiles:
+def _tiles_of(weights: Any, experts: jax.Array) -> _Tiles:
+    n_experts = len(jax.tree.leaves(weights)[0])
+    expert, row, place = _tiles(experts.reshape(-1).astype(jnp.int32), n_experts)
+    return _Tiles(_Tile(expert, row, row // experts.shape[1]), place.reshape(experts.shape))
+
+
+def _tiles(experts: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The expert of each tile (n,), the choice in each place (n, C), and the place of each choice.
+
+    Args:
+      experts: (N,) int32, of each choice.
+      n_experts: E.
+    """
     t = len(experts)
     position = jnp.arange(t, dtype=jnp.int32)
     if t <= n_experts:
-        return _Tiles(experts, position[:, None], position)
+        return experts, position[:, None], position
     size = _tile_size(t, n_experts)
-    n = n_experts + (t - n_experts) // size  # the most tiles: each expert has a position
+    n = n_experts + (t - n_experts) // size  # the most tiles: each expert has a choice
     all_experts = jnp.arange(n_experts, dtype=jnp.int32)[None]
     count = (experts[:, None] == all_experts).sum(0, dtype=jnp.int32)  # (E,)
     n_tiles = -(-count // size)
@@ -70,7 +145,7 @@ def _tiles(experts: jax.Array, n_experts: int) -> _Tiles:
     row = put(jnp.full(n * size, t, jnp.int32), place, order).reshape(n, size)
     expert = (position[:n, None] >= end[1][None]).sum(1, dtype=jnp.int32)
     expert = jnp.minimum(expert, n_experts - 1)  # for unused tiles, which are empty
-    return _Tiles(expert, row, put(jnp.zeros_like(order), order, place))
+    return expert, row, put(jnp.zeros_like(order), order, place)
 
 
 def _tile_size(n_rows: int, n_experts: int) -> int:
@@ -80,49 +155,20 @@ def _tile_size(n_rows: int, n_experts: int) -> int:
     return max(low, min(high, 1 << max(half.bit_length() - 1, 0)))
 
 
-def _dense_by_tile(weights: Tree, x: jax.Array, expert: jax.Array) -> jax.Array:
-    """x[i] W[e] + b[e] for each tile i, where e = expert[i]: (n, C, D) → (n, C, M)."""
-    y = _dot_by_tile(x, weights['kernel'], expert)
-    return y + rows(weights['bias'], expert)[:, None] if 'bias' in weights else y
+def _of(weights: Any, expert: jax.Array) -> Any:
+    return jax.tree.map(lambda w: w[expert], weights)
 
 
-@jax.custom_vjp
-def _dot_by_tile(x: jax.Array, w: jax.Array, expert: jax.Array) -> jax.Array:
-    """x[i] w[expert[i]], in a loop: on a CPU `ragged_dot` multiplies by every expert.
-
-    Its gradient is written by hand: that of a scan would keep a copy of the weights for every tile.
-    """
-    return _scan_dot(x, w, expert, 0)
+def _is_narrow(leaf: Any) -> bool:
+    return isinstance(leaf, Narrow)
 
 
-def _forward(x: jax.Array, w: jax.Array, expert: jax.Array) -> tuple[jax.Array, Any]:
-    return _dot_by_tile(x, w, expert), (x, w, expert)
+def _ended(x: jax.Array) -> jax.Array:
+    """x with a 0 after the last, for places without a row."""
+    return jnp.concatenate([x, jnp.zeros((1, *x.shape[1:]), x.dtype)])
 
 
-def _backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    x, w, expert = kept
-
-    def add(dw: jax.Array, tile: Any) -> tuple[jax.Array, None]:
-        x, dy, e = tile
-        return dw.at[e].add(_contract(x, dy, 0, 0)), None
-
-    dw, _ = jax.lax.scan(add, jnp.zeros(w.shape, jnp.float32), (x, dy, expert))
-    return _scan_dot(dy, w, expert, 1), dw.astype(w.dtype), None
-
-
-_dot_by_tile.defvjp(_forward, _backward)
-
-
-def _scan_dot(x: jax.Array, w: jax.Array, expert: jax.Array, axis: int) -> jax.Array:
-    """The last axis of each tile times one axis of its expert's matrix."""
-
-    def one(_: None, tile: Any) -> tuple[None, jax.Array]:
-        x, e = tile
-        return None, _contract(x, w[e], 1, axis).astype(x.dtype)
-
-    return jax.lax.scan(one, None, (x, expert))[1]
-
-
-def _contract(a: jax.Array, b: jax.Array, axis: int, other: int) -> jax.Array:
-    dimensions = (((axis,), (other,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+def _gathered(y: jax.Array, tiles: _Tiles, like: jax.Array) -> jax.Array:
+    """The sum of each row's choices: (n, C, D) → (T, D)."""
+    chosen = rows(y.reshape(-1, y.shape[-1]), tiles.place)  # (T, K, D)
+    return chosen.sum(1, dtype=jnp.float32).astype(like.dtype)

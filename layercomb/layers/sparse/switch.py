@@ -5,27 +5,29 @@ Shape letters: B batch, L length, D d_model, F d_ff, E experts, T positions in a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import KW_ONLY
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from layercomb.checks import Bound, Rate, Size
 from layercomb.layers.basic.activations import elementwise
-from layercomb.layers.basic.dense import dense
+from layercomb.layers.basic.dense import contract, dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.sparse import controllers
-from layercomb.layers.sparse.by_expert import (
-    by_expert,
-)
+from layercomb.layers.sparse.by_expert import by_expert
 from layercomb.layers.state.counted import counted_positions
 from layercomb.layers.state.decisions import decide
 from layercomb.layers.state.parts import AuxLoss
-from layercomb.shapes import Signature, check_float
+from layercomb.shapes import Signature, as_deep, check_float
 from layercomb.trees import Tree
+
+Function = Callable[[jax.Array], jax.Array]
 
 
 class SwitchFF(Layer):
@@ -153,16 +155,11 @@ class SwitchFF(Layer):
             return experts.reshape(x.shape[:-1])
 
         experts, state = decide(mode, state, 'experts', choose)
-        experts = experts.reshape(-1)  # (T,)
-        y = by_expert(
-            weights['in'],
-            weights['out'],
-            elementwise(type(self).__name__, self.activation),
-            flat,
-            experts,
-        )
-        own = jnp.take_along_axis(p, experts[:, None].astype(jnp.int32), 1)  # (T, 1)
-        y = (y * own.astype(y.dtype)).reshape(x.shape)
+        experts = experts.reshape(-1, 1).astype(jnp.int32)  # (T, 1)
+        own = jnp.take_along_axis(p, experts, 1)  # (T, 1)
+        expert = functools.partial(feed_forward, elementwise(type(self).__name__, self.activation))
+        parts = {'in': weights['in'], 'out': weights['out']}
+        y = by_expert(expert, parts, flat, experts, own).reshape(x.shape)
         if mode.is_training:
             loss = self.balance * imbalance(p, experts, counted)
             state = {**state, 'aux_loss': AuxLoss(loss)}
@@ -182,23 +179,57 @@ class SwitchFF(Layer):
         return jax.nn.softmax(dense({'kernel': kernel}, x))
 
 
+def feed_forward(f: Function, weights: Tree, x: jax.Array, gates: jax.Array) -> jax.Array:
+    """gate · (f(x W₁ + b₁) W₂ + b₂), one expert's output: (C, D) → (C, D).
+
+    Args:
+      f: an elementwise function.
+      weights: ``in`` (kernel (D, M), bias (M,) or none), ``out`` (kernel (M, D), bias (D,) or
+        none).
+      x: (C, D).
+      gates: (C, 1).
+    """
+    h = x
+    for name in ('in', 'out'):
+        h = contract('cd,df->cf', h, weights[name]['kernel'])
+        h = h + as_deep(weights[name]['bias'], h) if 'bias' in weights[name] else h
+        h = f(h) if name == 'in' else h
+    return h * gates.astype(h.dtype)
+
+
+def share(experts: jax.Array, n_experts: int, counted: jax.Array | None = None) -> jax.Array:
+    """The fraction of all choices that each expert has: (T, K) → (E,) float32.
+
+    Args:
+      experts: (T, K) integers, the chosen experts.
+      n_experts: E.
+      counted: bool of any shape with T elements, True where a position counts; None if all do.
+
+    Returns:
+      (E,) float32; 0 if no position counts.
+    """
+    chosen = experts[..., None] == jnp.arange(n_experts, dtype=experts.dtype)  # (T, K, E)
+    if counted is not None:
+        chosen = chosen & counted.reshape(-1, 1, 1)
+    n = chosen.sum((0, 1), dtype=jnp.float32)
+    return n / jnp.maximum(n.sum(), 1)
+
+
 def imbalance(p: jax.Array, experts: jax.Array, counted: jax.Array | None = None) -> jax.Array:
     """E · Σₑ share[e] · mean[e]: 1 if all experts are used alike, E if only one is used.
 
     Args:
       p: (T, E) float32, the router's probabilities.
-      experts: (T,) integers, the chosen experts; no gradient flows through their shares.
+      experts: (T, K) integers, the chosen experts; no gradient flows through their shares.
       counted: bool of any shape with T elements, True where a position counts; None if all do.
 
     Returns:
       float32 (); 0 if no position counts.
     """
-    t, e = p.shape
-    chosen = experts[:, None] == jnp.arange(e, dtype=experts.dtype)[None]  # (T, E)
+    e = p.shape[1]
     if counted is None:
-        n: Any = max(t, 1)
+        mean = p.mean(0) if len(p) else p.sum(0)
     else:
-        n = jnp.maximum(counted.sum(dtype=p.dtype), 1)
         counts = counted.reshape(-1, 1)
-        chosen, p = chosen & counts, jnp.where(counts, p, 0)
-    return e * jnp.sum(chosen.sum(0, dtype=p.dtype) * p.sum(0)) / n**2
+        mean = jnp.where(counts, p, 0).sum(0) / jnp.maximum(counts.sum(dtype=p.dtype), 1)
+    return e * jnp.dot(share(experts, e, counted), mean)

@@ -14,13 +14,14 @@ from layercomb import tl, transforms
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.sparse import by_expert as products
 from layercomb.layers.sparse.block_sparse import BlockSparseFF
-from layercomb.layers.sparse.switch import SwitchFF
+from layercomb.layers.sparse.switch import SwitchFF, feed_forward
 from layercomb.layers.state.decisions import Decisions
 from layercomb.layers.state.parts import beside, own
 from layercomb.losses import total as aux_loss
 from layercomb.shapes import shape_dtype
 
 D, F, E = 6, 8, 4
+EXPERT = functools.partial(feed_forward, jnp.tanh)
 
 
 def normal(*shape, seed=0):
@@ -112,23 +113,33 @@ def masked_blocks(weights, x, mask):
 class TestByExpert:
     # As many positions as experts or fewer; tiles of 8 and of 16 rows; experts without a position.
     @pytest.mark.parametrize(
-        ('experts', 'n'), [([3, 0, 3, 1], 4), ([0, 3] * 4 + [0], 4), ([4] * 140 + [1] * 21, 5)]
+        ('experts', 'n', 'n_chosen'),
+        [
+            ([3, 0, 3, 1], 4, 1),
+            ([0, 3] * 4 + [0], 4, 1),
+            ([4] * 140 + [1] * 21, 5, 1),
+            ([0, 3, 3, 1] * 9, 4, 2),
+            ([2, 1, 0], 3, 3),
+        ],
     )
-    def test_is_every_position_by_itself_and_so_is_its_gradient(self, experts, n):
-        e = jnp.asarray(experts, jnp.uint8)
-        x, ct = normal(len(experts), D), normal(len(experts), D, seed=1)
+    def test_is_every_position_by_itself_and_so_is_its_gradient(self, experts, n, n_chosen):
+        e = jnp.asarray(experts, jnp.uint8).reshape(-1, n_chosen)
+        x, ct = normal(len(e), D), normal(len(e), D, seed=1)
+        gates = normal(*e.shape, seed=6)
         w_in = {'kernel': normal(n, D, F, seed=2), 'bias': normal(n, F, seed=3)}
         w_out = {'kernel': normal(n, F, D, seed=4), 'bias': normal(n, D, seed=5)}
 
-        def fast(w_in, w_out, x):
-            return products.by_expert(w_in, w_out, jnp.tanh, x, e)
+        def fast(weights, x, gates):
+            return products.by_expert(EXPERT, weights, x, e, gates)
 
-        def slow(w_in, w_out, x):
-            h = jnp.tanh(jnp.einsum('td,tdf->tf', x, w_in['kernel'][e]) + w_in['bias'][e])
-            return jnp.einsum('tf,tfd->td', h, w_out['kernel'][e]) + w_out['bias'][e]
+        def slow(weights, x, gates):
+            w_in, w_out = weights['in'], weights['out']
+            h = jnp.tanh(jnp.einsum('td,tkdf->tkf', x, w_in['kernel'][e]) + w_in['bias'][e])
+            y = jnp.einsum('tkf,tkfd->tkd', h, w_out['kernel'][e]) + w_out['bias'][e]
+            return jnp.einsum('tkd,tk->td', y, gates)
 
         def both(f):
-            y, pull = jax.vjp(f, w_in, w_out, x)
+            y, pull = jax.vjp(f, {'in': w_in, 'out': w_out}, x, gates)
             return y, pull(ct)
 
         values = jax.jit(both, static_argnums=0)
@@ -139,18 +150,18 @@ class TestByExpert:
             made = np.random.default_rng(seed)
             experts = made.integers(0, n, t) if seed % 2 else np.minimum(made.poisson(1, t), n - 1)
             tiles = jax.jit(products._tiles, static_argnums=1)(jnp.asarray(experts), n)
-            tiles = jax.tree.map(np.asarray, tiles)
-            size = tiles.row.shape[1]
-            np.testing.assert_array_equal(tiles.row.reshape(-1)[tiles.place], np.arange(t))
-            np.testing.assert_array_equal(tiles.expert[tiles.place // size], experts)
-            assert (tiles.row < t).sum() == t
+            expert, row, place = jax.tree.map(np.asarray, tiles)
+            np.testing.assert_array_equal(row.reshape(-1)[place], np.arange(t))
+            np.testing.assert_array_equal(expert[place // row.shape[1]], experts)
+            assert (row < t).sum() == t
 
     def test_goes_under_vmap(self):
         w, v = normal(2, D, F), normal(2, F, D, seed=1)
         x, e = normal(3, 20, D), jnp.asarray(np.arange(60).reshape(3, 20) % 7 % 2)
 
         def one(x, e):
-            return products.by_expert({'kernel': w}, {'kernel': v}, jnp.tanh, x, e)
+            weights = {'in': {'kernel': w}, 'out': {'kernel': v}}
+            return products.by_expert(EXPERT, weights, x, e[:, None], jnp.ones((20, 1)))
 
         h = np.tanh(np.einsum('btd,btdf->btf', x, np.asarray(w)[e]))
         wanted = np.einsum('btf,btfd->btd', h, np.asarray(v)[e])

@@ -1,0 +1,291 @@
+"""`MixtureFF`: a feed-forward of many small experts, of which each position chooses several.
+
+Shape letters: D d_model, F d_ff, E experts, M units of one, R experts that a router chooses from,
+K chosen ones, T positions in all.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import KW_ONLY
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from layercomb.checks import Bound, Count, Size
+from layercomb.layers.basic.activations import elementwise
+from layercomb.layers.basic.dense import contract, dense
+from layercomb.layers.basic.initializers import (
+    Initializer,
+    glorot_uniform,
+    lecun_normal,
+    zeros,
+)
+from layercomb.layers.core.layer import Arrays, Key, Layer
+from layercomb.layers.core.mode import Mode
+from layercomb.layers.quantized.matrix import Narrow, rows_of
+from layercomb.layers.quantized.rows import IN_BOUNDS
+from layercomb.layers.sparse.by_expert import by_expert
+from layercomb.layers.sparse.controllers import smallest_integers
+from layercomb.layers.sparse.switch import imbalance, share
+from layercomb.layers.state.counted import counted_positions
+from layercomb.layers.state.decisions import decide
+from layercomb.layers.state.parts import AuxLoss
+from layercomb.shapes import (
+    Signature,
+    as_deep,
+    check_float,
+    nearest_divisor,
+    nearest_multiple,
+)
+from layercomb.trees import Tree
+
+
+class MixtureFF(Layer):
+    """A feed-forward in experts, some always on, some chosen by a router: (…, D) → (…, D).
+
+    The d_ff units are E experts of M = d_ff / E units each. The first S are shared: every position
+    uses them. Of the other R = E − S, position x chooses the K with the largest s + b::
+
+        s = sigmoid(x Wᵣ)                                 in float32, (R,)
+        y = Σₑ expertₑ(x) + Σₑ s[e] expertₑ(x) + b₂       over the shared; over the chosen
+        expertₑ(x) = (f(x W₁[e] + b₁[e]) ∘ x V[e]) W₂[e]
+
+    so that (S + K) / E of the weights, and the router, are read for a position. No position is
+    dropped, and experts have no capacity limit.
+
+    The bias b of the router balances the experts. It takes part in the choice, and not in y. Its
+    gradient is by how much each expert's share of all choices exceeds 1 / R, so that any optimizer
+    lowers the bias of an expert that is chosen too often, by small steps. `balance` adds the usual
+    auxiliary loss too, that of `SwitchFF` with shares of K choices and the means of s / Σ s.
+    Positions of loss weight 0 (padding, a prompt) are computed, but count in neither.
+
+    In ``PREDICT``, few positions read the rows of chosen experts only, from narrow weights too. The
+    chosen experts are decisions: ``RECORD`` keeps them, ``REPLAY`` takes them.
+
+    Weights: ``router`` (kernel (D, R), bias (R,)), ``in`` (kernel_transposed (d_ff, D), bias
+    (d_ff,)), ``up`` (kernel_transposed (d_ff, D)), ``out`` (kernel (d_ff, D), bias (D,)). Expert e
+    has the M rows from e M on.
+
+    Attributes:
+      d_ff: the number of units of all experts; `n_experts` must divide it.
+      n_experts: E.
+      n_chosen: K.
+      n_shared: S; n_shared + n_chosen is at most E.
+      activation: f, by its name.
+      gated: whether there is V; without, an expert is f(x W₁[e] + b₁[e]) W₂[e].
+      routing: 'sigmoid', or 'softmax' for s = softmax(x Wᵣ).
+      normalize: whether the chosen s are divided by their sum.
+      balance_bias: whether there is b.
+      balance: the weight of the auxiliary loss.
+      use_bias: whether there are b₁ and b₂.
+      kernel_init: of W₁, V and W₂, for each expert separately.
+      bias_init: of b₁ and b₂.
+
+    Raises:
+      ValueError: if E does not divide d_ff, naming the nearest sizes that fit; if S + K is more
+        than E; if one chosen expert is to be normalized, which teaches the router nothing.
+
+    References:
+      Dai et al. 2024, DeepSeekMoE, https://arxiv.org/abs/2401.06066; Wang et al. 2024, balancing
+      without a loss, https://arxiv.org/abs/2408.15664
+
+    >>> from layercomb import tl, shape_dtype
+    >>> tl.MixtureFF(64, 16, n_chosen=3, n_shared=1).output_signature(shape_dtype((2, 5, 8)))
+    (ShapeDtypeStruct(shape=(2, 5, 8), dtype=float32),)
+    """
+
+    d_ff: Size
+    n_experts: Size = 64
+    n_chosen: Size = 7
+    n_shared: Count = 1
+    _: KW_ONLY
+    activation: str = 'silu'
+    gated: bool = True
+    routing: Literal['sigmoid', 'softmax'] = 'sigmoid'
+    normalize: bool = False
+    balance_bias: bool = True
+    balance: Annotated[float, Bound(0)] = 0.0
+    use_bias: bool = False
+    kernel_init: Initializer = glorot_uniform()
+    bias_init: Initializer = zeros()
+
+    weight_axes = {
+        'router/kernel': 'D->E',
+        'router/bias': '->E',
+        'in/kernel_transposed': 'F*<-D',
+        'in/bias': '->F',
+        'up/kernel_transposed': 'F*<-D',
+        'out/kernel': 'F*->D',
+        'out/bias': '->D',
+    }
+    position_wise = True
+    counts_positions = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        elementwise('MixtureFF', self.activation)  # a wrong name raises here
+        if self.d_ff % self.n_experts:
+            raise ValueError(
+                f'MixtureFF: n_experts={self.n_experts} does not divide d_ff={self.d_ff}: use '
+                f'n_experts={nearest_divisor(self.d_ff, self.n_experts)}, or '
+                f'd_ff={nearest_multiple(self.d_ff, self.n_experts)}'
+            )
+        if self.n_shared + self.n_chosen > self.n_experts:
+            raise ValueError(
+                f'MixtureFF: n_chosen={self.n_chosen} and n_shared={self.n_shared} are more than '
+                f'n_experts={self.n_experts}: use n_chosen={max(self.n_experts - self.n_shared, 1)}'
+                ' or more experts'
+            )
+        if self.normalize and self.n_chosen == 1:
+            raise ValueError(
+                'MixtureFF: normalize=True makes the weight of n_chosen=1 expert always 1, and the '
+                'router would learn nothing: use normalize=False, or choose more experts'
+            )
+
+    def init(
+        self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
+    ) -> tuple[Tree, Tree]:
+        """Weights as the class lists them, and an auxiliary loss of zero; none in ``PREDICT``.
+
+        Args:
+          signature: of x (…, D), floating.
+          rng: a typed key.
+          mode: see `Mode`.
+        """
+        (x,) = signature
+        check_float('MixtureFF', x)
+        d, e, n_routed = x.shape[-1], self.n_experts, self.n_experts - self.n_shared
+        keys = jax.random.split(rng, 6)
+
+        def each(key: jax.Array) -> jax.Array:
+            # One expert at a time: the initializer would count the axis of experts as inputs.
+            make = jax.vmap(lambda k: self.kernel_init(k, (self.d_ff // e, d)))
+            return make(jax.random.split(key, e)).reshape(self.d_ff, d)  # (E, M, D) → (F, D)
+
+        weights: Tree = {
+            'router': {'kernel': lecun_normal()(keys[0], (d, n_routed))},
+            'in': {'kernel_transposed': each(keys[1])},
+            'out': {'kernel': each(keys[2])},
+        }
+        if self.gated:
+            weights['up'] = {'kernel_transposed': each(keys[3])}
+        if self.balance_bias:
+            weights['router']['bias'] = jnp.zeros(n_routed)
+        if self.use_bias:
+            weights['in']['bias'] = self.bias_init(keys[4], (self.d_ff,))
+            weights['out']['bias'] = self.bias_init(keys[5], (d,))
+        state = {'aux_loss': AuxLoss(jnp.zeros((), jnp.float32))}
+        return weights, {} if mode is Mode.PREDICT else state
+
+    def apply(
+        self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
+    ) -> tuple[Arrays, Tree]:
+        """y (…, D), in the dtype of x, and the new state.
+
+        Args:
+          weights: as of `init`; kernels may be `Narrow`.
+          state: ``aux_loss``, and in ``REPLAY`` the recorded experts.
+          inputs: x (…, D).
+          rng: not used.
+          mode: see `Mode`.
+        """
+        (x,) = inputs
+        state, counted = counted_positions(state, x)
+        flat = x.reshape(-1, x.shape[-1])  # (T, D)
+        s = self.scores(weights['router'], flat)  # (T, R)
+
+        def choose() -> jax.Array:
+            chosen = self.choices(weights['router'], s)
+            kind = smallest_integers(s.shape[1])
+            return chosen.astype(kind).reshape(*x.shape[:-1], self.n_chosen)
+
+        experts, state = decide(mode, state, 'experts', choose)
+        experts = experts.reshape(-1, self.n_chosen).astype(jnp.int32)  # (T, K)
+        gates = jnp.take_along_axis(s, experts, 1)
+        if self.normalize:
+            gates = gates / gates.sum(1, keepdims=True)
+        few = mode is Mode.PREDICT and experts.size <= s.shape[1]
+        y = (self._few if few else self._many)(weights, flat, experts, gates).reshape(x.shape)
+        if self.use_bias:
+            y = y + as_deep(weights['out']['bias'], y)
+        if mode.is_training:
+            loss = self._loss(weights['router'], s, experts, counted)
+            state = {**state, 'aux_loss': AuxLoss(loss)}
+        return (y,), state
+
+    def scores(self, router: Tree, x: jax.Array) -> jax.Array:
+        """s (T, R) of x (T, D), in float32 for any dtype of x."""
+        logits = dense({'kernel': router['kernel'].astype(jnp.float32)}, x.astype(jnp.float32))
+        return jax.nn.sigmoid(logits) if self.routing == 'sigmoid' else jax.nn.softmax(logits)
+
+    def choices(self, router: Tree, s: jax.Array) -> jax.Array:
+        """The K experts with the largest s + b, the largest first: (T, R) → (T, K) int32."""
+        if self.balance_bias:
+            s = s + router['bias'].astype(s.dtype)
+        return jax.lax.top_k(s, self.n_chosen)[1]
+
+    def _loss(
+        self, router: Tree, s: jax.Array, experts: jax.Array, counted: jax.Array | None
+    ) -> jax.Array:
+        """The auxiliary loss, and 0 with the gradient of the router's bias."""
+        p = s / s.sum(1, keepdims=True) if self.routing == 'sigmoid' else s
+        loss = self.balance * imbalance(p, experts, counted) if self.balance else jnp.float32(0)
+        if self.balance_bias:
+            n = s.shape[1]
+            excess = jax.lax.stop_gradient(share(experts, n, counted) - 1 / n)  # (R,)
+            bias = router['bias'].astype(jnp.float32)
+            loss = loss + jnp.dot(excess, bias - jax.lax.stop_gradient(bias))
+        return loss
+
+    def _many(self, weights: Tree, x: jax.Array, experts: jax.Array, gates: jax.Array) -> jax.Array:
+        """The output (T, D) without b₂: shared experts as one, the chosen ones by sorted tiles."""
+        own = self._experts(weights)
+        n = self.n_shared
+        expert = functools.partial(_expert, elementwise('MixtureFF', self.activation))
+        routed = jax.tree.map(lambda w: w[n:], own)
+        y = by_expert(expert, routed, x, experts, gates)
+        if not n:
+            return y
+        shared = jax.tree.map(
+            lambda w: w[:n].reshape(-1, *w.shape[2:]), own
+        )  # (S, M, …) → (S M, …)
+        return y + expert(shared, x, jnp.ones((len(x), 1), jnp.float32)).astype(x.dtype)
+
+    def _few(self, weights: Tree, x: jax.Array, experts: jax.Array, gates: jax.Array) -> jax.Array:
+        """The output (T, D) without b₂, of gathered rows."""
+        t, n, m = len(x), self.n_shared, self.d_ff // self.n_experts
+        always = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (t, n))
+        on = jnp.concatenate([always, experts + n], 1)  # (T, S + K)
+        at = on[..., None] * m + jnp.arange(m, dtype=jnp.int32)[None, None]
+        at = at.reshape(t, -1)  # (T, S + K, M) → (T, (S + K) M)
+        gates = jnp.concatenate([jnp.ones((t, n), gates.dtype), gates], 1)
+        h = rows_of(weights['in']['kernel_transposed']).gathered_product(x, at)
+        if self.use_bias:
+            h = h + weights['in']['bias'].at[at].get(**IN_BOUNDS).astype(h.dtype)
+        h = elementwise('MixtureFF', self.activation)(h)
+        if self.gated:
+            h = h * rows_of(weights['up']['kernel_transposed']).gathered_product(x, at)
+        h = h * jnp.repeat(gates, m, 1).astype(h.dtype)
+        return rows_of(weights['out']['kernel']).gathered_sum(h, at)
+
+    def _experts(self, weights: Tree) -> dict[str, Any]:
+        """The kernels and b₁ with a leading axis of experts: (F, …) → (E, M, …)."""
+        own = {'in': weights['in']['kernel_transposed'], 'out': weights['out']['kernel']}
+        if self.gated:
+            own['up'] = weights['up']['kernel_transposed']
+        if self.use_bias:
+            own['bias'] = weights['in']['bias']
+        return jax.tree.map(lambda w: w.reshape(self.n_experts, -1, *w.shape[1:]), own)
+
+
+def _expert(f: Any, weights: dict[str, Any], x: jax.Array, gates: jax.Array) -> jax.Array:
+    """One expert's output, times the gates: x (C, D), gates (C, 1) → (C, D)."""
+    own = {k: w.wide().astype(x.dtype) if isinstance(w, Narrow) else w for k, w in weights.items()}
+    h = contract('cd,md->cm', x, own['in'])
+    h = f(h + own['bias'].astype(h.dtype) if 'bias' in own else h)
+    if 'up' in own:
+        h = h * contract('cd,md->cm', x, own['up'])
+    h = h * gates.astype(h.dtype)
+    return contract('cm,md->cd', h, own['out'])
