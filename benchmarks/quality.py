@@ -19,10 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import machine
+import numpy as np
 
 import layercomb as lc
 from layercomb import data, optimizers, supervised, tl
+from layercomb.layers.core.walk import walk
 
 SEEDS = (0, 1)
 BYTES = 'Witten-Bell, order 3'
@@ -85,6 +88,31 @@ def train(models: Models, run: str, options: argparse.Namespace, log: Log) -> No
         }
         log.write(result)
         print(result, flush=True)
+    for path, share in loads(net, loop.weights, loop.state, next(iter(task.batches()))[0]).items():
+        print(f'{run} {path}: choices of an expert, beside the mean: {share}', flush=True)
+
+
+def loads(net: tl.Layer, weights: Any, state: Any, tokens: Any) -> dict[str, str]:
+    """The least, median and most choices of the experts of each mixture, over the mean.
+
+    Args:
+      net, weights, state: a language model.
+      tokens: a batch of its inputs.
+    """
+    found = {}
+    for path, layer in walk(net):
+        if not isinstance(layer, tl.MixtureFF):
+            continue
+        before = path.rpartition('/')[0] + '/rms_norm'
+        _, seen = lc.capture(net, weights, state, (tokens,), before)
+        routers = lc.trees.get(weights, path)['router']  # stacked over depth, as `seen` is
+        for i, x in enumerate(seen[before]):
+            router = jax.tree.map(lambda w, i=i: w[i], routers)
+            s = layer.scores(router, x.reshape(-1, x.shape[-1]))
+            n = np.bincount(np.asarray(layer.choices(router, s)).reshape(-1), minlength=s.shape[1])
+            least, middle, most = np.quantile(n / n.mean(), (0, 0.5, 1))
+            found[f'{path}, {i}'] = f'{least:.2f}, {middle:.2f}, {most:.2f}'
+    return found
 
 
 def count_bytes(options: argparse.Namespace, log: Log) -> None:
@@ -162,8 +190,8 @@ def parser(description: str, models: Models, **defaults: Any) -> argparse.Argume
     return made
 
 
-def study(models: Models, pairs: Pairs, sizes: Row, options: argparse.Namespace) -> None:
-    """Runs what has not been run, and prints the tables."""
+def study(models: Models, pairs: Pairs, sizes: Row, options: argparse.Namespace) -> Done:
+    """Runs what has not been run, prints the tables, and returns all that is known."""
     settings = {k: v for k, v in vars(options).items() if k not in ('out', 'runs')}
     log = Log(options.out, settings)
     print(machine.describe('jaxlib', 'optax'))
@@ -175,3 +203,4 @@ def study(models: Models, pairs: Pairs, sizes: Row, options: argparse.Namespace)
         if options.steps not in log.read().get(run, {}):
             train(models, run, options, log)
     report(models, pairs, log.read(), options)
+    return log.read()

@@ -3,10 +3,10 @@
     python benchmarks/sparse_train.py [--length 512] [--batch 4] [--repeats 7]
 
 A step, with its loss, gradient and optimizer, of `TerraformerLM` with d_model 512, d_ff 2048 and
-six layers, the paper's smaller shape, dense and sparse: the controller of the feed-forwards, its
-noise and its softmax come on top of the dense work, since in training every unit is computed;
-projections of queries, keys and values become cheaper. CPU seconds over all threads, the median of
-the repeats, and the temporaries that XLA plans.
+six layers, the paper's smaller shape, dense and sparse. Of `SparseFF` every unit is computed in
+training, and the controller, its noise and its softmax come on top. A mixture computes chosen
+experts only. Projections of queries, keys and values become cheaper. CPU seconds over all threads,
+the median of the repeats, and the temporaries that XLA plans.
 """
 
 from __future__ import annotations
@@ -25,14 +25,29 @@ import layercomb as lc
 from layercomb import models, tl
 from layercomb.supervised import steps
 
-SIZES = {'vocab_size': 256, 'd_model': 512, 'd_ff': 2048, 'n_layers': 6, 'n_heads': 8}
+D_FF = 2048
+SIZES = {'vocab_size': 256, 'd_model': 512, 'd_ff': D_FF, 'n_layers': 6, 'n_heads': 8}
 OFF: dict[str, Any] = {'ff_block_size': None, 'qkv_modules': None, 'head_modules': None}
+
+
+def mixture(n_experts: int, n_chosen: int, n_shared: int) -> dict[str, Any]:
+    """A mixture of as many units as the dense feed-forward has."""
+    layer = tl.MixtureFF(
+        D_FF, n_experts, n_chosen, n_shared, activation='relu2', gated=False, use_bias=True
+    )
+    return {**OFF, 'ff': layer}
+
+
 KINDS = {
     'dense': OFF,
     'FF, N = 64': {**OFF, 'ff_block_size': 64},
     'FF, N = 16': {**OFF, 'ff_block_size': 16},
     'QKV, S = 16': {**OFF, 'qkv_modules': 16},
     'FF 64 and QKV 16': {**OFF, 'ff_block_size': 64, 'qkv_modules': 16},
+    'mixture, 1/4': mixture(64, 14, 2),
+    'mixture, 1/8': mixture(64, 7, 1),
+    'mixture, 1/16': mixture(64, 3, 1),
+    'mixture, 1/64': mixture(64, 1, 0),
 }
 
 
@@ -82,6 +97,8 @@ def main() -> None:
         print(f'| {label} | {median[label]:.2f} | {ratio:.2f}× | {temporaries / 2**20:.0f} |')
     worst = max(median.values()) / median['dense']
     print(f'\nat most 1.3× is asked: {"met" if worst <= 1.3 else "not met"} ({worst:.2f}×)')
+    few = max(median[f'mixture, 1/{n}'] for n in (8, 16, 64)) / median['dense']
+    print(f'below dense from 1/8 on is asked: {"met" if few < 1 else "not met"} ({few:.2f}×)')
 
 
 if __name__ == '__main__':

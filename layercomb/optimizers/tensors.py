@@ -145,8 +145,16 @@ def matrices(found: dict[str, Axes], weights: Tree) -> Tree:
 
 
 def chosen_rows(found: dict[str, Axes], weights: Tree) -> Tree:
-    """A tree of bools: True at weights whose rows are units, of which a position chooses few."""
-    return trees.map_with_path(lambda path, _: found[path].has_chosen_rows, weights)
+    """A tree of bools: True at weights whose rows are units, of which a position chooses few.
+
+    Experts are left out: all units of one are chosen alike, and each expert is a matrix.
+    """
+
+    def one(path: str, _: Any) -> bool:
+        its = found[path]
+        return its.has_chosen_rows and len(its.separate) == its.stacked
+
+    return trees.map_with_path(one, weights)
 
 
 def by_tensor(optimizer: Any, axes_of: AxesOf) -> Any:

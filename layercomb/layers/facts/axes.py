@@ -9,7 +9,8 @@ and rules by letter read it. A declaration has one letter for each axis:
 * ``'V:D'``: a table (V, D), whose rows are looked up, or from which kernels are made.
 * ``'E|D->F'``: one matrix for each E.
 * ``'F*->D'``, ``'F*<-D'``: rows of F units, of which each position chooses few. Each row is read,
-  rounded and scaled by itself.
+  rounded and scaled by itself. ``'E|M*->D'``: the same rows in experts of M units, which are chosen
+  whole.
 
 Letters of the library: D width of the model or input, F any other width, H heads, K depth of a
 head, V vocabulary, L positions, E experts or blocks, M units of one of them or features of a

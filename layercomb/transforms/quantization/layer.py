@@ -185,8 +185,10 @@ class Quantized(Wrapper):
         found = {}
         for path, axes in narrow_axes(bare(self.layer)).items():
             wide = trees.get(weights, path)
+            n_axes = Axes(bare(self.layer).weight_axes[path]).ndim  # experts are counted, too
+            is_large = math.prod(wide.shape[wide.ndim - n_axes :]) >= self.smallest
             shape = wide.shape[wide.ndim - len(axes) :]
-            if math.prod(shape) >= self.smallest and can_narrow(shape, axes, self.bits):
+            if is_large and can_narrow(shape, axes, self.bits):
                 found[path] = axes
         return found
 
@@ -252,7 +254,8 @@ class Quantized(Wrapper):
         wide = Axes(layer.weight_axes[of_matrix])
         first, second = (''.join(wide.letters[i] for i in side) for side in _rows(wide))
         if path != of_matrix:
-            return f'->{first}G'
+            of_each = ''.join(wide.letters[i] for i in wide.separate)
+            return f'{of_each}|->{first}G' if of_each else f'->{first}G'
         if wide.is_table or wide.has_chosen_rows:
             return wide.spec
         return f'{first}<-{second if len(second) == 1 else f"({second})"}'
@@ -289,7 +292,8 @@ def narrow_axes(layer: Layer) -> dict[str, str]:
 def _narrow_axes(layer: Layer, path: str) -> str:
     declared = Axes(layer.weight_axes.get(path, UNKNOWN))
     _, along = _rows(declared)
-    letters = ''.join('i' if a in along else 'o' for a in range(declared.ndim))
+    matrix = range(len(declared.separate), declared.ndim)
+    letters = ''.join('i' if a in along else 'o' for a in matrix)
     if letters not in ('io', 'ioo', 'iio', 'oi'):
         raise TypeError(
             f'{type(layer).__name__}: {path!r} is declared as {declared.spec!r}, and a narrow '
