@@ -231,11 +231,10 @@ def Terraformer(
     writing = reversible_blocks([[half(layer), feed] for layer in backs], n_decoder_layers)
 
     place = functools.partial(reformer_positions, positions, shape=None, depths=None)
-    source = two_streams(vocab_size, d_model, place(max_len), dropout)
     *embedding, dup = two_streams(n_target, d_model, place(target_len), dropout)
     decoder = tl.Serial(dup, writing, tl.Select((0, 1), n_in=2 + masked), name='decoder')
     return _reading_and_writing(
-        _encoder(source, reading, masked),
+        _encoder(two_streams(vocab_size, d_model, place(max_len), dropout), reading, masked),
         tl.Serial(*embedding, name='embedding'),
         AfterMemory(decoder, masked=masked, max_len=target_len),
         tl.Serial(tl.Concatenate(), norm, sparse_head(n_target, head_modules), name='head'),
