@@ -133,10 +133,11 @@ class MixtureFF(Layer):
                 f'd_ff={nearest_multiple(self.d_ff, self.n_experts)}'
             )
         if self.n_shared + self.n_chosen > self.n_experts:
+            most = self.n_experts - self.n_shared
             raise ValueError(
                 f'MixtureFF: n_chosen={self.n_chosen} and n_shared={self.n_shared} are more than '
-                f'n_experts={self.n_experts}: use n_chosen={max(self.n_experts - self.n_shared, 1)}'
-                ' or more experts'
+                f'n_experts={self.n_experts}: use '
+                f'{f"n_chosen={most}" if most > 0 else "fewer of them"} or more experts'
             )
         if self.normalize and self.n_chosen == 1:
             raise ValueError(
@@ -205,7 +206,7 @@ class MixtureFF(Layer):
         experts = experts.reshape(-1, self.n_chosen).astype(jnp.int32)  # (T, K)
         gates = jnp.take_along_axis(s, experts, 1)
         if self.normalize:
-            gates = gates / gates.sum(1, keepdims=True)
+            gates = _normalized(gates)
         few = mode is Mode.PREDICT and experts.size <= s.shape[1]
         y = (self._few if few else self._many)(weights, flat, experts, gates).reshape(x.shape)
         if self.use_bias:
@@ -230,7 +231,7 @@ class MixtureFF(Layer):
         self, router: Tree, s: jax.Array, experts: jax.Array, counted: jax.Array | None
     ) -> jax.Array:
         """The auxiliary loss, and 0 with the gradient of the router's bias."""
-        p = s / s.sum(1, keepdims=True) if self.routing == 'sigmoid' else s
+        p = _normalized(s) if self.routing == 'sigmoid' else s
         loss = self.balance * imbalance(p, experts, counted) if self.balance else jnp.float32(0)
         if self.balance_bias:
             n = s.shape[1]
@@ -259,7 +260,7 @@ class MixtureFF(Layer):
         always = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (t, n))
         on = jnp.concatenate([always, experts + n], 1)  # (T, S + K)
         at = on[..., None] * m + jnp.arange(m, dtype=jnp.int32)[None, None]
-        at = at.reshape(t, -1)  # (T, S + K, M) → (T, (S + K) M)
+        at = at.reshape(t, on.shape[1] * m)  # (T, S + K, M) → (T, (S + K) M)
         gates = jnp.concatenate([jnp.ones((t, n), gates.dtype), gates], 1)
         h = rows_of(weights['in']['kernel_transposed']).gathered_product(x, at)
         if self.use_bias:
@@ -278,6 +279,12 @@ class MixtureFF(Layer):
         if self.use_bias:
             own['bias'] = weights['in']['bias']
         return jax.tree.map(lambda w: w.reshape(self.n_experts, -1, *w.shape[1:]), own)
+
+
+def _normalized(s: jax.Array) -> jax.Array:
+    """s / Σ s along the last axis; 0 where all sigmoids are."""
+    # The gradient divides by the square of the sum, which must not be 0.
+    return s / jnp.maximum(s.sum(-1, keepdims=True), 1e-18)
 
 
 def _expert(f: Any, weights: dict[str, Any], x: jax.Array, gates: jax.Array) -> jax.Array:
