@@ -249,6 +249,12 @@ ROWS: dict[str, Row] = {
     'Mean': Row(tl.Mean, axes=()),
     'Mean masked': Row(lambda: tl.Mean(masked=True), (stream(), mask()), ()),
     'MergeHeads': Row(tl.MergeHeads, (heads(), stream()), (2, 1)),
+    'MixtureFF': Row(lambda: tl.MixtureFF(32, 8, 2)),
+    'MixtureFF of softmax': Row(
+        lambda: tl.MixtureFF(
+            24, 6, 2, 2, gated=False, routing='softmax', normalize=True, balance=0.1, use_bias=True
+        )
+    ),
     'MultiplicativeDense': Row(lambda: tl.MultiplicativeDense(2, 12)),
     'MultiplicativeHead': Row(lambda: tl.MultiplicativeHead(7)),
     'Multiply': Row(tl.Multiply, TWO),

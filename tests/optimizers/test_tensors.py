@@ -30,7 +30,12 @@ SHIPPED = {
     'Terraformer': (lambda: models.Terraformer(11, **LAYERS, **SIZES, **SPARSE), RAGGED * 2),
     'mixtures': (
         lambda: tl.Repeat(
-            tl.Serial(tl.Residual(tl.SwitchFF(8, 2)), tl.Residual(tl.BlockSparseFF(8, 2))), 2
+            tl.Serial(
+                tl.Residual(tl.SwitchFF(8, 2)),
+                tl.Residual(tl.BlockSparseFF(8, 2)),
+                tl.Residual(tl.MixtureFF(8, 4, 2)),
+            ),
+            2,
         ),
         STREAM,
     ),
@@ -70,9 +75,10 @@ def test_shipped_models_move_as_they_did_when_optimizers_went_by_names(name):
         by_muon = leaf in ('kernel', 'kernel_transposed') and 'head' not in above
         numbers = trees.get(matrices(found, weights), path)
         assert numbers == ((rows, columns) if by_muon else None)
-        assert its.has_chosen_rows == (
-            by_muon and '/sparse_ff/' in path and 'controller' not in path
-        )
+        of_units = {'sparse_ff', 'mixture_ff'} & {*above} and not {'controller', 'router'} & {
+            *above
+        }
+        assert its.has_chosen_rows == bool(by_muon and of_units)
         if leaf in ('bias', 'scale'):
             assert (its.first, its.second) == ((), (x.ndim - 1,))
         else:

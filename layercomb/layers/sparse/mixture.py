@@ -173,7 +173,7 @@ class MixtureFF(Layer):
         if self.gated:
             weights['up'] = {'kernel_transposed': each(keys[3])}
         if self.balance_bias:
-            weights['router']['bias'] = jnp.zeros(n_routed)
+            weights['router']['bias'] = jnp.zeros(n_routed, jnp.float32)
         if self.use_bias:
             weights['in']['bias'] = self.bias_init(keys[4], (self.d_ff,))
             weights['out']['bias'] = self.bias_init(keys[5], (d,))
@@ -224,7 +224,7 @@ class MixtureFF(Layer):
     def choices(self, router: Tree, s: jax.Array) -> jax.Array:
         """The K experts with the largest s + b, the largest first: (T, R) → (T, K) int32."""
         if self.balance_bias:
-            s = s + router['bias'].astype(s.dtype)
+            s = s + as_deep(router['bias'].astype(s.dtype), s)
         return jax.lax.top_k(s, self.n_chosen)[1]
 
     def _loss(
@@ -291,7 +291,7 @@ def _expert(f: Any, weights: dict[str, Any], x: jax.Array, gates: jax.Array) -> 
     """One expert's output, times the gates: x (C, D), gates (C, 1) → (C, D)."""
     own = {k: w.wide().astype(x.dtype) if isinstance(w, Narrow) else w for k, w in weights.items()}
     h = contract('cd,md->cm', x, own['in'])
-    h = f(h + own['bias'].astype(h.dtype) if 'bias' in own else h)
+    h = f(h + as_deep(own['bias'].astype(h.dtype), h) if 'bias' in own else h)
     if 'up' in own:
         h = h * contract('cd,md->cm', x, own['up'])
     h = h * gates.astype(h.dtype)

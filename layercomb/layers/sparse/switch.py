@@ -208,7 +208,8 @@ def share(experts: jax.Array, n_experts: int, counted: jax.Array | None = None) 
     Returns:
       (E,) float32; 0 if no position counts.
     """
-    chosen = experts[..., None] == jnp.arange(n_experts, dtype=experts.dtype)  # (T, K, E)
+    each = jnp.arange(n_experts, dtype=experts.dtype)[None, None]
+    chosen = experts[..., None] == each  # (T, K, E)
     if counted is not None:
         chosen = chosen & counted.reshape(-1, 1, 1)
     n = chosen.sum((0, 1), dtype=jnp.float32)

@@ -101,6 +101,7 @@ def sparse() -> tl.Layer:
         tl.Embedding(V, D),
         tl.Residual(tl.LocalSelfAttention(2, 4, rotary=tl.RotaryPositions())),
         tl.Residual(tl.RMSNorm(), tl.SwitchFF(8, 2)),
+        tl.Residual(tl.RMSNorm(), tl.MixtureFF(8, 4, 2)),
         tl.Dup(),
         tl.ReversibleSerial(
             half(tl.LSHSelfAttention(2, n_hashes=2, chunk_len=4, n_buckets=2)),
