@@ -75,9 +75,8 @@ def test_shipped_models_move_as_they_did_when_optimizers_went_by_names(name):
         by_muon = leaf in ('kernel', 'kernel_transposed') and 'head' not in above
         numbers = trees.get(matrices(found, weights), path)
         assert numbers == ((rows, columns) if by_muon else None)
-        of_units = {'sparse_ff', 'mixture_ff'} & {*above} and not {'controller', 'router'} & {
-            *above
-        }
+        of_mixtures = {'sparse_ff', 'mixture_ff'} & {*above}
+        of_units = of_mixtures and not {'controller', 'router'} & {*above}
         assert its.has_chosen_rows == bool(by_muon and of_units)
         if leaf in ('bias', 'scale'):
             assert (its.first, its.second) == ((), (x.ndim - 1,))

@@ -437,6 +437,8 @@ QUANTIZED = {
     'MergeHeads': (tl.MergeHeads(), HEADS),
     'Embedding': (tl.Embedding(11, WIDTH), TOKENS),
     'SparseFF': (tl.SparseFF(64, 16), STREAM),
+    'MixtureFF': (tl.MixtureFF(64, 8, 2, use_bias=True), STREAM),
+    'MixtureFF ungated': (tl.MixtureFF(64, 8, 3, 2, gated=False, normalize=True), STREAM),
     'MultiplicativeDense': (tl.MultiplicativeDense(2), STREAM),
     'MultiplicativeHead': (tl.MultiplicativeHead(50, 2), STREAM),
 }

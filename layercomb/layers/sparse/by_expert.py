@@ -5,6 +5,7 @@ Shape letters: T rows, K choices of a row, E experts, C places of a tile, n tile
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,7 +33,8 @@ def by_expert(
 
     Args:
       expert: from one expert's weights, rows (C, D) and their gates (C, 1) to rows (C, D).
-      weights: a tree of arrays with a leading axis E. There are no gradients for a `Narrow`.
+      weights: a tree of arrays with a leading axis E. There are no gradients for a `Narrow`, of
+        which `expert` is given the weights of one expert, narrow or, if bfloat16, wide.
       x: (T, D).
       experts: (T, K) integers, from 0 to E − 1.
       gates: (T, K) float32.
@@ -156,7 +158,17 @@ def _tile_size(n_rows: int, n_experts: int) -> int:
 
 
 def _of(weights: Any, expert: jax.Array) -> Any:
-    return jax.tree.map(lambda w: w[expert], weights)
+    """The weights of one expert, and those of bfloat16 wide."""
+    return jax.tree.map(lambda w: _part(w, expert), weights, is_leaf=_is_narrow)
+
+
+def _part(w: Any, expert: jax.Array) -> Any:
+    if not _is_narrow(w) or w.scales is not None:
+        return jax.tree.map(lambda x: x[expert], w)
+    # A CPU's compiler would widen all experts, to cut out one; looking up rows is a kernel's work.
+    (_, n, d), at = w.values.shape, jnp.arange(w.values.shape[1], dtype=jnp.int32)
+    table = dataclasses.replace(w, values=w.values.reshape(-1, d))
+    return table.take(expert * n + at)
 
 
 def _is_narrow(leaf: Any) -> bool:

@@ -245,8 +245,7 @@ class MixtureFF(Layer):
         own = self._experts(weights)
         n = self.n_shared
         expert = functools.partial(_expert, elementwise('MixtureFF', self.activation))
-        routed = jax.tree.map(lambda w: w[n:], own)
-        y = by_expert(expert, routed, x, experts, gates)
+        y = by_expert(expert, own, x, experts + n, gates)  # a slice would be a copy
         if not n:
             return y
         shared = jax.tree.map(

@@ -30,6 +30,7 @@ from layercomb.layers.quantized.fitting import Inputs
 from layercomb.layers.quantized.matrix import BITS, SCALES, Narrow, in_panels, n_columns
 from layercomb.layers.quantized.rounding import can_narrow, group_of, narrow
 from layercomb.layers.sparse.feed_forward import SparseFF
+from layercomb.layers.sparse.mixture import MixtureFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.shapes import Signature, is_float
 from layercomb.transforms.casting import Cast
@@ -83,6 +84,13 @@ def _of_units(layer: Layer) -> tuple[str, ...]:
     """The controller is left out: it is small, and rounding would make it choose other units."""
     del layer
     return 'in/kernel_transposed', 'out/kernel'
+
+
+@narrow_paths.register(MixtureFF)
+def _of_experts(layer: Layer) -> tuple[str, ...]:
+    """The router is left out, as controllers are."""
+    up = ('up/kernel_transposed',) if getattr(layer, 'gated', True) else ()
+    return 'in/kernel_transposed', *up, 'out/kernel'
 
 
 class Quantized(Wrapper):

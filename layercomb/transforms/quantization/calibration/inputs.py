@@ -14,6 +14,7 @@ from layercomb.layers.basic.gated import GatedDense
 from layercomb.layers.core.layer import Arrays, Layer
 from layercomb.layers.quantized.fitting import Inputs
 from layercomb.layers.sparse.feed_forward import SparseFF
+from layercomb.layers.sparse.mixture import MixtureFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.transforms.casting import Cast
 from layercomb.transforms.quantization.calibration.values import Stack, rows_of_stack
@@ -46,6 +47,7 @@ def multiplied(layer: Layer, inputs: Arrays) -> dict[str, jax.Array] | None:
 @multiplied.register(MultiplicativeDense)
 @multiplied.register(MultiplicativeHead)
 @multiplied.register(SparseFF)
+@multiplied.register(MixtureFF)
 def _nothing(layer: Layer, inputs: Arrays) -> dict[str, jax.Array]:
     """Rows are looked up, chosen, or multiplied by factors of their own."""
     del layer, inputs
