@@ -137,6 +137,7 @@ class Reader {
       case Op::kFactors: return Factored();
       case Op::kConvolve: return Convolved();
       case Op::kChoose: return Chosen();
+      case Op::kRoute: return Routed();
     }
     return {0, {}};
   }
@@ -325,7 +326,7 @@ class Reader {
             }};
   }
 
-  Phase Summed(Units* units) {
+  Phase Summed(const ChosenOnes* units) {
     const Rows h = Value(), y = Value();
     const Operand &words = Weight(), &scales = Weight(), &bias = Weight();
     const float* added = Next() != 0 ? bias.floats() : nullptr;
@@ -335,6 +336,46 @@ class Reader {
     return {program_.n_x * n, [=](int64_t i) {
               const int64_t j = i % n * size;
               units->Sum(out, added, h.data, i / n, j, std::min(size, out.n - j), y.data);
+            }};
+  }
+
+  // A mixture of experts, in three instructions: its rows are prepared and experts chosen, their units
+  // are computed, and what they make is added up.
+  Phase Routed() {
+    const int64_t step = Next();
+    const size_t number = Next();
+    if (step == 1) return Mixed(experts_[number].get());
+    if (step == 2) return Summed(experts_[number].get());
+    const Rows x = Value(), scores = Value(), gates = Value();
+    const Operand& bias = Weight();
+    const bool biased = Next() != 0;
+    const int64_t n_chosen = Next(), n_shared = Next();
+    const bool softmax = Next() != 0, normalized = Next() != 0;
+    const Operand &words = Weight(), &scales = Weight();
+    const Operand &up_words = Weight(), &up_scales = Weight();
+    const bool gated = Next() != 0;
+    const Experts::Choice choice{biased ? bias.floats() : nullptr, scores.width, n_chosen, n_shared,
+                                 gates.width / (n_chosen + n_shared), softmax, normalized};
+    const Weights in = RowsOf(words, scales), up = RowsOf(up_words, up_scales);
+    experts_.resize(std::max(experts_.size(), number + 1));
+    experts_[number] = std::make_unique<Experts>(choice, in, gated ? &up : nullptr, x.data,
+                                                 program_.n_x);
+    Experts* its = experts_[number].get();
+    bytes_ += in.n_bytes / in.n_rows * gates.width * (gated ? 2 : 1);
+    return {0, [=](int64_t m) { its->Choose(m, scores(m), gates(m)); }};
+  }
+
+  Phase Mixed(Experts* experts) {
+    const Rows h = Value(), up = Value();
+    const Operand& bias = Weight();
+    const bool biased = Next() != 0;
+    const Operand &words = Weight(), &scales = Weight();
+    const Experts::Made made{biased ? bias.floats() : nullptr, h.data, up.data,
+                             RowsOf(words, scales)};
+    const int64_t size = CeilDiv(h.width, 4 * n_threads_), n = CeilDiv(h.width, size);
+    return {program_.n_x * n, [=](int64_t i) {
+              const int64_t first = i % n * size;
+              experts->Compute(made, i / n, first, std::min(size, h.width - first));
             }};
   }
 
@@ -427,6 +468,7 @@ class Reader {
   std::vector<std::unique_ptr<Product>> products_;
   std::vector<std::unique_ptr<Convolution>> convolutions_;
   std::vector<std::unique_ptr<Units>> units_;
+  std::vector<std::unique_ptr<Experts>> experts_;
   int64_t bytes_ = 0;
 };
 

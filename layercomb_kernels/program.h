@@ -21,7 +21,7 @@ struct Operand {
 
 // What an instruction does; numbers are those that `program.py` writes.
 enum class Op { kNormalize, kActivate, kAdd, kMultiply, kProduct, kTurn, kAppend, kAttend, kJoin, kFactors,
-                kConvolve, kChoose };
+                kConvolve, kChoose, kRoute };
 
 enum class Activation { kRelu, kRelu2, kGelu, kSilu, kTanh, kSigmoid };
 

@@ -2,7 +2,9 @@
 
 #include "sparse.h"
 
+#include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "vectors.h"
 
@@ -57,6 +59,37 @@ void Multiply(const float* a, const float* b, int64_t n, float* to) {
     std::memcpy(to + i, &made, sizeof made);
   }
   for (; i < n; ++i) to[i] = a[i] * b[i];
+}
+
+// Makes probabilities of logits.
+void Softmax(std::vector<float>& s) {
+  const int64_t n = static_cast<int64_t>(s.size());
+  const float most = *std::max_element(s.begin(), s.end());
+  float sum = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t n_here = std::min<int64_t>(kLanes, n - i);
+    const Floats made = Exp(Load<Floats>(Padded<float>(&s[i], n_here).values) - most);
+    std::memcpy(&s[i], &made, n_here * sizeof(float));
+    for (int64_t j = i; j < i + n_here; ++j) sum += s[j];
+  }
+  for (float& each : s) each /= sum;
+}
+
+// The n largest, the largest first; of equal ones the first, and NaN before all.
+std::vector<int32_t> Largest(const std::vector<float>& s, int64_t n) {
+  const auto above = [](float a, float b) { return a > b || (a != a && b == b); };
+  std::vector<int32_t> found;
+  for (size_t i = 0; i < s.size(); ++i) {
+    if (static_cast<int64_t>(found.size()) < n) {
+      found.push_back(0);
+    } else if (!above(s[i], s[found.back()])) {
+      continue;
+    }
+    size_t j = found.size() - 1;
+    for (; j > 0 && above(s[i], s[found[j - 1]]); --j) found[j] = found[j - 1];
+    found[j] = static_cast<int32_t>(i);
+  }
+  return found;
 }
 
 class FactoredProduct final : public Product {
@@ -184,30 +217,70 @@ void Convolution::Modules(const float* x, const float* zeros, int64_t s, int64_t
   }
 }
 
-Units::Units(const Weights& in, const float* x, int64_t n_x, int64_t n_blocks)
-    : n_blocks_(n_blocks), in_(OfChosenRows(in, x, n_x)), at_(n_x * n_blocks) {}
-
-void Units::Choose(const Choice& choice, int64_t m, int64_t first, int64_t n, float* h) {
-  int32_t* at = &at_[m * n_blocks_];
-  LargestUnits(choice.inner + m * choice.rank, choice.second, choice.rank, choice.n_units,
-               choice.n_block, first, n, at);
-  for (int64_t b = first; b < first + n; ++b) {  // no other reads of memory tell it what comes
-    in_->Fetch(at[b]);
-    FetchRow(choice.out, at[b]);
-  }
-  h += m * n_blocks_;
-  in_->Multiply(m, at + first, n, h + first);
-  for (int64_t b = first; choice.bias && b < first + n; ++b) h[b] += choice.bias[at[b]];
-}
-
-void Units::Sum(const Weights& out, const float* bias, const float* h, int64_t m, int64_t j,
-                int64_t n, float* y) const {
+void ChosenOnes::Sum(const Weights& out, const float* bias, const float* h, int64_t m, int64_t j,
+                     int64_t n, float* y) const {
   const int64_t parts = out.kind == Kind::kInt4 ? 2 : 1;
   y += m * out.n * parts;
-  SumOfChosenRows(out, h + m * n_blocks_, &at_[m * n_blocks_], n_blocks_, j, n, y);
+  SumOfChosenRows(out, h + m * width_, &at_[m * width_], width_, j, n, y);
   for (int64_t p = 0; bias && p < parts; ++p) {
     for (int64_t i = p * out.n + j; i < p * out.n + j + n; ++i) y[i] += bias[i];
   }
+}
+
+Units::Units(const Weights& in, const float* x, int64_t n_x, int64_t n_blocks)
+    : ChosenOnes(n_x, n_blocks), in_(OfChosenRows(in, x, n_x)) {}
+
+void Units::Choose(const Choice& choice, int64_t m, int64_t first, int64_t n, float* h) {
+  int32_t* its = at(m);
+  LargestUnits(choice.inner + m * choice.rank, choice.second, choice.rank, choice.n_units,
+               choice.n_block, first, n, its);
+  for (int64_t b = first; b < first + n; ++b) {  // no other reads of memory tell it what comes
+    in_->Fetch(its[b]);
+    FetchRow(choice.out, its[b]);
+  }
+  h += m * width();
+  in_->Multiply(m, its + first, n, h + first);
+  for (int64_t b = first; choice.bias && b < first + n; ++b) h[b] += choice.bias[its[b]];
+}
+
+Experts::Experts(const Choice& choice, const Weights& in, const Weights* up, const float* x,
+                 int64_t n_x)
+    : ChosenOnes(n_x, (choice.n_shared + choice.n_chosen) * choice.n_units), choice_(choice),
+      in_(OfChosenRows(in, x, n_x)), up_(up ? OfChosenRows(*up, x, n_x) : nullptr) {}
+
+void Experts::Choose(int64_t m, const float* scores, float* gates) {
+  in_->Prepare(m);
+  if (up_) up_->Prepare(m);
+  const Choice& c = choice_;
+  std::vector<float> s(scores, scores + c.n_routed);
+  if (c.softmax) Softmax(s);
+  std::vector<float> with_bias = s;
+  for (int64_t e = 0; c.bias && e < c.n_routed; ++e) with_bias[e] += c.bias[e];
+  const std::vector<int32_t> chosen = Largest(with_bias, c.n_chosen);
+  float sum = 0;
+  for (const int32_t e : chosen) sum += s[e];
+  const float factor = c.normalized ? 1 / std::max(sum, 1e-18f) : 1;  // NaN stays
+  int32_t* its = at(m);
+  for (int64_t i = 0; i < c.n_shared + c.n_chosen; ++i) {
+    const bool is_shared = i < c.n_shared;
+    const int64_t e = is_shared ? i : c.n_shared + chosen[i - c.n_shared];
+    const float gate = is_shared ? 1 : s[e - c.n_shared] * factor;
+    std::iota(its + i * c.n_units, its + (i + 1) * c.n_units, int32_t(e * c.n_units));
+    std::fill_n(gates + i * c.n_units, c.n_units, gate);
+  }
+}
+
+void Experts::Compute(const Made& made, int64_t m, int64_t first, int64_t n) {
+  const int32_t* its = at(m) + first;
+  for (int64_t b = 0; b < n; ++b) {
+    in_->Fetch(its[b]);
+    if (up_) up_->Fetch(its[b]);
+    FetchRow(made.out, its[b]);
+  }
+  float* h = made.h + m * width() + first;
+  in_->Multiply(m, its, n, h);
+  for (int64_t b = 0; made.bias && b < n; ++b) h[b] += made.bias[its[b]];
+  if (up_) up_->Multiply(m, its, n, made.up + m * width() + first);
 }
 
 }  // namespace layercomb

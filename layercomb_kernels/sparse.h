@@ -55,9 +55,27 @@ struct Convolution {
                float* made) const;
 };
 
-// Units of a feed-forward, of which one of each n_block is chosen: at[m, b] is that of the largest
-// logits inner[m] second, with second (rank, n_units).
-class Units {
+// Units of a feed-forward, of which each of n_x rows has `width`: at(m)[b] is the number of one.
+class ChosenOnes {
+ public:
+  // y[m, d] = bias[d] + Σ_b h[m, b] out[at(m)[b], d] for n words of each row of `out` from j on.
+  void Sum(const Weights& out, const float* bias, const float* h, int64_t m, int64_t j, int64_t n,
+           float* y) const;
+
+  int64_t width() const { return width_; }
+
+ protected:
+  ChosenOnes(int64_t n_x, int64_t width) : width_(width), at_(n_x * width) {}
+  int32_t* at(int64_t m) { return &at_[m * width_]; }
+
+ private:
+  const int64_t width_;
+  std::vector<int32_t> at_;
+};
+
+// One of each n_block units is chosen: that of the largest logits inner[m] second, with second
+// (rank, n_units).
+class Units : public ChosenOnes {
  public:
   // `in` has a row for each unit, of which n_blocks are chosen.
   Units(const Weights& in, const float* x, int64_t n_x, int64_t n_blocks);
@@ -73,16 +91,38 @@ class Units {
   // Chooses a unit in each of n blocks for row m, and computes it: h[m, b].
   void Choose(const Choice& choice, int64_t m, int64_t first, int64_t n, float* h);
 
-  // y[m, d] = bias[d] + Σ_b h[m, b] out[at[m, b], d] for n words of each row of `out` from j on.
-  void Sum(const Weights& out, const float* bias, const float* h, int64_t m, int64_t j, int64_t n,
-           float* y) const;
+ private:
+  const std::unique_ptr<ChosenRows> in_;
+};
 
-  int64_t n_blocks() const { return n_blocks_; }
+// The units of some experts: of the first n_shared, and of the n_chosen of n_routed others that have
+// the largest score and bias, the first of equal ones and NaN before all.
+class Experts : public ChosenOnes {
+ public:
+  struct Choice {
+    const float* bias;  // (n_routed), or null
+    int64_t n_routed, n_chosen, n_shared, n_units;  // units of one expert
+    bool softmax;     // whether scores are made of logits by it
+    bool normalized;  // whether the scores of chosen ones are divided by their sum
+  };
+  // `up` is null if there are no gates of units.
+  Experts(const Choice& choice, const Weights& in, const Weights* up, const float* x, int64_t n_x);
+
+  // Prepares row m of x, and chooses by its scores; gates[b] is what a unit is multiplied by.
+  void Choose(int64_t m, const float* scores, float* gates);
+
+  // What is computed of units, bias and up or null, and what is summed up later.
+  struct Made {
+    const float* bias;
+    float *h, *up;
+    Weights out;
+  };
+  // Computes n units of row m from `first` on.
+  void Compute(const Made& made, int64_t m, int64_t first, int64_t n);
 
  private:
-  const int64_t n_blocks_;
-  const std::unique_ptr<ChosenRows> in_;
-  std::vector<int32_t> at_;
+  const Choice choice_;
+  const std::unique_ptr<ChosenRows> in_, up_;
 };
 
 }  // namespace layercomb

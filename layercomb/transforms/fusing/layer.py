@@ -18,6 +18,7 @@ from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.native import FEW, runs_natively
 from layercomb.layers.reversible.stack import ReversibleStack
 from layercomb.layers.sparse.feed_forward import SparseFF
+from layercomb.layers.sparse.mixture import MixtureFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.transforms.fusing.program import Unfit, Written
 from layercomb.transforms.fusing.rules import knows, write
@@ -25,7 +26,10 @@ from layercomb.transforms.fusing.sparse_program import SparseProgram
 from layercomb.transforms.quantization.layer import bare
 from layercomb.trees import Tree
 
-_WITH_MATRICES = Dense, GatedDense, SplitHeads, SparseFF, MultiplicativeDense, MultiplicativeHead
+_WITH_MATRICES = (
+    *(Dense, GatedDense, SplitHeads, SparseFF, MixtureFF),
+    *(MultiplicativeDense, MultiplicativeHead),
+)
 
 
 class Fused(Wrapper):

@@ -28,7 +28,7 @@ from layercomb.layers.quantized.matrix import Narrow
 # The numbers of `Op` and `Activation` in program.h.
 _OPS = (
     *('normalize', 'activate', 'add', 'multiply', 'product', 'turn', 'append', 'attend'),
-    *('join', 'factors', 'convolve', 'choose'),
+    *('join', 'factors', 'convolve', 'choose', 'route'),
 )
 _PARTS = 16  # kParts in products.h
 ACTIVATIONS = 'relu', 'relu2', 'gelu', 'silu', 'tanh', 'sigmoid'
@@ -111,7 +111,7 @@ class Program:
         self._numbers: dict[int, int] = {}  # of operands, by identity
         self._written: list[int] = []
         self._factors: list[float] = []
-        self._n_products = self._n_convolutions = self._n_choices = 0
+        self._n_products = self._n_convolutions = self._n_choices = self._n_mixtures = 0
         need(len({shape[:2] for shape in shapes}) == 1, 'inputs of several lengths')
         self.inputs = tuple(self._value(shape, shape[-1]) for shape in shapes)
 

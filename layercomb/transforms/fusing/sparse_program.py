@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,29 @@ import numpy as np
 import layercomb_kernels
 from layercomb.layers.quantized.matrix import Narrow, rows_of
 from layercomb.transforms.fusing.program import Program, Value, Written, need
+
+
+class Routing(NamedTuple):
+    """How a mixture chooses experts, and what they compute.
+
+    Attributes:
+      n_experts, n_chosen, n_shared: of them all, of the chosen, and of those that are always on.
+      softmax: whether scores are made by it; else each is a sigmoid.
+      normalize: whether the scores of the chosen are divided by their sum.
+      activation: of the units, one of `ACTIVATIONS`.
+    """
+
+    n_experts: int
+    n_chosen: int
+    n_shared: int
+    softmax: bool
+    normalize: bool
+    activation: str
+
+    @property
+    def n_routed(self) -> int:
+        """How many there are to choose from."""
+        return self.n_experts - self.n_shared
 
 
 class SparseProgram(Program):
@@ -113,9 +136,7 @@ class SparseProgram(Program):
         down, up = controller
         rank, f = up.shape
         need(_is_float32(up) and f % block_size == 0, 'a controller of another kind')
-        for bias, width in zip(biases, (f, x.width), strict=True):
-            known = bias is None or (_is_float32(bias) and bias.shape == (width,))
-            need(known, 'a bias of another kind')
+        _check_biases(biases, (f, x.width))
         first, second = (self._chosen_rows(kernel, f, x.width) for kernel in kernels)
         b1, b2 = ((first[0] if b is None else self.operand(b), b is not None) for b in biases)
         n, lead, n_blocks = self._n_choices, x.shape[:2], f // block_size
@@ -131,11 +152,62 @@ class SparseProgram(Program):
         self._emit('choose', (2, n, a, y, *second, *b2), (a, units), (y,), by_row=False)
         return y
 
+    def mixture(
+        self, x: Value, kernels: Sequence[Any], router: tuple[Any, Any], biases: tuple[Any, Any],
+        routing: Routing,
+    ) -> Value:  # fmt: skip
+        """A feed-forward of experts, of which some are shared, and others chosen by their scores.
+
+        Args:
+          x: (B, T, D).
+          kernels: W₁, W₂ and perhaps V (F, D), float32 arrays or `Narrow`.
+          router: (D, R) float32, whose product with x makes the scores, and what is added to these
+            for the choice, (R,) float32 or None.
+          biases: (F,) and (D,) float32, or None.
+          routing: how experts are chosen, and what they compute.
+
+        Returns:
+          (B, T, D).
+        """
+        kernel, bias = router
+        f, lead = kernels[0].shape[0], x.shape[:2]
+        _check_biases((bias, *biases), (routing.n_routed, f, x.width))
+        need(_is_float32(kernel, 2) and kernel.shape[1] == routing.n_routed, 'another router')
+        its = [self._chosen_rows(each, f, x.width) for each in kernels]
+        first, second, up = its[0], its[1], its[-1]
+        gated, n = len(its) > 2, self._n_mixtures
+        self._n_mixtures += 1
+        choice, b1, b2 = ((first[0] if b is None else self.operand(b), b is not None)
+                          for b in (bias, *biases))  # fmt: skip
+        s = self.product(x, kernel, None, (*lead, routing.n_routed))
+        s = s if routing.softmax else self.activate(s, 'sigmoid')
+        width = (routing.n_chosen + routing.n_shared) * (f // routing.n_experts)
+        gates, h = (self._value((*lead, width), width) for _ in range(2))
+        g = self.like(h) if gated else h
+        how = routing.n_chosen, routing.n_shared, routing.softmax, routing.normalize
+        words = 0, n, x, s, gates, *choice, *how, *first, *up, gated
+        experts, made = ('experts', n), dict.fromkeys((h, g))
+        self._emit('route', words, (x, s), (gates, experts))
+        # Floats are prepared by leaving them where they are, so x is read here, too.
+        self._emit('route', (1, n, h, g, *b1, *second), (x, experts), made, by_row=False)
+        a = self.activate(h, routing.activation)
+        a = self.combine('multiply', a, g) if gated else a
+        a, y = self.combine('multiply', a, gates), self.like(x)
+        self._emit('route', (2, n, a, y, *second, *b2), (a, experts), (y,), by_row=False)
+        return y
+
     def _chosen_rows(self, table: Any, f: int, d: int) -> tuple[int, int]:
         """The numbers of words and scales of a table whose rows are chosen."""
         words, scales, _ = _table(table, f, d, chosen=True)
         at = self.operand(words)
         return at, at if scales is None else self.operand(scales)
+
+
+def _check_biases(biases: Sequence[Any], widths: Sequence[int]) -> None:
+    """Raises `Unfit` unless all are None or float32 vectors of their widths."""
+    for bias, width in zip(biases, widths, strict=True):
+        known = bias is None or (_is_float32(bias) and bias.shape == (width,))
+        need(known, 'a bias of another kind')
 
 
 def _is_float32(array: Any, ndim: int | None = None) -> bool:

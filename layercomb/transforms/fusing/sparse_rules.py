@@ -11,9 +11,11 @@ from layercomb.layers.reversible.stack import ReversibleSerial
 from layercomb.layers.sparse.attention import FoldHeads, UnfoldHeads
 from layercomb.layers.sparse.feed_forward import SparseFF
 from layercomb.layers.sparse.local_conv import LocalConv
+from layercomb.layers.sparse.mixture import MixtureFF
 from layercomb.layers.sparse.multiplicative import MultiplicativeDense, MultiplicativeHead
 from layercomb.transforms.fusing.program import ACTIVATIONS, need
 from layercomb.transforms.fusing.rules import write
+from layercomb.transforms.fusing.sparse_program import Routing
 
 # Streams of a program are float32 already.
 write.register(ReversibleSerial, of=('apply', 'run'))(write.rule(Combinator))
@@ -87,3 +89,19 @@ def _sparse_ff(layer, program, weights, state, inputs):
     biases = first.get('bias'), second['bias'] if layer.use_bias else None
     n, kind = layer.block_size, layer.activation
     return (program.chosen(x, kernels, controller, biases, n, kind),), state
+
+
+@write.register(MixtureFF)
+def _mixture_ff(layer, program, weights, state, inputs):
+    (x,), n = inputs, layer.n_experts
+    few = math.prod(x.shape[:-1]) * layer.n_chosen <= n - layer.n_shared  # as the layer says
+    need(x.ndim == 3 and few and layer.activation in ACTIVATIONS, 'tiles, or another function')
+    first, second, router = (weights[key] for key in ('in', 'out', 'router'))
+    kernels = [first['kernel_transposed'], second['kernel']]
+    kernels += [weights['up']['kernel_transposed']] if layer.gated else []
+    its = router['kernel'], router['bias'] if layer.balance_bias else None
+    biases = (first['bias'], second['bias']) if layer.use_bias else (None, None)
+    need(kernels[0].shape[0] == layer.d_ff, 'units of another number')
+    softmax = layer.routing == 'softmax'
+    how = n, layer.n_chosen, layer.n_shared, softmax, layer.normalize, layer.activation
+    return (program.mixture(x, kernels, its, biases, Routing(*how)),), state
