@@ -450,6 +450,46 @@ void SparsePrograms(Threads& threads) {
        });
 }
 
+// A mixture of ten experts of four units: one is shared, and three of nine are chosen.
+void Mixtures(Threads& threads) {
+  constexpr int64_t d = 20, n_routed = 9, n_units = 40, length = 3, n_x = 2 * length;
+  constexpr int32_t kValue = static_cast<int32_t>(d), kOn = 16;
+  std::vector<float> router = Floats(d * n_routed), bias = Floats(n_routed),
+                     in = Floats(n_units * d), out = Floats(n_units * d), added = Floats(n_units),
+                     last = Floats(d);
+  std::vector<int8_t> up;
+  for (const int32_t i : Numbers(n_units * d, -127, 128)) up.push_back(static_cast<int8_t>(i));
+  const auto x = Floats(n_x * d);
+  const int32_t code[] = {
+      224, 8, -1, 0, 16, 160, 176, 192, 208, -2, 6,
+      1, 1, 4, 0, 0, 0, kValue, 1, 9, 2, 144, 0, 0, 2, 0,  // x is prepared
+      0, 1, 4, 1, 0,                                       // x → 1, parts 2
+      1, 2, 4, 2, 0, 1, 9, 0, 0,                           // logits
+      12, 0, 0, 0, kValue, 1, 9, 3, kOn, 1, 1, 3, 1, 1, 1, 2, 2, 3, 5, 1,  // 1 → 3, the gates
+      0, 1, 12, 1, 0, 4, kOn, 5, kOn, 5, 1, 4, 4,                          // → 4, 5
+      1, 3, 1, 4, kOn, 6, kOn, 3, 3, 6, kOn, 5, kOn, 4, kOn, 3, 4, kOn, 3, kOn, 6, kOn,  // → 6
+      0, 1, 12, 2, 0, 6, kOn, 7, kValue, 4, 4, 6, 1,                       // → y
+  };
+  Same("RunProgram of mixtures", threads, {n_x * d}, [&](const Pool& pool, float** y) {
+    const auto of = [](std::vector<float>& w, int64_t n) {
+      return Operand{w.data(), Type::kFloat32, static_cast<int64_t>(w.size()) / n, n};
+    };
+    RunProgram(pool, {n_x,
+                      length,
+                      code,
+                      nullptr,
+                      {of(router, n_routed), of(bias, n_routed), of(in, d),
+                       Operand{up.data(), Type::kInt8, n_units, d}, of(out, d), of(added, 1),
+                       of(last, d)},
+                      {},
+                      {x.data()},
+                      {y[0]}});
+    for (int64_t i = 0; i < n_x * d; ++i) {
+      if (y[0][i] != y[0][i] || y[0][i] == 0) std::exit(1);
+    }
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -463,5 +503,6 @@ int main() {
   Blocks(threads);
   Programs(threads);
   SparsePrograms(threads);
+  Mixtures(threads);
   std::puts("all kernels ran");
 }
