@@ -23,6 +23,9 @@ NETS = {
     'sparse': models.TerraformerLM(
         V, 8, 32, 2, 2, max_len=24, ff_block_size=8, qkv_modules=4, head_modules=4
     ),
+    'mixture': models.ReformerLM(
+        V, 8, 16, 2, 2, max_len=24, attention=tl.SelfAttention(2), ff=tl.MixtureFF(32, 8, 2)
+    ),
     'shared': tl.Serial(
         tl.Embedding(V, 8),
         tl.Repeat(tl.Repeat(tl.Residual(tl.SelfAttention(2)), 2), 2),
