@@ -234,8 +234,8 @@ class MixtureFF(Layer):
         p = _normalized(s) if self.routing == 'sigmoid' else s
         loss = self.balance * imbalance(p, experts, counted) if self.balance else jnp.float32(0)
         if self.balance_bias:
-            n = s.shape[1]
-            excess = jax.lax.stop_gradient(share(experts, n, counted) - 1 / n)  # (R,)
+            its = share(experts, s.shape[1], counted)  # all 0 if no position counts
+            excess = jax.lax.stop_gradient(its - its.mean())  # (R,)
             bias = router['bias'].astype(jnp.float32)
             loss = loss + jnp.dot(excess, bias - jax.lax.stop_gradient(bias))
         return loss

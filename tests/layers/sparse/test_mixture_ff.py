@@ -326,7 +326,7 @@ class TestTraining:
         assert np.abs(grad['router']['bias']).max() > 1e-2
         close(y, apply(layer, weights, state, x)[0])  # though all are computed
         (loss, _), grad = some(weights, x, count_only(state, jnp.zeros((2, 9), bool)))
-        assert float(loss) == 0 and np.isfinite(grad['router']['kernel']).all()
+        assert float(loss) == 0 and not any(np.any(g) for g in jax.tree.leaves(grad))
 
     @pytest.mark.parametrize('n', [3, 40])
     def test_routes_in_float32_when_cast(self, n):

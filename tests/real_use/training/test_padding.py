@@ -19,6 +19,7 @@ from layercomb.models.terraformer import AfterMemory
 B, L, D, V, E = 3, 8, 8, 16, 4
 LOSS = tl.CrossEntropyLoss()
 FF = tl.SwitchFF(12, E, balance=1.0)
+MANY = tl.MixtureFF(32, 8, 2, balance=0.5)
 NORM = tl.BatchNorm(momentum=0.5)
 
 
@@ -110,6 +111,10 @@ NETS = {
     ),
     'reversible, repeated inside': lambda: streams(
         tl.ReversibleRepeat(half(tl.Repeat(tl.Residual(FF), 2)), 2)
+    ),
+    'several experts': lambda: lm(tl.Repeat(tl.Residual(MANY), 2)),
+    'several experts, reversible': lambda: streams(
+        tl.ReversibleRepeat(tl.ReversibleSerial(half(MANY), tl.ReversibleSwap()), 2)
     ),
     'batch norm': lambda: lm(NORM),
     'batch norm, repeated': lambda: lm(tl.Repeat(tl.Residual(NORM, tl.Dense(D)), 3)),
@@ -244,7 +249,7 @@ def test_statistics_of_batch_norm_are_those_of_the_positions_that_count():
     assert not d_x[1, 2].any() and d_x[1, 3].any()
 
 
-@pytest.mark.parametrize('layer', [NORM, FF])
+@pytest.mark.parametrize('layer', [NORM, FF, MANY])
 def test_where_every_position_counts_nothing_changes(layer):
     x = jax.random.normal(jax.random.key(0), (B, L, D))
     weights, state = layer.init((x,), jax.random.key(1))
@@ -261,7 +266,7 @@ def test_where_every_position_counts_nothing_changes(layer):
     assert_close(ours, plain, 1e-6)  # only a division is by another program's number
 
 
-@pytest.mark.parametrize('name', ['both', 'in pieces', 'batch norm, reversible'])
+@pytest.mark.parametrize('name', ['both', 'in pieces', 'several experts', 'batch norm, reversible'])
 def test_a_batch_of_padding_alone_teaches_nothing(name):
     net = NETS[name]()
     x, y, w = batch()
