@@ -86,6 +86,9 @@ def test_generates_the_likeliest_of_what_it_evaluates(name):
     given = jnp.concatenate([jnp.asarray([[1, 2, 3], [4, 5, 6]]), made], 1)
     (logits,), _ = apply(model.layer, model.weights, model.state, (given,))
     np.testing.assert_array_equal(logits[:, 2:-1].argmax(-1), made)
+    alone = [generate(model, [each], 5, temperature=0) for each in ([1, 2, 3], [4])]
+    mixed = generate(model, [[1, 2, 3], [4]], 5, temperature=0)
+    np.testing.assert_array_equal(mixed, np.concatenate(alone))
 
 
 @pytest.mark.parametrize('name', ['ReformerLM', 'TerraformerLM', 'Terraformer'])
@@ -131,6 +134,28 @@ def test_unstacked_it_computes_the_same(name, bits):
     net, weights = transforms.unstack(net, weights)
     (y,), _ = apply(net, weights, {}, x)
     np.testing.assert_allclose(y, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_adapters_train_beside_narrow_experts():
+    model, x = model_of(built('TransformerLM')), tokens()
+    net, weights = transforms.quantize(model.layer, model.weights, 8, smallest=1)
+    net, weights = transforms.lora(net, weights, 2)
+    flat = trees.flatten(weights)
+    adapters = {path: w for path, w in flat.items() if transforms.is_lora(path)}
+    assert adapters and not any('mixture_ff' in path for path in adapters)
+
+    @jax.jit
+    def grad(adapters):
+        def loss(adapters):
+            own = trees.unflatten({**flat, **adapters})
+            (y,), _ = net.apply(own, model.state, (x,), rng=jax.random.key(0), mode=Mode.TRAIN)
+            return jnp.sin(y).sum()
+
+        return jax.grad(loss)(adapters)
+
+    got = grad(adapters)
+    assert all(np.isfinite(g).all() for g in got.values())
+    assert all(g.any() for path, g in got.items() if path.endswith('_b'))
 
 
 def test_two_replacements_are_refused():
