@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layercomb.layers.quantized.matrix import Narrow
+from layercomb.layers.quantized.matrix import Narrow, rows_of
+from layercomb.layers.quantized.native import runs_natively
 from layercomb.layers.quantized.rows import put, rows
 
 Expert = Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -33,8 +34,8 @@ def by_expert(
 
     Args:
       expert: from one expert's weights, rows (C, D) and their gates (C, 1) to rows (C, D).
-      weights: a tree of arrays with a leading axis E. There are no gradients for a `Narrow`, of
-        which `expert` is given the weights of one expert, narrow or, if bfloat16, wide.
+      weights: a tree of arrays with a leading axis E. There are no gradients for a `Narrow`, whose
+        parts may come to `expert` in float32.
       x: (T, D).
       experts: (T, K) integers, from 0 to E − 1.
       gates: (T, K) float32.
@@ -158,17 +159,17 @@ def _tile_size(n_rows: int, n_experts: int) -> int:
 
 
 def _of(weights: Any, expert: jax.Array) -> Any:
-    """The weights of one expert, and those of bfloat16 wide."""
+    """The weights of one expert: a tree of arrays with a leading axis E → one without."""
     return jax.tree.map(lambda w: _part(w, expert), weights, is_leaf=_is_narrow)
 
 
 def _part(w: Any, expert: jax.Array) -> Any:
-    if not _is_narrow(w) or w.scales is not None:
+    if not _is_narrow(w) or w.scales is not None or not runs_natively():
         return jax.tree.map(lambda x: x[expert], w)
     # A CPU's compiler would widen all experts, to cut out one; looking up rows is a kernel's work.
     (_, n, d), at = w.values.shape, jnp.arange(w.values.shape[1], dtype=jnp.int32)
     table = dataclasses.replace(w, values=w.values.reshape(-1, d))
-    return table.take(expert * n + at)
+    return rows_of(table.take(expert * n + at))
 
 
 def _is_narrow(leaf: Any) -> bool:

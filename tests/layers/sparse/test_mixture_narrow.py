@@ -117,6 +117,17 @@ def test_one_expert_is_wide_at_a_time(bits, mode, optimized):
 
 
 @pytest.mark.parametrize('bits', [16, 8])
+def test_narrow_experts_compute_in_bfloat16(bits):
+    layer, wide, narrow, its = made('gated', bits)
+    with jax.numpy_dtype_promotion('strict'):
+        for mode, n in ((Mode.EVAL, 30), (Mode.PREDICT, 2), (Mode.TRAIN, 30)):
+            x = normal(1, n, D)
+            (y,), _ = transforms.cast(narrow).apply(its, {}, (x.astype(jnp.bfloat16),), mode=mode)
+            assert y.dtype == jnp.bfloat16
+            near(y.astype(jnp.float32), apply(layer, wide, x), 3e-2)
+
+
+@pytest.mark.parametrize('bits', [16, 8])
 def test_experts_may_be_narrow_under_vmap(bits):
     _, wide, narrow, its = made('gated', bits)
     x = normal(3, 20, D)
@@ -130,9 +141,7 @@ def test_tiles_take_narrow_and_wide_weights_together():
     at = jnp.arange(40).reshape(20, 2) % 4
 
     def expert(own, x, gates):
-        narrow = own['narrow']
-        narrow = narrow.wide() if isinstance(narrow, Narrow) else narrow
-        return gates * ((x @ narrow.T) @ own['wide'])
+        return gates * ((x @ own['narrow'].wide().T) @ own['wide'])
 
     def loss(wide, x, gates):
         return jnp.sin(by_expert(expert, {**own, 'wide': wide}, x, at, gates)).sum()
