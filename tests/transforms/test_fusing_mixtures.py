@@ -126,9 +126,9 @@ def test_an_expert_whose_score_is_nan_comes_first(name):
     [
         ('mixture_ff/router/kernel', (D, 14)),
         ('mixture_ff/router/bias', (14,)),
-        ('mixture_ff/in/bias', (8, 12)),
-        ('mixture_ff/out/kernel', (96, 16)),
-        ('mixture_ff/up/kernel_transposed', (96, 16)),
+        ('mixture_ff/in/bias', (12, 9)),
+        ('mixture_ff/out/kernel', (12, 8, 16)),
+        ('mixture_ff/up/kernel_transposed', (12, 8, 16)),
     ],
 )
 def test_weights_of_another_shape_are_refused_as_the_layer_refuses_them(path, shape):
@@ -175,7 +175,7 @@ def test_values_have_places_of_their_own(gated):
     (x,), ones = program.inputs, jnp.ones(D)
     routing = Routing(16, 3, 1, gated, True, 'relu')
     for _ in range(3):
-        kernels = (jnp.ones((64, D)),) * (2 + gated)
+        kernels = (jnp.ones((16, 4, D)),) * (2 + gated)
         y = program.mixture(x, kernels, (jnp.ones((D, 15)), None), (None, None), routing)
         x = program.normalize(program.combine('add', x, y), ones, ones, 1e-6)
     assert check_places(program, (x,)) > 15

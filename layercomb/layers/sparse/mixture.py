@@ -64,9 +64,9 @@ class MixtureFF(Layer):
     In ``PREDICT``, few positions read the rows of chosen experts only, from narrow weights too. The
     chosen experts are decisions: ``RECORD`` keeps them, ``REPLAY`` takes them.
 
-    Weights: ``router`` (kernel (D, R), bias (R,)), ``in`` (kernel_transposed (d_ff, D), bias
-    (d_ff,)), ``up`` (kernel_transposed (d_ff, D)), ``out`` (kernel (d_ff, D), bias (D,)). Expert e
-    has the M rows from e M on.
+    Weights: ``router`` (kernel (D, R), bias (R,)), ``in`` (kernel_transposed (E, M, D), bias
+    (E, M)), ``up`` (kernel_transposed (E, M, D)), ``out`` (kernel (E, M, D), bias (D,)). The shared
+    experts come first. To Muon each expert is a matrix of its own.
 
     Attributes:
       d_ff: the number of units of all experts; `n_experts` must divide it.
@@ -114,10 +114,10 @@ class MixtureFF(Layer):
     weight_axes = {
         'router/kernel': 'D->E',
         'router/bias': '->E',
-        'in/kernel_transposed': 'F*<-D',
-        'in/bias': '->F',
-        'up/kernel_transposed': 'F*<-D',
-        'out/kernel': 'F*->D',
+        'in/kernel_transposed': 'E|M*<-D',
+        'in/bias': 'E|->M',
+        'up/kernel_transposed': 'E|M*<-D',
+        'out/kernel': 'E|M*->D',
         'out/bias': '->D',
     }
     position_wise = True
@@ -158,12 +158,12 @@ class MixtureFF(Layer):
         (x,) = signature
         check_float('MixtureFF', x)
         d, e, n_routed = x.shape[-1], self.n_experts, self.n_experts - self.n_shared
+        m = self.d_ff // e
         keys = jax.random.split(rng, 6)
 
         def each(key: jax.Array) -> jax.Array:
             # One expert at a time: the initializer would count the axis of experts as inputs.
-            make = jax.vmap(lambda k: self.kernel_init(k, (self.d_ff // e, d)))
-            return make(jax.random.split(key, e)).reshape(self.d_ff, d)  # (E, M, D) → (F, D)
+            return jax.vmap(lambda k: self.kernel_init(k, (m, d)))(jax.random.split(key, e))
 
         weights: Tree = {
             'router': {'kernel': lecun_normal()(keys[0], (d, n_routed))},
@@ -175,7 +175,7 @@ class MixtureFF(Layer):
         if self.balance_bias:
             weights['router']['bias'] = jnp.zeros(n_routed, jnp.float32)
         if self.use_bias:
-            weights['in']['bias'] = self.bias_init(keys[4], (self.d_ff,))
+            weights['in']['bias'] = self.bias_init(keys[4], (e, m))
             weights['out']['bias'] = self.bias_init(keys[5], (d,))
         state = {'aux_loss': AuxLoss(jnp.zeros((), jnp.float32))}
         return weights, {} if mode is Mode.PREDICT else state
@@ -261,23 +261,28 @@ class MixtureFF(Layer):
         at = on[..., None] * m + jnp.arange(m, dtype=jnp.int32)[None, None]
         at = at.reshape(t, on.shape[1] * m)  # (T, S + K, M) → (T, (S + K) M)
         gates = jnp.concatenate([jnp.ones((t, n), gates.dtype), gates], 1)
-        h = rows_of(weights['in']['kernel_transposed']).gathered_product(x, at)
+        h = _units(weights['in']['kernel_transposed']).gathered_product(x, at)
         if self.use_bias:
-            h = h + weights['in']['bias'].at[at].get(**IN_BOUNDS).astype(h.dtype)
+            h = h + weights['in']['bias'].reshape(-1).at[at].get(**IN_BOUNDS).astype(h.dtype)
         h = elementwise('MixtureFF', self.activation)(h)
         if self.gated:
-            h = h * rows_of(weights['up']['kernel_transposed']).gathered_product(x, at)
+            h = h * _units(weights['up']['kernel_transposed']).gathered_product(x, at)
         h = h * jnp.repeat(gates, m, 1).astype(h.dtype)
-        return rows_of(weights['out']['kernel']).gathered_sum(h, at)
+        return _units(weights['out']['kernel']).gathered_sum(h, at)
 
     def _experts(self, weights: Tree) -> dict[str, Any]:
-        """The kernels and b₁ with a leading axis of experts: (F, …) → (E, M, …)."""
+        """What each expert has for itself: its kernels and b₁."""
         own = {'in': weights['in']['kernel_transposed'], 'out': weights['out']['kernel']}
         if self.gated:
             own['up'] = weights['up']['kernel_transposed']
         if self.use_bias:
             own['bias'] = weights['in']['bias']
-        return jax.tree.map(lambda w: w.reshape(self.n_experts, -1, *w.shape[1:]), own)
+        return own
+
+
+def _units(kernel: jax.Array | Narrow) -> Narrow:
+    """A table of all units: (E, M, D) → (E M, D)."""
+    return rows_of(jax.tree.map(lambda w: w.reshape(-1, w.shape[-1]), kernel))  # words and scales
 
 
 def _normalized(s: jax.Array) -> jax.Array:

@@ -136,7 +136,7 @@ class SparseProgram(Program):
         down, up = controller
         rank, f = up.shape
         need(_is_float32(up) and f % block_size == 0, 'a controller of another kind')
-        _check_biases(biases, (f, x.width))
+        _check_biases(biases, ((f,), (x.width,)))
         first, second = (self._chosen_rows(kernel, f, x.width) for kernel in kernels)
         b1, b2 = ((first[0] if b is None else self.operand(b), b is not None) for b in biases)
         n, lead, n_blocks = self._n_choices, x.shape[:2], f // block_size
@@ -160,18 +160,21 @@ class SparseProgram(Program):
 
         Args:
           x: (B, T, D).
-          kernels: W₁, W₂ and perhaps V (F, D), float32 arrays or `Narrow`.
+          kernels: W₁, W₂ and perhaps V (E, M, D), float32 arrays or `Narrow`.
           router: (D, R) float32, whose product with x makes the scores, and what is added to these
             for the choice, (R,) float32 or None.
-          biases: (F,) and (D,) float32, or None.
+          biases: (E, M) and (D,) float32, or None.
           routing: how experts are chosen, and what they compute.
 
         Returns:
           (B, T, D).
         """
         kernel, bias = router
-        f, lead = kernels[0].shape[0], x.shape[:2]
-        _check_biases((bias, *biases), (routing.n_routed, f, x.width))
+        (n_experts, m, _), lead = kernels[0].shape, x.shape[:2]
+        f = n_experts * m
+        need(n_experts == routing.n_experts, 'experts of another number')
+        shapes = (routing.n_routed,), (n_experts, m), (x.width,)
+        _check_biases((bias, *biases), shapes)
         need(_is_float32(kernel, 2) and kernel.shape[1] == routing.n_routed, 'another router')
         its = [self._chosen_rows(each, f, x.width) for each in kernels]
         first, second, up = its[0], its[1], its[-1]
@@ -181,7 +184,7 @@ class SparseProgram(Program):
                           for b in (bias, *biases))  # fmt: skip
         s = self.product(x, kernel, None, (*lead, routing.n_routed))
         s = s if routing.softmax else self.activate(s, 'sigmoid')
-        width = (routing.n_chosen + routing.n_shared) * (f // routing.n_experts)
+        width = (routing.n_chosen + routing.n_shared) * m
         gates, h = (self._value((*lead, width), width) for _ in range(2))
         g = self.like(h) if gated else h
         how = routing.n_chosen, routing.n_shared, routing.softmax, routing.normalize
@@ -203,10 +206,10 @@ class SparseProgram(Program):
         return at, at if scales is None else self.operand(scales)
 
 
-def _check_biases(biases: Sequence[Any], widths: Sequence[int]) -> None:
-    """Raises `Unfit` unless all are None or float32 vectors of their widths."""
-    for bias, width in zip(biases, widths, strict=True):
-        known = bias is None or (_is_float32(bias) and bias.shape == (width,))
+def _check_biases(biases: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raises `Unfit` unless all are None or float32 arrays of their shapes."""
+    for bias, shape in zip(biases, shapes, strict=True):
+        known = bias is None or (_is_float32(bias) and bias.shape == shape)
         need(known, 'a bias of another kind')
 
 
@@ -219,13 +222,16 @@ def _table(table: Any, f: int, d: int, chosen: bool = False) -> tuple[Any, Any, 
     """Words, scales or None, and how many bytes of activations count, and whether minima are there.
 
     Args:
-      table: a float32 array (F, D), or a `Narrow`.
+      table: a float32 array (F, D), or a `Narrow`; of experts, (E, M, D) with F rows in all.
       f, d: of which shape it must be.
       chosen: whether rows are chosen, for which there are no panels.
     """
     need(isinstance(table, jax.Array | np.ndarray | Narrow), 'a table of another kind')
     its = rows_of(table)
-    need(its.axes == 'oi' and its.shape == (f, d) and math.prod(its.shape) > 0, 'another table')
+    need(
+        its.axes == 'oi' and its.shape[-1] == d and math.prod(its.shape) == f * d > 0,
+        'another table',
+    )
     options = its.activation_bits // 8, its.minima
     if its.in_panels:
         need(not chosen, 'rows in panels')

@@ -101,7 +101,7 @@ def _mixture_ff(layer, program, weights, state, inputs):
     kernels += [weights['up']['kernel_transposed']] if layer.gated else []
     its = router['kernel'], router['bias'] if layer.balance_bias else None
     biases = (first['bias'], second['bias']) if layer.use_bias else (None, None)
-    need(kernels[0].shape[0] == layer.d_ff, 'units of another number')
+    need(math.prod(kernels[0].shape[:-1]) == layer.d_ff, 'units of another number')
     softmax = layer.routing == 'softmax'
     how = n, layer.n_chosen, layer.n_shared, softmax, layer.normalize, layer.activation
     return (program.mixture(x, kernels, its, biases, Routing(*how)),), state

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layercomb import tl, transforms
+from layercomb import tl, transforms, trees
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.sparse.mixture import MixtureFF
@@ -70,6 +70,15 @@ def scores(layer, logits):
     return np.exp(logits) / np.exp(logits).sum()
 
 
+def flat(weights):
+    """Weights with all units on one axis: (E, M, …) → (F, …)."""
+
+    def one(path, w):
+        return w.reshape(-1, *w.shape[2:]) if path.startswith(('in', 'up', 'out/kernel')) else w
+
+    return trees.map_with_path(one, weights)
+
+
 def slow(layer, weights, x, experts=None):
     """The equations, one position after the other, in float64: y, and the loss without `balance`.
 
@@ -78,7 +87,7 @@ def slow(layer, weights, x, experts=None):
       x: (…, D).
       experts: (…, K) integers, chosen elsewhere; None to choose them.
     """
-    w = jax.tree.map(lambda a: np.asarray(a, np.float64), weights)
+    w = jax.tree.map(lambda a: np.asarray(a, np.float64), flat(weights))
     n, m, s_ = layer.n_experts - layer.n_shared, layer.d_ff // layer.n_experts, layer.n_shared
     y, share, mean = np.zeros(x.shape), np.zeros(n), np.zeros(n)
     t = math.prod(x.shape[:-1])
@@ -107,7 +116,7 @@ def slow(layer, weights, x, experts=None):
 
 def dense(layer, weights, x):
     """Every expert for every position, times the gates of the chosen: y and the loss."""
-    w, n = weights, layer.n_experts - layer.n_shared
+    w, n = flat(weights), layer.n_experts - layer.n_shared
     logits = x @ w['router']['kernel']
     s = jax.nn.sigmoid(logits) if layer.routing == 'sigmoid' else jax.nn.softmax(logits)
     _, at = jax.lax.top_k(s + w['router'].get('bias', 0), layer.n_chosen)
@@ -348,8 +357,8 @@ class TestTraining:
         std = np.sqrt(2 / (64 + 128))
         for name in ('in', 'up', 'out'):
             (kernel,) = weights[name].values()
-            assert kernel.shape == (1024, 128)
-            np.testing.assert_allclose(kernel.reshape(16, 64, 128).std((1, 2)), std, rtol=0.05)
+            assert kernel.shape == (16, 64, 128)
+            np.testing.assert_allclose(kernel.std((1, 2)), std, rtol=0.05)
         assert weights['router']['kernel'].shape == (128, 15)
         assert not weights['router']['bias'].any()
 
