@@ -88,7 +88,8 @@ def train(models: Models, run: str, options: argparse.Namespace, log: Log) -> No
         }
         log.write(result)
         print(result, flush=True)
-    for path, share in loads(net, loop.weights, loop.state, next(iter(task.batches()))[0]).items():
+    tokens = next(iter(valid(options).batches()))[0]
+    for path, share in loads(net, loop.weights, loop.state, tokens).items():
         print(f'{run} {path}: choices of an expert, beside the mean: {share}', flush=True)
 
 

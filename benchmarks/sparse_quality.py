@@ -35,7 +35,7 @@ D_MODEL, D_FF = 128, 2048
 SIZES = {'vocab_size': 256, 'd_model': D_MODEL, 'n_layers': 2, 'n_heads': 4}
 OFF: dict[str, Any] = {'ff_block_size': None, 'qkv_modules': None, 'head_modules': None}
 # Of one unit in so many: experts in all, chosen, shared.
-EXPERTS = {4: (128, 30, 2), 8: (128, 15, 1), 16: (128, 7, 1), 64: (64, 1, 0)}
+EXPERTS = {4: (64, 14, 2), 8: (64, 7, 1), 16: (64, 3, 1), 64: (64, 1, 0)}
 
 
 def model(options: argparse.Namespace, d_ff: int = D_FF, **given: Any) -> tl.Layer:
