@@ -127,7 +127,8 @@ class FeedForwards:
         weights, _ = jax.jit(net.init)(signature, jax.random.key(0))
         if bits != 32:
             net, weights = transforms.quantize(net, weights, bits=bits)
-        self.net, self.weights = lc.unstack(net, weights)
+        net, self.weights = lc.unstack(net, weights)
+        self.net = transforms.fuse(net)  # as `generate` does
         self.state = lc.init_state(self.net, signature)
         self.seconds: list[float] = []
 
