@@ -351,11 +351,13 @@ class Reader {
     const bool biased = Next() != 0;
     const int64_t n_chosen = Next(), n_shared = Next();
     const bool softmax = Next() != 0, normalized = Next() != 0;
+    const float scale = Factor();
     const Operand &words = Weight(), &scales = Weight();
     const Operand &up_words = Weight(), &up_scales = Weight();
     const bool gated = Next() != 0;
     const Experts::Choice choice{biased ? bias.floats() : nullptr, scores.width, n_chosen, n_shared,
-                                 gates.width / (n_chosen + n_shared), softmax, normalized};
+                                 gates.width / (n_chosen + n_shared), softmax, normalized,
+                                 scale};
     const Weights in = RowsOf(words, scales), up = RowsOf(up_words, up_scales);
     experts_.resize(std::max(experts_.size(), number + 1));
     experts_[number] = std::make_unique<Experts>(choice, in, gated ? &up : nullptr, x.data,

@@ -259,7 +259,7 @@ void Experts::Choose(int64_t m, const float* scores, float* gates) {
   const std::vector<int32_t> chosen = Largest(with_bias, c.n_chosen);
   float sum = 0;
   for (const int32_t e : chosen) sum += s[e];
-  const float factor = c.normalized ? 1 / std::max(sum, 1e-18f) : 1;  // NaN stays
+  const float factor = c.normalized ? c.scale / std::max(sum, 1e-18f) : c.scale;  // NaN stays
   int32_t* its = at(m);
   for (int64_t i = 0; i < c.n_shared + c.n_chosen; ++i) {
     const bool is_shared = i < c.n_shared;

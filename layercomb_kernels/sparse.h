@@ -104,6 +104,7 @@ class Experts : public ChosenOnes {
     int64_t n_routed, n_chosen, n_shared, n_units;  // units of one expert
     bool softmax;     // whether scores are made of logits by it
     bool normalized;  // whether the scores of chosen ones are divided by their sum
+    float scale;      // of the chosen ones
   };
   // `up` is null if there are no gates of units.
   Experts(const Choice& choice, const Weights& in, const Weights* up, const float* x, int64_t n_x);

@@ -64,7 +64,7 @@ def fingerprint(
     rows = known.pop('rows', None)
     return {
         'versions': {'layercomb': __version__, **_versions()},
-        'model': _text(net),
+        'model': _text(net) + (f'\ndenser={task.denser}' if task.denser else ''),
         'weights': OF_THE_SEED if given is None else _weights(given),
         'loss': _text(task.loss),
         'optimizer': _optimizer(optimizer, trainable),

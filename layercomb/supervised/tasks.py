@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import trees
-from layercomb.checks import Bound, ChunkLen, Size, check_value
+from layercomb.checks import Bound, ChunkLen, Size, check_value, frozen
 from layercomb.errors import require
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.core.layer import Layer
@@ -19,6 +19,7 @@ from layercomb.layers.metrics.metric import Metric
 from layercomb.optimizers.tensors import bound
 from layercomb.supervised import updates
 from layercomb.supervised.batches import Batch, check_data, checked, is_endless
+from layercomb.transforms.densifying import denser
 from layercomb.transforms.segments import segmented
 from layercomb.trees import Tree
 
@@ -51,6 +52,9 @@ class TrainTask:
       packed: whether rows hold several documents, which do not see each other. Batches are then
         (inputs…, segments, targets, loss_weights), with segments (B, L) int32, as of
         `transforms.segmented`. The model stays one of a sequence a row.
+      denser: pairs (step, factor), in order of steps: until that step the model trains as
+        `transforms.denser` of that factor, with the same weights, for units that few positions
+        choose learn slowly. Evaluations and what is saved are of the model itself.
 
     Raises:
       TypeError, ValueError: at construction, for an argument that cannot be right.
@@ -64,10 +68,19 @@ class TrainTask:
     loss_chunk_len: ChunkLen | None = None
     trainable: Callable[[str], bool] | None = None
     packed: bool = False
+    denser: tuple[tuple[Size, Size], ...] = ()
 
     def __post_init__(self) -> None:
         check_data('TrainTask', self.data)
         check_value('TrainTask', 'packed', self.packed, bool)
+        object.__setattr__(self, 'denser', frozen(self.denser))
+        check_value('TrainTask', 'denser', self.denser, tuple[tuple[Size, Size], ...])
+        ends = [step for step, _ in self.denser]
+        if ends != sorted(set(ends)) or any(n < 1 for pair in self.denser for n in pair):
+            raise ValueError(
+                f'TrainTask: denser={self.denser}: give pairs (step, factor) of numbers from 1 on, '
+                'whose steps rise, such as ((500, 16), (1000, 4))'
+            )
         _check_metric('TrainTask', 'loss', self.loss)
         if not self.loss.is_mean:
             raise ValueError(
@@ -172,6 +185,19 @@ def reading(task: TrainTask | EvalTask, net: Layer) -> Layer:
       TypeError: if documents of a row would see each other in the model.
     """
     return segmented(net) if task.packed else net
+
+
+def early(task: TrainTask, net: Layer) -> list[tuple[int, Layer]]:
+    """What trains in the place of the model at first, and the steps until which each does.
+
+    Args:
+      task: what it trains on.
+      net: the model of one sequence a row.
+
+    Raises:
+      ValueError: if `denser` does not fit the model.
+    """
+    return [(step, reading(task, denser(net, factor))) for step, factor in task.denser]
 
 
 def lower_is_better(name: str, tasks: Sequence[EvalTask]) -> bool:

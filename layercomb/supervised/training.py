@@ -44,6 +44,7 @@ from layercomb.supervised.tasks import (
     EvalTask,
     TrainTask,
     check_count,
+    early,
     lower_is_better,
     reading,
 )
@@ -140,10 +141,10 @@ class Loop:
         self._saved = 0  # the last step that needs no saving any more
         self._allowed = check_allowed(allow_changes)
         self._optimizer = clipped(train_task, self._net)
-        self._compiled = steps.compiled(
-            reading(train_task, self._net), train_task.loss, self._optimizer,
-            train_task.accumulate, train_task.loss_chunk_len,
-        )  # fmt: skip
+        how = train_task.loss, self._optimizer, train_task.accumulate, train_task.loss_chunk_len
+        self._compiled = steps.compiled(reading(train_task, self._net), *how)
+        first = early(train_task, self._net)
+        self._early = [(until, steps.compiled(denser, *how)) for until, denser in first]
         self._checkpoints: Checkpoints | None = None
         if self._directory is not None:
             from layercomb.supervised.checkpoints import Checkpoints
@@ -309,8 +310,9 @@ class Loop:
         batch, where = self._batches.peek(), f'the batch of step {self.step + 1}'
         check_loss_weights(batch, where)
         check_inputs(self._task, self._net, batch, where)
+        step = next((s for until, s in self._early if self.step < until), self._compiled)
         with shaped_unlike(self._first, batch, where):
-            self._carry, metrics = self._compiled(self._carry, self._frozen, self._key, batch)
+            self._carry, metrics = step(self._carry, self._frozen, self._key, batch)
         self._batches.take()
         self.step += 1
         self._in_flight.add(self.step, metrics, batch)

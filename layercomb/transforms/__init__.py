@@ -8,6 +8,7 @@ combinators and wrappers too.
 from layercomb.transforms.caching import narrow_caches
 from layercomb.transforms.casting import Cast, cast
 from layercomb.transforms.classifying import classifier
+from layercomb.transforms.densifying import chosen_more, denser
 from layercomb.transforms.fusing.layer import Fused, fuse
 from layercomb.transforms.low_rank.adapting import lora, without_lora
 from layercomb.transforms.low_rank.layer import LowRank, is_lora, lora_paths
@@ -42,7 +43,9 @@ __all__ = [
     'axes',
     'bare',
     'cast',
+    'chosen_more',
     'classifier',
+    'denser',
     'fuse',
     'hold_narrow',
     'hold_wide',

@@ -460,12 +460,13 @@ void Mixtures(Threads& threads) {
   std::vector<int8_t> up;
   for (const int32_t i : Numbers(n_units * d, -127, 128)) up.push_back(static_cast<int8_t>(i));
   const auto x = Floats(n_x * d);
+  const float factors[] = {1.5f};
   const int32_t code[] = {
       224, 8, -1, 0, 16, 160, 176, 192, 208, -2, 6,
       1, 1, 4, 0, 0, 0, kValue, 1, 9, 2, 144, 0, 0, 2, 0,  // x is prepared
       0, 1, 4, 1, 0,                                       // x → 1, parts 2
       1, 2, 4, 2, 0, 1, 9, 0, 0,                           // logits
-      12, 0, 0, 0, kValue, 1, 9, 3, kOn, 1, 1, 3, 1, 1, 1, 2, 2, 3, 5, 1,  // 1 → 3, the gates
+      12, 0, 0, 0, kValue, 1, 9, 3, kOn, 1, 1, 3, 1, 1, 1, 0, 2, 2, 3, 5, 1,  // 1 → 3, the gates
       0, 1, 12, 1, 0, 4, kOn, 5, kOn, 5, 1, 4, 4,                          // → 4, 5
       1, 3, 1, 4, kOn, 6, kOn, 3, 3, 6, kOn, 5, kOn, 4, kOn, 3, 4, kOn, 3, kOn, 6, kOn,  // → 6
       0, 1, 12, 2, 0, 6, kOn, 7, kValue, 4, 4, 6, 1,                       // → y
@@ -477,7 +478,7 @@ void Mixtures(Threads& threads) {
     RunProgram(pool, {n_x,
                       length,
                       code,
-                      nullptr,
+                      factors,
                       {of(router, n_routed), of(bias, n_routed), of(in, d),
                        Operand{up.data(), Type::kInt8, n_units, d}, of(out, d), of(added, 1),
                        of(last, d)},

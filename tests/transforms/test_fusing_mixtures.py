@@ -26,6 +26,7 @@ LAYERS = {
     'normalized': tl.MixtureFF(68, 17, 4, 1, normalize=True, balance_bias=False, activation='tanh'),
     'one of them all': tl.MixtureFF(64, 16, 1, 0, gated=False, use_bias=True),
     'all': tl.MixtureFF(64, 8, 7, 1),
+    'scaled': tl.MixtureFF(64, 8, 2, 1, scale=2.5),
 }
 
 
@@ -173,7 +174,7 @@ def test_the_same_tokens_are_generated_and_streamed():
 def test_values_have_places_of_their_own(gated):
     program = SparseProgram((2, 3, D))
     (x,), ones = program.inputs, jnp.ones(D)
-    routing = Routing(16, 3, 1, gated, True, 'relu')
+    routing = Routing(16, 3, 1, gated, True, 1.0, 'relu')
     for _ in range(3):
         kernels = (jnp.ones((16, 4, D)),) * (2 + gated)
         y = program.mixture(x, kernels, (jnp.ones((D, 15)), None), (None, None), routing)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 
-from layercomb.checks import Bound, Count, Size
+from layercomb.checks import Bound, Count, Positive, Size
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import contract, dense
 from layercomb.layers.basic.initializers import (
@@ -49,7 +49,7 @@ class MixtureFF(Layer):
     uses them. Of the other R = E − S, position x chooses the K with the largest s + b::
 
         s = sigmoid(x Wᵣ)                                 in float32, (R,)
-        y = Σₑ expertₑ(x) + Σₑ s[e] expertₑ(x) + b₂       over the shared; over the chosen
+        y = Σₑ expertₑ(x) + c Σₑ s[e] expertₑ(x) + b₂     over the shared; over the chosen
         expertₑ(x) = (f(x W₁[e] + b₁[e]) ∘ x V[e]) W₂[e]
 
     so that (S + K) / E of the weights, and the router, are read for a position. No position is
@@ -77,6 +77,7 @@ class MixtureFF(Layer):
       gated: whether there is V; without, an expert is f(x W₁[e] + b₁[e]) W₂[e].
       routing: 'sigmoid', or 'softmax' for s = softmax(x Wᵣ).
       normalize: whether the chosen s are divided by their sum.
+      scale: c.
       balance_bias: whether there is b.
       balance: the weight of the auxiliary loss.
       use_bias: whether there are b₁ and b₂.
@@ -105,6 +106,7 @@ class MixtureFF(Layer):
     gated: bool = True
     routing: Literal['sigmoid', 'softmax'] = 'sigmoid'
     normalize: bool = False
+    scale: Positive = 1.0
     balance_bias: bool = True
     balance: Annotated[float, Bound(0)] = 0.0
     use_bias: bool = False
@@ -207,6 +209,7 @@ class MixtureFF(Layer):
         gates = jnp.take_along_axis(s, experts, 1)
         if self.normalize:
             gates = _normalized(gates)
+        gates = self.scale * gates
         few = mode is Mode.PREDICT and experts.size <= s.shape[1]
         y = (self._few if few else self._many)(weights, flat, experts, gates).reshape(x.shape)
         if self.use_bias:

@@ -26,6 +26,7 @@ class Routing(NamedTuple):
       n_experts, n_chosen, n_shared: of them all, of the chosen, and of those that are always on.
       softmax: whether scores are made by it; else each is a sigmoid.
       normalize: whether the scores of the chosen are divided by their sum.
+      scale: what the chosen are multiplied by, beside their scores.
       activation: of the units, one of `ACTIVATIONS`.
     """
 
@@ -34,6 +35,7 @@ class Routing(NamedTuple):
     n_shared: int
     softmax: bool
     normalize: bool
+    scale: float
     activation: str
 
     @property
@@ -188,7 +190,8 @@ class SparseProgram(Program):
         gates, h = (self._value((*lead, width), width) for _ in range(2))
         g = self.like(h) if gated else h
         how = routing.n_chosen, routing.n_shared, routing.softmax, routing.normalize
-        words = 0, n, x, s, gates, *choice, *how, *first, *up, gated
+        scale = self._factor(routing.scale)
+        words = 0, n, x, s, gates, *choice, *how, scale, *first, *up, gated
         experts, made = ('experts', n), dict.fromkeys((h, g))
         self._emit('route', words, (x, s), (gates, experts))
         # Floats are prepared by leaving them where they are, so x is read here, too.

@@ -103,5 +103,6 @@ def _mixture_ff(layer, program, weights, state, inputs):
     biases = (first['bias'], second['bias']) if layer.use_bias else (None, None)
     need(math.prod(kernels[0].shape[:-1]) == layer.d_ff, 'units of another number')
     softmax = layer.routing == 'softmax'
-    how = n, layer.n_chosen, layer.n_shared, softmax, layer.normalize, layer.activation
-    return (program.mixture(x, kernels, its, biases, Routing(*how)),), state
+    how = n, layer.n_chosen, layer.n_shared, softmax, layer.normalize, layer.scale
+    routing = Routing(*how, layer.activation)
+    return (program.mixture(x, kernels, its, biases, routing),), state

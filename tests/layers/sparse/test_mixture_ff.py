@@ -32,6 +32,7 @@ KINDS = {
     'normalized': {**PAIR, 'n_chosen': 3, 'normalize': True, 'balance': 0.5},
     'softmax normalized': {**PAIR, 'routing': 'softmax', 'normalize': True, 'n_shared': 2},
     'all': {**PAIR, 'n_chosen': 7, 'balance': 0.5},
+    'scaled': {**PAIR, 'routing': 'softmax', 'scale': 2.5},
 }
 
 
@@ -99,7 +100,7 @@ def slow(layer, weights, x, experts=None):
             chosen = order[: layer.n_chosen]
         else:
             chosen = np.asarray(experts[at], int)
-        gates = s[chosen] / s[chosen].sum() if layer.normalize else s[chosen]
+        gates = layer.scale * (s[chosen] / s[chosen].sum() if layer.normalize else s[chosen])
         for e, gate in [*((e, 1) for e in range(s_)), *zip(chosen + s_, gates, strict=True)]:
             units = slice(e * m, (e + 1) * m)
             h = w['in']['kernel_transposed'][units] @ x[at]
@@ -123,6 +124,7 @@ def dense(layer, weights, x):
     mask = jax.nn.one_hot(at, n).sum(-2)
     gates = s * mask
     gates = gates / gates.sum(-1, keepdims=True) if layer.normalize else gates
+    gates = layer.scale * gates
     gates = jnp.concatenate([jnp.ones((*x.shape[:-1], layer.n_shared)), gates], -1)
     h = x @ w['in']['kernel_transposed'].T + w['in'].get('bias', 0)
     h = elementwise('MixtureFF', layer.activation)(h)
