@@ -91,7 +91,7 @@ def fitted(
         all_on = np.ones((len(on), n * m), np.float32)
         return np.concatenate([all_on, np.repeat(on, m, 1)], 1)
 
-    held = energy[:, rest][:, experts.reshape(-1)].reshape(len(x), -1, m).sum(2)
+    held = energy[:, rest] @ _belongs(experts)
     oracle = fit.error(of_units(chosen(held, mixture.n_chosen)))
     gates = of_units(_gates(mixture, router, fit.x))
     routed = fit.error(gates)
@@ -146,7 +146,7 @@ def _routed(
     regress = _regression(x)
     best: tuple[float, Any] = (-1.0, None)
     for _ in range(_ROUNDS):
-        held = energy[:, experts.reshape(-1)].reshape(len(x), n_routed, m).sum(2)
+        held = energy @ _belongs(experts)
         kernel, bias = regress(np.sqrt(held))
         on = chosen(x @ kernel + bias, k)
         if float((held * on).sum()) > best[0]:
@@ -156,6 +156,14 @@ def _routed(
     scale = _SPREAD / max(float((x @ kernel).std()), 1e-20)
     # Near 0 a sigmoid is 0.5 and a quarter of its argument.
     return experts, (scale * kernel, scale * (bias - bias.mean()) / 4)
+
+
+def _belongs(experts: Array) -> Array:
+    """1 where a unit is one of an expert's, else 0: (R, M) → (R M, R)."""
+    n_experts, size = experts.shape
+    made = np.zeros((n_experts * size, n_experts), np.float32)
+    made[experts.reshape(-1), np.repeat(np.arange(n_experts), size)] = 1
+    return made
 
 
 def _all(d: int, n_routed: int) -> tuple[Array, Array]:
@@ -216,6 +224,8 @@ def _arranged(
     made = {k: {name: x[units] for name, x in p.items()} for k, p in weights.items() if k != 'out'}
     made['out'] = {'kernel': jnp.asarray(back, weights['out']['kernel'].dtype)}
     if 'bias' in weights['out']:
-        made['out']['bias'] = weights['out']['bias'] + jnp.asarray(bias, weights['out']['bias'].dtype)
+        made['out']['bias'] = weights['out']['bias'] + jnp.asarray(
+            bias, weights['out']['bias'].dtype
+        )
     made['router'] = {'kernel': jnp.asarray(router[0]), 'bias': jnp.asarray(router[1])}
     return made

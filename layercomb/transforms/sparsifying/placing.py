@@ -26,7 +26,7 @@ from layercomb.layers.sparse.mixture import MixtureFF
 from layercomb.shapes import nearest_divisor
 from layercomb.transforms.casting import Cast
 from layercomb.transforms.low_rank.layer import LowRank
-from layercomb.transforms.quantization.layer import Quantized
+from layercomb.transforms.quantization.layer import Quantized, bare
 from layercomb.trees import Tree
 
 _IN_SERIES = Serial, Residual, ReversibleHalfResidual  # their `layers` follow each other
@@ -87,7 +87,7 @@ def placed(net: Layer, weights: Tree, sizes: Sizes, path: str = '') -> tuple[Lay
 
 def is_pending(layer: Layer, weights: Tree) -> bool:
     """Whether this is a mixture that `placed` made, which has no router yet."""
-    return isinstance(unwrapped(layer), MixtureFF) and 'router' not in weights
+    return isinstance(bare(layer), MixtureFF) and 'router' not in weights
 
 
 def _with_children(net: Combinator, layers: tuple[Layer, ...], parts: Tree) -> tuple[Any, Tree]:
@@ -138,7 +138,7 @@ def _replaced(
 
 def _first(net: Any, sizes: Sizes, path: str) -> _Found | None:
     """The first feed-forward of layers in series that is wanted."""
-    for i, layer in enumerate(net.layers):
+    for i in range(len(net.layers)):
         found = _at(net.layers[i : i + 4])
         where = joined(path, net.keys[i])
         if found and (sizes.where is None or re.search(sizes.where, where)):
@@ -201,15 +201,13 @@ def _mixture(
         )
     own: Tree = {'in': {'kernel_transposed': jnp.swapaxes(kernel, -1, -2)}, 'out': {'kernel': back}}
     if gated:
-        own['up'] = {'kernel_transposed': jnp.swapaxes(first["up"], -1, -2)}
+        own['up'] = {'kernel_transposed': jnp.swapaxes(first['up'], -1, -2)}
     use_bias = 'bias' in first or 'bias' in last
     if use_bias:
         zeros = jnp.zeros((*kernel.shape[:-2], d_ff), kernel.dtype)
         own['in']['bias'] = first.get('bias', zeros)
         own['out']['bias'] = last.get('bias', jnp.zeros_like(back[..., 0, :]))
-    made: Layer = MixtureFF(
-        d_ff, *sizes[:3], activation=activation, gated=gated, use_bias=use_bias
-    )
+    made: Layer = MixtureFF(d_ff, *sizes[:3], activation=activation, gated=gated, use_bias=use_bias)
     casts = [layer for layer in wrapped(layers[0]) if isinstance(layer, Cast)]
     return (Cast(made, casts[0].dtype) if casts else made), own
 

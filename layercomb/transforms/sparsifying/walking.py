@@ -16,10 +16,10 @@ from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
-from layercomb.layers.core.wrapper import unwrapped
 from layercomb.layers.sparse.mixture import MixtureFF
 from layercomb.transforms.quantization.calibration.values import Stack, apart, beside, run
 from layercomb.transforms.quantization.calibration.walking import Made, Walk
+from layercomb.transforms.quantization.layer import bare
 from layercomb.transforms.sparsifying.placing import is_pending
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
@@ -48,15 +48,15 @@ class Fitting(Walk):
     def through(self, net: Layer, weights: Tree, state: Tree, path: str, values: Stack) -> Made:
         if not is_pending(net, weights):
             return super().through(net, weights, state, path, values)
-        mixture: Any = unwrapped(net)
+        mixture: Any = bare(net)
         dense = as_dense(mixture, weights)
         if self._only_reads:
             self._given.setdefault(path, []).extend(values[0].arrays())
             return net, weights, run(*dense, {}, values)
         now, before = apart(values, self.n)
         read = self._given.get(path)
-        rows = (read, read) if read else (now[0].arrays(), before[0].arrays())
-        made = self.fit(mixture, weights, *rows, path)
+        x, was = (read, read) if read else (now[0].arrays(), before[0].arrays())
+        made = self.fit(mixture, weights, x, was, path)
         return net, made, beside(run(net, made, state, now), run(*dense, {}, before))
 
     def leaf(self, net: Layer, weights: Tree, state: Tree, path: str, values: Stack) -> Made:
@@ -122,7 +122,10 @@ def as_dense(mixture: MixtureFF, weights: Tree) -> tuple[Layer, Tree]:
     middle: Layer | None = activation(mixture.activation)
     if mixture.gated:
         first, middle = GatedDense(mixture.d_ff, mixture.activation), None
-        own = {'gate': own['kernel'], 'up': jnp.swapaxes(weights['up']['kernel_transposed'], -1, -2)}
+        own = {
+            'gate': own['kernel'],
+            'up': jnp.swapaxes(weights['up']['kernel_transposed'], -1, -2),
+        }
     last = Dense(back['kernel'].shape[-1], use_bias=mixture.use_bias)
     net = Serial(first.replace(name='in'), middle, last.replace(name='out'))
     return net, {'in': own, 'out': back}
