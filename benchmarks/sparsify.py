@@ -42,6 +42,7 @@ from layercomb.layers.core.mode import Mode
 
 WINDOW = 256
 MAX_LEN = 256  # of the caches
+TOKEN = (lc.shape_dtype((1, 1), 'int32'),)
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def main() -> None:
         quality(model, known, held, options)
     if options.only in (None, 'speed'):
         for bits in (32, 8):
-            speed(model, known, options, bits)
+            speed(model, options, bits)
 
 
 def quality(model: Any, known: Any, held: Any, options: argparse.Namespace) -> None:
@@ -208,6 +209,15 @@ def train(
     )
 
 
+def mixed(fraction: float, n_experts: int, layer: Any) -> Any:
+    """A feed-forward half of a block with a mixture; other layers are as they are."""
+    if not isinstance(layer, tl.Residual) or not isinstance(layer.layers[1], tl.GatedDense):
+        return layer
+    n_shared, n_chosen = sizes(fraction, n_experts)
+    mixture = tl.MixtureFF(layer.layers[1].n_units, n_experts, n_chosen, n_shared)
+    return layer.replace(layers=(layer.layers[0], mixture))
+
+
 class Decoder:
     """A model that makes a token at a time, and the times it took."""
 
@@ -239,14 +249,15 @@ class Decoder:
         self.seconds.append((time.perf_counter() - start) / n_tokens)
 
 
-def speed(model: Any, known: Any, options: argparse.Namespace, bits: int) -> None:
-    """Milliseconds a token."""
+def speed(model: Any, options: argparse.Namespace, bits: int) -> None:
+    """Milliseconds a token; which units an expert has does not matter, so weights are random."""
     if bits == 8 and not transforms.narrow_paths(tl.MixtureFF(64)):
         print('\n8 bits: the matrices of mixtures are not kept so')
         return
-    few = argparse.Namespace(**{**vars(options), 'windows': 4})  # which expert is which is the same
     made = {'dense': (model.layer, model.weights)}
-    made |= {str(fraction): sparse(model, known, fraction, few) for fraction in options.fractions}
+    for fraction in options.fractions:
+        net = transforms.rewrite(model.layer, functools.partial(mixed, fraction, options.experts))
+        made[str(fraction)] = net, jax.jit(net.init)(TOKEN, jax.random.key(0))[0]
     if bits == 8:
         made = {name: transforms.quantize(*each) for name, each in made.items()}
     decoders = {name: Decoder(*each) for name, each in made.items()}

@@ -201,6 +201,26 @@ def test_where_chooses_and_other_layers_keep_their_names():
         transforms.sparsify(net, weights, batches(), where='attention')
 
 
+def test_what_stands_beside_a_series_that_became_a_mixture_keeps_its_name():
+    inside = [tl.Serial(tl.Dense(d), tl.Relu(), tl.Dense(16)) for d in (32, 24)]
+    net = tl.Serial(*inside, tl.Serial(tl.Dense(16)))
+    x = jax.random.normal(jax.random.key(0), (40, 16))
+    weights, _ = net.init(shape_dtype((2, 16)), jax.random.key(1))
+    sparse, its = transforms.sparsify(net, weights, [x], where='^serial/', **ALL)
+    assert sparse.keys == ('mixture_ff', 'serial_1', 'serial_2')
+    np.testing.assert_allclose(outputs(sparse, its, x), outputs(net, weights, x), atol=1e-5)
+
+
+def test_what_changes_the_width_stays():
+    net = tl.Serial(tl.Dense(32), tl.Relu(), tl.Dense(16), tl.Relu(), tl.Dense(32), tl.Relu(),
+                    tl.Dense(16), tl.Tanh(), tl.Dense(3))  # fmt: skip
+    x = jax.random.normal(jax.random.key(0), (40, 8))
+    weights, _ = net.init(shape_dtype((2, 8)), jax.random.key(1))
+    sparse, its = transforms.sparsify(net, weights, [x], **ALL)
+    assert sparse.keys == ('dense', 'relu', 'dense_1', 'relu_1', 'mixture_ff', 'tanh', 'dense_4')
+    np.testing.assert_allclose(outputs(sparse, its, x), outputs(net, weights, x), atol=1e-5)
+
+
 def sparsify(net=None, weights=None, read=None, **options):
     net = net or models.Llama(V, **SIZES, n_kv_heads=2)
     read = batches() if read is None else read

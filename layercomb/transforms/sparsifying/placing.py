@@ -6,7 +6,7 @@ Here weights only move: units stay in their order, and there is no router yet.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -91,28 +91,46 @@ def is_pending(layer: Layer, weights: Tree) -> bool:
 
 
 def _with_children(net: Combinator, layers: tuple[Layer, ...], parts: Tree) -> tuple[Any, Tree]:
-    """A combinator with other layers, and their weights under their keys."""
-    made = net.with_sublayers(layers)
-    return made, _moved(dict(zip(net.keys, made.keys, strict=True)), parts)
+    """A combinator with other layers, and their weights under their keys.
+
+    A `Serial` that became a mixture is called after what it is, unless it had a name.
+    """
+    keys = [
+        None if isinstance(bare(new), MixtureFF) and new != old else key
+        for (key, old), new in zip(net.children, layers, strict=True)
+    ]
+    made = _keeping(net.with_sublayers, layers, keys)
+    moved = dict(zip(net.keys, made.keys, strict=True))
+    return made, {moved.get(key, key): part for key, part in parts.items()}
 
 
-def _moved(keys: dict[str, str], parts: Tree) -> Tree:
-    return {keys.get(key, key): part for key, part in parts.items()}
+def _keeping(
+    make: Callable[[tuple[Layer, ...]], Any], layers: Sequence[Layer], keys: Sequence[str | None]
+) -> Any:
+    """What `make` makes of layers, named so that they have the keys that are given."""
+    found = make(tuple(layers)).keys
+    return make(
+        tuple(
+            layer if key in (None, now) else layer.replace(name=key)
+            for layer, key, now in zip(layers, keys, found[: len(layers)], strict=True)
+        )
+    )
 
 
 def _in_series(net: Any, weights: Tree, sizes: Sizes, path: str) -> tuple[Layer, Tree]:
     """Layers in series with each feed-forward among them replaced."""
+    start = 0
     while True:
-        found = _first(net, sizes, path)
+        found = _next(net, start, sizes, path)
         if found is None:
             return net, weights
         first, last = found.layers
+        start = first + 1
         keys, inside = net.keys[first : last + 1], net.layers[first : last + 1]
         ours = [weights.get(key, {}) for key in keys]
-        where = joined(path, keys[0])
-        made, own = _mixture(inside, ours, found.activation, sizes, where)
-        if made is None:  # it does not give back the width that it takes
-            return net, weights
+        made, own = _mixture(inside, ours, found.activation, sizes, joined(path, keys[0]))
+        if made is None:  # it changes the width, or is not wider inside
+            continue
         if type(net) is Serial and len(net.layers) == len(inside):
             return made.replace(name=given_name(net)), own
         net, weights = _replaced(net, weights, found.layers, made, own)
@@ -123,22 +141,17 @@ def _replaced(
 ) -> tuple[Any, Tree]:
     """A combinator with one layer in the place of several; the others keep their keys."""
     first, last = span
-    rest = [*range(first), *range(last + 1, len(net.layers))]
     old = net.keys[: len(net.layers)]
     layers = [*net.layers[:first], made, *net.layers[last + 1 :]]
-    for _ in range(2):  # without the layers that are gone, others may have other names
-        changed = net.replace(layers=tuple(layers))
-        for at, i in enumerate(rest):
-            at += at >= first
-            if changed.keys[at] != old[i]:
-                layers[at] = layers[at].replace(name=old[i])
+    keys = [*old[:first], None, *old[last + 1 :]]
+    changed = _keeping(lambda given: net.replace(layers=given), layers, keys)
     parts = {key: part for key, part in weights.items() if key not in old[first : last + 1]}
     return changed, {**parts, changed.keys[first]: own}
 
 
-def _first(net: Any, sizes: Sizes, path: str) -> _Found | None:
-    """The first feed-forward of layers in series that is wanted."""
-    for i in range(len(net.layers)):
+def _next(net: Any, start: int, sizes: Sizes, path: str) -> _Found | None:
+    """The first feed-forward that is wanted, of the layers in series from `start` on."""
+    for i in range(start, len(net.layers)):
         found = _at(net.layers[i : i + 4])
         where = joined(path, net.keys[i])
         if found and (sizes.where is None or re.search(sizes.where, where)):
@@ -169,7 +182,7 @@ def _at(layers: Sequence[Layer]) -> _Found | None:
 def _mixture(
     layers: Sequence[Layer], weights: Sequence[Tree], activation: str, sizes: Sizes, path: str
 ) -> tuple[Any, Tree]:
-    """The mixture of a feed-forward, and its weights; None if it changes the width.
+    """The mixture of a feed-forward, and its weights; None if widths are those of something else.
 
     Args:
       layers, weights: of the feed-forward.
@@ -191,7 +204,7 @@ def _mixture(
             'has no place: leave it out by where='
         )
     kernel, back = first['gate' if gated else 'kernel'], last['kernel']
-    if kernel.shape[-2] != back.shape[-1]:
+    if not kernel.shape[-2] == back.shape[-1] < kernel.shape[-1]:
         return None, {}
     d_ff = kernel.shape[-1]
     if d_ff % sizes.n_experts:

@@ -41,8 +41,8 @@ def sparsify(
     """The same model with mixtures of experts in the place of its dense feed-forwards.
 
     A feed-forward is a `GatedDense` and a `Dense`, or a `Dense`, an activation and a `Dense`, that
-    gives back the width that it takes. It becomes a `MixtureFF` with the same units in another
-    order, of which a position reads (n_shared + n_chosen) / n_experts::
+    is wider inside and gives back the width that it takes. It becomes a `MixtureFF` with the same
+    units in another order, of which a position reads (n_shared + n_chosen) / n_experts::
 
         dense    y = Σᵤ hᵤ(x) W₂[u]                          over all units u
         mixture  y = Σᵤ hᵤ(x) W₂'[u] + Σₑ 2 s[e] yₑ          over shared u, and chosen e
@@ -130,7 +130,7 @@ def _nothing_found(net: Layer, where: str | None) -> str:
     return (
         f'sparsify: no dense feed-forward in this {type(net).__name__}{matches}{found}: it looks '
         'for a GatedDense and a Dense, or a Dense, an activation and a Dense, one after the other '
-        'in a Serial or Residual, that give back the width they take'
+        'in a Serial or Residual, wider inside, that give back the width they take'
     )
 
 
