@@ -177,10 +177,11 @@ def _regression(x: Array) -> Any:
     centred = x - mean
     gram = centred.T @ centred
     gram[np.diag_indices(len(gram))] += _ROUTER_DAMPING * np.trace(gram) / len(gram) + 1e-20
+    inverse = np.linalg.inv(gram.astype(np.float64))
 
     def regress(target: Array) -> tuple[Array, Array]:
         middle = target.mean(0)
-        kernel = np.linalg.solve(gram, centred.T @ (target - middle)).astype(np.float32)
+        kernel = (inverse @ (centred.T @ (target - middle))).astype(np.float32)
         return kernel, middle - mean @ kernel
 
     return regress
