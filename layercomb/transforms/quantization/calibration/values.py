@@ -68,7 +68,7 @@ def batches_of(net: Layer, given: Any, what: str = 'quantize: calibrate=') -> Ba
         arrays = batch if isinstance(batch, tuple) else (batch,)
         if len(arrays) != net.n_in:
             raise TypeError(
-                f'{what} has a batch of {len(arrays)} values, and the model takes '
+                f'{what}: a batch has {len(arrays)} values, and the model takes '
                 f'{net.n_in}: give these alone, in a tuple if there are several'
             )
         batches.append(tuple(jnp.asarray(x) for x in arrays))
