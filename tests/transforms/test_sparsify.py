@@ -12,7 +12,6 @@ import pytest
 from layercomb import init_state, models, shape_dtype, tl, transforms, trees
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
-from layercomb.transforms.sparsifying.fitting import fitted
 from layercomb.transforms.sparsifying.units import balanced, chosen, together
 
 B, L, V = 4, 24, 13
@@ -135,25 +134,6 @@ def test_the_router_is_near_the_best_choice_and_the_matrix_back_makes_up(caplog)
     (record,) = caplog.records
     _, (oracle, routed, fitted_) = record.args
     assert oracle <= routed < 1.5 * oracle and fitted_ < 0.9 * routed
-
-
-def test_a_mixture_makes_up_for_what_it_reads():
-    net, weights, x = feed_forward()
-    mixture = tl.MixtureFF(64, 8, n_chosen=2, n_shared=1)
-    own = {
-        'in': {'kernel_transposed': weights['gated_dense']['gate'].T},
-        'up': {'kernel_transposed': weights['gated_dense']['up'].T},
-        'out': weights['dense'],
-    }
-    x, off = np.asarray(x), 0.5 * np.asarray(jnp.roll(x, 1, 1))
-    (wanted,), _ = net.apply(weights, {}, (x,))
-
-    def error(its):
-        (y,), _ = mixture.apply(its, {}, (jnp.asarray(x + off),))
-        return float(jnp.square(y - wanted).sum())
-
-    knowing, not_knowing = (fitted(mixture, own, x + off, was, 0)[0] for was in (x, x + off))
-    assert error(knowing) < 0.8 * error(not_knowing)
 
 
 def test_decoding_and_training_go_on():

@@ -64,22 +64,19 @@ class _Fit:
         return float(np.square(wrong).sum(1).mean())
 
 
-def fitted(
-    mixture: MixtureFF, weights: Tree, x: Array, before: Array, seed: int
-) -> tuple[Tree, Errors]:
-    """The weights of a mixture that makes of x about what the dense layer makes of `before`.
+def fitted(mixture: MixtureFF, weights: Tree, x: Array, seed: int) -> tuple[Tree, Errors]:
+    """The weights of a mixture that makes of x about what the dense layer makes of it.
 
     Args:
       mixture: with sizes and activation.
       weights: of the dense layer, in the mixture's arrangement, without a router.
       x: (T, D), what the mixture reads.
-      before: (T, D), what the dense layer read at the same positions.
       seed: of the order that the search for experts begins with.
 
     Returns:
       Weights of the same dtypes, and the errors.
     """
-    fit, energy = _measured(mixture, weights, x, before)
+    fit, energy = _measured(mixture, weights, x)
     n, m = mixture.n_shared, mixture.d_ff // mixture.n_experts
     order = np.argsort(-energy.mean(0), kind='stable')
     shared, rest = np.sort(order[: n * m]), np.sort(order[n * m :])
@@ -101,15 +98,14 @@ def fitted(
     return _arranged(weights, units, router, back, bias, n * m), errors
 
 
-def _measured(mixture: MixtureFF, weights: Tree, x: Array, before: Array) -> tuple[_Fit, Array]:
+def _measured(mixture: MixtureFF, weights: Tree, x: Array) -> tuple[_Fit, Array]:
     """What to fit to, and the squares of what each unit adds at each position: (T, F)."""
     names = {'in': 'kernel_transposed', 'up': 'kernel_transposed', 'out': 'kernel'}
     own = {key: jnp.float32(weights[key][name]) for key, name in names.items() if key in weights}
     if mixture.use_bias:
         own['bias'] = jnp.float32(weights['in']['bias'])
-    hidden = functools.partial(_hidden, mixture.activation, own)
-    back = np.asarray(own['out'])
-    h, y = np.asarray(hidden(x)), np.asarray(hidden(before)) @ back
+    h, back = np.asarray(_hidden(mixture.activation, own, x)), np.asarray(own['out'])
+    y = h @ back
     norms = np.square(y).sum(1, keepdims=True)
     scale = 1 / np.sqrt(norms + 0.1 * np.median(norms) + 1e-20)
     return _Fit(x, h, y, back, scale), np.square(h * np.linalg.norm(back, axis=1) * scale)

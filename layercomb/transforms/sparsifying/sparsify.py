@@ -54,8 +54,7 @@ def sparsify(
     to the experts that the router chooses where they add most. Its logits are small, so that all
     gates s are about a half, and it still learns. Then W₂' is the ridge regression that brings y
     nearest to that of the dense layer, as near to W₂ as that allows; a model with biases has its b₂
-    fitted, too. Mixtures are fitted one after the other, to what comes through those before, and to
-    what the dense layer made in the dense model. So each makes up for those before it.
+    fitted, too. Mixtures are fitted one after the other, to what comes through those before.
 
     If all experts are chosen, the model computes what it did. If few are, what it computes differs
     much, and it is to be trained afterwards, as any model: with ``lc.Loop``, ``TrainTask`` and the
@@ -92,8 +91,7 @@ def sparsify(
     References:
       Zhang et al. 2021, MoEfication, https://arxiv.org/abs/2110.01786; Zhu et al. 2024, LLaMA-MoE,
       https://arxiv.org/abs/2406.16554; Dai et al. 2024, shared experts,
-      https://arxiv.org/abs/2401.06066; Frantar et al. 2022, making up for layers before,
-      https://arxiv.org/abs/2210.17323
+      https://arxiv.org/abs/2401.06066
 
     >>> import jax
     >>> from layercomb import shape_dtype, tl, transforms
@@ -112,13 +110,12 @@ def sparsify(
         raise ValueError(_nothing_found(net, where))
     state = _state(net, given[0]) if state is None else state
 
-    def fit(mixture: MixtureFF, own: Tree, now: Rows, before: Rows, path: str) -> Tree:
-        rows = _rows(now, path), _rows(before, path)
-        its_weights, errors = fitted(mixture, own, *rows, seed)
+    def fit(mixture: MixtureFF, own: Tree, read: Rows, path: str) -> Tree:
+        its_weights, errors = fitted(mixture, own, _rows(read, path), seed)
         _LOG.info('%s: %s', path, errors)
         return its_weights
 
-    walked = Fitting(fit, len(given)).through(made, dense, state, '', stack_of(given + given))
+    walked = Fitting(fit).through(made, dense, state, '', stack_of(given))
     return walked[:2]
 
 

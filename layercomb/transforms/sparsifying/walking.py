@@ -17,7 +17,7 @@ from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.layers.sparse.mixture import MixtureFF
-from layercomb.transforms.quantization.calibration.values import Stack, apart, beside, run
+from layercomb.transforms.quantization.calibration.values import Stack, run
 from layercomb.transforms.quantization.calibration.walking import Made, Walk
 from layercomb.transforms.quantization.layer import bare
 from layercomb.transforms.sparsifying.placing import is_pending
@@ -25,39 +25,33 @@ from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
 Rows = list[jax.Array]
-Fit = Callable[[MixtureFF, Tree, Rows, Rows, str], Tree]
+Fit = Callable[[MixtureFF, Tree, Rows, str], Tree]
 
 
 class Fitting(Walk):
     """Gives each mixture that `placed` made the weights that are fitted to its inputs.
 
-    Values have every batch twice: as they come through the mixtures before, and then as they come
-    through the dense feed-forwards. So a mixture can make up for those before it.
+    Its inputs come through the mixtures before it.
 
     Args:
-      fit: from a mixture, its dense weights, its inputs (…, D) and those that the dense layer gets,
-        and its path, to its weights.
-      n: how many batches there are.
+      fit: from a mixture, its dense weights, its inputs (…, D) and its path, to its weights.
     """
 
-    def __init__(self, fit: Fit, n: int) -> None:
-        self.fit, self.n = fit, n
+    def __init__(self, fit: Fit) -> None:
+        self.fit = fit
         self._given: dict[str, Rows] = {}  # for weights that are used several times
-        self._only_reads = False  # values are then as through the dense feed-forwards alone
+        self._only_reads = False  # through dense feed-forwards
 
     def through(self, net: Layer, weights: Tree, state: Tree, path: str, values: Stack) -> Made:
         if not is_pending(net, weights):
             return super().through(net, weights, state, path, values)
         mixture: Any = bare(net)
-        dense = as_dense(mixture, weights)
         if self._only_reads:
             self._given.setdefault(path, []).extend(values[0].arrays())
-            return net, weights, run(*dense, {}, values)
-        now, before = apart(values, self.n)
-        read = self._given.get(path)
-        x, was = (read, read) if read else (now[0].arrays(), before[0].arrays())
-        made = self.fit(mixture, weights, x, was, path)
-        return net, made, beside(run(net, made, state, now), run(*dense, {}, before))
+            return net, weights, run(*as_dense(mixture, weights), {}, values)
+        read = self._given.get(path) or values[0].arrays()
+        made = self.fit(mixture, weights, read, path)
+        return net, made, run(net, made, state, values)
 
     def leaf(self, net: Layer, weights: Tree, state: Tree, path: str, values: Stack) -> Made:
         return net, weights, run(net, weights, state, values)
@@ -75,13 +69,12 @@ class Fitting(Walk):
         if not (isinstance(net, Map) or net.shared):
             parts, outputs = self._each(net, weights, state, path, values)
             return net, jax.tree.map(lambda *xs: jnp.stack(xs), *parts), outputs
-        now, before = apart(values, self.n)
         self._only_reads = True
-        _, before_outputs = self._each(net, weights, state, path, before)
+        self._each(net, weights, state, path, values)[1][0].arrays()  # what nobody asks for stays
         self._only_reads = False
         one, its_state = values[: net.layer.n_in], net.block_state(state, 0)
         _, made, _ = self.through(net.layer, weights, its_state, path, one)
-        return net, made, beside(run(net, made, state, now), before_outputs)
+        return net, made, run(net, made, state, values)
 
     def _each(
         self, net: Repeat | Map, weights: Tree, state: Tree, path: str, values: Stack
