@@ -69,11 +69,12 @@ class Fitting(Walk):
         if not (isinstance(net, Map) or net.shared):
             parts, outputs = self._each(net, weights, state, path, values)
             return net, jax.tree.map(lambda *xs: jnp.stack(xs), *parts), outputs
-        self._only_reads = True
-        self._each(net, weights, state, path, values)[1][0].arrays()  # what nobody asks for stays
+        self._given, self._only_reads = {}, True
+        self._each(net, weights, state, path, values)
         self._only_reads = False
         one, its_state = values[: net.layer.n_in], net.block_state(state, 0)
         _, made, _ = self.through(net.layer, weights, its_state, path, one)
+        self._given = {}  # the next block of a stack around has the same paths
         return net, made, run(net, made, state, values)
 
     def _each(
