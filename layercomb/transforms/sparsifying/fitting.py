@@ -95,7 +95,7 @@ def fitted(mixture: MixtureFF, weights: Tree, x: Array, seed: int) -> tuple[Tree
     back, bias = _back(fit, gates, mixture.use_bias)
     fit = dataclasses.replace(fit, back=back, y=fit.y - bias)
     errors = Errors(oracle, routed, fit.error(gates))
-    return _arranged(weights, units, router, back, bias, n * m), errors
+    return _arranged(mixture, weights, units, router, (back, bias)), errors
 
 
 def _measured(mixture: MixtureFF, weights: Tree, x: Array) -> tuple[_Fit, Array]:
@@ -213,16 +213,35 @@ def _back(fit: _Fit, gates: Array, use_bias: bool) -> tuple[Array, Array]:
 
 
 def _arranged(
-    weights: Tree, units: Array, router: tuple[Array, Array], back: Array, bias: Array, n: int
+    mixture: MixtureFF,
+    weights: Tree,
+    units: Array,
+    router: tuple[Array, Array],
+    out: tuple[Array, Array],
 ) -> Tree:
-    """The mixture's weights: units in their new order, those behind the n shared ones doubled."""
-    back = np.concatenate([back[:n], 2 * back[n:]])  # for their gates are about a half
-    # `out` is made anew: its bias has no units.
-    made = {k: {name: x[units] for name, x in p.items()} for k, p in weights.items() if k != 'out'}
+    """The mixture's weights, with units in their new order, in experts.
+
+    Args:
+      mixture: with sizes.
+      weights: of the dense layer.
+      units: (F,), the order.
+      router: kernel and bias.
+      out: W₂ (F, D) in the new order, and the change of b₂.
+    """
+
+    def in_experts(x: Any) -> jax.Array:  # (F, …) → (E, M, …)
+        return jnp.asarray(x).reshape(mixture.n_experts, -1, *x.shape[1:])
+
+    back = np.asarray(in_experts(out[0])).copy()
+    back[mixture.n_shared :] *= 2  # for gates are about a half
+    made = {
+        part: {name: in_experts(x[units]) for name, x in its.items()}
+        for part, its in weights.items()
+        if part != 'out'  # whose bias has no units
+    }
     made['out'] = {'kernel': jnp.asarray(back, weights['out']['kernel'].dtype)}
     if 'bias' in weights['out']:
-        made['out']['bias'] = weights['out']['bias'] + jnp.asarray(
-            bias, weights['out']['bias'].dtype
-        )
+        old = jnp.asarray(weights['out']['bias'])
+        made['out']['bias'] = old + out[1].astype(old.dtype)
     made['router'] = {'kernel': jnp.asarray(router[0]), 'bias': jnp.asarray(router[1])}
     return made
