@@ -24,6 +24,7 @@ from layercomb.transforms.reversing import reversible
 from layercomb.transforms.rewriting import rewrite
 from layercomb.transforms.segments import Segmented, segmented
 from layercomb.transforms.selecting import sparse_attention
+from layercomb.transforms.sparsifying.sparsify import sparsify
 from layercomb.transforms.stretching import stretch
 from layercomb.transforms.tying import Tied
 from layercomb.transforms.unstacking import unstack, unstack_state
@@ -62,6 +63,7 @@ __all__ = [
     'rewrite',
     'segmented',
     'sparse_attention',
+    'sparsify',
     'stretch',
     'unstack',
     'unstack_state',

@@ -48,12 +48,13 @@ class Values:
         return Values(like, lambda: [x.astype(jnp.float32) for x in self.arrays()])
 
 
-def batches_of(net: Layer, given: Any) -> Batches:
+def batches_of(net: Layer, given: Any, what: str = 'quantize: calibrate=') -> Batches:
     """The batches that a user gives, each as the tuple of a model's inputs.
 
     Args:
       net: the model.
       given: an iterable of arrays, or of tuples of `net.n_in` arrays.
+      what: who was given them, and as which argument.
 
     Raises:
       TypeError: if it is no iterable of such.
@@ -61,18 +62,18 @@ def batches_of(net: Layer, given: Any) -> Batches:
     """
     wanted = 'give a list of batches, such as [tokens] with int32 tokens (B, L)'
     if hasattr(given, 'shape') or isinstance(given, str | dict) or not isinstance(given, Iterable):
-        raise TypeError(f'quantize: calibrate= is a {type(given).__name__}: {wanted}')
+        raise TypeError(f'{what} is a {type(given).__name__}: {wanted}')
     batches = []
     for batch in given:
         arrays = batch if isinstance(batch, tuple) else (batch,)
         if len(arrays) != net.n_in:
             raise TypeError(
-                f'quantize: a batch of calibrate= has {len(arrays)} values, and the model takes '
+                f'{what}: a batch has {len(arrays)} values, and the model takes '
                 f'{net.n_in}: give these alone, in a tuple if there are several'
             )
         batches.append(tuple(jnp.asarray(x) for x in arrays))
     if not batches:
-        raise ValueError(f'quantize: calibrate= has no batches: {wanted}')
+        raise ValueError(f'{what} has no batches: {wanted}')
     return tuple(batches)
 
 

@@ -1,0 +1,1 @@
+"""`sparsify`: dense feed-forwards made mixtures of experts."""
