@@ -33,6 +33,7 @@ BYTES = 'Witten-Bell, order 3'
 Row = dict[str, Any]
 Done = dict[str, dict[int, Row]]  # 'model/seed' -> step -> row
 Models = dict[str, Callable[[argparse.Namespace], tl.Layer]]  # the first one is the baseline
+Denser = dict[str, tuple[tuple[float, int], ...]]  # until which part of the steps, by what factor
 Pairs = Sequence[tuple[str, str, float | None]]  # a model, its peer, how much worse it may be
 
 
@@ -61,7 +62,7 @@ def valid(options: argparse.Namespace) -> supervised.EvalTask:
     return supervised.EvalTask(batches, tl.BitsPerByte(), n_batches=options.eval_batches)
 
 
-def train(models: Models, run: str, options: argparse.Namespace, log: Log) -> None:
+def train(models: Models, run: str, options: argparse.Namespace, log: Log, denser: Denser) -> None:
     """Trains one model with one seed, measuring it after each quarter."""
     name, seed = run.split('/')
     steps = options.steps
@@ -72,6 +73,7 @@ def train(models: Models, run: str, options: argparse.Namespace, log: Log) -> No
         data.packed(data.python_stdlib('train'), options.length, options.batch, seed=int(seed)),
         tl.CrossEntropyLoss(),
         optimizers.muon(rate),
+        denser=tuple((round(part * steps), factor) for part, factor in denser.get(name, ())),
     )
     net = models[name](options)
     loop = supervised.Loop(net, task, valid(options), seed=int(seed), eval_every=None)
@@ -191,7 +193,13 @@ def parser(description: str, models: Models, **defaults: Any) -> argparse.Argume
     return made
 
 
-def study(models: Models, pairs: Pairs, sizes: Row, options: argparse.Namespace) -> Done:
+def study(
+    models: Models,
+    pairs: Pairs,
+    sizes: Row,
+    options: argparse.Namespace,
+    denser: Denser | None = None,
+) -> Done:
     """Runs what has not been run, prints the tables, and returns all that is known."""
     settings = {k: v for k, v in vars(options).items() if k not in ('out', 'runs')}
     log = Log(options.out, settings)
@@ -202,6 +210,6 @@ def study(models: Models, pairs: Pairs, sizes: Row, options: argparse.Namespace)
         count_bytes(options, log)
     for run in options.runs:
         if options.steps not in log.read().get(run, {}):
-            train(models, run, options, log)
+            train(models, run, options, log, denser or {})
     report(models, pairs, log.read(), options)
     return log.read()

@@ -4,7 +4,8 @@ All are `TerraformerLM` of one shape, with the same data in the same order, opti
 The feed-forwards have 2,048 units, of which a token uses 1/4, 1/8, 1/16 or 1/64:
 
 * dense, dense-relu2: all units, and the same with ReLU² for an activation;
-* mixture-8 and others: `MixtureFF`, experts with ReLU², one in 8 shared or chosen;
+* mixture-8 and others: `MixtureFF`, experts with ReLU², one in 8 shared or chosen; mixture-64
+  learns as a denser one in the first 60 % of its steps;
 * units-8 and others: `SparseFF`, one unit of each 8, with ReLU as in the paper;
 * small-8 and others: a dense feed-forward with ReLU² of as many weights as mixture-8 reads for a
   token, its router included;
@@ -52,6 +53,14 @@ def mixture(share: int) -> tl.MixtureFF:
     return tl.MixtureFF(D_FF, n_experts, n_chosen, n_shared, activation='relu2', gated=False)
 
 
+def one_of_many() -> tl.MixtureFF:
+    """One expert of 64, by a softmax; `DENSER` says how it begins."""
+    return tl.MixtureFF(
+        D_FF, *EXPERTS[64], activation='relu2', gated=False, routing='softmax', scale=4.0,
+        balance_bias=False, balance=0.01,
+    )  # fmt: skip
+
+
 def n_read(layer: tl.MixtureFF) -> int:
     """The weights of a mixture that a token reads, its router included."""
     units = (layer.n_chosen + layer.n_shared) * layer.d_ff // layer.n_experts
@@ -66,7 +75,8 @@ def as_small(share: int) -> int:
 MODELS: quality.Models = {
     'dense': model,
     'dense-relu2': functools.partial(model, activation='relu2'),
-    **{f'mixture-{n}': functools.partial(model, ff=mixture(n)) for n in EXPERTS},
+    **{f'mixture-{n}': functools.partial(model, ff=mixture(n)) for n in (4, 8, 16)},
+    'mixture-64': functools.partial(model, ff=one_of_many()),
     **{
         f'small-{n}': functools.partial(model, d_ff=as_small(n), activation='relu2')
         for n in EXPERTS
@@ -75,6 +85,7 @@ MODELS: quality.Models = {
     'qkv': functools.partial(model, qkv_modules=4),
     'both': functools.partial(model, ff_block_size=64, qkv_modules=4),
 }
+DENSER: quality.Denser = {'mixture-64': ((0.2, 64), (0.4, 16), (0.6, 4))}
 LIMITS = {4: None, 8: 0.02, 16: 0.04, 64: 0.06}
 PAIRS = (
     ('dense-relu2', 'dense', None),
@@ -133,7 +144,7 @@ def main() -> None:
     options = parser.parse_args()
     picture = options.picture
     del options.picture  # it is no setting of a run
-    done = quality.study(MODELS, PAIRS, {**SIZES, 'd_ff': D_FF}, options)
+    done = quality.study(MODELS, PAIRS, {**SIZES, 'd_ff': D_FF}, options, DENSER)
     if picture:
         draw(picture, done, options.steps)
 
