@@ -96,7 +96,7 @@ TINY = {
     ),
     'terraformer_arxiv': (
         'models.Terraformer.d_model = 16',
-        'models.Terraformer.d_ff = 64',
+        'tl.MixtureFF.d_ff = 64',
         'models.Terraformer.n_encoder_layers = 1',
         'models.Terraformer.n_decoder_layers = 1',
         'tl.HashedSelfAttention.chunk_len = 4',
@@ -132,7 +132,7 @@ TINY = {
     ),
     'terraformer_python': (
         'models.TerraformerLM.d_model = 16',
-        'models.TerraformerLM.d_ff = 16',
+        'tl.MixtureFF.d_ff = 32',
         'models.TerraformerLM.n_layers = 1',
         'LENGTH = 16',
         'train/data.packed.batch_size = 2',
