@@ -11,6 +11,7 @@ import pytest
 
 from layercomb import init_state, models, shape_dtype, tl, transforms, trees
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.transforms.sparsifying.units import balanced, chosen, together
 
@@ -29,6 +30,14 @@ class Unknown(Wrapper):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
+
+
+class Twice(Unknown):
+    """Computes twice what the layer inside does."""
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (y,), state = super().apply(weights, state, inputs, rng=rng, mode=mode)
+        return (2 * y,), state
 
 
 def batches(n=4):
@@ -200,6 +209,18 @@ def test_what_changes_the_width_stays():
     sparse, its = transforms.sparsify(net, weights, [x], **ALL)
     assert sparse.keys == ('dense', 'relu', 'dense_1', 'relu_1', 'mixture_ff', 'tanh', 'dense_4')
     np.testing.assert_allclose(outputs(sparse, its, x), outputs(net, weights, x), atol=1e-5)
+
+
+@pytest.mark.parametrize('at', range(3))
+def test_what_is_inside_an_unknown_wrapper_is_no_part_of_a_feed_forward(at):
+    layers = [tl.Dense(32), tl.Relu(), tl.Dense(16)]
+    layers[at] = Twice(layers[at])
+    plain = tl.Residual(tl.Dense(32), tl.Remat(tl.Relu()), tl.Dense(16))
+    net = tl.Serial(tl.Embedding(V, 16), tl.Residual(*layers), plain)
+    weights = made(net)
+    sparse, its = transforms.sparsify(net, weights, batches(), **ALL)
+    assert sum(isinstance(layer, tl.MixtureFF) for _, layer in walk(sparse)) == 1
+    np.testing.assert_allclose(outputs(sparse, its), outputs(net, weights), atol=1e-5)
 
 
 def sparsify(net=None, weights=None, read=None, **options):

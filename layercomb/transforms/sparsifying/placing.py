@@ -12,15 +12,19 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from layercomb.layers.basic.activations import NAMES
+from layercomb.layers.basic.assert_shape import AssertShape
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.dropout import Dropout
 from layercomb.layers.basic.gated import GatedDense
+from layercomb.layers.combinators.chunk import Chunk
+from layercomb.layers.combinators.remat import Remat
 from layercomb.layers.combinators.residual import Residual
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import joined
 from layercomb.layers.core.wrapper import Wrapper, given_name, unwrapped, wrapped
+from layercomb.layers.decoding.once import Once
 from layercomb.layers.reversible.layers import ReversibleHalfResidual
 from layercomb.layers.sparse.mixture import MixtureFF
 from layercomb.shapes import nearest_divisor
@@ -30,6 +34,8 @@ from layercomb.transforms.quantization.layer import Quantized, bare
 from layercomb.trees import Tree
 
 _IN_SERIES = Serial, Residual, ReversibleHalfResidual  # their `layers` follow each other
+# Around a matrix: those that a mixture can do without, and those that are refused by name.
+_AROUND = AssertShape, Cast, Chunk, LowRank, Once, Quantized, Remat
 
 
 class Sizes(NamedTuple):
@@ -162,8 +168,8 @@ def _next(net: Any, start: int, sizes: Sizes, path: str) -> _Found | None:
 
 def _at(layers: Sequence[Layer]) -> _Found | None:
     """A feed-forward that begins with the first layer."""
-    kinds = [unwrapped(layer) for layer in layers]
-    if isinstance(kinds[0], GatedDense):
+    kinds = [_inside(layer) for layer in layers]
+    if type(kinds[0]) is GatedDense:
         name, last = kinds[0].activation, 1
     elif type(kinds[0]) is Dense and len(kinds) > 1:
         plain = kinds[1].replace(name=None)
@@ -177,6 +183,12 @@ def _at(layers: Sequence[Layer]) -> _Found | None:
     if len(kinds) <= last or type(kinds[last]) is not Dense:
         return None
     return _Found((0, last), name)
+
+
+def _inside(layer: Layer) -> Layer:
+    """The layer inside wrappers that compute the same; the whole if one computes another thing."""
+    around = list(wrapped(layer))[:-1]
+    return unwrapped(layer) if all(type(each) in _AROUND for each in around) else layer
 
 
 def _mixture(
