@@ -13,7 +13,11 @@ from layercomb import init_state, models, shape_dtype, tl, transforms, trees
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.transforms.quantization.calibration.values import stack_of
+from layercomb.transforms.sparsifying.fitting import fitted
+from layercomb.transforms.sparsifying.placing import Sizes, placed
 from layercomb.transforms.sparsifying.units import balanced, chosen, together
+from layercomb.transforms.sparsifying.walking import Fitting
 
 B, L, V = 4, 24, 13
 SIZES = {'d_model': 16, 'd_ff': 32, 'n_layers': 2, 'n_heads': 4, 'max_len': 32}
@@ -145,6 +149,35 @@ def test_the_router_is_near_the_best_choice_and_the_matrix_back_makes_up(caplog)
     assert oracle <= routed < 1.5 * oracle and fitted_ < 0.9 * routed
 
 
+def test_blocks_are_fitted_to_the_inputs_of_all_their_uses_and_no_others():
+    block = tl.Residual(tl.Dense(32), tl.Relu(), tl.Dense(16))
+    beside = block.replace(name='beside')
+    inner = tl.Serial(tl.Repeat(block, 2), tl.Repeat(beside, 2, shared=True))
+    net = tl.Repeat(inner, 3, shared=True)
+    x = jax.random.normal(jax.random.key(0), (40, 16))
+    weights, _ = net.init(shape_dtype((1, 16)), jax.random.key(1))
+    made, dense = placed(net, weights, Sizes(8, 6, 2))
+    seen = []
+
+    def fit(mixture, own, read, path):
+        seen.append((path, np.asarray(read)))
+        return fitted(mixture, own, np.concatenate(read), 0)[0]
+
+    Fitting(fit).through(made, dense, {}, '', stack_of(((x,),)))
+    first, second, both = [], [], []
+    for _ in range(3):
+        for i, into in enumerate((first, second)):
+            into.append(x)
+            own = jax.tree.map(lambda w, i=i: w[i], weights['residual'])
+            (x,), _ = block.apply(own, {}, (x,))
+        for _ in range(2):
+            both.append(x)
+            (x,), _ = beside.apply(weights['beside'], {}, (x,))
+    assert [path for path, _ in seen] == [*['residual/mixture_ff'] * 2, 'beside/mixture_ff']
+    for (_, found), wanted in zip(seen, (first, second, both), strict=True):
+        np.testing.assert_allclose(found, np.stack(wanted), atol=1e-5)
+
+
 def test_decoding_and_training_go_on():
     net = models.Llama(V, **SIZES, n_kv_heads=2)
     sparse, weights = transforms.sparsify(net, made(net), batches(), **FEW)
@@ -187,7 +220,9 @@ def test_where_chooses_and_other_layers_keep_their_names():
     one, its = transforms.sparsify(net, weights, batches(), where='dense_2', **ALL)
     assert {'dense', 'dense_1', 'dense_4', 'mixture_ff'} < set(one.keys)
     np.testing.assert_allclose(outputs(one, its), outputs(net, weights), atol=1e-5)
-    with pytest.raises(ValueError, match='no dense feed-forward in this Serial has a path that'):
+    with pytest.raises(
+        ValueError, match="where='attention': their first matrices are at 'dense', "
+    ):
         transforms.sparsify(net, weights, batches(), where='attention')
 
 
@@ -253,7 +288,9 @@ def test_errors_say_cause_and_cure():
         sparsify(*transforms.lora(llama, made(llama)))
     with pytest.raises(ValueError, match='has a bias beside its gate'):
         sparsify(models.Llama(V, **SIZES, n_kv_heads=2, ff_bias=True))
-    with pytest.raises(ValueError, match='are not to be seen, for Unknown is no layer of the'):
+    with pytest.raises(
+        ValueError, match='are not to be seen, for Unknown is not entered: leave it'
+    ):
         sparsify(
             tl.Serial(tl.Embedding(V, 16), Unknown(tl.Serial(tl.GatedDense(32), tl.Dense(16))))
         )
@@ -265,6 +302,16 @@ def test_errors_say_cause_and_cure():
     tied = transforms.Tied(tl.Serial(tl.Embedding(V, 16), *ends), 'a', 'b')
     with pytest.raises(ValueError, match='has no weights of its own'):
         sparsify(tied)
+    with pytest.raises(ValueError, match="at 'a' has weights that 'b' uses, too: leave it out"):
+        sparsify(tied, where='^a')
+    one = transforms.Tied(tied.layer, 'a/gated_dense/up', 'b/gated_dense/up')
+    with pytest.raises(ValueError, match="at 'b/gated_dense' has no weights of its own"):
+        sparsify(one)
+    with pytest.raises(ValueError, match=r"where='\*ff\*' is no regular expression"):
+        sparsify(where='*ff*')
+    segments = [(ids, jnp.ones_like(ids)) for ids in batches()]
+    with pytest.raises(ValueError, match='for Segmented is not entered: make the layer inside'):
+        sparsify(transforms.Segmented(llama), made(llama), segments)
     norm = tl.Serial(tl.Embedding(V, 16), tl.BatchNorm(), tl.GatedDense(32), tl.Dense(16))
     with pytest.raises(ValueError, match='running statistics, that its inputs depend on: give'):
         sparsify(norm)
