@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layercomb import init_state, models, shape_dtype, tl, transforms, trees
+from layercomb import init_state, models, shape_dtype, signature_of, tl, transforms, trees
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
@@ -108,6 +108,33 @@ def test_all_experts_chosen_compute_what_the_model_did(name):
     assert jax.tree.structure(its) == jax.tree.structure(like)
     for x, wanted in zip(jax.tree.leaves(its), jax.tree.leaves(like), strict=True):
         assert (x.shape, x.dtype) == (wanted.shape, wanted.dtype)
+
+
+def test_both_sides_of_a_translator_that_reads_a_mask_and_no_shared_experts():
+    net = models.Transformer(V, 16, 32, 1, 1, 4, 32, dropout=0.1, masked=True)
+    read = [(ids, ids, ids > 2) for ids in batches()]
+    weights, state = net.init(signature_of(read[0]), jax.random.key(7), Mode.EVAL)
+    sparse, its = transforms.sparsify(net, weights, read, n_experts=8, n_chosen=8, n_shared=0)
+    assert sum(isinstance(layer, tl.MixtureFF) for _, layer in walk(sparse)) == 2
+    wanted, found = (
+        each.apply(w, state, read[0])[0][0] for each, w in ((net, weights), (sparse, its))
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_weights_keep_their_dtype_and_the_router_is_wide():
+    net = transforms.cast(models.Llama(V, **SIZES, n_kv_heads=2))
+    weights = made(net)
+    for part in ('gated_dense', 'dense'):
+        inside = weights['block']['feed_forward']
+        inside[part] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inside[part])
+    sparse, its = transforms.sparsify(net, weights, batches(), **ALL)
+    ff = its['block']['feed_forward']['mixture_ff']
+    assert {key: {x.dtype for x in part.values()} for key, part in ff.items()} == {
+        'router': {jnp.dtype('float32')},
+        **{key: {jnp.dtype('bfloat16')} for key in ('in', 'up', 'out')},
+    }
+    np.testing.assert_allclose(outputs(sparse, its), outputs(net, weights), atol=0.1)
 
 
 def test_units_stay_the_same_in_another_order():
