@@ -222,7 +222,8 @@ class Decoder:
     """A model that makes a token at a time, and the times it took."""
 
     def __init__(self, net: Any, weights: Any) -> None:
-        self.net, self.weights = lc.unstack(net, weights)
+        net, self.weights = lc.unstack(net, weights)
+        self.net = transforms.fuse(net)  # as `generate` does
         self.seconds: list[float] = []
 
     @functools.cached_property

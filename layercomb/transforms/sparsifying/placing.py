@@ -11,25 +11,33 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from layercomb import trees
 from layercomb.layers.basic.activations import NAMES
+from layercomb.layers.basic.assert_shape import AssertShape
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.dropout import Dropout
 from layercomb.layers.basic.gated import GatedDense
+from layercomb.layers.combinators.chunk import Chunk
+from layercomb.layers.combinators.remat import Remat
 from layercomb.layers.combinators.residual import Residual
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.core.combinator import Combinator
 from layercomb.layers.core.layer import Layer
-from layercomb.layers.core.walk import joined
+from layercomb.layers.core.walk import joined, walk
 from layercomb.layers.core.wrapper import Wrapper, given_name, unwrapped, wrapped
+from layercomb.layers.decoding.once import Once
 from layercomb.layers.reversible.layers import ReversibleHalfResidual
 from layercomb.layers.sparse.mixture import MixtureFF
 from layercomb.shapes import nearest_divisor
 from layercomb.transforms.casting import Cast
 from layercomb.transforms.low_rank.layer import LowRank
 from layercomb.transforms.quantization.layer import Quantized, bare
+from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
 _IN_SERIES = Serial, Residual, ReversibleHalfResidual  # their `layers` follow each other
+# Around a matrix: those that a mixture can do without, and those that are refused by name.
+_AROUND = AssertShape, Cast, Chunk, LowRank, Once, Quantized, Remat
 
 
 class Sizes(NamedTuple):
@@ -71,8 +79,10 @@ def placed(net: Layer, weights: Tree, sizes: Sizes, path: str = '') -> tuple[Lay
       ValueError: if a feed-forward cannot be one of these mixtures.
     """
     if isinstance(net, Wrapper):
-        inner, weights = placed(net.layer, weights, sizes, path)
-        return net.with_sublayers((inner, *net.sublayers[1:])), weights
+        inner, own = placed(net.layer, weights, sizes, path)
+        if isinstance(net, Tied):
+            _check_tie(net, weights, own, path)
+        return net.with_sublayers((inner, *net.sublayers[1:])), own
     if not isinstance(net, Combinator):
         return net, weights
     layers, parts = [], dict(weights)
@@ -83,6 +93,21 @@ def placed(net: Layer, weights: Tree, sizes: Sizes, path: str = '') -> tuple[Lay
             parts[key] = part
     made = _with_children(net, tuple(layers), parts)
     return _in_series(*made, sizes, path) if isinstance(net, _IN_SERIES) else made
+
+
+def _check_tie(net: Tied, before: Tree, after: Tree, path: str) -> None:
+    """Raises a ValueError if weights that are used at a second place became a mixture's."""
+
+    def shapes(weights: Tree) -> Tree:
+        found = trees.flatten(weights).items()
+        return {at: x.shape for at, x in found if f'{at}/'.startswith(f'{net.source}/')}
+
+    if shapes(before) != shapes(after):
+        target = joined(path, net.target)
+        raise ValueError(
+            f'sparsify: the feed-forward at {joined(path, net.source)!r} has weights that '
+            f'{target!r} uses, too: leave it out by where=, or untie it first'
+        )
 
 
 def is_pending(layer: Layer, weights: Tree) -> bool:
@@ -153,17 +178,27 @@ def _next(net: Any, start: int, sizes: Sizes, path: str) -> _Found | None:
     """The first feed-forward that is wanted, of the layers in series from `start` on."""
     for i in range(start, len(net.layers)):
         found = _at(net.layers[i : i + 4])
-        where = joined(path, net.keys[i])
-        if found and (sizes.where is None or re.search(sizes.where, where)):
+        if found and (sizes.where is None or re.search(sizes.where, joined(path, net.keys[i]))):
             (_, n), name = found
             return _Found((i, i + n), name)
     return None
 
 
+def feed_forwards(net: Layer) -> list[str]:
+    """The paths of the first matrices of all that may be dense feed-forwards."""
+    return [
+        joined(path, layer.keys[i])
+        for path, layer in walk(net)
+        if isinstance(layer, _IN_SERIES)
+        for i in range(len(layer.layers))
+        if _at(layer.layers[i : i + 4])
+    ]
+
+
 def _at(layers: Sequence[Layer]) -> _Found | None:
     """A feed-forward that begins with the first layer."""
-    kinds = [unwrapped(layer) for layer in layers]
-    if isinstance(kinds[0], GatedDense):
+    kinds = [_inside(layer) for layer in layers]
+    if type(kinds[0]) is GatedDense:
         name, last = kinds[0].activation, 1
     elif type(kinds[0]) is Dense and len(kinds) > 1:
         plain = kinds[1].replace(name=None)
@@ -179,6 +214,12 @@ def _at(layers: Sequence[Layer]) -> _Found | None:
     return _Found((0, last), name)
 
 
+def _inside(layer: Layer) -> Layer:
+    """The layer inside wrappers that compute the same; the whole if one computes another thing."""
+    around = list(wrapped(layer))[:-1]
+    return unwrapped(layer) if all(type(each) in _AROUND for each in around) else layer
+
+
 def _mixture(
     layers: Sequence[Layer], weights: Sequence[Tree], activation: str, sizes: Sizes, path: str
 ) -> tuple[Any, Tree]:
@@ -192,18 +233,19 @@ def _mixture(
     """
     _check_plain(layers, path)
     first, last = weights[0], weights[-1]
-    if not first or not last:
+    gated = isinstance(unwrapped(layers[0]), GatedDense)
+    matrices = ('gate', 'up') if gated else ('kernel',)
+    if not first.keys() >= {*matrices} or 'kernel' not in last:
         raise ValueError(
             f'sparsify: the feed-forward at {path!r} has no weights of its own, they are tied to '
             'those of another layer: leave it out by where=, or untie it first'
         )
-    gated = isinstance(unwrapped(layers[0]), GatedDense)
     if 'up_bias' in first:
         raise ValueError(
             f'sparsify: the GatedDense at {path!r} has a bias beside its gate, for which MixtureFF '
             'has no place: leave it out by where='
         )
-    kernel, back = first['gate' if gated else 'kernel'], last['kernel']
+    kernel, back = first[matrices[0]], last['kernel']
     if not kernel.shape[-2] == back.shape[-1] < kernel.shape[-1]:
         return None, {}
     d_ff = kernel.shape[-1]

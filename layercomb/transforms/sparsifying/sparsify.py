@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import jax
@@ -17,12 +18,13 @@ from layercomb.layers.state.parts import AuxLoss, take_out
 from layercomb.shapes import is_float
 from layercomb.transforms.quantization.calibration.values import batches_of, stack_of
 from layercomb.transforms.sparsifying.fitting import fitted
-from layercomb.transforms.sparsifying.placing import Sizes, placed
+from layercomb.transforms.sparsifying.placing import Sizes, feed_forwards, placed
 from layercomb.transforms.sparsifying.units import Array
 from layercomb.transforms.sparsifying.walking import Fitting, Rows
 from layercomb.trees import Tree
 
 _LOG = logging.getLogger(__name__)
+_SHOWN = 20  # paths in an error
 
 
 @checked
@@ -74,8 +76,9 @@ def sparsify(
       n_experts: E, which divides the number of units of each feed-forward.
       n_chosen: K, how many experts a position chooses.
       n_shared: S, how many more all positions use.
-      where: a regular expression; only feed-forwards whose first matrix has a path that it matches
-        somewhere are changed. None changes all.
+      where: a regular expression, such as ``'encoder'``, or ``'^(?!decoder)'`` for all but the
+        decoder's; only feed-forwards whose first matrix has a path that it matches somewhere are
+        changed. None changes all.
       state: of the model; it is needed if there are running statistics.
       seed: of the order of units that the search for experts begins with.
 
@@ -85,8 +88,9 @@ def sparsify(
     Raises:
       TypeError: for batches that the model does not take.
       ValueError: if no feed-forward is found; if n_experts does not divide its units, or S + K is
-        more than E; if it has narrow weights, adapters, or a bias beside its gate; if the batches
-        have fewer positions than x has features; if values are not finite; if a state is needed.
+        more than E; if it has narrow or tied weights, adapters, or a bias beside its gate; if it is
+        inside a layer that is not entered, such as `Segmented`; if the batches have fewer positions
+        than x has features; if values are not finite; if a state is needed.
 
     References:
       Zhang et al. 2021, MoEfication, https://arxiv.org/abs/2110.01786; Zhu et al. 2024, LLaMA-MoE,
@@ -101,6 +105,7 @@ def sparsify(
     >>> transforms.sparsify(net, weights, batches, n_experts=8, n_chosen=3, n_shared=1)[0]
     Residual(MixtureFF(64, 8, n_chosen=3))
     """
+    _check_pattern(where)
     sizes = Sizes(n_experts, n_chosen, n_shared, where)
     MixtureFF(n_experts, *sizes[:3])  # says which numbers do not go together
     given = batches_of(net, batches, 'sparsify: batches')
@@ -119,13 +124,30 @@ def sparsify(
     return walked[:2]
 
 
+def _check_pattern(where: str | None) -> None:
+    """Raises a ValueError for what is no regular expression, such as ``'*feed_forward*'``."""
+    try:
+        re.compile(where or '')
+    except re.error as e:
+        raise ValueError(
+            f'sparsify: where={where!r} is no regular expression ({e}): it need match a part of a '
+            "path only, as where='feed_forward' does"
+        ) from e
+
+
 def _nothing_found(net: Layer, where: str | None) -> str:
     """Why nothing became sparse, and what can be done."""
+    there = feed_forwards(net) if where else []
+    if there:
+        shown = ', '.join(map(repr, there[:_SHOWN])) + (', …' if there[_SHOWN:] else '')
+        return (
+            f'sparsify: no dense feed-forward has a path that matches where={where!r}: their first '
+            f'matrices are at {shown}'
+        )
     sparse = [path for path, layer in walk(net) if isinstance(layer, MixtureFF)]
     found = f'; {sparse[0]!r} is a mixture already' if sparse else ''
-    matches = '' if where is None else f' has a path that matches where={where!r}'
     return (
-        f'sparsify: no dense feed-forward in this {type(net).__name__}{matches}{found}: it looks '
+        f'sparsify: no dense feed-forward in this {type(net).__name__}{found}: it looks '
         'for a GatedDense and a Dense, or a Dense, an activation and a Dense, one after the other '
         'in a Serial or Residual, wider inside, that give back the width they take'
     )

@@ -39,17 +39,19 @@ class Fitting(Walk):
 
     def __init__(self, fit: Fit) -> None:
         self.fit = fit
-        self._given: dict[str, Rows] = {}  # for weights that are used several times
+        # Inputs of weights that are used several times, by paths and the blocks of stacks around.
+        self._given: dict[tuple[str, tuple[int, ...]], Rows] = {}
         self._only_reads = False  # through dense feed-forwards
+        self._blocks: tuple[int, ...] = ()
 
     def through(self, net: Layer, weights: Tree, state: Tree, path: str, values: Stack) -> Made:
         if not is_pending(net, weights):
             return super().through(net, weights, state, path, values)
         mixture: Any = bare(net)
         if self._only_reads:
-            self._given.setdefault(path, []).extend(values[0].arrays())
+            self._given.setdefault((path, self._blocks), []).extend(values[0].arrays())
             return net, weights, run(*as_dense(mixture, weights), {}, values)
-        read = self._given.get(path) or values[0].arrays()
+        read = self._given.get((path, self._blocks)) or values[0].arrays()
         made = self.fit(mixture, weights, read, path)
         return net, made, run(net, made, state, values)
 
@@ -69,12 +71,15 @@ class Fitting(Walk):
         if not (isinstance(net, Map) or net.shared):
             parts, outputs = self._each(net, weights, state, path, values)
             return net, jax.tree.map(lambda *xs: jnp.stack(xs), *parts), outputs
-        self._given, self._only_reads = {}, True
-        self._each(net, weights, state, path, values)
-        self._only_reads = False
+        is_outermost = not self._given  # else the uses of all are known
+        if is_outermost:
+            self._only_reads = True
+            self._each(net, weights, state, path, values)
+            self._only_reads = False
         one, its_state = values[: net.layer.n_in], net.block_state(state, 0)
         _, made, _ = self.through(net.layer, weights, its_state, path, one)
-        self._given = {}  # the next block of a stack around has the same paths
+        if is_outermost:
+            self._given = {}
         return net, made, run(net, made, state, values)
 
     def _each(
@@ -83,13 +88,16 @@ class Fitting(Walk):
         """The weights of all blocks, and the outputs."""
         parts: list[Tree] = []
         outputs: Stack = ()
-        n_in = net.layer.n_in
+        n_in, around = net.layer.n_in, self._blocks
         for i in range(net.n):
+            if not (isinstance(net, Map) or net.shared):
+                self._blocks = (*around, i)
             given = values[i * n_in : (i + 1) * n_in] if isinstance(net, Map) else values
             own = net.block_weights(weights, i), net.block_state(state, i)
             _, part, made = self.through(net.layer, *own, path, given)
             parts.append(part)
             outputs, values = outputs + made, values if isinstance(net, Map) else made
+        self._blocks = around
         return parts, outputs if isinstance(net, Map) else values
 
     def unreached(self, net: Layer, weights: Tree, path: str) -> tuple[Layer, Tree]:
@@ -100,10 +108,16 @@ class Fitting(Walk):
             if is_pending(layer, inside):
                 raise ValueError(
                     f'sparsify: the inputs of the feed-forward at {at!r} are not to be seen, for '
-                    f'{type(net).__name__} is no layer of the library that routes or wraps: leave '
-                    'it out by where='
+                    f'{type(net).__name__} is not entered: {_instead(net, path)}'
                 )
         return net, weights
+
+
+def _instead(net: Layer, path: str) -> str:
+    """What can be done where a layer is not entered."""
+    if path:
+        return f'leave it out by where={f"^(?!{path}/)"!r}'
+    return f'make the layer inside sparse, and put {type(net).__name__} around it then'
 
 
 def as_dense(mixture: MixtureFF, weights: Tree) -> tuple[Layer, Tree]:

@@ -9,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layercomb import init_state, models, shape_dtype, tl, transforms, trees
+from layercomb import init_state, models, shape_dtype, signature_of, tl, transforms, trees
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.core.walk import walk
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.transforms.quantization.calibration.values import stack_of
+from layercomb.transforms.sparsifying.fitting import fitted
+from layercomb.transforms.sparsifying.placing import Sizes, placed
 from layercomb.transforms.sparsifying.units import balanced, chosen, together
+from layercomb.transforms.sparsifying.walking import Fitting
 
 B, L, V = 4, 24, 13
 SIZES = {'d_model': 16, 'd_ff': 32, 'n_layers': 2, 'n_heads': 4, 'max_len': 32}
@@ -29,6 +34,14 @@ class Unknown(Wrapper):
 
     def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
         return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
+
+
+class Twice(Unknown):
+    """Computes twice what the layer inside does."""
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=Mode.EVAL):
+        (y,), state = super().apply(weights, state, inputs, rng=rng, mode=mode)
+        return (2 * y,), state
 
 
 def batches(n=4):
@@ -97,6 +110,33 @@ def test_all_experts_chosen_compute_what_the_model_did(name):
         assert (x.shape, x.dtype) == (wanted.shape, wanted.dtype)
 
 
+def test_both_sides_of_a_translator_that_reads_a_mask_and_no_shared_experts():
+    net = models.Transformer(V, 16, 32, 1, 1, 4, 32, dropout=0.1, masked=True)
+    read = [(ids, ids, ids > 2) for ids in batches()]
+    weights, state = net.init(signature_of(read[0]), jax.random.key(7), Mode.EVAL)
+    sparse, its = transforms.sparsify(net, weights, read, n_experts=8, n_chosen=8, n_shared=0)
+    assert sum(isinstance(layer, tl.MixtureFF) for _, layer in walk(sparse)) == 2
+    wanted, found = (
+        each.apply(w, state, read[0])[0][0] for each, w in ((net, weights), (sparse, its))
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_weights_keep_their_dtype_and_the_router_is_wide():
+    net = transforms.cast(models.Llama(V, **SIZES, n_kv_heads=2))
+    weights = made(net)
+    for part in ('gated_dense', 'dense'):
+        inside = weights['block']['feed_forward']
+        inside[part] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inside[part])
+    sparse, its = transforms.sparsify(net, weights, batches(), **ALL)
+    ff = its['block']['feed_forward']['mixture_ff']
+    assert {key: {x.dtype for x in part.values()} for key, part in ff.items()} == {
+        'router': {jnp.dtype('float32')},
+        **{key: {jnp.dtype('bfloat16')} for key in ('in', 'up', 'out')},
+    }
+    np.testing.assert_allclose(outputs(sparse, its), outputs(net, weights), atol=0.1)
+
+
 def test_units_stay_the_same_in_another_order():
     net, weights, x = feed_forward()
     _, its = transforms.sparsify(net, weights, [x], **ALL)
@@ -134,6 +174,35 @@ def test_the_router_is_near_the_best_choice_and_the_matrix_back_makes_up(caplog)
     (record,) = caplog.records
     _, (oracle, routed, fitted_) = record.args
     assert oracle <= routed < 1.5 * oracle and fitted_ < 0.9 * routed
+
+
+def test_blocks_are_fitted_to_the_inputs_of_all_their_uses_and_no_others():
+    block = tl.Residual(tl.Dense(32), tl.Relu(), tl.Dense(16))
+    beside = block.replace(name='beside')
+    inner = tl.Serial(tl.Repeat(block, 2), tl.Repeat(beside, 2, shared=True))
+    net = tl.Repeat(inner, 3, shared=True)
+    x = jax.random.normal(jax.random.key(0), (40, 16))
+    weights, _ = net.init(shape_dtype((1, 16)), jax.random.key(1))
+    made, dense = placed(net, weights, Sizes(8, 6, 2))
+    seen = []
+
+    def fit(mixture, own, read, path):
+        seen.append((path, np.asarray(read)))
+        return fitted(mixture, own, np.concatenate(read), 0)[0]
+
+    Fitting(fit).through(made, dense, {}, '', stack_of(((x,),)))
+    first, second, both = [], [], []
+    for _ in range(3):
+        for i, into in enumerate((first, second)):
+            into.append(x)
+            own = jax.tree.map(lambda w, i=i: w[i], weights['residual'])
+            (x,), _ = block.apply(own, {}, (x,))
+        for _ in range(2):
+            both.append(x)
+            (x,), _ = beside.apply(weights['beside'], {}, (x,))
+    assert [path for path, _ in seen] == [*['residual/mixture_ff'] * 2, 'beside/mixture_ff']
+    for (_, found), wanted in zip(seen, (first, second, both), strict=True):
+        np.testing.assert_allclose(found, np.stack(wanted), atol=1e-5)
 
 
 def test_decoding_and_training_go_on():
@@ -178,7 +247,9 @@ def test_where_chooses_and_other_layers_keep_their_names():
     one, its = transforms.sparsify(net, weights, batches(), where='dense_2', **ALL)
     assert {'dense', 'dense_1', 'dense_4', 'mixture_ff'} < set(one.keys)
     np.testing.assert_allclose(outputs(one, its), outputs(net, weights), atol=1e-5)
-    with pytest.raises(ValueError, match='no dense feed-forward in this Serial has a path that'):
+    with pytest.raises(
+        ValueError, match="where='attention': their first matrices are at 'dense', "
+    ):
         transforms.sparsify(net, weights, batches(), where='attention')
 
 
@@ -200,6 +271,18 @@ def test_what_changes_the_width_stays():
     sparse, its = transforms.sparsify(net, weights, [x], **ALL)
     assert sparse.keys == ('dense', 'relu', 'dense_1', 'relu_1', 'mixture_ff', 'tanh', 'dense_4')
     np.testing.assert_allclose(outputs(sparse, its, x), outputs(net, weights, x), atol=1e-5)
+
+
+@pytest.mark.parametrize('at', range(3))
+def test_what_is_inside_an_unknown_wrapper_is_no_part_of_a_feed_forward(at):
+    layers = [tl.Dense(32), tl.Relu(), tl.Dense(16)]
+    layers[at] = Twice(layers[at])
+    plain = tl.Residual(tl.Dense(32), tl.Remat(tl.Relu()), tl.Dense(16))
+    net = tl.Serial(tl.Embedding(V, 16), tl.Residual(*layers), plain)
+    weights = made(net)
+    sparse, its = transforms.sparsify(net, weights, batches(), **ALL)
+    assert sum(isinstance(layer, tl.MixtureFF) for _, layer in walk(sparse)) == 1
+    np.testing.assert_allclose(outputs(sparse, its), outputs(net, weights), atol=1e-5)
 
 
 def sparsify(net=None, weights=None, read=None, **options):
@@ -232,7 +315,9 @@ def test_errors_say_cause_and_cure():
         sparsify(*transforms.lora(llama, made(llama)))
     with pytest.raises(ValueError, match='has a bias beside its gate'):
         sparsify(models.Llama(V, **SIZES, n_kv_heads=2, ff_bias=True))
-    with pytest.raises(ValueError, match='are not to be seen, for Unknown is no layer of the'):
+    with pytest.raises(
+        ValueError, match='are not to be seen, for Unknown is not entered: leave it'
+    ):
         sparsify(
             tl.Serial(tl.Embedding(V, 16), Unknown(tl.Serial(tl.GatedDense(32), tl.Dense(16))))
         )
@@ -244,6 +329,16 @@ def test_errors_say_cause_and_cure():
     tied = transforms.Tied(tl.Serial(tl.Embedding(V, 16), *ends), 'a', 'b')
     with pytest.raises(ValueError, match='has no weights of its own'):
         sparsify(tied)
+    with pytest.raises(ValueError, match="at 'a' has weights that 'b' uses, too: leave it out"):
+        sparsify(tied, where='^a')
+    one = transforms.Tied(tied.layer, 'a/gated_dense/up', 'b/gated_dense/up')
+    with pytest.raises(ValueError, match="at 'b/gated_dense' has no weights of its own"):
+        sparsify(one)
+    with pytest.raises(ValueError, match=r"where='\*ff\*' is no regular expression"):
+        sparsify(where='*ff*')
+    segments = [(ids, jnp.ones_like(ids)) for ids in batches()]
+    with pytest.raises(ValueError, match='for Segmented is not entered: make the layer inside'):
+        sparsify(transforms.Segmented(llama), made(llama), segments)
     norm = tl.Serial(tl.Embedding(V, 16), tl.BatchNorm(), tl.GatedDense(32), tl.Dense(16))
     with pytest.raises(ValueError, match='running statistics, that its inputs depend on: give'):
         sparsify(norm)
