@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 from layercomb.layers.quantized.matrix import Narrow, rows_of
 from layercomb.layers.quantized.native import runs_natively
-from layercomb.layers.quantized.rows import put, rows
+from layercomb.layers.quantized.rows import add, put, rows
 
 Expert = Callable[[Any, jax.Array, jax.Array], jax.Array]
 _TILE = (8, 128)  # the fewest and the most rows of a tile
+_AT_ONCE = 16  # choices of a row that are added up without a loop
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -138,8 +139,7 @@ def _tiles(experts: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, ja
         return experts, position[:, None], position
     size = _tile_size(t, n_experts)
     n = n_experts + (t - n_experts) // size  # the most tiles: each expert has a choice
-    all_experts = jnp.arange(n_experts, dtype=jnp.int32)[None]
-    count = (experts[:, None] == all_experts).sum(0, dtype=jnp.int32)  # (E,)
+    count = counts(experts, n_experts)
     n_tiles = -(-count // size)
     end = jnp.cumsum(jnp.stack([count, n_tiles]), 1)
     first, first_tile = end - jnp.stack([count, n_tiles])  # of each expert
@@ -149,6 +149,19 @@ def _tiles(experts: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, ja
     expert = (position[:n, None] >= end[1][None]).sum(1, dtype=jnp.int32)
     expert = jnp.minimum(expert, n_experts - 1)  # for unused tiles, which are empty
     return expert, row, put(jnp.zeros_like(order), order, place)
+
+
+def counts(experts: jax.Array, n_experts: int, weights: jax.Array | None = None) -> jax.Array:
+    """How often each expert is chosen, or the sum of its choices' weights: (N,) → (E,) int32.
+
+    Args:
+      experts: (N,) integers, from 0 to E − 1.
+      n_experts: E.
+      weights: (N,) int32; None for 1 each.
+    """
+    # A comparison of each choice with each expert would be N × E numbers.
+    weights = jnp.ones(experts.shape, jnp.int32) if weights is None else weights
+    return add(jnp.zeros(n_experts, jnp.int32), experts, weights)
 
 
 def _tile_size(n_rows: int, n_experts: int) -> int:
@@ -183,5 +196,12 @@ def _ended(x: jax.Array) -> jax.Array:
 
 def _gathered(y: jax.Array, tiles: _Tiles, like: jax.Array) -> jax.Array:
     """The sum of each row's choices: (n, C, D) → (T, D)."""
-    chosen = rows(y.reshape(-1, y.shape[-1]), tiles.place)  # (T, K, D)
-    return chosen.sum(1, dtype=jnp.float32).astype(like.dtype)
+    y = y.reshape(-1, y.shape[-1])
+
+    def one(total: jax.Array, place: jax.Array) -> tuple[jax.Array, None]:
+        return total + rows(y, place).astype(jnp.float32), None
+
+    # One choice of all rows at a time: all choices of them would be y once more.
+    start = jnp.zeros(like.shape, jnp.float32)
+    total, _ = jax.lax.scan(one, start, tiles.place.T, unroll=_AT_ONCE)
+    return total.astype(like.dtype)

@@ -213,7 +213,7 @@ class MixtureFF(Layer):
         few = mode is Mode.PREDICT and experts.size <= s.shape[1]
         y = (self._few if few else self._many)(weights, flat, experts, gates).reshape(x.shape)
         if self.use_bias:
-            y = y + as_deep(weights['out']['bias'], y)
+            y = y + as_deep(weights['out']['bias'].astype(y.dtype), y)
         if mode.is_training:
             loss = self._loss(weights['router'], s, experts, counted)
             state = {**state, 'aux_loss': AuxLoss(loss)}

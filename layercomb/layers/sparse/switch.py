@@ -20,7 +20,7 @@ from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zer
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.sparse import controllers
-from layercomb.layers.sparse.by_expert import by_expert
+from layercomb.layers.sparse.by_expert import by_expert, counts
 from layercomb.layers.state.counted import counted_positions
 from layercomb.layers.state.decisions import decide
 from layercomb.layers.state.parts import AuxLoss
@@ -208,11 +208,10 @@ def share(experts: jax.Array, n_experts: int, counted: jax.Array | None = None) 
     Returns:
       (E,) float32; 0 if no position counts.
     """
-    each = jnp.arange(n_experts, dtype=experts.dtype)[None, None]
-    chosen = experts[..., None] == each  # (T, K, E)
     if counted is not None:
-        chosen = chosen & counted.reshape(-1, 1, 1)
-    n = chosen.sum((0, 1), dtype=jnp.float32)
+        own = counted.reshape(-1, 1).astype(jnp.int32)  # (T, 1)
+        counted = jnp.broadcast_to(own, experts.shape).reshape(-1)
+    n = counts(experts.reshape(-1), n_experts, counted).astype(jnp.float32)
     return n / jnp.maximum(n.sum(), 1)
 
 

@@ -175,6 +175,29 @@ class TestEquations:
         close(got, wanted, 1e-4)
         assert np.abs(got[0]['router']['kernel']).max() > 1e-2
 
+    @pytest.mark.parametrize('n', [3, 20])
+    def test_gradients_have_gradients(self, n):
+        layer, weights, state = made('gated')
+        x = normal(2, n, D)
+
+        def fast(weights, x):
+            return jnp.sin(apply(layer, weights, state, x, Mode.TRAIN)[0]).sum()
+
+        def masked(weights, x):
+            return jnp.sin(dense(layer, weights, x)[0]).sum()
+
+        def squares(f):
+            def all_squares(*given):
+                return sum((g**2).sum() for g in jax.tree.leaves(jax.grad(f, (0, 1))(*given)))
+
+            return jax.jit(jax.grad(all_squares, (0, 1)))
+
+        for got, wanted in zip(
+            *(jax.tree.leaves(squares(f)(weights, x)) for f in (fast, masked)), strict=True
+        ):
+            most = max(1.0, float(np.abs(wanted).max()))
+            np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * most)
+
     def test_gradient_of_the_bias_is_the_excess_of_choices_for_any_loss(self):
         layer, weights, state = made(balance=0.0)
         x = normal(2, 9, D)
@@ -273,6 +296,21 @@ class TestRows:
 
         assert flops(1) < 2 * 3 * 4096 * 256 / 10
 
+    def test_memory_grows_with_what_is_chosen_and_not_with_the_experts(self, optimized):
+        # Numbers of (T, K, D) for the outputs of tiles, once; none of (T, K, E).
+        t, d, k, e = 8192, 16, 4, 512
+        layer = MixtureFF(e, e, k, 0, gated=False)
+        x = shape_dtype((t, d))
+        weights, state = jax.eval_shape(functools.partial(layer.init, (x,)), jax.random.key(0))
+
+        def loss(weights, state, x):
+            (y,), new = layer.apply(weights, state, (x,), mode=Mode.TRAIN)
+            return y.sum() + new['aux_loss'].value
+
+        made = jax.jit(jax.grad(loss)).lower(weights, state, x).compile()
+        scores, tiles = 4 * t * e, 4 * (t * k + 8 * e) * d
+        assert made.memory_analysis().temp_size_in_bytes < 3.5 * scores + 2 * tiles
+
     def test_goes_under_vmap(self):
         layer, weights, state = made()
         x = normal(3, 12, D)
@@ -351,6 +389,14 @@ class TestTraining:
         close(new['aux_loss'].value, 0.5 * loss)
         y, _ = apply(transforms.cast(layer), weights, {}, x, Mode.PREDICT)
         close(y.astype(jnp.float32), wanted, 5e-2)
+
+    @pytest.mark.parametrize('mode', [Mode.EVAL, Mode.PREDICT, Mode.TRAIN])
+    @pytest.mark.parametrize('n', [3, 40])
+    def test_keeps_the_dtype_of_what_it_is_given(self, n, mode):
+        layer, weights, state = made('gated and biased')
+        x = normal(1, n, D).astype(jnp.bfloat16)
+        y, _ = apply(layer, weights, {} if mode is Mode.PREDICT else state, x, mode)
+        assert y.dtype == jnp.bfloat16
 
     def test_each_expert_starts_as_a_dense_layer_of_its_width_would(self):
         layer = MixtureFF(16 * 64, 16, 3)
