@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb import trees
-from layercomb.checks import Bound, ChunkLen, Size, check_value, frozen
+from layercomb.checks import Bound, ChunkLen, Size, check_value, fault, frozen
 from layercomb.errors import require
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.core.layer import Layer
@@ -52,9 +52,10 @@ class TrainTask:
       packed: whether rows hold several documents, which do not see each other. Batches are then
         (inputs…, segments, targets, loss_weights), with segments (B, L) int32, as of
         `transforms.segmented`. The model stays one of a sequence a row.
-      denser: pairs (step, factor), in order of steps: until that step the model trains as
-        `transforms.denser` of that factor, with the same weights, for units that few positions
-        choose learn slowly. Evaluations and what is saved are of the model itself.
+      denser: pairs (step, factor), in order of steps. Until that step the model trains as
+        `transforms.denser` of that factor, with the same weights: units that few positions choose
+        learn slowly. Evaluations, and what is saved, are of the model itself. Each stage is
+        compiled when it begins.
 
     Raises:
       TypeError, ValueError: at construction, for an argument that cannot be right.
@@ -74,13 +75,7 @@ class TrainTask:
         check_data('TrainTask', self.data)
         check_value('TrainTask', 'packed', self.packed, bool)
         object.__setattr__(self, 'denser', frozen(self.denser))
-        check_value('TrainTask', 'denser', self.denser, tuple[tuple[Size, Size], ...])
-        ends = [step for step, _ in self.denser]
-        if ends != sorted(set(ends)) or any(n < 1 for pair in self.denser for n in pair):
-            raise ValueError(
-                f'TrainTask: denser={self.denser}: give pairs (step, factor) of numbers from 1 on, '
-                'whose steps rise, such as ((500, 16), (1000, 4))'
-            )
+        _check_stages(self.denser)
         _check_metric('TrainTask', 'loss', self.loss)
         if not self.loss.is_mean:
             raise ValueError(
@@ -172,6 +167,19 @@ class EvalTask:
     def batches(self) -> Iterator[Batch]:
         """The batches of one evaluation: the first `n_batches` of the data, the same each time."""
         return map(checked, itertools.islice(iter(self.data), self.n_batches))
+
+
+def _check_stages(denser: Any) -> None:
+    """Raises unless `denser` is a tuple of pairs (step, factor), whose steps rise."""
+    said = (
+        f'TrainTask: denser={denser!r}: give pairs (step, factor) of integers from 1 on, whose '
+        'steps rise, such as ((500, 16), (1000, 4))'
+    )
+    if fault(denser, tuple[tuple[Size, Size], ...]) or any(len(pair) != 2 for pair in denser):
+        raise TypeError(said)
+    ends = [step for step, _ in denser]
+    if ends != sorted(set(ends)) or any(n < 1 for pair in denser for n in pair):
+        raise ValueError(said)
 
 
 def reading(task: TrainTask | EvalTask, net: Layer) -> Layer:

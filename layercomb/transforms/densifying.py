@@ -1,4 +1,4 @@
-"""`denser`: a model whose sparse feed-forwards use more of their units, with the same weights."""
+"""`denser`: a model whose sparse feed-forwards use more of their units, of the same weights."""
 
 from __future__ import annotations
 
@@ -52,8 +52,11 @@ def denser(net: Layer, factor: Size) -> Layer:
     """The same model, whose sparse feed-forwards use `factor` times as many of their units.
 
     A `MixtureFF` chooses `factor` times as many experts, or all of them; a `SparseFF` one of each
-    N / `factor` units. Weights and their paths stay, so a model may learn as the denser one first,
-    when every unit sees more of the data: see `TrainTask.denser`.
+    N / `factor` units. It takes the weights of the model, so a model may learn as the denser one
+    first, when every unit sees more of the data: see `TrainTask.denser`.
+
+    Take the weights from `init` of the model itself: that of the denser one makes a larger
+    controller for a `SparseFF` whose `d_lowrank` is None.
 
     Args:
       net: any layer.

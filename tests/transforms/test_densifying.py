@@ -71,11 +71,50 @@ def test_refusals(net, factor, error, text):
 
 @pytest.mark.parametrize(
     ('given', 'error'),
-    [(((4, 2), (4, 1)), ValueError), (((0, 2),), ValueError), ((4, 2), TypeError)],
+    [
+        (((4, 2), (4, 1)), ValueError),
+        (((0, 2),), ValueError),
+        ((4, 2), TypeError),
+        (((4, 2, 1),), TypeError),
+        (((4, 2.0),), TypeError),
+        (((True, 2),), TypeError),
+        ({4: 2}, TypeError),
+        (None, TypeError),
+    ],
 )
 def test_stages_that_cannot_be(given, error):
-    with pytest.raises(error, match='denser'):
+    with pytest.raises(
+        error, match=r'TrainTask: denser=.*: give pairs \(step, factor\) of integers'
+    ):
         task(denser=given)
+
+
+def test_stages_may_be_lists_of_numbers_of_numpy():
+    assert task(denser=[[np.int64(4), 2], [8, 1]]).denser == ((4, 2), (8, 1))
+
+
+def test_units_of_sparse_layers_train_denser_with_the_controller_of_the_model():
+    net = tl.Serial(tl.Embedding(V, 64), tl.Residual(tl.SparseFF(64, 16)), tl.Dense(V))
+    loop = supervised.Loop(net, task(denser=((2, 8),)), progress=False)
+    before = jax.tree.map(np.array, loop.weights)
+    loop.run(3)
+    assert jax.tree.map(jnp.shape, loop.weights) == jax.tree.map(jnp.shape, before)
+    assert before['residual']['sparse_ff']['controller']['in']['kernel'].shape == (64, 16)
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), before, loop.weights)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_wrappers_keep_what_they_hold():
+    net = lm(tl.MixtureFF(32, 16, 2))
+    weights, _ = net.init((shape_dtype((2, 6), 'int32'),), KEY)
+    twice = transforms.denser(net, 2)
+    quantized, narrow = transforms.quantize(net, weights, 8, smallest=1)
+    assert transforms.denser(quantized, 2) == transforms.quantize(twice, weights, 8, smallest=1)[0]
+    tokens = jnp.asarray(batches()[0][0])
+    (y,), _ = jax.jit(transforms.denser(quantized, 2).apply)(narrow, {}, (tokens,))
+    assert y.shape == (2, 6, V)
+    assert transforms.denser(transforms.fuse(net), 2) == transforms.fuse(twice)
+    assert transforms.denser(transforms.cast(net), 2) == transforms.cast(twice)
 
 
 def by_hand(net, stages):
