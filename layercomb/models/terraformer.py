@@ -110,8 +110,8 @@ def TerraformerLM(
       ``Serial(embedding, positions, Dup, ReversibleRepeat(block), head)``.
 
     Raises:
-      ValueError: if sizes do not divide each other, naming the nearest that do; and as
-        `ReformerLM`.
+      ValueError: if sizes do not divide each other, naming the nearest that do; if `d_sru` and `ff`
+        are both given; and as `ReformerLM`.
 
     References:
       Jaszczur et al. 2021, https://arxiv.org/abs/2111.12763
@@ -467,6 +467,9 @@ def sparse_feed_forward(
       d_lowrank: the rank of the controller; None takes `SparseFF`'s own.
       d_sru: the width of an SRU that replaces the feed-forward; None for none.
       ff: a layer to take in its place; None for none.
+
+    Raises:
+      ValueError: if `d_sru` and `ff` are both given.
     """
     if ff is not None and d_sru is not None:
         raise ValueError(f'd_sru={d_sru} and ff both replace the feed-forward: give one of them')

@@ -59,7 +59,7 @@ def TransformerLM(
       n_kv_heads: heads of keys and values of the default attention, which several heads of queries
         share; it must divide `n_heads`. None for as many.
       ff: the feed-forward, a layer (B, L, D) → (B, L, D) such as ``tl.MixtureFF(2048)``, in place
-        of the dense one of width `d_ff`.
+        of the dense one; `d_ff` and `activation` are then not used.
 
     Returns:
       ``Serial(embedding, positions, Repeat(block), norm, head)``.
