@@ -71,7 +71,7 @@ def denser(net: Layer, factor: Size) -> Layer:
 
     >>> from layercomb import tl, transforms
     >>> transforms.denser(tl.Serial(tl.RMSNorm(), tl.MixtureFF(64, 16, 2, 0)), 4)
-    Serial(RMSNorm(), MixtureFF(64, 16, 8, 0))
+    Serial(RMSNorm(), MixtureFF(64, 16, n_chosen=8, n_shared=0))
     """
 
     def one(layer: Layer) -> Layer:
