@@ -7,8 +7,8 @@ The feed-forwards have 2,048 units, of which a token uses 1/4, 1/8, 1/16 or 1/64
 * mixture-8 and others: `MixtureFF`, experts with ReLU², one in 8 shared or chosen; mixture-64
   learns as a denser one in the first 60 % of its steps;
 * units-8 and others: `SparseFF`, one unit of each 8, with ReLU as in the paper;
-* small-8 and others: a dense feed-forward with ReLU² of as many weights as mixture-8 reads for a
-  token, its router included;
+* small-8 and others: a dense feed-forward of as many weights as mixture-8 reads for a token, its
+  router included;
 * qkv, both: sparse projections of queries, keys and values; with units-64 too.
 
 How they are trained and measured, and what is kept between calls, is in quality.py.
@@ -77,10 +77,7 @@ MODELS: quality.Models = {
     'dense-relu2': functools.partial(model, activation='relu2'),
     **{f'mixture-{n}': functools.partial(model, ff=mixture(n)) for n in (4, 8, 16)},
     'mixture-64': functools.partial(model, ff=one_of_many()),
-    **{
-        f'small-{n}': functools.partial(model, d_ff=as_small(n), activation='relu2')
-        for n in EXPERTS
-    },
+    **{f'small-{n}': functools.partial(model, d_ff=as_small(n)) for n in EXPERTS},
     **{f'units-{n}': functools.partial(model, ff_block_size=n) for n in EXPERTS},
     'qkv': functools.partial(model, qkv_modules=4),
     'both': functools.partial(model, ff_block_size=64, qkv_modules=4),
