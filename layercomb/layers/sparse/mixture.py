@@ -193,8 +193,12 @@ class MixtureFF(Layer):
           inputs: x (…, D).
           rng: not used.
           mode: see `Mode`.
+
+        Raises:
+          ValueError: for weights of a mixture with other experts, or with gates where it has none.
         """
         (x,) = inputs
+        self._check(weights)
         state, counted = counted_positions(state, x)
         flat = x.reshape(-1, x.shape[-1])  # (T, D)
         s = self.scores(weights['router'], flat)  # (T, R)
@@ -218,6 +222,20 @@ class MixtureFF(Layer):
             loss = self._loss(weights['router'], s, experts, counted)
             state = {**state, 'aux_loss': AuxLoss(loss)}
         return (y,), state
+
+    def _check(self, weights: Tree) -> None:
+        """Refuses weights of another mixture, whose rows would be taken for other experts."""
+        found = weights['out']['kernel'].shape[:2], weights['router']['kernel'].shape[1]
+        experts = self.n_experts, self.d_ff // self.n_experts
+        wanted = experts, self.n_experts - self.n_shared
+        if found != wanted or ('up' in weights) != self.gated:
+            gates = ' and gates' if 'up' in weights else ', no gates'
+            raise ValueError(
+                f'MixtureFF: the weights have {found[0][0]} experts of {found[0][1]} units, '
+                f'{found[1]} to choose from{gates}; it has {wanted[0][0]} of {wanted[0][1]}, '
+                f'{wanted[1]} to choose from, and gated={self.gated}: give it the fields that the '
+                'weights were made with'
+            )
 
     def scores(self, router: Tree, x: jax.Array) -> jax.Array:
         """s (T, R) of x (T, D), in float32 for any dtype of x."""

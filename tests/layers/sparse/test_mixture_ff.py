@@ -80,6 +80,23 @@ def flat(weights):
     return trees.map_with_path(one, weights)
 
 
+@pytest.mark.parametrize('mode', [Mode.EVAL, Mode.PREDICT])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'n_experts': E // 2},
+        {'n_experts': 2 * E},
+        {'n_shared': 2},
+        {'d_ff': 2 * F},
+        {'gated': False},
+    ],
+)
+def test_weights_of_another_mixture_are_refused(changes, mode):
+    layer, weights, _ = made()
+    with pytest.raises(ValueError, match=r'experts of .* give it the fields that the weights were'):
+        layer.replace(**changes).apply(weights, {}, (normal(1, 1, D),), mode=mode)
+
+
 def slow(layer, weights, x, experts=None):
     """The equations, one position after the other, in float64: y, and the loss without `balance`.
 
