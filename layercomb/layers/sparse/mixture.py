@@ -195,7 +195,7 @@ class MixtureFF(Layer):
           mode: see `Mode`.
 
         Raises:
-          ValueError: for weights of a mixture with other experts, or with gates where it has none.
+          ValueError: for weights of a mixture with other fields.
         """
         (x,) = inputs
         self._check(weights)
@@ -225,16 +225,20 @@ class MixtureFF(Layer):
 
     def _check(self, weights: Tree) -> None:
         """Refuses weights of another mixture, whose rows would be taken for other experts."""
-        found = weights['out']['kernel'].shape[:2], weights['router']['kernel'].shape[1]
-        experts = self.n_experts, self.d_ff // self.n_experts
-        wanted = experts, self.n_experts - self.n_shared
-        if found != wanted or ('up' in weights) != self.gated:
-            gates = ' and gates' if 'up' in weights else ', no gates'
+        n_experts, n_units = weights['out']['kernel'].shape[:2]
+        found = {
+            'd_ff': n_experts * n_units,
+            'n_experts': n_experts,
+            'n_shared': n_experts - weights['router']['kernel'].shape[1],
+            'gated': 'up' in weights,
+            'balance_bias': 'bias' in weights['router'],
+            'use_bias': 'bias' in weights['out'],
+        }
+        if other := {k: v for k, v in found.items() if getattr(self, k) != v}:
+            told = ', '.join(f'{k}={v}' for k, v in other.items())
             raise ValueError(
-                f'MixtureFF: the weights have {found[0][0]} experts of {found[0][1]} units, '
-                f'{found[1]} to choose from{gates}; it has {wanted[0][0]} of {wanted[0][1]}, '
-                f'{wanted[1]} to choose from, and gated={self.gated}: give it the fields that the '
-                'weights were made with'
+                f'MixtureFF: the weights are of one with {told}: give the layer the '
+                'fields that they were made with'
             )
 
     def scores(self, router: Tree, x: jax.Array) -> jax.Array:

@@ -89,11 +89,15 @@ def flat(weights):
         {'n_shared': 2},
         {'d_ff': 2 * F},
         {'gated': False},
+        {'use_bias': True},
+        {'balance_bias': False},
     ],
 )
 def test_weights_of_another_mixture_are_refused(changes, mode):
     layer, weights, _ = made()
-    with pytest.raises(ValueError, match=r'experts of .* give it the fields that the weights were'):
+    with pytest.raises(
+        ValueError, match=r'the weights are of one with .*: give the layer the fields'
+    ):
         layer.replace(**changes).apply(weights, {}, (normal(1, 1, D),), mode=mode)
 
 
