@@ -33,7 +33,7 @@ from layercomb.trees import Tree
 F = TypeVar('F', bound=Callable[..., Any])
 
 
-def _injects_by_itself(recipe: F) -> F:
+def injects_by_itself(recipe: F) -> F:
     """Refuses arrays, which `optax.inject_hyperparams` around a recipe would hand to it.
 
     They would become numbers, and what was to change would stand still.
@@ -84,7 +84,7 @@ def warmup_cosine(
     )
 
 
-@_injects_by_itself
+@injects_by_itself
 @checked
 def adamw(
     learning_rate: NonNegative | Callable[[Any], Any] = 1e-3,
@@ -130,7 +130,7 @@ def adamw(
     return for_model('optimizers.adamw', made, net)
 
 
-@_injects_by_itself
+@injects_by_itself
 @checked
 def adafactor(
     learning_rate: NonNegative | Callable[[Any], Any] = 0.01,
@@ -201,7 +201,7 @@ def adafactor(
     return for_model('optimizers.adafactor', made, net)
 
 
-@_injects_by_itself
+@injects_by_itself
 @checked
 def muon(
     learning_rate: NonNegative | Callable[[Any], Any] = 0.02,

@@ -81,7 +81,7 @@ def test_without_a_model_names_say_what_a_bias_is():
 
 @pytest.mark.parametrize('bits', [8, 16])
 @pytest.mark.parametrize(
-    'make', [optimizers.adamw, optimizers.muon], ids=lambda make: make.__name__
+    'make', [optimizers.adamw, optimizers.muon, optimizers.sm3], ids=lambda make: make.__name__
 )
 def test_training_goes_as_with_wide_moments(make, bits):
     net = tl.Serial(tl.Dense(96), tl.Dense(64))
