@@ -200,9 +200,7 @@ class Experiment:
             opt_state = jax.eval_shape(optimizer.init, trainable)
         step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
         carry = steps.Carry(trainable, state, opt_state, step_number)
-        step: Any = steps.compiled(
-            reading(task, self.net), task.loss, optimizer, task.accumulate, task.loss_chunk_len
-        )
+        step: Any = steps.of_task(task, optimizer, reading(task, self.net))
         key = jax.eval_shape(jax.random.key, 0)
         memory = step.lower(carry, frozen, key, signature).compile().memory_analysis()
         return {

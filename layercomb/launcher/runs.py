@@ -19,7 +19,7 @@ OPERATIVE = 'operative_config.gin'
 # it is computed.
 _MAY_CHANGE = re.compile(
     r'cli\.train\.(steps|keep|keep_best|callbacks|\w+_every|eval_tasks|tokenizer|sample_\w+|baseline_text)$'
-    r'|.*EvalTask\.|.*TrainTask\.(accumulate|loss_chunk_len)$|.*\.ff_chunk_len$'
+    r'|.*EvalTask\.|.*TrainTask\.(accumulate|accumulate_dtype|loss_chunk_len)$|.*\.ff_chunk_len$'
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,12 @@ from layercomb import losses, trees
 from layercomb.checks import ChunkLen
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.metrics.metric import Metric
+from layercomb.optimizers.rounding import tree_to_bfloat16
 from layercomb.supervised.updates import hyperparams, update
 from layercomb.trees import Tree
+
+if TYPE_CHECKING:
+    from layercomb.supervised.tasks import TrainTask
 
 Batch = tuple[Any, ...]
 Metrics = dict[str, jax.Array]
@@ -40,7 +44,12 @@ class Carry(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def compiled(
-    net: Layer, loss: Metric, optimizer: Any, accumulate: int, chunk_len: ChunkLen | None
+    net: Layer,
+    loss: Metric,
+    optimizer: Any,
+    accumulate: int,
+    chunk_len: ChunkLen | None,
+    accumulate_dtype: str = 'float32',
 ) -> Callable[..., tuple[Carry, Metrics]]:
     """The jitted training step: (carry, frozen weights, key, batch) → (carry, metrics).
 
@@ -54,13 +63,16 @@ def compiled(
       accumulate: how many micro batches a batch is cut into; it must divide the batch's rows, or
         the groups of rows that the loss takes together.
       chunk_len: how many positions of logits exist at a time, as of `losses.attach`.
+      accumulate_dtype: of the sums of micro batches' gradients: 'float32', or 'bfloat16', to which
+        each sum is rounded by chance.
 
     Returns:
       The function. Its metrics are float32 (): 'loss', 'grad_norm', and 'learning_rate' if the
       optimizer's state has one.
     """
     scored = _Scored(losses.attach(net, loss, chunk_len), loss)
-    gradient = _whole(scored) if accumulate == 1 else _accumulated(scored, accumulate)
+    narrow = accumulate_dtype == 'bfloat16'
+    gradient = _whole(scored) if accumulate == 1 else _accumulated(scored, accumulate, narrow)
 
     def step(carry: Carry, frozen: Tree, key: jax.Array, batch: Batch) -> tuple[Carry, Metrics]:
         key = jax.random.fold_in(key, carry.step)
@@ -76,6 +88,18 @@ def compiled(
         return Carry(trainable, state, opt_state, carry.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def of_task(task: TrainTask, optimizer: Any, net: Layer) -> Callable[..., tuple[Carry, Metrics]]:
+    """The `compiled` step of a task.
+
+    Args:
+      task: says the rest.
+      optimizer: the task's, told the model, and after clipping.
+      net: what reads the task's inputs.
+    """
+    pieces = task.accumulate, task.loss_chunk_len, task.accumulate_dtype
+    return compiled(net, task.loss, optimizer, *pieces)
 
 
 class _Scored(NamedTuple):
@@ -105,10 +129,13 @@ def _mean(
     return total / _positive(weight) + aux, state
 
 
-def _accumulated(scored: _Scored, n: int) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
+def _accumulated(
+    scored: _Scored, n: int, narrow: bool
+) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
     """The same from `n` micro batches: sums of losses and weights, divided once.
 
-    An auxiliary loss counts for each micro batch as much as its weights do.
+    An auxiliary loss counts for each micro batch as much as its weights do. Sums that are `narrow`
+    are kept in bfloat16, and rounded so that their mean is that of wide ones.
     """
     together = scored.loss.together
 
@@ -125,17 +152,21 @@ def _accumulated(scored: _Scored, n: int) -> Callable[..., tuple[jax.Array, Tree
             (v, (w, state)), g = jax.value_and_grad(total, has_aux=True)(
                 trainable, frozen, state, jax.random.fold_in(key, i), rows
             )
-            grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, g)
+            grads = jax.tree.map(_added, grads, g)
+            if narrow:
+                rounding = jax.random.fold_in(jax.random.fold_in(key, n), i)  # no micro batch's
+                grads = tree_to_bfloat16(grads, rounding)
             return (value + v, weight + w, state, grads), None
 
         zero = jnp.zeros((), jnp.float32)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _at_least_float32(x)), trainable)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.bfloat16 if narrow else _at_least_float32(x)),
+            trainable,
+        )
         micros = (jnp.arange(n, dtype=jnp.int32), tuple(_cut(x, n, together) for x in batch))
         (value, weight, state, grads), _ = jax.lax.scan(add, (zero, zero, state, zeros), micros)
         scale = 1 / _positive(weight)
-        grads = jax.tree.map(
-            lambda g, x: (g * scale.astype(g.dtype)).astype(x.dtype), grads, trainable
-        )
+        grads = jax.tree.map(functools.partial(_scaled, scale), grads, trainable)
         return value * scale, state, grads
 
     return gradient
@@ -186,7 +217,19 @@ def _positive(weight: jax.Array) -> jax.Array:
 
 
 def _at_least_float32(x: jax.Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return x.dtype if x.dtype.itemsize >= 4 else jnp.float32
+
+
+def _added(total: jax.Array, grad: jax.Array) -> jax.Array:
+    """The sum, in the total's dtype, or in float32 if that is narrower."""
+    dtype = _at_least_float32(total)
+    return total.astype(dtype) + grad.astype(dtype)
+
+
+def _scaled(scale: jax.Array, total: jax.Array, weight: jax.Array) -> jax.Array:
+    """A total times the scale, in the dtype of the weight that it is the gradient of."""
+    dtype = _at_least_float32(total)
+    return (total.astype(dtype) * scale.astype(dtype)).astype(weight.dtype)
 
 
 def _norm(grads: Tree) -> jax.Array:

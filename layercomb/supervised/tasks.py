@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from layercomb.transforms.segments import segmented
 from layercomb.trees import Tree
 
 _ClipNorm = Annotated[float, Bound(above=0)] | None
+_AccumulateDtype = Literal['float32', 'bfloat16']
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +45,9 @@ class TrainTask:
       accumulate: how many micro batches a batch is cut into, to save memory. Losses and weights are
         summed and divided once, so the gradient is that of the whole batch; but what layers average
         over a batch (balance, statistics) is averaged over a micro batch.
+      accumulate_dtype: of the sums of micro batches' gradients. 'bfloat16' takes half the memory of
+        'float32'. Each sum is then rounded by chance to one of its neighbours, so that on average
+        the gradient is the same.
       clip_norm: gradients of a greater global norm are scaled down to it.
       loss_chunk_len: how many positions of a row have logits at a time: a number, 'auto' for what
         suits the platform and a small vocabulary (see `tl.Chunk`), or None for all.
@@ -70,6 +74,7 @@ class TrainTask:
     trainable: Callable[[str], bool] | None = None
     packed: bool = False
     denser: tuple[tuple[Size, Size], ...] = ()
+    accumulate_dtype: _AccumulateDtype = 'float32'
 
     def __post_init__(self) -> None:
         check_data('TrainTask', self.data)
@@ -89,6 +94,7 @@ class TrainTask:
             )
         check_optimizer(self.optimizer)
         check_count('TrainTask', 'accumulate', self.accumulate)
+        check_value('TrainTask', 'accumulate_dtype', self.accumulate_dtype, _AccumulateDtype)
         check_value('TrainTask', 'loss_chunk_len', self.loss_chunk_len, ChunkLen | None)
         check_value('TrainTask', 'clip_norm', self.clip_norm, _ClipNorm)
         if self.trainable is not None and not callable(self.trainable):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -93,7 +94,8 @@ class Loop:
       progress: where to show progress, by default standard error; False for nowhere.
       allow_changes: what may differ from the run so far: names out of `fingerprint.PARTS`, or
         'all'. `resuming.resume` says what then happens. What does not need permission:
-        `accumulate`, `loss_chunk_len`, the evaluations, and the arguments above except `seed`.
+        `accumulate`, `accumulate_dtype`, `loss_chunk_len`, the evaluations, and the arguments above
+        except `seed`.
 
     Attributes:
       step: how many steps have been taken.
@@ -141,10 +143,9 @@ class Loop:
         self._saved = 0  # the last step that needs no saving any more
         self._allowed = check_allowed(allow_changes)
         self._optimizer = clipped(train_task, self._net)
-        how = train_task.loss, self._optimizer, train_task.accumulate, train_task.loss_chunk_len
-        self._compiled = steps.compiled(reading(train_task, self._net), *how)
-        first = early(train_task, self._net)
-        self._early = [(until, steps.compiled(denser, *how)) for until, denser in first]
+        of_task = functools.partial(steps.of_task, train_task, self._optimizer)
+        self._compiled = of_task(reading(train_task, self._net))
+        self._early = [(n, of_task(denser)) for n, denser in early(train_task, self._net)]
         self._checkpoints: Checkpoints | None = None
         if self._directory is not None:
             from layercomb.supervised.checkpoints import Checkpoints

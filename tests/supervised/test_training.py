@@ -83,6 +83,29 @@ def test_accumulated_micro_batches_are_the_big_batch():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_sums_in_bfloat16_are_right_on_average():
+    grads = {}
+    for dtype in ('float32', 'bfloat16'):
+        task = {'accumulate': 4, 'accumulate_dtype': dtype}
+        made = loop(net=STILL, optimizer=SGD, task=task)
+        step = made._compiled.__wrapped__
+        batch = tuple(jnp.asarray(x) for x in made._first)
+
+        def gradient(key, step=step, made=made, batch=batch):
+            before = made._carry
+            after, _ = step(before, made._frozen, key, batch)
+            return jax.tree.map(lambda a, b: (b - a) / 0.1, after.trainable, before.trainable)
+
+        keys = jax.random.split(jax.random.key(0), 400)
+        grads[dtype] = jax.jit(jax.vmap(gradient))(keys)
+    assert all(np.ptp(x, axis=0).max() < 1e-5 for x in jax.tree.leaves(grads['float32']))
+    for narrow, wide in zip(*(jax.tree.leaves(grads[x]) for x in grads), strict=True):
+        off = np.asarray(wide - narrow)
+        assert 0 < np.abs(off).max() < 0.02 * np.abs(wide).max()
+        error = off.std(0) / 20  # of the mean of 400
+        assert (np.abs(off.mean(0)) <= 5 * error + 1e-6).all()
+
+
 def test_a_batch_that_cannot_be_cut():
     with pytest.raises(ValueError, match=r'accumulate=3 does not divide a batch of 4 rows: choose'):
         loop(task={'accumulate': 3}).run(1)
@@ -407,6 +430,11 @@ def test_no_cost_beside_the_plain_step():
         ({'loss': tl.CrossEntropyLoss}, TypeError, 'loss: CrossEntropyLoss is no metric: give'),
         ({'accumulate': 0}, ValueError, 'accumulate must be at least 1, got 0'),
         ({'accumulate': 2.0}, TypeError, r'TrainTask: accumulate must be an int, got 2\.0$'),
+        (
+            {'accumulate_dtype': 'float16'},
+            TypeError,
+            "TrainTask: accumulate_dtype must be 'float32' or 'bfloat16', got 'float16'",
+        ),
         ({'clip_norm': '1'}, TypeError, "clip_norm must be a number or None, got '1'"),
         ({'clip_norm': 0.0}, ValueError, 'TrainTask: clip_norm must be above 0, got 0.0'),
         ({'loss_chunk_len': 'a'}, TypeError, "loss_chunk_len must be an int or 'auto' or None"),
