@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
+import jax
+
+from layercomb import paths
+from layercomb.checks import Size, check_value
+from layercomb.errors import UsageError
 from layercomb.supervised.reports import Row
 from layercomb.trees import Tree
 
@@ -55,6 +61,13 @@ class Callback:
     ...             loop.stop()
     """
 
+    def before_step(self, loop: Running) -> None:
+        """Called before each step is dispatched; earlier ones may still be computed.
+
+        Args:
+          loop: the Loop; the step is number ``loop.step + 1``. Stopped here, it is not taken.
+        """
+
     def after_step(self, loop: Running, row: Row) -> None:
         """Called for every step, in order, once its numbers are on the host.
 
@@ -84,6 +97,69 @@ class Callback:
           loop: the Loop, with ``loop.step == row['step']``; its last step is being saved.
           row: what `Loop.run` returns.
         """
+
+
+class Profile(Callback):
+    """Traces some steps of a run with JAX's profiler.
+
+    The trace holds these steps alone: the earlier ones are waited for, and so are they before the
+    next one. It begins with what a step compiles, if it does. Each time it is taken makes a folder
+    of its own, ``directory/plugins/profile/TIME``, which TensorBoard's profile plugin shows
+    (``tensorboard --logdir directory``). Its ``perfetto_trace.json.gz`` can be opened at
+    https://ui.perfetto.dev. After an error nothing is written.
+
+    Args:
+      first: the first step that is traced, by the number that reports give it, from 1.
+      last: the last one. A run that ends before has a trace up to its end, and one that resumes in
+        between has the rest.
+      directory: where to write it; that of the run is a good choice.
+
+    Attributes:
+      written: the folder of the trace; None before it is written.
+
+    Raises:
+      TypeError, ValueError: for numbers that are no steps, or not in this order.
+      UsageError: in training, if something else takes a trace at that time.
+
+    References:
+      https://docs.jax.dev/en/latest/profiling.html
+    """
+
+    def __init__(self, first: int, last: int, directory: str | Path) -> None:
+        check_value('Profile', 'first', first, Size)
+        check_value('Profile', 'last', last, Size)
+        if last < first:
+            raise ValueError(f'Profile: first={first} comes after last={last}: swap them')
+        self.first, self.last = first, last
+        self.written: Path | None = None
+        self._directory = paths.local(directory, 'Profile: directory')
+        self._taking = False
+
+    def before_step(self, loop: Running) -> None:
+        """Begins before the first of the steps, and ends before the step after the last."""
+        if self._taking and loop.step >= self.last:
+            self._end(loop)
+        elif not self._taking and self.first - 1 <= loop.step < self.last:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            jax.block_until_ready(loop.weights)
+            try:
+                jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
+            except RuntimeError as e:
+                raise UsageError(
+                    f'Profile: no trace can be taken ({e}): end the other one first'
+                ) from None
+            self._taking = True
+
+    def at_end(self, loop: Running, row: Row) -> None:
+        """Ends with the run."""
+        if self._taking:
+            self._end(loop)
+
+    def _end(self, loop: Running) -> None:
+        jax.block_until_ready(loop.weights)
+        self._taking = False
+        jax.profiler.stop_trace()
+        self.written = max((self._directory / 'plugins' / 'profile').iterdir())
 
 
 def check_callbacks(owner: str, callbacks: Any) -> None:

@@ -308,11 +308,13 @@ class Loop:
 
     def _advance(self) -> None:
         """Dispatches a step; its metrics are read later, when they are computed."""
-        batch, where = self._batches.peek(), f'the batch of step {self.step + 1}'
+        number = self.step + 1
+        batch, where = self._batches.peek(), f'the batch of step {number}'
         check_loss_weights(batch, where)
         check_inputs(self._task, self._net, batch, where)
         step = next((s for until, s in self._early if self.step < until), self._compiled)
-        with shaped_unlike(self._first, batch, where):
+        annotated = jax.profiler.StepTraceAnnotation('train', step_num=number)  # for profilers
+        with shaped_unlike(self._first, batch, where), annotated:
             self._carry, metrics = step(self._carry, self._frozen, self._key, batch)
         self._batches.take()
         self.step += 1
@@ -356,6 +358,10 @@ class _Run:
     def advance(self) -> None:
         """Dispatches a step, reads the metrics of finished steps, and does what is due."""
         loop = self._loop
+        for callback in loop._callbacks:
+            callback.before_step(loop)
+        if loop._stopping:
+            return
         try:
             loop._advance()
         except UsageError:  # of a batch: what the steps before it came to is told first
