@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,8 +80,10 @@ def main(command_line: Sequence[str] | None = None) -> int:
       The exit code: 0, 2 for a mistake that the user can put right, or 130 after Ctrl-C.
     """
     parsed = argparse.Namespace(run=None)
+    began = time.monotonic()
     try:
         parsed = arguments.parser(_COMMANDS).parse_args(command_line)
+        parsed.began = began
         cure = 'put that right, and run the same again'
         kept = compile_cache.kept(not parsed.no_compile_cache)
         with terminal.plain_warnings(), machine_errors(cure), kept:
@@ -103,8 +106,6 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 def run_train(options: argparse.Namespace) -> None:
     """``layercomb train CONFIG``: trains, or goes on training, and shows what came out."""
-    from layercomb.supervised.fingerprint import check_allowed
-
     source = find_config(options.config)
     directory = runs.directory_of(options.output_dir, source)
     text = runs.read_text(source)
@@ -113,10 +114,9 @@ def run_train(options: argparse.Namespace) -> None:
         configured(text, options.gin_param, source.name, source) as config,
     ):
         experiment = config.build()
-        with usage_errors():
-            allowed = check_allowed(options.allow_changes)
-        runs.check_directory(directory, config.text, bool(allowed))
-        running.run(config, experiment, directory, allowed)
+        asked = running.asked(options)
+        runs.check_directory(directory, config.text, bool(asked.allowed))
+        running.run(config, experiment, directory, asked)
 
 
 def run_finetune(options: argparse.Namespace) -> None:

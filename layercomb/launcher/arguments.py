@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -58,10 +60,10 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     a_config = 'a .gin file, or the name of a configuration that comes with the library'
     add = command('train', 'config', a_config)
     add('--output_dir', help='where the run is kept; by default runs/NAME')
-    _changes_option(add)
+    _training_options(add)
     add = command('finetune', 'source', _TO_TRAIN)
     finetuning.options_of(add)
-    _changes_option(add)
+    _training_options(add)
     add = of_model('eval')
     add('--text', metavar='FILE', help='a file in UTF-8 to measure the model on')
     add('--window', type=int, help='tokens of the text that are read at once (at most 1024)')
@@ -290,8 +292,21 @@ def _draft_options(add: Any, when: str = '') -> None:
     )
 
 
-def _changes_option(add: Any) -> None:
-    """Adds the option that lets a run go on with something else."""
+def _training_options(add: Any) -> None:
+    """Adds what may be said of one start of a run, and is no part of its configuration."""
+    add(
+        '--max_hours',
+        type=_hours,
+        metavar='H',
+        help='save and end, with exit code 0, so many hours after the command started: 0.5 is half '
+        'an hour; the step at hand is finished, and the same command goes on',
+    )
+    add(
+        '--profile',
+        type=_steps,
+        metavar='FIRST:LAST',
+        help='trace these steps, 10:20, into the run, for TensorBoard and Perfetto',
+    )
     add(
         '--allow_changes',
         default='',
@@ -299,6 +314,28 @@ def _changes_option(add: Any) -> None:
         help='what may differ from the run so far: model, loss, optimizer, trainable, '
         'data, batch_size, seed, or all',
     )
+
+
+def _hours(given: str) -> float:
+    """Hours, above 0."""
+    try:
+        hours = float(given)
+    except ValueError:
+        hours = math.nan
+    if not 0 < hours < math.inf:
+        raise argparse.ArgumentTypeError(f'{given!r} are no hours above 0: write e.g. 1.5')
+    return hours
+
+
+def _steps(given: str) -> tuple[int, int]:
+    """The first and the last of some steps."""
+    found = re.fullmatch(r'([0-9]+):([0-9]+)', given)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise argparse.ArgumentTypeError(
+            f'{given!r} is no first and last step, from 1 on and in order: write e.g. 10:20'
+        )
+    return first, last
 
 
 def _bits_option(add: Any) -> None:

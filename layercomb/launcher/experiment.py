@@ -109,12 +109,18 @@ class Experiment:
         """The model's layer."""
         return self.model.layer if isinstance(self.model, Model) else self.model
 
-    def loop(self, directory: str | Path, allow_changes: Sequence[str] = ()) -> Loop:
+    def loop(
+        self,
+        directory: str | Path,
+        allow_changes: Sequence[str] = (),
+        callbacks: Sequence[Callback] = (),
+    ) -> Loop:
         """The `Loop` that trains it.
 
         Args:
           directory: the run's directory.
           allow_changes: as for `Loop`.
+          callbacks: called after those of the experiment.
 
         Raises:
           UsageError: if a run that began from a model that exists has lost its checkpoints.
@@ -125,7 +131,7 @@ class Experiment:
             self.eval_tasks,
             directory,
             allow_changes=allow_changes,
-            **self._options(),
+            **{**self._options(), 'callbacks': (*self.callbacks, *callbacks)},
         )
         if isinstance(self.model, Model) and self.model.weights is None and made.step == 0:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""SIGTERM, the system's request to end: training saves first."""
+"""SIGTERM, the system's request to end, and the end of the time: training saves first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +14,56 @@ if TYPE_CHECKING:
     from layercomb.supervised import Loop
 
 
-def run(loop: Loop, n_steps: int) -> dict[str, Any] | None:
+def run(loop: Loop, n_steps: int, until: float | None = None) -> dict[str, Any] | None:
     """Trains; a SIGTERM ends it after the step at hand, and a line on standard error says so.
 
     Args:
       loop: what trains.
       n_steps: where to stop, as of `Loop.run`.
+      until: when the time is over, as `time.monotonic` counts, and training ends likewise; None for
+        never.
 
     Returns:
       The metrics of the last step; None if it was stopped before.
     """
-    with on_sigterm(loop.stop) as asked:
+    with on_sigterm(loop.stop) as asked, on_time(until, loop.stop) as over:
         row = loop.run(n_steps)
-    if asked and loop.step < n_steps:
+    if (asked or over) and loop.step < n_steps:
+        why = '' if asked else 'the time of --max_hours is over: '
         saved = f'after step {loop.step}, which is saved' if loop.step else 'before any step'
-        print(f'layercomb: stopped {saved}; the same command goes on', file=sys.stderr)
+        print(f'layercomb: {why}stopped {saved}; the same command goes on', file=sys.stderr)
         return None
     return row
+
+
+@contextlib.contextmanager
+def on_time(until: float | None, stop: Callable[[], None]) -> Iterator[list[float]]:
+    """Calls a function when the time is over.
+
+    Args:
+      until: when that is, as `time.monotonic` counts; None for never.
+      stop: the function, called in another thread.
+
+    Yields:
+      A list, to which the time is added when it comes.
+    """
+    came: list[float] = []
+    if until is None:
+        yield came
+        return
+
+    def end() -> None:
+        came.append(time.monotonic())
+        stop()
+
+    left = min(max(0.0, until - time.monotonic()), threading.TIMEOUT_MAX)
+    timer = threading.Timer(left, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield came
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

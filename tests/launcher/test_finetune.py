@@ -120,7 +120,7 @@ def test_the_same_command_goes_on_without_the_model(run, files, tmp_path, capsys
 
 def test_what_the_model_said_is_kept_before_training(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(telling, 'answer', lambda *given: 'quite so')
-    monkeypatch.setattr(running.stopping, 'run', lambda loop, n_steps: None)  # it is killed
+    monkeypatch.setattr(running.stopping, 'run', lambda loop, n_steps, until: None)  # it is killed
     run = tmp_path / 'run'
     words = ('finetune', GPT2, files / 'chats.jsonl', *FAST, '--steps', 2, '--output_dir', run)
     assert told(capsys, *words)[0] == 0

@@ -16,7 +16,6 @@ from layercomb.launcher.finetuning import pace, telling
 from layercomb.launcher.finetuning.options import plan
 from layercomb.launcher.finetuning.plan import Plan
 from layercomb.launcher.pretrained import Pretrained, inside, pretrained_tokenizer
-from layercomb.supervised.fingerprint import check_allowed
 
 Configured = Callable[[str, list[str], str], contextlib.AbstractContextManager[Config]]
 
@@ -34,10 +33,8 @@ def finetune(options: argparse.Namespace, configured: Configured) -> None:
     Raises:
       UsageError: for a mistake, in which case nothing was written.
     """
-    began = time.monotonic()
     made = plan(options)
-    with usage_errors():
-        allowed = check_allowed(options.allow_changes)
+    asked = running.asked(options)
     with inside(made.directory):
         tokenizer = pretrained_tokenizer(options.source)
         documents = made.documents(tokenizer)
@@ -45,7 +42,7 @@ def finetune(options: argparse.Namespace, configured: Configured) -> None:
         steps = made.known_steps()
         text = made.text(len(documents)) + made.pace(steps or 2)
         with configured(text, options.gin_param, 'finetune') as config:
-            runs.check_directory(made.directory, config.text, bool(allowed), cure=_CURE)
+            runs.check_directory(made.directory, config.text, bool(asked.allowed), cure=_CURE)
             experiment = config.build()
             model = experiment.model
             if not isinstance(model, Pretrained):
@@ -55,10 +52,10 @@ def finetune(options: argparse.Namespace, configured: Configured) -> None:
             with usage_errors():
                 said = telling.before(model, question, made.directory)
             if steps is None:
-                seconds = 60 * made.minutes - (time.monotonic() - began)
+                seconds = 60 * made.minutes - (time.monotonic() - options.began)
                 experiment = _paced(made, config, experiment, options.gin_param, seconds)
             loop = running.run(
-                config, experiment, made.directory, allowed,
+                config, experiment, made.directory, asked,
                 begin=lambda: telling.remember(said, made.directory),
             )  # fmt: skip
             if loop is None:
