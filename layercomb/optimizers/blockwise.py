@@ -1,8 +1,9 @@
 """Numbers of one byte in blocks that share a scale, after a code that is fine near 0.
 
 A block is at most `BLOCK` numbers along the last axis. So the bytes have the shape of the array,
-and are sharded as it is, along any of its axes; and a block never mixes the layers of a stack,
-experts or rows. Each block has one float32 scale: 1 + 4 / 256 bytes a number.
+and are sharded as it is: along any of its axes, the last one in pieces of whole blocks, devices
+need nothing from each other. And a block never mixes the layers of a stack, experts or rows. Each
+block has one float32 scale: 1 + 4 / 256 bytes a number.
 
 The code is a tree of seven decades, as of Dettmers et al. A place t from 1 to 128 stands for::
 

@@ -121,13 +121,46 @@ print(taken / trees.n_bytes(weights))
 """
 
 
+SHARDED = """
+import jax, jax.numpy as jnp, optax, re
+from jax.sharding import NamedSharding, PartitionSpec
+from layercomb import optimizers
+mesh = jax.make_mesh((2,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+optimizer = optimizers.narrow_state(optax.adam(0.1))
+for axis in range(3):
+    axes = [None] * 3
+    axes[axis] = 'x'
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    weights = {'kernel': jax.device_put(jnp.ones((4, 8, 1024)), sharding)}
+    state = jax.tree.map(
+        lambda x: jax.device_put(x, sharding) if x.ndim else x, optimizer.init(weights)
+    )
+    compiled = jax.jit(optimizer.update).lower(weights, state, weights).compile()
+    _, state = compiled(weights, state, weights)
+    assert not re.findall(r'(?:all-\\w+|collective-\\w+)\\(', compiled.as_text())
+    assert all(x.sharding == sharding for x in jax.tree.leaves(state) if x.ndim)
+print('sharded')
+"""
+
+
+def in_a_process(program, flags):
+    """What a program prints, under flags of XLA."""
+    environment = {**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': os.pathsep.join(sys.path)}
+    command = [sys.executable, '-c', program]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return made.stdout
+
+
 def test_moments_are_widened_one_after_the_other():
     # The order of least memory, as on GPUs and TPUs; a CPU's own prefers what can run at once.
-    flags = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
-    environment = {**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': os.pathsep.join(sys.path)}
-    command = [sys.executable, '-c', PEAK]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert float(out.stdout) < 0.6  # all moments would be 2
+    out = in_a_process(PEAK, '--xla_cpu_enable_concurrency_optimized_scheduler=false')
+    assert float(out) < 0.6  # all moments would be 2
+
+
+def test_moments_are_sharded_as_weights_are_and_devices_need_nothing_of_each_other():
+    out = in_a_process(SHARDED, '--xla_force_host_platform_device_count=2')
+    assert out.split() == ['sharded']
 
 
 class Rows:
