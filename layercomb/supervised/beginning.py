@@ -16,22 +16,51 @@ from layercomb.layers.decoding.seek import Seekable
 from layercomb.layers.state.parts import Blocks
 from layercomb.model import Model
 from layercomb.optimizers.tensors import bound
+from layercomb.parallel.layout import ALONE, Layout
 from layercomb.shapes import Signature
 from layercomb.supervised.steps import Carry
 from layercomb.supervised.tasks import TrainTask
 from layercomb.trees import Tree
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def fresh(net: Layer, signature: Signature, key: jax.Array) -> tuple[Tree, Tree]:
-    """Makes weights and state in one compiled program.
+def fresh(
+    net: Layer, signature: Signature, key: jax.Array, layout: Layout = ALONE
+) -> tuple[Tree, Tree]:
+    """Makes weights and state in one compiled program, each device its part.
 
     Args:
       net: the model.
       signature: of its inputs.
       key: a typed key.
+      layout: where the weights are.
     """
-    return net.init(signature, key)
+    return _fresh(net, signature, layout)(key)
+
+
+@functools.lru_cache(maxsize=16)
+def _fresh(net: Layer, signature: Signature, layout: Layout) -> Any:
+    def made(key: jax.Array) -> tuple[Tree, Tree]:
+        weights, state = net.init(signature, key)
+        return layout.constrained(net, weights, (weights, state))
+
+    return jax.jit(made)
+
+
+def first_state(optimizer: Any, net: Layer, trainable: Tree, layout: Layout) -> Any:
+    """An optimizer's first state, made where its parts are.
+
+    Args:
+      optimizer: an `optax.GradientTransformation`.
+      net: the model.
+      trainable: the weights that train.
+      layout: where they are.
+    """
+
+    def made(trainable: Tree) -> Any:
+        return layout.constrained(net, trainable, optimizer.init(trainable))
+
+    with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
+        return jax.jit(made)(trainable)
 
 
 def check_weights(given: Tree, wanted: Tree) -> None:

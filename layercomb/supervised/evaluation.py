@@ -18,6 +18,7 @@ from layercomb.errors import UsageError, UsageWarning
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.metrics.metric import Metric
+from layercomb.parallel.layout import ALONE, Layout
 from layercomb.supervised.batches import Batch, check_loss_weights, made, shaped_unlike
 from layercomb.supervised.fit import check_arity, check_inputs, no_batch
 from layercomb.supervised.tasks import EvalTask, reading
@@ -29,7 +30,11 @@ Sums = tuple[tuple[jax.Array, ...], ...]  # for each metric, its `sums` of a bat
 
 
 def evaluate(
-    net: Layer, weights: Tree, state: Tree, tasks: Sequence[EvalTask] | EvalTask
+    net: Layer,
+    weights: Tree,
+    state: Tree,
+    tasks: Sequence[EvalTask] | EvalTask,
+    layout: Layout = ALONE,
 ) -> dict[str, Any]:
     """Measures a model in ``EVAL``, without randomness. The model is not changed.
 
@@ -38,6 +43,7 @@ def evaluate(
       weights: its weights.
       state: its state; what the batches would make of it is dropped.
       tasks: what to measure, one or several; each goes through its data from the start.
+      layout: where the arrays are, if there are several devices.
 
     Returns:
       'task/metric' -> the metric over all positions of all batches: a number, or lists of lists of
@@ -51,8 +57,8 @@ def evaluate(
     measured = {}
     for task in (tasks,) if isinstance(tasks, EvalTask) else tasks:
         metrics = cast(tuple[Metric, ...], task.metrics)  # made one by the task
-        step = compiled(reading(task, net), metrics, task.loss_chunk_len)
-        sums = _run(task, net, functools.partial(step, weights, state))
+        step = compiled(reading(task, net), metrics, task.loss_chunk_len, layout)
+        sums = _run(task, net, functools.partial(step, weights, state), layout)
         for metric, of_metric in zip(metrics, sums, strict=True):
             name = f'{task.name}/{metric.label}'
             _check_sums(name, of_metric)
@@ -62,7 +68,7 @@ def evaluate(
 
 @functools.lru_cache(maxsize=16)
 def compiled(
-    net: Layer, metrics: tuple[Metric, ...], chunk_len: ChunkLen | None
+    net: Layer, metrics: tuple[Metric, ...], chunk_len: ChunkLen | None, layout: Layout = ALONE
 ) -> Callable[..., Sums]:
     """The jitted evaluation step: (weights, state, batch) → each metric's sums over the batch.
 
@@ -70,22 +76,25 @@ def compiled(
       net: gives logits.
       metrics: what to measure. Equal arguments share one function.
       chunk_len: how many positions of logits exist at a time, as of `losses.attach`.
+      layout: where the arrays are, if there are several devices.
     """
-    scored = losses.attach(net, metrics, chunk_len)
 
-    def step(weights: Tree, state: Tree, batch: tuple[Any, ...]) -> Sums:
+    def step(scored: Layer, weights: Tree, state: Tree, batch: tuple[Any, ...]) -> Sums:
         outputs, _ = scored.apply(weights, state, batch, mode=Mode.EVAL)
         scores = zip(metrics, outputs[::2], outputs[1::2], strict=True)
         return tuple(metric.sums(values, counts) for metric, values, counts in scores)
 
-    return jax.jit(step)
+    return jax.jit(layout.sums(losses.attach(net, metrics, chunk_len), step))
 
 
-def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[list[np.ndarray]]:
+def _run(
+    task: EvalTask, net: Layer, step: Callable[[Any], Sums], layout: Layout
+) -> list[list[np.ndarray]]:
     """Sums over batches, in double precision; one batch is computed while another is read."""
     per_batch: list[Any] = []
     first: Batch = ()
     batches = task.batches()
+    together = max(metric.together for metric in cast(tuple[Metric, ...], task.metrics))
     for i in itertools.count(1):
         where = f'EvalTask {task.name!r}, batch {i}'
         with made(where):
@@ -95,7 +104,7 @@ def _run(task: EvalTask, net: Layer, step: Callable[[Any], Sums]) -> list[list[n
         first = first or batch
         _check_batch(task, net, batch, where, is_first=batch is first)
         with shaped_unlike(first, batch, where):
-            per_batch.append(step(batch))
+            per_batch.append(step(layout.rows(layout.filled(batch, together))))
         if i == _MANY and task.n_batches is None:
             warnings.warn(
                 f'EvalTask {task.name!r}: {i:,} batches so far, and no end: if the data never '

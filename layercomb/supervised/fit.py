@@ -18,6 +18,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
 from layercomb.layers.reversible.bidirectional import BidirectionalRepeat
 from layercomb.model import Model, check_tokens, seeded
+from layercomb.parallel.layout import ALONE, Layout
 from layercomb.shapes import Signature, signature_of
 from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, check_segments, made
@@ -39,6 +40,7 @@ def check_fit(
     train_task: TrainTask,
     eval_tasks: Sequence[EvalTask],
     first: Batch,
+    layout: Layout = ALONE,
 ) -> None:
     """Traces a model with its losses on the first batches; nothing is computed.
 
@@ -48,12 +50,15 @@ def check_fit(
       train_task: what it trains on.
       eval_tasks: what is measured; the first batch of each is made.
       first: the first batch of the training data.
+      layout: where the arrays are, if there are several devices.
 
     Raises:
       TypeError, ValueError: if model, losses and data do not fit together.
       UsageError: if a token is outside the vocabulary, or an evaluation has no batch.
     """
-    steps.check_rows(first[0].shape[0], train_task.accumulate, train_task.loss.together)
+    n_rows = layout.rows_of_one(first[0].shape[0], 'the batch of step 1')
+    steps.check_rows(n_rows, train_task.accumulate, train_task.loss.together)
+    layout.specs(net, weights)  # refuses weights that the mesh does not divide
 
     def trace(task: Any, metrics: Any, batch: Batch, where: str, mode: Mode) -> None:
         check_inputs(task, net, batch, where)

@@ -14,6 +14,7 @@ from layercomb.checks import ChunkLen
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.metrics.metric import Metric
 from layercomb.optimizers.rounding import tree_to_bfloat16
+from layercomb.parallel.layout import ALONE, Layout
 from layercomb.supervised.updates import hyperparams, update
 from layercomb.trees import Tree
 
@@ -50,6 +51,7 @@ def compiled(
     accumulate: int,
     chunk_len: ChunkLen | None,
     accumulate_dtype: str = 'float32',
+    layout: Layout = ALONE,
 ) -> Callable[..., tuple[Carry, Metrics]]:
     """The jitted training step: (carry, frozen weights, key, batch) → (carry, metrics).
 
@@ -65,48 +67,85 @@ def compiled(
       chunk_len: how many positions of logits exist at a time, as of `losses.attach`.
       accumulate_dtype: of the sums of micro batches' gradients: 'float32', or 'bfloat16', to which
         each sum is rounded by chance.
+      layout: where the arrays are, if there are several devices.
 
     Returns:
       The function. Its metrics are float32 (): 'loss', 'grad_norm', and 'learning_rate' if the
       optimizer's state has one.
     """
-    scored = _Scored(losses.attach(net, loss, chunk_len), loss)
-    narrow = accumulate_dtype == 'bfloat16'
-    gradient = _whole(scored) if accumulate == 1 else _accumulated(scored, accumulate, narrow)
+    whole, narrow = losses.attach(net, loss, chunk_len), accumulate_dtype == 'bfloat16'
+    how = functools.partial(_gradient, loss, accumulate, narrow, layout)
+    gradient = layout.gradient(whole, how)
+    value_of = _value_of(gradient)
 
     def step(carry: Carry, frozen: Tree, key: jax.Array, batch: Batch) -> tuple[Carry, Metrics]:
         key = jax.random.fold_in(key, carry.step)
         value, state, grads = gradient(carry.trainable, frozen, carry.state, key, batch)
 
         def loss_of(trainable: Tree) -> jax.Array:  # only line searches ask for it
-            return _mean(scored, trainable, frozen, carry.state, key, batch)[0]
+            return value_of(trainable, frozen, carry.state, key, batch)
 
         trainable, opt_state = update(
             optimizer, grads, carry.opt_state, carry.trainable, value, loss_of
         )
         metrics = {'loss': value, 'grad_norm': _norm(grads), **_learning_rate(opt_state)}
-        return Carry(trainable, state, opt_state, carry.step + 1), metrics
+        made = Carry(trainable, state, opt_state, carry.step + 1)
+        return layout.constrained(net, carry.trainable, made), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
-def of_task(task: TrainTask, optimizer: Any, net: Layer) -> Callable[..., tuple[Carry, Metrics]]:
+def of_task(
+    task: TrainTask, optimizer: Any, net: Layer, layout: Layout = ALONE
+) -> Callable[..., tuple[Carry, Metrics]]:
     """The `compiled` step of a task.
 
     Args:
       task: says the rest.
       optimizer: the task's, told the model, and after clipping.
       net: what reads the task's inputs.
+      layout: where the arrays are.
     """
     pieces = task.accumulate, task.loss_chunk_len, task.accumulate_dtype
-    return compiled(net, task.loss, optimizer, *pieces)
+    return compiled(net, task.loss, optimizer, *pieces, layout)
+
+
+def _value_of(gradient: Callable[..., tuple[jax.Array, Tree, Tree]]) -> Callable[..., jax.Array]:
+    """The loss as a function of the trainable weights, whose gradient is the one given."""
+
+    @jax.custom_vjp
+    def value_of(*args: Any) -> jax.Array:
+        return gradient(*args)[0]
+
+    def forward(*args: Any) -> tuple[jax.Array, Tree]:
+        value, _, grads = gradient(*args)
+        return value, grads
+
+    def backward(grads: Tree, ct: jax.Array) -> tuple[Any, ...]:
+        return jax.tree.map(lambda g: g * ct.astype(g.dtype), grads), None, None, None, None
+
+    value_of.defvjp(forward, backward)
+    return value_of
 
 
 class _Scored(NamedTuple):
-    """A model with its loss, and the loss alone, which makes sums of values of positions."""
+    """A model with its loss, the loss alone, which makes sums of values of positions, and devices.
+
+    What is computed is this device's summand of a value, where rows are split over several.
+    """
 
     net: Layer
     loss: Metric
+    layout: Layout
+
+
+def _gradient(
+    loss: Metric, accumulate: int, narrow: bool, layout: Layout, net: Layer, *args: Any
+) -> Any:
+    """(loss, state, gradient) of a batch; `net` has its loss attached."""
+    scored = _Scored(net, loss, layout)
+    made = _whole(scored) if accumulate == 1 else _accumulated(scored, accumulate, narrow)
+    return made(*args)
 
 
 def _whole(scored: _Scored) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
@@ -126,7 +165,8 @@ def _mean(
 ) -> tuple[jax.Array, Tree]:
     """The loss of a batch, auxiliary losses included, and the new state."""
     total, weight, aux, state = _sums(scored, trainable, frozen, state, key, batch)
-    return total / _positive(weight) + aux, state
+    weight = scored.layout.total(weight)
+    return total / _positive(weight) + scored.layout.share(aux), state
 
 
 def _accumulated(
@@ -165,7 +205,7 @@ def _accumulated(
         )
         micros = (jnp.arange(n, dtype=jnp.int32), tuple(_cut(x, n, together) for x in batch))
         (value, weight, state, grads), _ = jax.lax.scan(add, (zero, zero, state, zeros), micros)
-        scale = 1 / _positive(weight)
+        scale = 1 / _positive(scored.layout.total(weight))
         grads = jax.tree.map(functools.partial(_scaled, scale), grads, trainable)
         return value * scale, state, grads
 

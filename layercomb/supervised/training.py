@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any, TextIO
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from layercomb import paths, trees
 from layercomb.errors import UsageError, machine_errors
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
+from layercomb.parallel.layout import Layout, laid_out
 from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, Batches, check_loss_weights, shaped_unlike
 from layercomb.supervised.beginning import (
     check_weights,
     clipped,
     distinct,
+    first_state,
     fresh,
     trained_state,
 )
@@ -94,8 +97,10 @@ class Loop:
       progress: where to show progress, by default standard error; False for nowhere.
       allow_changes: what may differ from the run so far: names out of `fingerprint.PARTS`, or
         'all'. `resuming.resume` says what then happens. What does not need permission:
-        `accumulate`, `accumulate_dtype`, `loss_chunk_len`, the evaluations, and the arguments above
+        `accumulate`, `accumulate_dtype`, `loss_chunk_len`, the evaluations, and the arguments
         except `seed`.
+      mesh: of `parallel.make_mesh`, to train on several devices; or a `parallel.Layout` with rules
+        of your own. A run may go on on another mesh.
 
     Attributes:
       step: how many steps have been taken.
@@ -123,6 +128,7 @@ class Loop:
         callbacks: Sequence[Callback] = (),
         progress: TextIO | bool | None = None,
         allow_changes: str | Sequence[str] = (),
+        mesh: Mesh | Layout | None = None,
     ) -> None:
         self._eval_tasks = tuple(eval_tasks) if isinstance(eval_tasks, Iterable) else (eval_tasks,)
         options = {'seed': seed, 'keep': keep, 'keep_best': keep_best, 'callbacks': callbacks}
@@ -142,8 +148,8 @@ class Loop:
         self._in_flight, self._stopping = InFlight(), False
         self._saved = 0  # the last step that needs no saving any more
         self._allowed = check_allowed(allow_changes)
-        self._optimizer = clipped(train_task, self._net)
-        of_task = functools.partial(steps.of_task, train_task, self._optimizer)
+        self._optimizer, self._layout = clipped(train_task, self._net), laid_out(mesh)
+        of_task = functools.partial(steps.of_task, train_task, self._optimizer, layout=self._layout)
         self._compiled = of_task(reading(train_task, self._net))
         self._early = [(n, of_task(denser)) for n, denser in early(train_task, self._net)]
         self._checkpoints: Checkpoints | None = None
@@ -245,7 +251,9 @@ class Loop:
         if given is not None:
             check_weights(given, weights)
             weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
-        check_fit(self._net, weights, state, self._task, self._eval_tasks, self._first)
+        check_fit(
+            self._net, weights, state, self._task, self._eval_tasks, self._first, self._layout
+        )
         resumed = self._resume(weights, state, given)
         if resumed is not None:
             self.step, weights, state = resumed.step, resumed.weights, resumed.state
@@ -254,16 +262,18 @@ class Loop:
         elif isinstance(model, Model) and given is not None:
             weights, state = given, trained_state(model, signature, state)
         else:
-            weights, state = fresh(self._net, signature, init_key)
+            weights, state = fresh(self._net, signature, init_key, self._layout)
         trainable, self._frozen = self._task.partition(weights)
         if weights is given:
             trainable = jax.tree.map(jnp.copy, trainable)  # the step donates its weights
+        trainable, self._frozen = (
+            self._layout.put(self._net, x, x) for x in (trainable, self._frozen)
+        )
         opt_state = None if resumed is None else resumed.opt_state
         if opt_state is None:
-            with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
-                opt_state = jax.jit(self._optimizer.init)(trainable)
-        step = jnp.int32(self.step)
-        self._carry = distinct(steps.Carry(trainable, state, opt_state, step))
+            opt_state = first_state(self._optimizer, self._net, trainable, self._layout)
+        carry = steps.Carry(trainable, state, opt_state, jnp.int32(self.step))
+        self._carry = self._layout.put(self._net, trainable, distinct(carry))
 
     def _resume(self, weights: Tree, state: Tree, given: Tree | None) -> Resumed | None:
         """What the last checkpoint holds, if there is one; weights and state are abstract."""
@@ -275,7 +285,9 @@ class Loop:
         self._made_of = fingerprint(
             self._net, self._task, self._optimizer, trainable, given, self._first, self._seed
         )
-        abstract = {'weights': weights, 'state': state, 'opt_state': opt_state}
+        abstract = self._layout.placed(
+            self._net, weights, {'weights': weights, 'state': state, 'opt_state': opt_state}
+        )
         return resume(
             self._checkpoints, self._made_of, self._allowed,
             abstract, self._optimizer, trainable, self._batches,
@@ -315,7 +327,8 @@ class Loop:
         step = next((s for until, s in self._early if self.step < until), self._compiled)
         annotated = jax.profiler.StepTraceAnnotation('train', step_num=number)  # for profilers
         with shaped_unlike(self._first, batch, where), annotated:
-            self._carry, metrics = step(self._carry, self._frozen, self._key, batch)
+            given = self._layout.rows(batch)
+            self._carry, metrics = step(self._carry, self._frozen, self._key, given)
         self._batches.take()
         self.step += 1
         self._in_flight.add(self.step, metrics, batch)
@@ -427,7 +440,8 @@ class _Run:
         """Measures the eval tasks after the last step, and reports both."""
         loop = self._loop
         self._throughput.pause()
-        self._report(evaluate(loop._net, loop.weights, loop.state, loop._eval_tasks))
+        given = loop.weights, loop.state, loop._eval_tasks, loop._layout
+        self._report(evaluate(loop._net, *given))
 
     def _report(self, measured: Mapping[str, Any] | None = None) -> None:
         """Shows and writes the last step that was read, and what was measured after it."""

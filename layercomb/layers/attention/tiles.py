@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from layercomb.layers.core.layer import own_key
+
 # Stands for infinity. It is finite: FAR − FAR is 0, where ∞ − ∞ would be NaN.
 FAR = 1e30
 # Queries and keys of a block. On the CPU a block of one head's scores is 64 kB, which fits the L2
@@ -246,7 +248,7 @@ def drop(rate: float, rng: jax.Array | None, tile: Any, probabilities: jax.Array
         return probabilities
     # 16 random bits give the rate to within 2⁻¹⁷, at half the cost of 32.
     n_dropped = min(round(rate * 65536), 65535)
-    bits = jax.random.bits(jax.random.fold_in(rng, tile), probabilities.shape, jnp.uint16)
+    bits = jax.random.bits(jax.random.fold_in(own_key(rng), tile), probabilities.shape, jnp.uint16)
     return jnp.where(bits >= n_dropped, probabilities * (65536 / (65536 - n_dropped)), 0.0)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.checks import Rate
-from layercomb.layers.core.layer import POSITION_AXES, Arrays, Key, Layer
+from layercomb.layers.core.layer import POSITION_AXES, Arrays, Key, Layer, own_key
 from layercomb.layers.core.mode import Mode
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
@@ -66,5 +66,5 @@ class Dropout(Layer):
         for axis in self.shared_axes:
             shape[axis] = 1
         # In float32, since what is drawn for a float64 is something else.
-        kept = jax.random.bernoulli(rng, np.float32(1 - self.rate), shape)
+        kept = jax.random.bernoulli(own_key(rng), np.float32(1 - self.rate), shape)
         return (jnp.where(kept, x / (1 - self.rate), 0),), state

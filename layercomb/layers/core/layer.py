@@ -281,6 +281,22 @@ def fold(rng: jax.Array | None, i: Any) -> jax.Array | None:
     return None if rng is None else jax.random.fold_in(rng, i)
 
 
+def own_key(rng: jax.Array) -> jax.Array:
+    """The key of what is drawn for each position, such as the mask of dropout.
+
+    Where `jax.shard_map` splits the rows of a batch over devices, each device has a key of its
+    own; elsewhere it is `rng`. What is drawn once for all rows takes `rng` itself.
+
+    Args:
+      rng: a typed key.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    for name in mesh.manual_axes:
+        if mesh.shape[name] > 1:
+            rng = jax.random.fold_in(rng, jax.lax.axis_index(name))
+    return rng
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _state(layer: Layer, signature: Signature, mode: Mode) -> Tree:
     return layer.init(signature, jax.random.key(0), mode)[1]

@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from layercomb.layers.core.layer import own_key
 from layercomb.layers.quantized import pieces
 from layercomb.layers.quantized.matrix import Matrix, Narrow
 
@@ -209,5 +210,5 @@ def _dropped(rate: float, x: jax.Array, key: jax.Array | None) -> jax.Array:
     """x with a share of its values zero and the others larger; with one key always the same."""
     if key is None:
         return x
-    keep = jax.random.bernoulli(key, np.float32(1 - rate), x.shape)
+    keep = jax.random.bernoulli(own_key(key), np.float32(1 - rate), x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))

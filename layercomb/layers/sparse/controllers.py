@@ -21,6 +21,7 @@ import layercomb_kernels
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import dense, matmul
 from layercomb.layers.basic.initializers import lecun_normal
+from layercomb.layers.core.layer import own_key
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.layers.state.decisions import decide
@@ -130,7 +131,7 @@ def sample(
         )
     noise_key, hard_key = jax.random.split(rng)
     if layer.temperature:
-        c = c + layer.temperature * jax.random.gumbel(noise_key, c.shape, c.dtype)
+        c = c + layer.temperature * jax.random.gumbel(own_key(noise_key), c.shape, c.dtype)
     p = jax.nn.softmax(c)
 
     def choose() -> jax.Array:

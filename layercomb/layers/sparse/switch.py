@@ -17,7 +17,7 @@ from layercomb.checks import Bound, Rate, Size
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import contract, dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.layer import Arrays, Key, Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer, own_key
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.sparse import controllers
 from layercomb.layers.sparse.by_expert import by_expert, counts
@@ -175,7 +175,9 @@ class SwitchFF(Layer):
                 raise ValueError(
                     'SwitchFF draws jitter in training: pass rng=jax.random.key(…) to apply'
                 )
-            x = x * jax.random.uniform(rng, x.shape, x.dtype, 1 - self.jitter, 1 + self.jitter)
+            x = x * jax.random.uniform(
+                own_key(rng), x.shape, x.dtype, 1 - self.jitter, 1 + self.jitter
+            )
         return jax.nn.softmax(dense({'kernel': kernel}, x))
 
 

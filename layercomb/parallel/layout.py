@@ -1,0 +1,307 @@
+"""`Layout`: where arrays are on a mesh, and a gradient that is computed by all of its devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from layercomb import trees
+from layercomb.layers.core.layer import Layer
+from layercomb.parallel.gathered import gathered
+from layercomb.parallel.mesh import AXES
+from layercomb.parallel.specs import RULES, cut_along, is_spec, like_weights, only, weight_specs
+from layercomb.shapes import is_float, nearest_multiple
+from layercomb.trees import Tree
+
+ROWS = ('data', 'fsdp')  # the mesh axes that split the rows of a batch
+
+# (net, trainable, frozen, state, key, batch) → (value, state, gradient)
+Gradient = Callable[..., tuple[jax.Array, Tree, Tree]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where weights, their optimizer's state and the rows of a batch are.
+
+    Rows are split over ``data`` and ``fsdp``; each device computes its own rows, as if it was
+    alone, with weights that are gathered where they are used. Axis ``tensor`` is left to XLA: it
+    splits products along the axes by which their weights are cut, and joins what they give.
+
+    Attributes:
+      mesh: of `make_mesh`; None for one device, on which everything stays as it is.
+      rules: as of `weight_specs`.
+    """
+
+    mesh: Mesh | None = None
+    rules: tuple[tuple[str, str], ...] = RULES
+
+    @property
+    def n_parts(self) -> int:
+        """How many parts the rows of a batch are split into."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in ROWS)
+
+    def specs(self, net: Layer, weights: Tree) -> Tree:
+        """A `PartitionSpec` for each weight.
+
+        Args:
+          net: the model.
+          weights: its weights or a part of them, arrays or `jax.ShapeDtypeStruct`.
+
+        Raises:
+          ValueError: if the mesh does not divide a weight, as of `weight_specs`.
+        """
+        sizes = {} if self.mesh is None else dict(self.mesh.shape)
+        return weight_specs(net, weights, sizes, self.rules)
+
+    def shardings(self, net: Layer, weights: Tree, tree: Any) -> Any:
+        """Where the arrays of a tree go that has weights in it: a carry, or an optimizer's state.
+
+        Args:
+          net: the model.
+          weights: its weights or a part of them.
+          tree: arrays or `jax.ShapeDtypeStruct`. What is no weight, nor like one, is everywhere.
+
+        Returns:
+          A tree like `tree`, of shardings; None without a mesh.
+        """
+        if self.mesh is None:
+            return None
+        flat = trees.flatten(self.specs(net, weights))
+        shapes = {p: x.shape for p, x in trees.flatten(weights).items() if hasattr(x, 'shape')}
+        specs = like_weights({p: (flat[p], shape) for p, shape in shapes.items()}, tree)
+        return jax.tree.map(lambda s: NamedSharding(self._mesh, s), specs, is_leaf=is_spec)
+
+    def put(self, net: Layer, weights: Tree, tree: Any) -> Any:
+        """A tree of arrays, each where it belongs: see `shardings`. Without a mesh, the tree."""
+        places = self.shardings(net, weights, tree)
+        return tree if places is None else jax.tree.map(_put, tree, places)
+
+    def constrained(self, net: Layer, weights: Tree, tree: Any) -> Any:
+        """The same inside a compiled function."""
+        places = self.shardings(net, weights, tree)
+        return tree if places is None else jax.lax.with_sharding_constraint(tree, places)
+
+    def placed(self, net: Layer, weights: Tree, tree: Any) -> Any:
+        """The same for `jax.ShapeDtypeStruct`, to which a sharding is added."""
+        places = self.shardings(net, weights, tree)
+        if places is None:
+            return tree
+        return jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places
+        )
+
+    def rows(self, batch: Any) -> Any:
+        """A batch on its devices, each of which gets its rows; without a mesh, as it is.
+
+        Args:
+          batch: arrays of this process, of one number of rows.
+        """
+        if self.mesh is None:
+            return batch
+        at = NamedSharding(self.mesh, self._rows)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(at, np.asarray(x)), batch
+        )
+
+    def rows_of_one(self, n_rows: int, what: str) -> int:
+        """How many rows of a batch each device computes.
+
+        Args:
+          n_rows: of the batch of this process.
+          what: what messages call the batch.
+
+        Raises:
+          ValueError: if the mesh does not divide them.
+        """
+        n = max(1, self.n_parts // self._here)
+        if n_rows % n:
+            raise ValueError(
+                f'{what} has {n_rows} rows, which the mesh ({self.told}) does not divide into '
+                f'{n} parts: use a batch size of {nearest_multiple(n_rows, n)}'
+            )
+        return n_rows // n
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """The sum over all devices, without a gradient; inside of `gradient` alone.
+
+        Args:
+          x: each device's summand.
+        """
+        x = jax.lax.stop_gradient(x)
+        return x if self.mesh is None else self._sum(x)
+
+    def share(self, x: jax.Array) -> jax.Array:
+        """A device's part of a mean over all devices.
+
+        Args:
+          x: each device's own value.
+        """
+        return x / self.n_parts if self.n_parts > 1 else x
+
+    @property
+    def told(self) -> str:
+        """The sizes of the mesh, for messages."""
+        return ' '.join(f'{name}={n}' for name, n in self._mesh.shape.items())
+
+    def gradient(self, net: Layer, compute: Gradient) -> Gradient:
+        """A gradient of a whole batch, from one that each device computes of its own rows.
+
+        Args:
+          net: the model.
+          compute: (net, trainable, frozen, state, key, batch) → (value, state, gradient), where
+            value and gradient are this device's summands of the whole ones: see `total`, `share`.
+
+        Returns:
+          The same without `net`. Floats of the state are means over the devices.
+        """
+        if self.mesh is None:
+            return lambda *args: compute(net, *args)
+
+        def gradient(trainable: Tree, frozen: Tree, state: Tree, key: Any, batch: Any) -> Any:
+            whole = trees.merge(trainable, frozen)
+            specs = self._by_rows(net, whole)
+            cut, flat = gathered(net, specs), trees.flatten(specs)
+
+            def its(tree: Tree) -> Tree:
+                return trees.map_with_path(lambda p, x: None if x is None else flat[p], tree)
+
+            def one(*args: Any) -> Any:
+                value, state, grads = compute(cut, *args)
+                state = jax.tree.map(self._mean, state)
+                return self._sum(value), state, self._summed(grads, its(trainable))
+
+            given = its(trainable), its(frozen), PartitionSpec(), PartitionSpec()
+            return self._each(
+                one,
+                (*given, self._rows),
+                (PartitionSpec(), PartitionSpec(), its(trainable)),
+            )(trainable, frozen, state, key, batch)
+
+        return gradient
+
+    def sums(self, net: Layer, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """Sums over a whole batch, from those that each device computes of its own rows.
+
+        Args:
+          net: the model.
+          compute: (net, weights, state, batch) → a tree of sums.
+
+        Returns:
+          The same without `net`.
+        """
+        if self.mesh is None:
+            return functools.partial(compute, net)
+
+        def whole(weights: Tree, state: Tree, batch: Any) -> Any:
+            specs = self._by_rows(net, weights)
+            cut = gathered(net, specs)
+
+            def one(*args: Any) -> Any:
+                return self._sum(compute(cut, *args))
+
+            given = specs, PartitionSpec(), self._rows
+            return self._each(one, given, PartitionSpec())(weights, state, batch)
+
+        return whole
+
+    def filled(self, batch: Any, together: int = 1) -> Any:
+        """A batch for `rows`, filled up to rows that the mesh divides; those count for nothing.
+
+        Args:
+          batch: arrays of this process, the last of them loss weights.
+          together: how many rows in sequence belong together.
+        """
+        n = len(batch[0])
+        if self.mesh is None or not (missing := -n % (self.n_parts * together // self._here)):
+            return batch
+        again = np.arange(n + missing) % n
+        *others, loss_weights = (np.asarray(x)[again] for x in batch)
+        loss_weights[n:] = 0
+        return (*others, loss_weights)
+
+    def _by_rows(self, net: Layer, weights: Tree) -> Tree:
+        """The specs of weights where rows are split: the axes that XLA splits are left out."""
+        return jax.tree.map(lambda s: only(s, ROWS), self.specs(net, weights), is_leaf=is_spec)
+
+    @property
+    def _here(self) -> int:
+        """How many processes there are, each of which brings its own rows."""
+        return jax.process_count()
+
+    def _each(self, one: Callable[..., Any], given: Any, made: Any) -> Callable[..., Any]:
+        if not self._split:
+            return one
+        # XLA partitions what is left to it; where nothing is, all axes are in our hands.
+        whole = self._mesh.shape['tensor'] == 1
+        return jax.shard_map(
+            one,
+            mesh=self._mesh,
+            in_specs=given,
+            out_specs=made,
+            axis_names=set(AXES if whole else self._split),
+            check_vma=False,
+        )
+
+    @property
+    def _split(self) -> tuple[str, ...]:
+        """The mesh axes that split rows; XLA refuses sums over one device beside `tensor`."""
+        return tuple(axis for axis in ROWS if self._mesh.shape[axis] > 1)
+
+    def _sum(self, x: Any) -> Any:
+        return jax.lax.psum(x, self._split) if self._split else x
+
+    def _mean(self, x: jax.Array) -> jax.Array:
+        return jax.lax.pmean(x, self._split) if self._split and is_float(x) else x
+
+    def _summed(self, grads: Tree, specs: Tree) -> Tree:
+        """Gradients summed over devices; a weight that was gathered has its sum over those."""
+
+        def one(spec: PartitionSpec, g: jax.Array) -> jax.Array:
+            left = tuple(axis for axis in self._split if cut_along(spec, axis) is None)
+            return jax.lax.psum(g, left) if left else g
+
+        return jax.tree.map(one, specs, grads, is_leaf=is_spec)
+
+    @property
+    def _rows(self) -> PartitionSpec:
+        return PartitionSpec(self._split or None)
+
+    @property
+    def _mesh(self) -> Mesh:
+        assert self.mesh is not None
+        return self.mesh
+
+
+def _put(x: Any, at: Any) -> jax.Array:
+    return jax.device_put(x, at)
+
+
+ALONE = Layout()
+
+
+def laid_out(mesh: Any) -> Layout:
+    """The layout on a mesh.
+
+    Args:
+      mesh: of `make_mesh`, a `Layout`, or None for one device.
+
+    Raises:
+      TypeError: for anything else, or a mesh with other axes.
+    """
+    if isinstance(mesh, Layout):
+        return mesh
+    if mesh is None:
+        return ALONE
+    if not isinstance(mesh, Mesh) or tuple(mesh.axis_names) != AXES:
+        raise TypeError(
+            f'mesh={mesh!r} is no mesh with the axes {", ".join(AXES)}: give '
+            'parallel.make_mesh(…), or a parallel.Layout'
+        )
+    return Layout(mesh)

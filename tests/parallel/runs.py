@@ -1,0 +1,164 @@
+"""Runs that tests make where there are eight devices: what they return can be sent back."""
+
+from __future__ import annotations
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layercomb import UsageError, models, optimizers, parallel, supervised, tl, transforms, trees
+
+LENGTH, VOCAB = 16, 32
+SIZES = (VOCAB, 32, 64, 2, 4, LENGTH)
+
+NETS = {
+    'transformer': lambda: models.TransformerLM(*SIZES),
+    'tied': lambda: transforms.Tied(
+        models.TransformerLM(*SIZES), 'embedding/table', 'head/kernel', jnp.transpose
+    ),
+    'llama': lambda: models.Llama(VOCAB, 32, 64, n_layers=2, n_heads=4, max_len=LENGTH),
+    'reformer': lambda: models.ReformerLM(*SIZES),
+    'lsh': lambda: models.ReformerLM(
+        *SIZES, attention=tl.LSHSelfAttention(4, n_hashes=2, chunk_len=4)
+    ),
+    'terraformer': lambda: models.TerraformerLM(*SIZES, ff_block_size=None),
+    'mixture': lambda: models.TransformerLM(*SIZES, ff=tl.MixtureFF(64, 8, 2, 1)),
+    'dropout': lambda: models.TransformerLM(*SIZES, dropout=0.5),
+}
+
+
+class Own(tl.Layer):
+    """A layer whose class declares no axes: y = x tanh(W)."""
+
+    def init(self, signature, rng, mode=tl.Mode.TRAIN):
+        d = signature[0].shape[-1]
+        return {'w': jax.random.normal(rng, (d, d))}, {}
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=tl.Mode.EVAL):
+        (x,) = inputs
+        return (x @ jnp.tanh(weights['w']),), state
+
+
+NETS['own'] = lambda: tl.Serial(
+    tl.Embedding(VOCAB, 32), tl.Repeat(tl.Residual(tl.LayerNorm(), Own()), 2), tl.Dense(VOCAB)
+)
+
+
+class Batches:
+    """Batches of random tokens, the same each time."""
+
+    def __init__(self, n_rows=8):
+        self.n_rows = n_rows
+
+    def __iter__(self):
+        rng = np.random.default_rng(0)
+        while True:
+            x = rng.integers(1, VOCAB, (self.n_rows, LENGTH + 1)).astype(np.int32)
+            loss_weights = np.ones((self.n_rows, LENGTH), np.float32)
+            loss_weights[0, LENGTH // 2 :] = 0  # devices have unequal weights
+            yield x[:, :-1], x[:, 1:], loss_weights
+
+
+class Losses(supervised.Callback):
+    """Keeps the losses of a run."""
+
+    def __init__(self):
+        self.found = []
+
+    def after_step(self, loop, row):
+        self.found.append(row['train/loss'])
+
+
+def mesh_of(sizes):
+    """A mesh on the first devices; None for one device."""
+    if sizes is None:
+        return None
+    n = int(np.prod(sizes))
+    return parallel.make_mesh(*sizes, devices=jax.devices()[:n])
+
+
+def loop_of(name, sizes, directory=None, *, optimizer='adamw', n_rows=8, **task):
+    """A small run and the losses it will have."""
+    recipe = getattr(optimizers, optimizer)
+    train = supervised.TrainTask(Batches(n_rows), tl.CrossEntropyLoss(), recipe(1e-2), **task)
+    valid = supervised.EvalTask(Batches(6), tl.CrossEntropyLoss(), n_batches=2)
+    found = Losses()
+    loop = supervised.Loop(
+        NETS[name](), train, valid, directory,
+        progress=False, eval_every=None, checkpoint_every=None, callbacks=(found,),
+        mesh=mesh_of(sizes),
+    )  # fmt: skip
+    return loop, found.found
+
+
+def train(name, sizes, n_steps=3, directory=None, options=None):
+    """The losses of a run, and what it measures at the end."""
+    loop, found = loop_of(name, sizes, directory, **(options or {}))
+    row = loop.run(n_steps)
+    return [*found, row['valid/loss']]
+
+
+def bytes_a_device(name, sizes):
+    """Bytes of weights and optimizer state on the first device, and in all."""
+    carry = loop_of(name, sizes)[0]._carry
+    leaves = jax.tree.leaves((carry.trainable, carry.opt_state))
+    return sum(x.addressable_shards[0].data.nbytes for x in leaves), trees.n_bytes(leaves)
+
+
+def collectives(name, sizes):
+    """What the program of a step communicates: (kind, shape of the result) and how often."""
+    text = program(name, sizes).as_text()
+    found = re.findall(
+        r'= \(?(\w+\[[\d,]*\])[^=]* (all-gather|all-reduce|reduce-scatter|all-to-all)\(', text
+    )
+    return collections.Counter((kind, shape) for shape, kind in found)
+
+
+def temporary_bytes(name, sizes):
+    """Bytes that a step takes beside weights, state and batch, on a device."""
+    return program(name, sizes).memory_analysis().temp_size_in_bytes
+
+
+def program(name, sizes):
+    """The compiled step."""
+    loop, _ = loop_of(name, sizes)
+    batch = loop._layout.rows(next(iter(Batches())))
+    return loop._compiled.lower(loop._carry, loop._frozen, loop._key, batch).compile()
+
+
+def masks():
+    """How many of eight devices' masks of dropout differ."""
+    layout = parallel.Layout(mesh_of((8, 1, 1)))
+    drop = tl.Dropout(0.5)
+
+    def drawn(net, weights, state, batch):
+        (y,), _ = drop.apply({}, {}, batch, rng=jax.random.key(0), mode=tl.Mode.TRAIN)
+        at = jax.lax.axis_index('data')
+        return jnp.zeros((8, *y.shape)).at[at].set(y)
+
+    batch = layout.rows((np.ones((8, 16), np.float32),))
+    made = jax.jit(layout.sums(tl.Serial(), drawn))({}, {}, batch)
+    return len({bytes(np.asarray(x)) for x in made})
+
+
+def mesh_by_name(sizes):
+    """A mesh of all devices."""
+    parallel.make_mesh(**sizes)
+
+
+def loop_on(mesh):
+    """A run on what may be no mesh."""
+    train = supervised.TrainTask(Batches(), tl.CrossEntropyLoss(), optimizers.adamw(1e-2))
+    supervised.Loop(NETS['transformer'](), train, mesh=mesh)
+
+
+def raised(function, *args):
+    """The text of the error that a call raises."""
+    try:
+        function(*args)
+    except (ValueError, TypeError, UsageError) as e:
+        return f'{type(e).__name__}: {e}'
+    return None

@@ -1,0 +1,119 @@
+"""Training on a mesh: the losses of one device, and a part of the bytes."""
+
+import pytest
+import runs
+
+MESHES = {'data': (4, 1, 1), 'fsdp': (1, 4, 1), 'tensor': (1, 1, 2), 'all': (2, 2, 2)}
+
+
+@pytest.fixture(scope='module')
+def alone(pool):
+    """The losses on one device, by model."""
+    import worker
+
+    names = [*runs.NETS]
+    return {n: pool.submit(worker.quick, runs.train, n, None).result() for n in names}
+
+
+@pytest.mark.parametrize('mesh', MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize('name', [n for n in runs.NETS if n != 'dropout'])
+def test_losses_are_those_of_one_device(eight, alone, name, mesh):
+    assert eight(runs.train, name, mesh) == pytest.approx(alone[name], rel=1e-5)
+
+
+@pytest.mark.parametrize('optimizer', ['muon', 'adafactor'])
+def test_optimizers_that_look_at_whole_matrices(eight, optimizer):
+    given = 3, None, {'optimizer': optimizer, 'clip_norm': 0.1}
+    one, many = (eight(runs.train, 'transformer', mesh, *given) for mesh in (None, (2, 2, 2)))
+    assert many == pytest.approx(one, rel=2e-5)
+
+
+def test_accumulation_cuts_the_rows_of_each_device(eight):
+    given = 3, None, {'accumulate': 2, 'n_rows': 16}
+    one, many = (eight(runs.train, 'transformer', mesh, *given) for mesh in (None, (2, 4, 1)))
+    assert many == pytest.approx(one, rel=1e-5)
+
+
+def test_devices_draw_different_masks(eight, alone):
+    """With one mask for all, equal rows on two devices would have equal losses and gradients."""
+    assert eight(runs.masks) == 8
+    assert eight(runs.train, 'dropout', (4, 1, 1)) != pytest.approx(alone['dropout'], rel=1e-5)
+
+
+@pytest.mark.parametrize('name', ['transformer', 'llama', 'reformer', 'terraformer'])
+def test_a_device_holds_its_part(eight, name):
+    for mesh, n in (((1, 8, 1), 8), ((1, 4, 2), 8)):
+        own, whole = eight(runs.bytes_a_device, name, mesh)
+        assert whole / n <= own <= 1.6 * whole / n  # vectors are whole everywhere
+
+
+def test_weights_are_gathered_a_block_at_a_time(eight_optimized):
+    """No gather gives stacked weights, and gradients are scattered block by block."""
+    found = eight_optimized(runs.collectives, 'transformer', (1, 4, 1))
+    gathers = {shape for kind, shape in found if kind == 'all-gather'}
+    assert 'f32[32,64]' in gathers  # a feed-forward's
+    assert not any(shape.startswith('f32[2,') for shape in gathers)  # two blocks are stacked
+    assert any(kind == 'reduce-scatter' for kind, _ in found)
+    assert not any(kind == 'all-to-all' for kind, _ in found)
+
+
+def test_a_layer_of_ones_own_is_cut_and_gathered(eight):
+    one, many = (eight(runs.train, 'own', mesh) for mesh in (None, (2, 2, 2)))
+    assert many == pytest.approx(one, rel=1e-5)
+
+
+def test_a_run_goes_on_on_another_mesh(eight, tmp_path, alone):
+    whole = eight(runs.train, 'transformer', None, 4)
+    eight(runs.train, 'transformer', (2, 2, 2), 2, str(tmp_path))
+    assert eight(runs.train, 'transformer', (1, 4, 1), 3, str(tmp_path))[0] == pytest.approx(
+        whole[2], rel=1e-5
+    )
+    rest = eight(runs.train, 'transformer', None, 4, str(tmp_path))
+    assert rest == pytest.approx(whole[3:], rel=1e-5)
+
+
+def test_a_resumed_run_on_one_mesh_is_bitwise_the_same(eight, tmp_path):
+    whole = eight(runs.train, 'reformer', (1, 4, 1), 4)
+    eight(runs.train, 'reformer', (1, 4, 1), 2, str(tmp_path))
+    assert eight(runs.train, 'reformer', (1, 4, 1), 4, str(tmp_path)) == whole[2:]
+
+
+def refused(eight, *args):
+    return eight(runs.raised, *args)
+
+
+def test_a_mesh_that_does_not_fit_the_devices(eight):
+    assert refused(eight, runs.mesh_by_name, {'data': 3}) == (
+        'UsageError: a mesh of data=3 fsdp=-1 tensor=1 does not fit 8 devices: use '
+        'data=2 fsdp=4 tensor=1, or set JAX_NUM_CPU_DEVICES to try it on a CPU'
+    )
+
+
+def test_sizes_of_a_mesh():
+    from layercomb import parallel
+
+    with pytest.raises(ValueError, match='only one axis can be −1, the rest'):
+        parallel.make_mesh(data=-1)
+    with pytest.raises(ValueError, match='an axis has 1 device or more, or −1'):
+        parallel.make_mesh(tensor=0)
+
+
+def test_a_weight_that_the_mesh_does_not_divide(eight):
+    said = refused(eight, runs.train, 'transformer', (1, 1, 8))
+    assert said == (
+        'ValueError: block/residual/self_attention/key/kernel: its axis H has 4 numbers, which '
+        'tensor=8 does not divide: use tensor=4'
+    )
+
+
+def test_rows_that_the_mesh_does_not_divide(eight):
+    said = refused(eight, runs.train, 'transformer', (4, 1, 1), 1, None, {'n_rows': 6})
+    assert said == (
+        'ValueError: the batch of step 1 has 6 rows, which the mesh (data=4 fsdp=1 tensor=1) does '
+        'not divide into 4 parts: use a batch size of 8'
+    )
+
+
+def test_what_is_no_mesh(eight):
+    said = refused(eight, runs.loop_on, 'data=2')
+    assert said.startswith("TypeError: mesh='data=2' is no mesh with the axes data, fsdp, tensor")
