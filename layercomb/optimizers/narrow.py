@@ -64,10 +64,10 @@ def narrow_state(
 
     8 bits are those of `blockwise`: blocks of 256 numbers that share a scale, and a code that is
     fine near 0, so that the small numbers of a second moment keep their precision. It takes 1.02
-    bytes a number, 2.03 a parameter for Adam, and rounds to the nearest. 16 bits are bfloat16,
-    rounded by chance, since a mean of squares would freeze otherwise: it changes by less than
-    bfloat16 can tell. The chances come from the number of the step, so a run that resumes is the
-    same bit for bit.
+    bytes a number, 2.03 a parameter for Adam. 16 bits are bfloat16. Second moments, and all that is
+    bfloat16, are rounded by chance and not to the nearest: they change by less a step than narrow
+    numbers can tell, and would freeze. The chances come from the number of the step, so a run that
+    resumes is the same bit for bit.
 
     Where XLA goes for the least memory, as on GPUs and TPUs, moments are widened one after the
     other. On a CPU it computes what it can at once, unless the environment says
@@ -147,9 +147,8 @@ def _narrowed(state: Any, chosen: Any, bits: int, n_steps: jax.Array) -> Any:
     key = jax.random.fold_in(jax.random.key(0), n_steps)
 
     def one(i: int, x: jax.Array) -> Any:
-        if bits == 8:
-            return blockwise.narrow(x)
-        return Halves(rounding.to_bfloat16(x, jax.random.fold_in(key, i)))
+        own = jax.random.fold_in(key, i)
+        return blockwise.narrow(x, own) if bits == 8 else Halves(rounding.to_bfloat16(x, own))
 
     pairs = enumerate(zip(leaves, jax.tree.leaves(chosen), strict=True))
     return jax.tree.unflatten(structure, [one(i, x) if yes else x for i, (x, yes) in pairs])

@@ -24,20 +24,29 @@ def to_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
 
     References:
       Gupta et al. 2015, Deep Learning with Limited Numerical Precision,
-      https://arxiv.org/abs/1502.02551; the constants of the hash: Wellons 2018,
-      https://nullprogram.com/blog/2018/07/31/
+      https://arxiv.org/abs/1502.02551
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    cut = ((bits + _chances(x.shape, key)) >> 16).astype(jnp.uint16)
+    cut = ((bits + chances(x.shape, key)) >> 16).astype(jnp.uint16)
     rounded = jax.lax.bitcast_convert_type(cut, jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def _chances(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-    """Numbers from 0 to 2¹⁶ − 1, uint32: a hash of each place and the key.
+def chances(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+    """Numbers from 0 to 2¹⁶ − 1, each as likely: a hash of each place and the key.
 
-    It is computed where it is used, without arrays of its own: `jax.random.bits` takes as much
-    memory as what is rounded, and most of the time of an update.
+    They are computed where they are used, without arrays of their own: `jax.random.bits` takes as
+    much memory as what is rounded, and most of the time of an update.
+
+    Args:
+      shape: of the array.
+      key: whose hash it is.
+
+    Returns:
+      uint32, of that shape.
+
+    References:
+      Wellons 2018, https://nullprogram.com/blog/2018/07/31/, for the constants
     """
     place = jnp.full(shape, jax.random.bits(key, (), jnp.uint32))
     stride = jnp.uint32(0x9E3779B9)

@@ -72,6 +72,33 @@ def test_a_mean_of_squares_never_becomes_0_and_small_ones_keep_their_size():
     np.testing.assert_allclose(least, [1e-7, 1], rtol=1e-5)
 
 
+def test_a_mean_of_squares_is_rounded_by_chance_with_the_right_mean():
+    squares = jnp.abs(jnp.asarray(numbers((1, 64)))).at[0, 0].set(1.0)
+    many = jnp.tile(squares, (20_000, 1))
+    again = np.asarray(blockwise.wide(blockwise.narrow(many, jax.random.key(0))), np.float64)
+    off = again.mean(0) - np.asarray(squares[0])
+    assert (np.abs(off) <= 5 * again.std(0) / 20_000**0.5 + 1e-6 * again.mean(0) + 1e-7).all()
+    assert (again[:, 0] == again[0, 0]).all()  # the largest one stays
+    both = many.at[:, 1].set(-0.5)
+    nearest = np.asarray(blockwise.wide(blockwise.narrow(both, jax.random.key(0))))
+    assert (nearest == nearest[0]).all()
+
+
+def test_a_mean_of_squares_falls_when_gradients_do():
+    def root(by_chance):
+        def step(bytes_, i):
+            key = jax.random.fold_in(jax.random.key(0), i) if by_chance else None
+            squares = jnp.where((jnp.arange(256) % 2 == 0) & (i >= 300), 0.0, 1.0)
+            return blockwise.narrow(0.99 * blockwise.wide(bytes_) + 0.01 * squares[None], key), None
+
+        begin = blockwise.narrow(jnp.ones((1, 256)))
+        end, _ = jax.lax.scan(step, begin, jnp.arange(600, dtype=jnp.int32))
+        return np.asarray(blockwise.wide(end))[0, ::2].mean()
+
+    assert root(by_chance=False) > 0.3
+    assert root(by_chance=True) == pytest.approx(0.99**300, rel=0.1)
+
+
 @pytest.mark.parametrize('width', [1, 255, 256, 257, 300, 1000])
 def test_blocks_are_along_the_last_axis_alone(width):
     x = numbers((4, 3, width)) * np.geomspace(1e-12, 1, 12, dtype=np.float32).reshape(4, 3, 1)

@@ -31,7 +31,7 @@ def test_what_bfloat16_holds_and_what_is_not_finite_stay():
     np.testing.assert_array_equal(rounded, x)
 
 
-def test_chances_are_of_the_key_the_place_and_the_leaf():
+def testchances_are_of_the_key_the_place_and_the_leaf():
     x = jnp.full((64, 64), 1 + 1 / 256)
     again, other = to_bfloat16(x, key()), to_bfloat16(x, key(1))
     np.testing.assert_array_equal(to_bfloat16(x, key()), again)
