@@ -152,8 +152,9 @@ def is_spec(x: Any) -> bool:
 def like_weights(specs: Tree, tree: Any) -> Any:
     """Specs for an optimizer's state: an array like a weight is where the weight is.
 
-    An array belongs to a weight if its path ends with the weight's and it has the same number of
-    axes. An axis of another length, such as that of Adafactor's means, is not cut.
+    An array belongs to a weight if its path ends with the weight's, or with it and a field of a
+    named tuple, as the bytes of `optimizers.narrow_state` do, and it has the same number of axes.
+    An axis of another length, such as that of Adafactor's means, is not cut.
 
     Args:
       specs: of the weights, with the shape that each was made for: path -> (spec, shape).
@@ -163,7 +164,9 @@ def like_weights(specs: Tree, tree: Any) -> Any:
     longest_first = sorted(flat, key=len, reverse=True)
 
     def one(path: Any, leaf: Any) -> PartitionSpec:
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        in_field = path and isinstance(path[-1], jax.tree_util.GetAttrKey)
+        whole = path[:-1] if in_field else path
+        name = jax.tree_util.keystr(whole, simple=True, separator='/')
         its = next((p for p in longest_first if name == p or name.endswith(f'/{p}')), None)
         if its is None or len(flat[its][1]) != len(leaf.shape):
             return PartitionSpec()

@@ -82,8 +82,10 @@ def mesh_of(sizes):
 
 def loop_of(name, sizes, directory=None, *, optimizer='adamw', n_rows=8, **task):
     """A small run and the losses it will have."""
-    recipe = getattr(optimizers, optimizer)
-    train = supervised.TrainTask(Batches(n_rows), tl.CrossEntropyLoss(), recipe(1e-2), **task)
+    recipe, _, bits = optimizer.partition('/')
+    made = getattr(optimizers, recipe)(1e-2)
+    made = optimizers.narrow_state(made, int(bits), min_size=1024) if bits else made
+    train = supervised.TrainTask(Batches(n_rows), tl.CrossEntropyLoss(), made, **task)
     valid = supervised.EvalTask(Batches(6), tl.CrossEntropyLoss(), n_batches=2)
     found = Losses()
     loop = supervised.Loop(
@@ -101,9 +103,9 @@ def train(name, sizes, n_steps=3, directory=None, options=None):
     return [*found, row['valid/loss']]
 
 
-def bytes_a_device(name, sizes):
+def bytes_a_device(name, sizes, optimizer='adamw'):
     """Bytes of weights and optimizer state on the first device, and in all."""
-    carry = loop_of(name, sizes)[0]._carry
+    carry = loop_of(name, sizes, optimizer=optimizer)[0]._carry
     leaves = jax.tree.leaves((carry.trainable, carry.opt_state))
     return sum(x.addressable_shards[0].data.nbytes for x in leaves), trees.n_bytes(leaves)
 

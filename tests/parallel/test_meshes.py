@@ -28,6 +28,25 @@ def test_optimizers_that_look_at_whole_matrices(eight, optimizer):
     assert many == pytest.approx(one, rel=2e-5)
 
 
+@pytest.mark.parametrize('optimizer', ['adamw/8', 'adamw/16', 'muon/8', 'sm3'])
+def test_narrow_moments_are_those_of_one_device(eight, optimizer):
+    given = 3, None, {'optimizer': optimizer}
+    one, many = (eight(runs.train, 'transformer', mesh, *given) for mesh in (None, (2, 2, 2)))
+    assert many == pytest.approx(one, rel=1e-4)
+
+
+def test_a_device_holds_its_part_of_narrow_moments(eight):
+    for bits in (8, 16):
+        own, whole = eight(runs.bytes_a_device, 'transformer', (1, 4, 2), f'adamw/{bits}')
+        assert own <= 1.9 * whole / 8
+
+
+def test_sums_in_bfloat16_are_near_those_of_one_device(eight):
+    given = 3, None, {'accumulate': 2, 'n_rows': 16, 'accumulate_dtype': 'bfloat16'}
+    one, many = (eight(runs.train, 'transformer', mesh, *given) for mesh in (None, (2, 2, 2)))
+    assert many == pytest.approx(one, rel=1e-2)
+
+
 def test_accumulation_cuts_the_rows_of_each_device(eight):
     given = 3, None, {'accumulate': 2, 'n_rows': 16}
     one, many = (eight(runs.train, 'transformer', mesh, *given) for mesh in (None, (2, 4, 1)))
