@@ -26,6 +26,7 @@ from layercomb.launcher import (
     calibration,
     compile_cache,
     configurations,
+    devices,
     others,
     running,
     runs,
@@ -110,6 +111,7 @@ def run_train(options: argparse.Namespace) -> None:
     directory = runs.directory_of(options.output_dir, source)
     text = runs.read_text(source)
     with (
+        devices.together(options),
         inside(directory),
         configured(text, options.gin_param, source.name, source) as config,
     ):
@@ -121,7 +123,8 @@ def run_train(options: argparse.Namespace) -> None:
 
 def run_finetune(options: argparse.Namespace) -> None:
     """``layercomb finetune SOURCE [DATA]``: teaches a model that exists a text of your own."""
-    command.finetune(options, configured)
+    with devices.together(options):
+        command.finetune(options, configured)
 
 
 def run_eval(options: argparse.Namespace) -> None:

@@ -42,15 +42,15 @@ def test_data_is_declared(setup):
         'layercomb': 'py.typed',
         'layercomb.data.corpora': '*.jsonl',
         'layercomb.gin_configs': '*.gin',
+        'layercomb.gin_configs.mesh': '*.gin',
         'layercomb.serving': 'page.html',
         'layercomb_kernels': '*.cc, *.h',
     }
     assert (ROOT / 'layercomb' / 'py.typed').is_file()
     assert list((ROOT / 'layercomb/gin_configs').glob('*.gin'))
     folders = [path.parent for path in (ROOT / 'layercomb/gin_configs').rglob('*.gin')]
-    assert set(folders) == {ROOT / 'layercomb/gin_configs'}, (
-        'the pattern *.gin reaches no folder below'
-    )
+    top = ROOT / 'layercomb/gin_configs'
+    assert set(folders) == {top, top / 'mesh'}, 'the pattern *.gin reaches no folder below'
 
 
 def test_kernels_are_compiled_into_wheels_only_if_asked(setup):

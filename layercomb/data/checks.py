@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Protocol, TypeVar
 
+import jax
+
 from layercomb.checks import Bound
+from layercomb.shapes import nearest_multiple
 
 T_co = TypeVar('T_co', covariant=True)
 
@@ -47,15 +50,33 @@ def source(owner: str, value: Any, name: str = 'source') -> Sequence[Any]:
     return value
 
 
-def shard(owner: str, value: Shard) -> Shard:
-    """Returns `value` if it is (index, count) with 0 ≤ index < count.
+def split(owner: str, shard: Shard | None, batch_size: int) -> tuple[Shard, int]:
+    """The part of each batch that this process makes.
+
+    Args:
+      owner: what messages begin with: the function that was given them.
+      shard: (index, count); None for that of `jax.distributed`, or (0, 1) without it.
+      batch_size: rows of this process's part; with None, of all processes' together.
+
+    Returns:
+      (index, count), and the rows of this process.
 
     Raises:
-      ValueError: if it is not.
+      ValueError: if the index is not below the count, or the processes do not divide the rows.
     """
-    index, count = value
+    if shard is None:
+        if not jax.distributed.is_initialized():
+            return (0, 1), batch_size
+        shard = jax.process_index(), jax.process_count()
+        if batch_size % shard[1]:
+            raise ValueError(
+                f'{owner}: {shard[1]} processes cannot share {batch_size} rows: use a batch size '
+                f'of {nearest_multiple(batch_size, shard[1])}'
+            )
+        return shard, batch_size // shard[1]
+    index, count = shard
     if not 0 <= index < count:
         raise ValueError(
-            f'{owner}: shard must be (index, count) with 0 <= index < count, got {value}'
+            f'{owner}: shard must be (index, count) with 0 <= index < count, got {shard}'
         )
-    return value
+    return shard, batch_size

@@ -28,7 +28,7 @@ def batches(
     seed: Seed = 0,
     shuffle: bool = True,
     num_epochs: Size | None = None,
-    shard: Shard = (0, 1),
+    shard: Shard | None = None,
 ) -> grain.IterDataset:
     """Returns batches of examples that all have one shape, such as those of `duplication`.
 
@@ -40,12 +40,13 @@ def batches(
 
     Args:
       source: a sequence of (inputs, targets, …, loss_weights), numpy arrays.
-      batch_size: rows of a batch, on this host.
+      batch_size: rows of a batch; with `shard`, on this host.
       seed: of the order.
       shuffle: whether to take the examples in another order each epoch.
       num_epochs: how often to go through the source; None for ever. At the end of the last epoch
         the batch is filled with zeros, of weight 0.
-      shard: (index, count) of this host.
+      shard: (index, count) of this host; None for that of `jax.distributed`, whose processes share
+        the rows of a batch.
 
     Returns:
       A data set of tuples like the examples, with a leading axis B.
@@ -55,7 +56,7 @@ def batches(
       ValueError: if one is out of range.
       UsageError: if Grain is not installed.
     """
-    shard = checks.shard('batches', shard)
+    shard, n_rows = checks.split('batches', shard, batch_size)
     if not isinstance(first := checks.source('batches', source)[0], tuple) or len(first) < 3:
         raise TypeError(
             f'batches takes (inputs, targets, loss_weights), and the source holds '
@@ -65,7 +66,7 @@ def batches(
     from layercomb.data import iterators
 
     padding = None if num_epochs is None else tuple(np.zeros_like(x) for x in first)
-    return iterators.Examples(examples, batch_size, shard, _stacked, padding)
+    return iterators.Examples(examples, n_rows, shard, _stacked, padding)
 
 
 @checked
@@ -79,7 +80,7 @@ def packed(
     shuffle: bool = True,
     num_epochs: Size | None = None,
     streaming: bool = False,
-    shard: Shard = (0, 1),
+    shard: Shard | None = None,
 ) -> grain.IterDataset:
     """Returns batches of windows of the text eos, document, eos, document, …, eos.
 
@@ -90,7 +91,7 @@ def packed(
     Args:
       source: a sequence of documents, str or bytes.
       length: tokens in a window, L.
-      batch_size: rows of a batch, B, on this host.
+      batch_size: rows of a batch, B; with `shard`, on this host.
       tokenizer: what encodes the documents.
       seed: of the order.
       shuffle: whether to take the windows, or when streaming the documents, in another order each
@@ -99,7 +100,8 @@ def packed(
       streaming: False keeps all tokens in memory (a byte each with `ByteTokenizer`); True reads
         documents as they are needed. Then each host reads documents of its own if `num_epochs` is
         None; otherwise each reads all and keeps its rows, so that all get equally many batches.
-      shard: (index, count) of this host.
+      shard: (index, count) of this host; None for that of `jax.distributed`, whose processes share
+        the rows of a batch.
 
     Returns:
       A data set of (inputs, targets, loss_weights), (B, L) int32, int32 and float32.
@@ -109,7 +111,8 @@ def packed(
       ValueError: if one is out of range.
       UsageError: if the source holds no text, or Grain is not installed.
     """
-    tokenizer, shard = adapted(tokenizer, 'packed'), checks.shard('packed', shard)
+    tokenizer = adapted(tokenizer, 'packed')
+    part, n_rows = checks.split('packed', shard, batch_size)
     checks.source('packed', source)
     nothing = UsageError(f'the {len(source)} documents are empty: give a source that holds text')
     if streaming:
@@ -118,7 +121,7 @@ def packed(
             raise nothing
         return _streamed(
             in_order(source, seed, shuffle, num_epochs),
-            length, batch_size, tokenizer, shard, endless=num_epochs is None,
+            length, n_rows, tokenizer, part, endless=num_epochs is None,
         )  # fmt: skip
     stream = token_stream(source, tokenizer)
     if stream.size == len(source) + 1:
@@ -143,7 +146,7 @@ def bucketed(
     seed: Seed = 0,
     shuffle: bool = True,
     num_epochs: Size | None = None,
-    shard: Shard = (0, 1),
+    shard: Shard | None = None,
 ) -> grain.IterDataset:
     """Returns batches of whole documents of about the same length.
 
@@ -156,13 +159,14 @@ def bucketed(
       source: a sequence of documents, str or bytes; or of tuples of 1-D arrays, the last of which
         holds the loss weights. The length of a tuple is that of its longest array.
       boundaries: lengths of the buckets, increasing.
-      batch_sizes: rows of a batch in each bucket, on this host.
+      batch_sizes: rows of a batch in each bucket; with `shard`, on this host.
       tokenizer: what encodes the documents.
       seed: of the order.
       shuffle: whether to take the documents in another order each epoch.
       num_epochs: how often to go through the source; None for ever. At the end the buckets are
         emptied, padded to full batches.
-      shard: (index, count) of this host.
+      shard: (index, count) of this host; None for that of `jax.distributed`, whose processes share
+        the rows of a batch.
 
     Returns:
       A data set of (inputs, targets, loss_weights), int32, int32 and float32, each (B, L) with the
@@ -181,12 +185,13 @@ def bucketed(
             'give one batch size for each boundary'
         )
     tokenizer = adapted(tokenizer, 'bucketed')
-    index, count = checks.shard('bucketed', shard)
+    parts = [checks.split('bucketed', shard, n) for n in batch_sizes]
+    (index, count), _ = parts[0]
     documents = in_order(checks.source('bucketed', source), seed, shuffle, num_epochs)
     from layercomb.data import iterators
 
     examples = documents.map(partial(_as_example, tokenizer=tokenizer))
-    dataset = iterators.Buckets(examples, boundaries, [count * n for n in batch_sizes])
+    dataset = iterators.Buckets(examples, boundaries, [count * n for _, n in parts])
     return dataset.map(partial(_rows, index, count))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from layercomb import paths
 from layercomb.errors import UsageError
-from layercomb.launcher import calibration, compile_cache, others
+from layercomb.launcher import calibration, compile_cache, devices, others
 from layercomb.launcher.finetuning import options as finetuning
 from layercomb.version import __version__
 
@@ -307,6 +307,7 @@ def _training_options(add: Any) -> None:
         metavar='FIRST:LAST',
         help='trace these steps, 10:20, into the run, for TensorBoard and Perfetto',
     )
+    devices.options_of(add)
     add(
         '--allow_changes',
         default='',

@@ -57,6 +57,7 @@ class Experiment:
       sample_temperature: the temperature it is drawn at, see `Sampler`.
       baseline_text: training text, a source of documents, for simple byte models that are compared
         with the trained model on the batches of the first eval task; None for no comparison.
+      mesh: of `parallel.make_mesh`, to train on several devices, as for `Loop`.
 
     Raises:
       TypeError, ValueError: for a field that cannot be right, or fields that do not fit together.
@@ -79,6 +80,7 @@ class Experiment:
     sample_tokens: int = 300
     sample_temperature: float = 0.8
     baseline_text: Any = None
+    mesh: Any = None
 
     def __post_init__(self) -> None:
         given: Any = self.eval_tasks
@@ -114,6 +116,7 @@ class Experiment:
         directory: str | Path,
         allow_changes: Sequence[str] = (),
         callbacks: Sequence[Callback] = (),
+        mesh: Any = None,
     ) -> Loop:
         """The `Loop` that trains it.
 
@@ -121,6 +124,7 @@ class Experiment:
           directory: the run's directory.
           allow_changes: as for `Loop`.
           callbacks: called after those of the experiment.
+          mesh: in the place of the experiment's; None leaves that.
 
         Raises:
           UsageError: if a run that began from a model that exists has lost its checkpoints.
@@ -131,6 +135,7 @@ class Experiment:
             self.eval_tasks,
             directory,
             allow_changes=allow_changes,
+            mesh=self.mesh if mesh is None else mesh,
             **{**self._options(), 'callbacks': (*self.callbacks, *callbacks)},
         )
         if isinstance(self.model, Model) and self.model.weights is None and made.step == 0:

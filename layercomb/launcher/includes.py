@@ -154,6 +154,12 @@ def library() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob('*.gin'))}
 
 
+def meshes() -> dict[str, Path]:
+    """The meshes that come with the library, to be included after an experiment: mesh/fsdp …"""
+    folder = Path(str(importlib.resources.files('layercomb.gin_configs.mesh')))
+    return {f'mesh/{path.stem}': path for path in sorted(folder.glob('*.gin'))}
+
+
 def place(error: BaseException) -> str:
     """The place of an error in an included file: 'in line 3 of /path/base.gin'; '' if unknown."""
     found = re.search(r'In file "([^"]*)", line (\d+)', str(error))
@@ -176,7 +182,7 @@ def _find(name: str, includer: Path) -> Path:
     file = paths.local(name, 'include', includer.parent)
     if file.is_file():
         return file
-    known = library()
+    known = {**library(), **meshes()}
     if name.removesuffix('.gin') in known:
         return known[name.removesuffix('.gin')]
     raise UsageError(

@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from layercomb.errors import UsageError, machine_errors, usage_errors
-from layercomb.launcher import stopping, terminal
+from layercomb.launcher import devices, stopping, terminal
 from layercomb.launcher.configurations import Config
 from layercomb.launcher.experiment import Experiment
 from layercomb.launcher.pretrained import Pretrained, keep
@@ -24,11 +25,13 @@ class Asked:
       allowed: changes that are allowed, as of `Loop`.
       until: when to save and end, as `time.monotonic` counts; None for not before the last step.
       profile: the first and the last step that are traced; None for none.
+      mesh: of devices; None for that of the configuration.
     """
 
     allowed: tuple[str, ...] = ()
     until: float | None = None
     profile: tuple[int, int] | None = None
+    mesh: Any = None
 
 
 def asked(options: argparse.Namespace) -> Asked:
@@ -38,13 +41,13 @@ def asked(options: argparse.Namespace) -> Asked:
       options: of the command, with `began`, when it started.
 
     Raises:
-      UsageError: for a change that is none.
+      UsageError: for a change that is none, or a mesh that does not fit the devices.
     """
     with usage_errors():
         allowed = check_allowed(options.allow_changes)
     hours = options.max_hours
     until = None if hours is None else options.began + 3600 * hours
-    return Asked(allowed, until, options.profile)
+    return Asked(allowed, until, options.profile, devices.mesh_of(options))
 
 
 def run(
@@ -73,17 +76,19 @@ def run(
         experiment.check_sample()
         profiles = _profiles(asked, experiment.steps, directory)
         # It checks the rest before anything is written.
-        loop = experiment.loop(directory, asked.allowed, profiles)
+        loop = experiment.loop(directory, asked.allowed, profiles, asked.mesh)
         for profile in profiles:
             _check_to_come(profile, loop)
-        with machine_errors('choose another --output_dir'):
-            directory.mkdir(parents=True, exist_ok=True)
-            config.write(directory)
-            if isinstance(experiment.model, Pretrained):
-                keep(experiment.model, directory)
-                experiment.model.weights = None  # the Loop has its own
-            if begin is not None:
-                begin()
+        if devices.is_first():
+            with machine_errors('choose another --output_dir'):
+                directory.mkdir(parents=True, exist_ok=True)
+                config.write(directory)
+                if isinstance(experiment.model, Pretrained):
+                    keep(experiment.model, directory)
+                if begin is not None:
+                    begin()
+        if isinstance(experiment.model, Pretrained):
+            experiment.model.weights = None  # the Loop has its own
     row = stopping.run(loop, experiment.steps, asked.until)
     for profile in profiles:
         if profile.written is not None:

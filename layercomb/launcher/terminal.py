@@ -17,7 +17,7 @@ import numpy as np
 from layercomb import paths
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, UsageWarning, machine_errors, usage_errors
-from layercomb.launcher import runs
+from layercomb.launcher import devices, runs
 from layercomb.model import Model
 
 if TYPE_CHECKING:
@@ -220,12 +220,13 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
         orders = ' / '.join(map(str, bits))
         values = ' / '.join(f'{b:.2f}' for b in bits.values())
         print(f'beside it, Witten–Bell byte models of order {orders}: {values} bits per byte')
-    if experiment.sample_prompt is not None:
+    weights = None if experiment.sample_prompt is None else devices.on_one(loop.weights)
+    if weights is not None:
         from layercomb.supervised import decoding
         from layercomb.supervised.decoding.prompts import given
 
-        model = Model(experiment.net, loop.weights, loop.state)
-        tokenizer, prompt = adapted(experiment.tokenizer), experiment.sample_prompt
+        model = Model(experiment.net, weights, devices.on_one(loop.state))
+        tokenizer, prompt = adapted(experiment.tokenizer), experiment.sample_prompt or ''
         start = given(model, prompt, tokenizer)
         tokens = decoding.generate(
             model,

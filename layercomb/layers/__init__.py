@@ -85,7 +85,7 @@ from layercomb.layers.combinators.routing import (
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.combinators.side_by_side import Branch, Parallel
 from layercomb.layers.core.combinator import Combinator
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import Layer, over_rows, own_key
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import Once
@@ -293,6 +293,8 @@ __all__ = [
     'multiplicative_dense',
     'one_pass',
     'ones',
+    'over_rows',
+    'own_key',
     'put_counted',
     'recomputes',
     'seek',

@@ -13,14 +13,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layercomb import trees
-from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.layer import ROW_AXES, Layer
 from layercomb.parallel.gathered import gathered
 from layercomb.parallel.mesh import AXES
 from layercomb.parallel.specs import RULES, cut_along, is_spec, like_weights, only, weight_specs
 from layercomb.shapes import is_float, nearest_multiple
 from layercomb.trees import Tree
-
-ROWS = ('data', 'fsdp')  # the mesh axes that split the rows of a batch
 
 # (net, trainable, frozen, state, key, batch) → (value, state, gradient)
 Gradient = Callable[..., tuple[jax.Array, Tree, Tree]]
@@ -45,7 +43,7 @@ class Layout:
     @property
     def n_parts(self) -> int:
         """How many parts the rows of a batch are split into."""
-        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in ROWS)
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in ROW_AXES)
 
     def specs(self, net: Layer, weights: Tree) -> Tree:
         """A `PartitionSpec` for each weight.
@@ -228,7 +226,7 @@ class Layout:
 
     def _by_rows(self, net: Layer, weights: Tree) -> Tree:
         """The specs of weights where rows are split: the axes that XLA splits are left out."""
-        return jax.tree.map(lambda s: only(s, ROWS), self.specs(net, weights), is_leaf=is_spec)
+        return jax.tree.map(lambda s: only(s, ROW_AXES), self.specs(net, weights), is_leaf=is_spec)
 
     @property
     def _here(self) -> int:
@@ -252,7 +250,7 @@ class Layout:
     @property
     def _split(self) -> tuple[str, ...]:
         """The mesh axes that split rows; XLA refuses sums over one device beside `tensor`."""
-        return tuple(axis for axis in ROWS if self._mesh.shape[axis] > 1)
+        return tuple(axis for axis in ROW_AXES if self._mesh.shape[axis] > 1)
 
     def _sum(self, x: Any) -> Any:
         return jax.lax.psum(x, self._split) if self._split else x

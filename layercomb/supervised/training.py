@@ -195,20 +195,20 @@ class Loop:
         check_count('Loop.run', 'n_steps', n_steps)
         self._settle()
         finished = self.step >= n_steps and self._saved == self.step
-        if finished or self._stopping:
+        if finished or self._is_asked_to_stop():
             self._stopping = False
             return self._last_row()
         with machine_errors('put that right, and run again to go on from the last checkpoint'):
             self._references.write()
             run = _Run(self, n_steps)
             try:
-                while self.step < n_steps and not self._stopping:
+                while self.step < n_steps and not self._is_asked_to_stop():
                     run.advance()
                 run.end()
             finally:
                 self._stopping = False
                 run.close()
-            if self._directory is not None:
+            if self._directory is not None and jax.process_index() == 0:
                 write_report(self._directory)
         return run.row
 
@@ -216,9 +216,19 @@ class Loop:
         """Ends the run in progress, or else the next run before its first step.
 
         Steps already dispatched are finished and reported, and the last one is saved but not
-        evaluated. Safe to call from callbacks, signal handlers and other threads.
+        evaluated. Safe to call from callbacks, signal handlers and other threads. Of several
+        processes, all stop if one is asked to, at the next step that `log_every` divides.
         """
         self._stopping = True
+
+    def _is_asked_to_stop(self) -> bool:
+        if jax.process_count() == 1:
+            return self._stopping
+        if self.step % self._every[0]:  # to ask each other waits for the steps dispatched so far
+            return False
+        from jax.experimental import multihost_utils
+
+        return bool(np.any(multihost_utils.process_allgather(np.bool_(self._stopping))))
 
     def _settle(self) -> None:
         """Brings data position and step count up to a step that an interrupt cut short."""
@@ -362,8 +372,10 @@ class _Run:
         self._loop, self._n_steps = loop, n_steps
         self._log_every, self._eval_every, self._checkpoint_every = loop._every
         directory = loop._directory
-        self._log = None if directory is None else MetricsLog(directory, loop.step)
-        self._progress = Progress(loop.step, n_steps, loop._progress)
+        # Of several processes, one tells and writes; checkpoints are written by all.
+        tells = jax.process_index() == 0
+        self._log = MetricsLog(directory, loop.step) if directory is not None and tells else None
+        self._progress = Progress(loop.step, n_steps, loop._progress if tells else False)
         self._throughput = Throughput()
         self._reported = loop.step
         self.row: Row = loop._last_row()
@@ -373,7 +385,7 @@ class _Run:
         loop = self._loop
         for callback in loop._callbacks:
             callback.before_step(loop)
-        if loop._stopping:
+        if loop._is_asked_to_stop():
             return
         try:
             loop._advance()
@@ -427,7 +439,7 @@ class _Run:
                 if not math.isfinite(values[name]):
                     raise loop._not_finite(step, what, values[name], batch)
             loop._in_flight.drop()
-            self._throughput.step(int(np.count_nonzero(batch[-1])))
+            self._throughput.step(jax.process_count() * int(np.count_nonzero(batch[-1])))
             self._progress.step()
             self.row = {'step': step, **{f'train/{name}': x for name, x in values.items()}}
             turn = self._due(step, self._eval_every) or step % self._log_every == 0

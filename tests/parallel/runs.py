@@ -25,7 +25,7 @@ NETS = {
         *SIZES, attention=tl.LSHSelfAttention(4, n_hashes=2, chunk_len=4)
     ),
     'terraformer': lambda: models.TerraformerLM(*SIZES, ff_block_size=None),
-    'mixture': lambda: models.TransformerLM(*SIZES, ff=tl.MixtureFF(64, 8, 2, 1)),
+    'mixture': lambda: models.TransformerLM(*SIZES, ff=tl.MixtureFF(64, 8, 2, 1, balance=0.01)),
     'dropout': lambda: models.TransformerLM(*SIZES, dropout=0.5),
 }
 
@@ -42,6 +42,9 @@ class Own(tl.Layer):
         return (x @ jnp.tanh(weights['w']),), state
 
 
+NETS['batch_norm'] = lambda: tl.Serial(
+    tl.Embedding(VOCAB, 32), tl.Repeat(tl.Residual(tl.BatchNorm(), Own()), 2), tl.Dense(VOCAB)
+)
 NETS['own'] = lambda: tl.Serial(
     tl.Embedding(VOCAB, 32), tl.Repeat(tl.Residual(tl.LayerNorm(), Own()), 2), tl.Dense(VOCAB)
 )
@@ -83,7 +86,7 @@ def mesh_of(sizes):
 def loop_of(name, sizes, directory=None, *, optimizer='adamw', n_rows=8, **task):
     """A small run and the losses it will have."""
     recipe, _, bits = optimizer.partition('/')
-    made = getattr(optimizers, recipe)(1e-2)
+    made = getattr(optimizers, recipe)(1e-3)
     made = optimizers.narrow_state(made, int(bits), min_size=1024) if bits else made
     train = supervised.TrainTask(Batches(n_rows), tl.CrossEntropyLoss(), made, **task)
     valid = supervised.EvalTask(Batches(6), tl.CrossEntropyLoss(), n_batches=2)

@@ -28,7 +28,7 @@ def packed_documents(
     seed: Seed = 0,
     shuffle: bool = True,
     num_epochs: Size | None = None,
-    shard: Shard = (0, 1),
+    shard: Shard | None = None,
     rehearsal: Source[Document] | None = None,
     rehearsal_share: Fraction = 0.25,
     rehearsal_weight: Positive = 1.0,
@@ -55,12 +55,13 @@ def packed_documents(
     Args:
       documents: a sequence of (ids, weights), such as `chat` returns.
       length: positions of a row, L.
-      batch_size: rows of a batch, B, on this host.
+      batch_size: rows of a batch, B; with `shard`, on this host.
       seed: of the order.
       shuffle: whether to take the documents in another order each epoch.
       num_epochs: how often to go through the documents; None for ever. At the end the last batch is
         filled with rows of weight 0.
-      shard: (index, count) of this host.
+      shard: (index, count) of this host; None for that of `jax.distributed`, whose processes share
+        the rows of a batch.
       rehearsal: other documents, all of which is learnt, such as `python_manual` or `text_folder`
         returns; they are cut to fit, and begin anew when they end. None for none.
       rehearsal_share: of the positions of a row, 0 … 1, for them.
@@ -87,7 +88,7 @@ def packed_documents(
     [[1 1 1 2 2 3]
      [1 1 1 1 2 2]]
     """
-    shard = checks.shard('packed_documents', shard)
+    shard, n_rows = checks.split('packed_documents', shard, batch_size)
     fitting = _Fitting(checks.source('packed_documents', documents, 'documents'), length)
     ordered = in_order(fitting, seed, shuffle, num_epochs)
     from layercomb.data.finetuning import iterators
@@ -99,7 +100,7 @@ def packed_documents(
         ordered_others = in_order(source, seed, shuffle, None)
         positions = round(rehearsal_share * length)
         other = Rehearsal(ordered_others, len(source), positions, rehearsal_weight)
-    return iterators.PackedRows(ordered, length, batch_size, shard, len(fitting), other)
+    return iterators.PackedRows(ordered, length, n_rows, shard, len(fitting), other)
 
 
 @dataclass(frozen=True, eq=False)

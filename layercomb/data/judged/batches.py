@@ -80,7 +80,7 @@ def preference_batches(
     seed: Seed = 0,
     shuffle: bool = True,
     num_epochs: Size | None = None,
-    shard: Shard = (0, 1),
+    shard: Shard | None = None,
 ) -> PreferenceBatches:
     """Returns batches of pairs, for a task whose loss is `tl.PreferenceLoss`.
 
@@ -90,7 +90,7 @@ def preference_batches(
 
     Args:
       source: of `data.preferences`, or a part of it.
-      batch_size: B, pairs in a batch, on this host.
+      batch_size: B, pairs in a batch; with `shard`, on this host.
       seed, shuffle, num_epochs, shard: as for `data.batches`.
 
     Returns:

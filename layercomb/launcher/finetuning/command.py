@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from layercomb.errors import UsageError, usage_errors
-from layercomb.launcher import running, runs
+from layercomb.launcher import devices, running, runs
 from layercomb.launcher.configurations import Config
 from layercomb.launcher.experiment import Experiment
 from layercomb.launcher.finetuning import pace, telling
@@ -58,10 +58,12 @@ def finetune(options: argparse.Namespace, configured: Configured) -> None:
                 config, experiment, made.directory, asked,
                 begin=lambda: telling.remember(said, made.directory),
             )  # fmt: skip
-            if loop is None:
+            weights = None if loop is None else devices.on_one(loop.weights)
+            if loop is None or weights is None:
                 return
             with usage_errors():
-                telling.after(made, model, loop.weights, loop.state, question, said)
+                state = devices.on_one(loop.state)
+                telling.after(made, model, weights, state, question, said)
 
 
 def _paced(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import layercomb_kernels
 from layercomb.checks import Bound, Rate
-from layercomb.layers.core.layer import Arrays, Key, Layer
+from layercomb.layers.core.layer import Arrays, Key, Layer, over_rows
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.layers.state.counted import counted_positions
@@ -180,7 +180,7 @@ class BatchNorm(Layer):
         new = _moments(h, counted)
         running = self._running(old[0], new[0]), self._running(old[1], new[1])
         if counted is not None:
-            found = counted.any()
+            found = over_rows(counted.sum()) > 0
             new, running = jax.tree.map(
                 functools.partial(jnp.where, found), (new, running), (old, old)
             )
@@ -193,12 +193,12 @@ class BatchNorm(Layer):
 def _moments(h: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of each feature over the positions that count: (…, D) → (D,) twice."""
     axes = tuple(range(h.ndim - 1))
-    if counted is None:
-        return h.mean(axes), h.var(axes)
-    n, counts = jnp.maximum(counted.sum(dtype=h.dtype), 1), counted[..., None]
-    mean = jnp.where(counts, h, 0).sum(axes) / n
+    counted = jnp.ones(h.shape[:-1], bool) if counted is None else counted
+    counts, n = counted[..., None], over_rows(counted.sum(dtype=h.dtype))
+    n = jnp.maximum(n, 1)
+    mean = over_rows(jnp.where(counts, h, 0).sum(axes)) / n
     away = jnp.where(counts, h - as_deep(mean, h), 0)
-    return mean, jnp.square(away).sum(axes) / n
+    return mean, over_rows(jnp.square(away).sum(axes)) / n
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)  # keeps x alone for the gradient

@@ -33,6 +33,7 @@ L = TypeVar('L', bound='Layer')
 
 
 POSITION_AXES = (1, -2)  # the axis of positions in (B, L, D)
+ROW_AXES = ('data', 'fsdp')  # of a mesh: devices along them have rows of their own
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
@@ -284,17 +285,31 @@ def fold(rng: jax.Array | None, i: Any) -> jax.Array | None:
 def own_key(rng: jax.Array) -> jax.Array:
     """The key of what is drawn for each position, such as the mask of dropout.
 
-    Where `jax.shard_map` splits the rows of a batch over devices, each device has a key of its
-    own; elsewhere it is `rng`. What is drawn once for all rows takes `rng` itself.
+    Where several devices split the rows of a batch, each has a key of its own; elsewhere it is
+    `rng`. What is drawn once for all rows takes `rng` itself.
 
     Args:
       rng: a typed key.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    for name in mesh.manual_axes:
-        if mesh.shape[name] > 1:
-            rng = jax.random.fold_in(rng, jax.lax.axis_index(name))
+    for name in _row_axes():
+        rng = jax.random.fold_in(rng, jax.lax.axis_index(name))
     return rng
+
+
+def over_rows(x: jax.Array) -> jax.Array:
+    """The sum over all devices that split the rows of a batch; `x` itself on one device.
+
+    Args:
+      x: this device's summand of something that belongs to the whole batch.
+    """
+    names = _row_axes()
+    return jax.lax.psum(x, names) if names else x
+
+
+def _row_axes() -> tuple[str, ...]:
+    """The axes of the mesh along which devices have rows of their own, inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in ROW_AXES if name in mesh.manual_axes and mesh.shape[name] > 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

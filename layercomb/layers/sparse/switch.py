@@ -17,7 +17,7 @@ from layercomb.checks import Bound, Rate, Size
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import contract, dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.layer import Arrays, Key, Layer, own_key
+from layercomb.layers.core.layer import Arrays, Key, Layer, over_rows, own_key
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.sparse import controllers
 from layercomb.layers.sparse.by_expert import by_expert, counts
@@ -213,7 +213,7 @@ def share(experts: jax.Array, n_experts: int, counted: jax.Array | None = None) 
     if counted is not None:
         own = counted.reshape(-1, 1).astype(jnp.int32)  # (T, 1)
         counted = jnp.broadcast_to(own, experts.shape).reshape(-1)
-    n = counts(experts.reshape(-1), n_experts, counted).astype(jnp.float32)
+    n = over_rows(counts(experts.reshape(-1), n_experts, counted).astype(jnp.float32))
     return n / jnp.maximum(n.sum(), 1)
 
 
@@ -230,8 +230,9 @@ def imbalance(p: jax.Array, experts: jax.Array, counted: jax.Array | None = None
     """
     e = p.shape[1]
     if counted is None:
-        mean = p.mean(0) if len(p) else p.sum(0)
+        total, n = p.sum(0), jnp.asarray(len(p), p.dtype)
     else:
-        counts = counted.reshape(-1, 1)
-        mean = jnp.where(counts, p, 0).sum(0) / jnp.maximum(counts.sum(dtype=p.dtype), 1)
+        which = counted.reshape(-1, 1)
+        total, n = jnp.where(which, p, 0).sum(0), which.sum(dtype=p.dtype)
+    mean = over_rows(total) / jnp.maximum(over_rows(n), 1)
     return e * jnp.dot(share(experts, e, counted), mean)
