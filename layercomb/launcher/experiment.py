@@ -58,6 +58,7 @@ class Experiment:
       baseline_text: training text, a source of documents, for simple byte models that are compared
         with the trained model on the batches of the first eval task; None for no comparison.
       mesh: of `parallel.make_mesh`, to train on several devices, as for `Loop`.
+      offload: 'blocks' keeps blocks and their optimizer's state in host memory, as for `Loop`.
 
     Raises:
       TypeError, ValueError: for a field that cannot be right, or fields that do not fit together.
@@ -81,6 +82,7 @@ class Experiment:
     sample_temperature: float = 0.8
     baseline_text: Any = None
     mesh: Any = None
+    offload: str | None = _of_loop('offload')
 
     def __post_init__(self) -> None:
         given: Any = self.eval_tasks
@@ -136,6 +138,7 @@ class Experiment:
             directory,
             allow_changes=allow_changes,
             mesh=self.mesh if mesh is None else mesh,
+            offload=self.offload,
             **{**self._options(), 'callbacks': (*self.callbacks, *callbacks)},
         )
         if isinstance(self.model, Model) and self.model.weights is None and made.step == 0:

@@ -88,7 +88,7 @@ def compiled(
         trainable, opt_state = update(
             optimizer, grads, carry.opt_state, carry.trainable, value, loss_of
         )
-        metrics = {'loss': value, 'grad_norm': _norm(grads), **_learning_rate(opt_state)}
+        metrics = {'loss': value, 'grad_norm': norm(grads), **learning_rate(opt_state)}
         made = Carry(trainable, state, opt_state, carry.step + 1)
         return layout.constrained(net, carry.trainable, made), metrics
 
@@ -128,7 +128,7 @@ def _value_of(gradient: Callable[..., tuple[jax.Array, Tree, Tree]]) -> Callable
     return value_of
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
     """A model with its loss, the loss alone, which makes sums of values of positions, and devices.
 
     What is computed is this device's summand of a value, where rows are split over several.
@@ -143,34 +143,41 @@ def _gradient(
     loss: Metric, accumulate: int, narrow: bool, layout: Layout, net: Layer, *args: Any
 ) -> Any:
     """(loss, state, gradient) of a batch; `net` has its loss attached."""
-    scored = _Scored(net, loss, layout)
+    scored = Scored(net, loss, layout)
     made = _whole(scored) if accumulate == 1 else _accumulated(scored, accumulate, narrow)
     return made(*args)
 
 
-def _whole(scored: _Scored) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
+def _whole(scored: Scored) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
     """(loss, state, gradient) of a batch at once."""
 
-    mean = jax.value_and_grad(functools.partial(_mean, scored), has_aux=True)
+    both = jax.value_and_grad(functools.partial(mean, scored), has_aux=True)
 
     def gradient(*args: Any) -> tuple[jax.Array, Tree, Tree]:
-        (value, state), grads = mean(*args)
+        (value, state), grads = both(*args)
         return value, state, grads
 
     return gradient
 
 
-def _mean(
-    scored: _Scored, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
+def mean(
+    scored: Scored, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
 ) -> tuple[jax.Array, Tree]:
-    """The loss of a batch, auxiliary losses included, and the new state."""
+    """The loss of a batch, auxiliary losses included, and the new state.
+
+    Args:
+      scored: the model with its loss.
+      trainable, frozen, state: of the model.
+      key: of the step.
+      batch: inputs, targets and loss weights.
+    """
     total, weight, aux, state = _sums(scored, trainable, frozen, state, key, batch)
     weight = scored.layout.total(weight)
     return total / _positive(weight) + scored.layout.share(aux), state
 
 
 def _accumulated(
-    scored: _Scored, n: int, narrow: bool
+    scored: Scored, n: int, narrow: bool
 ) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
     """The same from `n` micro batches: sums of losses and weights, divided once.
 
@@ -213,7 +220,7 @@ def _accumulated(
 
 
 def _sums(
-    scored: _Scored, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
+    scored: Scored, trainable: Tree, frozen: Tree, state: Tree, key: jax.Array, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array, Tree]:
     weights = trees.merge(trainable, frozen)
     (values, loss_weights), state = losses.apply_counted(
@@ -272,14 +279,25 @@ def _scaled(scale: jax.Array, total: jax.Array, weight: jax.Array) -> jax.Array:
     return (total.astype(dtype) * scale.astype(dtype)).astype(weight.dtype)
 
 
-def _norm(grads: Tree) -> jax.Array:
-    """√ Σ g², over all gradients."""
+def norm(grads: Tree) -> jax.Array:
+    """√ Σ g², over all gradients.
+
+    Args:
+      grads: a tree.
+    """
     squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
-    return jnp.sqrt(sum(squares[1:], squares[0]))
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
-def _learning_rate(opt_state: Any) -> Metrics:
-    """The learning rate, where `optax.inject_hyperparams` keeps it."""
+def learning_rate(opt_state: Any) -> Metrics:
+    """The learning rate, where `optax.inject_hyperparams` keeps it.
+
+    Args:
+      opt_state: the optimizer's state.
+
+    Returns:
+      'learning_rate' -> float32 (), if there is one.
+    """
     found = hyperparams(opt_state).items()
     rates = (x for path, x in found if path.endswith('hyperparams/learning_rate') and not x.shape)
     rate = next(rates, None)

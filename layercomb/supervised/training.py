@@ -40,6 +40,7 @@ from layercomb.supervised.fit import (
     why_not_finite,
 )
 from layercomb.supervised.inflight import InFlight
+from layercomb.supervised.offloading import places_of
 from layercomb.supervised.preference.reference import References
 from layercomb.supervised.progress import Progress, Throughput
 from layercomb.supervised.reports import MetricsLog, Row, read_metrics, write_report
@@ -101,6 +102,10 @@ class Loop:
         except `seed`.
       mesh: of `parallel.make_mesh`, to train on several devices; or a `parallel.Layout` with rules
         of your own. A run may go on on another mesh.
+      offload: 'blocks' keeps the weights of each `Repeat` and `ReversibleRepeat`, and their
+        optimizer's state, in host memory; a block's part is on the device while it is computed.
+        'blocks+inputs' keeps the inputs of blocks that are not reversible there too. A run may be
+        switched from one to another. Optimizers have to move each block by itself.
 
     Attributes:
       step: how many steps have been taken.
@@ -129,6 +134,7 @@ class Loop:
         progress: TextIO | bool | None = None,
         allow_changes: str | Sequence[str] = (),
         mesh: Mesh | Layout | None = None,
+        offload: str | None = None,
     ) -> None:
         self._eval_tasks = tuple(eval_tasks) if isinstance(eval_tasks, Iterable) else (eval_tasks,)
         options = {'seed': seed, 'keep': keep, 'keep_best': keep_best, 'callbacks': callbacks}
@@ -150,6 +156,9 @@ class Loop:
         self._allowed = check_allowed(allow_changes)
         self._optimizer, self._layout = clipped(train_task, self._net), laid_out(mesh)
         of_task = functools.partial(steps.of_task, train_task, self._optimizer, layout=self._layout)
+        self._places = places_of(offload, train_task, self._net, self._optimizer, self._layout)
+        if self._places is not None:
+            of_task = functools.partial(self._places.step, train_task)
         self._compiled = of_task(reading(train_task, self._net))
         self._early = [(n, of_task(denser)) for n, denser in early(train_task, self._net)]
         self._checkpoints: Checkpoints | None = None
@@ -164,8 +173,9 @@ class Loop:
 
     @property
     def weights(self) -> Tree:
-        """The model's weights, valid until the next `run`."""
-        return trees.merge(self._carry.trainable, self._frozen)
+        """The model's weights, valid until the next `run`; with `offload`, copies on the device."""
+        weights = trees.merge(self._carry.trainable, self._frozen)
+        return weights if self._places is None else self._places.whole(weights)
 
     @property
     def state(self) -> Tree:
@@ -175,7 +185,10 @@ class Loop:
     @property
     def opt_state(self) -> Any:
         """The optimizer's state, valid until the next `run`."""
-        return self._carry.opt_state
+        carry = self._carry
+        if self._places is None:
+            return carry.opt_state
+        return self._places.received(carry.trainable, carry.opt_state)
 
     def run(self, n_steps: int) -> Row:
         """Trains until `n_steps` steps have been taken in all, or until `stop` is called.
@@ -264,6 +277,8 @@ class Loop:
         check_fit(
             self._net, weights, state, self._task, self._eval_tasks, self._first, self._layout
         )
+        if self._places is not None:
+            self._places.check(self._task.partition(weights)[0])
         resumed = self._resume(weights, state, given)
         if resumed is not None:
             self.step, weights, state = resumed.step, resumed.weights, resumed.state
@@ -271,6 +286,8 @@ class Loop:
             self._key = self._key if resumed.key is None else resumed.key
         elif isinstance(model, Model) and given is not None:
             weights, state = given, trained_state(model, signature, state)
+        elif self._places is not None:
+            weights, state = self._places.fresh(signature, init_key)
         else:
             weights, state = fresh(self._net, signature, init_key, self._layout)
         trainable, self._frozen = self._task.partition(weights)
@@ -280,7 +297,14 @@ class Loop:
             self._layout.put(self._net, x, x) for x in (trainable, self._frozen)
         )
         opt_state = None if resumed is None else resumed.opt_state
-        if opt_state is None:
+        if self._places is not None:
+            trainable, self._frozen = map(self._places.put, (trainable, self._frozen))
+            opt_state = (
+                self._places.first_state(trainable)
+                if opt_state is None
+                else self._places.sent(trainable, opt_state)
+            )
+        elif opt_state is None:
             opt_state = first_state(self._optimizer, self._net, trainable, self._layout)
         carry = steps.Carry(trainable, state, opt_state, jnp.int32(self.step))
         self._carry = self._layout.put(self._net, trainable, distinct(carry))
@@ -295,9 +319,11 @@ class Loop:
         self._made_of = fingerprint(
             self._net, self._task, self._optimizer, trainable, given, self._first, self._seed
         )
-        abstract = self._layout.placed(
-            self._net, weights, {'weights': weights, 'state': state, 'opt_state': opt_state}
-        )
+        abstract = {'weights': weights, 'state': state, 'opt_state': opt_state}
+        if self._places is None:
+            abstract = self._layout.placed(self._net, weights, abstract)
+        else:
+            abstract = self._places.placed(trainable, abstract)
         return resume(
             self._checkpoints, self._made_of, self._allowed,
             abstract, self._optimizer, trainable, self._batches,
@@ -308,7 +334,8 @@ class Loop:
         if self._checkpoints is None:
             self._saved = self.step
             return
-        for path, finite in trees.flatten(_finite(self._carry.trainable)).items():
+        finite_of = _finite if self._places is None else self._places.finite
+        for path, finite in trees.flatten(finite_of(self._carry.trainable)).items():
             if (
                 finite is not None and not finite
             ):  # by an update that a finite loss and gradient led to
@@ -318,7 +345,7 @@ class Loop:
                     'greater eps'
                 )
         carry = self._carry
-        saved = {'weights': carry.trainable, 'state': carry.state, 'opt_state': carry.opt_state}
+        saved = {'weights': carry.trainable, 'state': carry.state, 'opt_state': self.opt_state}
         record = {
             'made_of': self._made_of,
             'data': self._batches.position(),
@@ -452,8 +479,9 @@ class _Run:
         """Measures the eval tasks after the last step, and reports both."""
         loop = self._loop
         self._throughput.pause()
-        given = loop.weights, loop.state, loop._eval_tasks, loop._layout
-        self._report(evaluate(loop._net, *given))
+        net = loop._net if loop._places is None else loop._places.reading
+        weights = trees.merge(loop._carry.trainable, loop._frozen)
+        self._report(evaluate(net, weights, loop.state, loop._eval_tasks, loop._layout))
 
     def _report(self, measured: Mapping[str, Any] | None = None) -> None:
         """Shows and writes the last step that was read, and what was measured after it."""

@@ -56,14 +56,14 @@ class ReversibleStack(Reversible, init=False):
         """Runs the layers on streams of float32; in ``TRAIN`` nothing inside is kept."""
         if mode is Mode.TRAIN:
             refuse_narrow(weights)
-            return _reversible(self, weights, state, _widened(inputs), rng)
+            return _reversible(self, weights, state, widened(inputs), rng)
         return self.run(weights, state, inputs, rng, mode)
 
     def run(
         self, weights: Tree, state: Tree, inputs: Arrays, rng: jax.Array | None, mode: Mode
     ) -> tuple[Arrays, Tree]:
         """The layers in order, as any other layers."""
-        return super().apply(weights, state, _widened(inputs), rng=rng, mode=mode)
+        return super().apply(weights, state, widened(inputs), rng=rng, mode=mode)
 
     def init_with_outputs(
         self, signature: Signature, rng: jax.Array, mode: Mode
@@ -205,8 +205,12 @@ def _is_narrow(x: Any) -> bool:
     return is_float(x) and x.dtype.itemsize < 4
 
 
-def _widened(values: Arrays) -> Arrays:
-    """Streams in float32: what is narrower could not be restored by subtraction."""
+def widened(values: Arrays) -> Arrays:
+    """Streams in float32: what is narrower could not be restored by subtraction.
+
+    Args:
+      values: inputs of reversible layers.
+    """
     return tuple(x.astype(jnp.float32) if _is_narrow(x) else x for x in values)
 
 

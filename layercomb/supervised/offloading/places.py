@@ -1,0 +1,274 @@
+"""Where the arrays of a run are whose stacks live in host memory: `Places`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from layercomb import trees
+from layercomb.layers.combinators.repeat import Repeat
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.core.walk import walk
+from layercomb.parallel.layout import Layout
+from layercomb.parallel.swapped import fetched, stacks, swapped
+from layercomb.shapes import Signature
+from layercomb.supervised.offloading import wire
+from layercomb.supervised.offloading.dividing import by_name, divided, is_inside
+from layercomb.supervised.offloading.independence import check_independent
+from layercomb.supervised.offloading.step import compiled
+from layercomb.trees import Tree
+
+if TYPE_CHECKING:
+    from layercomb.supervised.tasks import TrainTask
+
+MODES = ('blocks', 'blocks+inputs')
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where weights and the optimizer's state are: those of stacks in host memory.
+
+    Integers of the state are carried as floats of the same bits; see `wire`.
+
+    Attributes:
+      net: the model.
+      optimizer: the task's, told the model.
+      host_inputs: whether the inputs of blocks are in host memory too.
+    """
+
+    net: Layer
+    optimizer: Any
+    host_inputs: bool
+
+    @functools.cached_property
+    def n_blocks(self) -> dict[str, int]:
+        """The stacks: path -> how many blocks."""
+        return stacks(self.net)
+
+    @functools.cached_property
+    def reading(self) -> Layer:
+        """The model that reads weights where they are."""
+        return swapped(self.net)
+
+    def step(self, task: TrainTask, net: Layer) -> Callable[..., Any]:
+        """The jitted step of a task, as of `steps.of_task`.
+
+        Args:
+          task: says the rest.
+          net: what reads the task's inputs.
+        """
+        return compiled(net, task.loss, self.optimizer, task.loss_chunk_len, self.host_inputs)
+
+    def check(self, trainable: Tree) -> None:
+        """Raises a ValueError unless the optimizer moves each tensor of each block by itself.
+
+        Args:
+          trainable: the weights that train, arrays or `jax.ShapeDtypeStruct`.
+        """
+        check_independent(self.optimizer, trainable, self.n_blocks)
+
+    def fresh(self, signature: Signature, key: jax.Array) -> tuple[Tree, Tree]:
+        """Weights and state from a key, the weights where they belong.
+
+        Args:
+          signature: of the model's inputs.
+          key: a typed key.
+        """
+
+        def made(key: jax.Array) -> tuple[Tree, Tree]:
+            weights, state = self.net.init(signature, key)
+            return jax.tree.map(_to_space, weights, self._of_weights(weights)), state
+
+        return jax.jit(made)(key)
+
+    def first_state(self, trainable: Tree) -> Any:
+        """The optimizer's first state, as it is carried.
+
+        Args:
+          trainable: the weights that train, where they belong.
+        """
+
+        def made(trainable: Tree) -> Any:
+            device = jax.memory.Space.Device
+            state = self.optimizer.init(
+                jax.tree.map(lambda x: jax.device_put(x, device), trainable)
+            )
+            return jax.tree.map(_to_space, state, self._of_state(trainable, state))
+
+        with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
+            return self.sent(trainable, jax.jit(made)(trainable))
+
+    def put(self, weights: Tree) -> Tree:
+        """Weights where they belong.
+
+        Args:
+          weights: all of the model or a part of them.
+        """
+        return jax.tree.map(_put, weights, self._of_weights(weights))
+
+    def whole(self, weights: Tree) -> Tree:
+        """The inverse of `put`: all weights on the device.
+
+        Args:
+          weights: where they belong.
+        """
+        return jax.tree.map(lambda x: jax.device_put(x, _place(False)), weights)
+
+    def sent(self, trainable: Tree, opt_state: Any) -> Any:
+        """An optimizer's state as steps carry it, where it belongs.
+
+        Args:
+          trainable: the weights that train.
+          opt_state: as the optimizer made it.
+        """
+
+        def one(x: Any, place: Any) -> Any:
+            return _put(wire.sent(x) if _is_host(place) else x, place)
+
+        return jax.tree.map(one, opt_state, self._of_state(trainable, opt_state))
+
+    def received(self, trainable: Tree, opt_state: Any) -> Any:
+        """The inverse of `sent`: a state as the optimizer makes it.
+
+        Args:
+          trainable: the weights that train.
+          opt_state: as steps carry it.
+        """
+        parts = divided(self.optimizer, trainable, self.n_blocks)
+
+        def one(name: str, x: Any) -> Any:
+            return wire.received(x, parts.abstract[name]) if name in parts.hosted else x
+
+        arrays = {name: one(name, x) for name, x in by_name(opt_state).items()}
+        return parts.whole.state(arrays)
+
+    def placed(self, trainable: Tree, tree: dict[str, Any]) -> dict[str, Any]:
+        """The trees of a checkpoint as `jax.ShapeDtypeStruct`, with the places of their arrays.
+
+        Args:
+          trainable: the weights that train.
+          tree: 'weights', 'state' and 'opt_state'.
+        """
+        places = {
+            'weights': self._of_weights(tree['weights']),
+            'opt_state': self._of_state(trainable, tree['opt_state']),
+        }
+
+        def one(x: Any, place: Any) -> Any:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+        return {**tree, **{key: jax.tree.map(one, tree[key], at) for key, at in places.items()}}
+
+    def finite(self, trainable: Tree) -> Tree:
+        """Which weights are finite throughout; None where a weight does not train.
+
+        Args:
+          trainable: where they belong.
+        """
+        return _finite(frozenset(self.n_blocks.items()), trainable)
+
+    def _of_weights(self, weights: Tree) -> Tree:
+        return trees.map_with_path(
+            lambda path, _: _place(any(is_inside(path, stack) for stack in self.n_blocks)), weights
+        )
+
+    def _of_state(self, trainable: Tree, opt_state: Any) -> Any:
+        parts = divided(self.optimizer, trainable, self.n_blocks)
+        hosted = parts.hosted
+        made = {name: _place(name in hosted) for name in by_name(opt_state)}
+        return parts.whole.state(made)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finite(n_blocks: frozenset[tuple[str, int]], weights: Tree) -> Tree:
+    def one(path: str, x: jax.Array) -> jax.Array:
+        n = next((n for stack, n in n_blocks if is_inside(path, stack)), None)
+        if n is None:
+            return jnp.isfinite(x).all()
+        numbers = jnp.arange(n, dtype=jnp.int32)
+        return jax.lax.map(lambda i: jnp.isfinite(fetched(x, n, i)).all(), numbers).all()
+
+    return trees.map_with_path(one, weights)
+
+
+def _place(on_host: bool) -> SingleDeviceSharding:
+    kind = 'pinned_host' if on_host else 'device'
+    return SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
+
+
+def _to_space(x: jax.Array, place: Any) -> jax.Array:
+    """An array in the memory of a place, inside of a compiled function."""
+    space = jax.memory.Space.Host if _is_host(place) else jax.memory.Space.Device
+    return jax.device_put(x, space)
+
+
+def _put(x: Any, place: Any) -> jax.Array:
+    """An array in its place, which its type says too: that of a restored one does not."""
+    said = getattr(jax.typeof(x), 'memory_space', None)
+    if _is_host(place) and said != jax.memory.Space.Host:
+        x = np.asarray(x)
+    return jax.device_put(x, place)
+
+
+def _is_host(place: Any) -> bool:
+    return bool(place.memory_kind == 'pinned_host')
+
+
+def places_of(
+    offload: str | None, task: TrainTask, net: Layer, optimizer: Any, layout: Layout
+) -> Places | None:
+    """Where a run's arrays are, if its stacks are to live in host memory.
+
+    Args:
+      offload: out of `MODES`; None for no such run.
+      task: what it trains on.
+      net: the model.
+      optimizer: the task's, told the model.
+      layout: of several devices.
+
+    Raises:
+      ValueError: if `offload` is another, or the run's parts need all gradients at once.
+    """
+    if offload is None:
+        return None
+    if offload not in MODES:
+        raise ValueError(f"offload={offload!r}: it is None, 'blocks' or 'blocks+inputs'")
+    if task.clip_norm is not None:
+        raise ValueError(
+            f'offload={offload!r} moves each block before the norm of all gradients is known: '
+            f'leave out clip_norm={task.clip_norm}, or clip numbers, by an optimizer '
+            'optax.chain(optax.clip(…), …)'
+        )
+    if task.accumulate > 1:
+        raise ValueError(
+            f'offload={offload!r} moves each block as soon as its gradient is known, and sums '
+            f'none: leave out accumulate={task.accumulate}, or offload'
+        )
+    if layout.mesh is not None:
+        raise ValueError(
+            f'offload={offload!r} is for one device: leave out mesh, or offload; with fsdp, each '
+            'device holds a part of weights and state'
+        )
+    if not stacks(net):
+        raise ValueError(f'offload={offload!r}: {_why_none(net)}')
+    return Places(net, optimizer, offload == 'blocks+inputs')
+
+
+def _why_none(net: Layer) -> str:
+    name = type(net).__name__
+    if any(isinstance(layer, Repeat) for _, layer in walk(net)):
+        return (
+            f'the blocks of this {name} share their weights, or are inside other layers than '
+            'tl.Serial: leave it out, or put tl.Repeat(block, n) in series with the rest'
+        )
+    return (
+        f'no blocks of this {name} are in a Repeat: build them as tl.Repeat(block, n), or take '
+        'the model as it was before transforms.unstack'
+    )
