@@ -24,7 +24,7 @@ References:
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,21 @@ class Bytes(NamedTuple):
     scales: jax.Array
 
 
-def narrow(x: jax.Array, key: jax.Array | None = None) -> Bytes:
+def scales(x: jax.Array) -> jax.Array:
+    """The scale of each block of an array: see `Bytes`.
+
+    Args:
+      x: float32 (…, D), of at least one axis.
+    """
+    blocks = _blocks(x)  # (…, n, block)
+    largest, least = _extremes(blocks)
+    signed = jnp.maximum(largest, -least) / _value(jnp.float32(_SIGNED_TOP))
+    return jnp.where(least < 0, -signed, largest)
+
+
+def narrow(
+    x: jax.Array, key: jax.Array | None = None, its_scales: jax.Array | None = None
+) -> Bytes:
     """Rounds an array to one byte a number.
 
     Numbers of both signs become the nearest of the code. Those of a block without negative ones,
@@ -64,21 +78,19 @@ def narrow(x: jax.Array, key: jax.Array | None = None) -> Bytes:
     Args:
       x: float32 (…, D), of at least one axis.
       key: of the chances; None rounds all numbers to the nearest.
+      its_scales: what `scales` gives, if it is known already.
 
     >>> narrow(jnp.zeros((3, 600))).scales.shape
     (3, 3)
     """
-    blocks = _blocks(x)  # (…, n, block)
-    largest = jnp.abs(blocks).max(-1, keepdims=True)
-    signed = (blocks < 0).any(-1, keepdims=True)
-    scale = jnp.where(signed, largest / _value(jnp.float32(_SIGNED_TOP)), largest)
-    place = _place(jnp.abs(blocks) / jnp.where(scale == 0, 1, scale))
+    made = scales(x) if its_scales is None else its_scales
+    blocks, scale = _blocks(x), made[..., None]
+    place = _place(jnp.abs(blocks) / jnp.where(scale == 0, 1, jnp.abs(scale)))
     both = _ZERO + jnp.sign(blocks) * jnp.round(place)
     up = 0.5 if key is None else rounding.chances(blocks.shape, key).astype(jnp.float32) / 2**16
     halves = jnp.clip(jnp.floor(2 * place + up) - 1, jnp.sign(blocks), 2 * _UNSIGNED_TOP - 1)
-    codes = jnp.where(signed, both, halves).astype(jnp.uint8)
-    codes = codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-    return Bytes(codes, jnp.where(signed, -scale, scale)[..., 0])
+    codes = jnp.where(scale < 0, both, halves).astype(jnp.uint8)
+    return Bytes(codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], made)
 
 
 def wide(x: Bytes) -> jax.Array:
@@ -106,6 +118,21 @@ def _blocks(x: jax.Array) -> jax.Array:
     block = -(-width // max(n, 1))
     filled = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n * block - width)])
     return filled.reshape(*x.shape[:-1], n, block)
+
+
+def _extremes(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest and the least number of each block, in one pass.
+
+    XLA computes such a pair where what it is made of is computed. Each by itself would be given to
+    a library on a CPU, and have the whole array laid out for it.
+    """
+
+    def both(a: Any, b: Any) -> Any:
+        return jnp.maximum(a[0], b[0]), jnp.minimum(a[1], b[1])
+
+    begin = jnp.float32(-jnp.inf), jnp.float32(jnp.inf)
+    largest, least = jax.lax.reduce((blocks, blocks), begin, both, (blocks.ndim - 1,))
+    return largest, least
 
 
 def _value(place: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -69,9 +69,8 @@ def narrow_state(
     numbers can tell, and would freeze. The chances come from the number of the step, so a run that
     resumes is the same bit for bit.
 
-    Where XLA goes for the least memory, as on GPUs and TPUs, moments are widened one after the
-    other. On a CPU it computes what it can at once, unless the environment says
-    ``XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false``.
+    No array of moments is ever wide in memory: the step is computed once for the scales, once for
+    what is kept, and once for the weights, each time only as far as that needs.
 
     Biases, scales and small arrays stay float32, and so does what is no moment, such as learning
     rates, which reports still find. Weights that `Repeat` stacked never share a block with another
@@ -115,11 +114,22 @@ def narrow_state(
             return NarrowState(n_steps, _narrowed(state, chosen, bits, n_steps))
 
         def update(grads: Any, state: NarrowState, weights: Any = None, **extra: Any) -> Any:
-            was = state.inner_state
-            steps, new = inner.update(grads, _widened(was), weights, **extra)
-            chosen = jax.tree.map(_is_narrow, was, is_leaf=_is_narrow)
+            chosen = jax.tree.map(_is_narrow, state.inner_state, is_leaf=_is_narrow)
             n_steps = optax.safe_increment(state.n_steps)
-            return steps, NarrowState(n_steps, _narrowed(new, chosen, bits, n_steps))
+
+            def step(given: Any) -> Any:
+                grads, kept, weights = given
+                return inner.update(grads, _widened(kept), weights, **extra)
+
+            # Computed anew for each of what reads the wide moments, which so are never laid out.
+            given = grads, state.inner_state, weights
+            again = jax.lax.optimization_barrier
+            scales = _scales(step(again(given))[1], chosen) if bits == 8 else []
+            later, scales = again((given, scales))
+            kept = _narrowed(step(later)[1], chosen, bits, n_steps, scales)
+            steps, new = step(again(given))
+            kept = jax.tree.map(lambda yes, a, b: a if yes else b, chosen, kept, new)
+            return steps, NarrowState(n_steps, kept)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
@@ -141,14 +151,28 @@ def _widened(state: Any) -> Any:
     return jax.tree.map(one, state, is_leaf=_is_narrow)
 
 
-def _narrowed(state: Any, chosen: Any, bits: int, n_steps: jax.Array) -> Any:
-    """A state with narrow arrays in the places that are chosen, a tree of bools."""
+def _scales(state: Any, chosen: Any) -> list[jax.Array]:
+    """The scales of the arrays that are chosen, in their order."""
+    both = zip(jax.tree.leaves(state), jax.tree.leaves(chosen), strict=True)
+    return [blockwise.scales(x) for x, yes in both if yes]
+
+
+def _narrowed(
+    state: Any, chosen: Any, bits: int, n_steps: jax.Array, scales: Iterable[jax.Array] = ()
+) -> Any:
+    """A state with narrow arrays in the places that are chosen, a tree of bools.
+
+    The scales of 8 bits, in their order, are those given, if they are.
+    """
     leaves, structure = jax.tree.flatten(state)
     key = jax.random.fold_in(jax.random.key(0), n_steps)
+    known = iter(scales)
 
     def one(i: int, x: jax.Array) -> Any:
         own = jax.random.fold_in(key, i)
-        return blockwise.narrow(x, own) if bits == 8 else Halves(rounding.to_bfloat16(x, own))
+        if bits == 16:
+            return Halves(rounding.to_bfloat16(x, own))
+        return blockwise.narrow(x, own, next(known, None))
 
     pairs = enumerate(zip(leaves, jax.tree.leaves(chosen), strict=True))
     return jax.tree.unflatten(structure, [one(i, x) if yes else x for i, (x, yes) in pairs])
