@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import jax
+import numpy as np
+
 if TYPE_CHECKING:
     from layercomb.supervised import Loop
 
@@ -28,12 +31,21 @@ def run(loop: Loop, n_steps: int, until: float | None = None) -> dict[str, Any] 
     """
     with on_sigterm(loop.stop) as asked, on_time(until, loop.stop) as over:
         row = loop.run(n_steps)
-    if (asked or over) and loop.step < n_steps:
-        why = '' if asked else 'the time of --max_hours is over: '
+    if _any(bool(asked or over)) and loop.step < n_steps:
+        why = 'the time of --max_hours is over: ' if over and not asked else ''
         saved = f'after step {loop.step}, which is saved' if loop.step else 'before any step'
         print(f'layercomb: {why}stopped {saved}; the same command goes on', file=sys.stderr)
         return None
     return row
+
+
+def _any(asked: bool) -> bool:
+    """Whether this process was asked to end, or another one of the run: all end alike."""
+    if jax.process_count() == 1:
+        return asked
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(asked))))
 
 
 @contextlib.contextmanager

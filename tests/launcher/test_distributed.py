@@ -121,3 +121,4 @@ def test_sigterm_to_one_process_stops_all_at_one_step(tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     made = ended(processes)
     assert [code for *_, code in made] == [0, 0], made
+    assert all('; the same command goes on' in err for _, err, _ in made)
