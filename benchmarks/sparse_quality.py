@@ -4,8 +4,8 @@ All are `TerraformerLM` of one shape, with the same data in the same order, opti
 The feed-forwards have 2,048 units, of which a token uses 1/4, 1/8, 1/16 or 1/64:
 
 * dense, dense-relu2: all units, and the same with ReLU² for an activation;
-* mixture-8 and others: `MixtureFF`, experts with ReLU², one in 8 shared or chosen; mixture-64
-  learns as a denser one in the first 60 % of its steps;
+* mixture-8 and others: `MixtureFF`, experts with ReLU², one in 8 shared or chosen; mixture-64 has
+  ReLU, and learns as a denser one in the first 60 % of its steps;
 * units-8 and others: `SparseFF`, one unit of each 8, with ReLU as in the paper;
 * small-8 and others: a dense feed-forward of as many weights as mixture-8 reads for a token, its
   router included;
@@ -54,9 +54,9 @@ def mixture(share: int) -> tl.MixtureFF:
 
 
 def one_of_many() -> tl.MixtureFF:
-    """One expert of 64, by a softmax; `DENSER` says how it begins."""
+    """One expert of 64 with ReLU, by a softmax; `DENSER` says how it begins."""
     return tl.MixtureFF(
-        D_FF, *EXPERTS[64], activation='relu2', gated=False, routing='softmax', scale=4.0,
+        D_FF, *EXPERTS[64], activation='relu', gated=False, routing='softmax', scale=4.0,
         balance_bias=False, balance=0.01,
     )  # fmt: skip
 
