@@ -3,10 +3,10 @@
 All are `TerraformerLM` of one shape, with the same data in the same order, optimizer and budget.
 The feed-forwards have 2,048 units, of which a token uses 1/4, 1/8, 1/16 or 1/64:
 
-* dense, dense-relu2: all units, and the same with ReLU² for an activation;
-* mixture-8 and others: `MixtureFF`, experts with ReLU², one in 8 shared or chosen; mixture-64 has
-  ReLU, and learns as a denser one in the first 60 % of its steps;
-* units-8 and others: `SparseFF`, one unit of each 8, with ReLU as in the paper;
+* dense, dense-relu2: all units, with ReLU, and the same with ReLU² for an activation;
+* mixture-8 and others: `MixtureFF`, experts with ReLU, one in 8 shared or chosen; mixture-64
+  learns as a denser one in the first 60 % of its steps;
+* units-8 and others: `SparseFF`, one unit of each 8;
 * small-8 and others: a dense feed-forward of as many weights as mixture-8 reads for a token, its
   router included;
 * qkv, both: sparse projections of queries, keys and values; with units-64 too.
@@ -50,11 +50,11 @@ def model(options: argparse.Namespace, d_ff: int = D_FF, **given: Any) -> tl.Lay
 def mixture(share: int) -> tl.MixtureFF:
     """One unit in `share`, the shared ones included."""
     n_experts, n_chosen, n_shared = EXPERTS[share]
-    return tl.MixtureFF(D_FF, n_experts, n_chosen, n_shared, activation='relu2', gated=False)
+    return tl.MixtureFF(D_FF, n_experts, n_chosen, n_shared, activation='relu', gated=False)
 
 
 def one_of_many() -> tl.MixtureFF:
-    """One expert of 64 with ReLU, by a softmax; `DENSER` says how it begins."""
+    """One expert of 64, by a softmax; `DENSER` says how it begins."""
     return tl.MixtureFF(
         D_FF, *EXPERTS[64], activation='relu', gated=False, routing='softmax', scale=4.0,
         balance_bias=False, balance=0.01,
@@ -87,7 +87,6 @@ LIMITS = {4: None, 8: 0.02, 16: 0.04, 64: 0.06}
 PAIRS = (
     ('dense-relu2', 'dense', None),
     *((f'mixture-{n}', 'dense', limit) for n, limit in LIMITS.items()),
-    *((f'mixture-{n}', 'dense-relu2', limit) for n, limit in LIMITS.items()),
     *((f'mixture-{n}', f'small-{n}', 0.0) for n in EXPERTS),
     *((f'units-{n}', 'dense', None) for n in EXPERTS),
     ('qkv', 'dense', 0.02),
