@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercomb import paths
+from layercomb import parallel, paths
 from layercomb.errors import UsageError, machine_errors, one_line, require, usage_errors
 from layercomb.launcher import (
     adapters,
@@ -241,6 +241,11 @@ def run_inspect(options: argparse.Namespace) -> None:
 
     source = sources.find(options.source, configurations=True)
     if source.kind not in (sources.RUN, sources.CONFIG):
+        if options.mesh is not None:
+            raise UsageError(
+                f'inspect tells what decoding {options.source!r} takes, and --mesh is about '
+                'training: leave it out'
+            )
         others.check_no_run(source, options.gin_param)
         model, _ = others.loaded(source)
         model = others.with_kv_cache(model, options.kv_cache)
@@ -267,9 +272,12 @@ def run_inspect(options: argparse.Namespace) -> None:
         experiment = config.build()
         with usage_errors():
             signature = experiment.batch_signature()
+            given = None if options.mesh is None else parallel.make_mesh(**options.mesh)
+            mesh = given or experiment.mesh
             print(summary(experiment.net, signature[: experiment.net.n_in]))
-            takes = experiment.training_bytes()
-    _print_bytes(f'a training step on a batch of {signature[0].shape}', takes)
+            takes = experiment.training_bytes(mesh)
+    where = '' if mesh is None else f', on each of {mesh.size} devices,'
+    _print_bytes(f'a training step on a batch of {signature[0].shape}{where}', takes)
 
 
 def _print_decoding_bytes(model: Model) -> None:

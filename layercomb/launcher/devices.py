@@ -28,13 +28,7 @@ def options_of(add: Any) -> None:
     Args:
       add: adds one option.
     """
-    add(
-        '--mesh',
-        type=_sizes,
-        metavar='AXIS=N,…',
-        help='train on several devices: data=2,fsdp=4,tensor=1; one axis may be -1, for the rest; '
-        'fsdp alone is fsdp=-1',
-    )
+    mesh_option(add, 'train on several devices')
     add(
         '--distributed',
         action='store_true',
@@ -44,6 +38,22 @@ def options_of(add: Any) -> None:
     add('--coordinator_address', metavar='HOST:PORT', help='of process 0, where nothing says it')
     add('--num_processes', type=int, help='how many there are, where nothing says it')
     add('--process_id', type=int, help='the number of this one, from 0, where nothing says it')
+
+
+def mesh_option(add: Any, what: str) -> None:
+    """Adds the option that names a mesh.
+
+    Args:
+      add: adds one option.
+      what: what it is good for.
+    """
+    add(
+        '--mesh',
+        type=_sizes,
+        metavar='AXIS=N,…',
+        help=f'{what}: data=2,fsdp=4,tensor=1; one axis may be -1, for the rest, and fsdp alone is '
+        'fsdp=-1',
+    )
 
 
 def _sizes(given: str) -> dict[str, int]:

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layercomb import trees
 from layercomb.checks import check_values, frozen
 from layercomb.data import checks
 from layercomb.data.adapted import adapted
@@ -20,6 +19,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.model import Model
 from layercomb.optimizers.tensors import bound
+from layercomb.parallel.layout import laid_out
 from layercomb.shapes import Signature
 from layercomb.supervised import Callback, Loop, steps
 from layercomb.supervised.decoding.prompts import Start, begin, given
@@ -200,13 +200,21 @@ class Experiment:
         start = given(model, self.sample_prompt or '', self.tokenizer)
         return begin(model, n_tokens=self.sample_tokens, eos_id=self.tokenizer.eos_id, **start)
 
-    def training_bytes(self) -> dict[str, int]:
-        """The memory of a training step, in bytes: the step is compiled and not run.
+    def training_bytes(self, mesh: Any = None) -> dict[str, int]:
+        """The memory of a training step, in bytes on a device: the step is compiled and not run.
+
+        Args:
+          mesh: in the place of the experiment's; None leaves that.
 
         Returns:
           Bytes of 'weights', 'optimizer' and 'temporaries' (activations and gradients).
+
+        Raises:
+          ValueError: if the mesh does not divide a weight or the rows of a batch.
         """
         task, signature = self.train_task, self.batch_signature()
+        layout = laid_out(self.mesh if mesh is None else mesh)
+        layout.rows_of_one(signature[0].shape[0], 'a batch')
         weights, state = self.abstract(signature[: self.net.n_in])
         trainable, frozen = task.partition(weights)
         optimizer = bound(task.optimizer, self.net)
@@ -214,13 +222,14 @@ class Experiment:
             opt_state = jax.eval_shape(optimizer.init, trainable)
         step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
         carry = steps.Carry(trainable, state, opt_state, step_number)
-        step: Any = steps.of_task(task, optimizer, reading(task, self.net))
+        carry, frozen = (layout.placed(self.net, weights, x) for x in (carry, frozen))
+        step: Any = steps.of_task(task, optimizer, reading(task, self.net), layout)
         key = jax.eval_shape(jax.random.key, 0)
-        memory = step.lower(carry, frozen, key, signature).compile().memory_analysis()
+        memory = step.lower(carry, frozen, key, layout.abstract_rows(signature)).compile()
         return {
-            'weights': trees.n_bytes(weights),
-            'optimizer': trees.n_bytes(opt_state),
-            'temporaries': memory.temp_size_in_bytes,
+            'weights': layout.bytes_of_one((carry.trainable, frozen)),
+            'optimizer': layout.bytes_of_one(carry.opt_state),
+            'temporaries': memory.memory_analysis().temp_size_in_bytes,
         }
 
 

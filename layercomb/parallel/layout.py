@@ -108,6 +108,28 @@ class Layout:
             lambda x: jax.make_array_from_process_local_data(at, np.asarray(x)), batch
         )
 
+    def abstract_rows(self, signature: Any) -> Any:
+        """The same for a signature of a batch, to which a sharding is added."""
+        if self.mesh is None:
+            return signature
+        at = NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), signature
+        )
+
+    def bytes_of_one(self, tree: Any) -> int:
+        """The bytes of a device's part of a tree of `placed`.
+
+        Args:
+          tree: `jax.ShapeDtypeStruct`, with shardings if there is a mesh.
+        """
+
+        def one(x: Any) -> int:
+            shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+            return math.prod(shape) * x.dtype.itemsize
+
+        return sum(map(one, jax.tree.leaves(tree)))
+
     def rows_of_one(self, n_rows: int, what: str) -> int:
         """How many rows of a batch each device computes.
 
@@ -234,8 +256,6 @@ class Layout:
         return jax.process_count()
 
     def _each(self, one: Callable[..., Any], given: Any, made: Any) -> Callable[..., Any]:
-        if not self._split:
-            return one
         # XLA partitions what is left to it; where nothing is, all axes are in our hands.
         whole = self._mesh.shape['tensor'] == 1
         return jax.shard_map(
@@ -243,7 +263,7 @@ class Layout:
             mesh=self._mesh,
             in_specs=given,
             out_specs=made,
-            axis_names=set(AXES if whole else self._split),
+            axis_names=set(AXES if whole else ROW_AXES),
             check_vma=False,
         )
 

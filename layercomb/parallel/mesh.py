@@ -59,7 +59,7 @@ def make_mesh(
         sizes[free[0]] = len(found) // fixed
     if math.prod(sizes.values()) != len(found):
         raise UsageError(
-            f'a mesh of {_told(sizes)} does not fit {len(found)} devices: use '
+            f'a mesh of {_told(sizes)} does not fit {_devices(len(found))}: use '
             f'{_told(_nearest(sizes, len(found)))}, or set JAX_NUM_CPU_DEVICES to try it on a CPU'
         )
     grid = np.asarray(found, object).reshape(tuple(sizes.values()))
@@ -78,6 +78,10 @@ def _nearest(sizes: dict[str, int], n: int) -> dict[str, int]:
         fits[name] = max(i for i in range(1, n + 1) if n % i == 0 and i <= max(wanted, 1))
         n //= fits[name]
     return {'data': fits['data'], 'fsdp': n, 'tensor': fits['tensor']}
+
+
+def _devices(n: int) -> str:
+    return '1 device' if n == 1 else f'{n} devices'
 
 
 def _told(sizes: dict[str, int]) -> str:

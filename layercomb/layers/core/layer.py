@@ -306,6 +306,12 @@ def over_rows(x: jax.Array) -> jax.Array:
     return jax.lax.psum(x, names) if names else x
 
 
+def xla_splits() -> bool:
+    """Whether XLA splits arrays over devices by itself; a kernel would be given whole ones."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
+
+
 def _row_axes() -> tuple[str, ...]:
     """The axes of the mesh along which devices have rows of their own, inside `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -26,6 +26,7 @@ import layercomb_kernels
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.selected.backends import pairs
 from layercomb.layers.attention.selected.backends.sets import Plan, Sets, make_sets
+from layercomb.layers.core.layer import xla_splits
 from layercomb.layers.quantized.rows import rows
 
 DEPTHS = (16, 32, 64, 128)
@@ -50,7 +51,7 @@ def applies(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
       plan: the static description.
       q, k, v: (B, H, L, K), (B, G, L, K) and (B, G, L, D).
     """
-    if jax.default_backend() != 'gpu' or layercomb_kernels.are_off():
+    if jax.default_backend() != 'gpu' or layercomb_kernels.are_off() or xla_splits():
         return False
     if not q.size or plan.dropout_rate or len(k) * k.shape[1] // plan.n_heads > MOST_FOLDS:
         return False
