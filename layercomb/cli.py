@@ -26,9 +26,7 @@ from layercomb.launcher import (
     calibration,
     compile_cache,
     configurations,
-    devices,
     others,
-    running,
     runs,
     sources,
     terminal,
@@ -42,6 +40,7 @@ from layercomb.launcher.pretrained import (
     pretrained,
     pretrained_tokenizer,
 )
+from layercomb.launcher.training import devices, running
 from layercomb.layers.core.layer import Layer
 from layercomb.model import Model
 

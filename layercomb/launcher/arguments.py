@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from layercomb import paths
 from layercomb.errors import UsageError
-from layercomb.launcher import calibration, compile_cache, devices, others
+from layercomb.launcher import calibration, compile_cache, others
 from layercomb.launcher.finetuning import options as finetuning
+from layercomb.launcher.training import devices
 from layercomb.version import __version__
 
 if TYPE_CHECKING:

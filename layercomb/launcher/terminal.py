@@ -17,7 +17,8 @@ import numpy as np
 from layercomb import paths
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, UsageWarning, machine_errors, usage_errors
-from layercomb.launcher import devices, runs
+from layercomb.launcher import runs
+from layercomb.launcher.training import devices
 from layercomb.model import Model
 
 if TYPE_CHECKING:

@@ -85,11 +85,12 @@ from layercomb.layers.combinators.routing import (
 from layercomb.layers.combinators.serial import Serial
 from layercomb.layers.combinators.side_by_side import Branch, Parallel
 from layercomb.layers.core.combinator import Combinator
-from layercomb.layers.core.layer import Layer, over_rows, own_key
+from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import Once
 from layercomb.layers.decoding.seek import Position, seek
+from layercomb.layers.facts.devices import over_rows, own_key
 from layercomb.layers.metrics.class_names import ClassNames
 from layercomb.layers.metrics.classification import (
     Accuracy,

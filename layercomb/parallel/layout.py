@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layercomb import trees
-from layercomb.layers.core.layer import ROW_AXES, Layer
+from layercomb.layers.core.layer import Layer
+from layercomb.layers.facts.devices import ROW_AXES
 from layercomb.parallel.gathered import gathered
 from layercomb.parallel.mesh import AXES
 from layercomb.parallel.specs import RULES, cut_along, is_spec, like_weights, only, weight_specs

@@ -155,12 +155,8 @@ class Loop:
         self._saved = 0  # the last step that needs no saving any more
         self._allowed = check_allowed(allow_changes)
         self._optimizer, self._layout = clipped(train_task, self._net), laid_out(mesh)
-        of_task = functools.partial(steps.of_task, train_task, self._optimizer, layout=self._layout)
         self._places = places_of(offload, train_task, self._net, self._optimizer, self._layout)
-        if self._places is not None:
-            of_task = functools.partial(self._places.step, train_task)
-        self._compiled = of_task(reading(train_task, self._net))
-        self._early = [(n, of_task(denser)) for n, denser in early(train_task, self._net)]
+        self._compile(train_task)
         self._checkpoints: Checkpoints | None = None
         if self._directory is not None:
             from layercomb.supervised.checkpoints import Checkpoints
@@ -170,6 +166,14 @@ class Loop:
         self._made_of: Fingerprint = {}
         self.step = 0
         self._begin(model)
+
+    def _compile(self, task: TrainTask) -> None:
+        """Makes the step, and those of the stages before; each is compiled at its first use."""
+        of_task = functools.partial(steps.of_task, task, self._optimizer, layout=self._layout)
+        if self._places is not None:
+            of_task = functools.partial(self._places.step, task)
+        self._compiled = of_task(reading(task, self._net))
+        self._early = [(n, of_task(denser)) for n, denser in early(task, self._net)]
 
     @property
     def weights(self) -> Tree:

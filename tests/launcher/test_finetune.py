@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from layercomb import cli, data, interop, transforms, trees
-from layercomb.launcher import running, sources
+from layercomb.launcher import sources
 from layercomb.launcher.finetuning import options as finetuning
 from layercomb.launcher.finetuning import pace, plan, telling
+from layercomb.launcher.training import running
 
 PRETRAINED = Path(__file__).parents[1] / 'data' / 'pretrained'
 GPT2 = PRETRAINED / 'gpt2'

@@ -11,7 +11,7 @@ import pytest
 from test_stopping import CONFIG, DATA
 
 from layercomb import cli
-from layercomb.launcher.stopping import on_time
+from layercomb.launcher.training.stopping import on_time
 from layercomb.supervised.reports import read_metrics
 
 

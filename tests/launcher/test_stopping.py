@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from layercomb.launcher.stopping import on_sigterm
+from layercomb.launcher.training.stopping import on_sigterm
 
 CONFIG = """
 from __gin__ import dynamic_registration

@@ -82,7 +82,10 @@ def same(net, offload='blocks', tolerance=1e-6, **given):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         np.testing.assert_allclose(
-            np.asarray(a, np.float32), np.asarray(b, np.float32), atol=tolerance, rtol=10 * tolerance
+            np.asarray(a, np.float32),
+            np.asarray(b, np.float32),
+            atol=tolerance,
+            rtol=10 * tolerance,
         )
     return other
 

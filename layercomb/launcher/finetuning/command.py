@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 
 from layercomb.errors import UsageError, usage_errors
-from layercomb.launcher import devices, running, runs
+from layercomb.launcher import runs
 from layercomb.launcher.configurations import Config
 from layercomb.launcher.experiment import Experiment
 from layercomb.launcher.finetuning import pace, telling
 from layercomb.launcher.finetuning.options import plan
 from layercomb.launcher.finetuning.plan import Plan
 from layercomb.launcher.pretrained import Pretrained, inside, pretrained_tokenizer
+from layercomb.launcher.training import devices, running
 
 Configured = Callable[[str, list[str], str], contextlib.AbstractContextManager[Config]]
 

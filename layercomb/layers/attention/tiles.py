@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from layercomb.layers.core.layer import own_key
+from layercomb.layers.facts.devices import own_key
 
 # Stands for infinity. It is finite: FAR − FAR is 0, where ∞ − ∞ would be NaN.
 FAR = 1e30

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.checks import Rate
-from layercomb.layers.core.layer import POSITION_AXES, Arrays, Key, Layer, own_key
+from layercomb.layers.core.layer import POSITION_AXES, Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.facts.devices import own_key
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 import layercomb_kernels
 from layercomb.checks import Bound, Rate
-from layercomb.layers.core.layer import Arrays, Key, Layer, over_rows
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.facts.devices import over_rows
 from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.layers.state.counted import counted_positions
 from layercomb.shapes import Signature, as_deep, check_float, check_width

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from layercomb.layers.core.layer import own_key
+from layercomb.layers.facts.devices import own_key
 from layercomb.layers.quantized import pieces
 from layercomb.layers.quantized.matrix import Matrix, Narrow
 

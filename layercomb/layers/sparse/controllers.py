@@ -21,8 +21,8 @@ import layercomb_kernels
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import dense, matmul
 from layercomb.layers.basic.initializers import lecun_normal
-from layercomb.layers.core.layer import own_key
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.facts.devices import own_key
 from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.layers.state.decisions import decide
 from layercomb.shapes import nearest_divisor, nearest_multiple

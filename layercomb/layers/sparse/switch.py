@@ -17,8 +17,9 @@ from layercomb.checks import Bound, Rate, Size
 from layercomb.layers.basic.activations import elementwise
 from layercomb.layers.basic.dense import contract, dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform, zeros
-from layercomb.layers.core.layer import Arrays, Key, Layer, over_rows, own_key
+from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.facts.devices import over_rows, own_key
 from layercomb.layers.sparse import controllers
 from layercomb.layers.sparse.by_expert import by_expert, counts
 from layercomb.layers.state.counted import counted_positions

@@ -26,7 +26,7 @@ import layercomb_kernels
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.selected.backends import pairs
 from layercomb.layers.attention.selected.backends.sets import Plan, Sets, make_sets
-from layercomb.layers.core.layer import xla_splits
+from layercomb.layers.facts.devices import xla_splits
 from layercomb.layers.quantized.rows import rows
 
 DEPTHS = (16, 32, 64, 128)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from layercomb.errors import UsageError, machine_errors, usage_errors
-from layercomb.launcher import devices, stopping, terminal
+from layercomb.launcher import terminal
 from layercomb.launcher.configurations import Config
 from layercomb.launcher.experiment import Experiment
 from layercomb.launcher.pretrained import Pretrained, keep
+from layercomb.launcher.training import devices, stopping
 from layercomb.supervised import Loop, Profile
 from layercomb.supervised.fingerprint import check_allowed
 

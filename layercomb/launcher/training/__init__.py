@@ -1,0 +1,1 @@
+"""Runs of the training commands: their devices, their start, and their end."""
