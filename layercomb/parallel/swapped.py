@@ -106,7 +106,7 @@ class Swapped(Wrapper):
         if not isinstance(weights, Held):
             outputs, new, _ = _forwards(self, weights, state, tuple(inputs), rng, mode)
             return outputs, new
-        refuse_narrow(weights.weights)
+        refuse_narrow(trees.merge(weights.weights, weights.frozen))
         frozen = weights.frozen, weights.shared
         trained = weights.weights, weights.moments, weights.squares
         return _trained(_Static(self, weights.update), trained, frozen, state, tuple(inputs), rng)

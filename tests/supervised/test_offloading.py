@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from layercomb import optimizers, parallel, tl, trees
+import layercomb as lc
+from layercomb import optimizers, parallel, tl, transforms, trees
 from layercomb.launcher.experiment import Experiment
 from layercomb.supervised import Callback, EvalTask, Loop, TrainTask
 from layercomb.supervised.offloading import wire
@@ -96,6 +97,40 @@ def kinds(made):
     return {path: x.sharding.memory_kind for path, x in found.items() if x is not None}
 
 
+MORE = {
+    'losses inside': tl.Serial(
+        tl.Embedding(V, 8),
+        tl.Repeat(tl.Residual(tl.BatchNorm(), tl.SwitchFF(8, 2), name='block'), N, name='blocks'),
+        tl.Dense(V),
+    ),
+    'tied, in two stacks': transforms.Tied(
+        tl.Serial(
+            tl.Embedding(V, 8),
+            tl.Repeat(tl.Remat(tl.Residual(FF)), N, name='blocks'),
+            tl.Serial(tl.Repeat(tl.Residual(FF), 1, name='more'), name='inside'),
+            tl.Dense(V, name='head'),
+        ),
+        'embedding/table',
+        'head/kernel',
+        jnp.transpose,
+    ),
+}
+
+
+@pytest.mark.parametrize('name', MORE)
+def test_other_models(name):
+    same(MORE[name], optimizer=optax.sgd(0.1))
+
+
+def test_a_model_keeps_its_weights():
+    model = lc.Model(PLAIN).init(np.zeros((B, L), np.int32), 1)
+    before = jax.tree.map(np.asarray, model.weights)
+    made = same(model)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(model.weights), strict=True):
+        np.testing.assert_array_equal(a, b)
+    lc.Model(PLAIN, made.weights, made.state)(np.zeros((B, L), np.int32))
+
+
 @pytest.mark.parametrize('name', NETS)
 def test_training_is_the_same(name):
     made = same(NETS[name])
@@ -137,7 +172,8 @@ def test_narrow_moments_are_rounded_by_other_chances():
 
 def test_frozen_blocks_stay_and_are_in_host_memory():
     made = same(PLAIN, trainable=lambda path: not path.endswith('kernel'))
-    frozen = trees.flatten(made._frozen)['blocks/residual/ff/dense/kernel']
+    found = trees.flatten(made._frozen)
+    (frozen,) = (x for p, x in found.items() if p.startswith('blocks/') and x is not None)
     assert frozen.sharding.memory_kind == 'pinned_host'
     same(PLAIN, trainable=lambda path: not path.startswith('blocks'))
 
