@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -13,8 +14,9 @@ import pytest
 import layercomb as lc
 from layercomb import optimizers, parallel, tl, transforms, trees
 from layercomb.launcher.experiment import Experiment
+from layercomb.parallel.swapped import swapped
 from layercomb.supervised import Callback, EvalTask, Loop, TrainTask
-from layercomb.supervised.offloading import wire
+from layercomb.supervised.offloading import places_of, wire
 from layercomb.supervised.offloading.independence import check_independent
 
 V, L, B, N = 16, 4, 2, 3
@@ -154,8 +156,8 @@ def test_inputs_of_blocks_may_be_in_host_memory():
 
 @pytest.mark.parametrize(
     'optimizer',
-    [optimizers.muon(0.01), optimizers.adafactor(0.01), optax.sgd(0.1, momentum=0.9)],
-    ids=['muon', 'adafactor', 'sgd'],
+    [optimizers.muon(0.01), optimizers.adafactor(0.01), optimizers.sm3(0.01), optax.sgd(0.1, 0.9)],
+    ids=['muon', 'adafactor', 'sm3', 'sgd'],
 )
 def test_optimizers_that_go_by_tensors(optimizer):
     same(REVERSIBLE, optimizer=optimizer, tolerance=2e-6)
@@ -238,6 +240,30 @@ def test_what_is_outside_of_stacks_must_not_read_their_gradients():
     reading = optax.GradientTransformation(lambda weights: (), update)
     with pytest.raises(ValueError, match='moves what is outside of stacks otherwise'):
         check_independent(reading, weights, {'blocks': N})
+
+
+def test_a_device_without_host_memory_is_refused(monkeypatch):
+    class Device:
+        addressable_memories = staticmethod(list)
+
+        def __str__(self):
+            return 'ABC:0'
+
+    monkeypatch.setattr(jax, 'devices', lambda: [Device()])
+    task = TrainTask(Data(), tl.CrossEntropyLoss(), ADAMW)
+    with pytest.raises(ValueError, match=r'\(pinned_host\), and ABC:0 has none: leave it out'):
+        places_of('blocks', task, PLAIN, ADAMW, parallel.ALONE)
+
+
+def test_packed_rows_are_told_apart():
+    net = transforms.segmented(lc.models.TransformerLM(V, 8, 16, 2, 2, L))
+    x, segments = jnp.arange(2 * L, dtype=jnp.int32).reshape(B, L), jnp.array([[1, 1, 2, 2]] * B)
+    weights, state = net.init((x, segments), jax.random.key(0))
+    for mode in (tl.Mode.TRAIN, tl.Mode.EVAL):
+        given = weights, state, (x, segments)
+        (wanted,), _ = net.apply(*given, mode=mode)
+        (found,), _ = jax.jit(functools.partial(swapped(net).apply, mode=mode))(*given)
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 def test_a_mesh_is_refused():

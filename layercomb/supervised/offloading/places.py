@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from layercomb.supervised.tasks import TrainTask
 
 MODES = ('blocks', 'blocks+inputs')
+_HOST = 'pinned_host'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +200,7 @@ def _finite(n_blocks: frozenset[tuple[str, int]], weights: Tree) -> Tree:
 
 
 def _place(on_host: bool) -> SingleDeviceSharding:
-    kind = 'pinned_host' if on_host else 'device'
-    return SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
+    return SingleDeviceSharding(jax.devices()[0], memory_kind=_HOST if on_host else 'device')
 
 
 def _to_space(x: jax.Array, place: Any) -> jax.Array:
@@ -218,7 +218,7 @@ def _put(x: Any, place: Any) -> jax.Array:
 
 
 def _is_host(place: Any) -> bool:
-    return bool(place.memory_kind == 'pinned_host')
+    return bool(place.memory_kind == _HOST)
 
 
 def places_of(
@@ -258,6 +258,13 @@ def places_of(
         )
     if not stacks(net):
         raise ValueError(f'offload={offload!r}: {_why_none(net)}')
+    device = jax.devices()[0]
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if _HOST not in kinds:
+        raise ValueError(
+            f'offload={offload!r} needs host memory that the device can reach ({_HOST}), and '
+            f'{device} has {", ".join(kinds) or "none"}: leave it out'
+        )
     return Places(net, optimizer, offload == 'blocks+inputs')
 
 
