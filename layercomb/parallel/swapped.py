@@ -149,14 +149,18 @@ def _forward(
 def _backward(static: _Static, kept: Any, cts: Any) -> tuple[Any, ...]:
     trained, frozen, state, values, rng = kept
     cts, state_cts = jax.tree.map(_without_float0, cts)
-    carry = trained, tuple(cts), values if static.net.is_reversible else ()
+    net: Any = static.net
+    stack: Any = net.layer
     state, counted = take_counted(state)  # the same for all blocks
-    step = functools.partial(_undone, static, frozen, counted, rng)
-    stack: Any = static.net.layer
-    numbers = jnp.arange(stack.n, dtype=jnp.int32)
-    inputs = None if static.net.is_reversible else values
-    (trained, d_inputs, _), _ = jax.lax.scan(
-        step, carry, (state, state_cts, inputs, numbers), reverse=True
+    outputs = values if net.is_reversible else ()
+    inputs = None if net.is_reversible or net.host_inputs else values
+    hosted = values if net.host_inputs and not net.is_reversible else None
+    step = functools.partial(_undone, static, frozen, hosted, counted, rng)
+    # The block is counted in the carry: XLA for GPUs has read slices of host memory forwards where
+    # a scan that is reversed goes backwards (openxla/xla#46231).
+    carry = trained, tuple(cts), outputs, jnp.int32(stack.n - 1)
+    (trained, d_inputs, *_), _ = jax.lax.scan(
+        step, carry, (state, state_cts, inputs), stack.n, reverse=True
     )
     return trained, None, None, d_inputs, None
 
@@ -190,12 +194,12 @@ def _forwards(
 
 
 def _undone(
-    static: _Static, frozen: Any, counted: Tree, rng: Any, carry: Any, xs: Any
+    static: _Static, frozen: Any, hosted: Any, counted: Tree, rng: Any, carry: Any, xs: Any
 ) -> tuple[Any, None]:
     """One block backwards: its gradient is computed, and applied at once."""
     stack: Any = static.net.layer
-    trained, cts, outputs = carry
-    its_state, its_cts, inputs, i = xs
+    trained, cts, outputs, i = carry
+    its_state, its_cts, inputs = xs
     frozen, shared = frozen
     weights, moments, squares = trained
     its, its_frozen, its_moments = fetched((weights, frozen, moments), stack.n, i)
@@ -209,7 +213,8 @@ def _undone(
                 whole, its_state, outputs, cts, mode=Mode.REPLAY, **given
             )
         else:
-            inputs = _to_device(inputs) if static.net.host_inputs else inputs
+            if hosted is not None:
+                inputs = _without_stack(fetched(hosted, stack.n, i))
             _, d_inputs, d = one_pass(
                 stack.layer, whole, its_state, inputs, cts, mode=Mode.TRAIN, **given
             )
@@ -218,7 +223,7 @@ def _undone(
         squares = squares + jnp.sum(jnp.square(grad.astype(jnp.float32)))
     its, its_moments = static.update(grads, its_moments, shared, its)
     weights, moments = _put_back((weights, moments), (its, its_moments), stack.n, i)
-    return ((weights, moments, squares), tuple(d_inputs), tuple(outputs)), None
+    return ((weights, moments, squares), tuple(d_inputs), tuple(outputs), i - 1), None
 
 
 def fetched(tree: Any, n: int, i: jax.Array) -> Any:
