@@ -124,3 +124,37 @@ def test_a_configuration_keeps_moments_narrow(start, tmp_path):
     assert code == 0, err
     code, _, err = start('--gin_param', 'narrow_state.bits=4', steps=4)
     assert code == 2 and 'narrow_state: bits must be 8 or 16, got 4' in err
+
+
+def test_a_mesh_is_asked_for_or_included_and_may_change(start, tmp_path):
+    code, out, err = start('--mesh', 'fsdp', steps=2)
+    assert code == 0, err
+    assert 'step 2: ' in out
+    (tmp_path / 'slow.gin').write_text(CONFIG + "\ninclude 'mesh/data.gin'\n")
+    code, out, err = start(steps=3)
+    assert code == 0, err
+    assert 'step 3: ' in out
+
+
+@pytest.mark.parametrize(
+    ('words', 'said'),
+    [
+        (
+            ('--mesh', 'data=2'),
+            'a mesh of data=2 fsdp=1 tensor=1 does not fit 1 device: use data=1 fsdp=1 tensor=1, '
+            'or set JAX_NUM_CPU_DEVICES to try it on a CPU',
+        ),
+        (
+            ('--mesh', 'rows=2'),
+            "argument --mesh: 'rows=2' is no mesh: write e.g. data=2,fsdp=4, of data, fsdp, "
+            'tensor: see layercomb train --help',
+        ),
+        (
+            ('--num_processes', '2'),
+            '--num_processes is about several processes: give --distributed too',
+        ),
+    ],
+)
+def test_devices_that_cannot_be(start, words, said):
+    code, _, err = start(*words)
+    assert (code, err) == (2, f'layercomb: {said}\n')
