@@ -98,8 +98,8 @@ def packed(
         epoch.
       num_epochs: how often to go through the source; None for ever.
       streaming: False keeps all tokens in memory (a byte each with `ByteTokenizer`); True reads
-        documents as they are needed. Then each host reads documents of its own if `num_epochs` is
-        None; otherwise each reads all and keeps its rows, so that all get equally many batches.
+        documents as they are needed. Then each host reads all and keeps its rows, so that all get
+        equally many batches; with a `shard` and without `num_epochs` it reads documents of its own.
       shard: (index, count) of this host; None for that of `jax.distributed`, whose processes share
         the rows of a batch.
 
@@ -121,7 +121,7 @@ def packed(
             raise nothing
         return _streamed(
             in_order(source, seed, shuffle, num_epochs),
-            length, n_rows, tokenizer, part, endless=num_epochs is None,
+            length, n_rows, tokenizer, part, apart=num_epochs is None and shard is not None,
         )  # fmt: skip
     stream = token_stream(source, tokenizer)
     if stream.size == len(source) + 1:
@@ -212,13 +212,13 @@ def _streamed(
     batch_size: int,
     tokenizer: Adapted,
     shard: tuple[int, int],
-    endless: bool,
+    apart: bool,
 ) -> grain.IterDataset:
     grain = require('grain', 'train')
     from layercomb.data import iterators
 
     index, count = shard
-    if endless:
+    if apart:
         documents, index, count = documents[index::count], 0, 1
     rows = batch_size * count
     fill = partial(grain.experimental.batch_and_pad, batch_size=rows)

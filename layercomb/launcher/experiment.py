@@ -20,6 +20,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.model import Model
 from layercomb.optimizers.tensors import bound
 from layercomb.parallel.layout import laid_out
+from layercomb.parallel.mesh import make_mesh
 from layercomb.shapes import Signature
 from layercomb.supervised import Callback, Loop, steps
 from layercomb.supervised.decoding.prompts import Start, begin, given
@@ -137,7 +138,7 @@ class Experiment:
             self.eval_tasks,
             directory,
             allow_changes=allow_changes,
-            mesh=self.mesh if mesh is None else mesh,
+            mesh=self._mesh if mesh is None else mesh,
             offload=self.offload,
             **{**self._options(), 'callbacks': (*self.callbacks, *callbacks)},
         )
@@ -146,6 +147,11 @@ class Experiment:
                 f'{str(directory)!r} has lost its checkpoints: delete it, to begin anew'
             )
         return made
+
+    @property
+    def _mesh(self) -> Any:
+        """The mesh; several processes have one of all devices if none is said."""
+        return make_mesh() if self.mesh is None and jax.process_count() > 1 else self.mesh
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _OPTIONS}
@@ -214,7 +220,7 @@ class Experiment:
         """
         task, signature = self.train_task, self.batch_signature()
         layout = laid_out(self.mesh if mesh is None else mesh)
-        layout.rows_of_one(signature[0].shape[0], 'a batch')
+        layout.check_rows(signature[0].shape[0], 'a batch', task.accumulate * task.loss.together)
         weights, state = self.abstract(signature[: self.net.n_in])
         trainable, frozen = task.partition(weights)
         optimizer = bound(task.optimizer, self.net)

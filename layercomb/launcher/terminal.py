@@ -213,7 +213,7 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
     """
     numbers = [f'{k} {v:.4g}' for k, v in row.items() if k != 'step' and not isinstance(v, list)]
     print(f'\nstep {row["step"]}: ' + ', '.join(numbers))
-    if experiment.baseline_text is not None:
+    if experiment.baseline_text is not None and devices.is_alone():
         from layercomb.data import witten_bell_bits_on_batches
 
         same_text = experiment.eval_tasks[0].batches()
@@ -240,6 +240,8 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
         if 'inputs' in start:
             print(prompt)
         write_text([] if 'inputs' in start else start['prompts'][0], tokens, tokenizer)
+    elif experiment.sample_prompt is not None:
+        print(f'\na sample: layercomb generate {directory}')
     print(f'\nkept in {directory}: report.png, metrics.jsonl, checkpoints, TensorBoard events')
 
 

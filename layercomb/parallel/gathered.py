@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from layercomb import trees
 from layercomb.layers.attention.multihead import MultiHead
@@ -22,8 +21,6 @@ from layercomb.layers.reversible.passing import routed
 from layercomb.parallel.specs import cut_along
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
-
-_NAME = 'gathered'
 
 
 class Gathered(Wrapper):
@@ -55,8 +52,7 @@ class Gathered(Wrapper):
 
         if mode is not Mode.TRAIN:
             return run(weights, state, tuple(inputs), rng)
-        keep = jax.checkpoint_policies.save_anything_except_these_names(_NAME)
-        return jax.checkpoint(run, policy=keep)(weights, state, tuple(inputs), rng)
+        return jax.checkpoint(run, policy=_is_kept)(weights, state, tuple(inputs), rng)
 
     def whole(self, weights: Tree) -> Tree:
         """The weights, gathered.
@@ -69,10 +65,17 @@ class Gathered(Wrapper):
         def one(path: str, part: Any) -> Any:
             if path not in cuts:
                 return part
-            made = jax.lax.all_gather(part, self.axis_name, axis=cuts[path], tiled=True)
-            return checkpoint_name(made, _NAME)
+            return jax.lax.all_gather(part, self.axis_name, axis=cuts[path], tiled=True)
 
         return trees.map_with_path(one, weights)
+
+
+# What a backward pass makes again: whole weights, and what costs nothing to make of them.
+_MADE_AGAIN = ('all_gather', 'convert_element_type', 'reshape', 'transpose', 'squeeze')
+
+
+def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in _MADE_AGAIN
 
 
 @one_pass.register(Gathered)
@@ -121,6 +124,9 @@ def _rewritten(net: Layer, path: str, stacked: int, cuts: dict[str, int], axis: 
         return _wrapped(inside, path, stacked, shared, axis)
     if not _is_entered(net):
         return _wrapped(net, path, stacked, its, axis)
+    places = [joined(path, key) for key, _ in net.children]
+    if any(not any(_is_inside(p, place) for place in places) for p in its):
+        return _wrapped(net, path, stacked, its, axis)  # it has weights of its own
     more = net.stacked_axes if isinstance(net, Wrapper) else 0
     made = (
         _rewritten(child, joined(path, key), stacked + more, its, axis)

@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layercomb import trees
+from layercomb.checks import frozen
+from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.facts.devices import ROW_AXES
 from layercomb.parallel.gathered import gathered
@@ -20,6 +22,8 @@ from layercomb.parallel.mesh import AXES
 from layercomb.parallel.specs import RULES, cut_along, is_spec, like_weights, only, weight_specs
 from layercomb.shapes import is_float, nearest_multiple
 from layercomb.trees import Tree
+
+_CUTS = ('fsdp', 'tensor')  # the mesh axes that cut weights
 
 # (net, trainable, frozen, state, key, batch) → (value, state, gradient)
 Gradient = Callable[..., tuple[jax.Array, Tree, Tree]]
@@ -35,11 +39,26 @@ class Layout:
 
     Attributes:
       mesh: of `make_mesh`; None for one device, on which everything stays as it is.
-      rules: as of `weight_specs`.
+      rules: as of `weight_specs`, for the axes fsdp and tensor.
+
+    Raises:
+      ValueError: for a rule that is none.
+      UsageError: if several processes would have to bring the same rows.
     """
 
     mesh: Mesh | None = None
     rules: tuple[tuple[str, str], ...] = RULES
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'rules', frozen(self.rules))
+        for rule in self.rules:
+            if len(rule) != 2 or rule[1] not in _CUTS:
+                raise ValueError(
+                    f'Layout: {rule!r} is no rule: give pairs of a letter and one of '
+                    f"{', '.join(_CUTS)}, such as ('D', 'fsdp')"
+                )
+        if self.mesh is not None and jax.process_count() > 1:
+            _check_processes(self.mesh)
 
     @property
     def n_parts(self) -> int:
@@ -80,7 +99,7 @@ class Layout:
     def put(self, net: Layer, weights: Tree, tree: Any) -> Any:
         """A tree of arrays, each where it belongs: see `shardings`. Without a mesh, the tree."""
         places = self.shardings(net, weights, tree)
-        return tree if places is None else jax.tree.map(_put, tree, places)
+        return tree if places is None else jax.tree.map(jax.device_put, tree, places)
 
     def constrained(self, net: Layer, weights: Tree, tree: Any) -> Any:
         """The same inside a compiled function."""
@@ -131,23 +150,25 @@ class Layout:
 
         return sum(map(one, jax.tree.leaves(tree)))
 
-    def rows_of_one(self, n_rows: int, what: str) -> int:
-        """How many rows of a batch each device computes.
+    def check_rows(self, n_rows: int, what: str, each: int = 1) -> None:
+        """Checks that the mesh divides the rows of a batch.
 
         Args:
           n_rows: of the batch of this process.
           what: what messages call the batch.
+          each: what must divide the rows of a device: micro batches, and rows that belong together.
 
         Raises:
-          ValueError: if the mesh does not divide them.
+          ValueError: if it does not.
         """
-        n = max(1, self.n_parts // self._here)
-        if n_rows % n:
-            raise ValueError(
-                f'{what} has {n_rows} rows, which the mesh ({self.told}) does not divide into '
-                f'{n} parts: use a batch size of {nearest_multiple(n_rows, n)}'
-            )
-        return n_rows // n
+        n = self.n_parts // self._here
+        if self.mesh is None or n_rows % (n * each) == 0:
+            return
+        parts = f'{n} parts' + (f' of a multiple of {each} rows' if each > 1 else '')
+        raise ValueError(
+            f'{what} has {n_rows} rows, which the mesh ({self.told}) does not divide into '
+            f'{parts}: use a batch of {nearest_multiple(n_rows, n * each)}'
+        )
 
     def total(self, x: jax.Array) -> jax.Array:
         """The sum over all devices, without a gradient; inside of `gradient` alone.
@@ -298,8 +319,16 @@ class Layout:
         return self.mesh
 
 
-def _put(x: Any, at: Any) -> jax.Array:
-    return jax.device_put(x, at)
+def _check_processes(mesh: Mesh) -> None:
+    """Raises a UsageError unless each part of the rows is one process's own."""
+    parts = mesh.devices.reshape(-1, mesh.shape['tensor'])  # (data · fsdp, tensor)
+    owners = [{device.process_index for device in part} for part in parts]
+    if any(len(owner) > 1 for owner in owners) or len(parts) % jax.process_count():
+        here = jax.local_device_count()
+        raise UsageError(
+            f'the axis tensor={mesh.shape["tensor"]} of the mesh reaches over processes, which '
+            f'have {here} devices each: use a tensor that divides {here}'
+        )
 
 
 ALONE = Layout()
@@ -313,10 +342,16 @@ def laid_out(mesh: Any) -> Layout:
 
     Raises:
       TypeError: for anything else, or a mesh with other axes.
+      UsageError: for None, if there are several processes.
     """
     if isinstance(mesh, Layout):
         return mesh
     if mesh is None:
+        if jax.process_count() > 1:
+            raise UsageError(
+                f'{jax.process_count()} processes train together, and no mesh says how: give '
+                'mesh=parallel.make_mesh()'
+            )
         return ALONE
     if not isinstance(mesh, Mesh) or tuple(mesh.axis_names) != AXES:
         raise TypeError(

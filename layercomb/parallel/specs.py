@@ -13,9 +13,9 @@ from layercomb.layers.basic.activations import Activation
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.dropout import Dropout
 from layercomb.layers.basic.gated import GatedDense
-from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import joined, walk
+from layercomb.layers.core.wrapper import unwrapped
 from layercomb.layers.facts.axes import Axes
 from layercomb.shapes import nearest_divisor
 from layercomb.transforms.weight_axes import axes
@@ -112,7 +112,7 @@ def _read_by_parts(net: Layer) -> set[str]:
     for path, layer in walk(net):
         cut = False
         for key, child in layer.children:
-            inside = child.layer if isinstance(child, Chunk) else child
+            inside = unwrapped(child)
             if isinstance(inside, GatedDense):
                 cut = True
             elif isinstance(inside, Dense):

@@ -56,8 +56,9 @@ def check_fit(
       TypeError, ValueError: if model, losses and data do not fit together.
       UsageError: if a token is outside the vocabulary, or an evaluation has no batch.
     """
-    n_rows = layout.rows_of_one(first[0].shape[0], 'the batch of step 1')
-    steps.check_rows(n_rows, train_task.accumulate, train_task.loss.together)
+    n_rows, together = first[0].shape[0], train_task.loss.together
+    layout.check_rows(n_rows, 'the batch of step 1', train_task.accumulate * together)
+    steps.check_rows(n_rows, train_task.accumulate, together)
     layout.specs(net, weights)  # refuses weights that the mesh does not divide
 
     def trace(task: Any, metrics: Any, batch: Batch, where: str, mode: Mode) -> None:

@@ -59,6 +59,9 @@ if TYPE_CHECKING:
     from layercomb.supervised.checkpoints import Checkpoints
 
 
+_ASK_EVERY = 10  # steps: to ask each other, processes wait for those dispatched so far
+
+
 class Loop:
     """Trains a model, and resumes an earlier run in the same directory.
 
@@ -234,14 +237,14 @@ class Loop:
 
         Steps already dispatched are finished and reported, and the last one is saved but not
         evaluated. Safe to call from callbacks, signal handlers and other threads. Of several
-        processes, all stop if one is asked to, at the next step that `log_every` divides.
+        processes, all stop if one is asked to, at the next tenth step or sooner.
         """
         self._stopping = True
 
     def _is_asked_to_stop(self) -> bool:
         if jax.process_count() == 1:
             return self._stopping
-        if self.step % self._every[0]:  # to ask each other waits for the steps dispatched so far
+        if self.step % min(self._every[0], _ASK_EVERY):
             return False
         from jax.experimental import multihost_utils
 
@@ -295,8 +298,10 @@ class Loop:
         else:
             weights, state = fresh(self._net, signature, init_key, self._layout)
         trainable, self._frozen = self._task.partition(weights)
-        if weights is given:
+        if weights is given and (self._layout.mesh is None or self._layout.mesh.size == 1):
             trainable = jax.tree.map(jnp.copy, trainable)  # the step donates its weights
+        elif weights is given:
+            trainable = jax.tree.map(np.array, trainable)  # copied on the way to several devices
         trainable, self._frozen = (
             self._layout.put(self._net, x, x) for x in (trainable, self._frozen)
         )
@@ -368,6 +373,7 @@ class Loop:
         step = next((s for until, s in self._early if self.step < until), self._compiled)
         annotated = jax.profiler.StepTraceAnnotation('train', step_num=number)  # for profilers
         with shaped_unlike(self._first, batch, where), annotated:
+            self._layout.check_rows(len(batch[0]), where)
             given = self._layout.rows(batch)
             self._carry, metrics = step(self._carry, self._frozen, self._key, given)
         self._batches.take()

@@ -298,7 +298,7 @@ def test_streaming_hosts_read_other_documents():
             ValueError,
             r'shard must be \(index, count\) with 0 <= index < count, got \(2, 2\)',
         ),
-        ({'shard': 3}, TypeError, 'packed: shard must be a tuple of 2 int, got 3'),
+        ({'shard': 3}, TypeError, 'packed: shard must be a tuple of 2 int or None, got 3'),
         (
             {'tokenizer': 'bytes'},
             TypeError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 
 import jax
@@ -45,6 +46,8 @@ class Own(tl.Layer):
 NETS['batch_norm'] = lambda: tl.Serial(
     tl.Embedding(VOCAB, 32), tl.Repeat(tl.Residual(tl.BatchNorm(), Own()), 2), tl.Dense(VOCAB)
 )
+for n in (2, 10):
+    NETS[f'deep_{n}'] = functools.partial(models.TransformerLM, VOCAB, 64, 512, n, 4, LENGTH)
 NETS['own'] = lambda: tl.Serial(
     tl.Embedding(VOCAB, 32), tl.Repeat(tl.Residual(tl.LayerNorm(), Own()), 2), tl.Dense(VOCAB)
 )

@@ -3,6 +3,7 @@
 import pytest
 import runs
 
+DEEP = ('deep_2', 'deep_10')
 MESHES = {'data': (4, 1, 1), 'fsdp': (1, 4, 1), 'tensor': (1, 1, 2), 'all': (2, 2, 2)}
 
 
@@ -11,7 +12,7 @@ def alone(pool):
     """The losses on one device, by model."""
     import worker
 
-    names = [*runs.NETS]
+    names = [n for n in runs.NETS if not n.startswith('deep')]
     return {n: pool.submit(worker.quick, runs.train, n, None).result() for n in names}
 
 
@@ -19,7 +20,11 @@ def alone(pool):
     ('name', 'mesh'),
     [
         *(('transformer', mesh) for mesh in MESHES),
-        *((n, 'all') for n in runs.NETS if n not in ('transformer', 'dropout')),
+        *(
+            (n, 'all')
+            for n in runs.NETS
+            if n not in ('transformer', 'dropout', 'deep_2', 'deep_10')
+        ),
         ('reformer', 'fsdp'),
         ('tied', 'fsdp'),
     ],
@@ -77,7 +82,7 @@ def test_weights_are_gathered_a_block_at_a_time(eight_optimized):
     """No gather gives stacked weights, and gradients are scattered block by block."""
     found = eight_optimized(runs.collectives, 'transformer', (1, 4, 1))
     gathers = {shape for kind, shape in found if kind == 'all-gather'}
-    assert 'f32[32,64]' in gathers  # a feed-forward's
+    assert found['all-gather', 'f32[32,64]'] >= 2  # a feed-forward's, forward and again backward
     assert not any(shape.startswith('f32[2,') for shape in gathers)  # two blocks are stacked
     assert any(kind == 'reduce-scatter' for kind, _ in found)
     assert not any(kind == 'all-to-all' for kind, _ in found)
@@ -136,10 +141,33 @@ def test_rows_that_the_mesh_does_not_divide(eight):
     said = refused(eight, runs.train, 'transformer', (4, 1, 1), 1, None, {'n_rows': 6})
     assert said == (
         'ValueError: the batch of step 1 has 6 rows, which the mesh (data=4 fsdp=1 tensor=1) does '
-        'not divide into 4 parts: use a batch size of 8'
+        'not divide into 4 parts: use a batch of 8'
     )
 
 
 def test_what_is_no_mesh(eight):
     said = refused(eight, runs.loop_on, 'data=2')
     assert said.startswith("TypeError: mesh='data=2' is no mesh with the axes data, fsdp, tensor")
+
+
+def test_micro_batches_that_the_mesh_does_not_divide(eight):
+    given = 1, None, {'n_rows': 16, 'accumulate': 4}
+    assert refused(eight, runs.train, 'transformer', (1, 8, 1), *given) == (
+        'ValueError: the batch of step 1 has 16 rows, which the mesh (data=1 fsdp=8 tensor=1) does '
+        'not divide into 8 parts of a multiple of 4 rows: use a batch of 32'
+    )
+
+
+def test_rules_that_are_none():
+    from layercomb import parallel
+
+    for rules in ([('V', 'data')], (('D', 'modle'),), (('D',),)):
+        with pytest.raises(ValueError, match='is no rule: give pairs of a letter and one of fsdp'):
+            parallel.Layout(rules=rules)
+
+
+def test_whole_weights_are_not_kept_for_the_backward_pass(eight_optimized):
+    """Of a deeper model, a device keeps activations of more blocks, and no more whole weights."""
+    few, many = (eight_optimized(runs.temporary_bytes, f'deep_{n}', (1, 8, 1)) for n in (2, 10))
+    whole = 8 * 2 * 64 * 512 * 4  # eight more blocks' feed-forwards
+    assert many - few < whole / 2

@@ -41,6 +41,11 @@ def finetune(options: argparse.Namespace, configured: Configured) -> None:
         documents = made.documents(tokenizer)
         lengths = telling.lengths(made, documents)
         steps = made.known_steps()
+        if steps is None and (options.distributed or options.mesh):
+            raise UsageError(
+                'finetune measures on one device how many steps fit into the minutes: give --steps '
+                'with --mesh and --distributed'
+            )
         text = made.text(len(documents)) + made.pace(steps or 2)
         with configured(text, options.gin_param, 'finetune') as config:
             runs.check_directory(made.directory, config.text, bool(asked.allowed), cure=_CURE)

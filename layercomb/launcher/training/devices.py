@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from layercomb.errors import UsageError
+from layercomb import trees
+from layercomb.errors import UsageError, one_line
 from layercomb.parallel import AXES, make_mesh
 
 _LOST = re.compile(
-    r'(?i)gloo|connection (closed|reset|refused)|heartbeat|coordination|barrier|'
-    r'unavailable|deadline.exceeded|nccl|peer'
+    r'(?i)gloo|connection (closed|reset|refused)|heartbeat|coordination|barrier|remote|'
+    r'deadline.exceeded'
 )
 
 
@@ -78,17 +81,16 @@ def mesh_of(options: argparse.Namespace) -> Any:
     Raises:
       UsageError: if it does not fit the devices.
     """
-    if options.mesh is not None:
-        return make_mesh(**options.mesh)
-    return make_mesh() if options.distributed else None
+    return None if options.mesh is None else make_mesh(**options.mesh)
 
 
 @contextlib.contextmanager
 def together(options: argparse.Namespace) -> Iterator[None]:
     """Joins the other processes, if the options say so; only the first one writes and shows.
 
-    An error that comes of another process's end is told in a line, and ends this process: the run
-    goes on from its last checkpoint when all are started again.
+    An error ends this process at once, which ends the others soon. One that comes of another
+    process's end is told in a line: the run goes on from its last checkpoint when all are started
+    again.
 
     Args:
       options: of the command.
@@ -106,16 +108,33 @@ def together(options: argparse.Namespace) -> Iterator[None]:
     try:
         with _quiet(jax.process_index() > 0):
             yield
-    except (RuntimeError, ValueError) as e:  # JAX's runtime errors are RuntimeErrors
-        if not isinstance(e, jax.errors.JaxRuntimeError) or not _LOST.search(str(e)):
+    except BaseException as e:
+        if jax.process_count() == 1:
             raise
-        print(
-            f'layercomb: process {jax.process_index()}: another process of the run has ended, or '
-            'cannot be reached: start all of them again, and they go on from the last checkpoint',
-            file=sys.stderr,
-            flush=True,
+        code = _tell(e)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # at a usual exit JAX would wait for the others, and abort with its stack
+
+
+def _tell(error: BaseException) -> int:
+    """Says what went wrong in this process, and returns its exit code."""
+    where = f'layercomb: process {jax.process_index()}: '
+    if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
+        lost = (
+            'another process of the run has ended, or cannot be reached: start all of them again, '
+            'and they go on from the last checkpoint'
         )
-        os._exit(2)  # at a usual exit JAX waits for the lost process, and aborts with its stack
+        print(f'{where}{lost}', file=sys.stderr)
+        return 2
+    if isinstance(error, UsageError):
+        print(f'{where}{one_line(error)}', file=sys.stderr)
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        print(f'{where}stopped', file=sys.stderr)
+        return 130
+    traceback.print_exception(error)
+    return 1
 
 
 def is_first() -> bool:
@@ -123,17 +142,28 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def is_alone() -> bool:
+    """Whether there is one process: of several, each has a part of the data."""
+    return jax.process_count() == 1
+
+
 def on_one(tree: Any) -> Any:
-    """A tree of arrays of a mesh on the first device; None if several processes have it.
+    """A tree of arrays of a mesh on the first device.
 
     Args:
       tree: such as the weights of a `Loop`.
+
+    Returns:
+      The tree; None if several processes have it, or that device has no room for it.
     """
     if all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(tree)):
         return tree
     if jax.process_count() > 1:
         return None
-    return jax.device_put(jax.device_get(tree), jax.local_devices()[0])
+    first = jax.local_devices()[0]
+    memory = first.memory_stats() or {}
+    room = memory.get('bytes_limit', math.inf) - memory.get('bytes_in_use', 0)
+    return jax.device_put(jax.device_get(tree), first) if trees.n_bytes(tree) < room else None
 
 
 def _join(options: argparse.Namespace) -> None:

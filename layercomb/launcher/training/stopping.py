@@ -34,7 +34,8 @@ def run(loop: Loop, n_steps: int, until: float | None = None) -> dict[str, Any] 
     if _any(bool(asked or over)) and loop.step < n_steps:
         why = 'the time of --max_hours is over: ' if over and not asked else ''
         saved = f'after step {loop.step}, which is saved' if loop.step else 'before any step'
-        print(f'layercomb: {why}stopped {saved}; the same command goes on', file=sys.stderr)
+        if jax.process_index() == 0:
+            print(f'layercomb: {why}stopped {saved}; the same command goes on', file=sys.stderr)
         return None
     return row
 

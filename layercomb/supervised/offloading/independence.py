@@ -25,7 +25,8 @@ def check_independent(optimizer: Any, trainable: Tree, n_blocks: Mapping[str, in
     """Raises a ValueError unless an optimizer moves each tensor of each block by itself.
 
     It takes a step with small weights of the same names, then one in which all gradients and
-    weights but those of one block are others. What becomes of that block must be the same.
+    weights but those of one block are others: as large, far larger, and not finite. What becomes
+    of that block must be the same.
 
     Args:
       optimizer: an `optax.GradientTransformation`.
@@ -37,6 +38,16 @@ def check_independent(optimizer: Any, trainable: Tree, n_blocks: Mapping[str, in
     step = _step(optimizer)
     first = step(weights, weights, jnp.float32(1))
     parts = divided(optimizer, weights, few)
+    for factor in (1, 1e6, np.nan):
+        scaled = jax.tree.map(lambda x, factor=factor: x * jnp.asarray(factor, x.dtype), others)
+        _check_stacks(step, first, weights, scaled, parts, few)
+        _check_rest(step, first, weights, scaled, parts.rest.names, few)
+
+
+def _check_stacks(
+    step: Any, first: Any, weights: Tree, others: Tree, parts: Any, few: Mapping[str, int]
+) -> None:
+    """Raises unless each block of a stack moves by itself."""
     for path, n in few.items():
         mixed = _mixed(weights, others, path, n)
         then = step(mixed, mixed, jnp.float32(2))
@@ -54,7 +65,6 @@ def check_independent(optimizer: Any, trainable: Tree, n_blocks: Mapping[str, in
                 f"optimizer moves a block of {path!r} otherwise if others' gradients, or the "
                 f'loss, are others: {_CURE}'
             )
-    _check_rest(step, first, weights, others, parts.rest.names, few)
 
 
 def _check_rest(

@@ -78,7 +78,7 @@ class References:
 
     def write(self) -> None:
         """Writes what was computed into the run's directory, each file whole or not at all."""
-        if self._folder is None:
+        if self._folder is None or jax.process_index() > 0:
             return
         for name, kept in self._new.items():
             self._folder.mkdir(parents=True, exist_ok=True)
