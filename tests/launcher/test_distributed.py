@@ -83,7 +83,7 @@ def whole(tmp_path_factory):
 def test_processes_train_as_one_does(n, tmp_path, whole):
     made = ended(start(n, tmp_path / 'run'))
     assert [code for *_, code in made] == [0] * n, made
-    assert 'step 6: ' in made[0][0] and not made[1][0].strip()  # the first one tells
+    assert 'step 6: ' in made[0][0] and 'step 6: ' not in made[1][0]  # the first tells
     assert losses(tmp_path / 'run') == pytest.approx(whole, rel=1e-4)  # by other kernels
 
 
@@ -121,4 +121,4 @@ def test_sigterm_to_one_process_stops_all_at_one_step(tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     made = ended(processes)
     assert [code for *_, code in made] == [0, 0], made
-    assert all('; the same command goes on' in err for _, err, _ in made)
+    assert '; the same command goes on' in made[0][1]  # the first tells
