@@ -32,7 +32,7 @@ def sm3(
         V_ij = min(r_i, c_j) + G_ij²       r_i = max_j V_ij       c_j = max_i V_ij
         U = G / √V       M ← β M + (1 − β) U       W ← W − η (M + λ W)
 
-    V is at least the sum of all G² so far, and falls never: let η warm up, and then stand or fall
+    V is at least the sum of all G² so far, and never falls: let η warm up, then keep it or lower it
     slowly. For vectors V is that sum. Layers that `Repeat` stacked move as they would alone; layers
     declare in `weight_axes` which axes are one tensor, and a table is a matrix here.
 

@@ -70,7 +70,7 @@ class Gathered(Wrapper):
         return trees.map_with_path(one, weights)
 
 
-# What a backward pass makes again: whole weights, and what costs nothing to make of them.
+# What a backward pass makes again: whole weights, and the same weights cast or laid out otherwise.
 _MADE_AGAIN = ('all_gather', 'convert_element_type', 'reshape', 'transpose', 'squeeze')
 
 

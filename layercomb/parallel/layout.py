@@ -161,7 +161,7 @@ class Layout:
         Raises:
           ValueError: if it does not.
         """
-        n = self.n_parts // self._here
+        n = self.n_parts // self._n_processes
         if self.mesh is None or n_rows % (n * each) == 0:
             return
         parts = f'{n} parts' + (f' of a multiple of {each} rows' if each > 1 else '')
@@ -261,7 +261,9 @@ class Layout:
           together: how many rows in sequence belong together.
         """
         n = len(batch[0])
-        if self.mesh is None or not (missing := -n % (self.n_parts * together // self._here)):
+        if self.mesh is None or not (
+            missing := -n % (self.n_parts * together // self._n_processes)
+        ):
             return batch
         again = np.arange(n + missing) % n
         *others, loss_weights = (np.asarray(x)[again] for x in batch)
@@ -273,8 +275,8 @@ class Layout:
         return jax.tree.map(lambda s: only(s, ROW_AXES), self.specs(net, weights), is_leaf=is_spec)
 
     @property
-    def _here(self) -> int:
-        """How many processes there are, each of which brings its own rows."""
+    def _n_processes(self) -> int:
+        """How many there are; each brings its own rows."""
         return jax.process_count()
 
     def _each(self, one: Callable[..., Any], given: Any, made: Any) -> Callable[..., Any]:

@@ -10,7 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layercomb import UsageError, models, optimizers, parallel, supervised, tl, transforms, trees
+from layercomb import (
+    Model,
+    UsageError,
+    models,
+    optimizers,
+    parallel,
+    supervised,
+    tl,
+    transforms,
+    trees,
+)
 
 LENGTH, VOCAB = 16, 32
 SIZES = (VOCAB, 32, 64, 2, 4, LENGTH)
@@ -135,6 +145,24 @@ def program(name, sizes):
     loop, _ = loop_of(name, sizes)
     batch = loop._layout.rows(next(iter(Batches())))
     return loop._compiled.lower(loop._carry, loop._frozen, loop._key, batch).compile()
+
+
+def adapters(sizes, bits):
+    """The losses of adapters that are trained beside narrow weights."""
+    net = models.Llama(VOCAB, 128, 256, n_layers=2, n_heads=4, max_len=LENGTH)
+    signature = (jax.ShapeDtypeStruct((8, LENGTH), jnp.int32),)
+    net, weights = transforms.quantize(net, net.init(signature, jax.random.key(0))[0], bits=bits)
+    assert any(x.dtype == jnp.uint32 for x in jax.tree.leaves(weights))
+    model = Model(*transforms.lora(net, weights, rank=4), {})
+    found = Losses()
+    task = supervised.TrainTask(
+        Batches(), tl.CrossEntropyLoss(), optimizers.adamw(1e-3), trainable=transforms.is_lora
+    )
+    loop = supervised.Loop(
+        model, task, progress=False, eval_every=None, callbacks=(found,), mesh=mesh_of(sizes)
+    )
+    loop.run(3)
+    return found.found
 
 
 def masks():

@@ -65,6 +65,12 @@ def test_accumulation_cuts_the_rows_of_each_device(eight):
     assert many == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.parametrize('bits', [4, 8])
+def test_adapters_beside_narrow_weights(eight, bits):
+    one, many = (eight(runs.adapters, mesh, bits) for mesh in (None, (2, 2, 2)))
+    assert many == pytest.approx(one, rel=1e-5)
+
+
 def test_devices_draw_different_masks(eight, alone):
     """With one mask for all, equal rows on two devices would have equal losses and gradients."""
     assert eight(runs.masks) == 8
