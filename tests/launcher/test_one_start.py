@@ -46,14 +46,18 @@ OVER = (
 
 
 def test_a_run_is_saved_when_its_time_is_over_and_goes_on(start, tmp_path):
-    taken = [0]
-    for hours in ('0.0015', '0.001'):
+    taken, hours = [0], 0.0015
+    while len(taken) < 3:
         began = time.monotonic()
-        code, out, err = start('--max_hours', hours)
+        code, out, err = start('--max_hours', str(hours))
         assert code == 0 and out == ''
-        assert time.monotonic() - began > 3600 * float(hours)
+        assert time.monotonic() - began > 3600 * hours
         step = int(re.fullmatch(OVER, err.splitlines()[-1])[1])
-        assert step > taken[-1]
+        assert step >= taken[-1]
+        if step == taken[-1]:  # a slow machine had not compiled yet
+            hours *= 2
+            assert hours < 0.1
+            continue
         taken.append(step)
         saved = {int(name) for name in os.listdir(tmp_path / 'run' / 'checkpoints')}
         assert saved == set(taken[1:])
