@@ -1,8 +1,10 @@
 """What training on n devices holds, computes and sends: on 1, 2, 4 and 8 simulated CPU devices.
 
-    python benchmarks/scaling.py [--models transformer llama reformer terraformer] [--steps 3]
+    python benchmarks/scaling.py [--models transformer llama reformer terraformer]
+        [--axes fsdp sequence] [--steps 3]
 
-For each model and n, with `parallel.make_mesh(fsdp=n)` and the same batch:
+For each model, axis and n, with `parallel.make_mesh(fsdp=n)`, which splits rows, or
+`parallel.make_mesh(fsdp=1, sequence=n)`, which splits positions, and the same batch:
 
 * bytes a device of weights and optimizer state (what the compiled step takes, by
   `memory_analysis()`), and of temporaries, which are gradients and activations, beside 1 / n;
@@ -46,6 +48,7 @@ MODELS = {
     'terraformer': lambda: models.TerraformerLM(*SIZES, ff=tl.MixtureFF(D_FF, 32, 3, 1)),
 }
 COUNTS = (1, 2, 4, 8)
+AXES = ['fsdp', 'sequence']
 KINDS = 'all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute'
 
 # Of MaxText's documentation (reference/models/tiering), utilisation of bfloat16 training on TPUs.
@@ -59,24 +62,26 @@ PUBLISHED = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--models', nargs='*', choices=[*MODELS], default=[*MODELS])
+    parser.add_argument('--axes', nargs='*', choices=AXES, default=AXES)
     parser.add_argument('--steps', type=int, default=3)
     options = parser.parse_args()
     print(machine.describe('jaxlib'), f'· {jax.device_count()} simulated devices')
     for name in options.models:
-        study(name, options.steps)
+        for axis in options.axes:
+            study(name, axis, options.steps)
     on_paper()
 
 
-def study(name: str, steps: int) -> None:
-    """The table of one model."""
-    print(f'\n{name}: d {D_MODEL}, {N_LAYERS} blocks, a batch of {ROWS} x {LENGTH}')
+def study(name: str, axis: str, steps: int) -> None:
+    """The table of one model and axis."""
+    print(f'\n{name}, {axis}: d {D_MODEL}, {N_LAYERS} blocks, a batch of {ROWS} x {LENGTH}')
     print(
         f'{"devices":>7}{"weights+state":>15}{"x 1/n":>7}{"temporaries":>13}{"x 1/n":>7}'
         f'{"largest gather":>20}{"loss error":>12}   sent'
     )
     first: Any = None
     for n in COUNTS:
-        held, temporary, sent, losses = measured(name, n, steps)
+        held, temporary, sent, losses = measured(name, axis, n, steps)
         first = first or (held, temporary, losses)
         error = max(abs(a / b - 1) for a, b in zip(losses, first[2], strict=True))
         gathers = [shape for kind, shape in sent if kind == 'all-gather']
@@ -92,9 +97,9 @@ def study(name: str, steps: int) -> None:
         )
 
 
-def measured(name: str, n: int, steps: int) -> tuple[int, int, list[Any], list[float]]:
+def measured(name: str, axis: str, n: int, steps: int) -> tuple[int, int, list[Any], list[float]]:
     """Bytes held and temporary on a device, what is sent, and losses."""
-    mesh = parallel.make_mesh(fsdp=n, devices=jax.devices()[:n])
+    mesh = parallel.make_mesh(**{'fsdp': 1, axis: n}, devices=jax.devices()[:n])
     found = Losses()
     task = supervised.TrainTask(Batches(), tl.CrossEntropyLoss(), optimizers.adamw(1e-3))
     loop = supervised.Loop(

@@ -91,6 +91,7 @@ from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import Once
 from layercomb.layers.decoding.seek import Position, seek
 from layercomb.layers.facts.devices import over_rows, own_key
+from layercomb.layers.facts.sequence import all_positions, first_position, surrounded
 from layercomb.layers.metrics.class_names import ClassNames
 from layercomb.layers.metrics.classification import (
     Accuracy,
@@ -278,12 +279,14 @@ __all__ = [
     'Wrapper',
     'YarnScaling',
     'activation',
+    'all_positions',
     'by_head',
     'chosen_blocks',
     'counted_positions',
     'cross_entropy',
     'decide',
     'dot_product_attention',
+    'first_position',
     'glorot_uniform',
     'he_normal',
     'is_diagonal',
@@ -302,6 +305,7 @@ __all__ = [
     'segments_of',
     'selected_attention',
     'sparse_qkv',
+    'surrounded',
     'take_counted',
     'weighted_mean',
     'weighted_sum',

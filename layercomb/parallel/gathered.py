@@ -22,9 +22,11 @@ from layercomb.parallel.specs import cut_along
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
+_Axes = tuple[str, ...]
+
 
 class Gathered(Wrapper):
-    """A layer that gathers parts of its weights from the devices along one axis of the mesh.
+    """A layer that gathers parts of its weights from the devices along some axes of the mesh.
 
     It is applied inside `jax.shard_map`, where a device holds its own part. The gradient of a
     weight is summed over these devices, and scattered: each keeps its own part of it. Training
@@ -33,14 +35,14 @@ class Gathered(Wrapper):
     Attributes:
       layer: the layer.
       parts: (path, axis), the weights that are cut and the axis along which they are.
-      axis_name: of the mesh.
+      axis_names: of the mesh, which cut together.
     """
 
     carries_counted = True
     position_wise = property(of_sublayers)
 
     parts: tuple[tuple[str, int], ...] = ()
-    axis_name: str = 'fsdp'
+    axis_names: _Axes = ('fsdp',)
 
     def apply(
         self, weights: Tree, state: Tree, inputs: Arrays, *, rng: Key = None, mode: Mode = Mode.EVAL
@@ -65,7 +67,7 @@ class Gathered(Wrapper):
         def one(path: str, part: Any) -> Any:
             if path not in cuts:
                 return part
-            return jax.lax.all_gather(part, self.axis_name, axis=cuts[path], tiled=True)
+            return jax.lax.all_gather(part, self.axis_names, axis=cuts[path], tiled=True)
 
         return trees.map_with_path(one, weights)
 
@@ -97,7 +99,7 @@ def _routed_inside(layer, values):
     return routed(layer.layer, values)
 
 
-def gathered(net: Layer, specs: Tree, axis_name: str = 'fsdp') -> Layer:
+def gathered(net: Layer, specs: Tree, axis_names: _Axes) -> Layer:
     """A model in which each layer gathers its own weights, inside the scan over blocks too.
 
     A layer with whole weights is a leaf, an attention layer with its projections, or what a `Chunk`
@@ -106,13 +108,17 @@ def gathered(net: Layer, specs: Tree, axis_name: str = 'fsdp') -> Layer:
     Args:
       net: the model.
       specs: a `PartitionSpec` for each weight.
-      axis_name: of the mesh, along which weights are gathered.
+      axis_names: of the mesh, along which together weights are gathered.
     """
-    cuts = {path: cut_along(spec, axis_name) for path, spec in trees.flatten(specs).items()}
-    return _rewritten(net, '', 0, {p: at for p, at in cuts.items() if at is not None}, axis_name)
+    if not axis_names:
+        return net
+    cuts = {path: cut_along(spec, axis_names) for path, spec in trees.flatten(specs).items()}
+    return _rewritten(net, '', 0, {p: at for p, at in cuts.items() if at is not None}, axis_names)
 
 
-def _rewritten(net: Layer, path: str, stacked: int, cuts: dict[str, int], axis: str) -> Layer:
+def _rewritten(
+    net: Layer, path: str, stacked: int, cuts: dict[str, int], axes: tuple[str, ...]
+) -> Layer:
     its = {p: at for p, at in cuts.items() if _is_inside(p, path)}
     if not its and not isinstance(net, Tied):
         return net
@@ -120,27 +126,29 @@ def _rewritten(net: Layer, path: str, stacked: int, cuts: dict[str, int], axis: 
         # The weight of two places is gathered outside of both.
         shared = {p: at for p, at in its.items() if _is_inside(p, joined(path, net.source))}
         its = {p: at for p, at in its.items() if p not in shared}
-        inside = net.replace(layer=_rewritten(net.layer, path, stacked, its, axis))
-        return _wrapped(inside, path, stacked, shared, axis)
+        inside = net.replace(layer=_rewritten(net.layer, path, stacked, its, axes))
+        return _wrapped(inside, path, stacked, shared, axes)
     if not _is_entered(net):
-        return _wrapped(net, path, stacked, its, axis)
+        return _wrapped(net, path, stacked, its, axes)
     places = [joined(path, key) for key, _ in net.children]
     if any(not any(_is_inside(p, place) for place in places) for p in its):
-        return _wrapped(net, path, stacked, its, axis)  # it has weights of its own
+        return _wrapped(net, path, stacked, its, axes)  # it has weights of its own
     more = net.stacked_axes if isinstance(net, Wrapper) else 0
     made = (
-        _rewritten(child, joined(path, key), stacked + more, its, axis)
+        _rewritten(child, joined(path, key), stacked + more, its, axes)
         for key, child in net.children
     )
     return net.with_sublayers(tuple(made))
 
 
-def _wrapped(net: Layer, path: str, stacked: int, cuts: dict[str, int], axis: str) -> Layer:
+def _wrapped(
+    net: Layer, path: str, stacked: int, cuts: dict[str, int], axes: tuple[str, ...]
+) -> Layer:
     if not cuts:
         return net
     start = f'{path}/' if path else ''
     parts = tuple((p.removeprefix(start), at - stacked) for p, at in sorted(cuts.items()))
-    return Gathered(net, parts=parts, axis_name=axis)
+    return Gathered(net, parts=parts, axis_names=axes)
 
 
 def _is_entered(net: Layer) -> bool:

@@ -16,14 +16,25 @@ from layercomb import trees
 from layercomb.checks import frozen
 from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
-from layercomb.layers.facts.devices import ROW_AXES
+from layercomb.layers.facts.devices import ROW_AXES, SPLIT_AXES
+from layercomb.layers.facts.sequence import SEQUENCE
 from layercomb.parallel.gathered import gathered
-from layercomb.parallel.mesh import AXES
-from layercomb.parallel.specs import RULES, cut_along, is_spec, like_weights, only, weight_specs
+from layercomb.parallel.mesh import AXES, told
+from layercomb.parallel.positions import check_parts, check_spans
+from layercomb.parallel.specs import (
+    RULES,
+    cut_along,
+    is_spec,
+    like_weights,
+    only,
+    renamed,
+    weight_specs,
+)
 from layercomb.shapes import is_float, nearest_multiple
 from layercomb.trees import Tree
 
-_CUTS = ('fsdp', 'tensor')  # the mesh axes that cut weights
+_CUTS = ('fsdp', 'tensor')  # the mesh axes that rules cut weights by
+_WEIGHTS = ('fsdp', SEQUENCE)  # those that cut together where a rule says fsdp
 
 # (net, trainable, frozen, state, key, batch) → (value, state, gradient)
 Gradient = Callable[..., tuple[jax.Array, Tree, Tree]]
@@ -33,9 +44,10 @@ Gradient = Callable[..., tuple[jax.Array, Tree, Tree]]
 class Layout:
     """Where weights, their optimizer's state and the rows of a batch are.
 
-    Rows are split over ``data`` and ``fsdp``; each device computes its own rows, as if it was
-    alone, with weights that are gathered where they are used. Axis ``tensor`` is left to XLA: it
-    splits products along the axes by which their weights are cut, and joins what they give.
+    Rows are split over ``data`` and ``fsdp``, positions over ``sequence``; each device computes its
+    own, as if it was alone, with weights that are gathered where they are used. These are cut along
+    ``fsdp`` and ``sequence`` together. Axis ``tensor`` is left to XLA: it splits products along the
+    axes by which their weights are cut, and joins what they give.
 
     Attributes:
       mesh: of `make_mesh`; None for one device, on which everything stays as it is.
@@ -75,8 +87,12 @@ class Layout:
         Raises:
           ValueError: if the mesh does not divide a weight, as of `weight_specs`.
         """
-        sizes = {} if self.mesh is None else dict(self.mesh.shape)
-        return weight_specs(net, weights, sizes, self.rules)
+        if self.mesh is None:
+            return weight_specs(net, weights, {}, self.rules)
+        n_cut = math.prod(self.mesh.shape[axis] for axis in _WEIGHTS)
+        sizes = {**self.mesh.shape, 'fsdp': n_cut}
+        specs = weight_specs(net, weights, sizes, self.rules)
+        return jax.tree.map(lambda s: renamed(s, 'fsdp', self._cut), specs, is_leaf=is_spec)
 
     def shardings(self, net: Layer, weights: Tree, tree: Any) -> Any:
         """Where the arrays of a tree go that has weights in it: a carry, or an optimizer's state.
@@ -120,10 +136,14 @@ class Layout:
 
         Args:
           batch: arrays of this process, of one number of rows.
+
+        Raises:
+          ValueError: if the mesh does not divide their positions.
         """
         if self.mesh is None:
             return batch
-        at = NamedSharding(self.mesh, self._rows)
+        self._check_parts(batch)
+        at = NamedSharding(self.mesh, self._part)
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(at, np.asarray(x)), batch
         )
@@ -132,7 +152,8 @@ class Layout:
         """The same for a signature of a batch, to which a sharding is added."""
         if self.mesh is None:
             return signature
-        at = NamedSharding(self.mesh, PartitionSpec(ROW_AXES))
+        self._check_parts(signature)
+        at = NamedSharding(self.mesh, self._part)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), signature
         )
@@ -185,12 +206,14 @@ class Layout:
         Args:
           x: each device's own value.
         """
-        return x / self.n_parts if self.n_parts > 1 else x
+        if self.mesh is None:
+            return x
+        return x / math.prod(self.mesh.shape[axis] for axis in SPLIT_AXES)
 
     @property
     def told(self) -> str:
         """The sizes of the mesh, for messages."""
-        return ' '.join(f'{name}={n}' for name, n in self._mesh.shape.items())
+        return told(self._mesh.shape)
 
     def gradient(self, net: Layer, compute: Gradient) -> Gradient:
         """A gradient of a whole batch, from one that each device computes of its own rows.
@@ -202,14 +225,18 @@ class Layout:
 
         Returns:
           The same without `net`. Floats of the state are means over the devices.
+
+        Raises:
+          TypeError: if devices split positions, and a layer would not see those of the others.
         """
         if self.mesh is None:
             return lambda *args: compute(net, *args)
+        self._check_spans(net)
 
         def gradient(trainable: Tree, frozen: Tree, state: Tree, key: Any, batch: Any) -> Any:
             whole = trees.merge(trainable, frozen)
             specs = self._by_rows(net, whole)
-            cut, flat = gathered(net, specs), trees.flatten(specs)
+            cut, flat = gathered(net, specs, self._cut), trees.flatten(specs)
 
             def its(tree: Tree) -> Tree:
                 return trees.map_with_path(lambda p, x: None if x is None else flat[p], tree)
@@ -222,7 +249,7 @@ class Layout:
             given = its(trainable), its(frozen), PartitionSpec(), PartitionSpec()
             return self._each(
                 one,
-                (*given, self._rows),
+                (*given, self._part),
                 (PartitionSpec(), PartitionSpec(), its(trainable)),
             )(trainable, frozen, state, key, batch)
 
@@ -237,18 +264,22 @@ class Layout:
 
         Returns:
           The same without `net`.
+
+        Raises:
+          TypeError: as of `gradient`.
         """
         if self.mesh is None:
             return functools.partial(compute, net)
+        self._check_spans(net)
 
         def whole(weights: Tree, state: Tree, batch: Any) -> Any:
             specs = self._by_rows(net, weights)
-            cut = gathered(net, specs)
+            cut = gathered(net, specs, self._cut)
 
             def one(*args: Any) -> Any:
                 return self._sum(compute(cut, *args))
 
-            given = specs, PartitionSpec(), self._rows
+            given = specs, PartitionSpec(), self._part
             return self._each(one, given, PartitionSpec())(weights, state, batch)
 
         return whole
@@ -272,7 +303,9 @@ class Layout:
 
     def _by_rows(self, net: Layer, weights: Tree) -> Tree:
         """The specs of weights where rows are split: the axes that XLA splits are left out."""
-        return jax.tree.map(lambda s: only(s, ROW_AXES), self.specs(net, weights), is_leaf=is_spec)
+        return jax.tree.map(
+            lambda s: only(s, SPLIT_AXES), self.specs(net, weights), is_leaf=is_spec
+        )
 
     @property
     def _n_processes(self) -> int:
@@ -287,14 +320,19 @@ class Layout:
             mesh=self._mesh,
             in_specs=given,
             out_specs=made,
-            axis_names=set(AXES if whole else ROW_AXES),
+            axis_names=set(AXES if whole else SPLIT_AXES),
             check_vma=False,
         )
 
     @property
+    def _cut(self) -> tuple[str, ...]:
+        """The mesh axes that cut weights together."""
+        return tuple(axis for axis in _WEIGHTS if self._mesh.shape[axis] > 1)
+
+    @property
     def _split(self) -> tuple[str, ...]:
-        """The mesh axes that split rows; XLA refuses sums over one device beside `tensor`."""
-        return tuple(axis for axis in ROW_AXES if self._mesh.shape[axis] > 1)
+        """The mesh axes that split a batch; XLA refuses sums over one device beside `tensor`."""
+        return tuple(axis for axis in SPLIT_AXES if self._mesh.shape[axis] > 1)
 
     def _sum(self, x: Any) -> Any:
         return jax.lax.psum(x, self._split) if self._split else x
@@ -312,8 +350,17 @@ class Layout:
         return jax.tree.map(one, specs, grads, is_leaf=is_spec)
 
     @property
-    def _rows(self) -> PartitionSpec:
-        return PartitionSpec(self._split or None)
+    def _part(self) -> PartitionSpec:
+        """Of an array of a batch: rows, and positions if these are split."""
+        rows = tuple(axis for axis in self._split if axis in ROW_AXES) or None
+        return PartitionSpec(rows, SEQUENCE) if SEQUENCE in self._split else PartitionSpec(rows)
+
+    def _check_parts(self, batch: Any) -> None:
+        check_parts(batch, self._mesh.shape[SEQUENCE])
+
+    def _check_spans(self, net: Layer) -> None:
+        if self._mesh.shape[SEQUENCE] > 1:
+            check_spans(net)
 
     @property
     def _mesh(self) -> Mesh:
@@ -323,13 +370,15 @@ class Layout:
 
 def _check_processes(mesh: Mesh) -> None:
     """Raises a UsageError unless each part of the rows is one process's own."""
-    parts = mesh.devices.reshape(-1, mesh.shape['tensor'])  # (data · fsdp, tensor)
+    inner = mesh.shape[SEQUENCE] * mesh.shape['tensor']  # devices that share rows
+    parts = mesh.devices.reshape(-1, inner)  # (data · fsdp, sequence · tensor)
     owners = [{device.process_index for device in part} for part in parts]
     if any(len(owner) > 1 for owner in owners) or len(parts) % jax.process_count():
         here = jax.local_device_count()
         raise UsageError(
-            f'the axis tensor={mesh.shape["tensor"]} of the mesh reaches over processes, which '
-            f'have {here} devices each: use a tensor that divides {here}'
+            f'devices along sequence and tensor share rows, {inner} at a time on a mesh of '
+            f'{told(mesh.shape)}, and belong to several processes of {here} devices: use axes '
+            f'whose product divides {here}'
         )
 
 

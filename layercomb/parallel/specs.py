@@ -89,10 +89,10 @@ def _spec(
             continue
         at = found[0]
         if leaf.shape[at] % sizes[axis]:
+            nearest = nearest_divisor(leaf.shape[at], sizes[axis])
             raise ValueError(
                 f'{path}: its axis {wanted} has {leaf.shape[at]} numbers, which {axis}='
-                f'{sizes[axis]} does not divide: use {axis}='
-                f'{nearest_divisor(leaf.shape[at], sizes[axis])}'
+                f'{sizes[axis]} does not divide: use {axis}={nearest}'
             )
         cuts[at] = axis
     for axis in _CUT_ANYWHERE:
@@ -124,14 +124,27 @@ def _read_by_parts(net: Layer) -> set[str]:
     return found
 
 
-def cut_along(spec: PartitionSpec, axis: str) -> int | None:
-    """The axis of an array that a mesh axis cuts; None if it cuts none.
+def renamed(spec: PartitionSpec, axis: str, others: tuple[str, ...]) -> PartitionSpec:
+    """A spec in which other mesh axes together cut what one cut.
+
+    Args:
+      spec: of an array.
+      axis: of the mesh.
+      others: of the mesh, in its order.
+    """
+    whole = others if len(others) > 1 else others[0] if others else None
+    return PartitionSpec(*(whole if name == axis else name for name in spec))
+
+
+def cut_along(spec: PartitionSpec, axis: str | tuple[str, ...]) -> int | None:
+    """The axis of an array that a mesh axis cuts, maybe with others; None if it cuts none.
 
     Args:
       spec: of the array.
-      axis: of the mesh.
+      axis: of the mesh, or several that cut together.
     """
-    return next((i for i, name in enumerate(spec) if name == axis), None)
+    wanted = _together(axis)
+    return next((i for i, name in enumerate(spec) if wanted <= _together(name)), None)
 
 
 def only(spec: PartitionSpec, kept: tuple[str, ...]) -> PartitionSpec:
@@ -141,7 +154,11 @@ def only(spec: PartitionSpec, kept: tuple[str, ...]) -> PartitionSpec:
       spec: of an array.
       kept: the mesh axes that stay.
     """
-    return PartitionSpec(*(name if name in kept else None for name in spec))
+    return PartitionSpec(*(name if _together(name) <= {*kept} else None for name in spec))
+
+
+def _together(name: Any) -> set[str]:
+    return set() if name is None else {name} if isinstance(name, str) else {*name}
 
 
 def is_spec(x: Any) -> bool:

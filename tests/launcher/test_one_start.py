@@ -145,13 +145,13 @@ def test_a_mesh_is_asked_for_or_included_and_may_change(start, tmp_path):
     [
         (
             ('--mesh', 'data=2'),
-            'a mesh of data=2 fsdp=1 tensor=1 does not fit 1 device: use data=1 fsdp=1 tensor=1, '
-            'or set JAX_NUM_CPU_DEVICES to try it on a CPU',
+            'a mesh of data=2 does not fit 1 device: use fsdp=1, or set JAX_NUM_CPU_DEVICES to try '
+            'it on a CPU',
         ),
         (
             ('--mesh', 'rows=2'),
             "argument --mesh: 'rows=2' is no mesh: write e.g. data=2,fsdp=4, of data, fsdp, "
-            'tensor: see layercomb train --help',
+            'sequence, tensor: see layercomb train --help',
         ),
         (
             ('--num_processes', '2'),

@@ -89,7 +89,7 @@ class Losses(supervised.Callback):
 
 
 def mesh_of(sizes):
-    """A mesh on the first devices; None for one device."""
+    """A mesh on the first devices, of data, fsdp, tensor and sequence; None for one device."""
     if sizes is None:
         return None
     n = int(np.prod(sizes))
@@ -198,3 +198,15 @@ def raised(function, *args):
     except (ValueError, TypeError, UsageError) as e:
         return f'{type(e).__name__}: {e}'
     return None
+
+
+def batch_of(sizes, *arrays):
+    """A batch on its devices."""
+    parallel.Layout(mesh_of(sizes)).rows(arrays)
+
+
+def loop_of_layer(layer, sizes):
+    """A run of a model with one layer of one's own between embedding and head."""
+    net = tl.Serial(tl.Embedding(VOCAB, 32), layer, tl.Dense(VOCAB))
+    task = supervised.TrainTask(Batches(), tl.CrossEntropyLoss(), optimizers.adamw(1e-2))
+    supervised.Loop(net, task, mesh=mesh_of(sizes), progress=False, eval_every=None).run(1)

@@ -121,8 +121,8 @@ def refused(eight, *args):
 
 def test_a_mesh_that_does_not_fit_the_devices(eight):
     assert refused(eight, runs.mesh_by_name, {'data': 3}) == (
-        'UsageError: a mesh of data=3 fsdp=-1 tensor=1 does not fit 8 devices: use '
-        'data=2 fsdp=4 tensor=1, or set JAX_NUM_CPU_DEVICES to try it on a CPU'
+        'UsageError: a mesh of data=3 fsdp=-1 does not fit 8 devices: use data=2 fsdp=4, or set '
+        'JAX_NUM_CPU_DEVICES to try it on a CPU'
     )
 
 
@@ -146,20 +146,22 @@ def test_a_weight_that_the_mesh_does_not_divide(eight):
 def test_rows_that_the_mesh_does_not_divide(eight):
     said = refused(eight, runs.train, 'transformer', (4, 1, 1), 1, None, {'n_rows': 6})
     assert said == (
-        'ValueError: the batch of step 1 has 6 rows, which the mesh (data=4 fsdp=1 tensor=1) does '
+        'ValueError: the batch of step 1 has 6 rows, which the mesh (data=4) does '
         'not divide into 4 parts: use a batch of 8'
     )
 
 
 def test_what_is_no_mesh(eight):
     said = refused(eight, runs.loop_on, 'data=2')
-    assert said.startswith("TypeError: mesh='data=2' is no mesh with the axes data, fsdp, tensor")
+    assert said.startswith(
+        "TypeError: mesh='data=2' is no mesh with the axes data, fsdp, sequence, tensor"
+    )
 
 
 def test_micro_batches_that_the_mesh_does_not_divide(eight):
     given = 1, None, {'n_rows': 16, 'accumulate': 4}
     assert refused(eight, runs.train, 'transformer', (1, 8, 1), *given) == (
-        'ValueError: the batch of step 1 has 16 rows, which the mesh (data=1 fsdp=8 tensor=1) does '
+        'ValueError: the batch of step 1 has 16 rows, which the mesh (fsdp=8) does '
         'not divide into 8 parts of a multiple of 4 rows: use a batch of 32'
     )
 

@@ -54,8 +54,8 @@ def mesh_option(add: Any, what: str) -> None:
         '--mesh',
         type=_sizes,
         metavar='AXIS=N,…',
-        help=f'{what}: data=2,fsdp=4,tensor=1; one axis may be -1, for the rest, and fsdp alone is '
-        'fsdp=-1',
+        help=f'{what}: data=2,fsdp=4, of {", ".join(AXES)}; one axis may be -1, for the rest, and '
+        'fsdp alone is fsdp=-1',
     )
 
 

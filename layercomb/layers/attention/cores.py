@@ -15,13 +15,16 @@ import jax.numpy as jnp
 from layercomb.checks import Positive, Rate, Size
 from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.cached import cached_attention
+from layercomb.layers.attention.exchange import Exchange
 from layercomb.layers.attention.functions import dot_product_attention, local_attention
 from layercomb.layers.attention.multihead import dropout_arguments
+from layercomb.layers.attention.ring import over_devices
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import KVCache, poison_overflow, refuse_overflow
 from layercomb.layers.decoding.narrow import CacheBits, Kept, is_narrow, widened
 from layercomb.layers.decoding.seek import held
+from layercomb.layers.facts.sequence import n_parts
 from layercomb.layers.state.segments import segments_of
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
@@ -68,6 +71,7 @@ class DotProductAttention(Layer):
 
     position_wise = False
     sees_segments = True
+    spans_devices = True
     n_in = property(lambda self: 3 + self.relative + self.masked)
 
     def __post_init__(self) -> None:
@@ -115,10 +119,8 @@ class DotProductAttention(Layer):
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, KVCache), q, k, v, mask, bias)
         further = {'segments': segments_of(state), **dropout_arguments(self.dropout, rng, mode)}
-        return (self._attend(q, k, v, causal=self.causal, mask=mask, bias=bias, **further),), state
-
-    def _attend(self, q: Any, k: Any, v: Any, **given: Any) -> jax.Array:
-        return dot_product_attention(q, k, v, **self._options, **given)
+        further |= {'causal': self.causal, 'mask': mask, 'bias': bias}
+        return (over_devices(q, k, v, **self._options, **further),), state
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -198,6 +200,7 @@ class LocalAttention(Layer):
 
     position_wise = False
     sees_segments = True
+    spans_devices = True
     n_in = property(lambda self: 3 + self.masked)
 
     def __post_init__(self) -> None:
@@ -246,7 +249,21 @@ class LocalAttention(Layer):
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, KVCache), q, k, v, *mask)
         further = {'segments': segments_of(state), **dropout_arguments(self.dropout, rng, mode)}
-        return (self._attend(q, k, v, mask[0] if mask else None, further),), state
+        real = mask[0] if mask else None
+        if n_parts() == 1:
+            return (self._attend(q, k, v, real, further),), state
+        if q.shape[2] % self.chunk_len == 0:
+            return (self._attend(q, k, v, real, {**further, 'neighbours': True}),), state
+        return (self._exchanged(q, k, v, real, **further),), state
+
+    def _exchanged(self, q: Any, k: Any, v: Any, mask: Any, segments: Any, **more: Any) -> Any:
+        """Attention where chunks do not begin where devices' parts do."""
+        heads = Exchange.of(q.shape[1], k.shape[1])
+        if 'rng' in more:
+            more['rng'] = heads.keys(more['rng'])
+        q, k, v = heads.queries(q), heads.shared(k), heads.shared(v)
+        more['segments'] = heads.rows(segments)
+        return heads.back(self._attend(q, k, v, heads.rows(mask), more))
 
     def _attend(self, q: Any, k: Any, v: Any, mask: Any, further: dict[str, Any]) -> jax.Array:
         return local_attention(

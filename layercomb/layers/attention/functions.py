@@ -22,6 +22,7 @@ import layercomb_kernels
 from layercomb.layers.attention import distances, tiles
 from layercomb.layers.attention import flash as blockwise
 from layercomb.layers.attention import local as chunkwise
+from layercomb.layers.facts.sequence import n_parts
 from layercomb.layers.quantized.native import attends_natively, has_kernels, with_kernel
 from layercomb.shapes import check_mask, nearest_divisor
 
@@ -94,13 +95,43 @@ def dot_product_attention(
     check(q, k, v, mask, offset, dropout_rate, rng)
     check_segments(segments, q, k, offset)
     check_window(window, causal)
-    check_softcap(softcap)
-    if bias is not None:
-        distances.check_bias(bias, q.shape[1])
     if window is not None and offset is None and window >= q.shape[2]:
         window = None  # no query is so far from the first key
     rng = rng if dropout_rate else None
-    plan = blockwise.Plan(
+    plan = plan_of(
+        q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias,
+        dropout_rate=dropout_rate, block_len=block_len,
+    )  # fmt: skip
+    if q.shape[2] == 1 and rng is None:
+        return one_query(plan, q, k, v, mask, offset, bias)
+    added = softcap, window, mask, segments, offset, rng, bias
+    if all(x is None for x in added) and cudnn_applies(q, k, v, causal):
+        return cudnn_attention(q, k, v, causal, plan.scale)
+    return blockwise.attend(plan, q, k, v, mask, offset, rng, bias, segments)
+
+
+def plan_of(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    block_len: int | None = None,
+) -> blockwise.Plan:
+    """How `flash` computes a call of `dot_product_attention`, whose arguments these are.
+
+    Raises:
+      ValueError: if the cap or the bias does not fit.
+    """
+    check_softcap(softcap)
+    if bias is not None:
+        distances.check_bias(bias, q.shape[1])
+    return blockwise.Plan(
         n_queries=q.shape[2],
         n_keys=k.shape[2],
         q_block=even_block(q.shape[2], block_len or tiles.block_len()),
@@ -111,14 +142,8 @@ def dot_product_attention(
         softcap=softcap,
         group=q.shape[1] // max(k.shape[1], 1),
         window=window,
-        native=bias is None and rng is None and attends_natively(q, k, v),
+        native=bias is None and not dropout_rate and attends_natively(q, k, v),
     )
-    if q.shape[2] == 1 and rng is None:
-        return one_query(plan, q, k, v, mask, offset, bias)
-    added = softcap, window, mask, segments, offset, rng, bias
-    if all(x is None for x in added) and cudnn_applies(q, k, v, causal):
-        return cudnn_attention(q, k, v, causal, plan.scale)
-    return blockwise.attend(plan, q, k, v, mask, offset, rng, bias, segments)
 
 
 def local_attention(
@@ -136,6 +161,7 @@ def local_attention(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
+    neighbours: bool = False,
 ) -> jax.Array:
     """Softmax attention of each chunk to itself and its neighbours: linear in the length.
 
@@ -159,6 +185,8 @@ def local_attention(
       softcap: as of `dot_product_attention`.
       dropout_rate: as of `dot_product_attention`.
       rng: a typed key for dropout, needed if the rate is not zero.
+      neighbours: whether devices split the sequence into parts of whole chunks, of which the arrays
+        are one; windows then reach into the parts of others, as `facts.sequence` finds them.
 
     Returns:
       (B, H, L, D), in the dtype of v.
@@ -177,11 +205,12 @@ def local_attention(
     look_back, look_ahead = look_back + more, look_ahead + (more and not causal)
     pairs = chunk_len * chunk_len * (look_back + 1 + look_ahead)
     n_chunks = -(-q.shape[2] // chunk_len)
+    n_whole = n_chunks * (n_parts() if neighbours else 1)
     chunks = chunkwise.Plan(
         length=q.shape[2],
         chunk_len=chunk_len,
-        look_back=min(look_back, n_chunks - 1),
-        look_ahead=min(look_ahead, n_chunks - 1),
+        look_back=min(look_back, n_whole - 1),
+        look_ahead=min(look_ahead, n_whole - 1),
         n_together=tiles.even_share(n_chunks, tiles.pairs_in_tile() // pairs),
         scale=scale,
         causal=causal,
@@ -189,6 +218,7 @@ def local_attention(
         softcap=softcap,
         group=q.shape[1] // max(k.shape[1], 1),
         reach=reach,
+        neighbours=neighbours,
     )
     return chunkwise.attend(chunks, q, k, v, mask, rng, segments)
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layercomb.layers.attention import tiles
+from layercomb.layers.facts.sequence import of_whole, surrounded
 from layercomb.layers.state import segments as documents
 
 # The places of k, v and known among the arguments of `forward_head`, after the plan.
@@ -44,6 +45,7 @@ class Plan:
       group: R.
       reach: with segments, chunks of its own document before and after its own that a query sees.
         Documents are cut into chunks each, which the windows hold if they are a chunk longer.
+      neighbours: whether the positions around these L are those of other devices.
     """
 
     length: int
@@ -57,6 +59,7 @@ class Plan:
     softcap: float | None = None
     group: int = 1
     reach: tuple[int, int] = (0, 0)
+    neighbours: bool = False
 
     @property
     def n_chunks_seen(self) -> int:
@@ -250,12 +253,19 @@ def backward_head(
 def surround(plan: Plan, x: jax.Array) -> jax.Array:
     """Pads x for the first and last windows and to whole tiles: (B, H, L, …) → (B, H, P, …)."""
     before, after = plan.look_back * plan.chunk_len, plan.look_ahead * plan.chunk_len
-    after += plan.n_tiles * plan.tile_len - plan.length
+    missing = plan.n_tiles * plan.tile_len - plan.length
+    if plan.neighbours:
+        x, before, after = surrounded(x, before, after, axis=2), 0, 0
+    after += missing
     return jnp.pad(x, [(0, 0), (0, 0), (before, after)] + [(0, 0)] * (x.ndim - 3))
 
 
 def centre(plan: Plan, x: jax.Array) -> jax.Array:
-    """Undoes `surround`: (B, H, P, …) → (B, H, L, …)."""
+    """The transpose of `surround`: (B, H, P, …) → (B, H, L, …)."""
+    if plan.neighbours:
+        like = jax.ShapeDtypeStruct((*x.shape[:2], plan.length, *x.shape[3:]), x.dtype)
+        (made,) = jax.linear_transpose(functools.partial(surround, plan), like)(x)
+        return jnp.asarray(made)
     before = plan.look_back * plan.chunk_len
     return x[:, :, before : before + plan.length]
 
@@ -296,7 +306,12 @@ def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any, segments: 
 
     real = of_each(jnp.ones((1, 1), bool) if mask is None else mask)
     if segments is not None:
-        chunk = documents.places(segments) // plan.chunk_len
+        places = (
+            of_whole(documents.places, segments)
+            if plan.neighbours
+            else (documents.places(segments))
+        )
+        chunk = places // plan.chunk_len
         segments = of_each(jnp.stack([segments, chunk], -1))
     known = real, segments
     rng = tiles.split_group(tiles.key_per_head(rng, q.shape[:2]), plan.group)

@@ -112,6 +112,7 @@ class RelativeBias(Layer):
     position_wise = False
     cacheless = True  # the bias is the same at every step
     sees_segments = True  # distances in a document are those in its row
+    spans_devices = True
     weight_axes = {'table': 'V:H'}
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past
 from layercomb.layers.decoding.seek import held
+from layercomb.layers.facts.sequence import surrounded
 from layercomb.shapes import Signature, as_deep, check_float, check_rank, check_width
 from layercomb.trees import Tree
 
@@ -55,6 +56,7 @@ class Conv1D(Layer):
 
     weight_axes = {'kernel': 'W|D->F', 'bias': '->F'}  # a matrix for each place
     position_wise = False
+    spans_devices = property(lambda self: self.padding == 'causal' and self.stride == 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +103,7 @@ class Conv1D(Layer):
             if mode is Mode.PREDICT:
                 x, state = held(state, Past).extend(x, self._reach)
             else:
-                x = jnp.pad(x, ((0, 0), (self._reach, 0), (0, 0)))
+                x = surrounded(x, self._reach)
             padding = 'VALID'
         y = convolve(
             x, weights['kernel'], (self.stride,), padding, (self.dilation,), groups=self.groups

@@ -143,6 +143,7 @@ class BatchNorm(Layer):
     position_wise = False  # in training
     cacheless = True
     counts_positions = True
+    spans_devices = True
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN

@@ -25,6 +25,9 @@ class Declares:
         `counted_positions` first, and leaves out the positions that do not count.
       sees_segments: whether a layer that mixes positions keeps the documents of a packed row apart.
         It reads them by `segments_of`, or mixes nothing that depends on the position.
+      spans_devices: whether a layer that mixes positions, or depends on their numbers, is right
+        where each device has a part of the positions: it takes what it needs of the others' by the
+        functions of `facts.sequence`.
       carries_counted: whether a layer made of layers tells them which positions count, and which
         are of one document. It gives them their states unchanged, or, where it loops over states or
         slices positions, uses `take_counted` and `put_counted`.
@@ -47,6 +50,7 @@ class Declares:
     float32: ClassVar[bool] = False
     counts_positions: ClassVar[bool] = False
     sees_segments: ClassVar[bool] = False
+    spans_devices = False
     carries_counted: ClassVar[bool] = False
     weight_axes: ClassVar[dict[str, str]] = {}
     sees_padding = False

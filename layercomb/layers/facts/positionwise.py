@@ -24,7 +24,9 @@ def of_sublayers(layer: Any) -> bool | None:
 
 
 def forget_if_overridden(cls: Any) -> None:
-    """Forgets `position_wise` and `sees_segments` in a class that overrides `apply` without them.
+    """Forgets what is declared of positions in a class that overrides `apply` and says no more.
+
+    That is `position_wise`, `sees_segments` and `spans_devices`.
 
     The methods that count as `apply` are those in `cls.computes_in`.
 
@@ -34,7 +36,8 @@ def forget_if_overridden(cls: Any) -> None:
     value = vars(cls).get('position_wise')
     if not (value is None or isinstance(value, (bool, dataclasses.Field)) or _is_computed(value)):
         raise TypeError(f'{cls.__name__}: position_wise is True, False or None, got {value!r}')
-    for name, unknown in (('position_wise', None), ('sees_segments', False)):
+    unsaid = {'position_wise': None, 'sees_segments': False, 'spans_devices': False}
+    for name, unknown in unsaid.items():
         if getattr(cls, name) is unknown:  # nothing to forget, and no mixin hides what others say
             continue
         said = _first(cls, name)

@@ -49,6 +49,7 @@ class AxialPositions(Layer):
     weight_axes = property(lambda self: {f'table_{a}': 'L:D' for a in range(len(self.shape))})
     position_wise = False  # a slice does not know its first position
     sees_segments = True
+    spans_devices = True
     max_len = property(lambda self: math.prod(self.shape))
 
     def __post_init__(self) -> None:

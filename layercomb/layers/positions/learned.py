@@ -46,6 +46,7 @@ class LearnedPositions(Layer):
     weight_axes = {'table': 'L:D'}
     position_wise = False  # a slice does not know its first position
     sees_segments = True
+    spans_devices = True
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN

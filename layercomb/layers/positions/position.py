@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import taken
 from layercomb.layers.decoding.seek import Position, held
+from layercomb.layers.facts.sequence import first_position, n_parts, of_whole
 from layercomb.layers.state.segments import places, segments_of
 from layercomb.shapes import (
     Signature,
@@ -84,13 +85,13 @@ def init_position(signature: Signature, mode: Mode) -> Tree:
 
 
 def begins_at_zero(state: Tree, mode: Mode) -> bool:
-    """Whether the positions of each row are 0, 1 … L − 1: then a table need not be looked up.
+    """Whether positions of each row are 0, 1 … L − 1 here: then a table need not be looked up.
 
     Args:
       state: of the layer.
       mode: see `Mode`.
     """
-    return mode is not Mode.PREDICT and segments_of(state) is None
+    return mode is not Mode.PREDICT and segments_of(state) is None and n_parts() == 1
 
 
 def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[jax.Array, Tree]:
@@ -112,9 +113,9 @@ def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[ja
     """
     steps = jnp.arange(length, dtype=jnp.int32)[None]
     if mode is not Mode.PREDICT:
-        check_length(type(layer).__name__, length, layer.max_len)
+        check_length(type(layer).__name__, length * n_parts(), layer.max_len)
         ids = segments_of(state)
-        return steps if ids is None else places(ids), state
+        return first_position(length) + steps if ids is None else of_whole(places, ids), state
     start = held(state.get('position'), Position)
     check_next(layer, start, length)
     return start.rows[:, None] + steps, {**state, 'position': start.moved(length)}

@@ -12,6 +12,7 @@ import numpy as np
 from layercomb.checks import Bound, Size
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.facts.sequence import n_parts, of_whole
 from layercomb.layers.positions.position import (
     angles,
     check_even,
@@ -71,6 +72,7 @@ class RotaryPositions(Layer):
     float32 = True
     position_wise = False  # a slice does not know its first position
     sees_segments = True
+    spans_devices = True
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
@@ -114,7 +116,7 @@ class RotaryPositions(Layer):
         length, depth = q.shape[2:]
         ids = segments_of(state)
         where, state = next_positions(self, state, length, mode)  # (B or 1, L)
-        speed = self.speeds(state, depth, length, ids)
+        speed = self.speeds(state, depth, length * n_parts(), ids)
         angle = angles(where, speed, self.max_len)  # (B or 1, L, n/2)
         sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]  # (B or 1, 1, L, n/2)
         if self.magnitude != 1:
@@ -174,7 +176,7 @@ class RotaryPositions(Layer):
             made = np.stack([self.scaling.frequencies(n, self.period, each) for each in longer])
             table, which = np.unique(made.astype(np.float32), axis=0, return_inverse=True)
             row = jnp.asarray(which.reshape(-1), jnp.int32)  # of each length from `steady` on
-            return jnp.asarray(table)[row[jnp.maximum(lengths(ids) - steady, 0)]]
+            return jnp.asarray(table)[row[jnp.maximum(of_whole(lengths, ids) - steady, 0)]]
         return jnp.asarray(self.scaling.frequencies(n, self.period, length), jnp.float32)
 
     def _turned(self, x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:

@@ -54,6 +54,7 @@ class SinusoidalPositions(Layer):
     weight_axes = {'table': 'L:D'}
     position_wise = False  # a slice does not know its first position
     sees_segments = True
+    spans_devices = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past
 from layercomb.layers.decoding.seek import held
+from layercomb.layers.facts.sequence import surrounded
 from layercomb.layers.quantized.native import has_kernels, with_kernel
 from layercomb.layers.sparse.multiplicative import (
     check_modules,
@@ -67,6 +68,7 @@ class LocalConv(Layer):
     # One matrix: with separate ones per place of the kernel, optimizer steps would be too large.
     weight_axes = {'kernel': 'WXM->F', 'bias': 'N|->M'}
     position_wise = False
+    spans_devices = True
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
@@ -115,7 +117,7 @@ class LocalConv(Layer):
         if mode is Mode.PREDICT:
             x, state = held(state, Past).extend(x, self._reach)
         else:
-            x = jnp.pad(x, ((0, 0), (self._reach, 0), (0, 0)))
+            x = surrounded(x, self._reach)
         side = self.kernel_size[1] - 1
         x = x.reshape(*x.shape[:2], self.n_modules, m)  # (B, reach + L, S, M)
         x = jnp.pad(x, ((0, 0), (0, 0), (side // 2, side - side // 2), (0, 0)))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from layercomb.checks import Positive, Rate, Size
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.by_head import as_it_is, by_head
+from layercomb.layers.attention.exchange import Exchange
 from layercomb.layers.attention.lsh import rings
 from layercomb.layers.attention.lsh import windows as bucketwise
 from layercomb.layers.attention.lsh.buckets import Hashing
@@ -27,6 +28,7 @@ from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import poison_overflow, refuse_overflow
 from layercomb.layers.decoding.seek import held
+from layercomb.layers.facts.sequence import n_parts
 from layercomb.layers.positions.position import check_length
 from layercomb.layers.state.decisions import decide
 from layercomb.layers.state.segments import segments_of
@@ -98,6 +100,7 @@ class LSHAttention(LSHOptions):
 
     position_wise = False
     sees_segments = True
+    spans_devices = True
     n_in = property(lambda self: 2 + self.masked)
 
     def __post_init__(self) -> None:
@@ -163,7 +166,8 @@ class LSHAttention(LSHOptions):
         q, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, LSHCache), q, v, *mask)
-        check_length('LSHAttention', q.shape[2], self.max_len)
+        length = q.shape[2] * n_parts()
+        check_length('LSHAttention', length, self.max_len)
         key = None
         if mode.is_training:
             if rng is None:
@@ -172,13 +176,21 @@ class LSHAttention(LSHOptions):
                 )
             keys = jax.vmap(jax.random.split)(tiles.keys_of_heads(rng, q.shape[1]))
             key, rng = keys[:, 0], keys[:, 1]
-        buckets, state = decide(mode, state, 'buckets', lambda: self._hash(q, key))
-        further = {'segments': segments_of(state), **dropout_arguments(self.dropout, rng, mode)}
-        y = self._attend(q, v, buckets, *mask, **further)
-        return (y,), state
+        buckets, state = decide(mode, state, 'buckets', lambda: self._hash(q, key, length))
+        heads = Exchange.of(q.shape[1], v.shape[1])
+        further = dropout_arguments(self.dropout, heads.keys(rng), mode)
+        y = self._attend(
+            heads.queries(q),
+            heads.shared(v),
+            heads.queries(buckets, 3),
+            *map(heads.rows, mask),
+            segments=heads.rows(segments_of(state)),
+            **further,
+        )
+        return (heads.back(y),), state
 
-    def _hash(self, q: jax.Array, rng: Any) -> jax.Array:
-        return self.hashed(q, self.drawn(rng, q.shape[1], q.shape[3], q.shape[2]), q.shape[2])
+    def _hash(self, q: jax.Array, rng: Any, length: int) -> jax.Array:
+        return self.hashed(q, self.drawn(rng, q.shape[1], q.shape[3], length), length)
 
     def _attend(self, q: Any, v: Any, buckets: Any, mask: Any = None, **further: Any) -> jax.Array:
         return lsh_attention(

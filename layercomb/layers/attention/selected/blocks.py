@@ -142,11 +142,11 @@ class BlockAttention(BlockOptions, Selecting):
         """Blocks of a sequence, and one for what is missing."""
         return -(-length // self.block_len) + 1
 
-    def choose(self, q: Any, k: Any, mask: Any, segments: Any, rng: Any) -> jax.Array:
+    def choose(self, q: Any, k: Any, mask: Any, segments: Any, drawn: Any) -> jax.Array:
         """The blocks of queries, (B, H, R, L).
 
         Args:
-          q, k, mask, segments, rng: as of `Selecting.choose`.
+          q, k, mask, segments, drawn: as of `Selecting.choose`.
         """
         n = self.n_buckets_of(q.shape[2])
         found = chosen_blocks(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.checks import Positive, Rate, Size
+from layercomb.layers.attention.exchange import Exchange
 from layercomb.layers.attention.multihead import dropout_arguments
 from layercomb.layers.attention.selected.arrays import check_arrays
 from layercomb.layers.attention.selected.cache import PlacedCache, parts, placed
@@ -24,6 +25,7 @@ from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import poison_overflow, refuse_overflow
 from layercomb.layers.decoding.seek import held
+from layercomb.layers.facts.sequence import n_parts
 from layercomb.layers.positions.position import check_length
 from layercomb.layers.state.decisions import decide
 from layercomb.layers.state.segments import segments_of
@@ -57,6 +59,7 @@ class Selecting(SelectingOptions):
 
     position_wise = False
     sees_segments = True
+    spans_devices = True
     n_in = property(lambda self: 3 + self.masked)
 
     def __post_init__(self) -> None:
@@ -75,14 +78,14 @@ class Selecting(SelectingOptions):
         """How many keys of a bucket a query sees."""
         raise NotImplementedError
 
-    def choose(self, q: Any, k: Any, mask: Any, segments: Any, rng: Any) -> Any:
+    def choose(self, q: Any, k: Any, mask: Any, segments: Any, drawn: Any) -> Any:
         """The decision: a tree of integers (B, H, …).
 
         Args:
           q, k: (B, H, L, K) and (B, G, L, K).
           mask: (B, L) bool; or None.
           segments: (B, L) int32; or None.
-          rng: a typed key, or one a head; None outside training.
+          drawn: what `draw` gave, (H, …).
         """
         raise NotImplementedError
 
@@ -135,18 +138,28 @@ class Selecting(SelectingOptions):
         check_arrays(q, k, v, masks[0] if masks else None, segments_of(state))
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, PlacedCache), q, k, v, *masks)
-        check_length(type(self).__name__, q.shape[2], self.max_len)
-        mask = masks[0] if masks else None
-        drawn, rng = self.keys_of(rng, q.shape[1], mode)
-        segments = segments_of(state)
+        length = q.shape[2] * n_parts()
+        check_length(type(self).__name__, length, self.max_len)
+        drawn, rng = self.draw(rng, q, length, mode)
+        heads = Exchange.of(q.shape[1], k.shape[1])
+        q, k, v = heads.queries(q), heads.shared(k), heads.shared(v)
+        drawn = None if drawn is None else heads.its(drawn)
+        mask, segments = heads.rows(masks[0] if masks else None), heads.rows(segments_of(state))
         chosen, state = decide(
             mode, state, 'buckets', lambda: self.choose(q, k, mask, segments, drawn)
         )
-        further = dropout_arguments(self.dropout, rng, mode)
-        return (self._attend(q, k, v, chosen, mask, segments, **further),), state
+        further = dropout_arguments(self.dropout, heads.keys(rng), mode)
+        return (heads.back(self._attend(q, k, v, chosen, mask, segments, **further)),), state
 
-    def keys_of(self, rng: Any, n_heads: int, mode: Mode) -> tuple[Any, Any]:
-        """The random key of the choice, and that of dropout; by default nothing is chosen so."""
+    def draw(self, rng: Any, q: jax.Array, length: int, mode: Mode) -> tuple[Any, Any]:
+        """What the choice draws, (H, …), and the random key of dropout; by default nothing.
+
+        Args:
+          rng: a typed key, or one a head; None outside training.
+          q: (B, H, …, K).
+          length: of the sequence.
+          mode: see `Mode`.
+        """
         return None, rng
 
     def _attend(

@@ -140,31 +140,29 @@ class HashedAttention(HashedOptions, Selecting):
         """The number of buckets of a sequence."""
         return math.prod(self.factors(length))
 
-    def keys_of(self, rng: Any, n_heads: int, mode: Mode) -> tuple[Any, Any]:
-        """Keys of rotations and of dropout, one a head; None outside training."""
+    def draw(self, rng: Any, q: jax.Array, length: int, mode: Mode) -> tuple[Any, Any]:
+        """Rotations (H, R, F, K), and the keys of dropout, one a head."""
+        shape = q.shape[1], q.shape[3], length
         if not mode.is_training:
-            return None, rng
+            return self.drawn(None, *shape), rng
         if rng is None:
             raise ValueError(
                 f'{type(self).__name__} draws rotations in training: pass '
                 'rng=jax.random.key(…) to apply'
             )
-        keys = jax.vmap(jax.random.split)(tiles.keys_of_heads(rng, n_heads))
-        return keys[:, 0], keys[:, 1]
+        keys = jax.vmap(jax.random.split)(tiles.keys_of_heads(rng, q.shape[1]))
+        return self.drawn(keys[:, 0], *shape), keys[:, 1]
 
-    def choose(self, q: Any, k: Any, mask: Any, segments: Any, rng: Any) -> Tree:
+    def choose(self, q: Any, k: Any, mask: Any, segments: Any, drawn: Any) -> Tree:
         """Buckets of queries and of keys, both (B, H, R, L): rotations differ by head of queries.
 
         Args:
-          q, k, mask, segments, rng: as of `Selecting.choose`.
+          q, k, mask, segments, drawn: as of `Selecting.choose`.
         """
-        length = q.shape[2]
-        rotations = self.drawn(rng, q.shape[1], q.shape[3], length)
+        length, seen = q.shape[2], self._seen(k, mask, segments)
         return {
-            'q': self.hashed(q, rotations, length),
-            'k': self.hashed(
-                _for_each(q.shape[1], self._seen(k, mask, segments)), rotations, length
-            ),
+            'q': self.hashed(q, drawn, length),
+            'k': self.hashed(_for_each(q.shape[1], seen), drawn, length),
         }
 
     def _seen(self, k: jax.Array, mask: Any, segments: Any) -> jax.Array:

@@ -17,6 +17,7 @@ from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past
 from layercomb.layers.decoding.seek import held
+from layercomb.layers.facts.sequence import surrounded
 from layercomb.layers.state.segments import segments_of
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
@@ -81,6 +82,7 @@ class KeyConv(Layer):
     n_in = property(lambda self: 1 + self.masked)
     position_wise = False
     sees_segments = True
+    spans_devices = True
     weight_axes = {'kernel': 'HW|->K'}
 
     @property
@@ -121,12 +123,12 @@ class KeyConv(Layer):
             padded, state = held(state, Past).extend(flat, n)
             padded = padded.reshape(b, length + n, h, depth).swapaxes(1, 2)
         else:
-            padded = jnp.pad(x, ((0, 0), (0, 0), (n, 0), (0, 0)))
+            padded = surrounded(x, n, axis=2)
         y = x
         for i in range(1, n + 1):
             past = padded[:, :, n - i : padded.shape[2] - i]  # x[t − i]
             if segments is not None:
-                before = jnp.pad(segments, ((0, 0), (i, 0)))[:, : segments.shape[1]]
+                before = surrounded(segments, i)[:, : segments.shape[1]]
                 past = jnp.where((before == segments)[:, None, :, None], past, 0)
             y = y + kernel[None, :, i - 1, None] * past
         return (y,), state

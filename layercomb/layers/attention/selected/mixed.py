@@ -90,13 +90,13 @@ class MixedAttention(MixedOptions, HashedAttention):
         """Of hashing or of blocks, whichever are more."""
         return max(super().n_buckets_of(length), self.blocks.n_buckets_of(length))
 
-    def choose(self, q: Any, k: Any, mask: Any, segments: Any, rng: Any) -> Tree:
+    def choose(self, q: Any, k: Any, mask: Any, segments: Any, drawn: Any) -> Tree:
         """Buckets of queries and of keys, (B, H, R, L), and the blocks of queries, (B, H, J, L).
 
         Args:
-          q, k, mask, segments, rng: as of `Selecting.choose`.
+          q, k, mask, segments, drawn: as of `Selecting.choose`.
         """
-        hashed: Any = super().choose(q, k, mask, segments, rng)
+        hashed: Any = super().choose(q, k, mask, segments, drawn)
         return {**hashed, 'blocks': self.blocks.choose(q, k, mask, segments, None)}
 
     def buckets(self, chosen: Any, mask: Any, segments: Any) -> tuple[jax.Array, jax.Array]:
