@@ -32,7 +32,8 @@ def make_mesh(
     * ``fsdp``: each device has a part of each weight and of the optimizer's state, and some rows of
       the batch. A weight is gathered where it is used, and its gradient is scattered.
     * ``sequence``: devices share rows, and each has some of their positions. For attention they
-      exchange positions for heads, or pass keys and values round: see `layers.attention.ring`.
+      exchange positions for heads, or pass keys and values round. Each has a part of each weight,
+      as along ``fsdp``.
     * ``tensor``: devices share rows, and each computes some heads and some hidden units.
 
     One axis may be −1, for the devices that the others leave. Devices that are neighbours along

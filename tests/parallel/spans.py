@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from layercomb import parallel, tl, transforms
-from layercomb.layers.attention.exchange import Exchange
+from layercomb.layers.attention.devices.exchange import Exchange
 
 B, L, D, N_HEADS = 2, 32, 16, 4
 SEGMENTS = np.asarray([[0] * 5 + [1] * 14 + [2] * 13, [0] * 20 + [1] * 3 + [2] * 9], np.int32)

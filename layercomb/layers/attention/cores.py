@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from layercomb.checks import Positive, Rate, Size
 from layercomb.layers.attention.by_head import as_it_is, by_head
 from layercomb.layers.attention.cached import cached_attention
-from layercomb.layers.attention.exchange import Exchange
+from layercomb.layers.attention.devices.exchange import Exchange
+from layercomb.layers.attention.devices.ring import over_devices
 from layercomb.layers.attention.functions import dot_product_attention, local_attention
 from layercomb.layers.attention.multihead import dropout_arguments
-from layercomb.layers.attention.ring import over_devices
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import KVCache, poison_overflow, refuse_overflow

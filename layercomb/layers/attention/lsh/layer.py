@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from layercomb.checks import Positive, Rate, Size
 from layercomb.layers.attention import tiles
 from layercomb.layers.attention.by_head import as_it_is, by_head
-from layercomb.layers.attention.exchange import Exchange
+from layercomb.layers.attention.devices.exchange import Exchange
 from layercomb.layers.attention.lsh import rings
 from layercomb.layers.attention.lsh import windows as bucketwise
 from layercomb.layers.attention.lsh.buckets import Hashing

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layercomb.checks import Positive, Rate, Size
-from layercomb.layers.attention.exchange import Exchange
+from layercomb.layers.attention.devices.exchange import Exchange
 from layercomb.layers.attention.multihead import dropout_arguments
 from layercomb.layers.attention.selected.arrays import check_arrays
 from layercomb.layers.attention.selected.cache import PlacedCache, parts, placed

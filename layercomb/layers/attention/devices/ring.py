@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layercomb.layers.attention import flash, tiles
-from layercomb.layers.attention.exchange import Exchange
+from layercomb.layers.attention.devices.exchange import Exchange
 from layercomb.layers.attention.functions import check, dot_product_attention, plan_of
 from layercomb.layers.facts.sequence import (
     SEQUENCE,

@@ -1,0 +1,1 @@
+"""Attention of sequences whose positions several devices split."""
