@@ -12,17 +12,17 @@ FOUR = (1, 1, 1, 4)  # data, fsdp, tensor, sequence
 
 @pytest.mark.parametrize('name', spans.LAYERS)
 def test_outputs_and_gradients_are_those_of_one_device(eight, name):
-    assert eight(spans.errors, name, 4) < 2e-6
+    assert eight(spans.errors, name, 4) < 5e-6
 
 
 @pytest.mark.parametrize('name', ['full', 'grouped', 'relative', 'local_across', 'lsh', 'hashed'])
 def test_more_devices_than_heads(eight, name):
-    assert eight(spans.errors, name, 8) < 2e-6
+    assert eight(spans.errors, name, 8) < 5e-6
 
 
 @pytest.mark.parametrize('name', ['lsh', 'lsh_torch', 'hashed'])
 def test_rotations_of_a_seed_are_those_of_each_head(eight, name):
-    assert eight(spans.errors, name, 2, tl.Mode.EVAL) < 2e-6
+    assert eight(spans.errors, name, 2, tl.Mode.EVAL) < 5e-6
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,9 @@ def test_losses_are_those_of_one_device(eight, name, mesh):
 
 def test_a_device_holds_its_part_of_weights(eight):
     one, whole = eight(runs.bytes_a_device, 'transformer', FOUR)
-    vectors = 0.02 * whole  # biases and scales are whole everywhere
-    assert whole / 4 <= one < whole / 4 + vectors
+    assert whole / 4 <= one < whole / 3.5  # biases and scales are whole on each
+    fsdp, _ = eight(runs.bytes_a_device, 'transformer', (1, 4, 1, 1))
+    assert one == fsdp
 
 
 def test_activations_fall_with_the_devices(eight_optimized):
@@ -72,10 +73,13 @@ def test_full_attention_exchanges_heads_or_goes_round(eight):
 
 def test_layers_that_would_not_see_others_positions_are_refused(eight):
     for layer, why in (
-        (tl.GRU(32), 'sequence: GRU mixes positions, and does not see those of other devices: '),
+        (tl.SRU(32), 'sequence: SRU mixes positions, and does not see those of other devices: '),
         (tl.FourierMixing(), 'sequence: FourierMixing mixes positions, and does not see those of '),
         (tl.Conv1D(32), 'sequence: Conv1D mixes positions, and does not see those of other '),
-        (runs.Own(), 'sequence: Own() does not say whether it works on each position by itself: '),
+        (
+            runs.Own(),
+            "sequence: Own(name='own') does not say whether it works on each position by itself: ",
+        ),
         (tl.Repeat(tl.Residual(tl.Serial(tl.FourierMixing())), 2), 'sequence: FourierMixing'),
     ):
         assert eight(runs.raised, runs.loop_of_layer, layer, FOUR).startswith(f'TypeError: {why}')
