@@ -3,7 +3,8 @@
 A directory holds named trees of arrays and a record in JSON, with the dtype and shape of each
 array. Orbax writes it under a temporary name, and renames it when all is on the disk. Orbax does
 not notice a flipped bit in an array, so each file's checksum is written beside it, also in the
-background, and compared before anything is read.
+background, and compared before anything is read. Each tree also has the checksum of the record it
+was written with, so that nothing can stand beside what belongs elsewhere.
 
 Files do not keep the types of state entries. Trees are written as `trees.plain` makes them, and get
 their types back from the tree that the reader expects.
@@ -15,7 +16,7 @@ import dataclasses
 import json
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 
 from layercomb import paths
 from layercomb.errors import UsageError, machine_errors, require
+from layercomb.layers.facts import processes
 from layercomb.trees import plain, typed
 
 if TYPE_CHECKING:
@@ -39,10 +41,22 @@ Kinds = dict[str, str]  # path -> 'float32[4,5]'
 
 _RECORD = 'record'
 _CHECKSUMS = 'crc32.json'
+_SEAL = 'of_record'  # a file in each tree: the checksum of the record; absent in older ones
 
 
 class _CheckedHandler(ocp.StandardCheckpointHandler):
-    """Orbax's handler of trees, which also leaves a checksum of each file."""
+    """Orbax's handler of trees, which also leaves a checksum of each file, and of the record."""
+
+    async def async_save(self, directory: Any, *given: Any, args: Any = None, **more: Any) -> Any:
+        """Starts to write a tree; Orbax calls this.
+
+        Args:
+          directory: where to.
+          given, more: Orbax's own.
+          args: a `_Save`.
+        """
+        self._seal = args.seal
+        return await super().async_save(directory, *given, args=args, **more)
 
     def finalize(self, directory: Any) -> None:
         """Writes the checksums; Orbax calls this in the background, before it renames the step.
@@ -52,13 +66,14 @@ class _CheckedHandler(ocp.StandardCheckpointHandler):
         """
         super().finalize(directory)
         path = Path(directory)
+        (path / _SEAL).write_text(str(self._seal), encoding='utf-8')
         (path / _CHECKSUMS).write_text(json.dumps(_file_checksums(path)), encoding='utf-8')
 
 
 @ocp.args.register_with_handler(_CheckedHandler, for_save=True)
 @dataclasses.dataclass
 class _Save(ocp.args.StandardSave):
-    pass
+    seal: int = 0
 
 
 @ocp.args.register_with_handler(_CheckedHandler, for_restore=True)
@@ -122,13 +137,14 @@ def save_args(trees: Mapping[str, Tree], record: Mapping[str, Any]) -> Any:
     trees = {name: jax.tree.map(_without_key, tree) for name, tree in trees.items()}
     arrays = {name: kinds(tree) for name, tree in trees.items()}
     text = json.dumps({'values': record, 'arrays': arrays})
-    sealed = {'text': text, 'crc32': zlib.crc32(text.encode())}
-    items = {name: _Save(tree) for name, tree in trees.items()}
+    seal = zlib.crc32(text.encode())
+    sealed = {'text': text, 'crc32': seal}
+    items = {name: _Save(tree, seal=seal) for name, tree in trees.items()}
     return ocp.args.Composite(**items, **{_RECORD: ocp.args.JsonSave(sealed)})
 
 
 def read(path: Path, abstract: Mapping[str, Tree], cure: str) -> tuple[dict[str, Tree], dict]:
-    """Reads named trees, and the record.
+    """Reads named trees, and the record. Of several processes, all have to.
 
     Args:
       path: what was written with `save_args`.
@@ -145,10 +161,10 @@ def read(path: Path, abstract: Mapping[str, Tree], cure: str) -> tuple[dict[str,
     paths.check_for_arrays(path)
     saved = {name: plain(tree) for name, tree in abstract.items() if jax.tree.leaves(tree)}
     keyless = {name: jax.tree.map(_without_key, tree) for name, tree in saved.items()}
-    record = read_record(path, cure)
-    _same(path, record['arrays'], {name: kinds(tree) for name, tree in abstract.items()})
-    for name in saved:
-        _verify(path, name, cure)
+    with processes.hearing():
+        record = read_record(path, cure)
+        _same(path, record['arrays'], {name: kinds(tree) for name, tree in abstract.items()})
+        _verify(path, list(saved), record['crc32'], cure)
     items = {name: _Restore(_placed(tree)) for name, tree in keyless.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(path, args=ocp.args.Composite(**items))
@@ -189,7 +205,7 @@ def read_record(path: Path, cure: str) -> dict[str, Any]:
       cure: what an error should advise.
 
     Returns:
-      'values', the record, and 'arrays', the `kinds` of each tree.
+      'values', the record, 'arrays', the `kinds` of each tree, and 'crc32' of both.
 
     Raises:
       UsageError: if it cannot be read, or its checksum is wrong.
@@ -197,36 +213,51 @@ def read_record(path: Path, cure: str) -> dict[str, Any]:
     try:
         sealed = json.loads((path / _RECORD / 'metadata').read_text('utf-8'))
         if zlib.crc32(sealed['text'].encode()) == sealed['crc32']:
-            return json.loads(sealed['text'])
+            return {**json.loads(sealed['text']), 'crc32': sealed['crc32']}
     except (OSError, ValueError, TypeError, KeyError):
         pass
     raise _damaged(path, f'its {_RECORD} cannot be read', cure)
 
 
-def _verify(path: Path, name: str, cure: str) -> None:
-    """Raises a UsageError unless every file of one tree has the checksum that was written."""
-    try:
-        expected = json.loads((path / name / _CHECKSUMS).read_text('utf-8'))
-    except (OSError, ValueError):
-        raise _damaged(path, f'{name}/{_CHECKSUMS} cannot be read', cure) from None
-    found = _file_checksums(path / name)
-    for file, checksum in expected.items():
-        if found.get(file) != checksum:
-            how = 'differs from what was written' if file in found else 'is missing'
-            raise _damaged(path, f'{name}/{file} {how}', cure)
+def _verify(path: Path, names: Sequence[str], seal: int, cure: str) -> None:
+    """Raises a UsageError unless every file of the trees has the checksum that was written.
+
+    Of several processes, each reads a part of the files.
+    """
+    expected: dict[str, int] = {}
+    for name in names:
+        try:
+            its = json.loads((path / name / _CHECKSUMS).read_text('utf-8'))
+            expected |= {f'{name}/{file}': checksum for file, checksum in its.items()}
+            written = int((path / name / _SEAL).read_text('utf-8')) if _SEAL in its else seal
+        except (OSError, ValueError, AttributeError):
+            missing = _SEAL if f'{name}/{_SEAL}' in expected else _CHECKSUMS
+            raise _damaged(path, f'{name}/{missing} cannot be read', cure) from None
+        if written != seal:
+            raise _damaged(path, f'{name} and its {_RECORD} were not written together', cure)
+    for file in sorted(expected)[jax.process_index() :: jax.process_count()]:
+        found = _checksum(path / file) if (path / file).is_file() else None
+        if found != expected[file]:
+            how = 'is missing' if found is None else 'differs from what was written'
+            raise _damaged(path, f'{file} {how}', cure)
 
 
 def _file_checksums(directory: Path) -> dict[str, int]:
-    """Path within the directory -> CRC-32 of the file, read 4 MiB at a time."""
-    checksums = {}
-    for file in sorted(directory.rglob('*')):
-        if file.is_file() and file.name != _CHECKSUMS:
-            checksum = 0
-            with file.open('rb') as f:
-                while piece := f.read(1 << 22):
-                    checksum = zlib.crc32(piece, checksum)
-            checksums[file.relative_to(directory).as_posix()] = checksum
-    return checksums
+    """Path within the directory -> CRC-32 of the file."""
+    return {
+        file.relative_to(directory).as_posix(): _checksum(file)
+        for file in sorted(directory.rglob('*'))
+        if file.is_file() and file.name != _CHECKSUMS
+    }
+
+
+def _checksum(file: Path) -> int:
+    """The CRC-32 of a file, read 4 MiB at a time."""
+    checksum = 0
+    with file.open('rb') as f:
+        while piece := f.read(1 << 22):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
 
 
 def _damaged(path: Path, cause: str, cure: str) -> UsageError:

@@ -19,6 +19,7 @@ from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError, UsageWarning, machine_errors, usage_errors
 from layercomb.launcher import runs
 from layercomb.launcher.training import devices
+from layercomb.layers.facts import processes
 from layercomb.model import Model
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def write_result(experiment: Experiment, loop: Loop, row: dict[str, Any], direct
     """
     numbers = [f'{k} {v:.4g}' for k, v in row.items() if k != 'step' and not isinstance(v, list)]
     print(f'\nstep {row["step"]}: ' + ', '.join(numbers))
-    if experiment.baseline_text is not None and devices.is_alone():
+    if experiment.baseline_text is not None and processes.is_alone():
         from layercomb.data import witten_bell_bits_on_batches
 
         same_text = experiment.eval_tasks[0].batches()

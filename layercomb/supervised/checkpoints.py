@@ -22,6 +22,7 @@ import jax
 from layercomb import checkpoints, paths, trees
 from layercomb.checkpoints import Tree, ocp
 from layercomb.errors import UsageError
+from layercomb.layers.facts import processes
 
 _BEST = 'best'
 _FROZEN = 'frozen'
@@ -280,7 +281,8 @@ def _restore(
         return checkpoints.read(path, abstract, cure)
     beside = directory.parent / _FROZEN / str(frozen)
     again = 'start again in another directory, for all steps need it'
-    there = checkpoints.read_record(beside, again)['arrays']['weights']
+    with processes.hearing():
+        there = checkpoints.read_record(beside, again)['arrays']['weights']
     flat = trees.flatten(abstract['weights'])
     training = trees.unflatten({path: x for path, x in flat.items() if path not in there})
     others = trees.unflatten({path: x for path, x in flat.items() if path in there})

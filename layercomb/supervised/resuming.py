@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from layercomb.errors import UsageWarning
+from layercomb.errors import UsageError, UsageWarning
+from layercomb.layers.facts import processes
 from layercomb.supervised.batches import Batches
 from layercomb.supervised.fingerprint import OF_THE_SEED, Fingerprint, check
 from layercomb.supervised.updates import first_numbers, with_hyperparams
@@ -67,14 +69,16 @@ def resume(
       What the run starts from; None if there is no checkpoint.
 
     Raises:
-      UsageError: if the run was another one, or the checkpoint is damaged.
+      UsageError: if the run was another one, the checkpoint is damaged, or processes do not see
+        the same one.
     """
-    step = checkpoints.latest()
+    step = _latest(checkpoints)
     if step is None:
         return None
-    record, kinds = checkpoints.record(step)
     where = repr(str(checkpoints.directory.parent))
-    changed = check(where, record.get('made_of'), made_of, allowed)
+    with processes.hearing():
+        record, kinds = checkpoints.record(step)
+        changed = check(where, record.get('made_of'), made_of, allowed)
     wanted = dict(abstract)
     keeps = not changed & {'optimizer', 'trainable'} or (
         _same_form(kinds, abstract['opt_state']) and _only_hyperparams(record, made_of)
@@ -97,12 +101,27 @@ def resume(
     if opt_state is not None and 'optimizer' in changed:
         opt_state = with_hyperparams(opt_state, first_numbers(optimizer, trainable))
     if 'data' not in changed:
-        batches.go_to(record['data'], resized='batch_size' in changed)
+        with processes.hearing():
+            batches.go_to(record['data'], resized='batch_size' in changed)
     key = None
     if 'seed' not in changed:
         data = jnp.array(record['key'], jnp.uint32)
         key = jax.random.wrap_key_data(data, impl=record['key_impl'])
     return Resumed(step, saved['weights'], saved['state'], opt_state, key)
+
+
+def _latest(checkpoints: Checkpoints) -> int | None:
+    """The last step, which all processes must see."""
+    mine = checkpoints.latest()
+    seen = processes.from_all(np.int32(-1 if mine is None else mine)).tolist()
+    other = next((i for i, step in enumerate(seen) if step != seen[0]), None)
+    if other is not None:
+        first, its = ('none' if s < 0 else f'step {s}' for s in (seen[0], seen[other]))
+        raise UsageError(
+            f'of the checkpoints in {str(checkpoints.directory)!r}, process 0 sees {first} as the '
+            f'last, process {other} {its}: give an output_dir on a file system that all share'
+        )
+    return mine
 
 
 def _only_hyperparams(record: dict[str, Any], made_of: Fingerprint) -> bool:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from layercomb import paths, trees
 from layercomb.errors import UsageError, machine_errors
 from layercomb.layers.core.layer import Layer
+from layercomb.layers.facts import processes
 from layercomb.model import Model
 from layercomb.parallel.layout import Layout, laid_out
 from layercomb.supervised import steps
@@ -242,13 +243,11 @@ class Loop:
         self._stopping = True
 
     def _is_asked_to_stop(self) -> bool:
-        if jax.process_count() == 1:
+        if processes.is_alone():
             return self._stopping
         if self.step % min(self._every[0], _ASK_EVERY):
             return False
-        from jax.experimental import multihost_utils
-
-        return bool(np.any(multihost_utils.process_allgather(np.bool_(self._stopping))))
+        return bool(processes.from_all(self._stopping).any())
 
     def _settle(self) -> None:
         """Brings data position and step count up to a step that an interrupt cut short."""
@@ -270,10 +269,11 @@ class Loop:
 
     def _begin(self, model: Layer | Model) -> None:
         """Sets the carry: from the last checkpoint, from the Model given, or from the seed."""
-        if self._checkpoints is not None:
-            self._batches.position()  # fails now if a checkpoint could not hold it
-        self._first = self._batches.peek()
-        check_arity(self._task, self._net, self._first, 'the data')
+        with processes.hearing():
+            if self._checkpoints is not None:
+                self._batches.position()  # fails now if a checkpoint could not hold it
+            self._first = self._batches.peek()
+            check_arity(self._task, self._net, self._first, 'the data')
         signature = on_device(self._first[: self._net.n_in])
         init_key, self._key = jax.random.split(jax.random.key(self._seed))
         weights, state = jax.eval_shape(lambda key: self._net.init(signature, key), init_key)
@@ -281,9 +281,10 @@ class Loop:
         if given is not None:
             check_weights(given, weights)
             weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
-        check_fit(
-            self._net, weights, state, self._task, self._eval_tasks, self._first, self._layout
-        )
+        with processes.hearing():
+            check_fit(
+                self._net, weights, state, self._task, self._eval_tasks, self._first, self._layout
+            )
         if self._places is not None:
             self._places.check(self._task.partition(weights)[0])
         resumed = self._resume(weights, state, given)

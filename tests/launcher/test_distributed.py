@@ -122,3 +122,15 @@ def test_sigterm_to_one_process_stops_all_at_one_step(tmp_path):
     made = ended(processes)
     assert [code for *_, code in made] == [0, 0], made
     assert '; the same command goes on' in made[0][1]  # the first tells
+
+
+def test_a_damaged_checkpoint_ends_all_processes(tmp_path):
+    directory = tmp_path / 'run'
+    assert [code for *_, code in ended(start(2, directory, 'train.steps=4'))] == [0, 0]
+    parts = directory / 'checkpoints' / '4' / 'weights' / 'ocdbt.process_1' / 'd'
+    file = max(parts.iterdir(), key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    cure = 'differs from what was written): delete that directory to continue from step 2\n'
+    for _, err, code in ended(start(2, directory)):
+        assert code == 2 and 'Traceback' not in err
+        assert f'{file.name} {cure}' in err

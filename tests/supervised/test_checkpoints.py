@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +114,32 @@ def test_a_damaged_record_is_found(tmp_path):
     file.write_text(file.read_text().replace('0.1', '0.2'))
     with pytest.raises(UsageError, match=r'its record cannot be read\): delete .* to start again$'):
         restored(tmp_path, 5, expected)
+
+
+@pytest.mark.parametrize('what', ['weights', 'opt_state', 'record'])
+def test_what_belongs_to_another_step_is_found(tmp_path, what):
+    expected = saved(tmp_path)
+    shutil.rmtree(tmp_path / '10' / what)
+    shutil.copytree(tmp_path / '5' / what, tmp_path / '10' / what)
+    with pytest.raises(UsageError) as error:
+        restored(tmp_path, 10, expected)
+    name = 'opt_state' if what == 'record' else what
+    assert str(error.value) == (
+        f"checkpoint '{tmp_path}/10' is damaged ({name} and its record were not written "
+        'together): delete that directory to continue from step 5'
+    )
+
+
+def test_a_checkpoint_without_seals_is_read(tmp_path):
+    """Before, trees did not have the checksum of their record."""
+    expected = saved(tmp_path)
+    for name in ('weights', 'opt_state'):
+        (tmp_path / '10' / name / 'of_record').unlink()
+        file = tmp_path / '10' / name / 'crc32.json'
+        checksums = json.loads(file.read_text())
+        del checksums['of_record']
+        file.write_text(json.dumps(checksums))
+    assert_same(restored(tmp_path, 10, expected)[0], expected)
 
 
 def test_another_model_or_optimizer_is_refused(tmp_path):

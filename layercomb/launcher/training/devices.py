@@ -142,11 +142,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def is_alone() -> bool:
-    """Whether there is one process: of several, each has a part of the data."""
-    return jax.process_count() == 1
-
-
 def on_one(tree: Any) -> Any:
     """A tree of arrays of a mesh on the first device.
 

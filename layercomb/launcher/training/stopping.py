@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
+
+from layercomb.layers.facts import processes
 
 if TYPE_CHECKING:
     from layercomb.supervised import Loop
@@ -42,11 +43,7 @@ def run(loop: Loop, n_steps: int, until: float | None = None) -> dict[str, Any] 
 
 def _any(asked: bool) -> bool:
     """Whether this process was asked to end, or another one of the run: all end alike."""
-    if jax.process_count() == 1:
-        return asked
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.bool_(asked))))
+    return bool(processes.from_all(asked).any())
 
 
 @contextlib.contextmanager
