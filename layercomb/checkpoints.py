@@ -12,9 +12,12 @@ their types back from the tree that the reader expects.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import logging
+import sys
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layercomb import paths
 from layercomb.errors import UsageError, machine_errors, require
@@ -41,6 +45,7 @@ Kinds = dict[str, str]  # path -> 'float32[4,5]'
 
 _RECORD = 'record'
 _CHECKSUMS = 'crc32.json'
+_ASK_EVERY = 0.2  # seconds: processes ask each other whether a save is written
 _SEAL = 'of_record'  # a file in each tree: the checksum of the record; absent in older ones
 
 
@@ -141,6 +146,69 @@ def save_args(trees: Mapping[str, Tree], record: Mapping[str, Any]) -> Any:
     sealed = {'text': text, 'crc32': seal}
     items = {name: _Save(tree, seal=seal) for name, tree in trees.items()}
     return ocp.args.Composite(**items, **{_RECORD: ocp.args.JsonSave(sealed)})
+
+
+class Background:
+    """One save after another in the background, of an Orbax manager.
+
+    Orbax lets the other processes wait for twenty minutes where one could not write. Here they hear
+    of it when all ask how the save went.
+
+    Attributes:
+      step: the number of the step that was saved last.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, 'saved')
+        self._done: concurrent.futures.Future[None] | None = None
+        self._caller = 0
+
+    def options(self) -> ocp.options.AsyncOptions:
+        """What the manager has to be made with."""
+        return ocp.options.AsyncOptions(barrier_sync_fn=self._meet)
+
+    def start(self, manager: ocp.CheckpointManager, step: int, args: Any) -> None:
+        """Starts to save a step; returns when its arrays may be donated again.
+
+        Args:
+          manager: of these `options`.
+          step: its number.
+          args: of `save_args`.
+        """
+        self.step, self._caller = step, threading.get_ident()
+        manager.save(step, args=args)
+        self._done = self._pool.submit(manager.wait_until_finished)
+
+    def wait(self) -> None:
+        """Waits for this process's part, and raises what went wrong with it."""
+        if self._done is None:
+            return
+        concurrent.futures.wait([self._done])
+        if (error := self._done.exception()) is not None:
+            self._done = None  # it is raised once
+            raise error
+
+    def failed(self) -> bool:
+        """Waits for all processes. Whether one of them failed; the others then wait no more."""
+        while self._done is not None:
+            concurrent.futures.wait([self._done], timeout=_ASK_EVERY)
+            is_done = self._done.done()
+            mine = is_done, is_done and self._done.exception() is not None
+            each = processes.from_all(np.array(mine))  # (N, 2)
+            if each[:, 1].any():
+                self._done = self._done if mine[1] else None
+                return True
+            if each[:, 0].all():
+                self._done = None
+        return False
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Waits for other processes, unless this one has failed: Orbax waits in a `finally`."""
+        error = sys.exc_info()[1]
+        if error is not None and threading.get_ident() != self._caller:
+            raise error
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def read(path: Path, abstract: Mapping[str, Tree], cure: str) -> tuple[dict[str, Tree], dict]:

@@ -48,11 +48,12 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def machine_errors(cure: str) -> Iterator[None]:
+def machine_errors(cure: str, what: str = '') -> Iterator[None]:
     """Turns errors of the operating system, such as a full disk, into a UsageError.
 
     Args:
       cure: what the user can do about it.
+      what: what could not be done, if the message should say so.
 
     Raises:
       UsageError: for an OSError, and for the ValueError that TensorStore raises for one. A
@@ -63,7 +64,7 @@ def machine_errors(cure: str) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as e:
-        raise UsageError(f'{_refusal(e)}: {cure}') from e
+        raise UsageError(f'{what and what + ": "}{_refusal(e)}: {cure}') from e
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ subdirectories, named after that first step, holds the rest of its weights.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import jax
 
 from layercomb import checkpoints, paths, trees
 from layercomb.checkpoints import Tree, ocp
-from layercomb.errors import UsageError
+from layercomb.errors import UsageError, machine_errors
 from layercomb.layers.facts import processes
 
 _BEST = 'best'
@@ -64,6 +65,7 @@ class Checkpoints:
         self.directory, self._keep = paths.local(directory, 'output_dir'), int(keep)
         self.best: Best | None = None
         self.frozen: int | None = None
+        self._saving = checkpoints.Background()
         paths.check_for_arrays(self.directory)
         try:
             paths.check_can_hold(self.directory)
@@ -74,7 +76,9 @@ class Checkpoints:
     def _manager(self) -> ocp.CheckpointManager:
         """Orbax's manager. It makes the directory, so it is made at the first save."""
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_LastAndBest(self, self._keep), cleanup_tmp_directories=True
+            preservation_policy=_LastAndBest(self, self._keep),
+            cleanup_tmp_directories=True,
+            async_options=self._saving.options(),
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -95,20 +99,28 @@ class Checkpoints:
     ) -> None:
         """Starts to save a step; returns when the arrays may be donated again.
 
+        Waits for the save before it, as `settle` does. Of several processes, all have to save.
+
         Args:
           step: the number of the step, greater than any saved before.
           trees: named trees of arrays.
           record: what else to keep, as JSON can hold it.
           frozen: the rest of the tree 'weights', which does not train, with None in the places of
             what does. It is written by the first save alone.
+
+        Raises:
+          UsageError: if this step, or the one before it, cannot be written.
         """
+        self.settle()
         more: dict[str, Any] = {} if self.best is None else {_BEST: self.best._asdict()}
         if jax.tree.leaves(frozen):
             if self.frozen is None:
                 self._write_frozen(step, frozen)
             more[_FROZEN] = self.frozen
         trees = {name: _without_none(x) if name == 'weights' else x for name, x in trees.items()}
-        self._manager.save(step, args=checkpoints.save_args(trees, {**record, **more}))
+        args = checkpoints.save_args(trees, {**record, **more})
+        with self._told(step):
+            self._saving.start(self._manager, step, args)
 
     def _write_frozen(self, step: int, frozen: Tree) -> None:
         """Writes frozen weights, whole or not at all, before the step that needs them."""
@@ -169,13 +181,37 @@ class Checkpoints:
         """
         return _restore(self.directory, step, abstract)
 
+    def settle(self) -> None:
+        """Waits until all processes have all saves on the disk; what went wrong in one, all raise.
+
+        Raises:
+          UsageError: if a step cannot be written.
+        """
+        if self._saving.failed():
+            with processes.hearing():
+                self.wait()
+
     def wait(self) -> None:
-        """Waits until all saves are on the disk, and raises errors of writing them."""
-        if '_manager' in vars(self):
-            self._manager.wait_until_finished()
+        """Waits until all saves of this process are on the disk.
+
+        Raises:
+          UsageError: if a step cannot be written.
+        """
+        with self._told(self._saving.step):
+            self._saving.wait()
+
+    @contextlib.contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        """Turns what the machine refuses into a UsageError that says where the run can go on."""
+        last = self.latest()
+        where = 'start' if last is None else f'go on from step {last}'
+        what = f'step {step} cannot be saved in {str(self.directory)!r}'
+        with machine_errors(f'put that right, and run the same again to {where}', what):
+            yield
 
     def close(self) -> None:
         """Waits for all saves, and ends the background threads."""
+        self.wait()
         if '_manager' in vars(self):
             self._manager.close()
 

@@ -452,14 +452,18 @@ class _Run:
             self._save()
         for callback in loop._callbacks:
             callback.at_end(loop, self.row)
+        if loop._checkpoints is not None:
+            loop._checkpoints.settle()
 
     def close(self) -> None:
         """Closes what is open, and waits for the checkpoint being written."""
         self._progress.close()
-        if self._log is not None:
-            self._log.close()
-        if self._loop._checkpoints is not None:
-            self._loop._checkpoints.wait()
+        try:
+            if self._log is not None:
+                self._log.close()
+        finally:
+            if self._loop._checkpoints is not None:
+                self._loop._checkpoints.wait()
 
     def _due(self, step: int, every: int | None) -> bool:
         return step == self._n_steps or (every is not None and step % every == 0)

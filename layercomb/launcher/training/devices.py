@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from layercomb import trees
 from layercomb.errors import UsageError, one_line
 from layercomb.parallel import AXES, make_mesh
 
+_TO_TELL = 1.0  # seconds in which all processes tell an error that all have heard of
 _LOST = re.compile(
     r'(?i)gloo|connection (closed|reset|refused)|heartbeat|coordination|barrier|remote|'
     r'deadline.exceeded'
@@ -102,11 +104,13 @@ def together(options: argparse.Namespace) -> Iterator[None]:
         for name in ('coordinator_address', 'num_processes', 'process_id'):
             if getattr(options, name) is not None:
                 raise UsageError(f'--{name} is about several processes: give --distributed too')
-        yield
+        with _without_echoes():
+            yield
         return
-    _join(options)
+    if not jax.distributed.is_initialized():
+        _join(options)
     try:
-        with _quiet(jax.process_index() > 0):
+        with _quiet(jax.process_index() > 0), _without_echoes():
             yield
     except BaseException as e:
         if jax.process_count() == 1:
@@ -114,6 +118,8 @@ def together(options: argparse.Namespace) -> Iterator[None]:
         code = _tell(e)
         sys.stdout.flush()
         sys.stderr.flush()
+        if is_first():  # JAX ends the others by a signal as soon as they miss it
+            time.sleep(_TO_TELL)
         os._exit(code)  # at a usual exit JAX would wait for the others, and abort with its stack
 
 
@@ -185,3 +191,19 @@ def _quiet(is_quiet: bool) -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()):
         yield
     sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _without_echoes() -> Iterator[None]:
+    """Drops what threads of a save say that has failed: it is told in a line."""
+    before = sys.unraisablehook
+
+    def hook(said: Any) -> None:
+        if str(said.exc_value) != 'Event loop is closed':
+            before(said)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
