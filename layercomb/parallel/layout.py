@@ -284,19 +284,22 @@ class Layout:
 
         return whole
 
-    def filled(self, batch: Any, together: int = 1) -> Any:
+    def filled(self, batch: Any, together: int = 1, at_least: int = 0) -> Any:
         """A batch for `rows`, filled up to rows that the mesh divides; those count for nothing.
 
         Args:
           batch: arrays of this process, the last of them loss weights.
           together: how many rows in sequence belong together.
+          at_least: how many rows there have to be.
         """
         n = len(batch[0])
-        if self.mesh is None or not (
-            missing := -n % (self.n_parts * together // self._n_processes)
-        ):
+        if self.mesh is None:
             return batch
-        again = np.arange(n + missing) % n
+        unit = self.n_parts * together // self._n_processes
+        whole = -(-max(n, at_least) // unit) * unit
+        if whole == n:
+            return batch
+        again = np.arange(whole) % n
         *others, loss_weights = (np.asarray(x)[again] for x in batch)
         loss_weights[n:] = 0
         return (*others, loss_weights)

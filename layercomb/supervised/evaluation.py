@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import jax
@@ -17,7 +18,9 @@ from layercomb.checks import ChunkLen
 from layercomb.errors import UsageError, UsageWarning
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
+from layercomb.layers.facts import processes
 from layercomb.layers.metrics.metric import Metric
+from layercomb.parallel.even import evened
 from layercomb.parallel.layout import ALONE, Layout
 from layercomb.supervised.batches import Batch, check_loss_weights, made, shaped_unlike
 from layercomb.supervised.fit import check_arity, check_inputs, no_batch
@@ -97,14 +100,13 @@ def _run(
     together = max(metric.together for metric in cast(tuple[Metric, ...], task.metrics))
     for i in itertools.count(1):
         where = f'EvalTask {task.name!r}, batch {i}'
-        with made(where):
-            batch = next(batches, None)
+        batch = _next(task, net, batches, where, layout, is_first=not first)
+        batch = evened(batch, layout, together, where)
         if batch is None:
             break
         first = first or batch
-        _check_batch(task, net, batch, where, is_first=batch is first)
         with shaped_unlike(first, batch, where):
-            per_batch.append(step(layout.rows(layout.filled(batch, together))))
+            per_batch.append(step(layout.rows(batch)))
         if i == _MANY and task.n_batches is None:
             warnings.warn(
                 f'EvalTask {task.name!r}: {i:,} batches so far, and no end: if the data never '
@@ -118,6 +120,18 @@ def _run(
         raise no_batch(task)
     of_metrics = zip(*jax.device_get(per_batch), strict=True)
     return [list(map(_sum, zip(*of_batches, strict=True))) for of_batches in of_metrics]
+
+
+def _next(
+    task: EvalTask, net: Layer, batches: Iterator[Batch], where: str, layout: Layout, is_first: bool
+) -> Batch | None:
+    """The next batch, checked; what is wrong with it in one process, all hear."""
+    with processes.hearing() if layout.mesh is not None else contextlib.nullcontext():
+        with made(where):
+            batch = next(batches, None)
+        if batch is not None:
+            _check_batch(task, net, batch, where, is_first)
+    return batch
 
 
 def _check_batch(task: EvalTask, net: Layer, batch: Batch, where: str, is_first: bool) -> None:

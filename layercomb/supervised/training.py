@@ -18,6 +18,7 @@ from layercomb.errors import UsageError, machine_errors
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.facts import processes
 from layercomb.model import Model
+from layercomb.parallel.even import check_alike
 from layercomb.parallel.layout import Layout, laid_out
 from layercomb.supervised import steps
 from layercomb.supervised.batches import Batch, Batches, check_loss_weights, shaped_unlike
@@ -274,6 +275,7 @@ class Loop:
                 self._batches.position()  # fails now if a checkpoint could not hold it
             self._first = self._batches.peek()
             check_arity(self._task, self._net, self._first, 'the data')
+        check_alike(self._first, 'the batch of step 1')
         signature = on_device(self._first[: self._net.n_in])
         init_key, self._key = jax.random.split(jax.random.key(self._seed))
         weights, state = jax.eval_shape(lambda key: self._net.init(signature, key), init_key)

@@ -56,6 +56,6 @@ if __name__ == '__main__':
     import jax
 
     jax.config.update('jax_numpy_dtype_promotion', 'strict')
-    jax.distributed.initialize(address, int(n), int(number), heartbeat_timeout_seconds=30)
+    jax.distributed.initialize(address, int(n), int(number))
     made = getattr(importlib.import_module(module), name)(*json.loads(args))
     print(_ANSWER + json.dumps(made), flush=True)

@@ -52,17 +52,19 @@ def hearing() -> Iterator[None]:
     failed = from_all(mine is not None)
     if not failed.any():
         return
-    texts = from_all(_packed('' if mine is None else one_line(mine)))
+    said = texts('' if mine is None else one_line(mine))
     if mine is not None:
         raise mine
     first = int(np.argmax(failed))
-    raise UsageError(f'process {first} says: {_unpacked(texts[first])}')
+    raise UsageError(f'process {first} says: {said[first]}')
 
 
-def _packed(text: str) -> np.ndarray:
-    data = text.encode()[:_LENGTH]
-    return np.frombuffer(data.ljust(_LENGTH, b'\0'), np.uint8)
+def texts(text: str) -> list[str]:
+    """A text of each process; all of them have to ask.
 
-
-def _unpacked(data: np.ndarray) -> str:
-    return data.tobytes().rstrip(b'\0').decode('utf-8', 'ignore')
+    Args:
+      text: of this process; what is beyond 2,000 bytes is cut off.
+    """
+    data = text.encode()[:_LENGTH].ljust(_LENGTH, b'\0')
+    found = from_all(np.frombuffer(data, np.uint8))
+    return [x.tobytes().rstrip(b'\0').decode('utf-8', 'ignore') for x in found]
