@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,6 +99,13 @@ class Callback:
           row: what `Loop.run` returns.
         """
 
+    def at_error(self, loop: Running) -> None:
+        """Called once when an error or an interrupt ends a run, before it reaches the caller.
+
+        Args:
+          loop: the Loop; its weights may be gone.
+        """
+
 
 class Profile(Callback):
     """Traces some steps of a run with JAX's profiler.
@@ -106,7 +114,7 @@ class Profile(Callback):
     next one. It begins with what a step compiles, if it does. Each time it is taken makes a folder
     of its own, ``directory/plugins/profile/TIME``, which TensorBoard's profile plugin shows
     (``tensorboard --logdir directory``). Its ``perfetto_trace.json.gz`` can be opened at
-    https://ui.perfetto.dev. After an error nothing is written.
+    https://ui.perfetto.dev. An error ends the trace; a run that goes on has the rest in another.
 
     Args:
       first: the first step that is traced, by the number that reports give it, from 1.
@@ -155,8 +163,17 @@ class Profile(Callback):
         if self._taking:
             self._end(loop)
 
+    def at_error(self, loop: Running) -> None:
+        """Ends with what there is; that it cannot be written is no news beside the error."""
+        if self._taking:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._stop()
+
     def _end(self, loop: Running) -> None:
         jax.block_until_ready(loop.weights)
+        self._stop()
+
+    def _stop(self) -> None:
         self._taking = False
         jax.profiler.stop_trace()
         self.written = max((self._directory / 'plugins' / 'profile').iterdir())

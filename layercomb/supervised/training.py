@@ -227,6 +227,10 @@ class Loop:
                 while self.step < n_steps and not self._is_asked_to_stop():
                     run.advance()
                 run.end()
+            except BaseException:
+                for callback in self._callbacks:
+                    callback.at_error(self)
+                raise
             finally:
                 self._stopping = False
                 run.close()

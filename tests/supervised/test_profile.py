@@ -51,13 +51,31 @@ class Wrong(Callback):
             raise RuntimeError('an error of one step')
 
 
-def test_after_an_error_the_trace_goes_on_with_the_run(tmp_path):
+def test_an_error_ends_the_trace(tmp_path):
     profile = Profile(2, 6, tmp_path)
     trained = loop(callbacks=[profile, Wrong()])
     with pytest.raises(RuntimeError, match='an error of one step'):
         trained.run(12)
-    trained.run(14)
-    assert {2, 6} <= traced_steps(profile.written) and 7 not in traced_steps(profile.written)
+    before = traced_steps(profile.written)
+    assert {2, 3} <= before
+    with jax.profiler.trace(tmp_path / 'other'):  # no other is open
+        pass
+    trained.run(14)  # it goes on behind the steps that were dispatched
+    assert profile.written is not None and 7 not in traced_steps(profile.written)
+    assert before | traced_steps(profile.written) >= {2, 3, 4, 5, 6}
+
+
+class Broken(Callback):
+    def before_step(self, loop):
+        if loop.step == 3:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_ends_the_trace(tmp_path):
+    profile = Profile(2, 6, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        loop(callbacks=[profile, Broken()]).run(12)
+    assert traced_steps(profile.written) == {2, 3}
 
 
 def test_two_traces_at_once_are_refused(tmp_path):
