@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from layercomb import trees
 from layercomb.layers.attention.multihead import MultiHead
@@ -19,6 +21,7 @@ from layercomb.layers.reversible.cotangents import vjp
 from layercomb.layers.reversible.one_pass import one_pass, recomputes
 from layercomb.layers.reversible.passing import routed
 from layercomb.parallel.specs import cut_along
+from layercomb.shapes import is_float
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
@@ -67,9 +70,34 @@ class Gathered(Wrapper):
         def one(path: str, part: Any) -> Any:
             if path not in cuts:
                 return part
-            return jax.lax.all_gather(part, self.axis_names, axis=cuts[path], tiled=True)
+            return _whole(part, self.axis_names, cuts[path])
 
         return trees.map_with_path(one, weights)
+
+
+def _whole(part: jax.Array, axis_names: _Axes, axis: int) -> jax.Array:
+    """A weight, gathered. The gradient of a narrow one is summed over the devices in float32."""
+    if is_float(part) and part.dtype.itemsize < 4:
+        return _narrow(part, axis_names, axis)
+    return jax.lax.all_gather(part, axis_names, axis=axis, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _narrow(part: jax.Array, axis_names: _Axes, axis: int) -> jax.Array:
+    return jax.lax.all_gather(part, axis_names, axis=axis, tiled=True)
+
+
+def _narrow_forward(part: jax.Array, axis_names: _Axes, axis: int) -> tuple[jax.Array, None]:
+    return jax.lax.all_gather(part, axis_names, axis=axis, tiled=True), None
+
+
+def _narrow_backward(axis_names: _Axes, axis: int, _: None, ct: jax.Array) -> tuple[jax.Array]:
+    wide = ct.astype(jnp.float32)
+    its = jax.lax.psum_scatter(wide, axis_names, scatter_dimension=axis, tiled=True)
+    return (its.astype(ct.dtype),)
+
+
+_narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
 # What a backward pass makes again: whole weights, and the same weights cast or laid out otherwise.

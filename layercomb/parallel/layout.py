@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -344,11 +345,17 @@ class Layout:
         return jax.lax.pmean(x, self._split) if self._split and is_float(x) else x
 
     def _summed(self, grads: Tree, specs: Tree) -> Tree:
-        """Gradients summed over devices; a weight that was gathered has its sum over those."""
+        """Gradients summed over devices; a weight that was gathered has its sum over those.
+
+        Narrow ones are summed in float32: a sum of many would lose what each device adds.
+        """
 
         def one(spec: PartitionSpec, g: jax.Array) -> jax.Array:
             left = tuple(axis for axis in self._split if cut_along(spec, axis) is None)
-            return jax.lax.psum(g, left) if left else g
+            if not left:
+                return g
+            wide = g.astype(jnp.float32) if g.dtype.itemsize < 4 else g
+            return jax.lax.psum(wide, left).astype(g.dtype)
 
         return jax.tree.map(one, specs, grads, is_leaf=is_spec)
 

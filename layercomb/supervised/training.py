@@ -274,12 +274,7 @@ class Loop:
 
     def _begin(self, model: Layer | Model) -> None:
         """Sets the carry: from the last checkpoint, from the Model given, or from the seed."""
-        with processes.hearing():
-            if self._checkpoints is not None:
-                self._batches.position()  # fails now if a checkpoint could not hold it
-            self._first = self._batches.peek()
-            check_arity(self._task, self._net, self._first, 'the data')
-        check_alike(self._first, 'the batch of step 1')
+        self._first = self._first_batch()
         signature = on_device(self._first[: self._net.n_in])
         init_key, self._key = jax.random.split(jax.random.key(self._seed))
         weights, state = jax.eval_shape(lambda key: self._net.init(signature, key), init_key)
@@ -324,6 +319,16 @@ class Loop:
             opt_state = first_state(self._optimizer, self._net, trainable, self._layout)
         carry = steps.Carry(trainable, state, opt_state, jnp.int32(self.step))
         self._carry = self._layout.put(self._net, trainable, distinct(carry))
+
+    def _first_batch(self) -> Batch:
+        """The first batch of the data, which is like those of other processes."""
+        with processes.hearing():
+            if self._checkpoints is not None:
+                self._batches.position()  # fails now if a checkpoint could not hold it
+            first = self._batches.peek()
+            check_arity(self._task, self._net, first, 'the data')
+        check_alike(first, 'the batch of step 1')
+        return first
 
     def _resume(self, weights: Tree, state: Tree, given: Tree | None) -> Resumed | None:
         """What the last checkpoint holds, if there is one; weights and state are abstract."""

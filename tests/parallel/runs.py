@@ -13,6 +13,7 @@ import numpy as np
 from layercomb import (
     Model,
     UsageError,
+    losses,
     models,
     optimizers,
     parallel,
@@ -21,6 +22,8 @@ from layercomb import (
     transforms,
     trees,
 )
+from layercomb.shapes import signature_of
+from layercomb.supervised import steps
 
 LENGTH, VOCAB = 16, 32
 SIZES = (VOCAB, 32, 64, 2, 4, LENGTH)
@@ -117,6 +120,59 @@ def train(name, sizes, n_steps=3, directory=None, options=None):
     loop, found = loop_of(name, sizes, directory, **(options or {}))
     row = loop.run(n_steps)
     return [*found, row['valid/loss']]
+
+
+def gradient_of(net, sizes, dtype, batch):
+    """The gradient of a batch's mean loss in weights of a dtype, and what it is computed from."""
+    layout = parallel.Layout(mesh_of(sizes))
+    loss = tl.L2Loss() if isinstance(net, tl.Dense) else tl.CrossEntropyLoss()
+    weights, state = net.init(signature_of(batch[:1]), jax.random.key(0))
+    weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(dtype), weights)
+    how = functools.partial(steps._gradient, loss, 1, False, layout)
+    made = layout.gradient(losses.attach(net, loss, None), how)
+    weights = layout.put(net, weights, weights)
+    frozen = jax.tree.map(lambda _: None, weights)
+    return made, (weights, frozen, state, jax.random.key(1), layout.rows(batch))
+
+
+def gradient(net, sizes, dtype, batch):
+    """That gradient, in float32."""
+    made, given = gradient_of(net, sizes, dtype, batch)
+    with jax.numpy_dtype_promotion('standard'):  # layers of two dtypes meet
+        _, _, grads = jax.jit(made)(*given)
+    flat = trees.flatten(grads)
+    assert all(x.dtype == dtype for x in flat.values())
+    return {path: np.asarray(x, np.float32) for path, x in flat.items()}
+
+
+def dtypes_of_sums(sizes):
+    """The dtypes in which sums over devices are computed, of bfloat16 weights."""
+    batch = next(iter(Batches()))
+    made, given = gradient_of(NETS['transformer'](), sizes, jnp.bfloat16, batch)
+    with jax.numpy_dtype_promotion('standard'):
+        text = str(jax.make_jaxpr(made)(*given))
+    found = re.findall(r':(\w+)\[[\d,]*\](?:\{[^}]*\})? = (psum\w*|reduce_scatter)\b', text)
+    return sorted(set(found))
+
+
+def far_from_float32(name, sizes):
+    """How far the gradient in bfloat16 is from that in float32 of the same weights, relatively."""
+    net, batch = NETS[name](), next(iter(Batches()))
+    truth = gradient(net, None, jnp.float32, batch)
+    found = gradient(net, sizes, jnp.bfloat16, batch)
+    squares = [(np.sum((found[p] - x) ** 2), np.sum(x**2)) for p, x in truth.items()]
+    return float(np.sqrt(np.divide(*np.sum(squares, 0))))
+
+
+def large_and_small(sizes):
+    """Gradients of a large row on one device and small ones on the others, by weight."""
+    x = np.full((8, 8), 1 / 8, np.float32)
+    x[0] *= 256
+    y = np.zeros((8, 8), np.float32)
+    batch = x.astype(jnp.bfloat16), y, np.ones((8, 8), np.float32)
+    truth = gradient(tl.Dense(8), None, jnp.float32, batch)
+    found = gradient(tl.Dense(8), sizes, jnp.bfloat16, batch)
+    return {p: float(np.max(np.abs(found[p] - t) / np.abs(t))) for p, t in truth.items()}
 
 
 def bytes_a_device(name, sizes, optimizer='adamw'):

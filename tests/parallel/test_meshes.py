@@ -65,6 +65,21 @@ def test_accumulation_cuts_the_rows_of_each_device(eight):
     assert many == pytest.approx(one, rel=1e-5)
 
 
+def test_gradients_of_narrow_weights_are_as_near_as_those_of_one_device(eight):
+    one = eight(runs.far_from_float32, 'transformer', None)
+    for mesh in ((8, 1, 1), (1, 8, 1), (2, 4, 1)):
+        assert eight(runs.far_from_float32, 'transformer', mesh) <= 1.05 * one
+        assert max(eight(runs.large_and_small, mesh).values()) < 2**-8  # rounded once
+
+
+def test_gradients_of_narrow_weights_are_summed_in_float32(eight):
+    """XLA for CPUs sums bfloat16 in float32 by itself; others sum in what they are given."""
+    for mesh in ((8, 1, 1), (1, 8, 1), (2, 4, 1)):
+        found = eight(runs.dtypes_of_sums, mesh)
+        assert {kind for kind, _ in found} == {'f32'}
+        assert any(name == 'reduce_scatter' for _, name in found) == (mesh[1] > 1)
+
+
 @pytest.mark.parametrize('bits', [4, 8])
 def test_adapters_beside_narrow_weights(eight, bits):
     one, many = (eight(runs.adapters, mesh, bits) for mesh in (None, (2, 2, 2)))
