@@ -240,11 +240,12 @@ def run_inspect(options: argparse.Namespace) -> None:
 
     source = sources.find(options.source, configurations=True)
     if source.kind not in (sources.RUN, sources.CONFIG):
-        if options.mesh is not None:
-            raise UsageError(
-                f'inspect tells what decoding {options.source!r} takes, and --mesh is about '
-                'training: leave it out'
-            )
+        for name in ('mesh', 'offload'):
+            if getattr(options, name) is not None:
+                raise UsageError(
+                    f'inspect tells what decoding {options.source!r} takes, and --{name} is about '
+                    'training: leave it out'
+                )
         others.check_no_run(source, options.gin_param)
         model, _ = others.loaded(source)
         model = others.with_kv_cache(model, options.kv_cache)
@@ -274,7 +275,10 @@ def run_inspect(options: argparse.Namespace) -> None:
             given = None if options.mesh is None else parallel.make_mesh(**options.mesh)
             mesh = given or experiment.mesh
             print(summary(experiment.net, signature[: experiment.net.n_in]))
-            takes = experiment.training_bytes(mesh)
+            offload = options.offload or experiment.offload
+            takes = {'': experiment.training_bytes(mesh)}
+            if offload is not None:
+                takes = {'without': takes[''], offload: experiment.training_bytes(mesh, offload)}
     where = '' if mesh is None else f', on each of {mesh.size} devices,'
     _print_bytes(f'a training step on a batch of {signature[0].shape}{where}', takes)
 
@@ -290,14 +294,17 @@ def _print_decoding_bytes(model: Model) -> None:
         takes = decoding.decoding_bytes(model, length)
     except UsageError:  # it makes no text
         return
-    _print_bytes(f'decoding a row of {length:,} positions', takes)
+    _print_bytes(f'decoding a row of {length:,} positions', {'': takes})
 
 
-def _print_bytes(what: str, takes: Mapping[str, int]) -> None:
+def _print_bytes(what: str, takes: Mapping[str, Mapping[str, int]]) -> None:
+    """Prints a column for each way, with its name above, and a row for each part."""
     print()
     print(f'{what} takes, in bytes:')
-    for part, n in takes.items():
-        print(f'  {part:<12}{n:>16,}')
+    if len(takes) > 1:
+        print(' ' * 14 + ''.join(f'{name:>16}' for name in takes))
+    for part in dict.fromkeys(part for its in takes.values() for part in its):
+        print(f'  {part:<12}' + ''.join(f'{its.get(part, 0):>16,}' for its in takes.values()))
 
 
 def run_serve(options: argparse.Namespace) -> None:

@@ -72,6 +72,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     add = command('inspect', 'source', f'{a_config}, or {_A_MODEL}')
     _kv_cache_option(add)
     devices.mesh_option(add, 'what a step of training takes on each of several devices')
+    devices.offload_option(add, 'what it takes with blocks in host memory too')
     _generate_options(of_model('generate'))
     add = of_model('chat')
     add('--system', help='what the model is told before the first turn')

@@ -9,24 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from layercomb.checks import check_values, frozen
 from layercomb.data import checks
 from layercomb.data.adapted import adapted
 from layercomb.errors import UsageError
+from layercomb.launcher.training.forecast import Forecast
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.model import Model
-from layercomb.optimizers.tensors import bound
 from layercomb.parallel.layout import laid_out
 from layercomb.parallel.mesh import make_mesh
 from layercomb.shapes import Signature
-from layercomb.supervised import Callback, Loop, steps
+from layercomb.supervised import Callback, Loop
 from layercomb.supervised.decoding.prompts import Start, begin, given
 from layercomb.supervised.decoding.sampling import Sampler
 from layercomb.supervised.fit import check_arguments, check_arity, check_fit, on_device
-from layercomb.supervised.tasks import EvalTask, TrainTask, check_count, reading
+from layercomb.supervised.tasks import EvalTask, TrainTask, check_count
 from layercomb.trees import Tree
 
 _LOOP = inspect.signature(Loop).parameters
@@ -206,37 +205,24 @@ class Experiment:
         start = given(model, self.sample_prompt or '', self.tokenizer)
         return begin(model, n_tokens=self.sample_tokens, eos_id=self.tokenizer.eos_id, **start)
 
-    def training_bytes(self, mesh: Any = None) -> dict[str, int]:
+    def training_bytes(self, mesh: Any = None, offload: str | None = None) -> dict[str, int]:
         """The memory of a training step, in bytes on a device: the step is compiled and not run.
 
         Args:
           mesh: in the place of the experiment's; None leaves that.
+          offload: as for `Loop`; None is a step without, whatever the experiment says.
 
         Returns:
-          Bytes of 'weights', 'optimizer' and 'temporaries' (activations and gradients).
+          Bytes of 'weights', 'optimizer' and 'temporaries' (activations and gradients). With
+          `offload` also of 'host', in its memory: see `Forecast.offloaded`.
 
         Raises:
-          ValueError: if the mesh does not divide a weight or the rows of a batch.
+          ValueError: if the mesh does not divide a weight or the rows of a batch, or a run with
+            `offload` would be refused.
         """
-        task, signature = self.train_task, self.batch_signature()
         layout = laid_out(self.mesh if mesh is None else mesh)
-        layout.check_rows(signature[0].shape[0], 'a batch', task.accumulate * task.loss.together)
-        weights, state = self.abstract(signature[: self.net.n_in])
-        trainable, frozen = task.partition(weights)
-        optimizer = bound(task.optimizer, self.net)
-        with jax.numpy_dtype_promotion('standard'):
-            opt_state = jax.eval_shape(optimizer.init, trainable)
-        step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
-        carry = steps.Carry(trainable, state, opt_state, step_number)
-        carry, frozen = (layout.placed(self.net, weights, x) for x in (carry, frozen))
-        step: Any = steps.of_task(task, optimizer, reading(task, self.net), layout)
-        key = jax.eval_shape(jax.random.key, 0)
-        memory = step.lower(carry, frozen, key, layout.abstract_rows(signature)).compile()
-        return {
-            'weights': layout.bytes_of_one((carry.trainable, frozen)),
-            'optimizer': layout.bytes_of_one(carry.opt_state),
-            'temporaries': memory.memory_analysis().temp_size_in_bytes,
-        }
+        asked = Forecast(self.net, self.train_task, self.batch_signature(), layout)
+        return asked.plain() if offload is None else asked.offloaded(offload)
 
 
 def _first_batch(data: Any) -> tuple[Any, ...]:

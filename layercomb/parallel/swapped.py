@@ -317,11 +317,21 @@ def swapped(net: Layer, host_inputs: bool = False) -> Layer:
       net: any layer.
       host_inputs: as of `Swapped`.
     """
+    return rewritten(net, functools.partial(Swapped, host_inputs=host_inputs))
+
+
+def rewritten(net: Layer, make: Callable[[Any], Layer]) -> Layer:
+    """The model with another layer in the place of each of its `stacks`. Paths stay.
+
+    Args:
+      net: any layer.
+      make: what it is, from the stack.
+    """
     found = stacks(net)
 
     def one(layer: Layer, path: str) -> Layer:
         if _is_stack(layer):
-            return Swapped(layer, host_inputs=host_inputs) if path in found else layer
+            return make(layer) if path in found else layer
         if not _is_entered(layer):
             return layer
         made = (one(child, joined(path, key)) for key, child in layer.children)

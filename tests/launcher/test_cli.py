@@ -314,6 +314,11 @@ def test_inspect_config_and_run(files, capsys):
         assert cli.main(['inspect', str(what)]) == 0
         out = capsys.readouterr().out
         assert 'block/residual/self_attention/query' in out and 'temporaries' in out
+    assert cli.main(['inspect', str(config), '--offload', 'blocks']) == 0
+    heads, *rows = capsys.readouterr().out.splitlines()[-5:]
+    assert heads.split() == ['without', 'blocks']
+    assert [row.split()[0] for row in rows] == ['weights', 'optimizer', 'temporaries', 'host']
+    assert rows[-1].split()[1] == '0' != rows[-1].split()[2]
 
 
 MISTAKES = {

@@ -19,6 +19,7 @@ import jax
 from layercomb import trees
 from layercomb.errors import UsageError, one_line
 from layercomb.parallel import AXES, make_mesh
+from layercomb.supervised.offloading import MODES
 
 _TO_TELL = 1.0  # seconds in which all processes tell an error that all have heard of
 _LOST = re.compile(
@@ -59,6 +60,16 @@ def mesh_option(add: Any, what: str) -> None:
         help=f'{what}: data=2,fsdp=4, of {", ".join(AXES)}; one axis may be -1, for the rest, and '
         'fsdp alone is fsdp=-1',
     )
+
+
+def offload_option(add: Any, what: str) -> None:
+    """Adds the option that names what is in host memory.
+
+    Args:
+      add: adds one option.
+      what: what it is good for.
+    """
+    add('--offload', choices=MODES, help=f'{what}; see docs/scaling.md')
 
 
 def _sizes(given: str) -> dict[str, int]:
