@@ -59,6 +59,7 @@ class Experiment:
         with the trained model on the batches of the first eval task; None for no comparison.
       mesh: of `parallel.make_mesh`, to train on several devices, as for `Loop`.
       offload: 'blocks' keeps blocks and their optimizer's state in host memory, as for `Loop`.
+      offload_dtype: 'bfloat16' sends half of a block's weights to compute it, as for `Loop`.
 
     Raises:
       TypeError, ValueError: for a field that cannot be right, or fields that do not fit together.
@@ -83,6 +84,7 @@ class Experiment:
     baseline_text: Any = None
     mesh: Any = None
     offload: str | None = _of_loop('offload')
+    offload_dtype: str = _of_loop('offload_dtype')
 
     def __post_init__(self) -> None:
         given: Any = self.eval_tasks
@@ -139,6 +141,7 @@ class Experiment:
             allow_changes=allow_changes,
             mesh=self._mesh if mesh is None else mesh,
             offload=self.offload,
+            offload_dtype=self.offload_dtype,
             **{**self._options(), 'callbacks': (*self.callbacks, *callbacks)},
         )
         if isinstance(self.model, Model) and self.model.weights is None and made.step == 0:

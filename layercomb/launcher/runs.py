@@ -18,7 +18,7 @@ OPERATIVE = 'operative_config.gin'
 # What may change when a run is resumed: its length, what is reported of it, and the pieces in which
 # it is computed.
 _MAY_CHANGE = re.compile(
-    r'cli\.train\.(steps|keep|keep_best|callbacks|\w+_every|eval_tasks|tokenizer|sample_\w+|baseline_text|mesh|offload)$'
+    r'cli\.train\.(steps|keep|keep_best|callbacks|\w+_every|eval_tasks|tokenizer|sample_\w+|baseline_text|mesh|offload|offload_dtype)$'
     r'|.*make_mesh\.|.*EvalTask\.|.*TrainTask\.(accumulate|accumulate_dtype|loss_chunk_len)$|.*\.ff_chunk_len$'
 )
 

@@ -10,6 +10,9 @@ returns in the place of cotangents are the *new* weights and the *new* state::
 
 So the device never holds more of these than one block has. The arrays are the carry of the scan,
 and are written in place.
+
+Weights may be in `halves`. Then blocks are computed, forwards and backwards, with the first ones,
+and the second are sent for the update alone: a gradient moves the float32 number that both are.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from layercomb.layers.reversible.one_pass import one_pass
 from layercomb.layers.reversible.stack import ReversibleRepeat, widened
 from layercomb.layers.state.counted import put_counted, take_counted
 from layercomb.layers.state.decisions import put_decisions, take_decisions
+from layercomb.parallel import halves
 from layercomb.shapes import Signature
 from layercomb.transforms.segments import Segmented
 from layercomb.transforms.tying import Tied
@@ -52,7 +56,8 @@ class Held:
     It is no pytree: a gradient is asked of the arrays in it, by whoever makes it.
 
     Attributes:
-      weights: those that train, (n, …) in host memory; None in the places of others.
+      weights: those that train, (n, …) in host memory; None in the places of others. Some may be in
+        `halves`, and so may frozen ones.
       frozen: the others, likewise.
       moments: arrays in host memory, the optimizer's state; n divides the first axis of each, and
         each is a float: see `update`.
@@ -106,7 +111,7 @@ class Swapped(Wrapper):
         if not isinstance(weights, Held):
             outputs, new, _ = _forwards(self, weights, state, tuple(inputs), rng, mode)
             return outputs, new
-        refuse_narrow(trees.merge(weights.weights, weights.frozen))
+        refuse_narrow(halves.others(trees.merge(weights.weights, weights.frozen)))
         frozen = weights.frozen, weights.shared
         trained = weights.weights, weights.moments, weights.squares
         return _trained(_Static(self, weights.update), trained, frozen, state, tuple(inputs), rng)
@@ -174,12 +179,13 @@ def _forwards(
 ) -> tuple[Arrays, Tree, Any]:  # fmt: skip
     """Outputs, the new state, and the inputs of all blocks if they are to be kept."""
     stack: Any = net.layer
+    read = _rounded if mode.is_training else _exact
     state, counted = take_counted(state)
 
     def step(values: Arrays, xs: Any) -> Any:
         its_state, i = xs
         made, new = stack.layer.apply(
-            _without_stack(fetched(weights, stack.n, i)),
+            _without_stack(read(weights, stack.n, i)),
             put_counted(its_state, counted),
             values,
             rng=fold(rng, i),
@@ -202,8 +208,9 @@ def _undone(
     its_state, its_cts, inputs = xs
     frozen, shared = frozen
     weights, moments, squares = trained
-    its, its_frozen, its_moments = fetched((weights, frozen, moments), stack.n, i)
-    whole = _without_stack(trees.merge(its, its_frozen))
+    its, its_moments = fetched((weights, moments), stack.n, i)
+    its_frozen = _rounded(frozen, stack.n, i)
+    whole = _without_stack(trees.merge(halves.widened(halves.first(its), its), its_frozen))
     fixed = [w for w, f in zip(_leaves(whole), _leaves(its_frozen), strict=True) if f is not None]
     given: dict[str, Any] = {'rng': fold(rng, i), 'state_cts': its_cts}
     its_state = put_counted(its_state, counted)
@@ -218,10 +225,12 @@ def _undone(
             _, d_inputs, d = one_pass(
                 stack.layer, whole, its_state, inputs, cts, mode=Mode.TRAIN, **given
             )
-    grads = _like(its, d)
+    exact = halves.joined(its)
+    grads = _like(exact, d)
     for grad in jax.tree.leaves(grads):
         squares = squares + jnp.sum(jnp.square(grad.astype(jnp.float32)))
-    its, its_moments = static.update(grads, its_moments, shared, its)
+    exact, its_moments = static.update(grads, its_moments, shared, exact)
+    its = halves.split(exact, halves.halved(its))
     weights, moments = _put_back((weights, moments), (its, its_moments), stack.n, i)
     return ((weights, moments, squares), tuple(d_inputs), tuple(outputs), i - 1), None
 
@@ -243,6 +252,16 @@ def fetched(tree: Any, n: int, i: jax.Array) -> Any:
         return jax.lax.dynamic_slice_in_dim(x, i * k, k)
 
     return _to_device(jax.tree.map(one, tree))
+
+
+def _exact(weights: Tree, n: int, i: jax.Array) -> Tree:
+    """Block i's weights, as they are."""
+    return halves.joined(fetched(weights, n, i))
+
+
+def _rounded(weights: Tree, n: int, i: jax.Array) -> Tree:
+    """Block i's weights, of halves the first alone."""
+    return halves.widened(fetched(halves.first(weights), n, i), weights)
 
 
 def sent(tree: Any) -> Any:

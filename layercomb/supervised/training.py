@@ -111,6 +111,8 @@ class Loop:
         optimizer's state, in host memory; a block's part is on the device while it is computed.
         'blocks+inputs' keeps the inputs of blocks that are not reversible there too. A run may be
         switched from one to another. Optimizers have to move each block by itself.
+      offload_dtype: 'bfloat16' computes blocks with matrices rounded to it, whose last 16 bits are
+        sent for the update alone: see docs/scaling.md. Evaluations and checkpoints are float32.
 
     Attributes:
       step: how many steps have been taken.
@@ -140,6 +142,7 @@ class Loop:
         allow_changes: str | Sequence[str] = (),
         mesh: Mesh | Layout | None = None,
         offload: str | None = None,
+        offload_dtype: str = 'float32',
     ) -> None:
         self._eval_tasks = tuple(eval_tasks) if isinstance(eval_tasks, Iterable) else (eval_tasks,)
         options = {'seed': seed, 'keep': keep, 'keep_best': keep_best, 'callbacks': callbacks}
@@ -159,8 +162,7 @@ class Loop:
         self._in_flight, self._stopping = InFlight(), False
         self._saved = 0  # the last step that needs no saving any more
         self._allowed = check_allowed(allow_changes)
-        self._optimizer, self._layout = clipped(train_task, self._net), laid_out(mesh)
-        self._places = places_of(offload, train_task, self._net, self._optimizer, self._layout)
+        self._lay_out(mesh, offload, offload_dtype)
         self._compile(train_task)
         self._checkpoints: Checkpoints | None = None
         if self._directory is not None:
@@ -171,6 +173,13 @@ class Loop:
         self._made_of: Fingerprint = {}
         self.step = 0
         self._begin(model)
+
+    def _lay_out(self, mesh: Any, offload: str | None, dtype: str) -> None:
+        """Says where arrays are."""
+        self._optimizer, self._layout = clipped(self._task, self._net), laid_out(mesh)
+        self._places = places_of(
+            offload, self._task, self._net, self._optimizer, self._layout, dtype
+        )
 
     def _compile(self, task: TrainTask) -> None:
         """Makes the step, and those of the stages before; each is compiled at its first use."""
@@ -309,7 +318,7 @@ class Loop:
         )
         opt_state = None if resumed is None else resumed.opt_state
         if self._places is not None:
-            trainable, self._frozen = map(self._places.put, (trainable, self._frozen))
+            trainable, self._frozen = self._places.put(trainable, self._frozen)
             opt_state = (
                 self._places.first_state(trainable)
                 if opt_state is None
@@ -365,15 +374,17 @@ class Loop:
                     f'({self._last_good()}): lower the learning rate, or give the optimizer a '
                     'greater eps'
                 )
-        carry = self._carry
-        saved = {'weights': carry.trainable, 'state': carry.state, 'opt_state': self.opt_state}
+        carry, weights, frozen = self._carry, self._carry.trainable, self._frozen
+        if self._places is not None:
+            weights, frozen = map(self._places.saved, (weights, frozen))
+        saved = {'weights': weights, 'state': carry.state, 'opt_state': self.opt_state}
         record = {
             'made_of': self._made_of,
             'data': self._batches.position(),
             'key': np.asarray(jax.random.key_data(self._key)).tolist(),
             'key_impl': str(jax.random.key_impl(self._key)),
         }
-        self._checkpoints.save(self.step, saved, record, self._frozen)
+        self._checkpoints.save(self.step, saved, record, frozen)
         self._saved = self.step
 
     def _advance(self) -> None:

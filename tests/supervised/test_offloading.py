@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +26,23 @@ V, L, B, N = 16, 4, 2, 3
 RATE = optimizers.warmup_cosine(1e-2, 10, 2)
 ADAMW = optimizers.adamw(RATE, weight_decay=0.1)
 FF = tl.Serial(tl.LayerNorm(), tl.Dense(8), tl.Tanh(), name='ff')
-PLAIN = tl.Serial(
-    tl.Embedding(V, 8), tl.Repeat(tl.Residual(FF, tl.Dropout(0.2)), N, name='blocks'), tl.Dense(V)
-)
-REVERSIBLE = tl.Serial(
-    tl.Embedding(V, 8),
-    tl.Dup(),
-    tl.ReversibleRepeat(
-        tl.ReversibleSerial(
-            tl.ReversibleHalfResidual(FF, tl.Dropout(0.2)), tl.ReversibleSwap(), name='block'
-        ),
-        N,
-        name='blocks',
-    ),
-    tl.Add(),
-    tl.Dense(V),
-)
-NETS = {'plain': PLAIN, 'reversible': REVERSIBLE}
+
+
+def nets(ff):
+    """Models with n blocks around some layers."""
+    block = tl.ReversibleSerial(
+        tl.ReversibleHalfResidual(ff, tl.Dropout(0.2)), tl.ReversibleSwap(), name='block'
+    )
+    stack = tl.ReversibleRepeat(block, N, name='blocks')
+    plain = tl.Repeat(tl.Residual(ff, tl.Dropout(0.2)), N, name='blocks')
+    return {
+        'plain': tl.Serial(tl.Embedding(V, 8), plain, tl.Dense(V)),
+        'reversible': tl.Serial(tl.Embedding(V, 8), tl.Dup(), stack, tl.Add(), tl.Dense(V)),
+    }
+
+
+NETS = nets(FF)
+PLAIN, REVERSIBLE = NETS['plain'], NETS['reversible']
 
 
 class Data:
@@ -64,12 +66,12 @@ class Rows(Callback):
 
 
 def loop(net=REVERSIBLE, offload='blocks', directory=None, optimizer=ADAMW, evals=(), **task):
-    mesh = task.pop('mesh', None)
+    options = {name: task.pop(name) for name in ('mesh', 'offload_dtype') if name in task}
     rows = Rows()
     made = Loop(
         net, TrainTask(Data(), tl.CrossEntropyLoss(), optimizer, **task), evals, directory,
         progress=False, eval_every=None, checkpoint_every=None, callbacks=(rows,),
-        offload=offload, mesh=mesh,
+        offload=offload, **options,
     )  # fmt: skip
     return made, rows.found
 
@@ -201,6 +203,11 @@ REFUSED = {
         'clip_norm=1.0, or clip numbers, by an optimizer optax.chain(optax.clip(…), …)',
     ),
     'accumulate': ({'accumulate': 2}, 'sums none: leave out accumulate=2, or offload'),
+    'dtype': ({'offload_dtype': 'int8'}, "offload_dtype='int8': it is 'float32' or 'bfloat16'"),
+    'dtype alone': (
+        {'offload_dtype': 'bfloat16', 'offload': None},
+        "of blocks in host memory: say offload='blocks' too, or leave it out",
+    ),
     'unknown': ({'offload': 'all'}, "offload='all': it is None, 'blocks' or 'blocks+inputs'"),
     'shared': (
         {'net': tl.Serial(tl.Embedding(V, 8), tl.Repeat(FF, 2, shared=True), tl.Dense(V))},
@@ -294,3 +301,66 @@ def test_a_configuration_says_it():
     task = TrainTask(Data(), tl.CrossEntropyLoss(), ADAMW)
     with pytest.raises(ValueError, match="offload='all'"):
         Experiment(PLAIN, task, offload='all').loop('unused')
+
+
+class Rounded(tl.Serial):
+    """Layers whose matrices are computed with as bfloat16, in plain words."""
+
+    def apply(self, weights, state, inputs, **given):
+        def one(path, x):
+            near = x.astype(jnp.bfloat16).astype(jnp.float32)
+            return x + jax.lax.stop_gradient(near - x) if path.endswith('kernel') else x
+
+        return super().apply(trees.map_with_path(one, weights), state, inputs, **given)
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_blocks_in_bfloat16_are_of_rounded_weights(name):
+    (one, rows), (other, found) = (
+        loop(nets(Rounded(*FF.sublayers, name='ff'))[name], None),
+        loop(NETS[name], 'blocks', offload_dtype='bfloat16'),
+    )
+    for each in (one, other):
+        each.run(3)
+    np.testing.assert_allclose(found, rows, rtol=1e-5)
+    for a, b in zip(
+        *(jax.tree.leaves((x.weights, x.opt_state)) for x in (one, other)), strict=True
+    ):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_run_in_bfloat16_is_switched_on_and_off(tmp_path):
+    valid = EvalTask(Data(), tl.CrossEntropyLoss(), n_batches=1)
+    frozen = {'trainable': lambda path: 'dense/kernel' not in path}
+    whole, rows = loop(PLAIN, None, evals=valid, **frozen)
+    last = whole.run(4)
+    found = []
+    for until, dtype in enumerate(('bfloat16', None, 'bfloat16', 'bfloat16'), 1):
+        given = {} if dtype is None else {'offload_dtype': dtype}
+        made, some = loop(
+            PLAIN, 'blocks' if dtype else None, tmp_path, evals=valid, **given, **frozen
+        )
+        row = made.run(until)
+        found += some
+    np.testing.assert_allclose(found, rows, rtol=2e-2)
+    assert row['valid/loss'] == pytest.approx(last['valid/loss'], rel=2e-2)
+    assert made._frozen['blocks']['ff']['dense']['kernel'].dtype == jnp.bfloat16
+    assert jax.tree.structure(made.weights) == jax.tree.structure(whole.weights)
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'frozen', 'sent'),
+    [('float32', False, 16), ('bfloat16', False, 14), ('float32', True, 8), ('bfloat16', True, 4)],
+)
+def test_half_of_the_weights_is_sent(dtype, frozen, sent, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / 'benchmarks')
+    counting = importlib.import_module('host_offload')
+    block = tl.Residual(tl.Serial(tl.Dense(64, use_bias=False), tl.Tanh()))
+    net = tl.Serial(tl.Embedding(V, 64), tl.Repeat(block, N, name='blocks'), tl.Dense(V))
+    trainable = (lambda path: not path.startswith('blocks')) if frozen else None
+    made, _ = loop(net, offload_dtype=dtype, trainable=trainable)
+    args = made._carry, made._frozen, made._key, next(iter(Data()))
+    jaxpr = made._compiled.trace(*args).jaxpr.jaxpr
+    assert counting.sent_bytes(jaxpr, to_host=False) == N * 64 * 64 * sent
+    assert counting.sent_bytes(jaxpr, to_host=True) == (0 if frozen else N * 64 * 64 * 12)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,11 +16,13 @@ from layercomb import trees
 from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
+from layercomb.optimizers.tensors import decayed
+from layercomb.parallel import halves
 from layercomb.parallel.layout import Layout
 from layercomb.parallel.swapped import fetched, stacks, swapped
 from layercomb.shapes import Signature
 from layercomb.supervised.offloading import wire
-from layercomb.supervised.offloading.dividing import by_name, divided, is_inside
+from layercomb.supervised.offloading.dividing import Divided, by_name, divided, is_inside
 from layercomb.supervised.offloading.independence import check_independent
 from layercomb.supervised.offloading.step import compiled
 from layercomb.trees import Tree
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from layercomb.supervised.tasks import TrainTask
 
 MODES = ('blocks', 'blocks+inputs')
+DTYPES = ('float32', 'bfloat16')
 _HOST = 'pinned_host'
 
 
@@ -42,11 +45,13 @@ class Places:
       net: the model.
       optimizer: the task's, told the model.
       host_inputs: whether the inputs of blocks are in host memory too.
+      in_halves: whether the matrices of blocks are in `halves`, as far as they can be.
     """
 
     net: Layer
     optimizer: Any
     host_inputs: bool
+    in_halves: bool = False
 
     @functools.cached_property
     def n_blocks(self) -> dict[str, int]:
@@ -98,29 +103,43 @@ class Places:
 
         def made(trainable: Tree) -> Any:
             device = jax.memory.Space.Device
-            state = self.optimizer.init(
-                jax.tree.map(lambda x: jax.device_put(x, device), trainable)
-            )
+            trainable = jax.tree.map(lambda x: jax.device_put(x, device), trainable)
+            state = self.optimizer.init(halves.joined(trainable))
             return jax.tree.map(_to_space, state, self._of_state(trainable, state))
 
         with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
             return self.sent(trainable, jax.jit(made)(trainable))
 
-    def put(self, weights: Tree) -> Tree:
-        """Weights where they belong.
+    def put(self, trainable: Tree, frozen: Tree) -> tuple[Tree, Tree]:
+        """Weights as steps carry them, where they belong.
 
         Args:
-          weights: all of the model or a part of them.
+          trainable: the weights that train.
+          frozen: the others.
         """
-        return jax.tree.map(_put, weights, self._of_weights(weights))
+        chosen = self._chosen(trees.merge(trainable, frozen)) if self.in_halves else ()
+        both = (halves.split(_on_host(x, chosen), chosen) for x in (trainable, frozen))
+        trainable, frozen = (jax.tree.map(_put, x, self._of_weights(x)) for x in both)
+        return trainable, frozen
+
+    def saved(self, weights: Tree) -> Tree:
+        """Weights as a checkpoint has them, in the memory where they belong.
+
+        Args:
+          weights: as steps carry them.
+        """
+        if not halves.halved(weights):
+            return weights
+        made = _joined(weights)
+        return jax.tree.map(_put, made, self._of_weights(made))
 
     def whole(self, weights: Tree) -> Tree:
         """The inverse of `put`: all weights on the device.
 
         Args:
-          weights: where they belong.
+          weights: as steps carry them.
         """
-        return jax.tree.map(lambda x: jax.device_put(x, _place(False)), weights)
+        return jax.tree.map(lambda x: jax.device_put(x, _place(False)), _joined(weights))
 
     def sent(self, trainable: Tree, opt_state: Any) -> Any:
         """An optimizer's state as steps carry it, where it belongs.
@@ -142,7 +161,7 @@ class Places:
           trainable: the weights that train.
           opt_state: as steps carry it.
         """
-        parts = divided(self.optimizer, trainable, self.n_blocks)
+        parts = self._parts(trainable)
 
         def one(name: str, x: Any) -> Any:
             return wire.received(x, parts.abstract[name]) if name in parts.hosted else x
@@ -173,15 +192,26 @@ class Places:
         Args:
           trainable: where they belong.
         """
-        return _finite(frozenset(self.n_blocks.items()), trainable)
+        return _finite(frozenset(self.n_blocks.items()), halves.first(trainable))
+
+    def _chosen(self, weights: Tree) -> list[str]:
+        """The paths of weights that are carried in halves: the matrices of stacks."""
+        flat, matrices = (trees.flatten(x) for x in (weights, decayed(self.net, weights)))
+        stacked = (path for path in flat if self._is_of_stack(path))
+        return [path for path in stacked if matrices[path] and halves.is_halved(flat[path])]
+
+    def _parts(self, trainable: Tree) -> Divided:
+        like = jax.eval_shape(halves.joined, trainable)
+        return divided(self.optimizer, like, self.n_blocks)
+
+    def _is_of_stack(self, path: str) -> bool:
+        return any(is_inside(path, stack) for stack in self.n_blocks)
 
     def _of_weights(self, weights: Tree) -> Tree:
-        return trees.map_with_path(
-            lambda path, _: _place(any(is_inside(path, stack) for stack in self.n_blocks)), weights
-        )
+        return trees.map_with_path(lambda path, _: _place(self._is_of_stack(path)), weights)
 
     def _of_state(self, trainable: Tree, opt_state: Any) -> Any:
-        parts = divided(self.optimizer, trainable, self.n_blocks)
+        parts = self._parts(trainable)
         hosted = parts.hosted
         made = {name: _place(name in hosted) for name in by_name(opt_state)}
         return parts.whole.state(made)
@@ -203,6 +233,19 @@ def _place(on_host: bool) -> SingleDeviceSharding:
     return SingleDeviceSharding(jax.devices()[0], memory_kind=_HOST if on_host else 'device')
 
 
+def _joined(weights: Tree) -> Tree:
+    """Weights as they are without halves; what was in halves is an array of NumPy."""
+    found = halves.halved(weights)
+    return halves.joined(_on_host(weights, [*found, *(path + halves.LOW for path in found)]))
+
+
+def _on_host(weights: Tree, paths: Sequence[str]) -> Tree:
+    """Weights, those at some paths as arrays of NumPy."""
+    flat = trees.flatten(weights)
+    found = {path: flat[path] for path in paths if flat[path] is not None}
+    return trees.unflatten({**flat, **{path: np.asarray(x) for path, x in found.items()}})
+
+
 def _to_space(x: jax.Array, place: Any) -> jax.Array:
     """An array in the memory of a place, inside of a compiled function."""
     space = jax.memory.Space.Host if _is_host(place) else jax.memory.Space.Device
@@ -222,7 +265,12 @@ def _is_host(place: Any) -> bool:
 
 
 def places_of(
-    offload: str | None, task: TrainTask, net: Layer, optimizer: Any, layout: Layout
+    offload: str | None,
+    task: TrainTask,
+    net: Layer,
+    optimizer: Any,
+    layout: Layout,
+    dtype: str = 'float32',
 ) -> Places | None:
     """Where a run's arrays are, if its stacks are to live in host memory.
 
@@ -232,11 +280,19 @@ def places_of(
       net: the model.
       optimizer: the task's, told the model.
       layout: of several devices.
+      dtype: out of `DTYPES`, in which blocks are computed.
 
     Raises:
-      ValueError: if `offload` is another, or the run's parts need all gradients at once.
+      ValueError: if `offload` or `dtype` is another, or the run's parts need all gradients at once.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"offload_dtype={dtype!r}: it is 'float32' or 'bfloat16'")
     if offload is None:
+        if dtype != 'float32':
+            raise ValueError(
+                f"offload_dtype={dtype!r} is of blocks in host memory: say offload='blocks' too, "
+                'or leave it out'
+            )
         return None
     if offload not in MODES:
         raise ValueError(f"offload={offload!r}: it is None, 'blocks' or 'blocks+inputs'")
@@ -265,7 +321,7 @@ def places_of(
             f'offload={offload!r} needs host memory that the device can reach ({_HOST}), and '
             f'{device} has {", ".join(kinds) or "none"}: leave it out'
         )
-    return Places(net, optimizer, offload == 'blocks+inputs')
+    return Places(net, optimizer, offload == 'blocks+inputs', dtype == 'bfloat16')
 
 
 def _why_none(net: Layer) -> str:

@@ -13,6 +13,7 @@ from layercomb import losses
 from layercomb.checks import ChunkLen
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.metrics.metric import Metric
+from layercomb.parallel import halves
 from layercomb.parallel.layout import ALONE
 from layercomb.parallel.swapped import Held, stacks, swapped
 from layercomb.supervised import steps
@@ -51,9 +52,10 @@ def compiled(
         carry: steps.Carry, frozen: Tree, key: jax.Array, batch: steps.Batch
     ) -> tuple[steps.Carry, steps.Metrics]:
         key = jax.random.fold_in(key, carry.step)
-        parts = divided(optimizer, carry.trainable, n_blocks)
+        like = jax.eval_shape(halves.joined, carry.trainable)
+        parts = divided(optimizer, like, n_blocks)
         arrays = by_name(carry.opt_state)
-        rest = outside(carry.trainable, n_blocks)
+        rest = outside(halves.first(carry.trainable), n_blocks)
         trained = {
             path: (
                 subtree(carry.trainable, path),
@@ -68,7 +70,7 @@ def compiled(
         def mean(rest: Tree, trained: Any) -> tuple[jax.Array, Tree]:
             weights, others = rest, frozen
             for path, its in trained.items():
-                move = functools.partial(_moved, optimizer, parts, path, carry.trainable, moved)
+                move = functools.partial(_moved, optimizer, parts, path, like, moved)
                 shared = {name: arrays[name] for name in parts.rest.names}
                 held = Held(its[0], subtree(frozen, path), its[1], its[2], shared, move)
                 weights = replaced(weights, path, held)
