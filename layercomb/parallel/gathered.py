@@ -52,12 +52,20 @@ class Gathered(Wrapper):
     ) -> tuple[Arrays, Tree]:
         """Applies the layer with whole weights."""
 
-        def run(weights: Tree, state: Tree, inputs: Arrays, rng: Any) -> tuple[Arrays, Tree]:
-            return self.layer.apply(self.whole(weights), state, inputs, rng=rng, mode=mode)
+        leaves, structure = jax.tree.flatten(weights)
+        # What is no array, such as a `swapped.Held`, which holds some, is read from outside.
+        arrays = [x if hasattr(x, 'dtype') else None for x in leaves]
+
+        def run(arrays: Any, state: Tree, inputs: Arrays, rng: Any) -> tuple[Arrays, Tree]:
+            pairs = zip(arrays, leaves, strict=True)
+            made = self.whole(
+                jax.tree.unflatten(structure, [b if a is None else a for a, b in pairs])
+            )
+            return self.layer.apply(made, state, inputs, rng=rng, mode=mode)
 
         if mode is not Mode.TRAIN:
-            return run(weights, state, tuple(inputs), rng)
-        return jax.checkpoint(run, policy=_is_kept)(weights, state, tuple(inputs), rng)
+            return run(arrays, state, tuple(inputs), rng)
+        return jax.checkpoint(run, policy=_is_kept)(arrays, state, tuple(inputs), rng)
 
     def whole(self, weights: Tree) -> Tree:
         """The weights, gathered.

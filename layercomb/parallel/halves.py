@@ -24,13 +24,14 @@ LOW = '_low_bits'  # the first half stands at a weight's path, and the second at
 _HALF = 16  # bits
 
 
-def is_halved(x: Any) -> bool:
+def is_halved(x: Any, n_parts: int = 1) -> bool:
     """Whether an array can be in halves: float32 whose last axis has pairs.
 
     Args:
       x: an array or a `jax.ShapeDtypeStruct`.
+      n_parts: how many parts of the last axis are to have pairs.
     """
-    return x.dtype == jnp.float32 and len(x.shape) > 0 and x.shape[-1] % 2 == 0
+    return x.dtype == jnp.float32 and len(x.shape) > 0 and x.shape[-1] % (2 * n_parts) == 0
 
 
 def split(weights: Tree, paths: Iterable[str]) -> Tree:
@@ -43,8 +44,9 @@ def split(weights: Tree, paths: Iterable[str]) -> Tree:
     flat = trees.flatten(weights)
     for path in [path for path in paths if path in flat]:
         x = flat[path]
-        flat[path], flat[path + LOW] = (None, None) if x is None else _halves(x)
-    return trees.unflatten(flat)
+        high, low = (None, None) if x is None else _halves(x)
+        weights = trees.put(_with(weights, path, high), path + LOW, low)
+    return weights
 
 
 def joined(weights: Tree) -> Tree:
@@ -55,9 +57,10 @@ def joined(weights: Tree) -> Tree:
     """
     flat = trees.flatten(weights)
     for path in halved(weights):
-        high, low = flat[path], flat.pop(path + LOW)
-        flat[path] = None if high is None else _whole(high, low)
-    return trees.unflatten(flat)
+        high, low = flat[path], flat[path + LOW]
+        whole = None if high is None else _whole(high, low)
+        weights = trees.drop(_with(weights, path, whole), path + LOW)
+    return weights
 
 
 def first(weights: Tree) -> Tree:
@@ -66,10 +69,9 @@ def first(weights: Tree) -> Tree:
     Args:
       weights: of which some are in halves.
     """
-    flat = trees.flatten(weights)
     for path in halved(weights):
-        del flat[path + LOW]
-    return trees.unflatten(flat)
+        weights = trees.drop(weights, path + LOW)
+    return weights
 
 
 def others(weights: Tree) -> Tree:
@@ -78,8 +80,9 @@ def others(weights: Tree) -> Tree:
     Args:
       weights: of which some are in halves.
     """
-    left_out = {path + end for path in halved(weights) for end in ('', LOW)}
-    return trees.unflatten({p: x for p, x in trees.flatten(weights).items() if p not in left_out})
+    for path in halved(weights):
+        weights = trees.drop(trees.drop(weights, path), path + LOW)
+    return weights
 
 
 def widened(weights: Tree, like: Tree) -> Tree:
@@ -89,11 +92,12 @@ def widened(weights: Tree, like: Tree) -> Tree:
       weights: of `first`.
       like: what those were of.
     """
-    flat = trees.flatten(weights)
-    for path in halved(like):
-        x = flat[path]
-        flat[path] = None if x is None else x.astype(jnp.float32)
-    return trees.unflatten(flat)
+    chosen = set(halved(like))
+
+    def one(path: str, x: Any) -> Any:
+        return x.astype(jnp.float32) if path in chosen else x
+
+    return trees.map_with_path(one, weights)
 
 
 def halved(weights: Tree) -> list[str]:
@@ -104,6 +108,10 @@ def halved(weights: Tree) -> list[str]:
     """
     flat = trees.flatten(weights)
     return [path for path in flat if path + LOW in flat]
+
+
+def _with(weights: Tree, path: str, value: Any) -> Tree:
+    return trees.put(trees.drop(weights, path), path, value)
 
 
 def _halves(x: Any) -> tuple[Any, Any]:

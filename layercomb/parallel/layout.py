@@ -19,6 +19,7 @@ from layercomb.errors import UsageError
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.facts.devices import ROW_AXES, SPLIT_AXES
 from layercomb.layers.facts.sequence import SEQUENCE
+from layercomb.parallel import halves
 from layercomb.parallel.gathered import gathered
 from layercomb.parallel.mesh import AXES, told
 from layercomb.parallel.positions import check_parts, check_spans
@@ -26,6 +27,7 @@ from layercomb.parallel.specs import (
     RULES,
     cut_along,
     is_spec,
+    like_tree,
     like_weights,
     only,
     renamed,
@@ -83,17 +85,18 @@ class Layout:
 
         Args:
           net: the model.
-          weights: its weights or a part of them, arrays or `jax.ShapeDtypeStruct`.
+          weights: its weights or a part of them, arrays or `jax.ShapeDtypeStruct`. Some may be in
+            `halves`, which are cut as the whole.
 
         Raises:
           ValueError: if the mesh does not divide a weight, as of `weight_specs`.
         """
-        if self.mesh is None:
-            return weight_specs(net, weights, {}, self.rules)
-        n_cut = math.prod(self.mesh.shape[axis] for axis in _WEIGHTS)
-        sizes = {**self.mesh.shape, 'fsdp': n_cut}
-        specs = weight_specs(net, weights, sizes, self.rules)
-        return jax.tree.map(lambda s: renamed(s, 'fsdp', self._cut), specs, is_leaf=is_spec)
+        sizes = {} if self.mesh is None else {**self.mesh.shape, 'fsdp': self.n_cut}
+        specs = weight_specs(net, halves.first(weights), sizes, self.rules)
+        specs = jax.tree.map(lambda s: renamed(s, 'fsdp', self.cut), specs, is_leaf=is_spec)
+        for path in halves.halved(weights):
+            specs = trees.put(specs, path + halves.LOW, trees.get(specs, path))
+        return specs
 
     def shardings(self, net: Layer, weights: Tree, tree: Any) -> Any:
         """Where the arrays of a tree go that has weights in it: a carry, or an optimizer's state.
@@ -144,7 +147,7 @@ class Layout:
         if self.mesh is None:
             return batch
         self._check_parts(batch)
-        at = NamedSharding(self.mesh, self._part)
+        at = NamedSharding(self.mesh, self.of_batch)
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(at, np.asarray(x)), batch
         )
@@ -154,7 +157,7 @@ class Layout:
         if self.mesh is None:
             return signature
         self._check_parts(signature)
-        at = NamedSharding(self.mesh, self._part)
+        at = NamedSharding(self.mesh, self.of_batch)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), signature
         )
@@ -199,7 +202,7 @@ class Layout:
           x: each device's summand.
         """
         x = jax.lax.stop_gradient(x)
-        return x if self.mesh is None else self._sum(x)
+        return self.sum(x)
 
     def share(self, x: jax.Array) -> jax.Array:
         """A device's part of a mean over all devices.
@@ -232,26 +235,23 @@ class Layout:
         """
         if self.mesh is None:
             return lambda *args: compute(net, *args)
-        self._check_spans(net)
+        self.check_spans(net)
 
         def gradient(trainable: Tree, frozen: Tree, state: Tree, key: Any, batch: Any) -> Any:
             whole = trees.merge(trainable, frozen)
-            specs = self._by_rows(net, whole)
-            cut, flat = gathered(net, specs, self._cut), trees.flatten(specs)
-
-            def its(tree: Tree) -> Tree:
-                return trees.map_with_path(lambda p, x: None if x is None else flat[p], tree)
+            specs = self.by_rows(net, whole)
+            cut = gathered(net, specs, self.cut)
+            of_trainable, of_frozen = (like_tree(specs, x) for x in (trainable, frozen))
 
             def one(*args: Any) -> Any:
                 value, state, grads = compute(cut, *args)
-                state = jax.tree.map(self._mean, state)
-                return self._sum(value), state, self._summed(grads, its(trainable))
+                return self.sum(value), self.mean(state), self.summed(grads, of_trainable)
 
-            given = its(trainable), its(frozen), PartitionSpec(), PartitionSpec()
-            return self._each(
+            given = of_trainable, of_frozen, PartitionSpec(), PartitionSpec()
+            return self.each(
                 one,
-                (*given, self._part),
-                (PartitionSpec(), PartitionSpec(), its(trainable)),
+                (*given, self.of_batch),
+                (PartitionSpec(), PartitionSpec(), of_trainable),
             )(trainable, frozen, state, key, batch)
 
         return gradient
@@ -271,17 +271,17 @@ class Layout:
         """
         if self.mesh is None:
             return functools.partial(compute, net)
-        self._check_spans(net)
+        self.check_spans(net)
 
         def whole(weights: Tree, state: Tree, batch: Any) -> Any:
-            specs = self._by_rows(net, weights)
-            cut = gathered(net, specs, self._cut)
+            specs = self.by_rows(net, weights)
+            cut = gathered(net, specs, self.cut)
 
             def one(*args: Any) -> Any:
-                return self._sum(compute(cut, *args))
+                return self.sum(compute(cut, *args))
 
-            given = specs, PartitionSpec(), self._part
-            return self._each(one, given, PartitionSpec())(weights, state, batch)
+            given = specs, PartitionSpec(), self.of_batch
+            return self.each(one, given, PartitionSpec())(weights, state, batch)
 
         return whole
 
@@ -305,49 +305,66 @@ class Layout:
         loss_weights[n:] = 0
         return (*others, loss_weights)
 
-    def _by_rows(self, net: Layer, weights: Tree) -> Tree:
-        """The specs of weights where rows are split: the axes that XLA splits are left out."""
+    def by_rows(self, net: Layer, weights: Tree) -> Tree:
+        """The specs of weights where rows are split: the axes that XLA splits are left out.
+
+        Args:
+          net: the model.
+          weights: as of `specs`.
+        """
         return jax.tree.map(
             lambda s: only(s, SPLIT_AXES), self.specs(net, weights), is_leaf=is_spec
         )
 
-    @property
-    def _n_processes(self) -> int:
-        """How many there are; each brings its own rows."""
-        return jax.process_count()
+    def each(self, one: Callable[..., Any], given: Any, made: Any) -> Callable[..., Any]:
+        """A function that each device computes of its own parts; without a mesh, the function.
 
-    def _each(self, one: Callable[..., Any], given: Any, made: Any) -> Callable[..., Any]:
+        Args:
+          one: what a device computes.
+          given: specs of its arguments.
+          made: specs of what it gives.
+        """
+        if self.mesh is None:
+            return one
         # XLA partitions what is left to it; where nothing is, all axes are in our hands.
-        whole = self._mesh.shape['tensor'] == 1
+        whole = self.mesh.shape['tensor'] == 1
         return jax.shard_map(
             one,
-            mesh=self._mesh,
+            mesh=self.mesh,
             in_specs=given,
             out_specs=made,
             axis_names=set(AXES if whole else SPLIT_AXES),
             check_vma=False,
         )
 
-    @property
-    def _cut(self) -> tuple[str, ...]:
-        """The mesh axes that cut weights together."""
-        return tuple(axis for axis in _WEIGHTS if self._mesh.shape[axis] > 1)
+    def sum(self, x: Any) -> Any:
+        """The sum over all devices of arrays, inside of `each` alone.
 
-    @property
-    def _split(self) -> tuple[str, ...]:
-        """The mesh axes that split a batch; XLA refuses sums over one device beside `tensor`."""
-        return tuple(axis for axis in SPLIT_AXES if self._mesh.shape[axis] > 1)
-
-    def _sum(self, x: Any) -> Any:
+        Args:
+          x: each device's summands, a tree.
+        """
         return jax.lax.psum(x, self._split) if self._split else x
 
-    def _mean(self, x: jax.Array) -> jax.Array:
-        return jax.lax.pmean(x, self._split) if self._split and is_float(x) else x
+    def mean(self, state: Tree) -> Tree:
+        """A state whose floats are means over all devices, inside of `each` alone.
 
-    def _summed(self, grads: Tree, specs: Tree) -> Tree:
+        Args:
+          state: each device's own.
+        """
+
+        def one(x: jax.Array) -> jax.Array:
+            return jax.lax.pmean(x, self._split) if self._split and is_float(x) else x
+
+        return jax.tree.map(one, state)
+
+    def summed(self, grads: Tree, specs: Tree) -> Tree:
         """Gradients summed over devices; a weight that was gathered has its sum over those.
 
         Narrow ones are summed in float32: a sum of many would lose what each device adds.
+
+        Args:
+          grads: each device's own.
+          specs: of `by_rows`, a tree like `grads`.
         """
 
         def one(spec: PartitionSpec, g: jax.Array) -> jax.Array:
@@ -360,17 +377,46 @@ class Layout:
         return jax.tree.map(one, specs, grads, is_leaf=is_spec)
 
     @property
-    def _part(self) -> PartitionSpec:
+    def cut(self) -> tuple[str, ...]:
+        """The mesh axes that cut weights together."""
+        return self._long(_WEIGHTS)
+
+    @property
+    def n_cut(self) -> int:
+        """How many parts a weight is cut into along these axes."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in _WEIGHTS)
+
+    @property
+    def of_batch(self) -> PartitionSpec:
         """Of an array of a batch: rows, and positions if these are split."""
         rows = tuple(axis for axis in self._split if axis in ROW_AXES) or None
         return PartitionSpec(rows, SEQUENCE) if SEQUENCE in self._split else PartitionSpec(rows)
 
+    def check_spans(self, net: Layer) -> None:
+        """Raises a TypeError if a layer would not see positions of other devices.
+
+        Args:
+          net: the model.
+        """
+        if SEQUENCE in self._split:
+            check_spans(net)
+
+    @property
+    def _n_processes(self) -> int:
+        """How many there are; each brings its own rows."""
+        return jax.process_count()
+
+    @property
+    def _split(self) -> tuple[str, ...]:
+        """The mesh axes that split a batch; XLA refuses sums over one device beside `tensor`."""
+        return self._long(SPLIT_AXES)
+
+    def _long(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of more than one device."""
+        return tuple(axis for axis in axes if self.mesh is not None and self.mesh.shape[axis] > 1)
+
     def _check_parts(self, batch: Any) -> None:
         check_parts(batch, self._mesh.shape[SEQUENCE])
-
-    def _check_spans(self, net: Layer) -> None:
-        if self._mesh.shape[SEQUENCE] > 1:
-            check_spans(net)
 
     @property
     def _mesh(self) -> Mesh:

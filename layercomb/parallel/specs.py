@@ -161,6 +161,17 @@ def _together(name: Any) -> set[str]:
     return set() if name is None else {name} if isinstance(name, str) else {*name}
 
 
+def like_tree(specs: Tree, tree: Tree) -> Tree:
+    """The specs of a part of the weights; None where the tree has None.
+
+    Args:
+      specs: of all weights.
+      tree: a part of the weights, by the same paths.
+    """
+    flat = trees.flatten(specs)
+    return trees.map_with_path(lambda path, _: flat[path], tree)
+
+
 def is_spec(x: Any) -> bool:
     """Whether it is a leaf of a tree of specs."""
     return isinstance(x, PartitionSpec)

@@ -45,8 +45,9 @@ from layercomb.transforms.segments import Segmented
 from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
-# (gradient, state, shared, weights) → (weights, state), of one block; shared is the same for all.
-Update = Callable[[Tree, Any, Any, Tree], tuple[Tree, Any]]
+# (gradient, state, shared, weights) → (weights, state, Σ gradient²), of one block; shared is the
+# same for all.
+Update = Callable[[Tree, Any, Any, Tree], tuple[Tree, Any, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,10 +227,8 @@ def _undone(
                 stack.layer, whole, its_state, inputs, cts, mode=Mode.TRAIN, **given
             )
     exact = halves.joined(its)
-    grads = _like(exact, d)
-    for grad in jax.tree.leaves(grads):
-        squares = squares + jnp.sum(jnp.square(grad.astype(jnp.float32)))
-    exact, its_moments = static.update(grads, its_moments, shared, exact)
+    exact, its_moments, more = static.update(_like(exact, d), its_moments, shared, exact)
+    squares = squares + more
     its = halves.split(exact, halves.halved(its))
     weights, moments = _put_back((weights, moments), (its, its_moments), stack.n, i)
     return ((weights, moments, squares), tuple(d_inputs), tuple(outputs), i - 1), None

@@ -163,7 +163,6 @@ class Loop:
         self._saved = 0  # the last step that needs no saving any more
         self._allowed = check_allowed(allow_changes)
         self._lay_out(mesh, offload, offload_dtype)
-        self._compile(train_task)
         self._checkpoints: Checkpoints | None = None
         if self._directory is not None:
             from layercomb.supervised.checkpoints import Checkpoints
@@ -173,6 +172,7 @@ class Loop:
         self._made_of: Fingerprint = {}
         self.step = 0
         self._begin(model)
+        self._compile(train_task)
 
     def _lay_out(self, mesh: Any, offload: str | None, dtype: str) -> None:
         """Says where arrays are."""
@@ -296,7 +296,7 @@ class Loop:
                 self._net, weights, state, self._task, self._eval_tasks, self._first, self._layout
             )
         if self._places is not None:
-            self._places.check(self._task.partition(weights)[0])
+            self._places = self._places.checked(self._task.partition(weights)[0])
         resumed = self._resume(weights, state, given)
         if resumed is not None:
             self.step, weights, state = resumed.step, resumed.weights, resumed.state
@@ -326,8 +326,9 @@ class Loop:
             )
         elif opt_state is None:
             opt_state = first_state(self._optimizer, self._net, trainable, self._layout)
-        carry = steps.Carry(trainable, state, opt_state, jnp.int32(self.step))
-        self._carry = self._layout.put(self._net, trainable, distinct(carry))
+        carry = distinct(steps.Carry(trainable, state, opt_state, jnp.int32(self.step)))
+        put = functools.partial(self._layout.put, self._net, trainable)
+        self._carry = put(carry) if self._places is None else self._places.put_rest(carry)
 
     def _first_batch(self) -> Batch:
         """The first batch of the data, which is like those of other processes."""

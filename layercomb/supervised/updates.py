@@ -39,11 +39,25 @@ def update(
       (weights, opt_state), both new.
     """
     optax = require('optax', 'train')
+    moves, opt_state = moved(optimizer, grads, opt_state, weights, value, value_fn)
+    with jax.numpy_dtype_promotion('standard'):
+        return optax.apply_updates(weights, moves), opt_state
+
+
+def moved(
+    optimizer: Any,
+    grads: Tree,
+    opt_state: Any,
+    weights: Tree,
+    value: jax.Array,
+    value_fn: Callable[[Tree], jax.Array],
+) -> tuple[Tree, Any]:
+    """As `update`, with what is added to the weights in their place."""
     extra = {'value': value, 'grad': grads, 'value_fn': value_fn}
     taken = {name: extra[name] for name in _taken(optimizer)}
     with jax.numpy_dtype_promotion('standard'):  # optax mixes dtypes
-        moved, opt_state = optimizer.update(grads, opt_state, weights, **taken)
-        return optax.apply_updates(weights, moved), opt_state
+        made: tuple[Tree, Any] = optimizer.update(grads, opt_state, weights, **taken)
+    return made
 
 
 def _taken(optimizer: Any) -> tuple[str, ...]:

@@ -22,8 +22,11 @@ from layercomb import (
     transforms,
     trees,
 )
+from layercomb.parallel import halves
 from layercomb.shapes import signature_of
 from layercomb.supervised import steps
+from layercomb.supervised.offloading.across import across
+from layercomb.supervised.offloading.dividing import divided
 
 LENGTH, VOCAB = 16, 32
 SIZES = (VOCAB, 32, 64, 2, 4, LENGTH)
@@ -101,6 +104,7 @@ def mesh_of(sizes):
 
 def loop_of(name, sizes, directory=None, *, optimizer='adamw', n_rows=8, **task):
     """A small run and the losses it will have."""
+    given = {key: task.pop(key) for key in ('offload', 'offload_dtype') if key in task}
     recipe, _, bits = optimizer.partition('/')
     made = getattr(optimizers, recipe)(1e-3)
     made = optimizers.narrow_state(made, int(bits), min_size=1024) if bits else made
@@ -110,7 +114,7 @@ def loop_of(name, sizes, directory=None, *, optimizer='adamw', n_rows=8, **task)
     loop = supervised.Loop(
         NETS[name](), train, valid, directory,
         progress=False, eval_every=None, checkpoint_every=None, callbacks=(found,),
-        mesh=mesh_of(sizes),
+        mesh=mesh_of(sizes), **given,
     )  # fmt: skip
     return loop, found.found
 
@@ -266,3 +270,17 @@ def loop_of_layer(layer, sizes):
     net = tl.Serial(tl.Embedding(VOCAB, 32), layer, tl.Dense(VOCAB))
     task = supervised.TrainTask(Batches(), tl.CrossEntropyLoss(), optimizers.adamw(1e-2))
     supervised.Loop(net, task, mesh=mesh_of(sizes), progress=False, eval_every=None).run(1)
+
+
+def offloaded(sizes, **given):
+    """Of a run with blocks in host memory: whether devices move parts of blocks by themselves, and
+    what share of the blocks' bytes the first device has in its host memory."""
+    loop, _ = loop_of('transformer', sizes, offload='blocks', **given)
+    carry, places = loop._carry, loop._places
+    arrays = jax.tree.leaves((carry.trainable, carry.opt_state))
+    hosted = [x for x in arrays if x.sharding.memory_kind == 'pinned_host']
+    share = sum(x.addressable_shards[0].data.nbytes for x in hosted) / trees.n_bytes(hosted)
+    like = jax.eval_shape(halves.joined, carry.trainable)
+    parts = divided(places.optimizer, like, places.n_blocks)
+    made = across(loop._layout, places.net, like, parts, places.by_parts)
+    return made.by_parts, share

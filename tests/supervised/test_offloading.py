@@ -262,6 +262,13 @@ def test_a_device_without_host_memory_is_refused(monkeypatch):
         places_of('blocks', task, PLAIN, ADAMW, parallel.ALONE)
 
 
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    task = TrainTask(Data(), tl.CrossEntropyLoss(), ADAMW)
+    with pytest.raises(ValueError, match='for the devices of one process, and there are 2'):
+        places_of('blocks', task, PLAIN, ADAMW, parallel.ALONE)
+
+
 def test_packed_rows_are_told_apart():
     net = transforms.segmented(lc.models.TransformerLM(V, 8, 16, 2, 2, L))
     x, segments = jnp.arange(2 * L, dtype=jnp.int32).reshape(B, L), jnp.array([[1, 1, 2, 2]] * B)
@@ -273,9 +280,12 @@ def test_packed_rows_are_told_apart():
         np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
-def test_a_mesh_is_refused():
-    with pytest.raises(ValueError, match="offload='blocks' is for one device: leave out mesh"):
-        loop(mesh=parallel.make_mesh(devices=jax.devices()[:1]))
+def test_a_mesh_of_one_device():
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    (one, rows), (other, found) = loop(), loop(mesh=mesh)
+    for each in (one, other):
+        each.run(2)
+    np.testing.assert_allclose(found, rows, rtol=1e-6)
 
 
 def test_blocks_that_the_loss_does_not_see_are_refused():

@@ -77,7 +77,7 @@ class Forecast:
         places = places_of(offload, self.task, self.net, self._optimizer, self.layout)
         assert places is not None
         carry, frozen = self._arguments()
-        places.check(carry.trainable)
+        places.checked(carry.trainable)
         n_blocks, bytes_of = stacks(self.net), self.layout.bytes_of_one
         parts = divided(self._optimizer, carry.trainable, n_blocks)
         flat = trees.flatten(trees.merge(carry.trainable, frozen))

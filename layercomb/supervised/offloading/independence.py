@@ -11,7 +11,7 @@ import numpy as np
 
 from layercomb import trees
 from layercomb.supervised.offloading.dividing import by_name, divided, is_inside, outside
-from layercomb.supervised.updates import update
+from layercomb.supervised.updates import moved, update
 from layercomb.trees import Tree
 
 _CURE = (
@@ -42,6 +42,51 @@ def check_independent(optimizer: Any, trainable: Tree, n_blocks: Mapping[str, in
         scaled = jax.tree.map(lambda x, factor=factor: x * jnp.asarray(factor, x.dtype), others)
         _check_stacks(step, first, weights, scaled, parts, few)
         _check_rest(step, first, weights, scaled, parts.rest.names, few)
+
+
+def moves_by_parts(
+    optimizer: Any, trainable: Tree, n_blocks: Mapping[str, int], cuts: Mapping[str, int]
+) -> bool:
+    """Whether an optimizer moves each half of each weight by itself, which is tried likewise.
+
+    It takes two steps, as a learning rate may begin with 0.
+
+    Args:
+      optimizer: an `optax.GradientTransformation`.
+      trainable: the weights that train, arrays or `jax.ShapeDtypeStruct`.
+      n_blocks: of each stack, by path.
+      cuts: path -> the axis along which a weight is cut.
+    """
+    if not cuts:
+        return True
+    few = {path: min(n, 2) for path, n in n_blocks.items()}
+    weights, others = _small(trainable, few, 0), _small(trainable, few, 1)
+
+    @jax.jit
+    def two_steps(weights: Tree) -> dict[str, jax.Array]:
+        with jax.numpy_dtype_promotion('standard'):
+            state = optimizer.init(weights)
+        for _ in range(2):
+            given = optimizer, weights, state, weights, jnp.float32(1), unknown_loss
+            moves, state = moved(*given)
+        return trees.flatten(moves)
+
+    def halves(path: str, x: jax.Array) -> list[jax.Array]:
+        return jnp.split(x, (x.shape[cuts[path]] // 2,), cuts[path])
+
+    first = two_steps(weights)
+    for factor in (1, 1e6, np.nan):
+
+        def mixed(path: str, a: jax.Array, b: jax.Array, factor: float = factor) -> jax.Array:
+            if path not in cuts:
+                return a
+            far = b * jnp.asarray(factor, b.dtype)
+            return jnp.concatenate((halves(path, a)[0], halves(path, far)[1]), cuts[path])
+
+        then = two_steps(trees.map_with_path(mixed, weights, others))
+        if not all(_equal(halves(p, first[p])[0], halves(p, then[p])[0]) for p in cuts):
+            return False
+    return True
 
 
 def _check_stacks(

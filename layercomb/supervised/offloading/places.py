@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from layercomb import trees
 from layercomb.layers.combinators.repeat import Repeat
@@ -18,13 +18,16 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import walk
 from layercomb.optimizers.tensors import decayed
 from layercomb.parallel import halves
-from layercomb.parallel.layout import Layout
+from layercomb.parallel.layout import ALONE, Layout
 from layercomb.parallel.swapped import fetched, stacks, swapped
 from layercomb.shapes import Signature
+from layercomb.supervised.beginning import fresh
 from layercomb.supervised.offloading import wire
+from layercomb.supervised.offloading.across import cut_axis, state_specs
 from layercomb.supervised.offloading.dividing import Divided, by_name, divided, is_inside
-from layercomb.supervised.offloading.independence import check_independent
+from layercomb.supervised.offloading.independence import check_independent, moves_by_parts
 from layercomb.supervised.offloading.step import compiled
+from layercomb.supervised.steps import Carry
 from layercomb.trees import Tree
 
 if TYPE_CHECKING:
@@ -46,12 +49,16 @@ class Places:
       optimizer: the task's, told the model.
       host_inputs: whether the inputs of blocks are in host memory too.
       in_halves: whether the matrices of blocks are in `halves`, as far as they can be.
+      layout: of several devices, each of which has parts in its host memory.
+      by_parts: whether the optimizer moves each number by itself, as `checked` finds out.
     """
 
     net: Layer
     optimizer: Any
     host_inputs: bool
     in_halves: bool = False
+    layout: Layout = ALONE
+    by_parts: bool = False
 
     @functools.cached_property
     def n_blocks(self) -> dict[str, int]:
@@ -70,15 +77,24 @@ class Places:
           task: says the rest.
           net: what reads the task's inputs.
         """
-        return compiled(net, task.loss, self.optimizer, task.loss_chunk_len, self.host_inputs)
+        how = task.loss_chunk_len, self.host_inputs, self.layout, self.by_parts
+        return compiled(net, task.loss, self.optimizer, *how)
 
-    def check(self, trainable: Tree) -> None:
-        """Raises a ValueError unless the optimizer moves each tensor of each block by itself.
+    def checked(self, trainable: Tree) -> Places:
+        """The same, told whether devices can move their parts of weights by themselves.
 
         Args:
           trainable: the weights that train, arrays or `jax.ShapeDtypeStruct`.
+
+        Raises:
+          ValueError: unless the optimizer moves each tensor of each block by itself.
         """
         check_independent(self.optimizer, trainable, self.n_blocks)
+        specs = trees.flatten(self.layout.by_rows(self.net, trainable))
+        axes = ((p, cut_axis(self.layout, at)) for p, at in specs.items() if at is not None)
+        cuts = {p: at for p, at in axes if at is not None}
+        by_parts = moves_by_parts(self.optimizer, trainable, self.n_blocks, cuts)
+        return dataclasses.replace(self, by_parts=by_parts)
 
     def fresh(self, signature: Signature, key: jax.Array) -> tuple[Tree, Tree]:
         """Weights and state from a key, the weights where they belong.
@@ -87,6 +103,9 @@ class Places:
           signature: of the model's inputs.
           key: a typed key.
         """
+
+        if self.layout.mesh is not None:
+            return fresh(self.net, signature, key, self.layout)
 
         def made(key: jax.Array) -> tuple[Tree, Tree]:
             weights, state = self.net.init(signature, key)
@@ -122,6 +141,16 @@ class Places:
         trainable, frozen = (jax.tree.map(_put, x, self._of_weights(x)) for x in both)
         return trainable, frozen
 
+    def put_rest(self, carry: Carry) -> Carry:
+        """A carry whose weights and optimizer's state are where they belong, with the rest so.
+
+        Args:
+          carry: what steps carry.
+        """
+        rest = carry.state, carry.step
+        state, step = self.layout.put(self.net, carry.trainable, rest)
+        return carry._replace(state=state, step=step)
+
     def saved(self, weights: Tree) -> Tree:
         """Weights as a checkpoint has them, in the memory where they belong.
 
@@ -139,7 +168,8 @@ class Places:
         Args:
           weights: as steps carry them.
         """
-        return jax.tree.map(lambda x: jax.device_put(x, _place(False)), _joined(weights))
+        made = _joined(weights)
+        return jax.tree.map(jax.device_put, made, self._of_weights(made, on_host=False))
 
     def sent(self, trainable: Tree, opt_state: Any) -> Any:
         """An optimizer's state as steps carry it, where it belongs.
@@ -176,6 +206,7 @@ class Places:
           trainable: the weights that train.
           tree: 'weights', 'state' and 'opt_state'.
         """
+        tree = self.layout.placed(self.net, tree['weights'], tree)
         places = {
             'weights': self._of_weights(tree['weights']),
             'opt_state': self._of_state(trainable, tree['opt_state']),
@@ -198,7 +229,8 @@ class Places:
         """The paths of weights that are carried in halves: the matrices of stacks."""
         flat, matrices = (trees.flatten(x) for x in (weights, decayed(self.net, weights)))
         stacked = (path for path in flat if self._is_of_stack(path))
-        return [path for path in stacked if matrices[path] and halves.is_halved(flat[path])]
+        n = self.layout.n_cut
+        return [path for path in stacked if matrices[path] and halves.is_halved(flat[path], n)]
 
     def _parts(self, trainable: Tree) -> Divided:
         like = jax.eval_shape(halves.joined, trainable)
@@ -207,14 +239,27 @@ class Places:
     def _is_of_stack(self, path: str) -> bool:
         return any(is_inside(path, stack) for stack in self.n_blocks)
 
-    def _of_weights(self, weights: Tree) -> Tree:
-        return trees.map_with_path(lambda path, _: _place(self._is_of_stack(path)), weights)
+    def _of_weights(self, weights: Tree, on_host: bool = True) -> Tree:
+        """Places of weights, all on devices unless those of stacks are to be `on_host`."""
+        specs = self.layout.specs(self.net, weights)
+        return trees.map_with_path(
+            lambda path, x, spec: self._at(spec, on_host and self._is_of_stack(path)),
+            weights,
+            specs,
+        )
 
     def _of_state(self, trainable: Tree, opt_state: Any) -> Any:
         parts = self._parts(trainable)
+        like = jax.eval_shape(halves.joined, trainable)
+        specs = state_specs(self.layout, self.net, like, parts)
         hosted = parts.hosted
-        made = {name: _place(name in hosted) for name in by_name(opt_state)}
-        return parts.whole.state(made)
+        return parts.whole.state({n: self._at(specs[n], n in hosted) for n in by_name(opt_state)})
+
+    def _at(self, spec: PartitionSpec, on_host: bool) -> jax.sharding.Sharding:
+        if self.layout.mesh is None:
+            return _place(on_host)
+        kind = _HOST if on_host else 'device'
+        return NamedSharding(self.layout.mesh, spec, memory_kind=kind)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -241,9 +286,12 @@ def _joined(weights: Tree) -> Tree:
 
 def _on_host(weights: Tree, paths: Sequence[str]) -> Tree:
     """Weights, those at some paths as arrays of NumPy."""
-    flat = trees.flatten(weights)
-    found = {path: flat[path] for path in paths if flat[path] is not None}
-    return trees.unflatten({**flat, **{path: np.asarray(x) for path, x in found.items()}})
+    chosen = set(paths)
+
+    def one(path: str, x: Any) -> Any:
+        return np.asarray(x) if path in chosen else x
+
+    return trees.map_with_path(one, weights)
 
 
 def _to_space(x: jax.Array, place: Any) -> jax.Array:
@@ -307,11 +355,7 @@ def places_of(
             f'offload={offload!r} moves each block as soon as its gradient is known, and sums '
             f'none: leave out accumulate={task.accumulate}, or offload'
         )
-    if layout.mesh is not None:
-        raise ValueError(
-            f'offload={offload!r} is for one device: leave out mesh, or offload; with fsdp, each '
-            'device holds a part of weights and state'
-        )
+    _check_mesh(offload, layout)
     if not stacks(net):
         raise ValueError(f'offload={offload!r}: {_why_none(net)}')
     device = jax.devices()[0]
@@ -321,7 +365,21 @@ def places_of(
             f'offload={offload!r} needs host memory that the device can reach ({_HOST}), and '
             f'{device} has {", ".join(kinds) or "none"}: leave it out'
         )
-    return Places(net, optimizer, offload == 'blocks+inputs', dtype == 'bfloat16')
+    return Places(net, optimizer, offload == 'blocks+inputs', dtype == 'bfloat16', layout)
+
+
+def _check_mesh(offload: str, layout: Layout) -> None:
+    """Raises a ValueError for a mesh whose parts of blocks cannot be moved in host memory."""
+    if layout.mesh is not None and layout.mesh.shape['tensor'] > 1:
+        raise ValueError(
+            f'offload={offload!r} is for a mesh of data, fsdp and sequence, and this one has '
+            f'{layout.told}: leave out tensor, or offload'
+        )
+    if jax.process_count() > 1:
+        raise ValueError(
+            f'offload={offload!r} is for the devices of one process, and there are '
+            f'{jax.process_count()}: leave it out'
+        )
 
 
 def _why_none(net: Layer) -> str:

@@ -22,7 +22,7 @@ def sent(x: Any) -> Any:
     if is_float(x):
         return x
     values = np.ascontiguousarray(x)
-    return values.view(np.float32) if _fits(x) else values.astype(np.float32)
+    return values.view(np.float32) if is_packed(x) else values.astype(np.float32)
 
 
 def received(x: Any, like: Any) -> Any:
@@ -35,7 +35,7 @@ def received(x: Any, like: Any) -> Any:
     if is_float(like):
         return x
     values = np.ascontiguousarray(x)
-    return values.view(like.dtype) if _fits(like) else values.astype(like.dtype)
+    return values.view(like.dtype) if is_packed(like) else values.astype(like.dtype)
 
 
 def opened(x: jax.Array, like: Any) -> jax.Array:
@@ -47,7 +47,7 @@ def opened(x: jax.Array, like: Any) -> jax.Array:
     """
     if is_float(like):
         return x
-    if not _fits(like):
+    if not is_packed(like):
         return x.astype(like.dtype)
     made = jax.lax.bitcast_convert_type(x, like.dtype)
     return made.reshape(*x.shape[:-1], -1) if made.ndim > x.ndim else made
@@ -61,15 +61,19 @@ def closed(x: jax.Array) -> jax.Array:
     """
     if is_float(x):
         return x
-    if not _fits(x):
+    if not is_packed(x):
         return x.astype(jnp.float32)
     size = x.dtype.itemsize
     words = x if size == _WORD else x.reshape(*x.shape[:-1], -1, _WORD // size)
     return jax.lax.bitcast_convert_type(words, jnp.float32)
 
 
-def _fits(x: Any) -> bool:
-    """Whether the bytes of each row are whole words; if not, small integers become their values."""
+def is_packed(x: Any) -> bool:
+    """Whether the bytes of each row are whole words; if not, small integers become their values.
+
+    Args:
+      x: of a shape and dtype.
+    """
     size = jnp.dtype(x.dtype).itemsize
     if x.dtype == jnp.bool_ or size == _WORD:
         return bool(size == _WORD)
