@@ -91,7 +91,12 @@ from layercomb.layers.core.wrapper import Wrapper
 from layercomb.layers.decoding.once import Once
 from layercomb.layers.decoding.seek import Position, seek
 from layercomb.layers.facts.devices import over_rows, own_key
-from layercomb.layers.facts.sequence import all_positions, first_position, surrounded
+from layercomb.layers.facts.sequence import (
+    all_positions,
+    first_position,
+    over_positions,
+    surrounded,
+)
 from layercomb.layers.metrics.class_names import ClassNames
 from layercomb.layers.metrics.classification import (
     Accuracy,
@@ -297,6 +302,7 @@ __all__ = [
     'multiplicative_dense',
     'one_pass',
     'ones',
+    'over_positions',
     'over_rows',
     'own_key',
     'put_counted',

@@ -392,14 +392,21 @@ class Layout:
         rows = tuple(axis for axis in self._split if axis in ROW_AXES) or None
         return PartitionSpec(rows, SEQUENCE) if SEQUENCE in self._split else PartitionSpec(rows)
 
-    def check_spans(self, net: Layer) -> None:
-        """Raises a TypeError if a layer would not see positions of other devices.
+    def check_spans(self, net: Layer, batch: Any = (), where: str = 'a batch') -> None:
+        """Checks that positions can be split, if the mesh splits them.
 
         Args:
-          net: the model.
+          net: the model, with its loss or metrics.
+          batch: arrays or their signatures.
+          where: what messages call the batch.
+
+        Raises:
+          TypeError: if a layer would not see the positions of other devices.
+          ValueError: if the mesh does not divide the positions of the batch.
         """
-        if SEQUENCE in self._split:
+        if self.mesh is not None and (n := self.mesh.shape[SEQUENCE]) > 1:
             check_spans(net)
+            check_parts(batch, n, where)
 
     @property
     def _n_processes(self) -> int:
@@ -434,7 +441,7 @@ def _check_processes(mesh: Mesh) -> None:
         raise UsageError(
             f'devices along sequence and tensor share rows, {inner} at a time on a mesh of '
             f'{told(mesh.shape)}, and belong to several processes of {here} devices: use axes '
-            f'whose product divides {here}'
+            f'whose product divides {here}, or start one process a machine'
         )
 
 

@@ -23,8 +23,9 @@ def make_mesh(
     data: _Size = 1,
     fsdp: _Size = REST,
     tensor: _Size = 1,
-    sequence: _Size = 1,
     devices: Sequence[Any] | None = None,
+    *,
+    sequence: _Size = 1,
 ) -> jax.sharding.Mesh:
     """A grid of devices with the axes data, fsdp, sequence and tensor.
 
@@ -40,8 +41,9 @@ def make_mesh(
     the last axis are the closest ones, so let ``tensor`` stay inside a machine.
 
     Args:
-      data, fsdp, tensor, sequence: how many devices there are along each axis.
+      data, fsdp, tensor: how many devices there are along each axis.
       devices: which ones; by default all that JAX sees, of all processes.
+      sequence: how many devices there are along this axis.
 
     Returns:
       A `jax.sharding.Mesh` for `Loop(mesh=…)`, or `train.mesh` of a configuration.
@@ -97,7 +99,7 @@ def told(sizes: Mapping[str, int]) -> str:
     Args:
       sizes: of all axes, −1 for the rest.
 
-    >>> told({'data': 1, 'fsdp': 4, 'tensor': 2}), told({'data': 1, 'fsdp': 1, 'tensor': 1})
+    >>> told({'data': 1, 'fsdp': 4, 'sequence': 1, 'tensor': 2}), told({'data': 1, 'fsdp': 1})
     ('fsdp=4 tensor=2', 'fsdp=1')
     """
     return ' '.join(f'{name}={n}' for name, n in sizes.items() if n != 1) or 'fsdp=1'

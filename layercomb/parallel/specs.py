@@ -17,6 +17,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.walk import joined, walk
 from layercomb.layers.core.wrapper import unwrapped
 from layercomb.layers.facts.axes import Axes
+from layercomb.layers.facts.sequence import SEQUENCE
 from layercomb.shapes import nearest_divisor
 from layercomb.transforms.weight_axes import axes
 from layercomb.trees import Tree
@@ -90,9 +91,14 @@ def _spec(
         at = found[0]
         if leaf.shape[at] % sizes[axis]:
             nearest = nearest_divisor(leaf.shape[at], sizes[axis])
+            of_both = axis == 'fsdp' and sizes.get(SEQUENCE, 1) > 1
+            name = f'fsdp × {SEQUENCE}' if of_both else axis
             raise ValueError(
-                f'{path}: its axis {wanted} has {leaf.shape[at]} numbers, which {axis}='
-                f'{sizes[axis]} does not divide: use {axis}={nearest}'
+                f'{path}: its axis {wanted} has {leaf.shape[at]} numbers, which {name} = '
+                f'{sizes[axis]} does not divide: use {name} = {nearest}'
+                if of_both
+                else f'{path}: its axis {wanted} has {leaf.shape[at]} numbers, which {name}='
+                f'{sizes[axis]} does not divide: use {name}={nearest}'
             )
         cuts[at] = axis
     for axis in _CUT_ANYWHERE:

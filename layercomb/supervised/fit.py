@@ -64,6 +64,7 @@ def check_fit(
     def trace(task: Any, metrics: Any, batch: Batch, where: str, mode: Mode) -> None:
         check_inputs(task, net, batch, where)
         scored = losses.attach(reading(task, net), metrics, task.loss_chunk_len)
+        layout.check_spans(scored, batch, where)
 
         def run(weights: Tree, state: Tree, batch: Batch, rng: jax.Array) -> Any:
             given = weights, state, batch, batch[-1]

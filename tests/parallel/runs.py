@@ -99,7 +99,8 @@ def mesh_of(sizes):
     if sizes is None:
         return None
     n = int(np.prod(sizes))
-    return parallel.make_mesh(*sizes, devices=jax.devices()[:n])
+    named = dict(zip(('data', 'fsdp', 'tensor', 'sequence'), sizes, strict=False))
+    return parallel.make_mesh(**named, devices=jax.devices()[:n])
 
 
 def loop_of(name, sizes, directory=None, *, optimizer='adamw', n_rows=8, **task):
@@ -263,6 +264,13 @@ def raised(function, *args):
 def batch_of(sizes, *arrays):
     """A batch on its devices."""
     parallel.Layout(mesh_of(sizes)).rows(arrays)
+
+
+def loop_measured_by(metric, sizes):
+    """A run whose evaluation may not fit the mesh."""
+    train = supervised.TrainTask(Batches(), tl.CrossEntropyLoss(), optimizers.adamw(1e-2))
+    valid = supervised.EvalTask(Batches(), metric, n_batches=1)
+    supervised.Loop(NETS['llama'](), train, valid, mesh=mesh_of(sizes), progress=False)
 
 
 def loop_of_layer(layer, sizes):

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from layercomb import parallel, tl, transforms
+from layercomb import losses, parallel, tl, transforms
 from layercomb.layers.attention.devices.exchange import Exchange
+from layercomb.layers.attention.devices.ring import over_devices
+from layercomb.layers.core.wrapper import Wrapper
+from layercomb.parallel.positions import check_spans
 
 B, L, D, N_HEADS = 2, 32, 16, 4
 SEGMENTS = np.asarray([[0] * 5 + [1] * 14 + [2] * 13, [0] * 20 + [1] * 3 + [2] * 9], np.int32)
@@ -66,8 +69,21 @@ LAYERS = {
     'axial': tl.AxialPositions((4, 8)),
     'sinusoidal': tl.SinusoidalPositions(),
     'batch_norm': tl.BatchNorm(),
+    'shared_dropout': tl.Dropout(0.5, shared_axes=(1,)),
+    'point_conv': tl.Conv1D(8, width=1),
 }
-PACKED = ('full', 'window', 'relative', 'local', 'lsh', 'blocks', 'hashed', 'mixed', 'learned')
+PACKED = (
+    'full',
+    'grouped',
+    'window',
+    'relative',
+    'local',
+    'lsh',
+    'blocks',
+    'hashed',
+    'mixed',
+    'learned',
+)
 LAYERS |= {
     f'packed_{name}': transforms.segmented(tl.Serial(LAYERS[name], tl.Dense(4))) for name in PACKED
 }
@@ -147,6 +163,92 @@ def _error(found, wanted):
     found, wanted = (list(map(np.asarray, jax.tree.leaves(x))) for x in (found, wanted))
     apart = [np.abs(a - b).max() for a, b in zip(found, wanted, strict=True)]
     return max(apart, default=0) / max((np.abs(b).max() for b in wanted), default=1)
+
+
+def windows(n_queries, n_keys, window, n, n_shared, dtype):
+    """The error of windowed attention of one sequence to another, or to itself."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, ct = (jax.random.normal(k, (2, N_HEADS, n_queries, 8), dtype) for k in keys[:2])
+    k, v = (jax.random.normal(k, (2, n_shared, n_keys, 8), dtype) for k in keys[2:])
+    given = {'causal': True, 'window': window}
+
+    def both(attend, *args):
+        y, pull = jax.vjp(functools.partial(attend, **given), *args)
+        return y, pull(ct if y.shape == ct.shape else ct[:, :, : y.shape[2]])
+
+    wanted = both(tl.dot_product_attention, q, k, v)
+    mesh = parallel.make_mesh(fsdp=1, sequence=n, devices=jax.devices()[:n])
+    part = PartitionSpec(None, None, 'sequence')
+
+    def one(q, k, v, ct):
+        y, pull = jax.vjp(functools.partial(over_devices, **given), q, k, v)
+        return y, pull(ct)
+
+    split = jax.shard_map(one, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)
+    found = jax.jit(split)(q, k, v, ct)
+    return _error(*(jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (found, wanted)))
+
+
+def rows_that_count(n):
+    """The state of an average in an encoder, whose padding is told by the decoder's targets."""
+    rng = np.random.default_rng(0)
+    source, x = (jnp.asarray(rng.integers(1, 32, (B, L)), jnp.int32) for _ in range(2))
+    loss_weights = jnp.asarray(np.arange(L) < 6, jnp.float32)[None] * jnp.asarray([[1.0], [0.0]])
+    encoder = tl.Once(tl.Serial(tl.Embedding(32, D), tl.SwitchFF(16, 4, balance=1.0)))
+    decoder = tl.Chunk(tl.SwitchFF(16, 4, balance=1.0), 2)
+    net = tl.Serial(
+        tl.Parallel(tl.Serial(tl.Embedding(32, D), decoder), encoder),
+        tl.CrossAttention(N_HEADS), tl.Dense(32),
+    )  # fmt: skip
+    return _aux(net, (x, source), x, loss_weights, n)
+
+
+def _aux(net, inputs, targets, loss_weights, n):
+    signature = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
+    weights, state = net.init(signature, jax.random.key(0))
+    scored = losses.attach(net, tl.CrossEntropyLoss())
+
+    def one(batch):
+        _, new = losses.apply_counted(
+            scored, weights, state, batch, batch[-1], rng=jax.random.key(1), mode=tl.Mode.TRAIN
+        )
+        return losses.total(new)
+
+    batch = (*inputs, targets, loss_weights)
+    if n == 1:
+        return float(one(batch))
+    mesh = parallel.make_mesh(fsdp=1, sequence=n, devices=jax.devices()[:n])
+    part = PartitionSpec(None, 'sequence')
+    return float(
+        jax.jit(
+            jax.shard_map(
+                lambda b: jax.lax.pmean(one(b), 'sequence'),
+                mesh=mesh, in_specs=(part,), out_specs=PartitionSpec(), check_vma=False,
+            )
+        )(batch)
+    )  # fmt: skip
+
+
+def checked(metric, chunk_len=None):
+    """Checks a model with a loss or metric."""
+    net = tl.Serial(tl.Embedding(32, D), tl.SelfAttention(N_HEADS), tl.Dense(32))
+    check_spans(losses.attach(net, metric, chunk_len))
+
+
+class RowMeans(tl.CrossEntropyLoss):
+    """Squares of the means of rows: no sum over positions."""
+
+    def sums(self, values, weights):
+        return jnp.square((values * weights).mean(1)).sum(), jnp.float32(len(values))
+
+
+class Around(Wrapper):
+    """Passes on what a layer gives."""
+
+    spans_devices = True
+
+    def apply(self, weights, state, inputs, *, rng=None, mode=tl.Mode.EVAL):
+        return self.layer.apply(weights, state, inputs, rng=rng, mode=mode)
 
 
 def heads_there_and_back(n, n_heads, n_shared):

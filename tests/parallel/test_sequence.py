@@ -81,8 +81,44 @@ def test_layers_that_would_not_see_others_positions_are_refused(eight):
             "sequence: Own(name='own') does not say whether it works on each position by itself: ",
         ),
         (tl.Repeat(tl.Residual(tl.Serial(tl.FourierMixing())), 2), 'sequence: FourierMixing'),
+        (spans.Around(tl.SRU(32)), 'sequence: SRU mixes positions'),
     ):
         assert eight(runs.raised, runs.loop_of_layer, layer, FOUR).startswith(f'TypeError: {why}')
+
+
+@pytest.mark.parametrize(
+    ('n_queries', 'n_keys', 'window', 'n_shared'),
+    [(48, 16, 3, 4), (32, 32, 3, 4), (32, 32, 12, 2), (32, 32, 9, 1), (64, 64, 17, 1)],
+)
+def test_windows_of_sequences_of_two_lengths(eight, n_queries, n_keys, window, n_shared):
+    given = n_queries, n_keys, window, 4, n_shared
+    assert eight(spans.windows, *given, 'float32') < 5e-6
+    assert eight(spans.windows, *given, 'bfloat16') < 2e-2
+
+
+def test_what_counts_is_asked_of_all_devices(eight):
+    wanted = eight(spans.rows_that_count, 1)
+    assert wanted > 1
+    np.testing.assert_allclose(eight(spans.rows_that_count, 4), wanted, 0.05)  # other slices
+
+
+def test_metrics_of_whole_rows_are_refused(eight):
+    for metric in (tl.PreferenceLoss(), tl.SequenceAccuracy(), spans.RowMeans()):
+        for chunk_len in (None, 4):
+            if chunk_len and metric.position_wise is not True:
+                continue
+            name = type(metric).__name__
+            assert eight(runs.raised, spans.checked, metric, chunk_len) == (
+                f'TypeError: sequence: {name} is of whole rows, of which a device has parts: use '
+                'a mesh with sequence=1'
+            )
+    for metric in (tl.CrossEntropyLoss(), tl.Accuracy(), tl.ConfusionMatrix(32)):
+        assert eight(runs.raised, spans.checked, metric) is None
+
+
+def test_an_evaluation_is_refused_before_training(eight):
+    said = eight(runs.raised, runs.loop_measured_by, tl.SequenceAccuracy(), FOUR)
+    assert said.startswith('TypeError: sequence: SequenceAccuracy is of whole rows')
 
 
 def test_positions_that_the_mesh_does_not_divide(eight):
@@ -92,8 +128,8 @@ def test_positions_that_the_mesh_does_not_divide(eight):
         'length of 32'
     )
     assert eight(runs.raised, runs.batch_of, FOUR, np.zeros(8, np.int32)) == (
-        'ValueError: sequence=4 splits the positions of (batch, length, …), and the batch has '
-        'int32[8]: use a mesh with sequence=1'
+        'ValueError: sequence=4 splits the second axis of every array of a batch, the positions, '
+        'and int32[8] has none: use a mesh with sequence=1'
     )
 
 

@@ -24,7 +24,7 @@ from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import KVCache, poison_overflow, refuse_overflow
 from layercomb.layers.decoding.narrow import CacheBits, Kept, is_narrow, widened
 from layercomb.layers.decoding.seek import held
-from layercomb.layers.facts.sequence import n_parts
+from layercomb.layers.facts.sequence import sequence_parts
 from layercomb.layers.state.segments import segments_of
 from layercomb.shapes import Signature
 from layercomb.trees import Tree
@@ -250,7 +250,7 @@ class LocalAttention(Layer):
             return self._extend(held(state, KVCache), q, k, v, *mask)
         further = {'segments': segments_of(state), **dropout_arguments(self.dropout, rng, mode)}
         real = mask[0] if mask else None
-        if n_parts() == 1:
+        if sequence_parts() == 1:
             return (self._attend(q, k, v, real, further),), state
         if q.shape[2] % self.chunk_len == 0:
             return (self._attend(q, k, v, real, {**further, 'neighbours': True}),), state

@@ -22,7 +22,7 @@ import layercomb_kernels
 from layercomb.layers.attention import distances, tiles
 from layercomb.layers.attention import flash as blockwise
 from layercomb.layers.attention import local as chunkwise
-from layercomb.layers.facts.sequence import n_parts
+from layercomb.layers.facts.sequence import sequence_parts
 from layercomb.layers.quantized.native import attends_natively, has_kernels, with_kernel
 from layercomb.shapes import check_mask, nearest_divisor
 
@@ -205,7 +205,7 @@ def local_attention(
     look_back, look_ahead = look_back + more, look_ahead + (more and not causal)
     pairs = chunk_len * chunk_len * (look_back + 1 + look_ahead)
     n_chunks = -(-q.shape[2] // chunk_len)
-    n_whole = n_chunks * (n_parts() if neighbours else 1)
+    n_whole = n_chunks * (sequence_parts() if neighbours else 1)
     chunks = chunkwise.Plan(
         length=q.shape[2],
         chunk_len=chunk_len,

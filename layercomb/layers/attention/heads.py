@@ -23,7 +23,7 @@ from layercomb.layers.attention.slices import add_at, by_slice, over_positions, 
 from layercomb.layers.core.checks import check_inputs, where
 from layercomb.layers.core.layer import Layer, fold
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.facts.sequence import n_parts
+from layercomb.layers.facts.sequence import sequence_parts
 from layercomb.layers.reversible.cotangents import add_cts, vjp, zero_cts, zeros_once
 from layercomb.layers.state.counted import put_counted, take_counted
 from layercomb.shapes import is_float
@@ -59,7 +59,7 @@ def goes_by_head(layer: Any, weights: Tree, inputs: Any) -> bool:
     parts = zip(layer.keys, layer.sublayers, strict=True)
     if any(p.position_wise is not True for key, p in parts if key in (*layer.reads, 'output')):
         return False
-    if n_parts() > 1:  # each device has heads of its own
+    if sequence_parts() > 1:  # each device has heads of its own
         return False
     wide = all(x.dtype == jnp.float32 for x in inputs if is_float(x))
     if jax.default_backend() != 'cpu' or not wide:

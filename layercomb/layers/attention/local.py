@@ -301,18 +301,14 @@ def per_head(plan: Plan, q: Any, k: Any, v: Any, mask: Any, rng: Any, segments: 
     """
 
     def of_each(x: jax.Array) -> jax.Array:  # (B, L, …) → (B, H/R, P, …)
-        shape = (*k.shape[:2], plan.length, *x.shape[2:])
-        return surround(plan, jnp.broadcast_to(x[:, None], shape))
+        around = surround(plan, jnp.broadcast_to(x, (len(k), plan.length, *x.shape[2:]))[:, None])
+        return jnp.broadcast_to(around, (*k.shape[:2], *around.shape[2:]))
 
     real = of_each(jnp.ones((1, 1), bool) if mask is None else mask)
     if segments is not None:
-        places = (
-            of_whole(documents.places, segments)
-            if plan.neighbours
-            else (documents.places(segments))
-        )
-        chunk = places // plan.chunk_len
-        segments = of_each(jnp.stack([segments, chunk], -1))
+        places = documents.places
+        where = of_whole(places, segments) if plan.neighbours else places(segments)
+        segments = of_each(jnp.stack([segments, where // plan.chunk_len], -1))
     known = real, segments
     rng = tiles.split_group(tiles.key_per_head(rng, q.shape[:2]), plan.group)
     return cut(plan, q), surround(plan, k), surround(plan, v), known, rng

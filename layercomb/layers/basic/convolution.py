@@ -56,7 +56,9 @@ class Conv1D(Layer):
 
     weight_axes = {'kernel': 'W|D->F', 'bias': '->F'}  # a matrix for each place
     position_wise = False
-    spans_devices = property(lambda self: self.padding == 'causal' and self.stride == 1)
+    spans_devices = property(
+        lambda self: self.stride == 1 and (self.padding == 'causal' or self.width == 1)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

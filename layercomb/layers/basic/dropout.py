@@ -38,6 +38,7 @@ class Dropout(Layer):
     float32 = True  # it keeps the dtype of a stream
     position_wise = property(lambda self: not set(POSITION_AXES) & set(self.shared_axes))
     cacheless = True
+    spans_devices = True
 
     def init(
         self, signature: Signature, rng: jax.Array, mode: Mode = Mode.TRAIN
@@ -67,5 +68,6 @@ class Dropout(Layer):
         for axis in self.shared_axes:
             shape[axis] = 1
         # In float32, since what is drawn for a float64 is something else.
-        kept = jax.random.bernoulli(own_key(rng), np.float32(1 - self.rate), shape)
+        key = own_key(rng, by_position=self.position_wise)
+        kept = jax.random.bernoulli(key, np.float32(1 - self.rate), shape)
         return (jnp.where(kept, x / (1 - self.rate), 0),), state

@@ -7,14 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layercomb.layers.facts.devices import over_rows
 from layercomb.layers.state.counted import Counted
 from layercomb.layers.state.parts import AuxLoss, own
 from layercomb.trees import Tree
 
 
 def how_many(found: Tree) -> Tree:
-    """A tree from `take_counted`, each mask replaced by its number of True entries, float32 ()."""
-    return jax.tree.map(lambda counted: counted.sum(dtype=jnp.float32), found)
+    """A tree from `take_counted`, each mask replaced by its number of True entries, float32 ().
+
+    Where devices split a batch, the number is of all of them: so is what a layer averages over.
+    """
+    return jax.tree.map(lambda counted: over_rows(counted.sum(dtype=jnp.float32)), found)
 
 
 def shares(piece: Tree, of_all: Tree) -> Tree:

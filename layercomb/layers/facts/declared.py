@@ -27,7 +27,8 @@ class Declares:
         It reads them by `segments_of`, or mixes nothing that depends on the position.
       spans_devices: whether a layer that mixes positions, or depends on their numbers, is right
         where each device has a part of the positions: it takes what it needs of the others' by the
-        functions of `facts.sequence`.
+        functions of `facts.sequence`. It says nothing of layers inside. A metric whose `sums` are
+        its own says it if they are sums over positions.
       carries_counted: whether a layer made of layers tells them which positions count, and which
         are of one document. It gives them their states unchanged, or, where it loops over states or
         slices positions, uses `take_counted` and `put_counted`.

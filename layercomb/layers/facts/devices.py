@@ -10,7 +10,7 @@ ROW_AXES = ('data', 'fsdp')  # of a mesh: devices along them have rows of their 
 SPLIT_AXES = (*ROW_AXES, SEQUENCE)  # devices along them have rows or positions of their own
 
 
-def own_key(rng: jax.Array) -> jax.Array:
+def own_key(rng: jax.Array, by_position: bool = True) -> jax.Array:
     """The key of what is drawn for each position, such as the mask of dropout.
 
     Where several devices split a batch, each has a key of its own; elsewhere it is `rng`. What is
@@ -18,8 +18,12 @@ def own_key(rng: jax.Array) -> jax.Array:
 
     Args:
       rng: a typed key.
+      by_position: whether what is drawn differs from position to position; False if it is drawn
+        once for all positions of a row.
     """
     for name in _split_axes():
+        if name == SEQUENCE and not by_position:
+            continue
         rng = jax.random.fold_in(rng, jax.lax.axis_index(name))
     return rng
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 SEQUENCE = 'sequence'  # of a mesh: devices along it have positions of their own, of the same rows
 
 
-def n_parts() -> int:
+def sequence_parts() -> int:
     """n, how many devices split a sequence; 1 where each has whole ones."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[SEQUENCE] if SEQUENCE in mesh.manual_axes else 1
@@ -33,7 +33,7 @@ def first_position(length: int) -> jax.Array | int:
     Returns:
       int32 (); 0 on one device.
     """
-    if n_parts() == 1:
+    if sequence_parts() == 1:
         return 0
     return jax.lax.axis_index(SEQUENCE) * jnp.int32(length)
 
@@ -48,9 +48,34 @@ def all_positions(x: jax.Array, axis: int = 1) -> jax.Array:
     Returns:
       (…, L, …).
     """
-    if n_parts() == 1:
+    if sequence_parts() == 1:
         return x
     return jax.lax.all_gather(x, SEQUENCE, axis=axis, tiled=True)
+
+
+def any_position(x: jax.Array, axes: tuple[int, ...] = (1,)) -> jax.Array:
+    """Whether a value is True at any position, of all devices.
+
+    Args:
+      x: (…, L/n, …) bool.
+      axes: which are summed up, that of positions among them.
+
+    Returns:
+      Without these axes.
+    """
+    found = x.any(axes)
+    if sequence_parts() == 1 or not axes:
+        return found
+    return jax.lax.pmax(found.astype(jnp.int32), SEQUENCE) > 0
+
+
+def over_positions(x: jax.Array) -> jax.Array:
+    """The sum over the devices that split a sequence; `x` itself on one device.
+
+    Args:
+      x: this device's summand of something that belongs to whole rows, such as (B, D).
+    """
+    return x if sequence_parts() == 1 else jax.lax.psum(x, SEQUENCE)
 
 
 def of_whole(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -80,7 +105,7 @@ def surrounded(x: jax.Array, before: int, after: int = 0, axis: int = 1) -> jax.
     Returns:
       (…, before + L/n + after, …). Beyond both ends of the sequence are zeros.
     """
-    if n_parts() == 1:
+    if sequence_parts() == 1:
         pads = [(0, 0)] * x.ndim
         pads[axis] = (before, after)
         return jnp.pad(x, pads)
@@ -91,7 +116,7 @@ def surrounded(x: jax.Array, before: int, after: int = 0, axis: int = 1) -> jax.
 
 def _next_to(x: jax.Array, count: int, axis: int, way: int) -> list[jax.Array]:
     """Pieces of so many positions in all, of the devices on one side, the nearest first."""
-    n, length, pieces, away = n_parts(), x.shape[axis], [], 0
+    n, length, pieces, away = sequence_parts(), x.shape[axis], [], 0
     while count > 0:
         size, away = min(count, length), away + 1
         start = 0 if way > 0 else length - size

@@ -35,6 +35,7 @@ class Counts(Metric):
 
     has_gradient = False
     position_wise = True  # each position has its own cell
+    spans_devices = True
 
     n_classes: Classes
 
@@ -114,6 +115,7 @@ class BinaryF1(Elementwise):
     has_gradient = False
     lower_is_better = False
     position_wise = True
+    spans_devices = True
 
     def compare(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """The cell of each entry: 2 · target + found."""

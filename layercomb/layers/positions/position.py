@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import taken
 from layercomb.layers.decoding.seek import Position, held
-from layercomb.layers.facts.sequence import first_position, n_parts, of_whole
+from layercomb.layers.facts.sequence import first_position, of_whole, sequence_parts
 from layercomb.layers.state.segments import places, segments_of
 from layercomb.shapes import (
     Signature,
@@ -91,7 +91,7 @@ def begins_at_zero(state: Tree, mode: Mode) -> bool:
       state: of the layer.
       mode: see `Mode`.
     """
-    return mode is not Mode.PREDICT and segments_of(state) is None and n_parts() == 1
+    return mode is not Mode.PREDICT and segments_of(state) is None and sequence_parts() == 1
 
 
 def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[jax.Array, Tree]:
@@ -113,7 +113,7 @@ def next_positions(layer: Any, state: Tree, length: int, mode: Mode) -> tuple[ja
     """
     steps = jnp.arange(length, dtype=jnp.int32)[None]
     if mode is not Mode.PREDICT:
-        check_length(type(layer).__name__, length * n_parts(), layer.max_len)
+        check_length(type(layer).__name__, length * sequence_parts(), layer.max_len)
         ids = segments_of(state)
         return first_position(length) + steps if ids is None else of_whole(places, ids), state
     start = held(state.get('position'), Position)

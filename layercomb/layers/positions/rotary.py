@@ -12,7 +12,7 @@ import numpy as np
 from layercomb.checks import Bound, Size
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.facts.sequence import n_parts, of_whole
+from layercomb.layers.facts.sequence import of_whole, sequence_parts
 from layercomb.layers.positions.position import (
     angles,
     check_even,
@@ -116,7 +116,7 @@ class RotaryPositions(Layer):
         length, depth = q.shape[2:]
         ids = segments_of(state)
         where, state = next_positions(self, state, length, mode)  # (B or 1, L)
-        speed = self.speeds(state, depth, length * n_parts(), ids)
+        speed = self.speeds(state, depth, length * sequence_parts(), ids)
         angle = angles(where, speed, self.max_len)  # (B or 1, L, n/2)
         sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]  # (B or 1, 1, L, n/2)
         if self.magnitude != 1:

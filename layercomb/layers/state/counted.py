@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.wrapper import Wrapper
+from layercomb.layers.facts.sequence import any_position
 from layercomb.layers.state.parts import Part, beside, own, put_back, take_out, without
 from layercomb.trees import Tree
 
@@ -59,7 +60,7 @@ class Counted(Told):
         """Where the positions are others, all of a row count if one of its positions does."""
         if not (isinstance(layer, Wrapper) and layer.reads_memory):
             return self
-        return Counted(self.mask.any(tuple(range(1, self.mask.ndim))))
+        return Counted(_of_rows(self.mask))
 
     def sliced(self, shape: tuple[int, ...]) -> Counted | None:
         """A mask of the shape (B, L); None if it has another batch size."""
@@ -169,6 +170,12 @@ def after_memory(found: Tree, real: jax.Array, shape: tuple[int, ...]) -> Tree:
     return jax.tree.map(one, found)
 
 
+def _of_rows(counted: jax.Array) -> jax.Array:
+    """(B, …) → (B,): whether any position of a row counts, on other devices too."""
+    axes = tuple(range(1, counted.ndim))
+    return any_position(counted, axes) if axes else counted
+
+
 def _fitted(counted: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
     """(B, …) as `shape`; None if the rows differ."""
     shared = min(counted.ndim, len(shape))
@@ -176,6 +183,6 @@ def _fitted(counted: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
         return None
     if counted.shape[:shared] != shape[:shared]:
         shared = 1
-    counted = counted.any(tuple(range(shared, counted.ndim)))
+    counted = _of_rows(counted) if shared == 1 else counted.any(tuple(range(shared, counted.ndim)))
     wider = counted.reshape(counted.shape + (1,) * (len(shape) - shared))
     return jnp.broadcast_to(wider, shape)

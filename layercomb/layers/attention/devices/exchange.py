@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from layercomb.layers.attention.tiles import keys_of_heads
-from layercomb.layers.facts.sequence import SEQUENCE, all_positions, n_parts
+from layercomb.layers.facts.sequence import SEQUENCE, all_positions, sequence_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Exchange:
     @classmethod
     def of(cls, n_heads: int, n_shared: int) -> Self:
         """The exchange between the devices of the mesh, as `facts.sequence` finds them."""
-        return cls(n_parts(), n_heads, n_shared)
+        return cls(sequence_parts(), n_heads, n_shared)
 
     @property
     def is_even(self) -> bool:

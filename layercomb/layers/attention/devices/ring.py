@@ -1,15 +1,17 @@
 """Attention of a sequence whose positions several devices split: by heads, by windows, or a ring.
 
-* Where the devices can have a part of the heads each, positions are exchanged for heads
-  (`Exchange`): least is sent, and each device has as much to do.
-* With a window, a device needs the keys that stand before its own queries, and no others.
+* With a window no longer than a device's part, a device needs the keys that stand before its own
+  queries, and no others.
+* Where n divides the heads of keys and values, positions are exchanged for heads (`Exchange`): that
+  sends the least, and all devices have equally much to do. So are those of packed rows.
 * Else keys and values go round in a ring. Each device attends from its queries to one part of the
   keys after the other, and joins what it finds by the logsumexps z::
 
       z = log Σ_s exp(z_s)        y = Σ_s exp(z_s − z) y_s
 
-  The backward pass goes round again, with the gradients of keys and values. A causal ring is as
-  slow as its last device, which sees all keys.
+  The backward pass goes round again, with the gradients of keys and values. With a window keys go
+  as far as it reaches. A causal ring is as slow as its last device, which sees all keys. Sums are
+  float32, of outputs and gradients in the dtype of v.
 
 Shape letters: B batch, L the whole length, n devices, H heads of queries, G heads of keys and
 values, K depth of queries and keys, D depth of values.
@@ -33,7 +35,7 @@ from layercomb.layers.attention.functions import check, dot_product_attention, p
 from layercomb.layers.facts.sequence import (
     SEQUENCE,
     first_position,
-    n_parts,
+    sequence_parts,
     surrounded,
 )
 
@@ -63,11 +65,12 @@ def over_devices(
       Its outputs (B, H, L/n, D).
     """
     more: dict[str, Any] = {'mask': mask, 'segments': segments, 'bias': bias, 'rng': rng}
-    if n_parts() == 1:
+    if sequence_parts() == 1:
         return dot_product_attention(q, k, v, **more, **given)
     exchange = Exchange.of(q.shape[1], k.shape[1])
     window = given.get('window')
-    if segments is None and window is not None and window <= k.shape[2]:
+    own = q.shape[2] == k.shape[2]  # a sequence to itself
+    if segments is None and own and window is not None and window <= k.shape[2]:
         return _windowed(q, k, v, **more, **given)
     if segments is None and not exchange.is_even:
         return _ring(q, k, v, **more, **given)
@@ -138,7 +141,7 @@ def _ring_forward(
         return (_passed_on(round_), out, both), None
 
     carry = (k, v, mask), jnp.zeros(shape, jnp.float32), nothing
-    (_, out, z), _ = lax.scan(step, carry, jnp.arange(n_parts(), dtype=jnp.int32))
+    (_, out, z), _ = lax.scan(step, carry, jnp.arange(_n_steps(plan), dtype=jnp.int32))
     out = out.astype(v.dtype)
     z = jnp.where(z == -jnp.inf, tiles.FAR, z)
     return out, (q, k, v, mask, rng, bias, out, z)
@@ -160,8 +163,9 @@ def _ring_backward(plan: flash.Plan, kept: Any, d_out: jax.Array) -> Any:
         return jnp.zeros(x.shape, jnp.float32)
 
     carry = (k, v, mask), (zeros(k), zeros(v)), zeros(q), None if bias is None else zeros(bias)
-    (_, d_round, d_q, d_bias), _ = lax.scan(step, carry, jnp.arange(n_parts(), dtype=jnp.int32))
-    d_k, d_v = d_round  # after n steps they are where they belong
+    n = _n_steps(plan)
+    (_, d_round, d_q, d_bias), _ = lax.scan(step, carry, jnp.arange(n, dtype=jnp.int32))
+    d_k, d_v = _passed_on(d_round, -n)
     d_bias = None if d_bias is None else d_bias.astype(bias.dtype)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, d_bias
 
@@ -175,24 +179,30 @@ def _of_turn(plan: flash.Plan, round_: Any, s: jax.Array, rng: Any, bias: Any) -
     Positions of queries are counted from the first of these keys.
     """
     k, v, mask = round_
-    owner = (lax.axis_index(SEQUENCE) - s) % n_parts()
+    owner = (lax.axis_index(SEQUENCE) - s) % sequence_parts()
     offset = first_position(plan.n_queries) - owner * jnp.int32(plan.n_keys)
     if rng is not None:
-        rng = (
-            jax.vmap(jax.random.fold_in, (0, None))(rng, owner)
-            if rng.ndim
-            else (jax.random.fold_in(rng, owner))
-        )
+        fold = jax.random.fold_in
+        rng = jax.vmap(fold, (0, None))(rng, owner) if rng.ndim else fold(rng, owner)
     where = jnp.full(len(k), offset, jnp.int32) if plan.causal or bias is not None else None
     return k, v, mask, where, rng, bias, None
 
 
-def _passed_on(tree: Any) -> Any:
-    """What the device before had."""
-    n = n_parts()
-    return jax.tree.map(
-        lambda x: lax.ppermute(x, SEQUENCE, [(i, (i + 1) % n) for i in range(n)]), tree
-    )
+def _n_steps(plan: flash.Plan) -> int:
+    """How many devices' keys a device sees."""
+    n = sequence_parts()
+    if plan.window is None or plan.n_queries != plan.n_keys:
+        return n
+    return min(n, 1 - (1 - plan.window) // plan.n_keys)
+
+
+def _passed_on(tree: Any, by: int = 1) -> Any:
+    """What the device had that is so many before, in the ring."""
+    n = sequence_parts()
+    if by % n == 0:
+        return tree
+    ways = [(i, (i + by) % n) for i in range(n)]
+    return jax.tree.map(lambda x: lax.ppermute(x, SEQUENCE, ways), tree)
 
 
 def _by_query(plan: flash.Plan, z: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import poison_overflow, refuse_overflow
 from layercomb.layers.decoding.seek import held
-from layercomb.layers.facts.sequence import n_parts
+from layercomb.layers.facts.sequence import sequence_parts
 from layercomb.layers.positions.position import check_length
 from layercomb.layers.state.decisions import decide
 from layercomb.layers.state.segments import segments_of
@@ -166,7 +166,7 @@ class LSHAttention(LSHOptions):
         q, v, *mask = inputs
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, LSHCache), q, v, *mask)
-        length = q.shape[2] * n_parts()
+        length = q.shape[2] * sequence_parts()
         check_length('LSHAttention', length, self.max_len)
         key = None
         if mode.is_training:

@@ -25,7 +25,7 @@ from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import poison_overflow, refuse_overflow
 from layercomb.layers.decoding.seek import held
-from layercomb.layers.facts.sequence import n_parts
+from layercomb.layers.facts.sequence import sequence_parts
 from layercomb.layers.positions.position import check_length
 from layercomb.layers.state.decisions import decide
 from layercomb.layers.state.segments import segments_of
@@ -138,7 +138,7 @@ class Selecting(SelectingOptions):
         check_arrays(q, k, v, masks[0] if masks else None, segments_of(state))
         if mode is Mode.PREDICT and self.causal:
             return self._extend(held(state, PlacedCache), q, k, v, *masks)
-        length = q.shape[2] * n_parts()
+        length = q.shape[2] * sequence_parts()
         check_length(type(self).__name__, length, self.max_len)
         drawn, rng = self.draw(rng, q, length, mode)
         heads = Exchange.of(q.shape[1], k.shape[1])

@@ -124,11 +124,12 @@ class KeyConv(Layer):
             padded = padded.reshape(b, length + n, h, depth).swapaxes(1, 2)
         else:
             padded = surrounded(x, n, axis=2)
+        around: Any = None if segments is None else surrounded(segments, n)
         y = x
         for i in range(1, n + 1):
             past = padded[:, :, n - i : padded.shape[2] - i]  # x[t − i]
-            if segments is not None:
-                before = surrounded(segments, i)[:, : segments.shape[1]]
+            if around is not None:
+                before = around[:, n - i : around.shape[1] - i]
                 past = jnp.where((before == segments)[:, None, :, None], past, 0)
             y = y + kernel[None, :, i - 1, None] * past
         return (y,), state
