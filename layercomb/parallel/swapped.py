@@ -207,31 +207,66 @@ def _undone(
     stack: Any = static.net.layer
     trained, cts, outputs, i = carry
     its_state, its_cts, inputs = xs
-    frozen, shared = frozen
-    weights, moments, squares = trained
-    its, its_moments = fetched((weights, moments), stack.n, i)
-    its_frozen = _rounded(frozen, stack.n, i)
-    whole = _without_stack(trees.merge(halves.widened(halves.first(its), its), its_frozen))
-    fixed = [w for w, f in zip(_leaves(whole), _leaves(its_frozen), strict=True) if f is not None]
     given: dict[str, Any] = {'rng': fold(rng, i), 'state_cts': its_cts}
     its_state = put_counted(its_state, counted)
-    with constant(fixed):
+
+    def gradient(whole: Tree) -> tuple[Any, Tree]:
         if static.net.is_reversible:
-            outputs, d_inputs, d = stack.layer.reverse_and_grad(
+            made, d_inputs, d = stack.layer.reverse_and_grad(
                 whole, its_state, outputs, cts, mode=Mode.REPLAY, **given
             )
-        else:
-            if hosted is not None:
-                inputs = _without_stack(fetched(hosted, stack.n, i))
-            _, d_inputs, d = one_pass(
-                stack.layer, whole, its_state, inputs, cts, mode=Mode.TRAIN, **given
-            )
+            return (tuple(made), tuple(d_inputs)), d
+        values: Any = inputs if hosted is None else _without_stack(fetched(hosted, stack.n, i))
+        _, d_inputs, d = one_pass(
+            stack.layer, whole, its_state, values, cts, mode=Mode.TRAIN, **given
+        )
+        return (tuple(outputs), tuple(d_inputs)), d
+
+    trained, (outputs, d_inputs) = moved(static.update, stack.n, trained, frozen, i, gradient)
+    return (trained, d_inputs, outputs, i - 1), None
+
+
+def moved(
+    update: Update, n: int, trained: Any, frozen: Any, i: jax.Array,
+    gradient: Callable[[Tree], tuple[Any, Tree]],
+) -> tuple[Any, Any]:  # fmt: skip
+    """One block's gradient, computed and applied at once.
+
+    Args:
+      update: as of `Held`.
+      n: how many blocks there are.
+      trained: weights, moments and squares, as of `Held`.
+      frozen: frozen weights and what all blocks share, as of `Held`.
+      i: int32 (), the block.
+      gradient: from the block's weights to anything, and the cotangents of these weights.
+
+    Returns:
+      `trained` after the update, and what `gradient` gave beside cotangents.
+    """
+    frozen, shared = frozen
+    weights, moments, squares = trained
+    its, its_moments = fetched((weights, moments), n, i)
+    its_frozen = _rounded(frozen, n, i)
+    whole = _without_stack(trees.merge(halves.widened(halves.first(its), its), its_frozen))
+    fixed = [w for w, f in zip(_leaves(whole), _leaves(its_frozen), strict=True) if f is not None]
+    with constant(fixed):
+        made, d = gradient(whole)
     exact = halves.joined(its)
-    exact, its_moments, more = static.update(_like(exact, d), its_moments, shared, exact)
-    squares = squares + more
+    exact, its_moments, more = update(_like(exact, d), its_moments, shared, exact)
     its = halves.split(exact, halves.halved(its))
-    weights, moments = _put_back((weights, moments), (its, its_moments), stack.n, i)
-    return ((weights, moments, squares), tuple(d_inputs), tuple(outputs), i - 1), None
+    weights, moments = _put_back((weights, moments), (its, its_moments), n, i)
+    return (weights, moments, squares + more), made
+
+
+def block(weights: Tree, n: int, i: jax.Array) -> Tree:
+    """The weights of one block of a stack in host memory, on the device, as training computes.
+
+    Args:
+      weights: (n, …) each, in host memory.
+      n: how many blocks there are.
+      i: int32 (), the block.
+    """
+    return _without_stack(_rounded(weights, n, i))
 
 
 def fetched(tree: Any, n: int, i: jax.Array) -> Any:

@@ -64,13 +64,17 @@ def goes_by_head(layer: Any, weights: Tree, inputs: Any) -> bool:
     wide = all(x.dtype == jnp.float32 for x in inputs if is_float(x))
     if jax.default_backend() != 'cpu' or not wide:
         return False
-    return jax.eval_shape(lambda weights: _apart(layer, weights), weights) is not None
+    return jax.eval_shape(lambda weights: apart(layer, weights), weights) is not None
 
 
-def _apart(layer: Any, weights: Tree) -> Tree | None:
+def apart(layer: Any, weights: Tree) -> Tree | None:
     """The weights with a leading axis H; None if a part needs all heads at once.
 
     What several heads share is repeated for each, so that its gradient is the sum of theirs.
+
+    Args:
+      layer: a `MultiHead` layer.
+      weights: its weights.
     """
     made = {}
     for key, part in zip(layer.keys, layer.sublayers, strict=True):
@@ -116,16 +120,16 @@ class HeadByHead:
 
         def one(total: jax.Array, head: Head) -> tuple[jax.Array, Tree]:
             projected = self._project(head.weights)
-            y, core = self._attend(head, head.weights, projected, self.inputs)
+            y, core = self.attend(head, head.weights, projected, self.inputs)
 
             def add_slice(total: jax.Array, at: Any, size: int) -> jax.Array:
                 values = positions((y, x), at, size)
-                return add_at(total, self._merge(head.weights, values), at)
+                return add_at(total, self.merge(head.weights, values), at)
 
             return over_positions(add_slice, total, total.shape[1]), core
 
         start = zeros_once(x.shape, x.dtype, x)
-        y, core = lax.scan(one, start, self._heads(_apart(self.owner, weights), state, rng))
+        y, core = lax.scan(one, start, self.heads(apart(self.owner, weights), state, rng))
         core = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), core)  # (B, H, …)
         return (y,), {**state, **({'core': core} if core else {})}
 
@@ -138,7 +142,7 @@ class HeadByHead:
           rng: a typed key; or None.
         """
         x = self.inputs[0]
-        apart, pull_apart = jax.vjp(lambda weights: _apart(self.owner, weights), weights)
+        by_heads, pull_apart = jax.vjp(lambda weights: apart(self.owner, weights), weights)
         start = jax.tree.map(
             lambda value: zeros_once(value.shape, value.dtype, x) if is_float(value) else None,
             (x, self.inputs),
@@ -147,7 +151,7 @@ class HeadByHead:
         def one(carry: Any, head: Head) -> tuple[Any, Tree]:
             return self._add_gradients(carry, head, ct)
 
-        (y, d_inputs), d_apart = lax.scan(one, start, self._heads(apart, state, rng))
+        (y, d_inputs), d_apart = lax.scan(one, start, self.heads(by_heads, state, rng))
         return (y,), d_inputs, pull_apart(d_apart)[0]
 
     def _add_gradients(self, carry: Any, head: Head, ct: jax.Array) -> tuple[Any, Tree]:
@@ -156,12 +160,12 @@ class HeadByHead:
         w, inputs = head.weights, self.inputs
 
         def attend(weights: Tree, projected: Tree, inputs: Any) -> jax.Array:
-            return self._attend(head, weights, projected, inputs)[0]
+            return self.attend(head, weights, projected, inputs)[0]
 
         y, pull = vjp(attend, w, self._project(w), inputs)
         d_y = zeros_once(y.shape, y.dtype, y)
         total, (d_y, d_x), d_merge = by_slice(
-            self._merge, w, (y, inputs[0]), ct, total, (d_y, d_inputs[0])
+            self.merge, w, (y, inputs[0]), ct, total, (d_y, d_inputs[0])
         )
         d_attend, d_projected, d_others = pull(d_y)
         d_inputs = jax.tree.map(add_cts, (d_x, *d_inputs[1:]), d_others)
@@ -169,24 +173,38 @@ class HeadByHead:
         d_weights = jax.tree.map(lambda *ds: sum(ds[1:], ds[0]), d_merge, d_attend, d_project)
         return (total, d_inputs), d_weights
 
-    def _heads(self, apart: Any, state: Tree, rng: jax.Array | None) -> Head:
-        """The arrays of each head, with a leading axis H."""
+    def heads(self, by_heads: Any, state: Tree, rng: jax.Array | None) -> Head:
+        """The arrays of each head, with a leading axis H.
+
+        Args:
+          by_heads: the weights, as of `apart`.
+          state: of the whole layer.
+          rng: a typed key; or None.
+        """
         state, _ = take_counted(state)
         core = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], state.get('core', {}))
         key = fold(rng, self.owner.keys.index('core'))
         if key is not None:
-            n_heads = jax.tree.leaves(apart)[0].shape[0]
+            n_heads = jax.tree.leaves(by_heads)[0].shape[0]
             key = tiles.keys_of_heads(key, n_heads)[:, None]
-        return Head(apart, core, key)
+        return Head(by_heads, core, key)
 
     def _project(self, weights: Tree) -> Tree:
         """One head's queries, keys and values, (B, 1, L, K), by name."""
         reads = self.owner.reads
-        return {
-            key: self._part(key, weights, {}, (self.inputs[reads[key]],), None)[0]
-            for key in self.owner.keys
-            if key in reads
-        }
+        keys = [key for key in self.owner.keys if key in reads]
+        return {key: self.project(key, weights, self.inputs[reads[key]]) for key in keys}
+
+    def project(self, key: str, weights: Tree, x: jax.Array) -> jax.Array:
+        """One head's queries, keys or values of some positions, (B, 1, L, K).
+
+        Args:
+          key: which.
+          weights: of the parts, for this head.
+          x: (B, L, D), what this projection reads.
+        """
+        y: jax.Array = self._part(key, weights, {}, (x,), None)[0]
+        return y
 
     def _project_grad(self, weights: Tree, cts: Tree, d_inputs: Any) -> tuple[Any, Tree]:
         """Adds the cotangents of one head's projections; also returns those of its weights."""
@@ -195,23 +213,34 @@ class HeadByHead:
             its_cts = {key: ct for key, ct in cts.items() if reads[key] == i}
 
             def project(weights: Tree, x: jax.Array, keys: Any = tuple(its_cts)) -> Tree:
-                return {key: self._part(key, weights, {}, (x,), None)[0] for key in keys}
+                return {key: self.project(key, weights, x) for key in keys}
 
             x = self.inputs[i]
             _, d_inputs[i], d = by_slice(project, weights, x, its_cts, None, d_inputs[i])
             d_weights = jax.tree.map(jnp.add, d_weights, d)
         return tuple(d_inputs), d_weights
 
-    def _merge(self, weights: Tree, values: Any) -> jax.Array:
-        """One head's term of the output, from what it attended to and the first input."""
+    def merge(self, weights: Tree, values: Any) -> jax.Array:
+        """One head's term of the output, (B, L, D).
+
+        Args:
+          weights: of the parts, for this head.
+          values: what it attended to, (B, 1, L, K), and the first input, (B, L, D).
+        """
         return self._part('output', weights, {}, values[: self._sublayer('output').n_in], None)[0]
 
-    def _attend(
+    def attend(
         self, head: Head, weights: Tree, projected: Tree, inputs: Any
     ) -> tuple[jax.Array, Tree]:
-        """One head's attention output, and the new state of its core.
+        """One head's attention output (B, 1, L, K), and the new state of its core.
 
         Only the core gets a random key.
+
+        Args:
+          head: its arrays.
+          weights: of the parts, for this head.
+          projected: its queries, keys and values, by name.
+          inputs: those of the layer; of what only projections read, shapes are enough.
         """
         owner = self.owner
         new: Tree = {}
