@@ -58,7 +58,8 @@ class Experiment:
       baseline_text: training text, a source of documents, for simple byte models that are compared
         with the trained model on the batches of the first eval task; None for no comparison.
       mesh: of `parallel.make_mesh`, to train on several devices, as for `Loop`.
-      offload: 'blocks' keeps blocks and their optimizer's state in host memory, as for `Loop`.
+      offload: 'blocks' keeps blocks and their optimizer's state in host memory, 'streams' residual
+        streams, as for `Loop`.
       offload_dtype: 'bfloat16' sends half of a block's weights to compute it, as for `Loop`.
 
     Raises:

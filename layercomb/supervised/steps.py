@@ -15,6 +15,7 @@ from layercomb.layers.core.layer import Layer
 from layercomb.layers.metrics.metric import Metric
 from layercomb.optimizers.rounding import tree_to_bfloat16
 from layercomb.parallel.layout import ALONE, Layout
+from layercomb.parallel.streams import streamed
 from layercomb.supervised.updates import hyperparams, update
 from layercomb.trees import Tree
 
@@ -52,6 +53,7 @@ def compiled(
     chunk_len: ChunkLen | None,
     accumulate_dtype: str = 'float32',
     layout: Layout = ALONE,
+    streams: bool = False,
 ) -> Callable[..., tuple[Carry, Metrics]]:
     """The jitted training step: (carry, frozen weights, key, batch) → (carry, metrics).
 
@@ -68,12 +70,14 @@ def compiled(
       accumulate_dtype: of the sums of micro batches' gradients: 'float32', or 'bfloat16', to which
         each sum is rounded by chance.
       layout: where the arrays are, if there are several devices.
+      streams: whether residual streams are in host memory, as of `parallel.streams`.
 
     Returns:
       The function. Its metrics are float32 (): 'loss', 'grad_norm', and 'learning_rate' if the
       optimizer's state has one.
     """
     whole, narrow = losses.attach(net, loss, chunk_len), accumulate_dtype == 'bfloat16'
+    whole = streamed(whole) if streams else whole
     how = functools.partial(_gradient, loss, accumulate, narrow, layout)
     gradient = layout.gradient(whole, how)
     value_of = _value_of(gradient)
@@ -96,7 +100,11 @@ def compiled(
 
 
 def of_task(
-    task: TrainTask, optimizer: Any, net: Layer, layout: Layout = ALONE
+    task: TrainTask,
+    optimizer: Any,
+    net: Layer,
+    layout: Layout = ALONE,
+    streams: bool = False,
 ) -> Callable[..., tuple[Carry, Metrics]]:
     """The `compiled` step of a task.
 
@@ -105,9 +113,10 @@ def of_task(
       optimizer: the task's, told the model, and after clipping.
       net: what reads the task's inputs.
       layout: where the arrays are.
+      streams: as of `compiled`.
     """
     pieces = task.accumulate, task.loss_chunk_len, task.accumulate_dtype
-    return compiled(net, task.loss, optimizer, *pieces, layout)
+    return compiled(net, task.loss, optimizer, *pieces, layout, streams)
 
 
 def _value_of(gradient: Callable[..., tuple[jax.Array, Tree, Tree]]) -> Callable[..., jax.Array]:

@@ -110,7 +110,8 @@ class Loop:
       offload: 'blocks' keeps the weights of each `Repeat` and `ReversibleRepeat`, and their
         optimizer's state, in host memory; a block's part is on the device while it is computed.
         'blocks+inputs' keeps the inputs of blocks that are not reversible there too. A run may be
-        switched from one to another. Optimizers have to move each block by itself.
+        switched from one to another. Optimizers have to move each block by itself. 'streams' keeps
+        residual streams of a reversible model there, and 'blocks+streams' both.
       offload_dtype: 'bfloat16' computes blocks with matrices rounded to it, whose last 16 bits are
         sent for the update alone: see docs/scaling.md. Evaluations and checkpoints are float32.
 
@@ -177,13 +178,16 @@ class Loop:
     def _lay_out(self, mesh: Any, offload: str | None, dtype: str) -> None:
         """Says where arrays are."""
         self._optimizer, self._layout = clipped(self._task, self._net), laid_out(mesh)
+        self._streams = offload == 'streams'
         self._places = places_of(
             offload, self._task, self._net, self._optimizer, self._layout, dtype
         )
 
     def _compile(self, task: TrainTask) -> None:
         """Makes the step, and those of the stages before; each is compiled at its first use."""
-        of_task = functools.partial(steps.of_task, task, self._optimizer, layout=self._layout)
+        of_task = functools.partial(
+            steps.of_task, task, self._optimizer, layout=self._layout, streams=self._streams
+        )
         if self._places is not None:
             of_task = functools.partial(self._places.step, task)
         self._compiled = of_task(reading(task, self._net))

@@ -33,7 +33,7 @@ from layercomb.trees import Tree
 if TYPE_CHECKING:
     from layercomb.supervised.tasks import TrainTask
 
-MODES = ('blocks', 'blocks+inputs')
+MODES = ('blocks', 'blocks+inputs', 'streams', 'blocks+streams')
 DTYPES = ('float32', 'bfloat16')
 _HOST = 'pinned_host'
 
@@ -51,6 +51,7 @@ class Places:
       in_halves: whether the matrices of blocks are in `halves`, as far as they can be.
       layout: of several devices, each of which has parts in its host memory.
       by_parts: whether the optimizer moves each number by itself, as `checked` finds out.
+      streams: whether residual streams are in host memory.
     """
 
     net: Layer
@@ -59,6 +60,7 @@ class Places:
     in_halves: bool = False
     layout: Layout = ALONE
     by_parts: bool = False
+    streams: bool = False
 
     @functools.cached_property
     def n_blocks(self) -> dict[str, int]:
@@ -77,7 +79,7 @@ class Places:
           task: says the rest.
           net: what reads the task's inputs.
         """
-        how = task.loss_chunk_len, self.host_inputs, self.layout, self.by_parts
+        how = task.loss_chunk_len, self.host_inputs, self.layout, self.by_parts, self.streams
         return compiled(net, task.loss, self.optimizer, *how)
 
     def checked(self, trainable: Tree) -> Places:
@@ -320,10 +322,10 @@ def places_of(
     layout: Layout,
     dtype: str = 'float32',
 ) -> Places | None:
-    """Where a run's arrays are, if its stacks are to live in host memory.
+    """Where a run's arrays are, if its stacks are to live in host memory; None if they are not.
 
     Args:
-      offload: out of `MODES`; None for no such run.
+      offload: out of `MODES`; with 'streams' alone, and with None, stacks stay on the device.
       task: what it trains on.
       net: the model.
       optimizer: the task's, told the model.
@@ -335,15 +337,19 @@ def places_of(
     """
     if dtype not in DTYPES:
         raise ValueError(f"offload_dtype={dtype!r}: it is 'float32' or 'bfloat16'")
+    if dtype != 'float32' and offload in (None, 'streams'):
+        raise ValueError(
+            f"offload_dtype={dtype!r} is of blocks in host memory: say offload='blocks' too, "
+            'or leave it out'
+        )
     if offload is None:
-        if dtype != 'float32':
-            raise ValueError(
-                f"offload_dtype={dtype!r} is of blocks in host memory: say offload='blocks' too, "
-                'or leave it out'
-            )
         return None
     if offload not in MODES:
-        raise ValueError(f"offload={offload!r}: it is None, 'blocks' or 'blocks+inputs'")
+        raise ValueError(f'offload={offload!r}: it is None, {", ".join(map(repr, MODES))}')
+    if offload == 'streams':
+        _check_mesh(offload, layout)
+        _check_host_memory(offload)
+        return None  # weights and the optimizer's state stay where they are
     if task.clip_norm is not None:
         raise ValueError(
             f'offload={offload!r} moves each block before the norm of all gradients is known: '
@@ -358,18 +364,18 @@ def places_of(
     _check_mesh(offload, layout)
     if not stacks(net):
         raise ValueError(f'offload={offload!r}: {_why_none(net)}')
-    device = jax.devices()[0]
-    kinds = sorted(memory.kind for memory in device.addressable_memories())
-    if _HOST not in kinds:
-        raise ValueError(
-            f'offload={offload!r} needs host memory that the device can reach ({_HOST}), and '
-            f'{device} has {", ".join(kinds) or "none"}: leave it out'
-        )
-    return Places(net, optimizer, offload == 'blocks+inputs', dtype == 'bfloat16', layout)
+    _check_host_memory(offload)
+    inputs, streams = (offload == f'blocks+{what}' for what in ('inputs', 'streams'))
+    return Places(net, optimizer, inputs, dtype == 'bfloat16', layout, streams=streams)
 
 
 def _check_mesh(offload: str, layout: Layout) -> None:
-    """Raises a ValueError for a mesh whose parts of blocks cannot be moved in host memory."""
+    """Raises a ValueError for a mesh whose parts cannot be moved in host memory."""
+    if layout.mesh is not None and layout.mesh.size > 1 and 'streams' in offload:
+        raise ValueError(
+            f'offload={offload!r} is for one device: leave out mesh, or offload; a mesh with '
+            'sequence splits streams over devices'
+        )
     if layout.mesh is not None and layout.mesh.shape['tensor'] > 1:
         raise ValueError(
             f'offload={offload!r} is for a mesh of data, fsdp and sequence, and this one has '
@@ -379,6 +385,16 @@ def _check_mesh(offload: str, layout: Layout) -> None:
         raise ValueError(
             f'offload={offload!r} is for the devices of one process, and there are '
             f'{jax.process_count()}: leave it out'
+        )
+
+
+def _check_host_memory(offload: str) -> None:
+    device = jax.devices()[0]
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if _HOST not in kinds:
+        raise ValueError(
+            f'offload={offload!r} needs host memory that the device can reach ({_HOST}), and '
+            f'{device} has {", ".join(kinds) or "none"}: leave it out'
         )
 
 

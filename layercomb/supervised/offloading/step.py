@@ -19,6 +19,7 @@ from layercomb.parallel import halves
 from layercomb.parallel.gathered import gathered
 from layercomb.parallel.layout import ALONE, Layout
 from layercomb.parallel.specs import like_tree
+from layercomb.parallel.streams import streamed, unwrapped_ties
 from layercomb.parallel.swapped import Held, stacks, swapped
 from layercomb.supervised import steps
 from layercomb.supervised.offloading.across import Across, across
@@ -46,6 +47,7 @@ def compiled(
     host_inputs: bool,
     layout: Layout = ALONE,
     by_parts: bool = True,
+    streams: bool = False,
 ) -> Callable[..., tuple[steps.Carry, steps.Metrics]]:
     """The jitted training step, as of `steps.compiled`, for a carry as `Places` puts it.
 
@@ -57,10 +59,12 @@ def compiled(
       host_inputs: whether the inputs of blocks that keep them are in host memory.
       layout: where the arrays are.
       by_parts: whether the optimizer moves each number by itself.
+      streams: whether residual streams are in host memory.
     """
     n_blocks = stacks(net)
     layout.check_spans(net)
-    whole = losses.attach(swapped(net, host_inputs), loss, chunk_len)
+    whole = losses.attach(net if streams else swapped(net, host_inputs), loss, chunk_len)
+    whole = _with_streams(whole, n_blocks) if streams else whole
 
     def step(
         carry: steps.Carry, frozen: Tree, key: jax.Array, batch: steps.Batch
@@ -175,6 +179,19 @@ class _Moving:
         whole, squares = self.together.summed(replaced(nothing, path, grads))
         made, new = self.together.moved(move, whole, own, replaced(nothing, path, weights))
         return subtree(made, path), {name: closed(x) for name, x in new.items()}, squares
+
+
+def _with_streams(whole: Layer, n_blocks: Mapping[str, int]) -> Layer:
+    """A model with its loss whose streams are in host memory, as are the blocks of its stack."""
+    made = streamed(whole)
+    inside: Any = unwrapped_ties(made)
+    others = sorted(n_blocks.keys() - {inside.stack_key})
+    if others:
+        raise ValueError(
+            f"offload='blocks+streams': beside the reversible stack, {others[0]!r} is a stack too: "
+            "take offload='streams', or 'blocks'"
+        )
+    return made
 
 
 def _check_moved(left: set[str]) -> None:
