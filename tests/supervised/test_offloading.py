@@ -208,7 +208,7 @@ REFUSED = {
         {'offload_dtype': 'bfloat16', 'offload': None},
         "of blocks in host memory: say offload='blocks' too, or leave it out",
     ),
-    'unknown': ({'offload': 'all'}, "offload='all': it is None, 'blocks' or 'blocks+inputs'"),
+    'unknown': ({'offload': 'all'}, "offload='all': it is None, 'blocks', "),
     'shared': (
         {'net': tl.Serial(tl.Embedding(V, 8), tl.Repeat(FF, 2, shared=True), tl.Dense(V))},
         'the blocks of this Serial share their weights, or are inside other layers than tl.Serial',
