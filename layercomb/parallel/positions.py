@@ -34,8 +34,8 @@ def check_spans(net: Layer) -> None:
     for _, layer in walk(net):
         if isinstance(layer, Metric) and not _sums_positions(layer):
             raise TypeError(
-                f'{SEQUENCE}: {type(layer).__name__} is of whole rows, of which a device has parts: '
-                f'{_WHOLE}'
+                f'{SEQUENCE}: {type(layer).__name__} is of whole rows, of which a device has parts'
+                f': {_WHOLE}'
             )
     _check(net)
 
