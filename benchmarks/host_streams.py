@@ -31,7 +31,7 @@ LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--lengths', type=int, nargs='+', default=LENGTHS)
+    parser.add_argument('--lengths', type=int, nargs='+', default=LENGTHS, help='two at least')
     parser.add_argument('--d_model', type=int, default=256)
     parser.add_argument('--compiled', action='store_true')
     options = parser.parse_args()

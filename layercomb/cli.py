@@ -275,9 +275,9 @@ def run_inspect(options: argparse.Namespace) -> None:
             given = None if options.mesh is None else parallel.make_mesh(**options.mesh)
             mesh = given or experiment.mesh
             print(summary(experiment.net, signature[: experiment.net.n_in]))
-            offload = options.offload or experiment.offload
             takes = {'': experiment.training_bytes(mesh)}
-            if offload is not None:
+            offload = options.offload or experiment.offload
+            if offload is not None and (options.offload or 'streams' not in offload):
                 takes = {'without': takes[''], offload: experiment.training_bytes(mesh, offload)}
     where = '' if mesh is None else f', on each of {mesh.size} devices,'
     _print_bytes(f'a training step on a batch of {signature[0].shape}{where}', takes)

@@ -36,20 +36,23 @@ def evened(batch: Batch | None, layout: Layout, together: int, where: str) -> Ba
         return None if batch is None else layout.filled(batch, together)
     form = '' if batch is None else _form([('…', *x.shape[1:]) for x in batch], batch)
     rows = 0 if batch is None else len(batch[0])
-    each = processes.from_all(np.array([rows, zlib.crc32(form.encode()) >> 1], np.int32))  # (N, 2)
+    mine = batch is not None, rows, zlib.crc32(form.encode()) >> 1
+    each = processes.from_all(np.array(mine, np.int32))  # (N, 3)
     have = np.flatnonzero(each[:, 0])
     if not have.size:
         return None
-    other = next((i for i in have if each[i, 1] != each[have[0], 1]), None)
+    other = next((i for i in have if each[i, 2] != each[have[0], 2]), None)
     if other is not None or have.size < len(each):
         forms = processes.texts(form)
         if other is not None:
             cure = 'batches may differ in their rows alone'
             raise _differ(where, forms, int(have[0]), int(other), cure)
-        if batch is None:
-            arrays = json.loads(forms[have[0]])
-            batch = tuple(np.zeros((1, *shape[1:]), kind) for kind, shape in arrays)
-    return layout.filled(batch, together, int(each[:, 0].max()))
+        form = forms[have[0]]
+    if rows == 0:  # one that counts for nothing
+        arrays = json.loads(form)
+        batch = tuple(np.zeros((1, *shape[1:]), kind) for kind, shape in arrays)
+    assert batch is not None
+    return layout.filled(batch, together, max(1, int(each[:, 1].max())))
 
 
 def check_alike(batch: Batch, where: str) -> None:
@@ -62,7 +65,7 @@ def check_alike(batch: Batch, where: str) -> None:
     forms = processes.texts(_form([x.shape for x in batch], batch))
     other = next((i for i, form in enumerate(forms) if form != forms[0]), None)
     if other is not None:
-        raise _differ(where, forms, 0, other, 'all must bring as many rows')
+        raise _differ(where, forms, 0, other, 'all must bring batches of one shape and dtype')
 
 
 def _form(shapes: list[Any], batch: Batch) -> str:

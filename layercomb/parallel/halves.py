@@ -22,6 +22,7 @@ from layercomb.trees import Tree
 LOW = '_low_bits'  # the first half stands at a weight's path, and the second at path + LOW
 
 _HALF = 16  # bits
+_NAN = np.uint32(0x7FC00000)  # the bits of a NaN that is rounded to itself
 
 
 def is_halved(x: Any, n_parts: int = 1) -> bool:
@@ -116,6 +117,8 @@ def _with(weights: Tree, path: str, value: Any) -> Tree:
 
 def _halves(x: Any) -> tuple[Any, Any]:
     bits = x.view(np.uint32)
+    where: Any = np.where if isinstance(x, np.ndarray) else jnp.where
+    bits = where(x != x, _NAN, bits)  # others would be rounded to 0
     high = ((bits + np.uint32(1 << _HALF - 1)) >> np.uint32(_HALF)).astype(np.uint16)
     return high.view(jnp.bfloat16), bits.astype(np.uint16).view(np.float32)
 

@@ -166,7 +166,7 @@ class Profile(Callback):
     def at_error(self, loop: Running) -> None:
         """Ends with what there is; that it cannot be written is no news beside the error."""
         if self._taking:
-            with contextlib.suppress(OSError, RuntimeError):
+            with contextlib.suppress(Exception):
                 self._stop()
 
     def _end(self, loop: Running) -> None:

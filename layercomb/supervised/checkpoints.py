@@ -65,7 +65,7 @@ class Checkpoints:
         self.directory, self._keep = paths.local(directory, 'output_dir'), int(keep)
         self.best: Best | None = None
         self.frozen: int | None = None
-        self._saving = checkpoints.Background()
+        self._saving, self._has_failed = checkpoints.Background(), False
         paths.check_for_arrays(self.directory)
         try:
             paths.check_can_hold(self.directory)
@@ -115,7 +115,8 @@ class Checkpoints:
         more: dict[str, Any] = {} if self.best is None else {_BEST: self.best._asdict()}
         if jax.tree.leaves(frozen):
             if self.frozen is None:
-                self._write_frozen(step, frozen)
+                with self._told(step):
+                    self._write_frozen(step, frozen)
             more[_FROZEN] = self.frozen
         trees = {name: _without_none(x) if name == 'weights' else x for name, x in trees.items()}
         args = checkpoints.save_args(trees, {**record, **more})
@@ -206,8 +207,26 @@ class Checkpoints:
         last = self.latest()
         where = 'start' if last is None else f'go on from step {last}'
         what = f'step {step} cannot be saved in {str(self.directory)!r}'
-        with machine_errors(f'put that right, and run the same again to {where}', what):
-            yield
+        try:
+            with machine_errors(f'put that right, and run the same again to {where}', what):
+                yield
+        except UsageError as e:
+            self._forget()
+            cause = e.__cause__
+            if isinstance(cause, TimeoutError) and not processes.is_alone():
+                raise (cause.__cause__ or cause) from None  # another process, and no disk
+            raise
+
+    def _forget(self) -> None:
+        """Begins anew after a save that failed, which Orbax would tell of again."""
+        self._has_failed = True
+        if processes.is_alone():
+            vars(self).pop('_manager', None)
+
+    def take_failure(self) -> bool:
+        """Whether a save has failed since this was asked last: its step is not on the disk."""
+        failed, self._has_failed = self._has_failed, False
+        return failed
 
     def close(self) -> None:
         """Waits for all saves, and ends the background threads."""

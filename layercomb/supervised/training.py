@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -14,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from layercomb import paths, trees
-from layercomb.errors import UsageError, machine_errors
+from layercomb.errors import UsageError, machine_errors, one_line
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.facts import processes
 from layercomb.model import Model
@@ -229,6 +231,8 @@ class Loop:
         """
         check_count('Loop.run', 'n_steps', n_steps)
         self._settle()
+        if self._checkpoints is not None and self._checkpoints.take_failure():
+            self._saved = self._checkpoints.latest() or 0
         finished = self.step >= n_steps and self._saved == self.step
         if finished or self._is_asked_to_stop():
             self._stopping = False
@@ -240,9 +244,8 @@ class Loop:
                 while self.step < n_steps and not self._is_asked_to_stop():
                     run.advance()
                 run.end()
-            except BaseException:
-                for callback in self._callbacks:
-                    callback.at_error(self)
+            except BaseException as e:
+                self._tell_callbacks(e)
                 raise
             finally:
                 self._stopping = False
@@ -250,6 +253,14 @@ class Loop:
             if self._directory is not None and jax.process_index() == 0:
                 write_report(self._directory)
         return run.row
+
+    def _tell_callbacks(self, error: BaseException) -> None:
+        """Lets callbacks close what is theirs; what goes wrong there is a note of the error."""
+        for callback in self._callbacks:
+            try:
+                callback.at_error(self)
+            except Exception as e:
+                error.add_note(f'{type(callback).__name__}.at_error: {one_line(e)}')
 
     def stop(self) -> None:
         """Ends the run in progress, or else the next run before its first step.
@@ -416,7 +427,8 @@ class Loop:
     def _last_good(self) -> str:
         """Where training can be gone on with."""
         if self._checkpoints is not None:
-            self._checkpoints.wait()
+            with contextlib.suppress(UsageError):  # what went wrong before is the news
+                self._checkpoints.wait()
             good = self._checkpoints.latest()
             if good is not None:
                 where = self._checkpoints.directory / str(good)
@@ -490,7 +502,17 @@ class _Run:
                 self._log.close()
         finally:
             if self._loop._checkpoints is not None:
-                self._loop._checkpoints.wait()
+                self._finish(self._loop._checkpoints)
+
+    def _finish(self, checkpoints: Any) -> None:
+        """Waits for the checkpoint being written; its error is a note of one that ends the run."""
+        error = sys.exc_info()[1]
+        try:
+            checkpoints.wait()
+        except UsageError as e:
+            if error is None:
+                raise
+            error.add_note(one_line(e))
 
     def _due(self, step: int, every: int | None) -> bool:
         return step == self._n_steps or (every is not None and step % every == 0)

@@ -292,3 +292,11 @@ def offloaded(sizes, **given):
     parts = divided(places.optimizer, like, places.n_blocks)
     made = across(loop._layout, places.net, like, parts, places.by_parts)
     return made.by_parts, share
+
+
+def loop_with_streams(sizes):
+    """A run whose streams are in host memory, on a mesh."""
+    task = supervised.TrainTask(
+        Batches(), tl.CrossEntropyLoss(), optimizers.adamw(1e-2), loss_chunk_len=4
+    )
+    supervised.Loop(NETS['reformer'](), task, mesh=mesh_of(sizes), offload='streams')

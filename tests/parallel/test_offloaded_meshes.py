@@ -72,3 +72,9 @@ def test_a_run_is_switched(eight, tmp_path):
 def test_a_mesh_with_tensor_is_refused(eight):
     with pytest.raises(ValueError, match='is for a mesh of data, fsdp and sequence, and this'):
         train(eight, 'transformer', (1, 1, 2), **BLOCKS)
+
+
+def test_streams_are_for_one_device(eight):
+    said = eight(runs.raised, runs.loop_with_streams, (1, 2, 1))
+    assert said.startswith("ValueError: offload='streams' is for one device: leave out mesh")
+    assert eight(runs.raised, runs.loop_with_streams, (1, 1, 1)) is None

@@ -17,9 +17,7 @@ V, D, B = 16, 8, 2
 EMBEDDING = tl.Embedding(V, D, table_init=tl.Normal(1.0))
 
 
-def model(
-    *attentions, positions=tl.AxialPositions((4, 8)), ff=None, drop=None, norm=tl.LayerNorm()
-):
+def model(*attentions, positions=tl.AxialPositions((4, 8)), ff=None, drop=None):
     """A Reformer of one block for each attention, repeated twice."""
     norm = tl.LayerNorm()
     ff = ff or tl.Chunk(tl.Serial(norm, tl.Dense(12), tl.Gelu(), tl.Dense(D), drop), 4)

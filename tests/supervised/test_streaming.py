@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from layercomb import optimizers, parallel, tl, trees
+from layercomb import optimizers, tl, trees
 from layercomb.supervised import Callback, Loop, TrainTask
 
 V, L, B = 16, 6, 2
@@ -101,8 +101,6 @@ def test_a_run_goes_on_with_and_without(tmp_path):
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"'streams': .*loss_chunk_len"):
         loop(model(), 'streams', loss_chunk_len=None)
-    with pytest.raises(ValueError, match=r"'streams' is for one device"):
-        loop(model(), 'streams', mesh=parallel.make_mesh(data=1))
     mixture = loop(model(ff=tl.SwitchFF(8, 2)), 'streams')[0]
     with pytest.raises(ValueError, match='layers that keep a state in training'):
         mixture.run(1)

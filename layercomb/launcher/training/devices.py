@@ -69,7 +69,8 @@ def offload_option(add: Any, what: str) -> None:
       add: adds one option.
       what: what it is good for.
     """
-    add('--offload', choices=MODES, help=f'{what}; see docs/scaling.md')
+    told = [mode for mode in MODES if 'streams' not in mode]
+    add('--offload', choices=told, help=f'{what}; see docs/scaling.md')
 
 
 def _sizes(given: str) -> dict[str, int]:
@@ -129,7 +130,9 @@ def together(options: argparse.Namespace) -> Iterator[None]:
         code = _tell(e)
         sys.stdout.flush()
         sys.stderr.flush()
-        if is_first():  # JAX ends the others by a signal as soon as they miss it
+        if is_first() and not _is_lost(
+            e
+        ):  # JAX ends the others by a signal as soon as they miss it
             time.sleep(_TO_TELL)
         os._exit(code)  # at a usual exit JAX would wait for the others, and abort with its stack
 
@@ -137,7 +140,7 @@ def together(options: argparse.Namespace) -> Iterator[None]:
 def _tell(error: BaseException) -> int:
     """Says what went wrong in this process, and returns its exit code."""
     where = f'layercomb: process {jax.process_index()}: '
-    if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
+    if _is_lost(error):
         lost = (
             'another process of the run has ended, or cannot be reached: start all of them again, '
             'and they go on from the last checkpoint'
@@ -152,6 +155,13 @@ def _tell(error: BaseException) -> int:
         return 130
     traceback.print_exception(error)
     return 1
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether it comes of the end of another process."""
+    if isinstance(error, ValueError):  # of a gather that Gloo could not end
+        return 'gloo' in str(error).lower()
+    return isinstance(error, jax.errors.JaxRuntimeError) and bool(_LOST.search(str(error)))
 
 
 def is_first() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from layercomb.layers.combinators.repeat import Repeat
 from layercomb.layers.core.layer import Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import walk
+from layercomb.layers.facts.devices import SPLIT_AXES
 from layercomb.optimizers.tensors import bound
 from layercomb.parallel.layout import Layout
 from layercomb.parallel.swapped import rewritten, stacks
@@ -74,6 +76,11 @@ class Forecast:
         Raises:
           ValueError: if the run would be refused.
         """
+        if 'streams' in offload:
+            raise ValueError(
+                f'offload={offload!r}: what streams take is not told yet, only what blocks do: ask '
+                "for --offload blocks, and see docs/scaling.md for streams' bytes a token"
+            )
         places = places_of(offload, self.task, self.net, self._optimizer, self.layout)
         assert places is not None
         carry, frozen = self._arguments()
@@ -136,4 +143,5 @@ class Forecast:
 
         key = jax.eval_shape(jax.random.key, 0)
         found = jax.eval_shape(outputs, weights, state, inputs, key)  # of the shapes of inputs
-        return trees.n_bytes(found) // self.layout.n_parts
+        parts = [self.layout.mesh.shape[axis] for axis in SPLIT_AXES] if self.layout.mesh else []
+        return trees.n_bytes(found) // math.prod(parts)

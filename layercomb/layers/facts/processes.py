@@ -11,7 +11,7 @@ import numpy as np
 
 from layercomb.errors import UsageError, one_line
 
-_LENGTH = 2000  # bytes of a message that are sent
+_LENGTH = 8000  # bytes of a message that are sent
 
 
 def is_alone() -> bool:
@@ -63,8 +63,8 @@ def texts(text: str) -> list[str]:
     """A text of each process; all of them have to ask.
 
     Args:
-      text: of this process; what is beyond 2,000 bytes is cut off.
+      text: of this process; what is beyond 8,000 bytes is cut off.
     """
-    data = text.encode()[:_LENGTH].ljust(_LENGTH, b'\0')
+    data = text.encode(errors='backslashreplace')[:_LENGTH].ljust(_LENGTH, b'\0')
     found = from_all(np.frombuffer(data, np.uint8))
     return [x.tobytes().rstrip(b'\0').decode('utf-8', 'ignore') for x in found]

@@ -162,7 +162,13 @@ class ByHead:
             key = key_of(rng, i, self.length, self.size)
             for n, layer in enumerate(layers):
                 its = before.get(keys[n], {})
-                (x,), _ = layer.apply(its, {}, (x,), rng=fold(key, n), mode=heads.mode)
+                (x,), new = layer.apply(its, {}, (x,), rng=fold(key, n), mode=heads.mode)
+                if heads.mode is Mode.RECORD and take_decisions(new)[1]:
+                    raise ValueError(
+                        f"offload='streams': {type(layer).__name__} before "
+                        f'{type(self.owner).__name__} chooses what it computes, and attention by '
+                        'heads would ask it again: leave offload out'
+                    )
             return {name: heads.project(name, weights, x) for name in self._read}
 
         return project
@@ -251,7 +257,7 @@ def why_not(half: ReversibleHalfResidual) -> str | None:
         if layer.position_wise is not True or layer.n_in != 1 or layer.n_out != 1:
             return f'{type(layer).__name__} before {type(owner).__name__} needs all positions'
     for layer in half.layers[at[0] + 1 :]:
-        if not is_diagonal(layer):
+        if layer.position_wise is not True or not is_diagonal(layer):
             return f'{type(layer).__name__} behind {type(owner).__name__} needs the sum of heads'
     return _why_not_apart(owner)
 

@@ -18,6 +18,7 @@ from layercomb.layers.facts.positionwise import of_sublayers
 from layercomb.layers.quantized.constants import refuse_narrow
 from layercomb.layers.reversible.stack import ReversibleStack
 from layercomb.losses import Scored
+from layercomb.parallel import halves
 from layercomb.parallel.streams.ends import COUNTING, Back, Front, Part
 from layercomb.parallel.streams.stacks import Lengths, Moving, backwards, forwards, misfit
 from layercomb.parallel.swapped import Held, Update
@@ -26,7 +27,7 @@ from layercomb.transforms.tying import Tied
 from layercomb.trees import Tree
 
 PIECE_LEN = 4096
-_CURE = 'leave offload out, or choose another'
+_CURE = "leave offload out, or say 'blocks'"
 
 
 class Streamed(Wrapper):
@@ -83,7 +84,7 @@ class Streamed(Wrapper):
         if not isinstance(held, Held):
             refuse_narrow(weights)
             return _trained(_Static(self), weights, None, tuple(inputs), rng), state
-        refuse_narrow(trees.merge(held.weights, held.frozen))
+        refuse_narrow(halves.others(trees.merge(held.weights, held.frozen)))
         frozen = held.frozen, held.shared
         weights = {**weights, self.stack_key: (held.weights, held.moments, held.squares)}
         static = _Static(self, held.update)

@@ -13,7 +13,7 @@ import jax
 
 from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.combinators.serial import serial_route
-from layercomb.layers.core.layer import Key, Layer, fold
+from layercomb.layers.core.layer import Key, fold
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.reversible.cotangents import add_wanted, zero_cts
 from layercomb.layers.reversible.layers import ReversibleHalfResidual
@@ -59,14 +59,15 @@ class Windows:
         """How many positions a piece has."""
         if self.chunk is not None:
             return self.chunk.slice_len
-        least = max(self.size, self.reach.back, self.reach.ahead)
-        return -(-least // self.reach.step) * self.reach.step
+        return self._whole(max(self.size, self.reach.back, self.reach.ahead))
 
     @property
     def around(self) -> tuple[int, int]:
-        """Positions before and after a piece; a window starts where f may start."""
-        step = self.reach.step
-        return -(-self.reach.back // step) * step, self.reach.ahead
+        """Positions before and after a piece; a window starts, and ends, where f may start."""
+        return self._whole(self.reach.back), self._whole(self.reach.ahead)
+
+    def _whole(self, n: int) -> int:
+        return -(-n // self.reach.step) * self.reach.step
 
     def forward(self, weights: Tree, streams: Streams, rng: Key) -> tuple[Streams, Any]:
         """The streams after the layer, and what it decided."""
@@ -142,8 +143,3 @@ class Windows:
             layer, its, state, (x,), (ct,), rng=rng, mode=Mode.REPLAY, state_cts=None
         )
         return y, d, {key: d_its} if key in weights else {}  # type: ignore[return-value]
-
-
-def is_plain(layer: Layer) -> bool:
-    """Whether a layer is one whose route this package knows: (acc, x) → (acc + f(x), x)."""
-    return type(layer) is ReversibleHalfResidual and layer.n_in == 2
