@@ -66,8 +66,8 @@ from layercomb.layers.basic.initializers import (
 from layercomb.layers.basic.masks import PaddingMask
 from layercomb.layers.basic.normalization import BatchNorm, LayerNorm, RMSNorm
 from layercomb.layers.basic.pooling import AvgPool, MaxPool
+from layercomb.layers.basic.recurrent.sru import SRU
 from layercomb.layers.basic.reduce import Flatten, Mean
-from layercomb.layers.basic.rnn import SRU
 from layercomb.layers.combinators.chunk import Chunk
 from layercomb.layers.combinators.map import Map
 from layercomb.layers.combinators.remat import Remat

@@ -11,9 +11,10 @@ from layercomb.checks import Size
 from layercomb.layers.basic.activations import activation
 from layercomb.layers.basic.dense import dense
 from layercomb.layers.basic.initializers import Initializer, glorot_uniform
+from layercomb.layers.basic.recurrent.memory import continued
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
-from layercomb.layers.decoding.caches import Past, poison_overflow, refuse_overflow
+from layercomb.layers.decoding.caches import Past
 from layercomb.layers.decoding.seek import held
 from layercomb.shapes import Signature, check_float, check_sequence, shape_dtype
 from layercomb.trees import Tree
@@ -105,7 +106,8 @@ class SRU(Layer):
         f, r = jax.nn.sigmoid(f), jax.nn.sigmoid(r)
         u = (1 - f) * z
         if mode is Mode.PREDICT:
-            c, state = _continue(f, u, held(state, Past))
+            kept = held(state, Past)
+            c, state = continued(lambda start: linear_recurrence(f, u, start), kept, x.shape[1])
         else:
             c = linear_recurrence(f, u, jnp.zeros_like(u[:, 0]))
         if self.activation is not None:
@@ -136,16 +138,3 @@ def linear_recurrence(a: jax.Array, u: jax.Array, start: jax.Array) -> jax.Array
 
     by_time = jnp.swapaxes(a, 0, 1), jnp.swapaxes(u, 0, 1)  # (L, B, n)
     return jnp.swapaxes(jax.lax.scan(step, start, by_time)[1], 0, 1)  # (B, L, n)
-
-
-def _continue(f: jax.Array, u: jax.Array, kept: Past) -> tuple[jax.Array, Past]:
-    """c of the next positions, each row from where it stands; `past` has c[t] at t + 1."""
-    position, length = kept.position.rows, u.shape[1]
-    room = kept.past.shape[1] - 1
-    refuse_overflow(position, length, room)
-    start = jnp.take_along_axis(kept.past, position[:, None, None], 1, mode='clip')[:, 0]
-    c = linear_recurrence(f, u, start)
-    past = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(
-        kept.past, c, position + 1, 0
-    )
-    return poison_overflow(c, position, length, room), Past(past, kept.position.moved(length))
