@@ -66,6 +66,7 @@ from layercomb.layers.basic.initializers import (
 from layercomb.layers.basic.masks import PaddingMask
 from layercomb.layers.basic.normalization import BatchNorm, LayerNorm, RMSNorm
 from layercomb.layers.basic.pooling import AvgPool, MaxPool
+from layercomb.layers.basic.recurrent.gated import GRU, LSTM
 from layercomb.layers.basic.recurrent.sru import SRU
 from layercomb.layers.basic.reduce import Flatten, Mean
 from layercomb.layers.combinators.chunk import Chunk
@@ -157,6 +158,8 @@ from layercomb.layers.state.segments import segments_of
 
 __all__ = [
     'F1',
+    'GRU',
+    'LSTM',
     'SRU',
     'Accuracy',
     'Activation',

@@ -15,7 +15,8 @@ and rules by letter read it. A declaration has one letter for each axis:
 Letters of the library: D width of the model or input, F any other width, H heads, K depth of a
 head, V vocabulary, L positions, E experts or blocks, M units of one of them or features of a
 module, S modules, R rank, N outputs, W window along the length, Y and X window along height and
-width, G groups that share a scale. A layer of one's own may use others.
+width, G groups that share a scale, U units of a memory. A layer of one's own may use
+others.
 """
 
 from __future__ import annotations

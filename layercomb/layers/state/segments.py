@@ -52,6 +52,19 @@ def segments_of(state: Any) -> jax.Array | None:
     return None if found is None else found.ids
 
 
+def beginnings(state: Any) -> jax.Array | None:
+    """Where a document begins, for a layer that carries something along a packed row.
+
+    Args:
+      state: the layer's.
+
+    Returns:
+      (L, B) bool, also True at the first position; None where each row is one sequence.
+    """
+    ids = segments_of(state)
+    return None if ids is None else _is_first(ids).T
+
+
 def places(ids: jax.Array) -> jax.Array:
     """The position of each token in its document, from 0: (B, L) int32.
 
@@ -88,5 +101,9 @@ def _at(ids: jax.Array) -> jax.Array:
 
 def _first(ids: jax.Array) -> jax.Array:
     """Where each token's document begins in its row, (B, L) int32."""
-    is_first = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return lax.cummax(jnp.where(is_first, _at(ids), 0), axis=1)
+    return lax.cummax(jnp.where(_is_first(ids), _at(ids), 0), axis=1)
+
+
+def _is_first(ids: jax.Array) -> jax.Array:
+    """Whether a document begins at each position, (B, L) bool."""
+    return jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)

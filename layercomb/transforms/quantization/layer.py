@@ -18,6 +18,7 @@ from layercomb.layers.attention.projections import MergeHeads, SplitHeads
 from layercomb.layers.basic.dense import Dense
 from layercomb.layers.basic.embedding import Embedding
 from layercomb.layers.basic.gated import GatedDense
+from layercomb.layers.basic.recurrent.gated import GatedRecurrent
 from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.core.walk import joined, walk
@@ -56,6 +57,13 @@ def narrow_paths(layer: Layer) -> tuple[str, ...]:
 @narrow_paths.register(SplitHeads)
 @narrow_paths.register(MergeHeads)
 def _of_kernel(layer: Layer) -> tuple[str, ...]:
+    del layer
+    return ('kernel',)
+
+
+@narrow_paths.register(GatedRecurrent)
+def _of_inputs(layer: Layer) -> tuple[str, ...]:
+    """The recurrent kernel is left out: its rounding would add up along the positions."""
     del layer
     return ('kernel',)
 

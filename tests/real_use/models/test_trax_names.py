@@ -611,6 +611,8 @@ def test_queries_and_keys_of_two_shapes_are_not_rotated():
         tl.BatchNorm(),
         tl.Conv1D(3),
         tl.SRU(),
+        tl.LSTM(),
+        tl.GRU(3),
         tl.LearnedPositions(4),
         tl.SinusoidalPositions(max_len=4, trainable=True),
     ],
