@@ -66,6 +66,7 @@ from layercomb.layers.basic.initializers import (
 from layercomb.layers.basic.masks import PaddingMask
 from layercomb.layers.basic.normalization import BatchNorm, LayerNorm, RMSNorm
 from layercomb.layers.basic.pooling import AvgPool, MaxPool
+from layercomb.layers.basic.recurrent.both_ways import Bidirectional, Reverse
 from layercomb.layers.basic.recurrent.gated import GRU, LSTM
 from layercomb.layers.basic.recurrent.sru import SRU
 from layercomb.layers.basic.reduce import Flatten, Mean
@@ -169,6 +170,7 @@ __all__ = [
     'AvgPool',
     'AxialPositions',
     'BatchNorm',
+    'Bidirectional',
     'BidirectionalRepeat',
     'BinaryAccuracy',
     'BinaryCrossEntropyLoss',
@@ -252,6 +254,7 @@ __all__ = [
     'Remat',
     'Repeat',
     'Residual',
+    'Reverse',
     'Reversible',
     'ReversibleConcatenatePair',
     'ReversibleHalfResidual',

@@ -80,6 +80,10 @@ ROWS: dict[str, Row] = {
     'AvgPool same': Row(lambda: tl.AvgPool((3, 3), (2, 2), 'same'), IMAGE, ()),
     'AxialPositions': Row(lambda: tl.AxialPositions((2, 2))),
     'BatchNorm': Row(tl.BatchNorm),
+    'Bidirectional': Row(lambda: tl.Bidirectional(tl.LSTM(3), tl.SRU(5)), axes=()),
+    'Bidirectional masked': Row(
+        lambda: tl.Bidirectional(tl.GRU(6), masked=True, join=tl.Add()), (stream(), mask()), ()
+    ),
     'BidirectionalRepeat': Row(
         lambda: tl.BidirectionalRepeat(tl.Residual(tl.Conv1D(D, padding='causal')), 2), draws=True
     ),
@@ -278,6 +282,8 @@ ROWS: dict[str, Row] = {
     ),
     'Repeat shared': Row(lambda: tl.Repeat(tl.Serial(tl.BatchNorm(), tl.Dense(D)), 2, shared=True)),
     'Residual': Row(lambda: tl.Residual(tl.Dense(4), shortcut=tl.Dense(4), name='step')),
+    'Reverse': Row(tl.Reverse, (tokens(),), ()),
+    'Reverse masked': Row(lambda: tl.Reverse(masked=True), (stream(), mask()), ()),
     'ReversibleConcatenatePair': Row(tl.ReversibleConcatenatePair, TWO),
     'ReversibleHalfResidual': Row(
         lambda: tl.ReversibleHalfResidual(feed_forward()), TWO, draws=True

@@ -110,6 +110,20 @@ def test_answers_as_torch_does_and_has_its_gradients(name):
 
 
 @pytest.mark.parametrize('name', LAYERS)
+def test_answers_as_torch_does_both_ways_with_padding_at_the_end(name):
+    place = f'{name} both'
+    mask = jnp.arange(6)[None] < jnp.array([[6], [4]])
+    layer = tl.Bidirectional(LAYERS[name](N), masked=True)
+
+    def both(d=''):
+        return {'forward': of_torch(place, d=d), 'backward': of_torch(place, '_reverse', d)}
+
+    gradients, y = answered(layer, both(), place, mask)
+    assert_near(y * real(y, mask), TORCH[f'{place}/y'])
+    assert_near(gradients, (both('d_'), TORCH[f'{place}/d_x']))
+
+
+@pytest.mark.parametrize('name', LAYERS)
 def test_rows_go_back_to_where_their_prompts_end(name):
     layer, weights = made(name)
     x = normal(B, L, D)
@@ -123,7 +137,7 @@ def test_rows_go_back_to_where_their_prompts_end(name):
 
 
 def test_a_document_of_a_packed_row_gives_what_it_gives_alone():
-    net = tl.Serial(tl.LSTM(N), tl.GRU(N))
+    net = tl.Serial(tl.LSTM(N), tl.Bidirectional(tl.GRU(N)))
     x, ids = normal(1, 6, D), np.array([[3, 3, 3, 5, 5, 5]], np.int32)
     weights, _ = net.init((shape_dtype(x.shape),), jax.random.key(0))
 
