@@ -26,7 +26,8 @@ class Segmented(Wrapper):
     """A model of packed rows: one more input, segments (B, L), says which document is where.
 
     Each document gives what it gives alone: attention of all kinds sees positions of its own
-    document, and positions restart at 0 in each. It trains and evaluates, and does not decode.
+    document, recurrent layers forget the one before, and positions restart at 0 in each. It trains
+    and evaluates, and does not decode.
 
     With `LSHAttention` and ``neighbourhood='bucket'``, a document meets what it meets alone if the
     number of buckets does not depend on the length (`n_buckets` or `max_len` given). With
@@ -121,8 +122,8 @@ def segmented(net: Layer) -> Segmented:
       net: a model of one sequence a row.
 
     Raises:
-      TypeError: if a layer inside mixes positions and does not see segments (convolutions, pooling,
-        recurrent layers), or reads another sequence (encoder-decoders).
+      TypeError: if a layer inside mixes positions and does not see segments (convolutions,
+        pooling), or reads another sequence (encoder-decoders).
 
     >>> from layercomb import models, transforms
     >>> transforms.segmented(models.TransformerLM(16, 8, 16, 1, 2, 32)).n_in

@@ -41,8 +41,19 @@ def every_kind():
     )
 
 
+def recurrent():
+    return tl.Serial(
+        tl.Embedding(V, 8),
+        tl.SRU(),
+        tl.LSTM(6),
+        tl.Bidirectional(tl.GRU(4), tl.SRU(3)),
+        tl.Dense(V),
+    )
+
+
 FAST = {
     'every kind': every_kind,
+    'recurrent': recurrent,
     'reformer': lambda: models.ReformerLM(V, **{**LM, 'n_layers': 1}, attention=lsh()),
 }
 SLOW = {

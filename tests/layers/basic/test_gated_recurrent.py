@@ -136,27 +136,6 @@ def test_rows_go_back_to_where_their_prompts_end(name):
     assert_near(y, jnp.stack([whole[0, 5:], whole[1, 2:4]]))
 
 
-def test_a_document_of_a_packed_row_gives_what_it_gives_alone():
-    net = tl.Serial(tl.LSTM(N), tl.Bidirectional(tl.GRU(N)))
-    x, ids = normal(1, 6, D), np.array([[3, 3, 3, 5, 5, 5]], np.int32)
-    weights, _ = net.init((shape_dtype(x.shape),), jax.random.key(0))
-
-    def gradients(run):
-        def of(weights, x):
-            y = run(weights, x)
-            return jnp.sum(jnp.sin(3 * y)), y
-
-        return jax.jit(jax.grad(of, (0, 1), has_aux=True))(weights, x)
-
-    def packed(weights, x):
-        return transforms.segmented(net).apply(weights, {}, (x, ids))[0][0]
-
-    def alone(weights, x):
-        return net.apply(weights, {}, (x.reshape(2, 3, D),))[0][0].reshape(1, 6, -1)
-
-    assert_near(gradients(packed), gradients(alone))
-
-
 def test_the_gate_that_keeps_the_memory_begins_open():
     for layer in (tl.LSTM(N, forget_bias=2.5), tl.GRU(N)):
         weights, _ = layer.init((shape_dtype((B, L, D)),), jax.random.key(0))

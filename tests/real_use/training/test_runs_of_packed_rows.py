@@ -130,6 +130,6 @@ def test_packed_data_in_a_task_that_does_not_say_so_and_the_other_way_round():
 
 
 def test_a_model_that_mixes_documents_is_refused_when_the_loop_is_made():
-    net = tl.Serial(tl.Embedding(V, 8), tl.SRU(8), tl.Dense(V))
-    with pytest.raises(TypeError, match='segmented: SRU mixes positions and does not know seg'):
+    net = tl.Serial(tl.Embedding(V, 8), tl.Conv1D(8), tl.Dense(V))
+    with pytest.raises(TypeError, match='segmented: Conv1D mixes positions and does not know seg'):
         Loop(net, task(True), **QUIET)

@@ -16,6 +16,7 @@ from layercomb.layers.core.layer import Arrays, Key, Layer
 from layercomb.layers.core.mode import Mode
 from layercomb.layers.decoding.caches import Past
 from layercomb.layers.decoding.seek import held
+from layercomb.layers.state.segments import beginnings
 from layercomb.shapes import Signature, check_float, check_sequence, shape_dtype
 from layercomb.trees import Tree
 
@@ -35,7 +36,8 @@ class SRU(Layer):
 
     In ``PREDICT`` the state keeps c of every position, because rows can be moved back to an earlier
     one: prompts of several lengths are read padded at the end. That takes 4·n_units·(L + 1) bytes a
-    row, as much as attention's keys of this width. The work of a step does not grow with L.
+    row, as much as attention's keys of this width. The work of a step does not grow with L. In
+    packed rows c is forgotten where a document begins.
 
     Attributes:
       n_units: the width of the output; None keeps the input's.
@@ -59,6 +61,7 @@ class SRU(Layer):
 
     weight_axes = {'kernel': 'D->F', 'bias': '->F'}
     position_wise = False
+    sees_segments = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +108,9 @@ class SRU(Layer):
         z, f, r, *highway = jnp.split(projected, parts, -1)
         f, r = jax.nn.sigmoid(f), jax.nn.sigmoid(r)
         u = (1 - f) * z
+        begins = beginnings(state)
+        if begins is not None:
+            f = jnp.where(begins.T[..., None], 0.0, f)
         if mode is Mode.PREDICT:
             kept = held(state, Past)
             c, state = continued(lambda start: linear_recurrence(f, u, start), kept, x.shape[1])
