@@ -142,8 +142,11 @@ class Bidirectional(Combinator):
     >>> net = tl.Bidirectional(tl.LSTM(3))
     >>> net.output_signature(shape_dtype((2, 5, 8)))
     (ShapeDtypeStruct(shape=(2, 5, 6), dtype=float32),)
-    >>> tl.Serial(tl.Branch(tl.Embedding(16, 8), tl.PaddingMask()),
-    ...           tl.Bidirectional(tl.GRU(4), masked=True)).n_in
+    >>> encoder = tl.Serial(
+    ...     tl.Branch(tl.Embedding(16, 8), tl.PaddingMask()),
+    ...     tl.Bidirectional(tl.GRU(4), masked=True),
+    ... )
+    >>> encoder.n_in
     1
     """
 
