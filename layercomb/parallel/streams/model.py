@@ -211,7 +211,8 @@ def _why_not(net: Layer) -> str | None:
     last: Any = layers[-1]
     if type(last) is not Chunk or type(last.layer) is not Scored:
         return (
-            'the head has to be computed in pieces: say loss_chunk_len, with a position-wise head'
+            'the loss is not computed in pieces, as loss_chunk_len=64 of the task makes it if the '
+            'head is position-wise'
         )
     if net.n_in != 3 or layers[at].n_in != 2:
         return 'it takes a model of token ids alone, with two streams'
