@@ -112,7 +112,7 @@ def measured(name: str, axis: str, n: int, steps: int) -> tuple[int, int, list[A
     sent = [
         (kind, tuple(map(int, shape.split(','))) if shape else ())
         for shape, kind in re.findall(
-            rf'= \(?\w+\[([\d,]*)\][^=]* ({KINDS})(?:-start)?\(', program.as_text()
+            rf'= \(?\w+\[([\d,]*)\].*? ({KINDS})(?:-start)?\(', program.as_text()
         )
     ]
     loop.run(steps)
