@@ -1,6 +1,7 @@
 """Device bytes a token of a training step, with residual streams in host memory and without.
 
-    python benchmarks/host_streams.py [--lengths 4096 8192 …] [--d_model 256] [--compiled]
+    python benchmarks/host_streams.py [--lengths 4096 8192 …] [--d_model 256]
+        [--dtype float32] [--compiled]
 
 For each kind of attention and length, the step of a `Loop` with Adam on one row is traced: a
 ReformerLM of two blocks with heads of 64, in float32. `buffers` counts what it holds in each memory
@@ -23,7 +24,7 @@ import buffers
 import machine
 import numpy as np
 
-from layercomb import models, optimizers, supervised, tl
+from layercomb import models, optimizers, supervised, tl, transforms
 
 VOCAB, D_HEAD, DEPTH, ASKED = 256, 64, 2, 2048
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
@@ -33,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--lengths', type=int, nargs='+', default=LENGTHS, help='two at least')
     parser.add_argument('--d_model', type=int, default=256)
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--compiled', action='store_true')
     options = parser.parse_args()
     n_heads = options.d_model // D_HEAD
@@ -44,7 +46,7 @@ def main() -> None:
     print(machine.describe('jaxlib'))
     print(
         f'd {options.d_model}, {n_heads} heads, {DEPTH} blocks, one row, vocabulary {VOCAB}, '
-        'float32, adamw\n'
+        f'{options.dtype}, adamw\n'
     )
     told = ''.join(f'{n:>9}' for n in options.lengths)
     print(f'{"attention":<11}{"offload":<10}{"memory":<8}{told}{"B/token":>10}   (MB by length)')
@@ -75,6 +77,7 @@ def measured(
     d = options.d_model
     sizes = VOCAB, d, 4 * d, DEPTH, d // D_HEAD, max(options.lengths)
     net = models.ReformerLM(*sizes, attention=attention)
+    net = net if options.dtype == 'float32' else transforms.cast(net, options.dtype)
     batches = Batches(length)
     task = supervised.TrainTask(
         batches, tl.CrossEntropyLoss(), optimizers.adamw(1e-3), loss_chunk_len='auto'

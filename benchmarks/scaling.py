@@ -1,7 +1,7 @@
 """What training on n devices holds, computes and sends: on 1, 2, 4 and 8 simulated CPU devices.
 
     python benchmarks/scaling.py [--models transformer llama reformer terraformer]
-        [--axes fsdp sequence] [--steps 3]
+        [--axes fsdp sequence] [--steps 3] [--sensitivity]
 
 For each model, axis and n, with `parallel.make_mesh(fsdp=n)`, which splits rows, or
 `parallel.make_mesh(fsdp=1, sequence=n)`, which splits positions, and the same batch:
@@ -11,6 +11,9 @@ For each model, axis and n, with `parallel.make_mesh(fsdp=n)`, which splits rows
 * the losses of some steps, beside those of one device: asked for is 1e-5;
 * what the program sends, counted in the compiled step's text: kinds, and the largest gather, which
   must be of one block's weight, and not of weights stacked over depth.
+
+With --sensitivity: how far losses move on one device when weights change by their last bit, the
+measure of what a difference between meshes means.
 
 Then a model of cost, on paper: a step of a Llama of 8B parameters on 8, 64 and 512 H100s. Products
 take 6 x parameters x tokens; each weight is gathered twice a step in bfloat16 and its gradient
@@ -64,8 +67,13 @@ def main() -> None:
     parser.add_argument('--models', nargs='*', choices=[*MODELS], default=[*MODELS])
     parser.add_argument('--axes', nargs='*', choices=AXES, default=AXES)
     parser.add_argument('--steps', type=int, default=3)
+    parser.add_argument('--sensitivity', action='store_true', help='how losses answer to last bits')
     options = parser.parse_args()
     print(machine.describe('jaxlib'), f'· {jax.device_count()} simulated devices')
+    if options.sensitivity:
+        for name in options.models:
+            sensitivity(name, options.steps)
+        return
     for name in options.models:
         for axis in options.axes:
             study(name, axis, options.steps)
@@ -117,6 +125,27 @@ def measured(name: str, axis: str, n: int, steps: int) -> tuple[int, int, list[A
     ]
     loop.run(steps)
     return held, memory.temp_size_in_bytes, sent, found.found
+
+
+def sensitivity(name: str, steps: int) -> None:
+    """How far losses move on one device when weights change by their last bit."""
+    found = []
+    for apart in (0.0, 6e-8):
+        net, key = MODELS[name](), jax.random.key(0)
+        weights, state = net.init(lc.signature_of(next(iter(Batches()))[0]), key)
+        leaves, tree = jax.tree.flatten(weights)
+        keys = jax.random.split(jax.random.key(9), len(leaves))
+        moved = [
+            x * (1 + apart * jax.random.normal(k, x.shape, x.dtype))
+            for k, x in zip(keys, leaves, strict=True)
+        ]
+        losses, model = Losses(), lc.Model(net, tree.unflatten(moved), state)
+        task = supervised.TrainTask(Batches(), tl.CrossEntropyLoss(), optimizers.adamw(1e-3))
+        loop = supervised.Loop(model, task, progress=False, eval_every=None, callbacks=(losses,))
+        loop.run(steps)
+        found.append(np.array(losses.found))
+    moves = ' '.join(f'{x:.1e}' for x in np.abs(found[1] / found[0] - 1))
+    print(f'{name}: weights changed by 6e-8 move the losses of {steps} steps by {moves}')
 
 
 class Losses(supervised.Callback):

@@ -300,3 +300,28 @@ def loop_with_streams(sizes):
         Batches(), tl.CrossEntropyLoss(), optimizers.adamw(1e-2), loss_chunk_len=4
     )
     supervised.Loop(NETS['reformer'](), task, mesh=mesh_of(sizes), offload='streams')
+
+
+class Pairs:
+    """Sources and shorter targets, both with padding; and a mask of the sources."""
+
+    def __iter__(self):
+        rng = np.random.default_rng(0)
+        source, inputs, targets = (rng.integers(1, VOCAB, (4, n), np.int32) for n in (24, 16, 16))
+        source[1, 10:] = 0
+        loss_weights = np.ones(targets.shape, np.float32)
+        loss_weights[0, 9:] = 0
+        while True:
+            yield source, inputs, source > 0, targets, loss_weights
+
+
+def train_pairs(sizes):
+    """The losses of an encoder-decoder."""
+    net = models.Transformer(VOCAB, 32, 64, 2, 2, 4, 32, masked=True)
+    found = Losses()
+    task = supervised.TrainTask(Pairs(), tl.CrossEntropyLoss(), optimizers.adamw(1e-2))
+    loop = supervised.Loop(
+        net, task, progress=False, eval_every=None, callbacks=(found,), mesh=mesh_of(sizes)
+    )
+    loop.run(2)
+    return found.found

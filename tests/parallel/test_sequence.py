@@ -48,6 +48,10 @@ def test_losses_are_those_of_one_device(eight, name, mesh):
     np.testing.assert_allclose(eight(runs.train, name, mesh), eight(runs.train, name, None), 1e-5)
 
 
+def test_encoder_decoders_of_two_lengths(eight):
+    np.testing.assert_allclose(eight(runs.train_pairs, FOUR), eight(runs.train_pairs, None), 1e-5)
+
+
 def test_a_device_holds_its_part_of_weights(eight):
     one, whole = eight(runs.bytes_a_device, 'transformer', FOUR)
     assert whole / 4 <= one < whole / 3.5  # biases and scales are whole on each
